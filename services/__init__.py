@@ -1,0 +1,1 @@
+"""What Sluice's processes are made of; nothing here imports `pipelines`."""

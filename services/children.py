@@ -1,0 +1,110 @@
+"""Child processes that never outlive their parent, however it ends.
+
+`Child` starts a *guardian*: this module as a program, leader of a process group of its own, which starts the real
+command. When the parent is gone (SIGKILL included) or asks for it, the guardian kills every descendant, also those
+that moved to another group or session.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+_PARENT_CHECK_S: Final = 0.2
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+class Child:
+    """A command running in the background, with its output in a file."""
+
+    def __init__(self, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.argv = tuple(argv)
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid()), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ if env is None else env)
+                | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_inherited_path(env)])},
+                start_new_session=True,
+            )
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self._guardian.poll()
+
+    @property
+    def pid(self) -> int:
+        """The process group's id."""
+        return self._guardian.pid
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines of its output."""
+        with self.log.open("rb") as output:
+            output.seek(max(0, self.log.stat().st_size - 64_000))
+            return "\n".join(output.read().decode(errors="replace").splitlines()[-lines:])
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """SIGTERM the command, wait up to `grace_s`, then kill whatever is left. Does nothing the second time."""
+        if self.returncode is None:
+            self._guardian.terminate()
+            try:
+                self._guardian.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._guardian.wait()
+
+    def kill(self) -> None:
+        """Kill the command and all its descendants now."""
+        if self.returncode is None:
+            self._guardian.send_signal(signal.SIGUSR1)
+            try:
+                self._guardian.wait(2)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._guardian.pid, signal.SIGKILL)
+        self._guardian.wait()
+
+
+def _inherited_path(env: Mapping[str, str] | None) -> list[str]:
+    path = (os.environ if env is None else env).get("PYTHONPATH")
+    return [path] if path else []
+
+
+def _guard(parent: int, argv: list[str]) -> int:
+    """Run `argv` until it ends, the parent is gone, or a signal asks for its end; leave no descendant behind."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    child = subprocess.Popen(argv, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    killed = False
+
+    def kill(*_: object) -> None:
+        nonlocal killed
+        killed = True
+
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, kill)
+    while child.poll() is None and os.getppid() == parent and not killed:
+        time.sleep(_PARENT_CHECK_S)
+    for descendant in psutil.Process().children(recursive=True):
+        try:
+            descendant.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return child.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(_guard(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,314 @@
+"""The wire (submissions, verdicts, dead letters) and the values that services hand each other.
+
+Everything here is a value: immutable, free of clocks, sockets and credentials.
+"""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import from_json, to_json
+
+from services.errors import DeadLetterReason, Malformed
+
+Rating = Literal["Safe", "Unsafe"]
+Action = Literal["allow", "review", "block"]
+Outcome = Literal["verdict", "needs_review", "superseded"]
+ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
+Priority = Literal["live", "backfill"]
+Effort = Literal["full", "first_look"]
+EffortMode = Literal["full", "adaptive"]
+RationaleMode = Literal["unsafe", "always", "never"]
+Detail = Literal["score", "verdict"]
+"""What the guard is asked for: only the score (one token), or the whole verdict."""
+
+CATEGORIES: Final = (
+    "O1: Hate, Humiliation, Harassment",
+    "O2: Violence, Harm, or Cruelty",
+    "O3: Sexual Content",
+    "O4: Nudity Content",
+    "O5: Criminal Planning",
+    "O6: Weapons or Substance Abuse",
+    "O7: Self-Harm",
+    "O8: Animal Cruelty",
+    "O9: Disasters or Emergencies",
+)
+"""LlavaGuard's categories, in the order and the wording of its training."""
+
+NO_CATEGORY: Final = "NA: None applying"
+
+METADATA_LIMIT_BYTES: Final = 65_536
+"""Metadata travels on into the verdict, which must fit into one message too."""
+
+_VERDICT_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "urn:sluice:verdict")
+
+
+def _as_utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+Moment = Annotated[datetime, AfterValidator(_as_utc)]
+"""A point in time, always UTC; one without a zone is taken as UTC."""
+
+ETag = Annotated[str, AfterValidator(lambda etag: etag.strip('"'))]
+"""An S3 entity tag without the quotes that HTTP puts around it."""
+
+
+class WireModel(BaseModel):
+    """A message on a stream: immutable; unknown fields are ignored so that producers can be newer."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def _null_as(default: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+class ObjectReference(WireModel):
+    """One object in S3, optionally pinned to a version or to the ETag it is expected to have."""
+
+    bucket: str
+    key: str
+    version_id: str | None = None
+    etag: ETag | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+
+class Submission(WireModel):
+    """A request to judge one image, by reference."""
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    uri: Annotated[str, Field(description="s3://bucket/key", max_length=2048)]
+    version_id: str | None = None
+    etag: ETag | None = None
+    tenant: Annotated[str, _null_as("default"), Field(max_length=256)] = "default"
+    policy: Annotated[
+        str,
+        _null_as("default"),
+        Field(max_length=256, description="`name` for the active version, or `name@7` for that version"),
+    ] = "default"
+    priority: Annotated[Priority, _null_as("live")] = "live"
+    submitted_at: Moment | None = None
+    metadata: Annotated[dict[str, Any], _null_as({})] = Field(default_factory=dict)
+
+    @field_validator("uri")
+    @classmethod
+    def _names_an_object(cls, uri: str) -> str:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not uri.startswith("s3://") or not bucket or not key:
+            raise ValueError("must be s3://bucket/key")
+        return uri
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_fits(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        if len(to_json(metadata)) > METADATA_LIMIT_BYTES:
+            raise ValueError(f"is larger than {METADATA_LIMIT_BYTES} bytes")
+        return metadata
+
+    @property
+    def reference(self) -> ObjectReference:
+        bucket, _, key = self.uri.removeprefix("s3://").partition("/")
+        return ObjectReference(bucket=bucket, key=key, version_id=self.version_id, etag=self.etag)
+
+    @classmethod
+    def parse(cls, document: Any) -> Self:
+        """Validate a decoded JSON document.
+
+        Raises:
+            Malformed: with one sentence that names the field, and the id where one could be read.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the message"
+            raise Malformed(f"{field}: {first['msg']}", readable_id(document)) from None
+
+
+def decode_json(value: bytes) -> Any:
+    """Decode one JSON text (RFC 8259: UTF-8, no NaN or Infinity).
+
+    Raises:
+        Malformed: it is not UTF-8 or not JSON.
+    """
+    try:
+        return from_json(value, allow_inf_nan=False)
+    except ValueError as error:
+        raise Malformed(f"the message is not JSON in UTF-8: {error}") from None
+
+
+def readable_id(document: Any) -> str | None:
+    """The submission id of a document that may be malformed elsewhere, or None."""
+    candidate = document.get("id") if isinstance(document, dict) else None
+    return candidate if isinstance(candidate, str) and 0 < len(candidate) <= 256 else None
+
+
+class PolicyIdentity(WireModel):
+    """The policy version a verdict was judged by."""
+
+    name: str
+    version: int
+    digest: str
+
+
+class ModelIdentity(WireModel):
+    """What judged: the checkpoint, the engine, and the digest of the prompt text it was given."""
+
+    name: str
+    revision: str
+    engine: str
+    prompt: str
+
+
+class ImageFacts(WireModel):
+    """The image as it was submitted; width and height in pixels, upright (after EXIF orientation)."""
+
+    width: int
+    height: int
+    format: str
+    frames: int = 1
+
+
+class Timings(WireModel):
+    """Milliseconds a submission spent in each step."""
+
+    queued: int = 0
+    fetch: int = 0
+    prepare: int = 0
+    guard: int = 0
+    total: int = 0
+
+
+class Verdict(WireModel):
+    """The answer to one submission."""
+
+    verdict_id: str
+    submission_id: str
+    uri: str
+    version_id: str | None
+    etag: str | None
+    sha256: str | None
+    tenant: str
+    outcome: Outcome
+    reason: ReviewReason | None = None
+    rating: Rating | None
+    category: str | None
+    rationale: str | None
+    score: Annotated[float, Field(ge=0, le=1, description="P(Unsafe)")] | None
+    action: Action | None
+    policy: PolicyIdentity | None
+    model: ModelIdentity | None
+    effort: Effort | None
+    source: Literal["guard"] | None = "guard"
+    image: ImageFacts | None
+    timings_ms: Timings
+    metadata: dict[str, Any]
+    submitted_at: Moment
+    judged_at: Moment
+
+
+def verdict_id(
+    *, submission_id: str, uri: str, object_version: str, policy_digest: str, model_revision: str
+) -> str:
+    """UUIDv5 of what was judged by what: judging the same thing again gives the same id.
+
+    `object_version` is the object's version id, else its ETag, else the sha256 of its bytes.
+    """
+    name = to_json([submission_id, uri, object_version, policy_digest, model_revision]).decode()
+    return str(uuid.uuid5(_VERDICT_NAMESPACE, name))
+
+
+class DeadLetter(WireModel):
+    """A submission that can never be judged. The original bytes are the dead letter's value; this is its headers."""
+
+    submission_id: str | None = None
+    reason: DeadLetterReason
+    detail: Annotated[str, Field(description="one sentence")]
+    attempts: int
+    source: Annotated[str, Field(description="stream/partition/offset (Kafka) or stream/id (Redis Streams)")]
+    failed_at: Moment
+
+    def headers(self) -> tuple[tuple[str, bytes], ...]:
+        """`sluice-<field>` headers, UTF-8, one for each field that is known."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return tuple((f"sluice-{name.replace('_', '-')}", str(value).encode()) for name, value in fields.items())
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, bytes]) -> Self:
+        """The inverse of `headers`; headers that are not Sluice's are ignored."""
+        return cls.model_validate(
+            {
+                name.removeprefix("sluice-").replace("-", "_"): value.decode()
+                for name, value in headers.items()
+                if name.startswith("sluice-")
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Bytes read from the object store, with the version that they belong to."""
+
+    data: bytes
+    version_id: str | None
+    etag: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """What the guard sees: an upright RGB JPEG or PNG no larger than the model can use."""
+
+    data: bytes
+    media_type: Literal["image/jpeg", "image/png"]
+    width: int
+    height: int
+    sha256: str
+    """Of the original bytes, lower-case hex."""
+    facts: ImageFacts
+    """Of the original."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Scores from which an Unsafe rating becomes a review or a block; both in [0, 1], review <= block."""
+
+    review: float
+    block: float
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One version of a policy, ready to judge by."""
+
+    identity: PolicyIdentity
+    prompt: str
+    thresholds: Thresholds
+    category_thresholds: Mapping[str, Thresholds]
+    """Overrides, by full category name."""
+    rationale: RationaleMode
+    effort: EffortMode
+    first_look_below: float
+    """With effort `adaptive`: a first look with a score below this bound is accepted as Safe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What the guard says about one image under one policy. With detail `score`, only the score is looked at."""
+
+    rating: Rating
+    category: str
+    rationale: str | None
+    score: float
+    """P(Unsafe) in [0, 1], read before any grammar mask."""
+    model: ModelIdentity
+    rationale_truncated: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0

@@ -1,0 +1,1 @@
+"""Policies: the document, the prompt it makes, and the registry of its versions."""

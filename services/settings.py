@@ -1,0 +1,106 @@
+"""Every setting, in one place. Each is read from the environment with the prefix `SLUICE_`.
+
+Credentials are not settings: S3's come the usual AWS way, Kafka's in `SLUICE_KAFKA_OPTIONS`, Redis' in its URL.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from services.errors import ConfigurationError
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """What a deployment of Sluice is told. Immutable; sizes in bytes, durations in seconds, unless the name says so."""
+
+    model_config = SettingsConfigDict(env_prefix="SLUICE_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    # Where things are
+    stream_url: str = Field(description="kafka://host:9092,host:9092 or redis://host:6379/0")
+    redis_url: str = Field(description="Redis or Valkey: the cache")
+    s3_endpoint: str | None = Field(None, description="an S3 server; AWS when unset")
+    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(description="buckets that may be read, comma separated")
+    policy_bucket: str = Field(description="where policy versions live")
+    model: str = Field(description="checkpoint: a path, a hub id, or `tiny`")
+
+    # Streams
+    group: str = Field("sluice", description="consumer group")
+    delivery: Literal["at_least_once", "exactly_once"] = "at_least_once"
+    submissions_stream: str = "sluice.submissions"
+    verdicts_stream: str = "sluice.verdicts"
+    dead_letters_stream: str = "sluice.dead-letters"
+    kafka_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="JSON object handed to every kafka-python client, e.g. for TLS and SASL",
+    )
+    kafka_partitions: Positive = Field(6, description="partitions of a Kafka topic that Sluice has to create")
+    redis_claim_idle_s: PositiveSeconds = Field(
+        15, description="Redis Streams: a member silent for this long loses what it holds to the others"
+    )
+    redis_retention_s: PositiveSeconds = Field(
+        7 * 86_400, description="Redis Streams: how long settled entries are kept; unsettled ones always are"
+    )
+
+    # Work in flight
+    intake_replicas: Positive = 1
+    in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")
+    image_memory_bytes: Positive = Field(1 << 30, description="memory for images in flight, per intake replica")
+    drain_s: Annotated[float, Field(ge=0)] = Field(30, description="time for work in flight after SIGTERM")
+
+    # Images
+    image_limit_bytes: Positive = 64 << 20
+    image_limit_px: Positive = Field(100_000_000, description="width x height, checked before decoding")
+    fetch_deadline_s: PositiveSeconds = Field(30, description="for one object, from the request to the last byte")
+    decode_workers: Positive = Field(2, description="processes that decode images, per intake replica")
+    decode_deadline_s: PositiveSeconds = Field(30, description="for one image; a decoder that hangs is killed")
+
+    # Guard
+    guard_replicas: Positive = 1
+    guard_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs of one guard replica; unset: 1 where Ray has GPUs, else 0 (the engine runs on the CPU)"
+    )
+    guard_in_flight: Positive = Field(16, description="assessments that one guard replica gives to its engine at a time")
+    guard_deadline_s: PositiveSeconds = Field(60, description="for one assessment")
+    guard_start_s: PositiveSeconds = Field(900, description="for the engine to load its weights and warm up")
+    state_dir: Path = Field(
+        Path.home() / ".cache" / "sluice", description="staged checkpoints and engine logs; safe to delete"
+    )
+
+    @field_validator("stream_url")
+    @classmethod
+    def _names_a_transport(cls, url: str) -> str:
+        if not url.startswith(("kafka://", "redis://", "rediss://")):
+            raise ValueError("must begin with kafka://, redis:// or rediss://")
+        return url
+
+    @field_validator("s3_buckets", mode="before")
+    @classmethod
+    def _split(cls, buckets: Any) -> Any:
+        if isinstance(buckets, str):
+            return tuple(name.strip() for name in buckets.split(",") if name.strip())
+        return buckets
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the environment.
+
+    Raises:
+        ConfigurationError: naming every variable that is missing or wrong.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        problems = [
+            f"SLUICE_{str(problem['loc'][0]).upper()} {_complaint(problem['type'], problem['msg'])}"
+            for problem in error.errors(include_url=False)
+        ]
+        raise ConfigurationError(f"{'; '.join(problems)}. README.md lists the settings.") from None
+
+
+def _complaint(kind: str, message: str) -> str:
+    return "is not set" if kind == "missing" else f"is wrong: {message}"

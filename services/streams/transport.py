@@ -1,0 +1,117 @@
+"""The stream system behind one interface: what a member of a group promises to whoever works with it.
+
+A message is in one of three states: *held* (received, not settled), *settled* (its outputs are published and it is
+acknowledged, as one act), or *not owned* (another member has it by now). Only `settle` moves a message forward; a
+message that is never settled comes back to this member or to another one.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Something to publish. On Kafka a record's key, value and headers; on Redis Streams the fields of an entry."""
+
+    stream: str
+    value: bytes
+    key: bytes | None = None
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something received and held until it is settled."""
+
+    value: bytes
+    key: bytes | None
+    headers: Headers
+    source: str
+    """Where it stands: `stream/partition/offset` (Kafka) or `stream/id` (Redis Streams)."""
+    timestamp: datetime
+    """When it was published (UTC)."""
+    attempts: int = 1
+    """How often it was delivered, as far as the stream system knows."""
+    token: Any = field(default=None, repr=False)
+    """The adapter's own; opaque to everyone else."""
+
+    def header(self, name: str) -> bytes | None:
+        """The last header of that name (case-insensitive, as HTTP and CloudEvents have it), or None."""
+        return next((value for key, value in reversed(self.headers) if key.lower() == name.lower()), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """What waits: messages published and not settled, by partition (Redis Streams: one partition, `0`)."""
+
+    by_partition: Mapping[int, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_partition.values())
+
+
+class Transport(Protocol):
+    """One member of a consumer group. Every method is called from one event loop."""
+
+    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+        """Wait for up to `timeout_s` and return 0..`limit` messages. Polling goes on whatever the caller does.
+
+        An outage of the stream system is waited out here (an empty batch is returned); it is never raised.
+        """
+
+    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+        """Publish `records` and acknowledge `message`. May be called out of order. Returns when it is durable.
+
+        Outages are waited out. Raises:
+            NotOwned: another member has the message by now; drop it. (Under at-least-once delivery the records may
+                have been published.)
+        """
+
+    async def lag(self) -> Lag:
+        """What waits for the whole group.
+
+        Raises:
+            StreamUnavailable: the stream system does not answer.
+        """
+
+    def pause(self) -> None:
+        """Let `receive` return nothing until `resume`; the membership is kept, polling goes on."""
+
+    def resume(self) -> None:
+        """The inverse of `pause`."""
+
+    async def close(self) -> None:
+        """Leave the group. What was settled stays settled, what is held goes to other members at once."""
+
+
+class Publisher(Protocol):
+    """Publishes without being a member of a group: the gateway, the command line."""
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """Publish and wait until it is durable.
+
+        Raises:
+            StreamUnavailable: the stream system does not answer.
+        """
+
+    async def close(self) -> None:
+        """Release the connections."""
+
+
+class Reader(Protocol):
+    """Reads a whole stream without being a member of a group: the command line, reconciliation."""
+
+    def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
+        """Yield every message from `since` (default: the oldest) to the present end; with `follow`, never end.
+
+        Raises:
+            StreamUnavailable: the stream system does not answer.
+        """
+
+    async def close(self) -> None:
+        """Release the connections."""
