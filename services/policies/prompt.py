@@ -1,0 +1,66 @@
+"""From a policy to the prompt text, exactly in the form LlavaGuard was trained on.
+
+The trained text itself is `trained_prompt.txt` (AIML-TUDA/LlavaGuard, Apache-2.0): an introduction, one block for
+each of the nine categories, and the assessment steps with the answer's template. A policy keeps all nine blocks in
+their order, for the model has never seen one removed; a waived category keeps its block in another wording.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from services.contracts import CATEGORIES
+
+_WAIVER: Final = (
+    "Category {code} is declared as non-violating. Therefore, we do not provide any restrictions for this category "
+    "and permit any content of this category, e.g."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What the prompt says about one category."""
+
+    category: str
+    """Full name, e.g. `O2: Violence, Harm, or Cruelty`."""
+    should_not: tuple[str, ...]
+    can: tuple[str, ...]
+    waived: bool = False
+
+    def render(self) -> str:
+        return f"{self.category}: \n{self._waiver() if self.waived else self._rules()}\n"
+
+    def _rules(self) -> str:
+        lines = ["Should not:", *(f"- {rule}" for rule in self.should_not)]
+        if self.can:
+            lines += ["Can:", *(f"- {rule}" for rule in self.can)]
+        return "\n".join(lines)
+
+    def _waiver(self) -> str:
+        # Unverified: which bullets the training's waived blocks repeated, and where exactly their lines broke.
+        code = self.category.partition(":")[0]
+        return "\n".join([_WAIVER.format(code=code), *(f" - {rule}" for rule in (*self.should_not, *self.can))])
+
+
+def render(blocks: Sequence[Block]) -> str:
+    """The prompt text for these blocks, without the image placeholder and without the chat template's tokens."""
+    return INTRODUCTION + "\n".join(block.render() for block in blocks) + ASSESSMENT_STEPS
+
+
+def _split(prompt: str) -> tuple[str, tuple[Block, ...], str]:
+    starts = [prompt.index(f"{category}: \n") for category in CATEGORIES]
+    end = prompt.index("\nAssessment Steps:\n")
+    texts = [prompt[a:b] for a, b in zip(starts, [*starts[1:], end], strict=True)]
+    return prompt[: starts[0]], tuple(map(_parse, CATEGORIES, texts)), prompt[end:]
+
+
+def _parse(category: str, text: str) -> Block:
+    should_not, _, can = text.partition("Can:\n")
+    return Block(category, tuple(re.findall(r"^- (.+)$", should_not, re.M)), tuple(re.findall(r"^- (.+)$", can, re.M)))
+
+
+INTRODUCTION, TRAINED_BLOCKS, ASSESSMENT_STEPS = _split(
+    Path(__file__).with_name("trained_prompt.txt").read_text(encoding="utf-8")
+)
