@@ -1,0 +1,46 @@
+# Everything is set up from requirements.lock into .venv; `make demo` and `make test` need nothing before them.
+PYTHON ?= python3
+BIN := .venv/bin
+UV_VERSION := 0.13.8
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock schemas clean
+
+help:
+	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
+	@echo 'make test      lint, type-check and run every test'
+	@echo 'make lint      lint and type-check only'
+	@echo 'make setup     make .venv from requirements.lock'
+	@echo 'make lock      compile requirements.lock from pyproject.toml'
+	@echo 'make schemas   export the JSON Schemas of the wire to infra/schemas'
+
+setup: .venv/.complete
+
+.venv/.complete: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sluice needs Python 3.11 or newer; say which: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/sluice demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: lint
+	$(BIN)/pytest
+
+lock:
+	$(BIN)/uv pip compile --quiet --generate-hashes --all-extras --python-version 3.11 --no-header \
+		--output-file requirements.lock pyproject.toml
+
+schemas: setup
+	$(BIN)/sluice schemas infra/schemas
+
+clean:
+	rm -rf .venv .kafka .sluice .mypy_cache .ruff_cache .pytest_cache .hypothesis
