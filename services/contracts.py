@@ -214,9 +214,7 @@ class Verdict(WireModel):
     judged_at: Moment
 
 
-def verdict_id(
-    *, submission_id: str, uri: str, object_version: str, policy_digest: str, model_revision: str
-) -> str:
+def verdict_id(*, submission_id: str, uri: str, object_version: str, policy_digest: str, model_revision: str) -> str:
     """UUIDv5 of what was judged by what: judging the same thing again gives the same id.
 
     `object_version` is the object's version id, else its ETag, else the sha256 of its bytes.

@@ -4,7 +4,10 @@ Nothing else in Sluice decides either question. Every message is one sentence fo
 Sluice; it ends up in the header `sluice-detail` of a dead letter or on stderr.
 """
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from services.contracts import ModelIdentity
 
 DeadLetterReason = Literal[
     "malformed",
@@ -53,6 +56,11 @@ class GuardUnavailable(Unavailable):
 
 class UnreadableAnswer(SluiceError):
     """The guard's answer could not be read. After one more try the submission ends as `needs_review`."""
+
+    def __init__(self, detail: str, model: "ModelIdentity | None" = None) -> None:
+        super().__init__(detail)
+        self.model = model
+        """What gave the answer."""
 
 
 class Unjudgeable(SluiceError):

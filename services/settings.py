@@ -64,7 +64,9 @@ class Settings(BaseSettings):
     guard_gpus: Annotated[float, Field(ge=0)] | None = Field(
         None, description="GPUs of one guard replica; unset: 1 where Ray has GPUs, else 0 (the engine runs on the CPU)"
     )
-    guard_in_flight: Positive = Field(16, description="assessments that one guard replica gives to its engine at a time")
+    guard_in_flight: Positive = Field(
+        16, description="assessments that one guard replica gives to its engine at a time"
+    )
     guard_deadline_s: PositiveSeconds = Field(60, description="for one assessment")
     guard_start_s: PositiveSeconds = Field(900, description="for the engine to load its weights and warm up")
     state_dir: Path = Field(

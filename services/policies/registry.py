@@ -41,9 +41,7 @@ class Activation(WireModel):
 class PolicyRegistry:
     """Publishes, finds and activates policy versions in one bucket. Blocking: call it off the event loop."""
 
-    def __init__(
-        self, s3: "S3Client", bucket: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-    ) -> None:
+    def __init__(self, s3: "S3Client", bucket: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._s3 = s3
         self._bucket = bucket
         self._clock = clock

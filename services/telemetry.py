@@ -1,0 +1,32 @@
+"""Every metric, documented where it is defined. Ray exports them to Prometheus with the prefix `ray_`."""
+
+from typing import Final
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+SUBMISSIONS: Final = Counter(
+    "sluice_submissions_total",
+    "Submissions that ended. `end` is the outcome of the verdict, or `dead_letter`; `reason` says why, where there is "
+    "a reason.",
+    tag_keys=("end", "reason"),
+)
+
+STEP_SECONDS: Final = Histogram(
+    "sluice_step_seconds",
+    "Time that one submission spent in one step: queued, fetch, prepare, guard, total.",
+    boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300],
+    tag_keys=("step",),
+)
+
+WAITS: Final = Counter(
+    "sluice_waits_total",
+    "Times that a step was put off because something it needs was away; `error` is the kind of unavailability. A "
+    "growing count means that the stream waits.",
+    tag_keys=("error",),
+)
+
+IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake replica is working on.")
+
+LAG: Final = Gauge(
+    "sluice_lag", "Messages published and not settled, for the whole group, by partition.", tag_keys=("partition",)
+)
