@@ -1,0 +1,70 @@
+"""A budget of bytes, so that memory stays bounded however many images are in flight."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class ByteBudget:
+    """Hands out up to `limit` bytes at a time, first come, first served; used from one event loop.
+
+    First come, first served also means that a large request is never starved by small ones behind it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: bytes, more than zero."""
+        if limit <= 0:
+            raise ValueError("a budget must be larger than zero")
+        self.limit = limit
+        self._free = limit
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def used(self) -> int:
+        """Bytes handed out now."""
+        return self.limit - self._free
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def reserve(self, size: int) -> AsyncIterator[None]:
+        """Hold `size` bytes for as long as the block runs. More than the whole limit gets the whole limit."""
+        size = min(max(size, 0), self.limit)
+        await self._acquire(size)
+        try:
+            yield
+        finally:
+            self._release(size)
+
+    async def _acquire(self, size: int) -> None:
+        if not self._waiting and size <= self._free:
+            self._free -= size
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = (size, turn)
+        self._waiting.append(waiter)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._release(size)  # the turn came in the moment of the cancellation
+            else:
+                if waiter in self._waiting:
+                    self._waiting.remove(waiter)
+                self._wake()  # those behind may fit where this one did not
+            raise
+
+    def _release(self, size: int) -> None:
+        self._free += size
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            size, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._free -= size
+                turn.set_result(None)
