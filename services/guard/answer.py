@@ -1,0 +1,181 @@
+"""How the guard is asked and how its answer is held to a form and read: pure text in, values out."""
+
+import json
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Final
+
+from services.contracts import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
+from services.errors import ConfigurationError, UnreadableAnswer
+from services.guard.checkpoints import Layout
+
+ANSWER_START: Final = '{\n    "rating": "'
+"""What every answer begins with. The next token is the rating."""
+
+_CATEGORY_KEY: Final = '",\n    "category": "'
+_RATIONALE_KEY: Final = '",\n    "rationale": "'
+_END: Final = '"\n}'
+
+HEAD_TOKENS: Final = len("Unsafe" + _CATEGORY_KEY + max([*CATEGORIES, NO_CATEGORY], key=len) + _RATIONALE_KEY)
+"""No answer needs more tokens than this before its rationale, or without one: a token is at least one character."""
+
+_MARKER: Final = re.compile(r"<image>|<\|[a-z_]+\|>")
+
+_CUT_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{0,3})?$")
+_CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
+
+
+def question(layout: Layout, prompt: str) -> str:
+    """The text that a checkpoint was trained to see, up to where its answer begins; the image comes first.
+
+    Raises:
+        ConfigurationError: the prompt contains a marker of the layout, which would end the user's turn early.
+    """
+    if marker := _MARKER.search(prompt):
+        raise ConfigurationError(f"The policy's text must not contain {marker[0]}: it means something to the model.")
+    match layout:
+        case "chatml-llava":
+            return (
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                f"<|im_start|>user\n<image>\n{prompt}<|im_end|>\n"
+                "<|im_start|>assistant\n"
+            )
+
+
+def grammar(mode: RationaleMode, rating: Rating | None = None) -> str:
+    """EBNF (xgrammar) of everything after `ANSWER_START`, for both ratings or for a given one.
+
+    A Safe answer names any category; an Unsafe one names an O category and, unless `mode` is `never`, gives a
+    rationale. A rationale is ASCII with JSON escapes, as in training, begins with a visible character and has no two
+    spaces in a row: so no weights can fill it with white space.
+    """
+    endings = {
+        "Safe": "reasoned" if mode == "always" else "bare",
+        "Unsafe": "bare" if mode == "never" else "reasoned",
+    }
+    branches = ("Safe", "Unsafe") if rating is None else (rating,)
+    categories = {"Safe": "any", "Unsafe": "violated"}
+    root = " | ".join(
+        f"{_literal(branch + _CATEGORY_KEY)} {categories[branch]} {endings[branch]}" for branch in branches
+    )
+    violated = " | ".join(map(_literal, CATEGORIES))
+    return "\n".join(
+        [
+            f"root ::= {root}",
+            f"any ::= violated | {_literal(NO_CATEGORY)}",
+            f"violated ::= {violated}",
+            f"bare ::= {_literal(_END)}",
+            f"reasoned ::= {_literal(_RATIONALE_KEY)} [!#-\\[\\]-~] rest* {_literal(_END)}",
+            'rest ::= " "? ([!#-\\[\\]-~] | "\\\\" escape)',
+            'escape ::= ["\\\\] | "u" code',
+            # Neither control characters nor lone surrogates, which no UTF-8 message could carry.
+            'code ::= "00" [a-f] hex | "0" [1-9a-f] hex hex | [1-9abcef] hex hex hex | "d" [0-7] hex hex'
+            ' | "d" [89ab] hex hex "\\\\ud" [c-f] hex hex',
+            "hex ::= [0-9a-f]",
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as it was read."""
+
+    rating: Rating
+    category: str
+    rationale: str | None
+    truncated: bool
+    """The rationale was cut by the token limit."""
+
+
+def read(text: str, *, cut: bool) -> Answer:
+    """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
+
+    Raises:
+        UnreadableAnswer: it is not an answer, or it was cut before its rationale said anything.
+    """
+    whole = ANSWER_START + text
+    truncated = False
+    try:
+        document = json.loads(whole)
+    except ValueError:
+        if not cut:
+            raise UnreadableAnswer("The guard's answer is not JSON.") from None
+        try:
+            document = json.loads(close(whole))
+        except ValueError:
+            raise UnreadableAnswer("The guard's answer was cut before its rationale.") from None
+        # Cut behind the rationale's closing quote, nothing of it is missing.
+        truncated = not whole.rstrip().endswith('"') or _ends_inside_string(whole)
+    return _answer(document, truncated)
+
+
+def close(text: str) -> str:
+    """Complete a JSON object that was cut inside, or right behind, its last string; half an escape is dropped."""
+    if _ends_inside_string(text):
+        odd_backslashes = (len(text) - len(text.rstrip("\\"))) % 2
+        if odd_backslashes:
+            text = text[:-1]
+        elif (escape := _CUT_ESCAPE.search(text)) and not _is_escaped(text, escape.start()):
+            text = text[: escape.start()]
+        # The first half of a surrogate pair means nothing alone.
+        if (pair := _CUT_PAIR.search(text)) and not _is_escaped(text, pair.start()):
+            text = text[: pair.start()]
+        text = text.rstrip(" ") + '"'
+    return text.rstrip() + "\n}"
+
+
+def p_unsafe(safe: float, unsafe: float) -> float:
+    """P(Unsafe) in [0, 1] from the log probabilities of the two rating tokens, among these two.
+
+    Raises:
+        UnreadableAnswer: one of them is not a number.
+    """
+    if math.isnan(safe) or math.isnan(unsafe):
+        raise UnreadableAnswer("The guard's score is not a number.")
+    difference = safe - unsafe
+    # Beyond this exp overflows, and the score is 0 in double precision anyway.
+    return 0.0 if difference > 700 else 1 / (1 + math.exp(difference))
+
+
+def _answer(document: Any, truncated: bool) -> Answer:
+    if not isinstance(document, dict):
+        raise UnreadableAnswer("The guard's answer is not a JSON object.")
+    rating, category, rationale = (document.get(key) for key in ("rating", "category", "rationale"))
+    if rating not in ("Safe", "Unsafe"):
+        raise UnreadableAnswer("The guard's answer has no rating.")
+    if category not in CATEGORIES and (category != NO_CATEGORY or rating == "Unsafe"):
+        raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
+    if rationale is not None and (not isinstance(rationale, str) or not (rationale := _clean(rationale))):
+        raise UnreadableAnswer("The guard's rationale is empty.")
+    return Answer(rating, category, rationale, truncated)
+
+
+def _clean(rationale: str) -> str:
+    """Without what a reader cannot see: control, format and unassigned characters, and runs of white space."""
+    kept = "".join(character for character in rationale if unicodedata.category(character)[0] != "C")
+    return " ".join(kept.split())
+
+
+def _ends_inside_string(text: str) -> bool:
+    inside = escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\" and inside:
+            escaped = True
+        elif character == '"':
+            inside = not inside
+    return inside
+
+
+def _is_escaped(text: str, index: int) -> bool:
+    """Whether the backslash at `index` is itself the second half of an escaped backslash."""
+    before = text[:index]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

@@ -1,0 +1,108 @@
+"""The command line and the environment of the SGLang server."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from services.guard.checkpoints import Checkpoint
+
+_CPU_FLAGS: Final = (
+    *("--device", "cpu"),
+    *("--attention-backend", "torch_native"),
+    *("--mm-attention-backend", "sdpa"),
+    "--disable-cuda-graph",
+    *("--max-total-tokens", "16384"),
+    *("--mem-fraction-static", "0.3"),
+)
+
+_CUDA_FLAGS: Final = (
+    # A chunk boundary inside an image encodes the whole image again, so chunks are long.
+    *("--chunked-prefill-size", "32768"),
+    *("--max-prefill-tokens", "65536"),
+    *("--mem-fraction-static", "0.80"),
+)
+
+_COMMON_FLAGS: Final = (
+    *("--host", "127.0.0.1"),
+    *("--allowed-media-domains", "invalid.invalid"),
+    # Otherwise a checkpoint's generation_config.json fills in sampling fields.
+    *("--sampling-defaults", "openai"),
+    *("--grammar-backend", "xgrammar"),
+    *("--limit-mm-data-per-request", json.dumps({"image": 1})),
+    "--enable-priority-scheduling",
+    "--skip-server-warmup",
+    # One line per batch otherwise, for ever.
+    *("--log-level", "warning"),
+    *("--log-level-http", "warning"),
+)
+
+_WITHHELD_PREFIXES: Final = ("AWS_", "SLUICE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_")
+"""The engine has no credentials, and nothing outside chooses its ways."""
+
+_WITHHELD: Final = frozenset(
+    {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy", "pythondontwritebytecode"}
+)
+
+
+@functools.cache
+def cuda_available() -> bool:
+    """Whether PyTorch sees a GPU: asked of a process of its own, so that this one need not load PyTorch. Blocks."""
+    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
+    return subprocess.run([sys.executable, "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that is free now; another process may still take it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(checkpoint: Checkpoint, folder: Path, *, port: int, secrets: Path, cuda: bool, in_flight: int) -> list[str]:
+    """The server's argv. `secrets` is a file of flags that must not show in a process list."""
+    return [
+        *(sys.executable, "-m", "sglang.launch_server"),
+        *("--model-path", str(folder)),
+        *("--port", str(port)),
+        *("--config", str(secrets)),
+        # Above what is ever given to it: probes come on top.
+        *("--max-queued-requests", str(2 * in_flight + 16)),
+        *_COMMON_FLAGS,
+        *(_CUDA_FLAGS if cuda else _CPU_FLAGS),
+        *(("--tokenizer-path", checkpoint.tokenizer) if checkpoint.tokenizer else ()),
+        *checkpoint.launch_flags,
+    ]
+
+
+def write_secrets(path: Path, *, api_key: str) -> None:
+    """The API key as a file of flags, readable by this user only."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"api-key: {api_key}\n")
+
+
+def environment(
+    inherited: Mapping[str, str], *, scratch: Path, cuda: bool, in_flight: int, deadline_s: float
+) -> dict[str, str]:
+    """The server's environment: this process's, without credentials, proxies and SGLang's own switches."""
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(_WITHHELD_PREFIXES) and name.lower() not in _WITHHELD
+    }
+    kept |= {
+        # Everything was staged before: a server that wants the network has lost its way.
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(scratch),
+        # An image waits this long for a preprocessing worker before SGLang replaces the whole pool.
+        "REQUEST_TIMEOUT": str(max(10, int(deadline_s))),
+        "SGLANG_CPU_WORKERS": str(min(in_flight, os.cpu_count() or 1)),
+    }
+    if not cuda:
+        kept["OMP_NUM_THREADS"] = "1"
+    return kept
