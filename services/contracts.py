@@ -4,7 +4,7 @@ Everything here is a value: immutable, free of clocks, sockets and credentials.
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, Self
@@ -226,6 +226,10 @@ def verdict_id(*, submission_id: str, uri: str, object_version: str, policy_dige
 class DeadLetter(WireModel):
     """A submission that can never be judged. The original bytes are the dead letter's value; this is its headers."""
 
+    model_config = ConfigDict(
+        alias_generator=lambda name: f"sluice-{name.replace('_', '-')}", validate_by_name=True, validate_by_alias=True
+    )
+
     submission_id: str | None = None
     reason: DeadLetterReason
     detail: Annotated[str, Field(description="one sentence")]
@@ -234,20 +238,14 @@ class DeadLetter(WireModel):
     failed_at: Moment
 
     def headers(self) -> tuple[tuple[str, bytes], ...]:
-        """`sluice-<field>` headers, UTF-8, one for each field that is known."""
-        fields = self.model_dump(mode="json", exclude_none=True)
-        return tuple((f"sluice-{name.replace('_', '-')}", str(value).encode()) for name, value in fields.items())
+        """One header for each field that is known, UTF-8."""
+        fields = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return tuple((name, str(value).encode()) for name, value in fields.items())
 
     @classmethod
-    def from_headers(cls, headers: Mapping[str, bytes]) -> Self:
+    def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self:
         """The inverse of `headers`; headers that are not Sluice's are ignored."""
-        return cls.model_validate(
-            {
-                name.removeprefix("sluice-").replace("-", "_"): value.decode()
-                for name, value in headers.items()
-                if name.startswith("sluice-")
-            }
-        )
+        return cls.model_validate({name: value.decode(errors="replace") for name, value in headers})
 
 
 @dataclass(frozen=True, slots=True)

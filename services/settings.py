@@ -14,6 +14,8 @@ from services.errors import ConfigurationError
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
+_NEEDED_BY_WORKERS = ("stream_url", "redis_url", "s3_buckets", "policy_bucket", "model")
+
 
 class Settings(BaseSettings):
     """What a deployment of Sluice is told. Immutable; sizes in bytes, durations in seconds, unless the name says so."""
@@ -21,12 +23,12 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SLUICE_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     # Where things are
-    stream_url: str = Field(description="kafka://host:9092,host:9092 or redis://host:6379/0")
-    redis_url: str = Field(description="Redis or Valkey: the cache")
+    stream_url: str = Field("", description="kafka://host:9092,host:9092 or redis://host:6379/0")
+    redis_url: str = Field("", description="Redis or Valkey: the cache")
     s3_endpoint: str | None = Field(None, description="an S3 server; AWS when unset")
-    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(description="buckets that may be read, comma separated")
-    policy_bucket: str = Field(description="where policy versions live")
-    model: str = Field(description="checkpoint: a path, a hub id, or `tiny`")
+    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field((), description="buckets that may be read, comma separated")
+    policy_bucket: str = Field("", description="where policy versions live")
+    model: str = Field("", description="checkpoint: a path, a hub id, or `tiny`")
 
     # Streams
     group: str = Field("sluice", description="consumer group")
@@ -45,6 +47,9 @@ class Settings(BaseSettings):
     redis_retention_s: PositiveSeconds = Field(
         7 * 86_400, description="Redis Streams: how long settled entries are kept; unsettled ones always are"
     )
+
+    # Ray
+    ray_address: str | None = Field(None, description="Ray cluster to run on; unset: one of this machine's own")
 
     # Work in flight
     intake_replicas: Positive = 1
@@ -76,7 +81,7 @@ class Settings(BaseSettings):
     @field_validator("stream_url")
     @classmethod
     def _names_a_transport(cls, url: str) -> str:
-        if not url.startswith(("kafka://", "redis://", "rediss://")):
+        if url and not url.startswith(("kafka://", "redis://", "rediss://")):
             raise ValueError("must begin with kafka://, redis:// or rediss://")
         return url
 
@@ -88,21 +93,24 @@ class Settings(BaseSettings):
         return buckets
 
 
-def load(**overrides: Any) -> Settings:
-    """Read the environment.
+def load(*needed: str) -> Settings:
+    """Read the environment. `needed` names the fields that must be set; all that a worker needs when empty.
 
     Raises:
         ConfigurationError: naming every variable that is missing or wrong.
     """
     try:
-        return Settings(**overrides)
+        settings = Settings()
     except ValidationError as error:
         problems = [
-            f"SLUICE_{str(problem['loc'][0]).upper()} {_complaint(problem['type'], problem['msg'])}"
+            f"SLUICE_{str(problem['loc'][0]).upper()} is wrong: {problem['msg']}"
             for problem in error.errors(include_url=False)
         ]
-        raise ConfigurationError(f"{'; '.join(problems)}. README.md lists the settings.") from None
-
-
-def _complaint(kind: str, message: str) -> str:
-    return "is not set" if kind == "missing" else f"is wrong: {message}"
+        raise ConfigurationError("; ".join(problems)) from None
+    missing = [f"SLUICE_{name.upper()}" for name in needed or _NEEDED_BY_WORKERS if not getattr(settings, name)]
+    if missing:
+        raise ConfigurationError(
+            f"{', '.join(missing)} not set; set {'it' if len(missing) == 1 else 'them'} as README.md says, or start "
+            "everything here with `sluice up --embedded`"
+        )
+    return settings

@@ -1,0 +1,134 @@
+"""`sluice`: the command line. Results go to stdout, progress and errors to stderr."""
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines import environment
+from services import settings as settings_module
+from services.errors import SluiceError
+
+app = typer.Typer(
+    name="sluice",
+    help="Moderate streams of images with LlavaGuard.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Each command imports what it runs: `sluice submit` need not wait for Ray.
+# ruff: noqa: PLC0415
+
+
+def main() -> None:
+    """Run the command line; a failure is one sentence on stderr and exit status 1."""
+    try:
+        app()
+    except SluiceError as error:
+        _say(f"sluice: {error}")
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output has seen enough; the interpreter's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.callback()
+def _read_environment_file(context: typer.Context) -> None:
+    if context.invoked_subcommand not in {"up", "demo"}:
+        for name, value in environment.read().items():
+            os.environ.setdefault(name, value)
+
+
+@app.command()
+def demo() -> None:
+    """Judge a handful of drawn images from submission to verdict, on embedded backends."""
+    from pipelines.demo import demonstrate
+    from pipelines.up import Stopped
+
+    try:
+        settled = demonstrate(_Progress())
+    except Stopped:
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if settled else 1)
+
+
+@app.command()
+def up(
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Start a stream, a cache and an S3 server too, where none is set.")
+    ] = False,
+) -> None:
+    """Run the service in the foreground until SIGINT or SIGTERM, then drain."""
+    from pipelines.up import Stopped, running
+
+    progress = _Progress()
+    try:
+        with (
+            running(embed=embedded, progress=progress) as settings,
+            environment.written(settings, environment.ENV_FILE, os.environ if embedded else None),
+        ):
+            progress(f"ready: reading {settings.submissions_stream}; other commands in this folder find the service")
+            while True:
+                time.sleep(3600)
+    except Stopped:
+        progress("stopped")
+
+
+@app.command()
+def submit(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="s3:// URIs or files; - reads submissions as JSON lines.")
+    ],
+    policy: Annotated[str, typer.Option(help="NAME for the active version, NAME@V for that one.")] = "default",
+    tenant: Annotated[str, typer.Option()] = "default",
+) -> None:
+    """Submit images and print the id of each submission."""
+    from pipelines import client
+
+    settings = settings_module.load("stream_url")
+    submissions = client.read_references(references, settings, policy=policy, tenant=tenant, lines=sys.stdin.buffer)
+    asyncio.run(client.submit(submissions, settings, on_published=typer.echo))
+
+
+@app.command()
+def verdicts(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One verdict as JSON a line.")] = False,
+) -> None:
+    """Print the verdicts on the stream, oldest first."""
+    from pipelines import client
+
+    settings = settings_module.load("stream_url")
+    try:
+        asyncio.run(client.print_verdicts(settings, follow=follow, as_json=as_json, write=typer.echo))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command(hidden=True)
+def schemas(folder: Path) -> None:
+    """Export the JSON Schemas of the wire."""
+    from pipelines.schemas import export
+
+    for file in export(folder):
+        typer.echo(file)
+
+
+class _Progress:
+    """Progress lines on stderr, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        _say(f"[{time.monotonic() - self._started:5.1f} s] {line}")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

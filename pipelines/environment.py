@@ -1,0 +1,46 @@
+"""`.sluice/env`: how the commands in one folder find the service that runs there."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from services.settings import Settings
+
+ENV_FILE: Final = Path(".sluice/env")
+_CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+_SECRET: Final = {"kafka_options"}  # may hold a password; whoever runs the commands has it in the environment
+
+
+def read(file: Path = ENV_FILE) -> dict[str, str]:
+    """The variables in the file; none when there is no file."""
+    if not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@contextmanager
+def written(settings: Settings, file: Path, environment: Mapping[str, str] | None) -> Iterator[None]:
+    """Keep the settings in `file`, readable by its owner only, for as long as the block runs.
+
+    `environment` holds the credentials of an embedded S3 server, or is None: other credentials are never written.
+    """
+    values = settings.model_dump(mode="json", exclude_none=True, exclude=_SECRET)
+    lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
+    lines += [f"{name}={environment[name]}" for name in _CREDENTIALS if environment and name in environment]
+    content = "\n".join(lines) + "\n"
+
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as output:
+        output.write(content)
+    draft.replace(file)
+    try:
+        yield
+    finally:
+        # A service started later in the same folder has put its own file there.
+        if file.exists() and file.read_text(encoding="utf-8") == content:
+            file.unlink()

@@ -1,0 +1,216 @@
+"""The service in the foreground: from the first backend that it starts to the last child process that it ends."""
+
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+from typing import Final
+from urllib.parse import urlsplit
+
+import psutil
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+
+from pipelines import embedded
+from pipelines.stream import APPLICATION, application, registry
+from services import settings as settings_module
+from services.errors import ConfigurationError, PolicyUnavailable
+from services.guard import checkpoints
+from services.settings import Settings
+
+_REACH_S: Final = 20.0
+"""How long a backend may take to answer at the start before the user is told."""
+_STOP_S: Final = 12.0
+"""How long the orderly end may take beyond the drain; then every child is killed."""
+_POLL_S: Final = 0.25
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_OBJECT_STORE_BYTES: Final = 200 << 20  # images travel inline in calls; Ray's own default takes 30 % of the memory
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came."""
+
+
+@contextmanager
+def running(*, embed: bool, progress: Progress) -> Iterator[Settings]:
+    """Start everything, yield when all of it is ready, drain it at the end. For the main thread only.
+
+    Raises:
+        ConfigurationError: what keeps it from starting, and what to do.
+        Stopped: a signal came. It is also raised into the block; a second one cuts the drain short.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    end_s = _STOP_S
+    with _leaving_no_process() as limit_end:
+        stack = ExitStack()
+        try:
+            if embed:
+                progress("starting the embedded backends")
+                os.environ.update(stack.enter_context(embedded.backends(os.environ)))
+            settings = settings_module.load()
+            checkpoints.resolve(settings.model)
+            _check_reachable(settings)
+            _publish_built_in(settings)
+            progress("starting Ray")
+            stack.enter_context(_ray(settings))
+            handle = _deploy(settings, progress)
+            stack.callback(_drain, handle, settings, progress)
+            end_s += settings.drain_s
+            yield settings
+        finally:
+            limit_end(end_s)
+            stack.close()
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+@contextmanager
+def _leaving_no_process() -> Iterator[Callable[[float], None]]:
+    """Kill at the end whatever is left of this process' descendants.
+
+    Yields a function that says, when the end begins, how many seconds it may take.
+    """
+    watchdog: threading.Timer | None = None
+
+    def limit_end(seconds: float) -> None:
+        nonlocal watchdog
+        # Descendants whose parents go first become children of this process, so that they are found.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        watchdog = threading.Timer(seconds, _give_up)
+        watchdog.daemon = True
+        watchdog.start()
+
+    try:
+        yield limit_end
+    finally:
+        _kill_descendants()
+        if watchdog:
+            watchdog.cancel()
+
+
+def _give_up() -> None:
+    log.error("the end took too long; what is left is killed, and what was in flight comes back at the next start")
+    _kill_descendants()
+    os._exit(1)
+
+
+def _kill_descendants() -> None:
+    while descendants := psutil.Process().children(recursive=True):
+        for descendant in descendants:
+            with suppress(psutil.NoSuchProcess):
+                descendant.kill()
+        psutil.wait_procs(descendants, timeout=1)
+
+
+def _check_reachable(settings: Settings) -> None:
+    """Wait a while for every backend to accept a connection."""
+    for name, url, default_port in (
+        ("SLUICE_STREAM_URL", settings.stream_url, 9092),
+        ("SLUICE_REDIS_URL", settings.redis_url, 6379),
+        ("SLUICE_S3_ENDPOINT", settings.s3_endpoint, 443),
+    ):
+        if url:
+            hosts = [urlsplit(f"//{host}") for host in urlsplit(url).netloc.rpartition("@")[2].split(",")]
+            _wait_for_any([(host.hostname or "localhost", host.port or default_port) for host in hosts], name)
+
+
+def _wait_for_any(addresses: list[tuple[str, int]], setting: str) -> None:
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        for address in addresses:
+            with suppress(OSError), socket.create_connection(address, timeout=2):
+                return
+        if time.monotonic() > deadline:
+            tried = ", ".join(f"{host}:{port}" for host, port in addresses)
+            raise ConfigurationError(f"nothing answers at {setting} ({tried}); start it, or correct the setting")
+        time.sleep(_POLL_S)
+
+
+def _publish_built_in(settings: Settings) -> None:
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        try:
+            return registry(settings).publish_built_in()
+        except PolicyUnavailable as error:
+            if time.monotonic() > deadline:
+                raise ConfigurationError(str(error)) from error
+            time.sleep(1)
+
+
+@contextmanager
+def _ray(settings: Settings) -> Iterator[None]:
+    """A Ray cluster of this machine's own, or the one that the settings name, with Serve on it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = {
+        "num_cpus": max(os.cpu_count() or 1, settings.intake_replicas + settings.guard_replicas),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    ray.init(settings.ray_address or "local", logging_level="WARNING", **({} if settings.ray_address else local))
+    signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
+    try:
+        serve.start(
+            proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False)
+        )
+        yield
+    finally:
+        with suppress(Exception):
+            serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(settings: Settings, progress: Progress) -> DeploymentHandle:
+    """Run the application and wait until every replica is ready."""
+    gpus = settings.guard_gpus
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    target = serve.RunTarget(
+        application(settings, guard_gpus=gpus),
+        name=APPLICATION,
+        route_prefix=None,
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    started = time.monotonic()
+    next_word_s = 0.0
+    while True:
+        status = serve.status().applications[APPLICATION]
+        if status.status == ApplicationStatus.RUNNING:
+            return handle
+        if status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise ConfigurationError(_cause("; ".join(d.message for d in status.deployments.values() if d.message)))
+        elapsed_s = time.monotonic() - started
+        if elapsed_s >= next_word_s:
+            progress(f"loading {settings.model} into the engine ({elapsed_s:.0f} s)")
+            next_word_s = elapsed_s + 5
+        time.sleep(_POLL_S)
+
+
+def _cause(message: str) -> str:
+    """The sentence of Sluice's own error in a message of Ray Serve, else the whole message."""
+    own = re.findall(r"services\.errors\.\w+: (.+)", message)
+    return own[-1] if own else message
+
+
+def _drain(handle: DeploymentHandle, settings: Settings, progress: Progress) -> None:
+    progress("draining")
+    try:
+        handle.broadcast("drain").results(timeout_s=settings.drain_s + 2)
+    except Exception as error:  # noqa: BLE001 - the end goes on; what is not settled comes back at the next start
+        log.warning("the drain was not finished: %s", error)

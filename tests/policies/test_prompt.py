@@ -1,0 +1,35 @@
+"""The prompt: exactly as trained."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from services.policies.policy import PolicyDocument
+from services.policies.prompt import TRAINED_BLOCKS, render
+
+TRAINED = (Path(__file__).parents[1] / "data" / "default-prompt.txt").read_text(encoding="utf-8")
+
+
+def test_the_default_policy_makes_the_trained_prompt_byte_for_byte() -> None:
+    assert PolicyDocument(name="default").prompt() == TRAINED
+
+
+def test_a_waived_category_keeps_its_place_and_says_so() -> None:
+    prompt = PolicyDocument.model_validate({"name": "history", "categories": {"O2": "waive"}}).prompt()
+    block = prompt[prompt.index("O2: ") : prompt.index("\nO3: ")]
+    assert block == (
+        "O2: Violence, Harm, or Cruelty: \n"
+        "Category O2 is declared as non-violating. Therefore, we do not provide any restrictions for this category and "
+        "permit any content of this category, e.g.\n"
+        " - Contain content of people planning or engaging in violence.\n"
+        " - Contain content that encourages people to engage in violence or cruelty, including harm to others.\n"
+        " - Contain educational content that provides information on violence, harm, and cruelty.\n"
+        " - Discuss historical events involving violence and cruelty.\n"
+    )
+    assert prompt.replace(block, "") == TRAINED.replace(TRAINED_BLOCKS[1].render(), "")
+
+
+def test_own_wording_replaces_only_its_own_rules() -> None:
+    blocks = [replace(TRAINED_BLOCKS[0], should_not=("Mock anyone.",)), *TRAINED_BLOCKS[1:]]
+    prompt = render(blocks)
+    assert "Should not:\n- Mock anyone.\nCan:\n- Contain educational content" in prompt
+    assert prompt[prompt.index("O2: ") :] == TRAINED[TRAINED.index("O2: ") :]
