@@ -1,0 +1,252 @@
+"""From the bytes of an image in any of eight formats to an upright RGB picture no larger than the model can use.
+
+Pure functions. The bytes are hostile: outside of tests they are called in a process of `services.images.prepare`,
+where a crash, a hang or a flood of memory harms nobody else.
+
+Whatever is not passed on as it is becomes a JPEG of quality 95 without chroma subsampling: against the downscaling that
+the model does anyway its loss is nothing, while PNG takes ten times as long and several times the bytes for a photo.
+"""
+
+import hashlib
+import io
+import math
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+import pillow_heif
+from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlugin
+
+from services.contracts import ImageFacts, PreparedImage
+from services.errors import NotAnImage, TooLarge, Unjudgeable
+from services.images.sniff import Format, gif_frames, is_plain, sniff, tiff_pages, webp_size
+
+_PLUGINS: Final[dict[Format, str]] = {
+    "jpeg": "JPEG",
+    "png": "PNG",
+    "webp": WebPImagePlugin.WebPImageFile.format,
+    "gif": "GIF",
+    "bmp": "BMP",
+    "tiff": TiffImagePlugin.TiffImageFile.format,
+    "avif": AvifImagePlugin.AvifImageFile.format,
+    "heic": "HEIF",
+}
+_ORIENTATION_TAG: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image with that EXIF orientation upright."""
+_QUALITY: Final = 95
+_GAP: Final = 2.0
+"""A cheap box filter may shrink down to this many times the wanted size; Lanczos does the rest."""
+_PROFILE_LIMIT_BYTES: Final = 4 << 20
+_SRGB_GAMMA: Final = 1 / 2.2
+
+pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool of processes is what uses the cores
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an image may cost and what the model can use."""
+
+    image_px: int
+    """Width times height, checked before anything is decoded."""
+    side_px: int
+    """The longer side of a prepared image at most."""
+
+
+def prepare(data: bytes, limits: Limits) -> PreparedImage:
+    """Decode the first frame or page completely; make it upright, opaque (over white), 8-bit sRGB and small enough.
+
+    An upright RGB JPEG or PNG that fits and holds nothing but its picture is passed on as it is.
+
+    Raises:
+        NotAnImage: unknown, truncated or corrupt.
+        TooLarge: more pixels, or more memory to decode, than allowed.
+    """
+    kind = sniff(data)
+    if kind is None:
+        raise NotAnImage("the bytes are not JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC")
+    try:
+        return _prepare(data, kind, limits)
+    except Unjudgeable:
+        raise
+    except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooLarge(f"the {kind} takes more memory to decode than allowed") from None
+    except Exception as error:  # noqa: BLE001 - on hostile bytes decoders raise whatever they like
+        if "too large" in str(error).lower() or "memory" in str(error).lower():
+            raise TooLarge(f"the {kind} takes more memory to decode than allowed") from None
+        raise NotAnImage(f"the {kind} cannot be decoded: {' '.join(str(error).split())[:200]}") from None
+
+
+def smaller(image: PreparedImage, side_px: int) -> PreparedImage:
+    """The same prepared image with the longer side at most `side_px`; itself when it fits already."""
+    if max(image.width, image.height) <= side_px:
+        return image
+    size = _fit(image.width, image.height, side_px)
+    with Image.open(io.BytesIO(image.data), formats=["JPEG", "PNG"]) as opened:
+        opened.draft("RGB", _with_gap(size))
+        small = _encode(_resized(opened.convert("RGB"), size))
+    return replace(image, data=small, media_type="image/jpeg", width=size[0], height=size[1])
+
+
+def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
+    if kind == "webp":
+        _check_pixels(webp_size(data) or (0, 0), limits)
+    with Image.open(io.BytesIO(data), formats=[_PLUGINS[kind]]) as image:
+        width, height = image.size
+        _check_pixels(image.size, limits)
+        if kind == "jpeg":
+            image.draft(None, _with_gap(_fit(width, height, limits.side_px)))
+        image.load()
+        orientation = _orientation(image)
+        profile = image.info.get("icc_profile")
+        gamma = _unusual_gamma(image, kind)
+        as_it_is = (
+            image.mode == "RGB"
+            and max(width, height) <= limits.side_px
+            and orientation not in _UPRIGHT
+            and is_plain(data, kind)
+        )
+        upright = (height, width) if orientation >= 5 else (width, height)
+        prepared = (
+            data if as_it_is else _encode(_upright(image, orientation, profile, gamma, _fit(*upright, limits.side_px)))
+        )
+        frames = _frames(image, data, kind)
+    size = upright if as_it_is else _fit(*upright, limits.side_px)
+    return PreparedImage(
+        data=prepared,
+        media_type="image/png" if as_it_is and kind == "png" else "image/jpeg",
+        width=size[0],
+        height=size[1],
+        sha256=hashlib.sha256(data).hexdigest(),
+        facts=ImageFacts(width=upright[0], height=upright[1], format=kind, frames=frames),
+    )
+
+
+def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.image_px:
+        raise TooLarge(f"the image has {width} x {height} pixels, the limit is {limits.image_px}")
+
+
+def _fit(width: int, height: int, side_px: int) -> tuple[int, int]:
+    longer = max(width, height)
+    if longer <= side_px:
+        return width, height
+    return max(1, round(width * side_px / longer)), max(1, round(height * side_px / longer))
+
+
+def _with_gap(size: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(size[0] * _GAP), math.ceil(size[1] * _GAP)
+
+
+def _frames(image: Image.Image, data: bytes, kind: Format) -> int:
+    if kind == "gif":
+        return max(1, gif_frames(data))
+    if kind == "tiff":
+        return max(1, tiff_pages(data))
+    return max(1, getattr(image, "n_frames", 1))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1..8, as EXIF numbers them; broken EXIF is ignored, as every viewer does."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # noqa: BLE001 - on hostile bytes the parser raises whatever it likes
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _unusual_gamma(image: Image.Image, kind: Format) -> float | None:
+    """The gamma of a PNG when browsers would heed it: one picture can hide in another one by it."""
+    gamma = image.info.get("gamma")
+    if kind != "png" or not isinstance(gamma, float) or "icc_profile" in image.info or "srgb" in image.info:
+        return None
+    return None if gamma <= 0 or abs(gamma - _SRGB_GAMMA) < 0.01 else gamma
+
+
+def _upright(
+    image: Image.Image, orientation: int, profile: bytes | None, gamma: float | None, size: tuple[int, int]
+) -> Image.Image:
+    """8-bit sRGB, opaque, upright, of `size` (given upright)."""
+    picture = _eight_bit(image)
+    if gamma is not None:
+        curve = [round(255 * (level / 255) ** (_SRGB_GAMMA / gamma)) for level in range(256)]
+        identity = list(range(256))
+        picture = picture.point(curve * 3 + identity if picture.mode == "RGBA" else curve * len(picture.getbands()))
+    picture = _resized(picture, size[::-1] if orientation >= 5 else size)
+    if picture.mode == "RGBA":
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+    picture = _srgb(picture, profile)
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The image in one of the modes L, RGB, RGBA, CMYK or LAB; levels of deeper ones scaled, not clipped."""
+    if image.mode.startswith("I;16"):
+        return _stretched(image.convert("I"), 1 / 257)
+    if image.mode in ("I", "F"):
+        return _stretched(image, None)
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _stretched(image: Image.Image, scale: float | None) -> Image.Image:
+    """Mode I or F to L; without a scale, from the smallest usual range that holds every level, else from their own."""
+    offset = 0.0
+    if scale is None:
+        low, high = image.getextrema()
+        if not (isinstance(low, int | float) and isinstance(high, int | float)) or not math.isfinite(high - low):
+            raise NotAnImage("the image has levels that are not finite")
+        usual = [top for top in (1.0, 255.0, 65535.0) if low >= 0 and high <= top and (top > 1 or image.mode == "F")]
+        scale = 255 / usual[0] if usual else 255 / (high - low or 1)
+        offset = 0.0 if usual else -low * scale
+    # Pillow only does this in the image's own mode, and only for linear functions.
+    return image.convert("F").point(lambda level: level * scale + offset).convert("L")
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if image.size == size:
+        return image
+    if image.mode == "RGBA":  # transparent pixels must not bleed their colour; Pillow forgets the gap if it does this
+        return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS, reducing_gap=_GAP).convert("RGBA")
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=_GAP)
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """In sRGB, as viewers show it; a profile that is broken or fits the image badly is ignored, as they do."""
+    if image.mode == "LAB":
+        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    elif profile and len(profile) <= _PROFILE_LIMIT_BYTES:
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return _transformed(image, source)
+        return image.convert("RGB")
+    else:
+        return image.convert("RGB")
+    return _transformed(image, source)
+
+
+def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+    result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if result is None:
+        raise ValueError("the colour transform gave no image")
+    return result
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, comment=b"")
+    return buffer.getvalue()

@@ -1,0 +1,157 @@
+"""What bytes are, by the bytes alone: the format, the pages of it, and whether they hold nothing but a picture.
+
+Everything here reads headers only; its cost is bounded by `FRAMES_LIMIT` or one pass over the bytes.
+"""
+
+import re
+import struct
+from typing import Final, Literal
+
+Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
+
+FRAMES_LIMIT: Final = 10_000
+"""Frames or pages are counted up to here. Only the first one is ever decoded."""
+
+_MAGIC: Final[tuple[tuple[bytes, Format], ...]] = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+)
+_AVIF_BRANDS: Final = frozenset({b"avif", b"avis"})
+_HEIC_BRANDS: Final = frozenset(
+    {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
+)
+_BRANDS_END: Final = 256
+
+_PLAIN_PNG_CHUNKS: Final = frozenset({b"IHDR", b"IDAT", b"IEND", b"pHYs", b"sRGB"})
+_PLAIN_JPEG_SEGMENTS: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xE0})
+_JPEG_SCANS_LIMIT: Final = 16
+"""A usual progressive JPEG has 10 scans. Each costs a pass over the whole picture."""
+_SCAN_END: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def sniff(data: bytes) -> Format | None:
+    """The format that the magic bytes say, or None when it is not one that Sluice reads."""
+    for magic, kind in _MAGIC:
+        if data.startswith(magic):
+            return kind
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:8] == b"ftyp":
+        end = min(int.from_bytes(data[:4]), _BRANDS_END)
+        brands = {data[8:12]} | {data[at : at + 4] for at in range(16, end, 4)}
+        if brands & _AVIF_BRANDS:
+            return "avif"
+        if brands & _HEIC_BRANDS:
+            return "heic"
+    return None
+
+
+def webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels as the header of a WebP file says: Pillow's decoder allocates them when it opens."""
+    kind = data[12:16]
+    if kind == b"VP8X" and len(data) >= 30:
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8 " and len(data) >= 30:
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and len(data) >= 25:
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return None
+
+
+def gif_frames(data: bytes) -> int:
+    """Frames of a GIF file, counted up to `FRAMES_LIMIT` without decoding any; the bytes may be cut anywhere."""
+    frames = 0
+    at = 13 + _color_table_size(data, 10)
+    while frames < FRAMES_LIMIT and at < len(data):
+        introducer = data[at]
+        if introducer == 0x2C:
+            frames += 1
+            at = _end_of_blocks(data, at + 11 + _color_table_size(data, at + 9))
+        elif introducer == 0x21:
+            at = _end_of_blocks(data, at + 2)
+        else:
+            break
+    return frames
+
+
+def _color_table_size(data: bytes, flags_at: int) -> int:
+    flags = data[flags_at] if flags_at < len(data) else 0
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _end_of_blocks(data: bytes, at: int) -> int:
+    while at < len(data) and data[at]:
+        at += data[at] + 1
+    return at + 1
+
+
+def tiff_pages(data: bytes) -> int:
+    """Pages of a TIFF or BigTIFF file, counted up to `FRAMES_LIMIT` by following the directories."""
+    order = "<" if data[:1] == b"I" else ">"
+    if data[2:4] in (b"+\0", b"\0+"):
+        first_at, offset_form, count_form, entry_bytes = 8, f"{order}Q", f"{order}Q", 20
+    else:
+        first_at, offset_form, count_form, entry_bytes = 4, f"{order}I", f"{order}H", 12
+    seen: set[int] = set()
+    at = first_at
+    try:
+        while len(seen) < FRAMES_LIMIT:
+            (directory,) = struct.unpack_from(offset_form, data, at)
+            if directory == 0 or directory in seen:
+                break
+            (entries,) = struct.unpack_from(count_form, data, directory)
+            seen.add(directory)
+            at = directory + struct.calcsize(count_form) + entries * entry_bytes
+    except (struct.error, OverflowError):
+        pass  # the chain leads out of the file: count what is there
+    return len(seen)
+
+
+def is_plain(data: bytes, kind: Format) -> bool:
+    """Whether a JPEG or PNG holds a picture and nothing that could mean something else to another reader.
+
+    No EXIF, no colour profile, no text, no second picture, nothing after the end, no excess of bytes or scans.
+    """
+    if kind == "png":
+        return _is_plain_png(data)
+    return kind == "jpeg" and _is_plain_jpeg(data)
+
+
+def _is_plain_png(data: bytes) -> bool:
+    at = 8
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4])
+        chunk = data[at + 4 : at + 8]
+        at += 12 + length
+        if chunk not in _PLAIN_PNG_CHUNKS or (chunk != b"IDAT" and length > 64):
+            return False
+        if chunk == b"IEND":
+            return at == len(data)
+    return False
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    at, scans = 2, 0
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xDA:
+            scans += 1
+            end = _SCAN_END.search(data, at)
+            if end is None or scans > _JPEG_SCANS_LIMIT:
+                return False
+            at = end.start()
+            if data[at + 1] == 0xD9:
+                return at + 2 == len(data)
+        elif marker not in _PLAIN_JPEG_SEGMENTS:
+            return False
+    return False
