@@ -1,0 +1,356 @@
+"""The transport on Apache Kafka: one kafka-python consumer in a thread of its own, one producer.
+
+The thread polls whatever the event loop does, so an assessment may take as long as it likes: the membership does not
+depend on it. What is received waits in a bounded buffer; when that is full, or when one partition's window is, the
+partitions are paused. Offsets are committed as far as the ledgers allow, every `_COMMIT_S`, on revocation and on close.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import kafka
+from kafka import AsyncConsumerRebalanceListener, errors
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.structs import OffsetAndMetadata
+
+from services.errors import NotOwned, StreamUnavailable
+from services.settings import Settings
+from services.streams.kafka_clients import Sender, as_message, backoff, connect, ensure_topics
+from services.streams.kafka_lag import LagMeter
+from services.streams.ledger import Finish, Ledger
+from services.streams.transport import Lag, Message, Record
+
+log = logging.getLogger(__name__)
+
+_COMMIT_S: Final = 0.5
+_POLL_MS: Final = 200
+_WINDOW: Final = 4096
+"""Offsets per partition between the oldest unfinished one and the newest received one."""
+_REBUILD_S: Final = 30.0
+"""A consumer that has failed at everything for this long is replaced."""
+_LEAVE_MS: Final = 5_000
+_DELIVERY_S: Final = 30.0
+_PUBLISH_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A message's token: its offset, and the ledger of the assignment under which it was received."""
+
+    ledger: Ledger
+    offset: int
+
+
+class KafkaTransport:
+    """One member of a consumer group. See `Transport` for what the methods promise."""
+
+    def __init__(self, settings: Settings, member: str, sender: Sender, consumer: Any, meter: LagMeter) -> None:
+        """Use `open`, which makes the parts."""
+        self._settings = settings
+        self._member = member
+        self._sender = sender
+        self._consumer = consumer
+        self._meter = meter
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        """Guards the ledgers and the buffer, which the poll thread, kafka-python's own thread and the loop all use."""
+        self._ledgers: dict[Any, Ledger] = {}
+        self._buffer: deque[Message] = deque()
+        self._arrived = asyncio.Event()
+        self._paused = False
+        self._closed = False
+        self._closing = threading.Event()
+        self._commit: Any = None
+        self._next_commit = 0.0
+        consumer.subscribe([settings.submissions_stream], listener=_Rebalance(self, consumer))
+        self._thread = threading.Thread(target=self._run, name=f"kafka-{member}", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    async def open(cls, settings: Settings, member: str) -> Self:
+        """Create the topics that are missing and join the group.
+
+        Raises:
+            ConfigurationError: an option is wrong, or a topic is missing and may not be created.
+            StreamUnavailable: no broker answered in time.
+        """
+
+        def make() -> tuple[Sender, Any, LagMeter]:
+            admin = connect(settings, kafka.KafkaAdminClient, client_id=f"{member}-admin")
+            try:
+                ensure_topics(settings, admin)
+                sender = Sender(settings, delivery_s=_DELIVERY_S)
+                consumer = _make_consumer(settings, member)
+                consumer.partitions_for_topic(settings.submissions_stream)  # or the first assignment is an empty one
+            except BaseException:
+                admin.close()
+                raise
+            return sender, consumer, LagMeter(settings, admin)
+
+        sender, consumer, meter = await asyncio.to_thread(make)
+        return cls(settings, member, sender, consumer, meter)
+
+    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+        """In offset order per partition."""
+        deadline = self._loop.time() + timeout_s
+        while True:
+            self._arrived.clear()
+            if not self._paused:
+                with self._lock:
+                    batch = [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
+                if batch:
+                    return batch
+            remaining = deadline - self._loop.time()
+            if remaining <= 0:
+                return []
+            try:
+                await asyncio.wait_for(self._arrived.wait(), remaining)
+            except TimeoutError:
+                return []
+
+    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+        """At least once: the records are acknowledged by all in-sync replicas, then the offset is committed."""
+        place: _Place = message.token
+        pending = list(records)
+        for delay in backoff():
+            if not place.ledger.holds(place.offset):
+                raise NotOwned(f"{message.source} belongs to another member by now.")
+            pending = await self._sender.send(pending)
+            if not pending:
+                break
+            await asyncio.sleep(delay)
+        with self._lock:
+            outcome = place.ledger.finish(place.offset)
+        if outcome in (Finish.REVOKED, Finish.NOT_HELD):
+            raise NotOwned(f"{message.source} went to another member while it was being published.")
+
+    async def lag(self) -> Lag:
+        """End offset minus committed offset, for every partition of the submissions."""
+        return await self._meter.read()
+
+    def pause(self) -> None:
+        """The buffer fills up, then the partitions are paused."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """The inverse of `pause`."""
+        self._paused = False
+        self._arrived.set()
+
+    async def close(self) -> None:
+        """Commit what is done and leave the group, so that the other members get the rest at once."""
+        if self._closed:
+            return
+        self._closed = True
+        self._closing.set()
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.gather(self._sender.close(), self._meter.close())
+
+    # ---- the poll thread
+
+    def _run(self) -> None:
+        delays = backoff()
+        failing_since: float | None = None
+        while not self._closing.is_set():
+            try:
+                self._turn()
+                if failing_since is not None:
+                    delays, failing_since = backoff(), None
+            except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
+                log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > _REBUILD_S:
+                    self._rebuild()
+                    failing_since = time.monotonic()
+                self._closing.wait(next(delays))
+        self._leave()
+
+    def _turn(self) -> None:
+        assigned = self._consumer.assignment()
+        with self._lock:
+            for partition in assigned:
+                self._ledgers.setdefault(partition, Ledger(max(_WINDOW, 4 * self._settings.in_flight)))
+            room = self._settings.in_flight - len(self._buffer)
+            # One poll may bring everything from one partition, so each that is polled has room for a whole one.
+            full = {each for each in assigned if room < 1 or self._ledgers[each].room < self._settings.in_flight}
+        paused = self._consumer.paused()
+        self._consumer.pause(*(full - paused))
+        self._consumer.resume(*(paused & assigned - full))
+        polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
+        if polled:
+            with self._lock:
+                for partition, records in polled.items():
+                    for record in records:
+                        self._buffer.append(self._take(partition, record))
+            self._wake()
+        if time.monotonic() >= self._next_commit and (self._commit is None or self._commit.is_done):
+            self._next_commit = time.monotonic() + _COMMIT_S
+            self._commit_done()
+
+    def _take(self, partition: Any, record: Any) -> Message:
+        ledger = self._ledgers.setdefault(partition, Ledger(_WINDOW))
+        if ledger.position is not None and record.offset < ledger.position:
+            # The log was cut (an unclean election, or a topic made anew): these are other messages than before.
+            log.warning("%s went back from offset %d to %d", partition, ledger.position, record.offset)
+            self._drop(partition)
+            ledger = self._ledgers[partition] = Ledger(_WINDOW)
+        ledger.receive(record.offset)
+        return as_message(record, _Place(ledger, record.offset))
+
+    def _commit_done(self) -> None:
+        offsets = self._committable()
+        if offsets:
+            self._commit = self._consumer.commit_async(offsets)
+            self._commit.add_callback(lambda _: self._committed(offsets))
+            self._commit.add_errback(lambda error: log.info("commit failed, the next one comes: %s", error))
+
+    def _committable(self) -> dict[Any, Any]:
+        positions = {}
+        for partition in self._consumer.assignment():
+            ledger = self._ledgers.get(partition)
+            if ledger is not None and not ledger.held:
+                # Offsets that hold no message (a transaction's markers) are passed over, or lag never gets to zero.
+                positions[partition] = self._consumer.position(partition, timeout_ms=0)
+        with self._lock:
+            for partition, position in positions.items():
+                if position is not None and partition in self._ledgers:
+                    self._ledgers[partition].pass_over(position)
+            return _as_offsets(self._ledgers)
+
+    def _committed(self, offsets: dict[Any, Any]) -> None:
+        with self._lock:
+            for partition, offset in offsets.items():
+                if partition in self._ledgers:
+                    self._ledgers[partition].commit(offset.offset)
+
+    def _drop(self, partition: Any) -> None:
+        """Give up what is held of a partition. The caller holds the lock."""
+        ledger = self._ledgers.pop(partition, None)
+        if ledger is not None:
+            ledger.revoke()
+            self._buffer = deque(each for each in self._buffer if each.token.ledger is not ledger)
+
+    def give_up(self, partitions: Iterable[Any]) -> dict[Any, Any]:
+        """Drop what is held of `partitions` (for the rebalance listener). Returns the offsets to commit for them."""
+        with self._lock:
+            offsets = _as_offsets({each: self._ledgers[each] for each in partitions if each in self._ledgers})
+            for partition in partitions:
+                self._drop(partition)
+        return offsets
+
+    def _rebuild(self) -> None:
+        self.give_up(tuple(self._ledgers))
+        try:
+            consumer = _make_consumer(self._settings, self._member)
+            consumer.subscribe([self._settings.submissions_stream], listener=_Rebalance(self, consumer))
+        except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+            log.warning("no new Kafka consumer: %s", error)
+            return
+        self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
+        self._consumer = consumer
+
+    def _leave(self) -> None:
+        try:
+            self._consumer.commit(self._committable(), timeout_ms=_LEAVE_MS)
+        except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+            log.warning("the last commit failed, so some messages will be judged again: %s", error)
+        self.give_up(tuple(self._ledgers))
+        try:
+            self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
+        except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+            log.warning("leaving the group failed: %s", error)
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._arrived.set)
+        except RuntimeError:  # the loop is gone; so is whoever waited
+            self._closing.set()
+
+
+class _Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs on kafka-python's own thread while the poll thread waits inside `poll`."""
+
+    def __init__(self, transport: KafkaTransport, consumer: Any) -> None:
+        self._transport = transport
+        self._consumer = consumer
+
+    async def on_partitions_assigned(self, assigned: set[Any]) -> None:
+        log.info("assigned: %s", sorted(assigned))
+
+    async def on_partitions_revoked(self, revoked: set[Any]) -> None:
+        """The next owner starts after this returned, so what is done is committed first."""
+        offsets = self._transport.give_up(revoked)
+        if offsets:
+            try:
+                await self._consumer.commit_async(offsets)
+            except errors.KafkaError as error:
+                log.warning("could not commit on revocation, some messages will be judged again: %s", error)
+
+    async def on_partitions_lost(self, lost: set[Any]) -> None:
+        """This member was thrown out: it has nothing to commit any more."""
+        log.warning("lost: %s", sorted(lost))
+        self._transport.give_up(lost)
+
+
+def _as_offsets(ledgers: Mapping[Any, Ledger]) -> dict[Any, Any]:
+    return {
+        partition: OffsetAndMetadata(ledger.committable, "", -1)
+        for partition, ledger in ledgers.items()
+        if ledger.committable is not None
+    }
+
+
+def _make_consumer(settings: Settings, member: str) -> Any:
+    return connect(
+        settings,
+        kafka.KafkaConsumer,
+        client_id=member,
+        group_id=settings.group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        partition_assignment_strategy=[CooperativeStickyAssignor],
+    )
+
+
+class KafkaPublisher:
+    """Publishes without being a member. See `Publisher`."""
+
+    def __init__(self, sender: Sender) -> None:
+        """Use `open`."""
+        self._sender = sender
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Connect, and create the topics that are missing.
+
+        Raises:
+            ConfigurationError: an option is wrong, or a topic is missing and may not be created.
+            StreamUnavailable: no broker answered in time.
+        """
+
+        def make() -> Sender:
+            admin = connect(settings, kafka.KafkaAdminClient)
+            try:
+                ensure_topics(settings, admin)
+            finally:
+                admin.close()
+            return Sender(settings, delivery_s=_PUBLISH_S)
+
+        return cls(await asyncio.to_thread(make))
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """Acknowledged by all in-sync replicas. When it raises, some of the records may have been published."""
+        failed = await self._sender.send(records)
+        if failed:
+            raise StreamUnavailable(f"Kafka did not take {len(failed)} of {len(records)} messages in time.")
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._sender.close()

@@ -1,0 +1,17 @@
+"""A member to be killed: joins with the settings in its argument (JSON), receives, and never settles."""
+
+import asyncio
+import sys
+
+from services.settings import Settings
+from services.streams.connect import open_transport
+
+
+async def main() -> None:
+    transport = await open_transport(Settings.model_validate_json(sys.argv[1]), "doomed")
+    while True:
+        for message in await transport.receive(100, 1.0):
+            print("received", message.value.decode(), flush=True)  # noqa: T201 - the test reads it
+
+
+asyncio.run(main())

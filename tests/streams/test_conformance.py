@@ -1,0 +1,342 @@
+"""What every transport promises. Each test runs on Redis Streams and on Kafka."""
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.children import Child
+from services.errors import NotOwned, StreamUnavailable
+from services.streams.connect import open_publisher, open_reader
+from services.streams.transport import Message, Record, Transport
+from tests.kafka_broker import Broker
+from tests.servers import Valkey
+from tests.streams.conftest import PATIENT, Streams, collect, eventually, values
+
+
+async def test_a_message_arrives_as_it_was_published(streams: Streams) -> None:
+    stream = streams.settings().submissions_stream
+    records = [
+        Record(stream, b"plain", b"key"),
+        Record(stream, b"no key"),
+        Record(stream, b"", b"empty value"),
+        Record(stream, bytes(range(256)), bytes(range(255, -1, -1))),
+        Record(stream, b"headers", b"k", (("ce_id", b"1"), ("ce_id", b"2"), ("größe", "größer".encode()), ("e", b""))),
+    ]
+    await streams.publish(*records)
+    received = await collect(await streams.member(), len(records))
+    assert sorted((each.value, each.key or b"", each.headers) for each in received) == sorted(
+        (each.value, each.key or b"", each.headers) for each in records
+    )
+    assert [each.key for each in received if each.value == b"no key"] == [None]
+    assert next(each for each in received if each.value == b"headers").header("CE_ID") == b"2"
+    for message in received:
+        assert message.source.startswith(f"{stream}/")
+        assert message.attempts == 1
+        assert abs(message.timestamp - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+async def test_one_key_arrives_in_order(streams: Streams) -> None:
+    numbers = [str(number) for number in range(300)]
+    await streams.submit(*numbers)
+    assert values(await collect(await streams.member(), 300)) == numbers
+
+
+async def test_settling_publishes_the_outputs_as_they_are(streams: Streams) -> None:
+    settings = streams.settings()
+    await streams.submit("a")
+    member = await streams.member()
+    (message,) = await collect(member, 1)
+    verdict = Record(settings.verdicts_stream, b"verdict", b"key", (("n", b"1"), ("ü", b"\xff")))
+    dead = Record(settings.dead_letters_stream, message.value, None, ())
+    await member.settle(message, [verdict, dead])
+    (published,) = await streams.everything(settings.verdicts_stream)
+    assert (published.value, published.key, published.headers) == (b"verdict", b"key", (("n", b"1"), ("ü", b"\xff")))
+    (letter,) = await streams.everything(settings.dead_letters_stream)
+    assert (letter.value, letter.key) == (b"a", None)
+
+
+async def test_what_was_settled_never_comes_back_whatever_the_order(streams: Streams) -> None:
+    await streams.submit(*"abcdef")
+    first = await streams.member()
+    received = await collect(first, 6)
+    for message in (received[at] for at in (5, 0, 3, 1, 4, 2)):
+        await first.settle(message, [streams.verdict(message.value.decode())])
+    await first.close()
+    second = await streams.member()
+    await streams.submit("g")
+    assert values(await collect(second, 1)) == ["g"]
+    assert await second.receive(10, 0.5) == []
+    assert await streams.verdicts() == list("abcdef")
+
+
+async def test_settling_without_outputs_acknowledges(streams: Streams) -> None:
+    await streams.submit("ignored")
+    member = await streams.member()
+    (message,) = await collect(member, 1)
+    await member.settle(message, [])
+    assert await streams.verdicts() == []
+
+    async def nothing_waits() -> bool:
+        return (await member.lag()).total == 0
+
+    await eventually(nothing_waits)
+
+
+async def test_settling_twice_publishes_once(streams: Streams) -> None:
+    await streams.submit("a")
+    member = await streams.member()
+    (message,) = await collect(member, 1)
+    await member.settle(message, [streams.verdict("a")])
+    with pytest.raises(NotOwned):
+        await member.settle(message, [streams.verdict("a")])
+    assert await streams.verdicts() == ["a"]
+
+
+async def test_a_killed_member_loses_its_messages_to_another(streams: Streams, tmp_path: Path) -> None:
+    await streams.submit("a", "b")
+    doomed = Child(
+        [sys.executable, "-m", "tests.streams.member", streams.settings().model_dump_json()], log=tmp_path / "log"
+    )
+    try:
+
+        async def both_held() -> bool:
+            assert doomed.returncode is None, doomed.tail()
+            return doomed.tail().count("received") == 2
+
+        await eventually(both_held)
+    finally:
+        doomed.kill()
+    survivor = await streams.member("survivor")
+    received = await collect(survivor, 2)
+    assert values(received) == ["a", "b"]
+    for message in received:
+        await survivor.settle(message, [streams.verdict(message.value.decode())])
+    assert await streams.verdicts() == ["a", "b"]
+
+
+async def test_nothing_is_published_for_a_message_that_another_member_has(streams: Streams) -> None:
+    await streams.submit(*(f"m{number}" for number in range(12)), key=None)
+    for number in range(12):  # one key each, so that every Kafka partition has some
+        await streams.submit(f"k{number}", key=str(number).encode())
+    slow = await streams.member("slow", **PATIENT)
+    held = {message.value: message for message in await collect(slow, 24)}
+    quick = await streams.member("quick", redis_claim_idle_s=0.2)
+    (taken,) = await collect(quick, 1)
+    with pytest.raises(NotOwned):
+        await slow.settle(held[taken.value], [streams.verdict("slow")])
+    assert await streams.verdicts() == []
+    await quick.settle(taken, [streams.verdict("quick")])
+    assert await streams.verdicts() == ["quick"]
+
+
+async def test_lag_counts_what_is_not_settled(streams: Streams) -> None:
+    member = await streams.member()
+    assert (await member.lag()).total == 0
+    await streams.submit(*"abcde")
+    received = await collect(member, 3)
+    assert (await member.lag()).total == 5
+    for message in received[:2]:
+        await member.settle(message, [streams.verdict("v")])
+
+    async def three_wait() -> bool:
+        return (await member.lag()).total == 3
+
+    await eventually(three_wait)
+    assert (await member.lag()).total == sum((await member.lag()).by_partition.values())
+
+
+async def test_a_paused_member_gets_nothing_until_it_resumes(streams: Streams) -> None:
+    member = await streams.member()
+    await streams.submit("a")
+    held = await collect(member, 1)
+    member.pause()
+    await streams.submit("b")
+    assert await member.receive(10, 1.0) == []
+    await member.settle(held[0], [streams.verdict("a")])
+    member.resume()
+    assert values(await collect(member, 1)) == ["b"]
+
+
+async def test_resuming_wakes_a_waiting_receive(streams: Streams) -> None:
+    member = await streams.member()
+    await streams.submit("a")
+    member.pause()
+    waiting = asyncio.create_task(member.receive(1, 15))
+    await asyncio.sleep(0.1)
+    member.resume()
+    assert values(await waiting) == ["a"]
+
+
+async def test_receive_keeps_to_limit_and_timeout(streams: Streams) -> None:
+    member = await streams.member()
+    began = time.monotonic()
+    assert await member.receive(10, 0.3) == []
+    assert 0.2 < time.monotonic() - began < 3
+    await streams.submit(*"abcde")
+    assert len(await collect(member, 2)) == 2
+    assert len(await member.receive(2, 5)) == 2
+    assert len(await member.receive(2, 5)) == 1
+
+
+async def test_two_members_share_the_work(streams: Streams) -> None:
+    members = [await streams.member("one"), await streams.member("two")]
+    counts = [0, 0]
+    done = asyncio.Event()
+
+    async def work(which: int) -> None:
+        while not done.is_set():
+            for message in await members[which].receive(1, 0.2):
+                counts[which] += 1
+                try:
+                    await members[which].settle(message, [streams.verdict(message.value.decode())])
+                except NotOwned:
+                    continue
+
+    workers = [asyncio.create_task(work(which)) for which in (0, 1)]
+    submitted: list[str] = []
+
+    async def both_worked() -> bool:
+        for key in range(6):
+            submitted.append(f"{len(submitted)}")
+            await streams.submit(submitted[-1], key=str(key).encode())
+        return all(counts)
+
+    async def all_judged() -> bool:
+        return set(await streams.verdicts()) == set(submitted)
+
+    try:
+        await eventually(both_worked)
+        await eventually(all_judged)
+    finally:
+        done.set()
+        await asyncio.gather(*workers)
+
+
+async def test_closing_hands_over_at_once_and_loses_nothing(streams: Streams) -> None:
+    await streams.submit(*"abcdef")
+    leaving = await streams.member("leaving", **PATIENT)
+    held = await collect(leaving, 6)
+    for message in held[:2]:
+        await leaving.settle(message, [streams.verdict(message.value.decode())])
+    await leaving.close()
+    heir = await streams.member("heir", **PATIENT)
+    assert values(await collect(heir, 4, within_s=10)) == list("cdef")
+    with pytest.raises(NotOwned):
+        await leaving.settle(held[2], [streams.verdict("late")])
+    assert await streams.verdicts() == ["a", "b"]
+
+
+async def test_a_slow_settle_keeps_its_message(streams: Streams) -> None:
+    short: dict[str, Any] = {"redis_claim_idle_s": 0.6, "max_poll_interval_ms": 2_000}
+    members = [await streams.member(name, **short) for name in ("one", "two")]
+    await _let_both_work(streams, members)
+    await streams.submit("slow")
+    received: list[Sequence[Message]] = []
+
+    async def arrived() -> bool:
+        received[:] = await asyncio.gather(*(member.receive(1, 0.2) for member in members))
+        return any(received)
+
+    await eventually(arrived)
+    owner = 0 if received[0] else 1
+    assert await members[1 - owner].receive(1, 3.0) == []  # longer than the claim time, and than the poll interval
+    await members[owner].settle(received[owner][0], [streams.verdict("slow")])
+    assert await streams.verdicts() == ["slow"]
+
+
+async def _let_both_work(streams: Streams, members: Sequence[Transport]) -> None:
+    """Returns when every member has its share of the stream and nothing is left on it."""
+    counts = [0, 0]
+
+    async def both_worked() -> bool:
+        for key in range(6):
+            await streams.submit("probe", key=str(key).encode())
+        for which, member in enumerate(members):
+            for message in await member.receive(3, 0.2):
+                with contextlib.suppress(NotOwned):  # the shares may still change
+                    await member.settle(message, [])
+                counts[which] += 1
+        return all(counts)
+
+    async def drained() -> bool:
+        for member in members:
+            for message in await member.receive(100, 0.2):
+                with contextlib.suppress(NotOwned):
+                    await member.settle(message, [])
+        return (await members[0].lag()).total == 0
+
+    await eventually(both_worked)
+    await eventually(drained)
+
+
+async def test_an_outage_is_waited_out(server: Broker | Valkey) -> None:
+    kafka = isinstance(server, Broker)
+    url = f"kafka://{server.address}" if isinstance(server, Broker) else server.url
+    streams = Streams("kafka" if kafka else "redis", url)
+    member = await streams.member(**PATIENT)
+    await streams.submit("before", "held")
+    before, held = await collect(member, 2)
+    await member.settle(before, [streams.verdict("before")])
+    server.kill()
+    settling = asyncio.create_task(member.settle(held, [streams.verdict("held")]))
+    assert await member.receive(1, 0.5) == []
+    with pytest.raises(StreamUnavailable):
+        await member.lag()
+    assert not settling.done()
+    await asyncio.to_thread(server.start)
+    await asyncio.wait_for(settling, 30)
+    await streams.submit("after")
+    received = await collect(member, 1, within_s=40)
+    while received[-1].value != b"after":  # Kafka may deliver the uncommitted ones again
+        received += await collect(member, 1)
+    await member.settle(received[-1], [streams.verdict("after")])
+    assert set(await streams.verdicts()) == {"before", "held", "after"}
+    await streams.close()
+
+
+async def test_closing_during_an_outage_ends(server: Broker | Valkey) -> None:
+    url = f"kafka://{server.address}" if isinstance(server, Broker) else server.url
+    streams = Streams("kafka" if isinstance(server, Broker) else "redis", url)
+    member = await streams.member()
+    await streams.submit("a")
+    await collect(member, 1)
+    server.kill()
+    await asyncio.wait_for(member.close(), 25)
+
+
+async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
+    settings = streams.settings()
+    await streams.publish(*(Record(settings.verdicts_stream, f"old{number}".encode()) for number in range(250)))
+    await asyncio.sleep(0.05)
+    moment = datetime.now(UTC)
+    await asyncio.sleep(0.05)
+    await streams.publish(Record(settings.verdicts_stream, b"new", b"k", (("h", b"1"),)))
+    assert len(await streams.verdicts()) == 251
+    reader = await open_reader(settings)
+    (only,) = [message async for message in reader.read(settings.verdicts_stream, follow=False, since=moment)]
+    assert (only.value, only.key, only.headers) == (b"new", b"k", (("h", b"1"),))
+    later = datetime.now(UTC) + timedelta(hours=1)
+    assert [each async for each in reader.read(settings.verdicts_stream, follow=False, since=later)] == []
+    assert [each async for each in reader.read(f"{streams.name}.none", follow=False)] == []
+    await reader.close()
+
+
+async def test_following_a_stream(streams: Streams) -> None:
+    settings = streams.settings()
+    publisher = await open_publisher(settings)
+    await publisher.publish([Record(settings.verdicts_stream, b"0", b"k")])
+    reader = await open_reader(settings)
+    following = reader.read(settings.verdicts_stream, follow=True)
+    for number in range(1, 4):
+        assert (await asyncio.wait_for(anext(following), 10)).value == str(number - 1).encode()
+        await publisher.publish([Record(settings.verdicts_stream, str(number).encode(), b"k")])
+    await following.aclose()  # type: ignore[attr-defined]
+    await reader.close()
+    await publisher.close()
