@@ -70,8 +70,8 @@ def up(
     progress = _Progress()
     try:
         with (
-            running(embed=embedded, progress=progress) as settings,
-            environment.written(settings, environment.ENV_FILE, os.environ if embedded else None),
+            running(embed=embedded, progress=progress) as (settings, variables),
+            environment.written(settings, variables),
         ):
             progress(f"ready: reading {settings.submissions_stream}; other commands in this folder find the service")
             while True:

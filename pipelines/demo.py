@@ -45,7 +45,7 @@ def demonstrate(progress: Progress) -> bool:
     """Run the demo; True when every submission was settled. Its table goes to stdout."""
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
         del os.environ[name]  # a demo never touches the streams and buckets of a real deployment
-    with running(embed=True, progress=progress) as settings:
+    with running(embed=True, progress=progress) as (settings, _):
         uploads = _samples()
         progress(f"submitting {len(uploads)} drawn images")
         ends = asyncio.run(_judge(uploads, settings, progress))

@@ -37,15 +37,18 @@ def backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(_folder()))
-        chosen = {"SLUICE_MODEL": "tiny", **environment}
-        if not {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL"} <= chosen.keys():
+        started: dict[str, str] = {}
+        if "SLUICE_MODEL" not in environment:
+            started["SLUICE_MODEL"] = "tiny"
+        if missing := {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL"} - environment.keys():
             url = stack.enter_context(_valkey(folder))
-            chosen = {"SLUICE_STREAM_URL": url, "SLUICE_REDIS_URL": url} | chosen
-        if "SLUICE_S3_ENDPOINT" not in chosen:
-            chosen = {"SLUICE_S3_BUCKETS": "uploads", "SLUICE_POLICY_BUCKET": "sluice-policies"} | chosen
-            buckets = {*chosen["SLUICE_S3_BUCKETS"].split(","), chosen["SLUICE_POLICY_BUCKET"]}
-            chosen |= stack.enter_context(_object_store(folder, buckets))
-        yield {name: value for name, value in chosen.items() if environment.get(name) != value}
+            started |= dict.fromkeys(missing, url)
+        if "SLUICE_S3_ENDPOINT" not in environment:
+            buckets = {"SLUICE_S3_BUCKETS": "uploads", "SLUICE_POLICY_BUCKET": "sluice-policies"}
+            started |= {name: value for name, value in buckets.items() if name not in environment}
+            wanted = ",".join((started | dict(environment))[name] for name in buckets)
+            started |= stack.enter_context(_object_store(folder, wanted.split(",")))
+        yield started
 
 
 @contextmanager

@@ -22,14 +22,15 @@ def read(file: Path = ENV_FILE) -> dict[str, str]:
 
 
 @contextmanager
-def written(settings: Settings, file: Path, environment: Mapping[str, str] | None) -> Iterator[None]:
+def written(settings: Settings, embedded: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
     """Keep the settings in `file`, readable by its owner only, for as long as the block runs.
 
-    `environment` holds the credentials of an embedded S3 server, or is None: other credentials are never written.
+    `embedded` are the variables that reach the embedded backends: the credentials among them, and no others, are
+    written too.
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude=_SECRET)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
-    lines += [f"{name}={environment[name]}" for name in _CREDENTIALS if environment and name in environment]
+    lines += [f"{name}={embedded[name]}" for name in _CREDENTIALS if name in embedded]
     content = "\n".join(lines) + "\n"
 
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Final
@@ -44,8 +44,10 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def running(*, embed: bool, progress: Progress) -> Iterator[Settings]:
+def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
     """Start everything, yield when all of it is ready, drain it at the end. For the main thread only.
+
+    Yields the settings, and the variables that reach the embedded backends (none without `embed`).
 
     Raises:
         ConfigurationError: what keeps it from starting, and what to do.
@@ -54,12 +56,14 @@ def running(*, embed: bool, progress: Progress) -> Iterator[Settings]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     end_s = _STOP_S
+    variables: Mapping[str, str] = {}
     with _leaving_no_process() as limit_end:
         stack = ExitStack()
         try:
             if embed:
                 progress("starting the embedded backends")
-                os.environ.update(stack.enter_context(embedded.backends(os.environ)))
+                variables = stack.enter_context(embedded.backends(os.environ))
+                os.environ.update(variables)
             settings = settings_module.load()
             checkpoints.resolve(settings.model)
             _check_reachable(settings)
@@ -69,7 +73,7 @@ def running(*, embed: bool, progress: Progress) -> Iterator[Settings]:
             handle = _deploy(settings, progress)
             stack.callback(_drain, handle, settings, progress)
             end_s += settings.drain_s
-            yield settings
+            yield settings, variables
         finally:
             limit_end(end_s)
             stack.close()

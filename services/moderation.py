@@ -162,7 +162,11 @@ async def patiently(step: Callable[[], Awaitable[T]]) -> T:
         before_sleep=count,
         reraise=True,
     )
-    return await retrying(step)
+
+    async def attempt() -> T:
+        return await step()  # tenacity awaits coroutine functions only, not whatever returns an awaitable
+
+    return await retrying(attempt)
 
 
 def _verdict(

@@ -1,0 +1,191 @@
+"""An outside client: it starts `sluice` as a user would, and knows the wire format and nothing of the code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import boto3
+import kafka
+import psutil
+import redis
+
+START_S = 300.0
+SLUICE = str(Path(sys.executable).with_name("sluice"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message of an output stream."""
+
+    key: bytes | None
+    value: bytes
+    headers: dict[str, bytes] = field(default_factory=dict)
+
+
+class Stream(Protocol):
+    """The streams `<prefix>.submissions`, `<prefix>.verdicts` and `<prefix>.dead-letters`."""
+
+    def publish(self, value: bytes, key: bytes | None, headers: dict[str, bytes]) -> None: ...
+    def read(self, stream: str) -> list[Entry]: ...
+
+
+class Service:
+    """A `sluice up` in a folder of its own."""
+
+    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLUICE_", "AWS_"))}
+        self.folder = folder
+        self.log = folder / "up.log"
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [SLUICE, "up", *arguments],
+                cwd=folder,
+                env=inherited | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> dict[str, str]:
+        """Its settings, from .sluice/env."""
+        file = self.folder / ".sluice" / "env"
+        deadline = time.monotonic() + START_S
+        while not file.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"`sluice up` did not get ready:\n{self.log.read_text()[-6000:]}")
+            time.sleep(0.2)
+        assert file.stat().st_mode & 0o777 == 0o600
+        return dict(line.split("=", 1) for line in file.read_text().splitlines())
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def terminate(self, within_s: float) -> float:
+        """SIGTERM; the seconds until it was gone with all that it started."""
+        family = self.descendants()
+        started = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(within_s)
+        _, left = psutil.wait_procs(family, timeout=max(0.0, within_s - (time.monotonic() - started)))
+        assert not left, f"left behind: {left}"
+        assert not (self.folder / ".sluice" / "env").exists()
+        return time.monotonic() - started
+
+    def kill(self) -> None:
+        """Whatever the test left, even when it failed."""
+        family = self.descendants() if self.process.poll() is None else []
+        for process in [*family, self.process]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+class RedisStream:
+    """redis-py, by the words of the wire format."""
+
+    def __init__(self, url: str, prefix: str = "sluice") -> None:
+        self._prefix = prefix
+        self._redis = redis.Redis.from_url(url)
+
+    def publish(self, value: bytes, key: bytes | None, headers: dict[str, bytes]) -> None:
+        fields: dict[Any, Any] = {"value": value} | {f"header:{name}": content for name, content in headers.items()}
+        self._redis.xadd(f"{self._prefix}.submissions", fields if key is None else fields | {"key": key})
+
+    def read(self, stream: str) -> list[Entry]:
+        return [
+            Entry(
+                fields.get(b"key"),
+                fields[b"value"],
+                {
+                    name.decode().removeprefix("header:"): content
+                    for name, content in fields.items()
+                    if name.startswith(b"header:")
+                },
+            )
+            for _, fields in self._redis.xrange(f"{self._prefix}.{stream}")
+        ]
+
+
+class KafkaStream:
+    """kafka-python, by the words of the wire format."""
+
+    def __init__(self, address: str, prefix: str) -> None:
+        self._prefix = prefix
+        self._address = address
+        self._producer = kafka.KafkaProducer(bootstrap_servers=address, max_request_size=4 << 20)
+
+    def publish(self, value: bytes, key: bytes | None, headers: dict[str, bytes]) -> None:
+        self._producer.send(f"{self._prefix}.submissions", value, key, headers=list(headers.items())).get(30)
+
+    def read(self, stream: str) -> list[Entry]:
+        topic = f"{self._prefix}.{stream}"
+        consumer = kafka.KafkaConsumer(bootstrap_servers=self._address, group_id=None, enable_auto_commit=False)
+        try:
+            numbers = consumer.partitions_for_topic(topic) or set()
+            partitions = [kafka.TopicPartition(topic, number) for number in sorted(numbers)]
+            consumer.assign(partitions)
+            consumer.seek_to_beginning(*partitions)
+            ends = consumer.end_offsets(partitions)
+            entries = []
+            while any(consumer.position(partition) < ends[partition] for partition in partitions):
+                for records in consumer.poll(500).values():
+                    entries += [Entry(record.key, record.value, dict(record.headers)) for record in records]
+            return entries
+        finally:
+            consumer.close()
+
+
+class Uploads:
+    """boto3, on the bucket `uploads`."""
+
+    def __init__(self, endpoint: str, credentials: dict[str, str]) -> None:
+        self._s3 = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=credentials["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=credentials["AWS_SECRET_ACCESS_KEY"],
+            region_name=credentials["AWS_DEFAULT_REGION"],
+        )
+
+    def create(self, *buckets: str) -> None:
+        for bucket in buckets:
+            self._s3.create_bucket(Bucket=bucket)
+
+    def put(self, key: str, data: bytes) -> str:
+        """Upload with a content type that lies; the ETag without quotes."""
+        answer = self._s3.put_object(Bucket="uploads", Key=key, Body=data, ContentType="application/x-lie")
+        return str(answer["ETag"]).strip('"')
+
+
+def wait_until_settled(stream: Stream, count: int, within_s: float) -> tuple[list[Entry], list[Entry]]:
+    """Verdicts and dead letters, once there are `count` of both together and no more come."""
+    deadline = time.monotonic() + within_s
+    verdicts: list[Entry] = []
+    letters: list[Entry] = []
+    while time.monotonic() < deadline:
+        verdicts, letters = stream.read("verdicts"), stream.read("dead-letters")
+        if len(verdicts) + len(letters) >= count:
+            break
+        time.sleep(0.5)
+    time.sleep(2)  # time for one too many to come
+    return stream.read("verdicts"), stream.read("dead-letters")
+
+
+def new_folder(parent: Path) -> Path:
+    folder = parent / uuid.uuid4().hex[:8]
+    folder.mkdir()
+    return folder
+
+
+def submit(stream: Stream, cases: Iterable[Any]) -> None:
+    for case in cases:
+        stream.publish(case.value, case.key, case.headers)

@@ -1,0 +1,126 @@
+"""An intake on real parts (Valkey, an S3 server, the image decoders), with a scripted guard."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import boto3
+import pytest
+
+from pipelines.intake import Intake
+from services.contracts import DeadLetter, Verdict
+from services.images.prepare import Preparer
+from services.images.store import ObjectStore
+from services.moderation import Moderation
+from services.policies.cache import PolicyCache
+from services.policies.registry import PolicyRegistry
+from services.settings import Settings
+from services.streams.connect import open_publisher, open_reader, open_transport
+from services.streams.transport import Message, Record
+from services.synthetic import draw
+from tests.s3_server import s3_endpoint
+from tests.scripted_guard import ScriptedGuard
+
+__all__ = ["s3_endpoint"]
+
+
+class Bench:
+    """The streams and the bucket of one test, and the intake between them."""
+
+    def __init__(self, settings: Settings, guard: ScriptedGuard) -> None:
+        self.settings = settings
+        self.guard = guard
+        self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
+        self.intakes: list[Intake] = []
+        self._closing: list[Callable[[], None]] = []
+
+    async def start(self, endpoint: str | None = None, **overrides: Any) -> Intake:
+        """An intake member; `endpoint` names another S3 server for it."""
+        settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
+        store, preparer = ObjectStore(settings), Preparer(settings, 384)
+        self._closing += [store.close, preparer.close]
+        moderation = Moderation(
+            policies=PolicyCache(PolicyRegistry(self.s3, settings.policy_bucket)),
+            images=store,
+            preparer=preparer,
+            guard=self.guard,
+        )
+        intake = Intake(await open_transport(settings, f"m-{len(self.intakes)}"), moderation, settings)
+        self.intakes.append(intake)
+        return intake
+
+    def put(self, key: str, data: bytes | None = None) -> str:
+        """Upload (a drawn image unless given) and return the ETag."""
+        body = draw(len(key)).jpeg if data is None else data
+        return str(self.s3.put_object(Bucket="uploads", Key=key, Body=body)["ETag"]).strip('"')
+
+    async def submit(self, value: bytes | dict[str, Any], key: bytes | None = None, **headers: bytes) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        publisher = await open_publisher(self.settings)
+        await publisher.publish([Record(self.settings.submissions_stream, body, key, tuple(headers.items()))])
+        await publisher.close()
+
+    async def verdicts(self) -> list[Verdict]:
+        return [Verdict.model_validate_json(m.value) for m in await self.read(self.settings.verdicts_stream)]
+
+    async def letters(self) -> list[DeadLetter]:
+        return [DeadLetter.from_headers(m.headers) for m in await self.read(self.settings.dead_letters_stream)]
+
+    async def read(self, stream: str) -> list[Message]:
+        reader = await open_reader(self.settings)
+        try:
+            return [message async for message in reader.read(stream, follow=False)]
+        finally:
+            await reader.close()
+
+    async def settled(self, count: int, within_s: float = 30.0) -> tuple[list[Verdict], list[DeadLetter]]:
+        """Wait until `count` submissions have ended."""
+        deadline = time.monotonic() + within_s
+        while True:
+            verdicts, letters = await self.verdicts(), await self.letters()
+            if len(verdicts) + len(letters) >= count:
+                return verdicts, letters
+            assert time.monotonic() < deadline, f"{len(verdicts)} verdicts and {len(letters)} dead letters of {count}"
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        for intake in self.intakes:
+            await intake.drain()
+        for close in self._closing:
+            close()
+
+
+def bucket(s3: Any, name: str) -> None:
+    if name not in {found["Name"] for found in s3.list_buckets()["Buckets"]}:
+        s3.create_bucket(Bucket=name)
+
+
+@pytest.fixture
+async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
+    """A bench whose guard says Safe until told otherwise; no intake is running yet."""
+    name = f"bench-{uuid.uuid4().hex[:12]}"
+    settings = Settings(
+        stream_url=valkey_url,
+        redis_url=valkey_url,
+        s3_endpoint=s3_endpoint,
+        s3_buckets=("uploads",),
+        policy_bucket=f"{name}-policies",
+        model="tiny",
+        group=name,
+        submissions_stream=f"{name}.submissions",
+        verdicts_stream=f"{name}.verdicts",
+        dead_letters_stream=f"{name}.dead-letters",
+        drain_s=5,
+        redis_claim_idle_s=2,
+        image_limit_bytes=2 << 20,
+        fetch_deadline_s=3,
+    )
+    bench = Bench(settings, ScriptedGuard())
+    bucket(bench.s3, "uploads")
+    bucket(bench.s3, settings.policy_bucket)
+    PolicyRegistry(bench.s3, settings.policy_bucket).publish_built_in()
+    yield bench
+    await bench.close()

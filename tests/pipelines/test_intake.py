@@ -1,0 +1,226 @@
+"""What goes in by the stream, and what comes out: bad input, outages, hand-over. The guard is scripted."""
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+
+from services.contracts import Assessment, Detail, PreparedImage
+from services.errors import GuardFailed, GuardUnavailable, UnreadableAnswer
+from services.policies.policy import PolicyDocument
+from services.policies.registry import PolicyRegistry
+from tests.end_to_end.corpus import bad_input, events
+from tests.pipelines.conftest import Bench
+from tests.scripted_guard import MODEL, says_safe
+from tests.servers import Valkey
+
+
+async def test_every_row_of_bad_input(bench: Bench) -> None:
+    await bench.start()
+    cases = [*bad_input(bench.put), *events(bench.put)]
+    for case in cases:
+        await bench.submit(case.value, case.key, **case.headers)
+    expected = Counter(case.end for case in cases if case.end != "nothing")
+    verdicts, letters = await bench.settled(expected.total())
+    assert Counter(letter.reason for letter in letters) + Counter(verdict=len(verdicts)) == expected
+    originals = Counter(message.value for message in await bench.read(bench.settings.dead_letters_stream))
+    assert originals == Counter(case.value for case in cases if case.end not in ("verdict", "nothing"))
+
+
+async def test_several_records_in_one_message_end_one_by_one(bench: Bench) -> None:
+    await bench.start()
+    etag = bench.put("several.jpg")
+    records = [
+        {
+            "eventName": "ObjectCreated:Put",
+            "s3": {"bucket": {"name": "uploads"}, "object": {"key": key, "eTag": etag, "sequencer": f"0{number}"}},
+        }
+        for number, key in enumerate(["several.jpg", "absent.jpg", "several.jpg"])
+    ]
+    await bench.submit({"Records": records})
+    verdicts, letters = await bench.settled(3)
+    assert sorted(verdict.submission_id for verdict in verdicts) == ["uploads/several.jpg#00", "uploads/several.jpg#02"]
+    assert [letter.reason for letter in letters] == ["not_found"]
+    (letter,) = await bench.read(bench.settings.dead_letters_stream)
+    assert json.loads(letter.value) == {"Records": [records[1]]}
+
+
+async def test_an_answer_that_cannot_be_read_twice_needs_review(bench: Bench) -> None:
+    async def garbage(_image: PreparedImage, _detail: Detail) -> Assessment:
+        raise UnreadableAnswer("not JSON", MODEL)
+
+    bench.guard.script = garbage
+    await bench.start()
+    await bench.submit({"id": "a", "uri": "s3://uploads/garbage.jpg"})
+    bench.put("garbage.jpg")
+    (verdict,), _ = await bench.settled(1)
+    assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "unreadable_answer", "review")
+    assert (verdict.rating, verdict.category, verdict.score, verdict.model) == (None, None, None, MODEL)
+    assert bench.guard.calls == ["verdict", "verdict"]
+
+
+async def test_an_answer_that_can_be_read_the_second_time_is_a_verdict(bench: Bench) -> None:
+    async def once(image: PreparedImage, detail: Detail) -> Assessment:
+        if len(bench.guard.calls) == 1:
+            raise UnreadableAnswer("not JSON", MODEL)
+        return await says_safe(image, detail)
+
+    bench.guard.script = once
+    await bench.start()
+    bench.put("once.jpg")
+    await bench.submit({"id": "a", "uri": "s3://uploads/once.jpg"})
+    (verdict,), _ = await bench.settled(1)
+    assert (verdict.outcome, verdict.rating, verdict.reason) == ("verdict", "Safe", None)
+
+
+async def test_an_image_that_the_engine_refuses(bench: Bench) -> None:
+    async def refuse(_image: PreparedImage, _detail: Detail) -> Assessment:
+        raise GuardFailed("the engine refuses it")
+
+    bench.guard.script = refuse
+    await bench.start()
+    bench.put("refused.jpg")
+    await bench.submit({"id": "a", "uri": "s3://uploads/refused.jpg"})
+    _, (letter,) = await bench.settled(1)
+    assert (letter.reason, letter.submission_id) == ("guard_failed", "a")
+
+
+async def test_a_first_look_settles_what_is_clearly_safe(bench: Bench) -> None:
+    registry = PolicyRegistry(bench.s3, bench.settings.policy_bucket)
+    registry.publish(PolicyDocument(name="quick", effort="adaptive", first_look_below=0.1))
+    registry.activate("quick", 1, who="test")
+    await bench.start()
+    bench.put("quick.jpg")
+    await bench.submit({"id": "a", "uri": "s3://uploads/quick.jpg", "policy": "quick"})
+    (verdict,), _ = await bench.settled(1)
+    assert (verdict.effort, verdict.category, verdict.rationale) == ("first_look", "NA: None applying", None)
+    assert bench.guard.calls == ["score"]
+
+
+async def test_the_guard_away_for_a_while(bench: Bench) -> None:
+    async def away(image: PreparedImage, detail: Detail) -> Assessment:
+        if len(bench.guard.calls) < 4:
+            raise GuardUnavailable("the engine is restarting")
+        return await says_safe(image, detail)
+
+    bench.guard.script = away
+    await bench.start()
+    bench.put("patient.jpg")
+    await bench.submit({"id": "a", "uri": "s3://uploads/patient.jpg"})
+    verdicts, letters = await bench.settled(1)
+    assert ([verdict.outcome for verdict in verdicts], letters) == (["verdict"], [])
+
+
+async def test_the_store_away_for_a_while(bench: Bench) -> None:
+    """The intake's S3 server is a port on which nobody listens at first."""
+    bench.put("late.jpg")
+    upstream_host, _, upstream_port = bench.settings.s3_endpoint.removeprefix("http://").partition(":")  # type: ignore[union-attr]
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection(upstream_host, int(upstream_port))
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+            sink.close()
+
+        await asyncio.gather(pump(reader, up_writer), pump(up_reader, writer), return_exceptions=True)
+
+    reserved = await asyncio.start_server(forward, "127.0.0.1", 0)
+    port = reserved.sockets[0].getsockname()[1]
+    reserved.close()
+    await bench.start(endpoint=f"http://127.0.0.1:{port}")
+    await bench.submit({"id": "a", "uri": "s3://uploads/late.jpg"})
+    await asyncio.sleep(1)
+    assert (await bench.verdicts(), await bench.letters()) == ([], [])
+    async with await asyncio.start_server(forward, "127.0.0.1", port):
+        verdicts, letters = await bench.settled(1)
+    assert ([verdict.submission_id for verdict in verdicts], letters) == (["a"], [])
+
+
+async def test_the_stream_killed_and_started_again(bench: Bench, tmp_path: Path) -> None:
+    valkey = Valkey(tmp_path / "valkey")
+    valkey.start()
+    bench.settings = bench.settings.model_copy(update={"stream_url": valkey.url})
+    try:
+        judging = asyncio.Event()
+
+        async def slow(image: PreparedImage, detail: Detail) -> Assessment:
+            judging.set()
+            await asyncio.sleep(1)
+            return await says_safe(image, detail)
+
+        bench.guard.script = slow
+        await bench.start()
+        for number in range(5):
+            bench.put(f"{number}.jpg")
+            await bench.submit({"id": str(number), "uri": f"s3://uploads/{number}.jpg"})
+        await judging.wait()
+        valkey.kill()
+        await asyncio.sleep(2)
+        valkey.start()
+        verdicts, letters = await bench.settled(5)
+        assert (sorted(verdict.submission_id for verdict in verdicts), letters) == (list("01234"), [])
+        await bench.close()
+    finally:
+        valkey.kill()
+
+
+async def test_what_is_not_finished_in_time_is_left_to_the_next_member(bench: Bench) -> None:
+    release = asyncio.Event()
+
+    async def hold(image: PreparedImage, detail: Detail) -> Assessment:
+        await release.wait()
+        return await says_safe(image, detail)
+
+    bench.guard.script = hold
+    first = await bench.start(drain_s=0.2)
+    bench.put("held.jpg")
+    await bench.submit({"id": "held", "uri": "s3://uploads/held.jpg"})
+    while not bench.guard.calls:
+        await asyncio.sleep(0.02)
+    await first.drain()
+    assert (await bench.verdicts(), await bench.letters()) == ([], [])
+    release.set()
+    await bench.start()
+    verdicts, _ = await bench.settled(1)
+    assert [verdict.submission_id for verdict in verdicts] == ["held"]
+
+
+async def test_no_more_in_flight_than_told(bench: Bench) -> None:
+    flying = most = 0
+
+    async def count(image: PreparedImage, detail: Detail) -> Assessment:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0.05)
+        flying -= 1
+        return await says_safe(image, detail)
+
+    bench.guard.script = count
+    bench.put("many.jpg")
+    records = [
+        {
+            "eventName": "ObjectCreated:Put",
+            "s3": {"bucket": {"name": "uploads"}, "object": {"key": "many.jpg", "sequencer": f"{number:04x}"}},
+        }
+        for number in range(30)
+    ]
+    await bench.submit({"Records": records})
+    for number in range(10):
+        await bench.submit({"id": str(number), "uri": "s3://uploads/many.jpg"})
+    await bench.start(in_flight=4)
+    verdicts, letters = await bench.settled(40)
+    assert (len(verdicts), letters) == (40, [])
+    assert 2 <= most <= 4
+
+
+async def test_judging_again_gives_the_same_verdict_id(bench: Bench) -> None:
+    await bench.start()
+    bench.put("again.jpg")
+    for _ in range(2):
+        await bench.submit({"id": "again", "uri": "s3://uploads/again.jpg"})
+    verdicts, _ = await bench.settled(2)
+    assert len({verdict.verdict_id for verdict in verdicts}) == 1
