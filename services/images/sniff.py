@@ -127,6 +127,8 @@ def is_plain(data: bytes, kind: Format) -> bool:
 
 
 def _is_plain_png(data: bytes) -> bool:
+    if data[12:16] != b"IHDR" or data[24:26] != b"\x08\x02":  # 8 bits of RGB; Pillow shows 16 bits as that too
+        return False
     at = 8
     while at + 12 <= len(data):
         length = int.from_bytes(data[at : at + 4])
