@@ -5,7 +5,7 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from services.contracts import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
 from services.errors import ConfigurationError, UnreadableAnswer
@@ -51,14 +51,11 @@ def grammar(mode: RationaleMode, rating: Rating | None = None) -> str:
     rationale. A rationale is ASCII with JSON escapes, as in training, begins with a visible character and has no two
     spaces in a row: so no weights can fill it with white space.
     """
-    endings = {
-        "Safe": "reasoned" if mode == "always" else "bare",
-        "Unsafe": "bare" if mode == "never" else "reasoned",
-    }
-    branches = ("Safe", "Unsafe") if rating is None else (rating,)
-    categories = {"Safe": "any", "Unsafe": "violated"}
+    ratings: tuple[Rating, ...] = ("Safe", "Unsafe") if rating is None else (rating,)
     root = " | ".join(
-        f"{_literal(branch + _CATEGORY_KEY)} {categories[branch]} {endings[branch]}" for branch in branches
+        f"{_literal(rating + _CATEGORY_KEY)} {'any' if rating == 'Safe' else 'violated'} "
+        f"{'reasoned' if _has_rationale(rating, mode) else 'bare'}"
+        for rating in ratings
     )
     violated = " | ".join(map(_literal, CATEGORIES))
     return "\n".join(
@@ -89,11 +86,12 @@ class Answer:
     """The rationale was cut by the token limit."""
 
 
-def read(text: str, *, cut: bool) -> Answer:
+def read(text: str, mode: RationaleMode, *, cut: bool) -> Answer:
     """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
 
     Raises:
-        UnreadableAnswer: it is not an answer, or it was cut before its rationale said anything.
+        UnreadableAnswer: it is not an answer of the form that `grammar(mode)` gives, or it was cut before its
+            rationale said anything.
     """
     whole = ANSWER_START + text
     truncated = False
@@ -102,13 +100,27 @@ def read(text: str, *, cut: bool) -> Answer:
     except ValueError:
         if not cut:
             raise UnreadableAnswer("The guard's answer is not JSON.") from None
+        truncated = _ends_inside_string(whole)
         try:
             document = json.loads(close(whole))
         except ValueError:
-            raise UnreadableAnswer("The guard's answer was cut before its rationale.") from None
-        # Cut behind the rationale's closing quote, nothing of it is missing.
-        truncated = not whole.rstrip().endswith('"') or _ends_inside_string(whole)
-    return _answer(document, truncated)
+            raise UnreadableAnswer("The guard's answer was cut before its category.") from None
+    if not isinstance(document, dict):
+        raise UnreadableAnswer("The guard's answer is not a JSON object.")
+    rating, category, rationale = (document.get(key) for key in ("rating", "category", "rationale"))
+    if rating not in {"Safe", "Unsafe"}:
+        raise UnreadableAnswer("The guard's answer has no rating.")
+    if category not in CATEGORIES and (category != NO_CATEGORY or rating == "Unsafe"):
+        raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
+    if not _has_rationale(rating, mode):
+        return Answer(rating, category, None, truncated=False)
+    if not isinstance(rationale, str) or not (rationale := _clean(rationale)):
+        raise UnreadableAnswer("The guard's answer lacks its rationale.")
+    return Answer(rating, category, rationale, truncated)
+
+
+def _has_rationale(rating: Rating, mode: RationaleMode) -> bool:
+    return mode == "always" or (mode == "unsafe" and rating == "Unsafe")
 
 
 def close(text: str) -> str:
@@ -139,23 +151,10 @@ def p_unsafe(safe: float, unsafe: float) -> float:
     return 0.0 if difference > 700 else 1 / (1 + math.exp(difference))
 
 
-def _answer(document: Any, truncated: bool) -> Answer:
-    if not isinstance(document, dict):
-        raise UnreadableAnswer("The guard's answer is not a JSON object.")
-    rating, category, rationale = (document.get(key) for key in ("rating", "category", "rationale"))
-    if rating not in ("Safe", "Unsafe"):
-        raise UnreadableAnswer("The guard's answer has no rating.")
-    if category not in CATEGORIES and (category != NO_CATEGORY or rating == "Unsafe"):
-        raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
-    if rationale is not None and (not isinstance(rationale, str) or not (rationale := _clean(rationale))):
-        raise UnreadableAnswer("The guard's rationale is empty.")
-    return Answer(rating, category, rationale, truncated)
-
-
 def _clean(rationale: str) -> str:
     """Without what a reader cannot see: control, format and unassigned characters, and runs of white space."""
-    kept = "".join(character for character in rationale if unicodedata.category(character)[0] != "C")
-    return " ".join(kept.split())
+    seen = (c for c in rationale if c.isspace() or unicodedata.category(c)[0] != "C")
+    return " ".join("".join(seen).split())
 
 
 def _ends_inside_string(text: str) -> bool:

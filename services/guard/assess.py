@@ -151,7 +151,7 @@ class Guard:
             answer = await self._generate(request, tokens=self._answer_tokens, ebnf=grammar(mode, scored))
             text = answer["text"]
             output_tokens += answer["meta_info"]["completion_tokens"]
-        read_answer = read(text, cut=answer["meta_info"]["finish_reason"]["type"] == "length")
+        read_answer = read(text, mode, cut=answer["meta_info"]["finish_reason"]["type"] == "length")
         return Assessment(
             rating=read_answer.rating,
             category=read_answer.category,

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
 from services.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -203,9 +206,6 @@ def _vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path | No
 
 def _download(hub_id: str) -> Path:
     """The snapshot of a hub repository, from the local cache when the hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     logger.info("fetching %s from the hub or its local cache", hub_id)
     try:
         return Path(snapshot_download(hub_id, ignore_patterns=["*.bin", "*.msgpack", "*.h5", "*.gguf"]))

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,7 @@ _COMMON_FLAGS: Final = (
     *("--grammar-backend", "xgrammar"),
     *("--limit-mm-data-per-request", json.dumps({"image": 1})),
     "--enable-priority-scheduling",
+    # The engine judges an image of its own before it is called ready.
     "--skip-server-warmup",
     # One line per batch otherwise, for ever.
     *("--log-level", "warning"),
@@ -48,6 +50,54 @@ _WITHHELD_PREFIXES: Final = ("AWS_", "SLUICE_", "HF_TOKEN", "HUGGING_FACE_HUB_TO
 _WITHHELD: Final = frozenset(
     {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy", "pythondontwritebytecode"}
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that a server is started from, but for what is new each time: port, key and scratch folder."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    """The staged checkpoint."""
+    cuda: bool
+    in_flight: int
+    """Calls that it will get at a time."""
+    deadline_s: float
+    """What a caller waits for one of them."""
+
+    def command(self, *, port: int, secrets: Path) -> list[str]:
+        """The argv. `secrets` is a file of flags that must not show in a process list."""
+        return [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *("--model-path", str(self.folder)),
+            *("--port", str(port)),
+            *("--config", str(secrets)),
+            # Above what is ever given to it: probes come on top.
+            *("--max-queued-requests", str(2 * self.in_flight + 16)),
+            *_COMMON_FLAGS,
+            *(_CUDA_FLAGS if self.cuda else _CPU_FLAGS),
+            *(("--tokenizer-path", self.checkpoint.tokenizer) if self.checkpoint.tokenizer else ()),
+            *self.checkpoint.launch_flags,
+        ]
+
+    def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:
+        """What is inherited, without credentials, proxies and SGLang's own switches, and what the server needs."""
+        kept = {
+            name: value
+            for name, value in inherited.items()
+            if not name.startswith(_WITHHELD_PREFIXES) and name.lower() not in _WITHHELD
+        }
+        kept |= {
+            # Everything was staged before: a server that wants the network has lost its way.
+            "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(scratch),
+            # An image waits this long for a preprocessing worker before SGLang replaces the whole pool of them.
+            "REQUEST_TIMEOUT": str(max(10, int(self.deadline_s))),
+            "SGLANG_CPU_WORKERS": str(min(self.in_flight, os.cpu_count() or 1)),
+        }
+        if not self.cuda:
+            kept["OMP_NUM_THREADS"] = "1"
+        return kept
 
 
 @functools.cache
@@ -64,45 +114,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def command(checkpoint: Checkpoint, folder: Path, *, port: int, secrets: Path, cuda: bool, in_flight: int) -> list[str]:
-    """The server's argv. `secrets` is a file of flags that must not show in a process list."""
-    return [
-        *(sys.executable, "-m", "sglang.launch_server"),
-        *("--model-path", str(folder)),
-        *("--port", str(port)),
-        *("--config", str(secrets)),
-        # Above what is ever given to it: probes come on top.
-        *("--max-queued-requests", str(2 * in_flight + 16)),
-        *_COMMON_FLAGS,
-        *(_CUDA_FLAGS if cuda else _CPU_FLAGS),
-        *(("--tokenizer-path", checkpoint.tokenizer) if checkpoint.tokenizer else ()),
-        *checkpoint.launch_flags,
-    ]
-
-
 def write_secrets(path: Path, *, api_key: str) -> None:
     """The API key as a file of flags, readable by this user only."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(f"api-key: {api_key}\n")
-
-
-def environment(
-    inherited: Mapping[str, str], *, scratch: Path, cuda: bool, in_flight: int, deadline_s: float
-) -> dict[str, str]:
-    """The server's environment: this process's, without credentials, proxies and SGLang's own switches."""
-    kept = {
-        name: value
-        for name, value in inherited.items()
-        if not name.startswith(_WITHHELD_PREFIXES) and name.lower() not in _WITHHELD
-    }
-    kept |= {
-        # Everything was staged before: a server that wants the network has lost its way.
-        "HF_HUB_OFFLINE": "1",
-        "TMPDIR": str(scratch),
-        # An image waits this long for a preprocessing worker before SGLang replaces the whole pool.
-        "REQUEST_TIMEOUT": str(max(10, int(deadline_s))),
-        "SGLANG_CPU_WORKERS": str(min(in_flight, os.cpu_count() or 1)),
-    }
-    if not cuda:
-        kept["OMP_NUM_THREADS"] = "1"
-    return kept

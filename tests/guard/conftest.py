@@ -1,0 +1,1 @@
+from tests.guard_engine import engine  # noqa: F401

@@ -1,0 +1,189 @@
+"""The engine's life: what it does when its server dies, hangs, or loses its owner."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from services.errors import GuardUnavailable
+from services.guard import launch
+from services.guard.checkpoints import resolve
+from services.guard.engine import Engine
+from services.guard.server import Server
+from tests.guard_engine import SharedGuard, drawn, policy
+
+ROOT = Path(__file__).parents[2]
+
+
+def family(pid: int) -> list[psutil.Process]:
+    leader = psutil.Process(pid)
+    return [leader, *leader.children(recursive=True)]
+
+
+def scheduler(pid: int) -> psutil.Process:
+    (found,) = [process for process in family(pid) if "scheduler" in process.name()]
+    return found
+
+
+def gone(processes: list[psutil.Process], within_s: float) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=within_s)
+    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+async def until(engine: Engine, state: str, within_s: float) -> None:
+    async with asyncio.timeout(within_s):
+        while engine.state != state:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Run this Python text instead of SGLang; its `port` is the one to listen on."""
+    monkeypatch.setattr(
+        launch.Recipe,
+        "command",
+        lambda _, port, secrets: [sys.executable, "-c", f"port = {port}\n{script}"],
+    )
+    monkeypatch.setattr("services.guard.engine.cuda_available", lambda: False)
+
+
+class TestBeforeItIsReady:
+    async def test_calls_are_turned_away(self, tmp_path: Path) -> None:
+        engine = Engine(resolve("tiny"), state_dir=tmp_path)
+        with pytest.raises(GuardUnavailable, match="stopped"):
+            await engine.generate({})
+        with pytest.raises(GuardUnavailable):
+            _ = engine.revision
+
+    async def test_a_server_that_ends_is_reported_with_its_last_words(self, tmp_path, monkeypatch) -> None:
+        fake_server(monkeypatch, "print('no such kernel'); raise SystemExit(7)")
+        engine = Engine(resolve("tiny"), state_dir=tmp_path)
+        with pytest.raises(GuardUnavailable, match=r"status 7 .*\.log ends with: no such kernel"):
+            await engine.start()
+        assert engine.state == "stopped"
+        assert engine.pid is None
+
+    async def test_a_server_that_never_listens(self, tmp_path, monkeypatch) -> None:
+        fake_server(monkeypatch, "import time; print('loading', flush=True); time.sleep(60)")
+        engine = Engine(resolve("tiny"), state_dir=tmp_path, start_s=2)
+        with pytest.raises(GuardUnavailable, match="not ready after 2 s"):
+            await engine.start()
+        assert not [child for child in psutil.Process().children() if "services.children" in child.cmdline()]
+
+    async def test_a_port_that_was_taken_is_exchanged(self, tmp_path, monkeypatch) -> None:
+        fake_server(monkeypatch, "raise SystemExit('[Errno 98] Address already in use')")
+        spawned = []
+        spawn = Server.spawn
+
+        async def counted(recipe: launch.Recipe, log: Path) -> Server:
+            spawned.append(log)
+            return await spawn(recipe, log)
+
+        monkeypatch.setattr(Server, "spawn", counted)
+        with pytest.raises(GuardUnavailable, match="port was taken 3 times"):
+            await Engine(resolve("tiny"), state_dir=tmp_path).start()
+        assert len(spawned) == 3
+
+    async def test_cancelled_while_starting_leaves_nothing(self, tmp_path, monkeypatch) -> None:
+        fake_server(monkeypatch, "import time; time.sleep(60)")
+        engine = Engine(resolve("tiny"), state_dir=tmp_path)
+        starting = asyncio.create_task(engine.start())
+        while engine.pid is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        processes = family(engine.pid)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert gone(processes, within_s=5)
+        assert engine.state == "stopped"
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class TestTheRealServer:
+    async def test_strangers_are_refused(self, engine: SharedGuard) -> None:
+        pid = engine.engine.pid
+        assert pid is not None
+        ports = {
+            connection.laddr
+            for process in family(pid)
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert ports
+        assert {address.ip for address in ports} == {"127.0.0.1"}
+        answers = []
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as stranger:
+            for address in ports:
+                with contextlib.suppress(httpx.HTTPError):
+                    answers.append(await stranger.post(f"http://127.0.0.1:{address.port}/generate", json={"text": "a"}))
+        assert [answer.status_code for answer in answers] == [401]
+
+    async def test_a_killed_scheduler_costs_only_the_calls_in_flight(self, engine: SharedGuard) -> None:
+        pid = engine.engine.pid
+        assert pid is not None
+        before = family(pid)
+        calls = [
+            asyncio.create_task(engine.assess(drawn(200 + seed), policy("always"), "verdict")) for seed in range(4)
+        ]
+        await asyncio.sleep(0.3)
+        scheduler(pid).kill()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {GuardUnavailable}
+        await until(engine.engine, "restarting", 30)
+        with pytest.raises(GuardUnavailable, match="restarting"):
+            await engine.assess(drawn(1), policy(), "score")
+        assert engine.engine.down_s > 0
+        await until(engine.engine, "ready", 400)
+        assert engine.engine.down_s == 0
+        assert 0 <= (await engine.assess(drawn(1), policy(), "score")).score <= 1
+        assert gone(before, within_s=5)
+
+    async def test_a_hanging_scheduler_is_noticed(self, engine: SharedGuard) -> None:
+        pid = engine.engine.pid
+        assert pid is not None
+        before = family(pid)
+        scheduler(pid).suspend()
+        call = asyncio.create_task(engine.assess(drawn(300), policy("always"), "verdict"))
+        await until(engine.engine, "restarting", 60)
+        with pytest.raises(GuardUnavailable):
+            await call
+        await until(engine.engine, "ready", 400)
+        assert gone(before, within_s=5)
+        await engine.assess(drawn(300), policy(), "score")
+
+    def test_it_ends_with_its_owner(self, tmp_path: Path) -> None:
+        script = f"""
+import asyncio
+from pathlib import Path
+from services.guard.checkpoints import resolve
+from services.guard.engine import Engine
+
+async def own():
+    engine = Engine(resolve("tiny"), state_dir=Path({str(tmp_path)!r}), start_s=400)
+    await engine.start()
+    print(engine.pid, flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(own())
+"""
+        owner = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert owner.stdout is not None
+            processes = family(int(owner.stdout.readline()))
+            assert len(processes) > 3
+            os.kill(owner.pid, signal.SIGKILL)
+            killed_at = time.monotonic()
+            assert gone(processes, within_s=10), "left behind"
+            assert time.monotonic() - killed_at < 5
+        finally:
+            owner.kill()
+            owner.wait()
