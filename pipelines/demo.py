@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import boto3
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +23,7 @@ from services.synthetic import draw
 
 _SEED: Final = 2026
 _DEADLINE_S: Final = 120.0
+_WIDTH: Final = 100
 _NEXT: Final = """
 These images were drawn by Sluice and judged by `tiny`, a checkpoint of a few megabytes that knows nothing but such
 drawings. It shows the path, not the judgement of LlavaGuard: never moderate with it.
@@ -49,7 +52,7 @@ def demonstrate(progress: Progress) -> bool:
         uploads = _samples()
         progress(f"submitting {len(uploads)} drawn images")
         ends = asyncio.run(_judge(uploads, settings, progress))
-        Console().print(_table(uploads, ends))
+        Console(width=None if sys.stdout.isatty() else _WIDTH).print(_table(uploads, ends))
         print(_NEXT)  # noqa: T201 - the demo's output
     return len(ends) == len(uploads)
 
@@ -63,8 +66,8 @@ def _samples() -> list[_Upload]:
     broken = samples[0].data[: len(samples[0].data) // 2]
     return [
         *samples,
-        _Upload("cut-off.jpg", "half of a JPEG", broken),
-        _Upload("notes.jpg", "text that claims to be a JPEG", b"not a picture\n"),
+        _Upload("cut-off.jpg", "?", broken),
+        _Upload("notes.jpg", "?", b"not a picture\n"),
     ]
 
 
@@ -112,21 +115,17 @@ def _dead_letter(message: Message) -> tuple[str | None, DeadLetter]:
 
 
 def _table(uploads: list[_Upload], ends: dict[str, Verdict | DeadLetter]) -> Table:
-    table = Table("image", "shows", "action", "rating", "score", "category", "policy", "ms", title="What came out")
+    table = Table("image", "shows", "action", "rating", "score", "category", "ms", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for upload in uploads:
+        row = [upload.name, upload.shows]
         match ends.get(upload.name):
             case Verdict() as verdict:
-                row = [
-                    verdict.action or "",
-                    verdict.rating or verdict.outcome,
-                    "" if verdict.score is None else f"{verdict.score:.2f}",
-                    verdict.category or verdict.reason or "",
-                    f"{verdict.policy.name}@{verdict.policy.version}" if verdict.policy else "",
-                    str(verdict.timings_ms.total),
-                ]
+                score = "" if verdict.score is None else f"{verdict.score:.2f}"
+                what = verdict.category or verdict.reason or ""
+                row += [verdict.action or "", verdict.rating or "", score, what, str(verdict.timings_ms.total)]
             case DeadLetter() as letter:
-                row = ["-", "dead letter", "", letter.reason, "", ""]
+                row += ["", "", "", f"dead letter: {letter.reason}"]
             case _:
-                row = ["-", "not settled", "", "", "", ""]
-        table.add_row(upload.name, upload.shows, *row)
+                row += ["", "", "", "not settled"]
+        table.add_row(*row)
     return table

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic.json_schema import JsonSchemaMode
+
 from services.contracts import DeadLetter, Submission, Verdict, WireModel
 
 MESSAGES: Final[dict[str, type[WireModel]]] = {"submission": Submission, "verdict": Verdict, "dead-letter": DeadLetter}
@@ -11,7 +13,7 @@ MESSAGES: Final[dict[str, type[WireModel]]] = {"submission": Submission, "verdic
 
 def schema(message: str) -> dict[str, Any]:
     """The JSON Schema (2020-12) of `submission` (as it is read), `verdict` or `dead-letter` (as they are written)."""
-    mode = "validation" if message == "submission" else "serialization"
+    mode: JsonSchemaMode = "validation" if message == "submission" else "serialization"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | MESSAGES[message].model_json_schema(mode=mode)
 
 

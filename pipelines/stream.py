@@ -3,8 +3,8 @@
 Application name `sluice`, deployments `Intake` (the ingress) and `Guard`. Guard runs a fixed number of replicas.
 """
 
-import asyncio
 import os
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import boto3
@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.intake import Intake
+from services.guard.checkpoints import resolve
 from services.guard.deployment import GuardDeployment, RemoteGuard
 from services.images.prepare import Preparer
 from services.images.store import ObjectStore
@@ -22,8 +23,11 @@ from services.policies.cache import PolicyCache
 from services.policies.registry import PolicyRegistry
 from services.settings import Settings
 from services.streams.connect import open_transport
+from services.telemetry import configure_logging
 
 APPLICATION: Final = "sluice"
+_GUARD_PATIENCE: Final = 4
+"""Deadlines of the guard that a call may take, waiting for a replica included."""
 _STOP_S: Final = 10.0
 """What a replica gets beyond the drain to close its connections and children."""
 
@@ -32,16 +36,22 @@ _STOP_S: Final = 10.0
 class IntakeDeployment:
     """One replica: one member of the consumer group."""
 
-    async def __init__(self, settings: Settings, guard: DeploymentHandle) -> None:
-        """Join the group and start to receive; the guard need not be ready yet."""
-        remote = RemoteGuard(guard)
-        self._preparer = Preparer(settings, remote.max_side_px)
-        self._store = ObjectStore(settings)
+    async def __init__(self, settings: Settings, side_px: int, guard: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Join the group and start to receive; the guard need not be ready yet. `side_px`: what the model can use."""
+        configure_logging(settings.log_file)
+        self._closing = AsyncExitStack()
+        preparer, store = Preparer(settings, side_px), ObjectStore(settings)
+        self._closing.callback(preparer.close)
+        self._closing.callback(store.close)
         moderation = Moderation(
-            policies=PolicyCache(registry(settings)), images=self._store, preparer=self._preparer, guard=remote
+            policies=PolicyCache(registry(settings)),
+            images=store,
+            preparer=preparer,
+            guard=RemoteGuard(guard, deadline_s=_GUARD_PATIENCE * settings.guard_deadline_s),
         )
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
         self._intake = Intake(await open_transport(settings, member), moderation, settings)
+        self._closing.push_async_callback(self._intake.drain)
 
     async def drain(self) -> None:
         """Receive no more, finish what is in flight, leave the group."""
@@ -52,25 +62,26 @@ class IntakeDeployment:
         self._intake.check()
 
     async def __del__(self) -> None:
-        await self._intake.drain()
-        await asyncio.to_thread(self._preparer.close)
-        self._store.close()
+        await self._closing.aclose()
 
 
 def application(settings: Settings, *, guard_gpus: float) -> Application:
-    """The whole application, for `serve.run`."""
-    grace_s = settings.drain_s + _STOP_S
-    guard = GuardDeployment.options(  # type: ignore[attr-defined]
-        name="Guard",
+    """The whole application, for `serve.run`.
+
+    Raises:
+        ConfigurationError: SLUICE_MODEL names no checkpoint.
+    """
+    guard = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator makes a Deployment of it
         num_replicas=settings.guard_replicas,
+        max_ongoing_requests=2 * settings.guard_in_flight,  # the next ones are at hand when a place is free
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},
         graceful_shutdown_timeout_s=_STOP_S,
     ).bind(settings)
     intake: Application = IntakeDeployment.options(  # type: ignore[attr-defined]
         num_replicas=settings.intake_replicas,
         ray_actor_options={"num_cpus": 1},
-        graceful_shutdown_timeout_s=grace_s,
-    ).bind(settings, guard)
+        graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
+    ).bind(settings, resolve(settings.model).max_side_px, guard)
     return intake
 
 

@@ -6,10 +6,14 @@ import os
 import re
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
 from types import FrameType
 from typing import Final
 from urllib.parse import urlsplit
@@ -32,6 +36,7 @@ _REACH_S: Final = 20.0
 _STOP_S: Final = 12.0
 """How long the orderly end may take beyond the drain; then every child is killed."""
 _POLL_S: Final = 0.25
+_WORD_EVERY_S: Final = 15.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _OBJECT_STORE_BYTES: Final = 200 << 20  # images travel inline in calls; Ray's own default takes 30 % of the memory
 
@@ -65,12 +70,13 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
                 variables = stack.enter_context(embedded.backends(os.environ))
                 os.environ.update(variables)
             settings = settings_module.load()
+            log_file = stack.enter_context(_shown_log(settings.log_file))
             checkpoints.resolve(settings.model)
             _check_reachable(settings)
             _publish_built_in(settings)
             progress("starting Ray")
             stack.enter_context(_ray(settings))
-            handle = _deploy(settings, progress)
+            handle = _deploy(settings.model_copy(update={"log_file": log_file}), progress)
             stack.callback(_drain, handle, settings, progress)
             end_s += settings.drain_s
             yield settings, variables
@@ -121,6 +127,29 @@ def _kill_descendants() -> None:
         psutil.wait_procs(descendants, timeout=1)
 
 
+@contextmanager
+def _shown_log(file: Path | None) -> Iterator[Path]:
+    """Show on stderr what the replicas write to `file`, or to the temporary file that is yielded."""
+    with tempfile.TemporaryDirectory(prefix="sluice-log-") as folder:
+        file = file or Path(folder) / "log"
+        file.touch()
+        ended = threading.Event()
+
+        def show() -> None:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                lines.seek(0, os.SEEK_END)
+                while not ended.wait(_POLL_S):
+                    sys.stderr.write(lines.read())
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield file
+        finally:
+            ended.set()
+            thread.join()
+
+
 def _check_reachable(settings: Settings) -> None:
     """Wait a while for every backend to accept a connection."""
     for name, url, default_port in (
@@ -166,7 +195,13 @@ def _ray(settings: Settings) -> Iterator[None]:
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
-    ray.init(settings.ray_address or "local", logging_level="WARNING", **({} if settings.ray_address else local))
+    ray.init(
+        settings.ray_address or "local",
+        logging_level="ERROR",
+        log_to_driver=False,
+        **({} if settings.ray_address else local),
+    )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
     try:
         serve.start(
@@ -174,7 +209,8 @@ def _ray(settings: Settings) -> Iterator[None]:
         )
         yield
     finally:
-        with suppress(Exception):
+        # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
+        with suppress(Exception), redirect_stdout(StringIO()):
             serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
         ray.shutdown()
 
@@ -202,14 +238,15 @@ def _deploy(settings: Settings, progress: Progress) -> DeploymentHandle:
         elapsed_s = time.monotonic() - started
         if elapsed_s >= next_word_s:
             progress(f"loading {settings.model} into the engine ({elapsed_s:.0f} s)")
-            next_word_s = elapsed_s + 5
+            next_word_s = elapsed_s + _WORD_EVERY_S
         time.sleep(_POLL_S)
 
 
 def _cause(message: str) -> str:
-    """The sentence of Sluice's own error in a message of Ray Serve, else the whole message."""
+    """One sentence of a message of Ray Serve: Sluice's own error where there is one, else the last line."""
     own = re.findall(r"services\.errors\.\w+: (.+)", message)
-    return own[-1] if own else message
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return own[-1] if own else f"{lines[-1] if lines else 'no reason given'} (Ray's logs: /tmp/ray/session_latest/logs)"
 
 
 def _drain(handle: DeploymentHandle, settings: Settings, progress: Progress) -> None:

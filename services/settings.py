@@ -51,6 +51,8 @@ class Settings(BaseSettings):
     # Ray
     ray_address: str | None = Field(None, description="Ray cluster to run on; unset: one of this machine's own")
 
+    log_file: Path | None = Field(None, description="also collects the log of every replica on this machine")
+
     # Work in flight
     intake_replicas: Positive = 1
     in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")

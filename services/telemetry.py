@@ -1,5 +1,10 @@
-"""Every metric, documented where it is defined. Ray exports them to Prometheus with the prefix `ray_`."""
+"""Every metric, documented where it is defined, and the form of the log.
 
+Ray exports the metrics to Prometheus with the prefix `ray_`.
+"""
+
+import logging
+from pathlib import Path
 from typing import Final
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -30,3 +35,18 @@ IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake repli
 LAG: Final = Gauge(
     "sluice_lag", "Messages published and not settled, for the whole group, by partition.", tag_keys=("partition",)
 )
+
+
+def configure_logging(file: Path | None) -> None:
+    """Write this process' log to stderr, where Ray collects it, and to `file`: a line a record."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if file is not None:
+        handlers.append(logging.FileHandler(file))
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+    )
+    for package in ("services", "pipelines"):
+        logging.getLogger(package).setLevel(logging.INFO)

@@ -14,6 +14,7 @@ from services.errors import ConfigurationError, GuardUnavailable, SluiceError
 from services.guard.assess import Guard
 from services.guard.engine import Engine
 from services.settings import Settings
+from services.telemetry import configure_logging
 
 _ADJUSTABLE = frozenset({"guard_in_flight", "guard_deadline_s"})
 
@@ -33,6 +34,7 @@ class GuardDeployment:
             ConfigurationError: SLUICE_MODEL names no checkpoint, or its weights cannot be had.
             GuardUnavailable: the engine did not start.
         """
+        configure_logging(settings.log_file)
         self._settings = settings
         self._engine = Engine.from_settings(settings)
         self._guard = Guard.from_settings(self._engine, settings)

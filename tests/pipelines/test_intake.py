@@ -168,9 +168,10 @@ async def test_the_stream_killed_and_started_again(bench: Bench, tmp_path: Path)
 
 
 async def test_what_is_not_finished_in_time_is_left_to_the_next_member(bench: Bench) -> None:
-    release = asyncio.Event()
+    held, release = asyncio.Event(), asyncio.Event()
 
     async def hold(image: PreparedImage, detail: Detail) -> Assessment:
+        held.set()
         await release.wait()
         return await says_safe(image, detail)
 
@@ -178,8 +179,7 @@ async def test_what_is_not_finished_in_time_is_left_to_the_next_member(bench: Be
     first = await bench.start(drain_s=0.2)
     bench.put("held.jpg")
     await bench.submit({"id": "held", "uri": "s3://uploads/held.jpg"})
-    while not bench.guard.calls:
-        await asyncio.sleep(0.02)
+    await held.wait()
     await first.drain()
     assert (await bench.verdicts(), await bench.letters()) == ([], [])
     release.set()
