@@ -61,7 +61,8 @@ def _samples() -> list[_Upload]:
     labels = (NO_CATEGORY, *CATEGORIES, NO_CATEGORY)
     drawn = [draw(_SEED + number, label) for number, label in enumerate(labels)]
     samples = [
-        _Upload(f"drawing-{number:02d}.jpg", sample.category, sample.jpeg) for number, sample in enumerate(drawn)
+        _Upload(f"drawing-{number:02d}.jpg", sample.category.partition(":")[0], sample.jpeg)
+        for number, sample in enumerate(drawn)
     ]
     broken = samples[0].data[: len(samples[0].data) // 2]
     return [

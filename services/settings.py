@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     stream_url: str = Field("", description="kafka://host:9092,host:9092 or redis://host:6379/0")
     redis_url: str = Field("", description="Redis or Valkey: the cache")
     s3_endpoint: str | None = Field(None, description="an S3 server; AWS when unset")
-    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field((), description="buckets that may be read, comma separated")
+    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field((), description="the only buckets that are read")
     policy_bucket: str = Field("", description="where policy versions live")
     model: str = Field("", description="checkpoint: a path, a hub id, or `tiny`")
 
