@@ -29,6 +29,7 @@ _PROGRESS_S: Final = 10.0
 _PROBE_PRIORITY: Final = 2
 _DETAIL_LIMIT: Final = 300
 _KEPT_LOGS: Final = 8
+_SCRATCH: Final = "sluice-engine-"
 
 
 class PortTaken(Exception):
@@ -58,11 +59,12 @@ class Server:
 
         def spawn() -> Server:
             # Its sockets and temporary files go where they can be removed together.
-            scratch = Path(tempfile.mkdtemp(prefix="sluice-engine-"))
+            scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
             write_secrets(scratch / "flags.yaml", api_key=key)
             argv = recipe.command(port=port, secrets=scratch / "flags.yaml")
             child = Child(argv, log=log, env=recipe.environment(os.environ, scratch=scratch))
             _prune(log.parent)
+            _sweep(scratch.parent)
             return Server(child, client, scratch)
 
         spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
@@ -198,3 +200,11 @@ def _prune(logs: Path) -> None:
             owner = log.name.split("-")[1]
             if owner == str(os.getpid()) or not Path(f"/proc/{owner}").exists():
                 log.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the scratch folders of owners that were killed."""
+    for scratch in folder.glob(f"{_SCRATCH}*-*"):
+        owner = scratch.name.removeprefix(_SCRATCH).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(scratch, ignore_errors=True)
