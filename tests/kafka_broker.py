@@ -53,7 +53,8 @@ def fetch() -> Path:
     stamp = CACHE / "pom.xml"
     if stamp.exists() and stamp.read_bytes() == pom.read_bytes():
         return jars
-    shutil.rmtree(jars, ignore_errors=True)
+    shutil.rmtree(CACHE, ignore_errors=True)
+    CACHE.mkdir()
     command = ["mvn", "-B", "-q", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={jars}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_FETCH_S, check=False)
     if done.returncode != 0:

@@ -72,6 +72,11 @@ class Valkey:
 def require_kafka() -> None:
     """Skip where no broker can be had; fail instead where SLUICE_TEST_REQUIRE_KAFKA=1 says that one must be."""
     reason = kafka_broker.missing()
+    if reason is None:
+        try:
+            kafka_broker.fetch()
+        except RuntimeError as error:
+            reason = str(error)
     if reason is not None:
         if os.environ.get("SLUICE_TEST_REQUIRE_KAFKA") == "1":
             pytest.fail(reason)

@@ -6,6 +6,7 @@ partitions are paused. Offsets are committed as far as the ledgers allow, every 
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -157,13 +158,18 @@ class KafkaTransport:
     def _run(self) -> None:
         delays = backoff()
         failing_since: float | None = None
+        rewind = False
         while not self._closing.is_set():
             try:
+                if rewind:
+                    self._rewind()
+                    rewind = False
                 self._turn()
                 if failing_since is not None:
                     delays, failing_since = backoff(), None
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
                 log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)
+                rewind = True
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > _REBUILD_S:
                     self._rebuild()
@@ -175,7 +181,8 @@ class KafkaTransport:
         assigned = self._consumer.assignment()
         with self._lock:
             for partition in assigned:
-                self._ledgers.setdefault(partition, Ledger(max(_WINDOW, 4 * self._settings.in_flight)))
+                if partition not in self._ledgers:
+                    self._ledgers[partition] = self._new_ledger()
             room = self._settings.in_flight - len(self._buffer)
             # One poll may bring everything from one partition, so each that is polled has room for a whole one.
             full = {each for each in assigned if room < 1 or self._ledgers[each].room < self._settings.in_flight}
@@ -194,14 +201,32 @@ class KafkaTransport:
             self._commit_done()
 
     def _take(self, partition: Any, record: Any) -> Message:
-        ledger = self._ledgers.setdefault(partition, Ledger(_WINDOW))
+        ledger = self._ledgers.get(partition)
+        if ledger is None:  # assigned during this very poll
+            ledger = self._ledgers[partition] = self._new_ledger()
         if ledger.position is not None and record.offset < ledger.position:
             # The log was cut (an unclean election, or a topic made anew): these are other messages than before.
             log.warning("%s went back from offset %d to %d", partition, ledger.position, record.offset)
             self._drop(partition)
-            ledger = self._ledgers[partition] = Ledger(_WINDOW)
+            ledger = self._ledgers[partition] = self._new_ledger()
         ledger.receive(record.offset)
         return as_message(record, _Place(ledger, record.offset))
+
+    def _new_ledger(self) -> Ledger:
+        return Ledger(max(_WINDOW, 4 * self._settings.in_flight))
+
+    def _rewind(self) -> None:
+        """After a poll that failed: what it may have consumed without returning it is fetched again."""
+        with self._lock:
+            positions = {partition: ledger.position for partition, ledger in self._ledgers.items()}
+        for partition in self._consumer.assignment():
+            position = positions.get(partition)
+            if position is None:
+                position = self._consumer.committed(partition, timeout_ms=_LEAVE_MS)
+            if position is None:
+                self._consumer.seek_to_beginning(partition)
+            else:
+                self._consumer.seek(partition, position)
 
     def _commit_done(self) -> None:
         offsets = self._committable()
@@ -216,7 +241,8 @@ class KafkaTransport:
             ledger = self._ledgers.get(partition)
             if ledger is not None and not ledger.held:
                 # Offsets that hold no message (a transaction's markers) are passed over, or lag never gets to zero.
-                positions[partition] = self._consumer.position(partition, timeout_ms=0)
+                with contextlib.suppress(errors.KafkaError):  # not known yet
+                    positions[partition] = self._consumer.position(partition, timeout_ms=0)
         with self._lock:
             for partition, position in positions.items():
                 if position is not None and partition in self._ledgers:

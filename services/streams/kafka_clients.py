@@ -14,6 +14,7 @@ from kafka import errors
 
 from services.errors import ConfigurationError, StreamUnavailable
 from services.settings import Settings
+from services.streams import kafka_headers
 from services.streams.transport import Message, Record
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def connect(settings: Settings, client: Any, **ours: Any) -> Any:
         StreamUnavailable: no broker answers.
     """
     arguments = options(settings, client, **ours)
+    kafka_headers.tolerate()
     try:
         return client(**arguments)
     except (errors.SaslAuthenticationFailedError, errors.UnsupportedSaslMechanismError) as error:
@@ -186,6 +188,7 @@ class Sender:
         # send() of kafka-python blocks while it does not know a topic, so it gets a thread; one, to keep the order.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-send")
         self._producer = self._connect()
+        self._closed = False
 
     def _connect(self) -> Any:
         return connect(
@@ -201,30 +204,31 @@ class Sender:
         )
 
     async def send(self, records: Sequence[Record]) -> list[Record]:
-        """Send and wait. Returns the records that were not acknowledged: trying those again can help.
+        """Send and wait. Returns the records that were not acknowledged: trying those again can help, until `close`.
 
         Raises:
             ConfigurationError: a topic refuses a record for good, such as one that is too large for it.
         """
-        if not records:
-            return []
         async with self._slots:
+            if self._closed or not records:
+                return list(records)
             loop = asyncio.get_running_loop()
             producer = self._producer
             futures = await loop.run_in_executor(self._thread, self._append, producer, tuple(records))
             outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
             failed = []
             for record, outcome in zip(records, outcomes, strict=True):
-                if isinstance(outcome, _REFUSED):
-                    raise ConfigurationError(
-                        f"Kafka refuses a message of {len(record.value)} bytes for {record.stream}: {outcome}. "
-                        "Raise the topic's max.message.bytes."
-                    ) from outcome
-                if isinstance(outcome, BaseException):
-                    log.warning("%s did not take a message: %s", record.stream, outcome)
+                if not isinstance(outcome, BaseException):
+                    continue
+                log.warning("%s did not take a message: %s", record.stream, outcome)
+                if not isinstance(outcome, errors.RetriableError | errors.AuthorizationError):
+                    await loop.run_in_executor(self._thread, self._renew, producer)
+                # A record that is too large takes everything with it that the producer holds at the moment, so which
+                # one is to blame shows only when each is sent alone.
+                if not isinstance(outcome, _REFUSED) or not await loop.run_in_executor(
+                    self._thread, self._send_alone, record
+                ):
                     failed.append(record)
-                    if not isinstance(outcome, errors.RetriableError):
-                        await loop.run_in_executor(self._thread, self._renew, producer)
             return failed
 
     def _append(self, producer: Any, records: tuple[Record, ...]) -> list["concurrent.futures.Future[None]"]:
@@ -242,9 +246,27 @@ class Sender:
             pending.add_errback(lambda error, future=future: future.set_exception(error))
         return futures
 
+    def _send_alone(self, record: Record) -> bool:
+        producer = self._connect()
+        try:
+            producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)).get(
+                self._delivery_s
+            )
+        except _REFUSED as error:
+            raise ConfigurationError(
+                f"Kafka refuses a message of {len(record.value)} bytes for {record.stream}: {error}. "
+                "Raise the topic's max.message.bytes."
+            ) from error
+        except errors.KafkaError as error:
+            log.warning("%s did not take a message: %s", record.stream, error)
+            return False
+        finally:
+            producer.close(timeout=1)
+        return True
+
     def _renew(self, broken: Any) -> None:
         """A producer can end in a state that it does not leave by itself; then a new one takes its place."""
-        if self._producer is not broken:
+        if self._producer is not broken or self._closed:
             return
         try:
             self._producer = self._connect()
@@ -255,6 +277,8 @@ class Sender:
 
     async def close(self) -> None:
         """Wait a little for what is in flight, then release the connections."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, lambda: self._producer.close(timeout=5))
-        self._thread.shutdown(wait=False)
+        if not self._closed:
+            self._closed = True
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, lambda: self._producer.close(timeout=5))
+            self._thread.shutdown(wait=False)

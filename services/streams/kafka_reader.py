@@ -44,16 +44,19 @@ class KafkaReader:
     async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
         """In offset order per partition; partitions that are added later are not read."""
         loop = asyncio.get_running_loop()
-        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-read") as thread:
+        thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-read")
+        reading: _Reading | None = None
+        try:
             reading = await loop.run_in_executor(thread, _Reading, self._settings, stream, since)
-            try:
-                while follow or reading.unread:
-                    for message in await loop.run_in_executor(thread, reading.turn):
-                        yield message
-            except (errors.KafkaError, OSError) as error:
-                raise StreamUnavailable(f"Kafka does not answer: {error}.") from error
-            finally:
-                await loop.run_in_executor(thread, reading.close)
+            while follow or reading.unread:
+                for message in await loop.run_in_executor(thread, reading.turn):
+                    yield message
+        except (errors.KafkaError, OSError) as error:
+            raise StreamUnavailable(f"Kafka does not answer: {error}.") from error
+        finally:
+            if reading is not None:
+                thread.submit(reading.close)
+            thread.shutdown(wait=False)
 
     async def close(self) -> None:
         """Nothing to release: every reading releases its own connection."""

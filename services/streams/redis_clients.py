@@ -11,6 +11,7 @@ from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 
 from services.errors import ConfigurationError, StreamUnavailable
 from services.settings import Settings
@@ -76,9 +77,12 @@ def make_client(url: str, *, connections: int) -> "Redis":
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),  # they want RESP 3
             protocol=2,
             decode_responses=False,
         )
+        if pool.connection_kwargs["protocol"] != 2 or pool.connection_kwargs["decode_responses"]:
+            raise ValueError("Sluice chooses protocol and decode_responses itself")
         client = Redis.from_pool(pool)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"SLUICE_STREAM_URL is wrong: {error}.") from None

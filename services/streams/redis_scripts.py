@@ -88,7 +88,7 @@ local function parse(id)
   return tonumber(ms), tonumber(seq)
 end
 local now = redis.call('TIME')
-local bound = string.format('%.0f-0', tonumber(now[1]) * 1000 - tonumber(ARGV[1]))
+local bound = string.format('%.0f-0', math.max(0, tonumber(now[1]) * 1000 - tonumber(ARGV[1])))
 for _, fields in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   local of = {}
   for i = 1, #fields, 2 do of[fields[i]] = fields[i + 1] end

@@ -70,6 +70,8 @@ class Transport(Protocol):
         Outages are waited out. Raises:
             NotOwned: another member has the message by now; drop it. (Under at-least-once delivery the records may
                 have been published.)
+            ConfigurationError: the stream system refuses a record for good, because it is too large for its stream.
+                The message is still held.
         """
 
     async def lag(self) -> Lag:
