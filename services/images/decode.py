@@ -45,6 +45,8 @@ _UPRIGHT: Final = {
 _QUALITY: Final = 95
 _GAP: Final = 2.0
 """A cheap box filter may shrink down to this many times the wanted size; Lanczos does the rest."""
+_PASSED_ON_LIMIT_BYTES: Final = 4 << 20
+"""What is larger is encoded anew: as a JPEG of quality 95 it travels to the guard in fewer bytes."""
 _PROFILE_LIMIT_BYTES: Final = 4 << 20
 _SRGB_GAMMA: Final = 1 / 2.2
 
@@ -113,6 +115,7 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
             image.mode == "RGB"
             and max(width, height) <= limits.side_px
             and orientation not in _UPRIGHT
+            and len(data) <= _PASSED_ON_LIMIT_BYTES
             and is_plain(data, kind)
         )
         upright = (height, width) if orientation >= 5 else (width, height)

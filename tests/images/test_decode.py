@@ -254,6 +254,13 @@ def test_a_plain_fitting_picture_is_passed_on_as_it_is(kind: str) -> None:
     assert prepared.media_type == f"image/{kind}"
 
 
+def test_a_huge_png_travels_as_a_jpeg() -> None:
+    data = encoded(Image.effect_noise((1800, 1800), 90).convert("RGB"), "png", compress_level=0)
+    prepared = prepare(data, Limits(10_000_000, 2000))
+    assert prepared.media_type == "image/jpeg"
+    assert len(prepared.data) < len(data) / 2
+
+
 def test_progressive_jpeg_is_plain() -> None:
     assert is_plain(encoded(textured(), "jpeg", progressive=True), "jpeg")
 
