@@ -22,9 +22,10 @@ from services.contracts import (
     Rating,
     RationaleMode,
 )
-from services.errors import GuardFailed, GuardUnavailable, UnreadableAnswer
+from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.guard.answer import ANSWER_START, HEAD_TOKENS, grammar, p_unsafe, question, read
 from services.guard.engine import Engine
+from services.guard.places import Places
 from services.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Guard:
         """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer; a rationale that
         does not fit is cut and marked."""
         self.engine = engine
-        self._slots = asyncio.Semaphore(in_flight)
+        self._places = Places(in_flight)
         self._deadline_s = deadline_s
         self._answer_tokens = answer_tokens
         self._rating_tokens: _RatingTokens | None = None
@@ -85,19 +86,28 @@ class Guard:
             prompt=_prompt_digest(policy.prompt),
         )
 
+    async def check(self) -> None:
+        """See that the checkpoint, whose engine is ready, can be asked for a score.
+
+        Raises:
+            ConfigurationError: its tokenizer does not write each rating as one token.
+            GuardUnavailable: the engine is not ready.
+        """
+        await self._tokens()
+
     async def assess(
         self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"
     ) -> Assessment:
         """Judge an image. Greedy decoding: the same image and policy get the same assessment.
 
         Raises:
-            GuardFailed: the engine refuses the image, twice.
+            GuardFailed: the engine refuses the image twice, or fails three times because of it.
             GuardUnavailable: the engine is not ready, full, gone, or took longer than the deadline.
             UnreadableAnswer: the answer cannot be read.
             ConfigurationError: the policy's prompt contains a marker of the chat layout.
         """
         prompt = question(self.engine.checkpoint.layout, policy.prompt)
-        async with self._slot():
+        async with self._place(image.sha256, priority):
             request = {
                 "text": prompt + ANSWER_START,
                 "image_data": f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}",
@@ -108,9 +118,9 @@ class Guard:
             return await self._verdict(request, self.identity(policy), policy.rationale)
 
     @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
+    async def _place(self, sha256: str, priority: Priority) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._deadline_s), self._slots:
+            async with asyncio.timeout(self._deadline_s), self._places.take(sha256, priority):
                 yield
         except TimeoutError:
             raise GuardUnavailable(
@@ -202,7 +212,8 @@ class Guard:
     async def _token_after(self, before: str, ids: list[int], word: str) -> int:
         longer = await self.engine.tokenize(before + word)
         if longer[:-1] != ids:
-            raise GuardUnavailable(f"The checkpoint's tokenizer does not write the rating {word} as one token.")
+            name = self.engine.checkpoint.name
+            raise ConfigurationError(f"The tokenizer of {name} does not write the rating {word} as one token.")
         return longer[-1]
 
 

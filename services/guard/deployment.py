@@ -31,7 +31,7 @@ class GuardDeployment:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         """
         Raises:
-            ConfigurationError: SLUICE_MODEL names no checkpoint, or its weights cannot be had.
+            ConfigurationError: SLUICE_MODEL names no checkpoint, its weights cannot be had, or it cannot be asked.
             GuardUnavailable: the engine did not start.
         """
         configure_logging(settings.log_file)
@@ -39,6 +39,11 @@ class GuardDeployment:
         self._engine = Engine.from_settings(settings)
         self._guard = Guard.from_settings(self._engine, settings)
         await self._engine.start()
+        try:
+            await self._guard.check()
+        except BaseException:
+            await self._engine.stop()
+            raise
 
     async def assess(
         self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"

@@ -23,6 +23,7 @@ EngineState = Literal["starting", "ready", "restarting", "stopped"]
 _PORT_TRIES: Final = 3
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
+_LAST_TRY_S: Final = 3.0
 
 
 class Engine:
@@ -151,7 +152,8 @@ class Engine:
 
         Raises:
             GuardFailed: the engine refuses the request, with its reason.
-            GuardUnavailable: the engine is not ready, is full, or went away meanwhile.
+            EngineFailed: the engine failed at this call, or went away meanwhile.
+            GuardUnavailable: the engine is not ready, or full.
         """
         answer: dict[str, Any] = await self._ready_server().call("/generate", request)
         self._last_answer = time.monotonic()
@@ -219,7 +221,8 @@ class Engine:
             # Any answer is a sign of life: a probe may wait its turn behind long prompts.
             while not await server.gives_a_token(within_s=left) and self._last_answer < began:
                 left = began + self._hang_s - time.monotonic()
-                if left <= 0:
+                # A last try, since it may have been this process that stood still.
+                if left <= 0 and not await server.gives_a_token(within_s=_LAST_TRY_S):
                     return f"gave no token for {self._hang_s:.0f} s"
                 await asyncio.sleep(POLL_S)
 

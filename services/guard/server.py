@@ -21,6 +21,7 @@ from services.children import Child
 from services.errors import GuardFailed, GuardUnavailable
 from services.guard.answer import question
 from services.guard.launch import Recipe, free_port, write_secrets
+from services.guard.places import EngineFailed
 
 logger = logging.getLogger(__name__)
 
@@ -122,16 +123,17 @@ class Server:
 
         Raises:
             GuardFailed: the server refuses the request, with its reason.
-            GuardUnavailable: it is full, failed, or went away meanwhile.
+            EngineFailed: it failed at this call, or went away meanwhile.
+            GuardUnavailable: it is full.
         """
         try:
             response = await self._client.post(path, json=body)
         except httpx.HTTPError as error:
-            raise GuardUnavailable(f"The engine went away ({type(error).__name__}).") from None
+            raise EngineFailed(f"The engine went away ({type(error).__name__}).") from None
         except RuntimeError:
             if not self._client.is_closed:
                 raise
-            raise GuardUnavailable("The engine went away.") from None
+            raise EngineFailed("The engine went away.") from None
         if response.status_code == httpx.codes.OK:
             try:
                 return response.json()
@@ -140,6 +142,8 @@ class Server:
         detail = _detail(response)
         if response.status_code in {httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY}:
             raise GuardFailed(f"The engine refuses it: {detail}")
+        if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise EngineFailed(f"The engine failed: {detail}")
         raise GuardUnavailable(f"The engine answers {response.status_code}: {detail}")
 
     async def gives_a_token(self, within_s: float) -> bool:

@@ -136,7 +136,7 @@ class TestTheRealServer:
         await asyncio.sleep(0.3)
         scheduler(pid).kill()
         results = await asyncio.gather(*calls, return_exceptions=True)
-        assert {type(result) for result in results} == {GuardUnavailable}
+        assert all(isinstance(result, GuardUnavailable) for result in results)
         await until(engine.engine, "restarting", 30)
         with pytest.raises(GuardUnavailable, match="restarting"):
             await engine.assess(drawn(1), policy(), "score")

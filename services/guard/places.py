@@ -1,0 +1,92 @@
+"""Places at the engine: how many calls it gets at a time, who comes first, and who has to come alone."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from services.contracts import Priority
+from services.errors import GuardFailed, GuardUnavailable
+
+_FAILURES: Final = 3
+_REMEMBERED: Final = 1024
+
+
+class EngineFailed(GuardUnavailable):
+    """The engine failed, or went away, in the middle of a call."""
+
+
+class Places:
+    """Up to `count` calls at a time; `live` before `backfill`.
+
+    When the engine fails, each image that it had may be the cause. Such a suspect comes alone the next time, so that
+    a second failure is its own. After three it is given up; one success clears it.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._taken = 0
+        self._alone = False
+        self._suspects_waiting = 0
+        self._live_waiting = 0
+        self._changed = asyncio.Condition()
+        self._failures: OrderedDict[str, int] = OrderedDict()
+
+    @asynccontextmanager
+    async def take(self, sha256: str, priority: Priority = "live") -> AsyncIterator[None]:
+        """Hold a place for one image's call.
+
+        Raises:
+            GuardFailed: instead of an EngineFailed of the body, when this image alone made the engine fail.
+        """
+        suspect = sha256 in self._failures
+        await (self._enter_alone() if suspect else self._enter(priority))
+        try:
+            yield
+        except EngineFailed:
+            failures = self._failures.pop(sha256, 0) + 1
+            if suspect and failures >= _FAILURES:
+                raise GuardFailed(f"The image made the engine fail {failures} times.") from None
+            self._failures[sha256] = failures
+            if len(self._failures) > _REMEMBERED:
+                self._failures.popitem(last=False)
+            raise
+        else:
+            self._failures.pop(sha256, None)
+        finally:
+            await asyncio.shield(self._leave())
+
+    async def _enter(self, priority: Priority) -> None:
+        async with self._changed:
+            live = priority == "live"
+            self._live_waiting += live
+            try:
+                await self._changed.wait_for(
+                    lambda: (
+                        self._taken < self._count
+                        and not self._alone
+                        and not self._suspects_waiting
+                        and (live or not self._live_waiting)
+                    )
+                )
+                self._taken += 1
+            finally:
+                self._live_waiting -= live
+                self._changed.notify_all()
+
+    async def _enter_alone(self) -> None:
+        async with self._changed:
+            self._suspects_waiting += 1
+            try:
+                await self._changed.wait_for(lambda: self._taken == 0)
+                self._taken, self._alone = 1, True
+            finally:
+                self._suspects_waiting -= 1
+                self._changed.notify_all()
+
+    async def _leave(self) -> None:
+        async with self._changed:
+            self._taken -= 1
+            self._alone = False
+            self._changed.notify_all()
