@@ -30,6 +30,8 @@ from services.streams.transport import Lag, Message, Record
 log = logging.getLogger(__name__)
 
 _COMMIT_S: Final = 0.5
+_UNANSWERED_S: Final = 35.0
+"""A commit without an answer, longer than any request may take."""
 _POLL_MS: Final = 200
 _WINDOW: Final = 4096
 """Offsets per partition between the oldest unfinished one and the newest received one."""
@@ -67,8 +69,9 @@ class KafkaTransport:
         self._paused = False
         self._closed = False
         self._closing = threading.Event()
-        self._commit: Any = None
         self._next_commit = 0.0
+        self._suspect = False
+        """The last poll failed: the consumer may stand behind records that it never returned."""
         consumer.subscribe([settings.submissions_stream], listener=_Rebalance(self, consumer))
         self._thread = threading.Thread(target=self._run, name=f"kafka-{member}", daemon=True)
         self._thread.start()
@@ -158,18 +161,17 @@ class KafkaTransport:
     def _run(self) -> None:
         delays = backoff()
         failing_since: float | None = None
-        rewind = False
         while not self._closing.is_set():
             try:
-                if rewind:
+                if self._suspect:
                     self._rewind()
-                    rewind = False
+                    self._suspect = False
                 self._turn()
                 if failing_since is not None:
                     delays, failing_since = backoff(), None
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
                 log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)
-                rewind = True
+                self._suspect = True
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > _REBUILD_S:
                     self._rebuild()
@@ -196,9 +198,12 @@ class KafkaTransport:
                     for record in records:
                         self._buffer.append(self._take(partition, record))
             self._wake()
-        if time.monotonic() >= self._next_commit and (self._commit is None or self._commit.is_done):
-            self._next_commit = time.monotonic() + _COMMIT_S
-            self._commit_done()
+        if time.monotonic() >= self._next_commit:
+            offsets = self._committable()
+            # One at a time: the callback, which a later poll calls, brings the next one forward.
+            self._next_commit = time.monotonic() + (_UNANSWERED_S if offsets else _COMMIT_S)
+            if offsets:
+                self._consumer.commit_async(offsets, callback=self._committed)
 
     def _take(self, partition: Any, record: Any) -> Message:
         ledger = self._ledgers.get(partition)
@@ -228,18 +233,11 @@ class KafkaTransport:
             else:
                 self._consumer.seek(partition, position)
 
-    def _commit_done(self) -> None:
-        offsets = self._committable()
-        if offsets:
-            self._commit = self._consumer.commit_async(offsets)
-            self._commit.add_callback(lambda _: self._committed(offsets))
-            self._commit.add_errback(lambda error: log.info("commit failed, the next one comes: %s", error))
-
     def _committable(self) -> dict[Any, Any]:
         positions = {}
         for partition in self._consumer.assignment():
             ledger = self._ledgers.get(partition)
-            if ledger is not None and not ledger.held:
+            if ledger is not None and not ledger.held and not self._suspect:
                 # Offsets that hold no message (a transaction's markers) are passed over, or lag never gets to zero.
                 with contextlib.suppress(errors.KafkaError):  # not known yet
                     positions[partition] = self._consumer.position(partition, timeout_ms=0)
@@ -249,7 +247,11 @@ class KafkaTransport:
                     self._ledgers[partition].pass_over(position)
             return _as_offsets(self._ledgers)
 
-    def _committed(self, offsets: dict[Any, Any]) -> None:
+    def _committed(self, offsets: dict[Any, Any], outcome: Any) -> None:
+        self._next_commit = time.monotonic() + _COMMIT_S
+        if isinstance(outcome, Exception):
+            log.info("a commit failed, the next one makes up for it: %s", outcome)
+            return
         with self._lock:
             for partition, offset in offsets.items():
                 if partition in self._ledgers:
@@ -275,11 +277,11 @@ class KafkaTransport:
         try:
             consumer = _make_consumer(self._settings, self._member)
             consumer.subscribe([self._settings.submissions_stream], listener=_Rebalance(self, consumer))
+            self._consumer, old = consumer, self._consumer
+            self._next_commit = 0.0
+            old.close(autocommit=False, timeout_ms=_LEAVE_MS)
         except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
-            log.warning("no new Kafka consumer: %s", error)
-            return
-        self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
-        self._consumer = consumer
+            log.warning("replacing the Kafka consumer failed: %s", error)
 
     def _leave(self) -> None:
         try:

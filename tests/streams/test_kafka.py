@@ -161,6 +161,28 @@ async def test_a_header_name_that_is_not_utf8_stops_nobody(streams: Streams, kaf
     assert odd.headers == (("gr\\xf6\\xdfe", b"1"), ("ok", b"2"))
 
 
+async def test_a_poll_that_fails_loses_nothing(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    member: Any = await streams.member()
+    poll = member._consumer.poll
+    failures: list[Any] = []
+
+    def fail_after_consuming(**arguments: Any) -> Any:
+        polled = poll(**arguments)
+        if polled and len(failures) < 2:
+            failures.append(polled)
+            raise RuntimeError("after the position moved")
+        return polled
+
+    monkeypatch.setattr(member._consumer, "poll", fail_after_consuming)
+    await streams.submit("a", "b")
+    received = await collect(member, 2)
+    assert values(received) == ["a", "b"]
+    failures.clear()
+    await streams.submit("c")
+    assert values(await collect(member, 1)) == ["c"]
+    assert len(failures) == 2
+
+
 async def test_revocation_commits_what_is_done(streams: Streams) -> None:
     """A second member gets its share without what the first one settled, though that came in no order."""
     first = await streams.member("first", **PATIENT)

@@ -84,6 +84,27 @@ async def test_a_failing_settle_of_a_lost_message_publishes_nothing_even_at_the_
     assert await streams.verdicts() == ["quick"]
 
 
+async def test_an_answer_that_is_lost_after_the_work_was_done(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await streams.submit("a")
+    member: Any = await streams.member()
+    (message,) = await collect(member, 1)
+    script = member._settle
+    answers: list[int] = []
+
+    async def lose_the_first(**arguments: Any) -> int:
+        answers.append(await script(**arguments))
+        if len(answers) == 1:
+            raise ConnectionError("connection reset by peer")
+        return answers[-1]
+
+    monkeypatch.setattr(member, "_settle", lose_the_first)
+    await member.settle(message, [streams.verdict("a")])
+    assert answers == [1, -1]
+    assert await streams.verdicts() == ["a"]
+
+
 async def test_a_cancelled_receive_loses_nothing(streams: Streams) -> None:
     member = await streams.member(redis_claim_idle_s=0.3)
     seen: set[str] = set()
