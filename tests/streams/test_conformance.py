@@ -174,6 +174,17 @@ async def test_resuming_wakes_a_waiting_receive(streams: Streams) -> None:
     assert values(await waiting) == ["a"]
 
 
+async def test_pausing_takes_effect_on_a_receive_that_waits(streams: Streams) -> None:
+    member = await streams.member()
+    waiting = asyncio.create_task(member.receive(1, 1.5))
+    await asyncio.sleep(0.1)
+    member.pause()
+    await streams.submit("a")
+    assert await waiting == []
+    member.resume()
+    assert values(await collect(member, 1)) == ["a"]
+
+
 async def test_receive_keeps_to_limit_and_timeout(streams: Streams) -> None:
     member = await streams.member()
     began = time.monotonic()
