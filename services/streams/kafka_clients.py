@@ -5,7 +5,8 @@ import concurrent.futures
 import contextlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -134,22 +135,30 @@ def ensure_topics(settings: Settings, admin: Any) -> None:
         settings.verdicts_stream: {},
         settings.dead_letters_stream: {"max.message.bytes": str(_DEAD_LETTER_LIMIT_BYTES)},
     }
-    try:
-        present = {topic["name"] for topic in admin.describe_topics(list(wanted)) if topic["error_code"] == 0}
-        for name in wanted.keys() - present:
-            topic = {
-                "num_partitions": settings.kafka_partitions,
-                "replication_factor": -1,  # the broker's default
-                "configs": wanted[name],
-            }
-            with contextlib.suppress(errors.TopicAlreadyExistsError):  # another member was quicker
-                admin.create_topics({name: topic})
-        admin.wait_for_topics(list(wanted))
-    except (errors.RetriableError, OSError) as error:
-        raise StreamUnavailable(f"Kafka does not answer: {error}.") from error
-    except errors.KafkaError as error:
-        names = ", ".join(wanted)
-        raise ConfigurationError(f"Kafka does not let Sluice create its topics ({names}): {error}.") from error
+    deadline = time.monotonic() + CONNECT_S
+    for delay in backoff():
+        try:
+            _create_missing(settings.kafka_partitions, wanted, admin)
+        except (errors.RetriableError, errors.InvalidReplicationFactorError, OSError) as error:
+            # A cluster that is starting has fewer brokers than replicas for a while.
+            if time.monotonic() + delay > deadline:
+                raise StreamUnavailable(f"Kafka does not create Sluice's topics: {error}.") from error
+            time.sleep(delay)
+        except errors.KafkaError as error:
+            names = ", ".join(wanted)
+            raise ConfigurationError(f"Kafka does not let Sluice create its topics ({names}): {error}.") from error
+        else:
+            return
+
+
+def _create_missing(partitions: int, wanted: Mapping[str, Mapping[str, str]], admin: Any) -> None:
+    present = {topic["name"] for topic in admin.describe_topics(list(wanted)) if topic["error_code"] == 0}
+    for name in wanted.keys() - present:
+        # -1 is the broker's default.
+        topic = {"num_partitions": partitions, "replication_factor": -1, "configs": wanted[name]}
+        with contextlib.suppress(errors.TopicAlreadyExistsError):  # another member was quicker
+            admin.create_topics({name: topic})
+    admin.wait_for_topics(list(wanted))
 
 
 def as_message(record: Any, token: Any = None) -> Message:
@@ -165,7 +174,7 @@ def as_message(record: Any, token: Any = None) -> Message:
 
 
 def backoff(longest_s: float = 5.0) -> Iterator[float]:
-    """Seconds to wait before each new try: growing, with full jitter, endless."""
+    """Seconds to wait before each new try: growing, with jitter, endless."""
     ceiling = 0.1
     while True:
         yield random.uniform(ceiling / 2, ceiling)
