@@ -2,11 +2,14 @@
 
 `Child` starts a *guardian*: this module as a program, leader of a process group of its own, which starts the real
 command. When the parent is gone (SIGKILL included) or asks for it, the guardian kills every descendant, also those
-that moved to another group or session.
+that moved to another group or session. A second process stands by to kill the group when the guardian itself is killed:
+Ray kills the children of a worker that ends, and would leave theirs behind.
 """
 
+import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -86,7 +89,12 @@ def _guard(parent: int, argv: list[str]) -> int:
     """Run `argv` until it ends, the parent is gone, or a signal asks for its end; leave no descendant behind."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    child = subprocess.Popen(argv, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    standby = _stand_by()
+
+    def die_with_guardian() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    child = subprocess.Popen(argv, preexec_fn=die_with_guardian)  # noqa: PLW1509 - no threads in this process
     killed = False
 
     def kill(*_: object) -> None:
@@ -99,11 +107,24 @@ def _guard(parent: int, argv: list[str]) -> int:
     while child.poll() is None and os.getppid() == parent and not killed:
         time.sleep(_PARENT_CHECK_S)
     for descendant in psutil.Process().children(recursive=True):
-        try:
-            descendant.kill()
-        except psutil.NoSuchProcess:
-            continue
+        if descendant.pid != standby:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
     return child.wait()
+
+
+def _stand_by() -> int:
+    """Fork the process that kills this one's group once this one is gone."""
+    guardian, gone = os.getpid(), os.pidfd_open(os.getpid())
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()  # not in the group that it is going to kill
+        select.select([gone], [], [])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(guardian, signal.SIGKILL)
+        os._exit(0)
+    os.close(gone)
+    return pid
 
 
 if __name__ == "__main__":

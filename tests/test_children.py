@@ -75,6 +75,15 @@ def test_descendants_end_when_the_parent_is_killed(family: tuple[str, Path], tmp
     assert all_gone(pids)
 
 
+def test_descendants_end_when_the_guardian_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
+    """As Ray does it to the children of a worker. What left the group is out of reach then."""
+    script, file = family
+    child = Child([sys.executable, "-c", script.replace("start_new_session=True", "start_new_session=False")], log=tmp_path / "log")
+    pids = pids_in(file, 2)
+    os.kill(child.pid, signal.SIGKILL)
+    assert all_gone(pids)
+
+
 def test_a_stopped_guardian_is_killed_too(family: tuple[str, Path], tmp_path: Path) -> None:
     script, file = family
     child = Child([sys.executable, "-c", script], log=tmp_path / "log")

@@ -154,7 +154,7 @@ def test_kafka_and_a_sigterm_under_load(
     services.append(second)
     second.wait_until_ready()
     verdicts, letters = wait_until_settled(stream, count, within_s=240)
-    second.kill_alone(30)
+    second.kill_alone(60)
     # At least once: what was published and not yet committed may come again, with the same id.
     by_id: dict[str, set[str]] = {}
     once: dict[str, Entry] = {}

@@ -111,6 +111,24 @@ async def test_the_guard_away_for_a_while(bench: Bench) -> None:
     assert ([verdict.outcome for verdict in verdicts], letters) == (["verdict"], [])
 
 
+async def test_access_denied(bench: Bench) -> None:
+    """The S3 server of the other tests denies nothing, so this intake's answers everything as S3 does then."""
+    body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+    answer = b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def deny(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(deny, "127.0.0.1", 0) as server:
+        await bench.start(endpoint=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await bench.submit({"id": "a", "uri": "s3://uploads/denied.jpg"})
+        _, (letter,) = await bench.settled(1)
+    assert (letter.reason, letter.submission_id) == ("forbidden", "a")
+
+
 async def test_the_store_away_for_a_while(bench: Bench) -> None:
     """The intake's S3 server is a port on which nobody listens at first."""
     bench.put("late.jpg")
