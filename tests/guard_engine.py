@@ -63,7 +63,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedGuard]:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
 
     started = Engine(
-        resolve("tiny"), state_dir=tmp_path_factory.mktemp("state"), start_s=400, probe_every_s=2, hang_s=20
+        resolve("tiny"), state_dir=tmp_path_factory.mktemp("state"), start_s=400, probe_every_s=2, hang_s=30
     )
     try:
         on_loop(started.start())
