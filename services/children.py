@@ -106,11 +106,20 @@ def _guard(parent: int, argv: list[str]) -> int:
     signal.signal(signal.SIGUSR1, kill)
     while child.poll() is None and os.getppid() == parent and not killed:
         time.sleep(_PARENT_CHECK_S)
-    for descendant in psutil.Process().children(recursive=True):
-        if descendant.pid != standby:
+    # Again until none is left: one of them may have forked meanwhile.
+    while descendants := [each for each in psutil.Process().children(recursive=True) if _lives(each, standby)]:
+        for descendant in descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
+        time.sleep(0.01)
     return child.wait()
+
+
+def _lives(process: psutil.Process, standby: int) -> bool:
+    try:
+        return process.pid != standby and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _stand_by() -> int:
