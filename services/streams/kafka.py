@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import kafka
 from kafka import AsyncConsumerRebalanceListener, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import MemberState, OffsetAndMetadata
 
 from services.errors import NotOwned, StreamUnavailable
 from services.settings import Settings
@@ -53,12 +53,15 @@ class _Place:
 class KafkaTransport:
     """One member of a consumer group. See `Transport` for what the methods promise."""
 
-    def __init__(self, settings: Settings, member: str, sender: Sender, consumer: Any, meter: LagMeter) -> None:
+    def __init__(
+        self, settings: Settings, member: str, sender: Sender, joined: tuple[Any, "_Rebalance"], meter: LagMeter
+    ) -> None:
         """Use `open`, which makes the parts."""
         self._settings = settings
         self._member = member
         self._sender = sender
-        self._consumer = consumer
+        self._consumer, listener = joined
+        listener.transport = self
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -72,7 +75,6 @@ class KafkaTransport:
         self._next_commit = 0.0
         self._suspect = False
         """The last poll failed: the consumer may stand behind records that it never returned."""
-        consumer.subscribe([settings.submissions_stream], listener=_Rebalance(self, consumer))
         self._thread = threading.Thread(target=self._run, name=f"kafka-{member}", daemon=True)
         self._thread.start()
 
@@ -85,20 +87,19 @@ class KafkaTransport:
             StreamUnavailable: no broker answered in time.
         """
 
-        def make() -> tuple[Sender, Any, LagMeter]:
+        def make() -> tuple[Sender, tuple[Any, _Rebalance], LagMeter]:
             admin = connect(settings, kafka.KafkaAdminClient, client_id=f"{member}-admin")
             try:
                 ensure_topics(settings, admin)
                 sender = Sender(settings, delivery_s=_DELIVERY_S)
-                consumer = _make_consumer(settings, member)
-                consumer.partitions_for_topic(settings.submissions_stream)  # or the first assignment is an empty one
+                joined = _subscribe(settings, member)
             except BaseException:
                 admin.close()
                 raise
-            return sender, consumer, LagMeter(settings, admin)
+            return sender, joined, LagMeter(settings, admin)
 
-        sender, consumer, meter = await asyncio.to_thread(make)
-        return cls(settings, member, sender, consumer, meter)
+        sender, joined, meter = await asyncio.to_thread(make)
+        return cls(settings, member, sender, joined, meter)
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
         """In offset order per partition."""
@@ -191,6 +192,10 @@ class KafkaTransport:
         paused = self._consumer.paused()
         self._consumer.pause(*(full - paused))
         self._consumer.resume(*(paused & assigned - full))
+        if self._consumer.group_metadata().state == MemberState.REBALANCING:
+            # kafka-python 3.0.12 forgets a rejoin of its own (the partitions changed) when a poll ends in the middle
+            # of it: no heartbeats, no commits any more. Asking again for the same rejoin does no harm.
+            self._consumer._coordinator.request_rejoin()
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
@@ -275,8 +280,8 @@ class KafkaTransport:
     def _rebuild(self) -> None:
         self.give_up(tuple(self._ledgers))
         try:
-            consumer = _make_consumer(self._settings, self._member)
-            consumer.subscribe([self._settings.submissions_stream], listener=_Rebalance(self, consumer))
+            consumer, listener = _subscribe(self._settings, self._member)
+            listener.transport = self
             self._consumer, old = consumer, self._consumer
             self._next_commit = 0.0
             old.close(autocommit=False, timeout_ms=_LEAVE_MS)
@@ -304,8 +309,10 @@ class KafkaTransport:
 class _Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
     """Runs on kafka-python's own thread while the poll thread waits inside `poll`."""
 
-    def __init__(self, transport: KafkaTransport, consumer: Any) -> None:
-        self._transport = transport
+    transport: KafkaTransport
+    """Set before the first poll, which is when partitions can be assigned for the first time."""
+
+    def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
 
     async def on_partitions_assigned(self, assigned: set[Any]) -> None:
@@ -313,7 +320,7 @@ class _Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_revoked(self, revoked: set[Any]) -> None:
         """The next owner starts after this returned, so what is done is committed first."""
-        offsets = self._transport.give_up(revoked)
+        offsets = self.transport.give_up(revoked)
         if offsets:
             try:
                 await self._consumer.commit_async(offsets)
@@ -323,7 +330,7 @@ class _Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_lost(self, lost: set[Any]) -> None:
         """This member was thrown out: it has nothing to commit any more."""
         log.warning("lost: %s", sorted(lost))
-        self._transport.give_up(lost)
+        self.transport.give_up(lost)
 
 
 def _as_offsets(ledgers: Mapping[Any, Ledger]) -> dict[Any, Any]:
@@ -334,8 +341,8 @@ def _as_offsets(ledgers: Mapping[Any, Ledger]) -> dict[Any, Any]:
     }
 
 
-def _make_consumer(settings: Settings, member: str) -> Any:
-    return connect(
+def _subscribe(settings: Settings, member: str) -> tuple[Any, _Rebalance]:
+    consumer = connect(
         settings,
         kafka.KafkaConsumer,
         client_id=member,
@@ -345,6 +352,11 @@ def _make_consumer(settings: Settings, member: str) -> Any:
         isolation_level="read_committed",
         partition_assignment_strategy=[CooperativeStickyAssignor],
     )
+    listener = _Rebalance(consumer)
+    consumer.subscribe([settings.submissions_stream], listener=listener)
+    # A member that joins before it knows the partitions makes the group rebalance twice.
+    consumer.partitions_for_topic(settings.submissions_stream)
+    return consumer, listener
 
 
 class KafkaPublisher:

@@ -8,6 +8,7 @@ from typing import Any
 import kafka
 import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.structs import MemberState
 
 from services.errors import ConfigurationError
 from services.streams.transport import Record
@@ -183,8 +184,44 @@ async def test_a_poll_that_fails_loses_nothing(streams: Streams, monkeypatch: py
     assert len(failures) == 2
 
 
-async def test_revocation_commits_what_is_done(streams: Streams) -> None:
+async def test_new_partitions_are_read_however_short_the_polls(
+    streams: Streams, kafka_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll that ends in the middle of the rejoin must not leave the member half in, half out of the group."""
+    monkeypatch.setattr("services.streams.kafka._POLL_MS", 2)
+    member: Any = await streams.member()
+    stream = streams.settings().submissions_stream
+    await streams.submit("before")
+    (before,) = await collect(member, 1)
+
+    def add_partitions() -> None:
+        admin = kafka.KafkaAdminClient(bootstrap_servers=kafka_address)
+        admin.create_partitions({stream: 6})
+        admin.wait_for_topics([stream])
+        admin.close()
+
+    await asyncio.to_thread(add_partitions)
+    member._consumer._cluster.request_update()  # or it would notice within 5 minutes
+
+    async def all_six() -> bool:
+        return bool(len(member._consumer.assignment()) == 6)
+
+    await eventually(all_six)
+    await streams.submit(*(str(number) for number in range(60)), key=None)
+    received = [before, *await collect(member, 60)]
+    for message in received:
+        await member.settle(message, [])
+
+    async def nothing_waits() -> bool:
+        return (await member.lag()).total == 0
+
+    await eventually(nothing_waits)
+    assert member._consumer.group_metadata().state == MemberState.STABLE
+
+
+async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second member gets its share without what the first one settled, though that came in no order."""
+    monkeypatch.setattr("services.streams.kafka._COMMIT_S", 600)  # only the revocation commits
     first = await streams.member("first", **PATIENT)
     for key in range(12):
         await streams.submit(f"{key}-settled", f"{key}-held", key=str(key).encode())
