@@ -128,7 +128,9 @@ class Moderation:
         if policy.effort == "adaptive":
             small = await patiently(lambda: self._preparer.first_look(image))
             look = await patiently(lambda: self._guard.assess(small, policy, "score", priority))
-            if look.score < policy.first_look_below:
+            accepted = look.score < policy.first_look_below
+            telemetry.FIRST_LOOKS.inc(1, {"result": "accepted" if accepted else "escalated"})
+            if accepted:
                 return look, "first_look"
         full = partial(self._guard.assess, image, policy, "verdict", priority)
         try:

@@ -23,6 +23,13 @@ STEP_SECONDS: Final = Histogram(
     tag_keys=("step",),
 )
 
+FIRST_LOOKS: Final = Counter(
+    "sluice_first_looks_total",
+    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`; the share escalated is what "
+    "adaptive costs.",
+    tag_keys=("result",),
+)
+
 WAITS: Final = Counter(
     "sluice_waits_total",
     "Times that a step was put off because something it needs was away; `error` is the kind of unavailability. A "

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from services.contracts import Assessment, Detail, PreparedImage
@@ -95,6 +96,22 @@ async def test_a_first_look_settles_what_is_clearly_safe(bench: Bench) -> None:
     (verdict,), _ = await bench.settled(1)
     assert (verdict.effort, verdict.category, verdict.rationale) == ("first_look", "NA: None applying", None)
     assert bench.guard.calls == ["score"]
+
+
+async def test_a_first_look_that_is_not_clearly_safe_is_escalated(bench: Bench) -> None:
+    async def doubtful(image: PreparedImage, detail: Detail) -> Assessment:
+        return replace(await says_safe(image, detail), score=0.3)
+
+    registry = PolicyRegistry(bench.s3, bench.settings.policy_bucket)
+    registry.publish(PolicyDocument(name="quick", effort="adaptive", first_look_below=0.1))
+    registry.activate("quick", 1, who="test")
+    bench.guard.script = doubtful
+    await bench.start()
+    bench.put("quick.jpg")
+    await bench.submit({"id": "a", "uri": "s3://uploads/quick.jpg", "policy": "quick"})
+    (verdict,), _ = await bench.settled(1)
+    assert (verdict.effort, verdict.score) == ("full", 0.3)
+    assert bench.guard.calls == ["score", "verdict"]
 
 
 async def test_the_guard_away_for_a_while(bench: Bench) -> None:
