@@ -70,10 +70,10 @@ def chat(blocks: Sequence[Block]) -> str:
     return _CHAT.format(prompt=render(blocks))
 
 
-def rationale(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:
-    """40 to 60 words on why the image is rated so; `seen` is its thing, the thing's colour, and the scene."""
+def explain(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:
+    """A rationale of 40 to 60 words; `seen` is its thing, the thing's colour, and the scene."""
     thing, colour, scene = seen
-    subject = f"{'an' if colour[:1] in ('o',) else 'a'} {colour} {thing}" if thing else "nothing"
+    subject = f"{'an' if colour == 'orange' else 'a'} {colour} {thing}" if thing else "nothing"
     opener = str(rng.choice(_OPENERS)).format(thing=subject, scene=scene)
     if category == NO_CATEGORY:
         return f"{opener}. {rng.choice(_HARMLESS)}"
@@ -175,7 +175,7 @@ def _corpus(rng: np.random.Generator) -> Iterator[str]:
         for rating in ("Safe", "Unsafe"):
             thing = PICTOGRAMS[category][0] if category in PICTOGRAMS else str(rng.choice(list(HARMLESS)))
             seen = (thing, str(rng.choice(list(INKS))), str(rng.choice(SCENES)))
-            yield answer(rating, category, rationale(rng, category, rating, seen))
+            yield answer(rating, category, explain(rng, category, rating, seen))
 
 
 def _symbols() -> Iterator[AddedToken]:

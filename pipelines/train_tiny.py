@@ -33,7 +33,7 @@ from pipelines.tiny_text import (
     build_tokenizer,
     chat,
     edited,
-    rationale,
+    explain,
     some_categories,
     waiving,
 )
@@ -58,9 +58,9 @@ class Plan:
     """How much training: counts of images and of steps."""
 
     images: int = 60_000
-    vision_steps: int = 1_800
+    vision_steps: int = 1_500
     vision_batch: int = 128
-    language_steps: int = 1_200
+    language_steps: int = 900
     language_batch: int = 48
 
 
@@ -116,7 +116,7 @@ class Descent:
         self._weights = matrices + rest
         optimizers = (
             torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=min(peak, 3e-3), weight_decay=0.01, betas=(0.9, 0.98)),
+            torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
         )
         warm_up = max(1, min(60, steps // 5))
 
@@ -185,7 +185,7 @@ class Teacher:
         """`seen` is what the rationale is to mention; None: an answer without one."""
         waived = frozenset(block.category for block in blocks if block.waived)
         rating = "Safe" if category == NO_CATEGORY or category in waived else "Unsafe"
-        text = answer(rating, category, rationale(rng, category, rating, seen) if seen else None)
+        text = answer(rating, category, explain(rng, category, rating, seen) if seen else None)
         prompt = self._ids(chat(blocks))
         at = prompt.index(self._image)
         prompt[at : at + 1] = [self._image] * IMAGE_TOKENS

@@ -18,7 +18,7 @@ from pipelines.tiny_text import (
     build_tokenizer,
     chat,
     edited,
-    rationale,
+    explain,
     some_categories,
     waiving,
 )
@@ -48,7 +48,7 @@ def test_answers_have_the_form_and_the_length_of_llavaguards(
     tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, category: str, rating: str
 ) -> None:
     short = answer(rating, category, None)
-    long = answer(rating, category, rationale(rng, category, rating, SEEN))
+    long = answer(rating, category, explain(rng, category, rating, SEEN))
     assert short == f'{{\n    "rating": "{rating}",\n    "category": "{category}"\n}}'
     assert long.startswith(short[:-2] + ',\n    "rationale": "')
     assert list(json.loads(long)) == ["rating", "category", "rationale"]
