@@ -25,7 +25,7 @@ STEP_SECONDS: Final = Histogram(
 
 FIRST_LOOKS: Final = Counter(
     "sluice_first_looks_total",
-    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`; the share that is escalated "
+    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`; the share escalated "
     "is what adaptive costs.",
     tag_keys=("result",),
 )
