@@ -27,6 +27,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from pipelines import embedded
 from pipelines.stream import APPLICATION, application, registry
 from services import settings as settings_module
+from services.children import end_with_this_process
 from services.errors import ConfigurationError, PolicyUnavailable
 from services.guard import checkpoints
 from services.settings import Settings
@@ -74,6 +75,7 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
             checkpoints.resolve(settings.model)
             _check_reachable(settings)
             _publish_built_in(settings)
+            end_with_this_process()
             progress("starting Ray")
             stack.enter_context(_ray(settings))
             handle = _deploy(settings.model_copy(update={"log_file": log_file}), progress)

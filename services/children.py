@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ import psutil
 _PARENT_CHECK_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_FAMILY: Final = "SLUICE_FAMILY"
+"""The environment variable that marks what `end_with_this_process` ends."""
 
 
 class Child:
@@ -38,8 +41,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(os.environ if env is None else env)
-                | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_inherited_path(env)])},
+                env=env,
                 start_new_session=True,
             )
 
@@ -78,11 +80,6 @@ class Child:
             except subprocess.TimeoutExpired:
                 os.killpg(self._guardian.pid, signal.SIGKILL)
         self._guardian.wait()
-
-
-def _inherited_path(env: Mapping[str, str] | None) -> list[str]:
-    path = (os.environ if env is None else env).get("PYTHONPATH")
-    return [path] if path else []
 
 
 def _guard(parent: int, argv: list[str]) -> int:
@@ -136,5 +133,37 @@ def _stand_by() -> int:
     return pid
 
 
+def end_with_this_process() -> None:
+    """See to it that all that this process starts from now on ends when it does, even by SIGKILL.
+
+    For what is not started as a `Child`, such as Ray. It is known by a variable in its environment, whoever its parent
+    has become by then, and a process of its own waits for the moment.
+    """
+    os.environ[_FAMILY] = uuid.uuid4().hex
+    subprocess.Popen(
+        [sys.executable, "-m", __name__, str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def _outlive(parent: int) -> int:
+    """Wait for the end of `parent`, then kill the rest of its family."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(parent)], [], [])
+    while family := [process for process in psutil.process_iter() if _is_family(process)]:
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=0.1)
+    return 0
+
+
+def _is_family(process: psutil.Process) -> bool:
+    try:
+        return process.pid != os.getpid() and process.environ().get(_FAMILY) == os.environ[_FAMILY]
+    except (psutil.Error, OSError):
+        return False
+
+
 if __name__ == "__main__":
-    sys.exit(_guard(int(sys.argv[1]), sys.argv[2:]))
+    given = sys.argv[1:]
+    sys.exit(_guard(int(given[0]), given[1:]) if given[1:] else _outlive(int(given[0])))

@@ -78,7 +78,10 @@ def test_descendants_end_when_the_parent_is_killed(family: tuple[str, Path], tmp
 def test_descendants_end_when_the_guardian_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
     """As Ray does it to the children of a worker. What left the group is out of reach then."""
     script, file = family
-    child = Child([sys.executable, "-c", script.replace("start_new_session=True", "start_new_session=False")], log=tmp_path / "log")
+    child = Child(
+        [sys.executable, "-c", script.replace("start_new_session=True", "start_new_session=False")],
+        log=tmp_path / "log",
+    )
     pids = pids_in(file, 2)
     os.kill(child.pid, signal.SIGKILL)
     assert all_gone(pids)
@@ -100,3 +103,25 @@ def test_exit_status_and_last_lines(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert child.returncode == 3
     assert child.tail(1) == "two"
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_marked_family_ends_with_the_process(family: tuple[str, Path], end: signal.Signals) -> None:
+    """Whatever became of its parents: the script's own process ends at once, what it started stays behind."""
+    script, file = family
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys, time; from services.children import end_with_this_process;"
+            f"end_with_this_process(); subprocess.Popen([sys.executable, '-c', {script!r}], start_new_session=True);"
+            "time.sleep(600)",
+        ],
+        cwd=Path(__file__).parents[1],
+    )
+    pids = pids_in(file, 2)
+    os.kill(pids[0], signal.SIGKILL)
+    assert not all_gone(pids[1:], within_s=0.5)
+    parent.send_signal(end)
+    parent.wait()
+    assert all_gone(pids)
