@@ -118,28 +118,34 @@ class Moderation:
             fetch = partial(self._images.open, submission.reference)
             stored = await clock.time("fetch", patiently(lambda: held.enter_async_context(fetch())))
             image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
-            assessment, effort = await clock.time("guard", self._assess(image, policy, submission.priority))
-        return _verdict(submission, stored, image, policy, assessment, effort, clock)
+            assessing = assess(image, policy, submission.priority, guard=self._guard, preparer=self._preparer)
+            answer, effort = await clock.time("guard", assessing)
+        return _verdict(submission, stored, image, policy, answer, effort, clock)
 
-    async def _assess(
-        self, image: PreparedImage, policy: Policy, priority: Priority
-    ) -> tuple[Assessment | UnreadableAnswer, Effort]:
-        """What the guard says, or why its answer could not be read twice."""
-        if policy.effort == "adaptive":
-            small = await patiently(lambda: self._preparer.first_look(image))
-            look = await patiently(lambda: self._guard.assess(small, policy, "score", priority))
-            accepted = look.score < policy.first_look_below
-            telemetry.FIRST_LOOKS.inc(1, {"result": "accepted" if accepted else "escalated"})
-            if accepted:
-                return look, "first_look"
-        full = partial(self._guard.assess, image, policy, "verdict", priority)
+
+async def assess(
+    image: PreparedImage, policy: Policy, priority: Priority, *, guard: Guard, preparer: ImagePreparer
+) -> tuple[Assessment | UnreadableAnswer, Effort]:
+    """With the policy's effort: what the guard says, or why its answer could not be read twice.
+
+    Raises:
+        GuardFailed: the engine refuses the image.
+    """
+    if policy.effort == "adaptive":
+        small = await patiently(lambda: preparer.first_look(image))
+        look = await patiently(lambda: guard.assess(small, policy, "score", priority))
+        accepted = look.score < policy.first_look_below
+        telemetry.FIRST_LOOKS.inc(1, {"result": "accepted" if accepted else "escalated"})
+        if accepted:
+            return look, "first_look"
+    full = partial(guard.assess, image, policy, "verdict", priority)
+    try:
         try:
-            try:
-                return await patiently(full), "full"
-            except UnreadableAnswer:
-                return await patiently(full), "full"
-        except UnreadableAnswer as error:
-            return error, "full"
+            return await patiently(full), "full"
+        except UnreadableAnswer:
+            return await patiently(full), "full"
+    except UnreadableAnswer as error:
+        return error, "full"
 
 
 def decide(assessment: Assessment, policy: Policy) -> Action:
