@@ -155,19 +155,20 @@ class Engine:
             EngineFailed: the engine failed at this call, or went away meanwhile.
             GuardUnavailable: the engine is not ready, or full.
         """
-        answer: dict[str, Any] = await self._ready_server().call("/generate", request)
+        answer: dict[str, Any] = await self.call("/generate", request)
         self._last_answer = time.monotonic()
         return answer
 
     async def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, without added special tokens. Raises as `generate` does."""
-        document = await self._ready_server().call("/v1/tokenize", {"prompt": text, "add_special_tokens": False})
+        document = await self.call("/v1/tokenize", {"prompt": text, "add_special_tokens": False})
         return [int(token) for token in document["tokens"]]
 
-    def _ready_server(self) -> Server:
+    async def call(self, path: str, body: Mapping[str, Any]) -> Any:
+        """One POST to the server. Raises as `generate` does."""
         if self._state != "ready" or self._server is None:
             raise GuardUnavailable(f"The engine is {self._state}.")
-        return self._server
+        return await self._server.call(path, body)
 
     def _enter(self, state: EngineState) -> None:
         if state == self._state:
