@@ -37,7 +37,7 @@ _WINDOW: Final = 4096
 """Offsets per partition between the oldest unfinished one and the newest received one."""
 _REBUILD_S: Final = 30.0
 """A consumer that has failed at everything for this long is replaced."""
-_LEAVE_MS: Final = 5_000
+_LEAVE_MS: Final = 3_000
 _DELIVERY_S: Final = 30.0
 _PUBLISH_S: Final = 10.0
 
@@ -149,13 +149,17 @@ class KafkaTransport:
         self._arrived.set()
 
     async def close(self) -> None:
-        """Commit what is done and leave the group, so that the other members get the rest at once."""
+        """Commit what is done and leave the group, so that the other members get the rest at once.
+
+        Gives up after about 10 s when the broker is away.
+        """
         if self._closed:
             return
         self._closed = True
+        await self._sender.close()  # what is being settled is done before the last commit
         self._closing.set()
         await asyncio.to_thread(self._thread.join)
-        await asyncio.gather(self._sender.close(), self._meter.close())
+        await self._meter.close()
 
     # ---- the poll thread
 

@@ -26,6 +26,8 @@ CONNECT_S: Final = 15.0
 SENDS_IN_FLIGHT: Final = 256
 """Calls of `Sender.send` at a time, per sender; kafka-python itself has no bound on what it buffers."""
 
+_CLOSE_S: Final = 3.0
+
 _DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
 """A dead letter is a whole original message (up to 1 MiB by default) and its headers."""
 
@@ -270,7 +272,7 @@ class Sender:
             log.warning("%s did not take a message: %s", record.stream, error)
             return False
         finally:
-            producer.close(timeout=1)
+            _end(producer, 1)
         return True
 
     def _renew(self, broken: Any) -> None:
@@ -282,12 +284,21 @@ class Sender:
         except (ConfigurationError, StreamUnavailable) as error:
             log.warning("no new Kafka producer: %s", error)
             return
-        broken.close(timeout=0)
+        _end(broken, 1)
 
     async def close(self) -> None:
         """Wait a little for what is in flight, then release the connections."""
         if not self._closed:
             self._closed = True
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, lambda: self._producer.close(timeout=5))
+            await loop.run_in_executor(self._thread, _end, self._producer, _CLOSE_S)
             self._thread.shutdown(wait=False)
+
+
+def _end(producer: Any, timeout_s: float) -> None:
+    try:
+        producer.close(timeout=timeout_s)
+    except errors.KafkaError as error:
+        # close() stops half-way when something cannot be delivered in time, and leaves its thread behind.
+        log.warning("closed a producer with messages that are not acknowledged: %s", error)
+        producer._sender.force_close()

@@ -317,9 +317,13 @@ async def test_closing_during_an_outage_ends(server: Broker | Valkey) -> None:
     streams = Streams("kafka" if isinstance(server, Broker) else "redis", url)
     member = await streams.member()
     await streams.submit("a")
-    await collect(member, 1)
+    (message,) = await collect(member, 1)
     server.kill()
-    await asyncio.wait_for(member.close(), 25)
+    settling = asyncio.create_task(member.settle(message, [streams.verdict("a")]))
+    await asyncio.sleep(0.2)
+    await asyncio.wait_for(member.close(), 15)
+    with pytest.raises(NotOwned):
+        await asyncio.wait_for(settling, 10)
 
 
 async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:

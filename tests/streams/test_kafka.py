@@ -204,7 +204,8 @@ async def test_new_partitions_are_read_however_short_the_polls(
     member._consumer._cluster.request_update()  # or it would notice within 5 minutes
 
     async def all_six() -> bool:
-        return bool(len(member._consumer.assignment()) == 6)
+        partitions: set[Any] = member._consumer.assignment()
+        return len(partitions) == 6
 
     await eventually(all_six)
     await streams.submit(*(str(number) for number in range(60)), key=None)
@@ -213,7 +214,7 @@ async def test_new_partitions_are_read_however_short_the_polls(
         await member.settle(message, [])
 
     async def nothing_waits() -> bool:
-        return (await member.lag()).total == 0
+        return bool((await member.lag()).total == 0)
 
     await eventually(nothing_waits)
     assert member._consumer.group_metadata().state == MemberState.STABLE
