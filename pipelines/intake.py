@@ -8,7 +8,7 @@ from typing import Final
 
 from services import telemetry
 from services.contracts import DeadLetter
-from services.errors import NotOwned, StreamUnavailable, Unjudgeable
+from services.errors import ConfigurationError, NotOwned, StreamUnavailable, Unjudgeable
 from services.moderation import Moderation
 from services.settings import Settings
 from services.streams.formats import Accepted, Rejected, parse
@@ -81,6 +81,10 @@ class Intake:
                 await self._transport.settle(message, records)
             except NotOwned:
                 log.info("%s went to another member", message.source)
+            except ConfigurationError as error:
+                log.error("%s cannot be settled: %s", message.source, error)
+                await asyncio.sleep(pause_s)
+                continue
             except Exception:
                 # A fault of Sluice itself must cost neither this message nor the others.
                 log.exception("%s could not be handled; next try in %d s", message.source, pause_s)

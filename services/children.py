@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -24,8 +23,7 @@ import psutil
 _PARENT_CHECK_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
-_FAMILY: Final = "SLUICE_FAMILY"
-"""The environment variable that marks what `end_with_this_process` ends."""
+_FAMILY_CHECK_S: Final = 1.0
 
 
 class Child:
@@ -134,34 +132,29 @@ def _stand_by() -> int:
 
 
 def end_with_this_process() -> None:
-    """See to it that all that this process starts from now on ends when it does, even by SIGKILL.
+    """See to it that the descendants of this process end when it does, even by SIGKILL.
 
-    For what is not started as a `Child`, such as Ray. It is known by a variable in its environment, whoever its parent
-    has become by then, and a process of its own waits for the moment.
+    For what is not started as a `Child`, such as Ray. Another process watches the family and waits for the moment.
+    Descendants are known to it a second after they were started.
     """
-    os.environ[_FAMILY] = uuid.uuid4().hex
     subprocess.Popen(
         [sys.executable, "-m", __name__, str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
     )
 
 
 def _outlive(parent: int) -> int:
-    """Wait for the end of `parent`, then kill the rest of its family."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(parent)], [], [])
-    while family := [process for process in psutil.process_iter() if _is_family(process)]:
-        for process in family:
+    """Remember the descendants of `parent`, whoever their parents become, and kill what is left of them after it."""
+    family: set[psutil.Process] = set()
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+        ended, watched = os.pidfd_open(parent), psutil.Process(parent)
+        while not select.select([ended], [], [], _FAMILY_CHECK_S)[0]:
+            family = {process for process in family if process.is_running()}
+            family.update(watched.children(recursive=True))
+    for process in family:
+        if process.pid != os.getpid():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(family, timeout=0.1)
     return 0
-
-
-def _is_family(process: psutil.Process) -> bool:
-    try:
-        return process.pid != os.getpid() and process.environ().get(_FAMILY) == os.environ[_FAMILY]
-    except (psutil.Error, OSError):
-        return False
 
 
 if __name__ == "__main__":
