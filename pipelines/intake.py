@@ -79,18 +79,16 @@ class Intake:
             try:
                 records = await asyncio.gather(*(self._conclude(entry, message) for entry in parse(message)))
                 await self._transport.settle(message, records)
+                return
             except NotOwned:
                 log.info("%s went to another member", message.source)
+                return
             except ConfigurationError as error:
-                log.error("%s cannot be settled: %s", message.source, error)
-                await asyncio.sleep(pause_s)
-                continue
+                log.error("%s cannot be settled, next try in %d s: %s", message.source, pause_s, error)
             except Exception:
                 # A fault of Sluice itself must cost neither this message nor the others.
-                log.exception("%s could not be handled; next try in %d s", message.source, pause_s)
-                await asyncio.sleep(pause_s)
-                continue
-            return
+                log.exception("%s could not be handled, next try in %d s", message.source, pause_s)
+            await asyncio.sleep(pause_s)
 
     async def _conclude(self, entry: Accepted | Rejected, message: Message) -> Record:
         """The one output of one entry: its verdict, or its dead letter."""
