@@ -14,6 +14,7 @@ OpenAI chat API, free-running JSON with a rationale, temperature 0.2, top_p 0.95
 import argparse
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import random
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from services.contracts import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
+from services.errors import GuardUnavailable
 from services.guard.assess import Guard
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
@@ -100,12 +102,10 @@ async def accuracy(guard: Guard, images: Sequence[Image], concurrency: int) -> d
     ]
     named = [image.category == answer.category for image, answer in zip(images, answers, strict=True)]
     waivers = [waived_for(image, rng) for image in images]
+    policies = [policy(waived) for waived in waivers]
     answers = await gather(
         concurrency,
-        [
-            lambda image=image, by=policy(waived): judge(image, by)
-            for image, waived in zip(images, waivers, strict=True)
-        ],
+        [lambda image=image, by=by: judge(image, by) for image, by in zip(images, policies, strict=True)],
     )
     obeyed = [
         answer.rating == ("Safe" if image.category in (NO_CATEGORY, *waived) else "Unsafe")
@@ -122,7 +122,8 @@ async def accuracy(guard: Guard, images: Sequence[Image], concurrency: int) -> d
 
 async def timed(engine: Engine, concurrency: int, calls: Sequence[Callable[[], Awaitable[int]]]) -> Timed:
     """Each call returns the tokens that its answer took."""
-    await engine.call("/flush_cache", {})  # nobody profits from what the one before has left
+    with contextlib.suppress(GuardUnavailable):  # the answer is text, not JSON
+        await engine.call("/flush_cache", {})  # nobody profits from what the one before has left
     started = time.perf_counter()
     tokens = await gather(concurrency, calls)
     return Timed(len(calls) / (time.perf_counter() - started), statistics.mean(tokens))
@@ -179,6 +180,8 @@ async def main(arguments: argparse.Namespace) -> dict[str, float]:
             guard = Guard(engine, in_flight=arguments.concurrency)
             images = drawn(arguments.images, guard.max_side_px, lambda _: None)
             figures = await accuracy(guard, images, arguments.concurrency)
+            for name, value in figures.items():
+                say(f"{name:<36} {value:.4f}")
             unsafe_every = round(1 / UNSAFE_SHARE)
             timed_images = drawn(
                 arguments.timed,
