@@ -1,15 +1,21 @@
-"""How the guard is asked and how its answer is held to a form and read: pure text in, values out."""
+"""How LlavaGuard is asked and how its answer is held to a form and read: pure text in, values out."""
 
 import json
 import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from services.contracts import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
-from services.errors import ConfigurationError, UnreadableAnswer
-from services.guard.checkpoints import Layout
+from services.errors import UnreadableAnswer
+from services.guard.family import without_markers
+
+Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
+"""How a checkpoint was taught to be asked, by SGLang's names of the chat templates."""
+
+Wording = Literal["explain", "describe"]
+"""What a checkpoint was taught that a rationale is; see `worded`."""
 
 ANSWER_START: Final = '{\n    "rating": "'
 """What every answer begins with. The next token is the rating."""
@@ -21,7 +27,14 @@ _END: Final = '"\n}'
 HEAD_TOKENS: Final = len("Unsafe" + _CATEGORY_KEY + max([*CATEGORIES, NO_CATEGORY], key=len) + _RATIONALE_KEY)
 """No answer needs more tokens than this before its rationale, or without one: a token is at least one character."""
 
-_MARKER: Final = re.compile(r"<image>|<\|[a-z_]+\|>")
+_EXPLAIN: Final = (
+    "Explain the reason why the content is considered safe or unsafe, referring to the description of the assigned "
+    "policy category."
+)
+_DESCRIBE: Final = (
+    "Describe the user content and justify why it is considered safe or unsafe, referring to the specific policy "
+    "category and its associated guidelines to illustrate any violations or compliance."
+)
 
 _CUT_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{0,3})?$")
 _CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
@@ -30,18 +43,39 @@ _CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
 def question(layout: Layout, prompt: str) -> str:
     """The text that a checkpoint was trained to see, up to where its answer begins; the image comes first.
 
+    The beginning-of-text token is left out where a layout has one: the tokenizer adds it.
+
     Raises:
-        ConfigurationError: the prompt contains a marker of the layout, which would end the user's turn early.
+        ConfigurationError: the prompt contains a marker of a layout, which would end the user's turn early.
     """
-    if marker := _MARKER.search(prompt):
-        raise ConfigurationError(f"The policy's text must not contain {marker[0]}: it means something to the model.")
+    prompt = without_markers(prompt)
     match layout:
         case "chatml-llava":
+            return _chatml(f"<image>\n{prompt}")
+        case "qwen2-vl":
+            return _chatml(f"<|vision_start|><|image_pad|><|vision_end|>{prompt}")
+        case "vicuna_v1.1":
             return (
-                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                f"<|im_start|>user\n<image>\n{prompt}<|im_end|>\n"
-                "<|im_start|>assistant\n"
+                "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+                f"detailed, and polite answers to the user's questions. USER: <image>\n{prompt} ASSISTANT:"
             )
+
+
+def worded(wording: Wording, prompt: str) -> str:
+    """The prompt with the third assessment step in the words of a checkpoint's training.
+
+    LlavaGuard's repository trains v1.0 with `explain` (its template json-v16), and v1.1 and later with `describe`
+    (json-v22, json-v24, which share json_template_v20); its notebooks ask v1.2 so, too.
+    """
+    return prompt if wording == "explain" else prompt.replace(_EXPLAIN, _DESCRIBE)
+
+
+def _chatml(user: str) -> str:
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{user}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 def grammar(mode: RationaleMode, rating: Rating | None = None) -> str:

@@ -1,34 +1,23 @@
-"""Judging one image under one policy, on an engine."""
+"""Judging images on an engine."""
 
 import asyncio
 import base64
 import hashlib
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, Final, Self
 
-from services.contracts import (
-    NO_CATEGORY,
-    Assessment,
-    Detail,
-    ModelIdentity,
-    Policy,
-    PreparedImage,
-    Priority,
-    Rating,
-    RationaleMode,
-)
+from services.contracts import Assessment, Detail, ModelIdentity, Policy, PreparedImage, Priority
 from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
-from services.guard.answer import ANSWER_START, HEAD_TOKENS, grammar, p_unsafe, question, read
+from services.guard.answer import HEAD_TOKENS, p_unsafe
 from services.guard.engine import Engine
+from services.guard.family import Reply
 from services.guard.places import Places
 from services.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 RATIONALE_TOKENS: Final = 256
 """Bound of a rationale. LlavaGuard's take about 70 tokens."""
@@ -90,7 +79,7 @@ class Guard:
         """See that the checkpoint, whose engine is ready, can be asked for a score.
 
         Raises:
-            ConfigurationError: its tokenizer does not write each rating as one token.
+            ConfigurationError: its tokenizer writes both ratings with the same first token.
             GuardUnavailable: the engine is not ready.
         """
         await self._tokens()
@@ -104,74 +93,61 @@ class Guard:
             GuardFailed: the engine refuses the image twice, or fails three times because of it.
             GuardUnavailable: the engine is not ready, full, gone, or took longer than the deadline.
             UnreadableAnswer: the answer cannot be read.
-            ConfigurationError: the policy's prompt contains a marker of the chat layout.
+            ConfigurationError: the policy cannot be put to the checkpoint, such as one with a marker of its layout.
         """
-        prompt = question(self.engine.checkpoint.layout, policy.prompt)
-        async with self._place(image.sha256, priority):
-            request = {
-                "text": prompt + ANSWER_START,
-                "image_data": f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}",
-                "priority": _PRIORITY[priority],
-            }
-            if detail == "score":
-                return await self._score(request, self.identity(policy))
-            return await self._verdict(request, self.identity(policy), policy.rationale)
+        (assessment,) = await self.assess_each(image, [policy], detail, priority)
+        return assessment
+
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority = "live"
+    ) -> list[Assessment]:
+        """Judge an image under several policies, in their order.
+
+        They are asked one after the other in the same place, so that each after the first finds the image in the
+        engine's cache. The deadline is that of one assessment for each policy. Raises as `assess`, whichever policy
+        it is about; then there are no assessments.
+        """
+        if not policies:
+            return []
+        async with self._place(image.sha256, priority, len(policies)):
+            data_url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
+            request = {"image_data": data_url, "priority": _PRIORITY[priority]}
+            return [await self._assess(request, policy, detail) for policy in policies]
 
     @asynccontextmanager
-    async def _place(self, sha256: str, priority: Priority) -> AsyncIterator[None]:
+    async def _place(self, sha256: str, priority: Priority, assessments: int) -> AsyncIterator[None]:
+        deadline_s = self._deadline_s * assessments
         try:
-            async with asyncio.timeout(self._deadline_s), self._places.take(sha256, priority):
+            async with asyncio.timeout(deadline_s), self._places.take(sha256, priority):
                 yield
         except TimeoutError:
             raise GuardUnavailable(
-                f"The engine gave no answer within {self._deadline_s:.0f} s (SLUICE_GUARD_DEADLINE_S)."
+                f"The engine gave no answer within {deadline_s:.0f} s (SLUICE_GUARD_DEADLINE_S)."
             ) from None
 
-    async def _score(self, request: Mapping[str, Any], model: ModelIdentity) -> Assessment:
-        """One token without a grammar: prefill and no more."""
-        answer = await self._generate(request, tokens=1)
-        score = await self._read_score(answer)
-        meta = answer["meta_info"]
-        return Assessment(
-            rating="Unsafe" if score > 0.5 else "Safe",
-            category=NO_CATEGORY,
-            rationale=None,
-            score=score,
-            model=model,
-            prompt_tokens=meta["prompt_tokens"],
-            cached_tokens=meta["cached_tokens"],
-            output_tokens=meta["completion_tokens"],
-        )
+    async def _assess(self, request: Mapping[str, Any], policy: Policy, detail: Detail) -> Assessment:
+        used = Counter[str]()
 
-    async def _verdict(self, request: Mapping[str, Any], model: ModelIdentity, mode: RationaleMode) -> Assessment:
-        """Score and answer in one request.
+        async def ask(text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
+            answer = await self._generate({**request, "text": text}, tokens=tokens, ebnf=ebnf)
+            meta = answer["meta_info"]
+            used.update({name: meta[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
+            cut = meta["finish_reason"]["type"] == "length"
+            return Reply(await self._read_score(answer), answer["text"], cut)
 
-        The score is the odds of the two rating tokens at the first position. The grammar allows both there, so
-        masking the others changes nothing about it; and greedy decoding takes the likelier one. Only weights that
-        would rather spell a rating in pieces can disagree with their own score: then the rating is given to them.
-        """
-        answer = await self._generate(request, tokens=self._answer_tokens, ebnf=grammar(mode))
-        score = await self._read_score(answer)
-        scored: Rating = "Unsafe" if score > 0.5 else "Safe"
-        text: str = answer["text"]
-        meta = answer["meta_info"]
-        output_tokens = meta["completion_tokens"]
-        if score != 0.5 and not text.startswith(scored):
-            logger.debug("asking again with the rating that the score implies")
-            answer = await self._generate(request, tokens=self._answer_tokens, ebnf=grammar(mode, scored))
-            text = answer["text"]
-            output_tokens += answer["meta_info"]["completion_tokens"]
-        read_answer = read(text, mode, cut=answer["meta_info"]["finish_reason"]["type"] == "length")
+        model = self.identity(policy)
+        family = self.engine.checkpoint.family
+        judged = await family.judge(ask, policy, detail, answer_tokens=self._answer_tokens)
         return Assessment(
-            rating=read_answer.rating,
-            category=read_answer.category,
-            rationale=read_answer.rationale,
-            score=score,
+            rating=judged.rating,
+            category=judged.category,
+            rationale=judged.rationale,
+            score=judged.score,
             model=model,
-            rationale_truncated=read_answer.truncated,
-            prompt_tokens=meta["prompt_tokens"],
-            cached_tokens=meta["cached_tokens"],
-            output_tokens=output_tokens,
+            rationale_truncated=judged.truncated,
+            prompt_tokens=used["prompt_tokens"],
+            cached_tokens=used["cached_tokens"],
+            output_tokens=used["completion_tokens"],
         )
 
     async def _generate(self, request: Mapping[str, Any], *, tokens: int, ebnf: str | None = None) -> dict[str, Any]:
@@ -202,19 +178,26 @@ class Guard:
             raise UnreadableAnswer("The engine's answer has no score.") from None
 
     async def _tokens(self) -> _RatingTokens:
+        """The two ratings' first tokens: where a tokenizer spells one in pieces, the first piece stands for it."""
         if self._rating_tokens is None:
-            before = question(self.engine.checkpoint.layout, "") + ANSWER_START
+            family = self.engine.checkpoint.family
+            before = family.example()
             ids = await self.engine.tokenize(before)
-            found = [await self._token_after(before, ids, word) for word in ("Safe", "Unsafe")]
-            self._rating_tokens = _RatingTokens(*found)
+            safe, unsafe = [await self._token_after(before, ids, word) for word in family.ratings]
+            if safe == unsafe:
+                raise ConfigurationError(
+                    f"The tokenizer of {self.engine.checkpoint.name} begins {' and '.join(family.ratings)} alike, so "
+                    "there is no score to be had of it."
+                )
+            self._rating_tokens = _RatingTokens(safe, unsafe)
         return self._rating_tokens
 
     async def _token_after(self, before: str, ids: list[int], word: str) -> int:
         longer = await self.engine.tokenize(before + word)
-        if longer[:-1] != ids:
+        if longer[: len(ids)] != ids or len(longer) == len(ids):
             name = self.engine.checkpoint.name
-            raise ConfigurationError(f"The tokenizer of {name} does not write the rating {word} as one token.")
-        return longer[-1]
+            raise ConfigurationError(f"The tokenizer of {name} does not write the rating {word} as tokens of its own.")
+        return longer[len(ids)]
 
 
 def _sampling(tokens: int, ebnf: str | None) -> dict[str, Any]:

@@ -1,31 +1,26 @@
-"""The checkpoints that Sluice knows, and how each becomes a folder that SGLang can load.
+"""The checkpoints that Sluice knows. A new release is a new row of `CHECKPOINTS`.
 
-A new release is a new row of `CHECKPOINTS`.
+Where the rows come from: LlavaGuard's repository (github.com/ml-research/LlavaGuard: its README, `llava-configs` and
+`server/sglang.py`) for architectures, towers, tokenizers and layouts; the hub for names. What could not be looked up
+is marked as unverified. GPU memory is calculated: weights, KV cache for a few images and working space, a little
+below what a card of that class really has.
 """
 
-import hashlib
-import json
-import logging
-import os
-import shutil
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from typing import Any, Final
 
 from services.errors import ConfigurationError
-
-logger = logging.getLogger(__name__)
-
-Layout = Literal["chatml-llava"]
-"""How a checkpoint was taught to be asked; `services.guard.answer.question` writes it."""
+from services.guard.family import Family
+from services.guard.llavaguard import LlavaGuard
+from services.guard.shieldgemma import ShieldGemma
+from services.guard.weights import read_json
 
 GIB: Final = 1 << 30
-_COPY_LIMIT_BYTES: Final = 64 << 20
+_SPREADS: Final = (1, 2, 4, 8)
+_FLOAT16: Final = ("--dtype", "float16")
+_BFLOAT16: Final = ("--dtype", "bfloat16")
 _SIGLIP: Final = "google/siglip-so400m-patch14-384"
 _SIGLIP_PREPROCESSOR: Final = {
     "image_processor_type": "SiglipImageProcessor",
@@ -38,6 +33,7 @@ _SIGLIP_PREPROCESSOR: Final = {
     "rescale_factor": 1 / 255,
     "size": {"height": 384, "width": 384},
 }
+_CLIP: Final = "openai/clip-vit-large-patch14-336"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +43,85 @@ class Checkpoint:
     name: str
     hub_id: str | None
     architecture: str
-    layout: Layout
+    family: Family
+    """How it is asked and its answers are read."""
     max_side_px: int
     """Longest side of an image, in pixels, beyond which this model sees nothing more."""
     gpu_memory_bytes: int
-    """What one replica wants: weights, KV cache and working space."""
+    """What one replica wants on all its GPUs together: weights, KV cache and working space."""
+    parameters: int
+    """Of the weights with their vision tower, roughly."""
     hidden_size: int | None = None
     """Tells rows of one architecture apart when a local folder is named; None: the row for any other size."""
     vision_tower: str | None = None
     """Hub id of the vision tower, when the checkpoint does not bring one along."""
     tokenizer: str | None = None
-    """Hub id of the tokenizer, when the checkpoint does not bring one along."""
-    launch_flags: tuple[str, ...] = ("--dtype", "float16")
+    """Hub id of the tokenizer and image processor, when the checkpoint does not bring its own along. A local folder
+    may hold them in its folder `tokenizer`."""
+    launch_flags: tuple[str, ...] = _FLOAT16
     """float16, since SGLang always loads a LLaVA vision tower so."""
-    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    cuda_flags: tuple[str, ...] = ()
+    """Only on a GPU."""
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Changes to its JSON files, by file name."""
     preprocessor: Mapping[str, Any] | None = None
-    """Written as preprocessor_config.json over the checkpoint's own."""
+    """Written as preprocessor_config.json instead of the checkpoint's own."""
+    tensor_prefix: str = ""
+    """What its tensors' names begin with and SGLang does not expect."""
     folder: Path | None = None
     """Where the weights are, for one that is on this machine already."""
 
+    def gpus(self, memory_bytes: Sequence[int]) -> int:
+        """Over how many of these GPUs (their memory in bytes) a replica is spread: as few as hold it; 0 if none do."""
+        for count in _SPREADS:
+            if count <= len(memory_bytes) and count * min(memory_bytes) >= self.gpu_memory_bytes:
+                return count
+        return 0
 
-@dataclass(frozen=True, slots=True)
-class StagedCheckpoint:
-    """A folder that SGLang can load, and what identifies its weights."""
 
-    folder: Path
-    revision: str
-    """`sha256:` + hex over the files of a local folder, or the commit of a hub repository."""
+def _llava_1_5(version: str, size: str) -> Checkpoint:
+    """LLaVA-1.5 as a guard: one CLIP view of 336 px, the image padded to a square."""
+    large = size == "13B"
+    return Checkpoint(
+        name=f"LlavaGuard-{version}-{size}",
+        hub_id=f"AIML-TUDA/LlavaGuard-{version}-{size}",
+        architecture="LlavaLlamaForCausalLM",
+        family=LlavaGuard("vicuna_v1.1", wording="explain" if version == "v1.0" else "describe"),
+        max_side_px=336,
+        gpu_memory_bytes=(38 if large else 22) * GIB,
+        parameters=13_400_000_000 if large else 7_100_000_000,
+        hidden_size=5120 if large else 4096,
+        vision_tower=_CLIP,
+        # The checkpoint's own has no <image> token and no image processor.
+        tokenizer=f"llava-hf/llava-1.5-{size.lower()}-hf",
+    )
+
+
+def _onevision(size: str, **fields: Any) -> Checkpoint:
+    return Checkpoint(
+        name=f"LlavaGuard-v1.2-{size}-OV",
+        hub_id=f"AIML-TUDA/LlavaGuard-v1.2-{size}-OV",
+        architecture="LlavaQwenForCausalLM",
+        family=LlavaGuard("chatml-llava"),
+        # The largest side of its anyres grid: 6 tiles of 384 px.
+        max_side_px=2304,
+        vision_tower=_SIGLIP,
+        preprocessor=_SIGLIP_PREPROCESSOR,
+        **fields,
+    )
+
+
+def _qwen(size: str, **fields: Any) -> Checkpoint:
+    return Checkpoint(
+        name=f"QwenGuard-v1.2-{size}",
+        hub_id=f"AIML-TUDA/QwenGuard-v1.2-{size}",
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        family=LlavaGuard("qwen2-vl"),
+        # LlavaGuard's evaluation gives it at most 1280 patches of 28 x 28 px.
+        max_side_px=1280,
+        launch_flags=_BFLOAT16,
+        **fields,
+    )
 
 
 CHECKPOINTS: Final = (
@@ -81,36 +129,63 @@ CHECKPOINTS: Final = (
         name="tiny",
         hub_id=None,
         architecture="LlavaQwenForCausalLM",
-        layout="chatml-llava",
+        family=LlavaGuard("chatml-llava", wording="explain"),
         # Its tower sees 64 px, but it was trained on the engine's own scaling of images up to this size.
         max_side_px=384,
         gpu_memory_bytes=2 * GIB,
+        parameters=1_000_000,
         folder=Path(__file__).parent / "tiny",
     ),
+    _onevision("0.5B", gpu_memory_bytes=12 * GIB, parameters=1_300_000_000, hidden_size=896),
+    _onevision(
+        "7B",
+        gpu_memory_bytes=38 * GIB,
+        parameters=8_000_000_000,
+        hidden_size=3584,
+        # Its embedding table has this many rows; a config that says less fails while loading.
+        overrides={"config.json": {"vocab_size": 152064}},
+    ),
+    _qwen("3B", gpu_memory_bytes=20 * GIB, parameters=3_800_000_000, hidden_size=2048),
+    _qwen("7B", gpu_memory_bytes=22 * GIB, parameters=8_300_000_000, hidden_size=3584),
+    _llava_1_5("v1.0", "7B"),
+    _llava_1_5("v1.0", "13B"),
+    # Unverified: both names. LlavaGuard's repository only names `LlavaGuard-v1.1-7B-hf` and `-13B-hf`.
+    _llava_1_5("v1.1", "7B"),
+    _llava_1_5("v1.1", "13B"),
     Checkpoint(
-        name="LlavaGuard-v1.2-0.5B-OV",
-        hub_id="AIML-TUDA/LlavaGuard-v1.2-0.5B-OV",
-        architecture="LlavaQwenForCausalLM",
-        layout="chatml-llava",
-        # The largest side of its anyres grid: 6 tiles of 384 px.
-        max_side_px=2304,
-        gpu_memory_bytes=12 * GIB,
-        hidden_size=896,
-        vision_tower=_SIGLIP,
-        preprocessor=_SIGLIP_PREPROCESSOR,
+        name="LlavaGuard-34B",
+        hub_id="AIML-TUDA/LlavaGuard-34B",
+        architecture="LlavaLlamaForCausalLM",
+        # Unverified: it was trained with LLaVA's `chatml_direct`, which says "Answer the questions." in the system's
+        # turn, and is served with SGLang's `chatml-llava`. Its wording is that of v1.0, with which it came out.
+        family=LlavaGuard("chatml-llava", wording="explain"),
+        # Beyond 336 px its anyres grid makes 2928 tokens of an image, and with a policy's 1200 those are more than the
+        # 4096 positions that it has.
+        max_side_px=336,
+        gpu_memory_bytes=96 * GIB,
+        parameters=34_800_000_000,
+        hidden_size=7168,
+        vision_tower=_CLIP,
+        tokenizer="liuhaotian/llava-v1.6-34b-tokenizer",
     ),
     Checkpoint(
-        name="LlavaGuard-v1.2-7B-OV",
-        hub_id="AIML-TUDA/LlavaGuard-v1.2-7B-OV",
-        architecture="LlavaQwenForCausalLM",
-        layout="chatml-llava",
-        max_side_px=2304,
-        gpu_memory_bytes=40 * GIB,
-        hidden_size=3584,
-        vision_tower=_SIGLIP,
-        preprocessor=_SIGLIP_PREPROCESSOR,
-        # Its embedding table has this many rows; a config that says less fails while loading.
-        config_overrides={"vocab_size": 152064},
+        name="ShieldGemma-2-4B",
+        hub_id="google/shieldgemma-2-4b-it",
+        architecture="ShieldGemma2ForImageClassification",
+        family=ShieldGemma(),
+        max_side_px=896,
+        gpu_memory_bytes=20 * GIB,
+        parameters=4_300_000_000,
+        # SGLang switches images off for Gemma 3 unless told otherwise.
+        launch_flags=(*_BFLOAT16, "--enable-multimodal"),
+        # Only this backend lets the tokens of an image see one another, as in training.
+        cuda_flags=("--attention-backend", "triton"),
+        # It is a Gemma 3 in a wrapper; SGLang knows Gemma 3. The wrapper's processor would write prompts of its own.
+        overrides={
+            "config.json": {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
+            "processor_config.json": {"processor_class": "Gemma3Processor"},
+        },
+        tensor_prefix="model.",
     ),
 )
 
@@ -127,145 +202,25 @@ def resolve(model: str) -> Checkpoint:
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return _row_for(folder.resolve())
-    known = ", ".join([*(row.name for row in CHECKPOINTS), *(row.hub_id for row in CHECKPOINTS if row.hub_id)])
+    known = ", ".join(row.name if row.hub_id is None else f"{row.name} ({row.hub_id})" for row in CHECKPOINTS)
     raise ConfigurationError(
         f"SLUICE_MODEL={model} is neither a folder with a config.json nor a checkpoint that Sluice knows: {known}."
     )
 
 
-def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
-    """Make a folder that SGLang can load, downloading what is missing. Blocks; safe in several processes at once.
-
-    Raises:
-        ConfigurationError: the weights cannot be had, or `state_dir` is a path that SGLang would misread.
-    """
-    if checkpoint.folder is not None:
-        source, revision = checkpoint.folder, _digest(checkpoint.folder)
-    else:
-        source = _download(checkpoint.hub_id or checkpoint.name)
-        revision = source.name
-    config = _read_config(source) | dict(checkpoint.config_overrides)
-    tower = _vision_tower(checkpoint, source, str(config.get("mm_vision_tower", "")))
-    if tower is None:
-        return StagedCheckpoint(source, revision)
-
-    shelf = state_dir.expanduser().resolve() / "checkpoints"
-    # The folder holds its own absolute path, so that is part of what its name stands for.
-    identity = json.dumps([revision, str(shelf), config, dict(checkpoint.preprocessor or {})], sort_keys=True)
-    folder = shelf / f"{checkpoint.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    staged_tower = folder / (tower.name if "siglip" in tower.name else "siglip")
-    if "clip" in str(staged_tower):
-        raise ConfigurationError(
-            f"SLUICE_STATE_DIR={state_dir} must not contain `clip`: SGLang would load the vision tower as CLIP."
-        )
-    if not folder.is_dir():
-        files: dict[str, str] = {
-            "config.json": json.dumps(config | {"mm_vision_tower": str(staged_tower)}, indent=2),
-        }
-        if checkpoint.preprocessor is not None:
-            files["preprocessor_config.json"] = json.dumps(dict(checkpoint.preprocessor), indent=2)
-        _place(source, tower, folder, staged_tower.name, files)
-    return StagedCheckpoint(folder, revision)
-
-
 def _row_for(folder: Path) -> Checkpoint:
-    config = _read_config(folder)
-    architectures = config.get("architectures") or ["none"]
-    rows = [row for row in CHECKPOINTS if row.architecture == architectures[0]]
-    exact = [row for row in rows if row.hidden_size == config.get("hidden_size")]
-    for row in exact or [row for row in rows if row.hidden_size is None]:
-        return replace(row, folder=folder)
-    known = ", ".join(sorted({row.architecture for row in CHECKPOINTS}))
+    """The row that a folder's own config.json means."""
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["none"])[0]
+    hidden_size = config.get("hidden_size") or (config.get("text_config") or {}).get("hidden_size")
+    rows = [row for row in CHECKPOINTS if row.architecture == architecture]
+    rows = [row for row in rows if row.hidden_size == hidden_size] or [row for row in rows if row.hidden_size is None]
+    if rows:
+        # Releases of one size differ in nothing but their name, if that is kept somewhere; else the newest is meant.
+        named = f"{folder.name} {config.get('_name_or_path', '')}".lower()
+        return replace(next((row for row in rows if row.name.lower() in named), rows[-1]), folder=folder)
+    known = ", ".join(sorted({f"{row.architecture} ({row.hidden_size or 'any other'})" for row in CHECKPOINTS}))
     raise ConfigurationError(
-        f"{folder} holds a model of the architecture {architectures[0]}; Sluice knows how to ask these: {known}."
+        f"{folder} holds a model of the architecture {architecture} with a hidden size of {hidden_size}; Sluice knows "
+        f"these: {known}."
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{folder / 'config.json'} cannot be read: {error}.") from None
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"{folder / 'config.json'} is not a JSON object.")
-    return config
-
-
-def _vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path | None:
-    """The folder to stage as the vision tower, or None when SGLang can load the checkpoint as it is."""
-    if named and not Path(named).is_absolute() and (source / named / "config.json").is_file():
-        return source / named
-    if Path(named).is_absolute() and Path(named).is_dir():
-        return None
-    if checkpoint.vision_tower is not None:
-        return _download(checkpoint.vision_tower)
-    if named:
-        raise ConfigurationError(f"{source} names the vision tower {named}, which is not a folder in it.")
-    return None
-
-
-def _download(hub_id: str) -> Path:
-    """The snapshot of a hub repository, from the local cache when the hub cannot be reached."""
-    logger.info("fetching %s from the hub or its local cache", hub_id)
-    try:
-        return Path(snapshot_download(hub_id, ignore_patterns=["*.bin", "*.msgpack", "*.h5", "*.gguf"]))
-    except GatedRepoError:
-        problem = "is gated: accept its terms on huggingface.co and set HF_TOKEN"
-    except RepositoryNotFoundError:
-        problem = "does not exist on the hub, or HF_TOKEN may not read it"
-    except LocalEntryNotFoundError:
-        problem = "is not in the local cache and the hub cannot be reached: give a local folder as SLUICE_MODEL"
-    except (HfHubHTTPError, OSError) as error:
-        problem = f"cannot be downloaded ({type(error).__name__})"
-    raise ConfigurationError(f"{hub_id} {problem}.")
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
-
-
-def _digest(folder: Path) -> str:
-    """Over the content of everything in the folder that can change an answer."""
-    whole = hashlib.sha256()
-    for path in _files(folder):
-        if path.suffix == ".md":
-            continue
-        with path.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
-    return f"sha256:{whole.hexdigest()}"
-
-
-def _place(source: Path, tower: Path, folder: Path, tower_name: str, files: Mapping[str, str]) -> None:
-    """Fill `folder`, which appears complete or not at all: it is written under another name and renamed."""
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        _copy(source, draft)
-        _copy(tower, draft / tower_name)
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another process was faster: its folder has the same content.
-    except OSError as error:
-        raise ConfigurationError(f"SLUICE_STATE_DIR: {folder} cannot be written: {error.strerror}.") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Small files are copied, since an upgrade may replace them; large ones are linked."""
-    for path in _files(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if copy.exists():
-            continue
-        if path.stat().st_size > _COPY_LIMIT_BYTES:
-            os.symlink(path.resolve(), copy)
-        else:
-            shutil.copyfile(path, copy)

@@ -1,7 +1,7 @@
 """The guard as a Ray Serve deployment, and what its callers hold instead of it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -51,6 +51,12 @@ class GuardDeployment:
         """As `Guard.assess`."""
         return await self._guard.assess(image, policy, detail, priority)
 
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority = "live"
+    ) -> list[Assessment]:
+        """As `Guard.assess_each`."""
+        return await self._guard.assess_each(image, policies, detail, priority)
+
     async def max_side_px(self) -> int:
         """Longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
         return self._guard.max_side_px
@@ -93,14 +99,26 @@ class RemoteGuard:
         assessment: Assessment = await self._call("assess", image, policy, detail, priority)
         return assessment
 
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority = "live"
+    ) -> list[Assessment]:
+        """As `Guard.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
+        if not policies:
+            return []
+        assessments: list[Assessment] = await self._call(
+            "assess_each", image, policies, detail, priority, calls=len(policies)
+        )
+        return assessments
+
     async def max_side_px(self) -> int:
         """Longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
         return int(await self._call("max_side_px"))
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: Any, calls: int = 1) -> Any:
         response = getattr(self._handle, method).remote(*args)
+        deadline_s = self._deadline_s * calls
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 return await response
         except RayTaskError as error:
             # Serve's error is also an instance of its cause's class, but its text is a traceback.
@@ -111,7 +129,7 @@ class RemoteGuard:
             raise GuardUnavailable(f"The guard's replica is away ({type(error).__name__}).") from None
         except TimeoutError:
             response.cancel()
-            raise GuardUnavailable(f"No guard answered within {self._deadline_s:.0f} s.") from None
+            raise GuardUnavailable(f"No guard answered within {deadline_s:.0f} s.") from None
         except asyncio.CancelledError:
             response.cancel()
             raise

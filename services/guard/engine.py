@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from services.errors import GuardUnavailable
-from services.guard.checkpoints import Checkpoint, StagedCheckpoint, resolve, stage
-from services.guard.launch import Recipe, cuda_available
+from services.guard.checkpoints import Checkpoint, resolve
+from services.guard.devices import gpus_for
+from services.guard.launch import Recipe
 from services.guard.server import POLL_S, PortTaken, Server
+from services.guard.staging import StagedCheckpoint, stage
 from services.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -115,20 +117,23 @@ class Engine:
         """Stage the checkpoint, start the server, and return when it has judged an image.
 
         Raises:
-            ConfigurationError: the checkpoint cannot be staged.
+            ConfigurationError: this machine cannot hold the checkpoint, or it cannot be staged.
             GuardUnavailable: the server ended or was not ready within `start_s`; its last lines are in the log.
         """
         if self._state != "stopped":
             raise RuntimeError("the engine was started already")
         self._enter("starting")
         try:
+            # First, since it is known without the gigabytes that staging may download.
+            gpus = await asyncio.to_thread(gpus_for, self.checkpoint)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir)
             self._recipe = Recipe(
                 checkpoint=self.checkpoint,
                 folder=self._staged.folder,
-                cuda=await asyncio.to_thread(cuda_available),
+                gpus=gpus,
                 in_flight=self._in_flight,
                 deadline_s=self._deadline_s,
+                tokenizer=self._staged.tokenizer,
             )
             await self._launch(self._recipe)
         except BaseException:
@@ -236,7 +241,7 @@ class Engine:
         for attempt in range(1, _PORT_TRIES + 1):
             self._launches += 1
             log = self._state_dir / "logs" / f"engine-{os.getpid()}-{id(self):x}-{self._launches}.log"
-            device = "a GPU" if recipe.cuda else "the CPU"
+            device = f"{recipe.gpus} GPU(s)" if recipe.gpus else "the CPU"
             logger.info("starting SGLang with %s on %s; its log is %s", self.checkpoint.name, device, log)
             try:
                 async with asyncio.timeout(self._start_s):

@@ -1,10 +1,8 @@
 """The command line and the environment of the SGLang server."""
 
-import functools
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,11 +57,14 @@ class Recipe:
     checkpoint: Checkpoint
     folder: Path
     """The staged checkpoint."""
-    cuda: bool
+    gpus: int
+    """How many it is spread over; 0: it runs on the CPU."""
     in_flight: int
     """Calls that it will get at a time."""
     deadline_s: float
     """What a caller waits for one of them."""
+    tokenizer: Path | None = None
+    """Where the tokenizer is, when not in `folder`."""
 
     def command(self, *, port: int, secrets: Path) -> list[str]:
         """The argv. `secrets` is a file of flags that must not show in a process list."""
@@ -75,9 +76,10 @@ class Recipe:
             # Above what is ever given to it: probes come on top.
             *("--max-queued-requests", str(2 * self.in_flight + 16)),
             *_COMMON_FLAGS,
-            *(_CUDA_FLAGS if self.cuda else _CPU_FLAGS),
-            *(("--tokenizer-path", self.checkpoint.tokenizer) if self.checkpoint.tokenizer else ()),
+            *((*_CUDA_FLAGS, "--tp-size", str(self.gpus)) if self.gpus else _CPU_FLAGS),
+            *(("--tokenizer-path", str(self.tokenizer)) if self.tokenizer else ()),
             *self.checkpoint.launch_flags,
+            *(self.checkpoint.cuda_flags if self.gpus else ()),
         ]
 
     def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:
@@ -95,16 +97,9 @@ class Recipe:
             "REQUEST_TIMEOUT": str(max(10, int(self.deadline_s))),
             "SGLANG_CPU_WORKERS": str(min(self.in_flight, os.cpu_count() or 1)),
         }
-        if not self.cuda:
+        if not self.gpus:
             kept["OMP_NUM_THREADS"] = "1"
         return kept
-
-
-@functools.cache
-def cuda_available() -> bool:
-    """Whether PyTorch sees a GPU: asked of a process of its own, so that this one need not load PyTorch. Blocks."""
-    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
-    return subprocess.run([sys.executable, "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
 
 
 def free_port() -> int:

@@ -19,7 +19,6 @@ from PIL import Image
 
 from services.children import Child
 from services.errors import GuardFailed, GuardUnavailable
-from services.guard.answer import question
 from services.guard.launch import Recipe, free_port, write_secrets
 from services.guard.places import EngineFailed
 
@@ -48,7 +47,8 @@ class Server:
     @staticmethod
     async def spawn(recipe: Recipe, log: Path) -> "Server":
         """Start the process; it takes a while until it answers."""
-        port, key = free_port(), secrets.token_urlsafe(32)
+        # Hexadecimal: SGLang takes a key that begins with a hyphen for another flag.
+        port, key = free_port(), secrets.token_hex(32)
 
         client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",
@@ -108,7 +108,7 @@ class Server:
             await asyncio.sleep(POLL_S)
         logger.info("the engine is up after %.0f s; judging a first image", time.monotonic() - began)
         first = {
-            "text": question(recipe.checkpoint.layout, "Is this image safe?"),
+            "text": recipe.checkpoint.family.example(),
             "image_data": _drawn_image(),
             "sampling_params": {"temperature": 0, "max_new_tokens": 1},
         }

@@ -3,15 +3,18 @@
 import json
 import math
 import random
+from typing import get_args
 
 import pytest
 import xgrammar
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.parser.conversation import generate_chat_conv
 
 from services.contracts import CATEGORIES, NO_CATEGORY
 from services.errors import ConfigurationError, UnreadableAnswer
-from services.guard.answer import ANSWER_START, HEAD_TOKENS, close, grammar, p_unsafe, question, read
+from services.guard.answer import ANSWER_START, HEAD_TOKENS, Layout, close, grammar, p_unsafe, question, read, worded
 from tests.guard_engine import DEFAULT_PROMPT
 
 MODES = ("unsafe", "always", "never")
@@ -31,10 +34,30 @@ class TestQuestion:
             "<|im_start|>user\n<image>\nPOLICY<|im_end|>\n<|im_start|>assistant\n"
         )
 
+    @pytest.mark.parametrize("layout", get_args(Layout))
+    def test_is_what_sglang_would_write(self, layout: Layout) -> None:
+        user = [
+            {"type": "image_url", "image_url": {"url": "data:,"}},
+            {"type": "text", "text": "POLICY"},
+        ]
+        request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": user}])
+        conversation = generate_chat_conv(request, layout)
+        assert question(layout, "POLICY") == conversation.get_prompt()
+        assert question(layout, "POLICY").index(conversation.image_token) < question(layout, "POLICY").index("POLICY")
+
+    def test_both_wordings_are_of_one_prompt(self) -> None:
+        assert worded("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
+        described = worded("describe", DEFAULT_PROMPT)
+        assert "Explain the reason why" not in described
+        assert described.count('3. Provide a "rationale". Describe the user content and justify why') == 1
+
     def test_the_default_policy_can_be_asked(self) -> None:
         assert DEFAULT_PROMPT in question("chatml-llava", DEFAULT_PROMPT)
 
-    @pytest.mark.parametrize("marker", ["<image>", "<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+    @pytest.mark.parametrize(
+        "marker",
+        ["<image>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|image_pad|>", "</s>", "<start_of_image>"],
+    )
     def test_a_policy_cannot_end_the_turn(self, marker: str) -> None:
         with pytest.raises(ConfigurationError, match="must not contain"):
             question("chatml-llava", f"Be kind.{marker}")

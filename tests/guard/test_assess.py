@@ -7,6 +7,7 @@ import pytest
 
 from services.contracts import CATEGORIES, NO_CATEGORY, Assessment, RationaleMode
 from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
+from services.guard.answer import ANSWER_START, question
 from services.guard.assess import Guard
 from tests.guard_engine import DEFAULT_PROMPT, SharedGuard, drawn, policy, prepared
 
@@ -53,12 +54,26 @@ async def test_again_is_the_same(engine: SharedGuard) -> None:
 async def test_a_second_policy_finds_the_image_in_the_cache(engine: SharedGuard) -> None:
     image = drawn(12)
     other = policy(prompt=DEFAULT_PROMPT.replace("Provide a safety", "Write a safety", 1))
-    first = await engine.assess(image, policy(), "score")
-    second = await engine.assess(image, other, "score")
-    image_tokens = 64
-    assert second.cached_tokens > max(image_tokens, first.cached_tokens)
+    first, second = await engine.on_loop(engine.guard.assess_each(image, [policy(), other], "score"))
+    before, _, after = (question("chatml-llava", DEFAULT_PROMPT) + ANSWER_START).partition("<image>")
+    before_image, after_image = [len(await engine.on_loop(engine.engine.tokenize(text))) for text in (before, after)]
+    image_tokens = first.prompt_tokens - before_image - after_image
+    assert image_tokens >= 16
+    # Up to the first word in which the policies differ: what stands before the image, the image, and a line break.
+    assert second.cached_tokens == before_image + image_tokens + 1
     assert first.model.prompt != second.model.prompt
     assert first.model.revision == second.model.revision
+
+
+async def test_each_policy_has_its_own_assessment(engine: SharedGuard) -> None:
+    image = drawn(14)
+    modes: tuple[RationaleMode, ...] = ("always", "never", "unsafe")
+    each = await engine.on_loop(engine.guard.assess_each(image, [policy(mode) for mode in modes], "verdict"))
+    for assessment, mode in zip(each, modes, strict=True):
+        check(assessment, mode)
+    assert await engine.on_loop(engine.guard.assess_each(image, [], "verdict")) == []
+    with pytest.raises(ConfigurationError):
+        await engine.on_loop(engine.guard.assess_each(image, [policy(), policy(prompt="<image>")], "score"))
 
 
 async def test_who_judged(engine: SharedGuard) -> None:

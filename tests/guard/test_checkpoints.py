@@ -1,18 +1,57 @@
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from services.errors import ConfigurationError
-from services.guard import checkpoints
-from services.guard.checkpoints import CHECKPOINTS, resolve, stage
+from services.guard import staging
+from services.guard.checkpoints import CHECKPOINTS, GIB, resolve
+from services.guard.staging import stage
+from services.guard.weights import strip_prefix
 
 TINY = resolve("tiny").folder
 assert TINY is not None
+
+
+class Hub:
+    """Repositories as `snapshot_download` gives them: a folder whose name is the commit."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.configs: dict[str, dict[str, Any]] = {}
+        self.gated: set[str] = set()
+        self.without_safetensors: set[str] = set()
+
+    def __call__(self, hub_id: str, *, ignore_patterns: Sequence[str] = ()) -> str:
+        if hub_id in self.gated:
+            raise GatedRepoError("gated", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
+        folder = self._folder / hub_id.replace("/", "--") / "0123abcd"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = next((config for part, config in self.configs.items() if part in hub_id), {})
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer.json").write_text("{}")
+        if hub_id in self.without_safetensors:
+            if "*.bin" not in ignore_patterns:
+                (folder / "pytorch_model.bin").write_bytes(b"")
+        elif "*.safetensors" not in ignore_patterns:
+            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        return str(folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made_up = Hub(tmp_path / "hub")
+    monkeypatch.setattr(staging, "snapshot_download", made_up)
+    return made_up
 
 
 @pytest.fixture
@@ -31,16 +70,50 @@ class TestResolve:
         assert (found.name, found.folder) == ("tiny", copy_of_tiny)
 
     @pytest.mark.parametrize(
-        ("hidden_size", "name"), [(896, "LlavaGuard-v1.2-0.5B-OV"), (3584, "LlavaGuard-v1.2-7B-OV")]
+        ("config", "name"),
+        [
+            ({"architectures": ["LlavaQwenForCausalLM"], "hidden_size": 896}, "LlavaGuard-v1.2-0.5B-OV"),
+            ({"architectures": ["LlavaQwenForCausalLM"], "hidden_size": 3584}, "LlavaGuard-v1.2-7B-OV"),
+            ({"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}, "LlavaGuard-v1.1-7B"),
+            ({"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 5120}, "LlavaGuard-v1.1-13B"),
+            (
+                {
+                    "architectures": ["LlavaLlamaForCausalLM"],
+                    "hidden_size": 5120,
+                    "_name_or_path": "models/LlavaGuard-v1.0-13b/llava",
+                },
+                "LlavaGuard-v1.0-13B",
+            ),
+            ({"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 7168}, "LlavaGuard-34B"),
+            ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_size": 2048}, "QwenGuard-v1.2-3B"),
+            (
+                {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": {"hidden_size": 3584}},
+                "QwenGuard-v1.2-7B",
+            ),
+            (
+                {"architectures": ["ShieldGemma2ForImageClassification"], "text_config": {"hidden_size": 2560}},
+                "ShieldGemma-2-4B",
+            ),
+        ],
     )
-    def test_the_config_of_a_folder_decides(self, tmp_path: Path, hidden_size: int, name: str) -> None:
-        config = {"architectures": ["LlavaQwenForCausalLM"], "hidden_size": hidden_size}
+    def test_the_config_of_a_folder_decides(self, tmp_path: Path, config: dict[str, Any], name: str) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert resolve(str(tmp_path)).name == name
 
+    def test_the_name_of_a_folder_tells_releases_apart(self, tmp_path: Path) -> None:
+        folder = tmp_path / "llavaguard-v1.0-7b"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}')
+        assert resolve(str(folder)).name == "LlavaGuard-v1.0-7B"
+
+    def test_a_size_that_nobody_released(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 64}')
+        with pytest.raises(ConfigurationError, match=r"hidden size of 64; .*LlavaLlamaForCausalLM \(4096\)"):
+            resolve(str(tmp_path))
+
     @pytest.mark.parametrize("model", ["huge", "AIML-TUDA/Other", "/nowhere"])
     def test_anything_else_lists_what_is_known(self, model: str) -> None:
-        with pytest.raises(ConfigurationError, match=r"tiny, LlavaGuard-v1\.2-0\.5B-OV"):
+        with pytest.raises(ConfigurationError, match=r"tiny, LlavaGuard-v1\.2-0\.5B-OV \(AIML-TUDA/.*ShieldGemma-2-4B"):
             resolve(model)
 
     def test_another_architecture(self, tmp_path: Path) -> None:
@@ -95,21 +168,12 @@ class TestStage:
         def absent(*_: object, **__: object) -> str:
             raise LocalEntryNotFoundError("offline")
 
-        monkeypatch.setattr(checkpoints, "snapshot_download", absent)
+        monkeypatch.setattr(staging, "snapshot_download", absent)
         with pytest.raises(ConfigurationError, match=r"7B-OV is not in the local cache.*give a local folder"):
             stage(resolve("LlavaGuard-v1.2-7B-OV"), tmp_path)
 
-    def test_a_hub_checkpoint_gets_its_tower_and_overrides(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def snapshot(hub_id: str, **_: object) -> str:
-            folder = tmp_path / "cache" / hub_id.replace("/", "--") / "0123abcd"
-            folder.mkdir(parents=True)
-            tower = {"mm_vision_tower": "google/siglip-so400m-patch14-384", "vocab_size": 152000}
-            (folder / "config.json").write_text(json.dumps({} if "siglip" in hub_id else tower))
-            return str(folder)
-
-        monkeypatch.setattr(checkpoints, "snapshot_download", snapshot)
+    def test_a_hub_checkpoint_gets_its_tower_and_overrides(self, tmp_path: Path, hub: Hub) -> None:
+        hub.configs = {"LlavaGuard": {"mm_vision_tower": "google/siglip-so400m-patch14-384", "vocab_size": 152000}}
         staged = stage(resolve("LlavaGuard-v1.2-7B-OV"), tmp_path / "state")
         config = json.loads((staged.folder / "config.json").read_text())
         assert staged.revision == "0123abcd"
@@ -117,3 +181,99 @@ class TestStage:
         assert Path(config["mm_vision_tower"]).parent == staged.folder
         assert "siglip" in config["mm_vision_tower"]
         assert json.loads((staged.folder / "preprocessor_config.json").read_text())["size"]["height"] == 384
+        assert staged.tokenizer is None
+
+    def test_an_older_release_gets_its_tower_and_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
+        hub.configs = {"LlavaGuard": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}}
+        hub.without_safetensors = {"openai/clip-vit-large-patch14-336"}
+        staged = stage(resolve("LlavaGuard-v1.1-7B"), tmp_path / "state")
+        assert Path(json.loads((staged.folder / "config.json").read_text())["mm_vision_tower"]).name == "clip"
+        assert (staged.folder / "clip" / "pytorch_model.bin").is_file()
+        assert staged.tokenizer is not None
+        assert staged.tokenizer.parent.name == "llava-hf--llava-1.5-7b-hf"
+        assert not (staged.tokenizer / "model.safetensors").exists()
+
+    def test_a_local_folder_may_hold_its_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
+        hub.configs = {"LlavaGuard": {"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}}
+        folder = Path(hub("AIML-TUDA/LlavaGuard-v1.0-7B"))
+        (folder / "tokenizer").mkdir()
+        with pytest.raises(ConfigurationError, match="holds no tokenizer"):
+            stage(resolve(str(folder)), tmp_path / "state")
+        (folder / "tokenizer" / "tokenizer.model").write_text("")
+        assert stage(resolve(str(folder)), tmp_path / "state").tokenizer == folder / "tokenizer"
+
+    def test_a_gated_checkpoint(self, tmp_path: Path, hub: Hub) -> None:
+        hub.gated = {"AIML-TUDA/QwenGuard-v1.2-3B"}
+        with pytest.raises(ConfigurationError, match=r"QwenGuard-v1\.2-3B is gated: accept its terms .* set HF_TOKEN"):
+            stage(resolve("QwenGuard-v1.2-3B"), tmp_path)
+
+    def test_a_missing_tokenizer(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+        (copy_of_tiny / "tokenizer.json").unlink()
+        with pytest.raises(ConfigurationError, match="holds no tokenizer"):
+            stage(resolve(str(copy_of_tiny)), tmp_path)
+
+    def test_a_missing_vision_tower(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+        shutil.rmtree(copy_of_tiny / "siglip-tiny")
+        with pytest.raises(ConfigurationError, match="names the vision tower siglip-tiny, which is not a folder in it"):
+            stage(resolve(str(copy_of_tiny)), tmp_path)
+
+
+class TestWeights:
+    def test_missing(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+        (copy_of_tiny / "siglip-tiny" / "model.safetensors").unlink()
+        with pytest.raises(ConfigurationError, match=r"siglip-tiny holds no weights"):
+            stage(resolve(str(copy_of_tiny)), tmp_path)
+
+    def test_a_shard_is_missing(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (copy_of_tiny / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ConfigurationError, match=r"lacks model-2\.safetensors \(1 of 2 files"):
+            stage(resolve(str(copy_of_tiny)), tmp_path)
+
+    @pytest.mark.parametrize(
+        "damage", [lambda data: data[:-1], lambda _: b"version https://git-lfs.github.com/spec/v1\n"]
+    )
+    def test_damaged_or_only_a_pointer(self, tmp_path: Path, copy_of_tiny: Path, damage) -> None:
+        weights = copy_of_tiny / "model.safetensors"
+        weights.write_bytes(damage(weights.read_bytes()))
+        with pytest.raises(ConfigurationError, match="is damaged, or only a Git LFS pointer"):
+            stage(resolve(str(copy_of_tiny)), tmp_path)
+
+    def test_a_prefix_is_stripped_and_the_original_left_alone(self, tmp_path: Path) -> None:
+        tensors = {"model.a": torch.arange(5), "model.model.b": torch.ones(3), "c": torch.zeros(2)}
+        save_file(tensors, tmp_path / "original.bin")
+        folder = tmp_path / "staged"
+        folder.mkdir()
+        (folder / "model.safetensors").symlink_to(tmp_path / "original.bin")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.a": "model.safetensors"}}')
+        before = (tmp_path / "original.bin").read_bytes()
+        strip_prefix(folder, "model.")
+        renamed = load_file(folder / "model.safetensors")
+        assert set(renamed) == {"a", "model.b", "c"}
+        assert torch.equal(renamed["a"], torch.arange(5))
+        assert (tmp_path / "original.bin").read_bytes() == before
+        assert json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"] == {
+            "a": "model.safetensors"
+        }
+
+
+class TestSpread:
+    @pytest.mark.parametrize(
+        ("name", "cards", "gpus"),
+        [
+            ("LlavaGuard-v1.2-7B-OV", [24], 0),
+            ("LlavaGuard-v1.2-7B-OV", [22.5, 22.5], 2),
+            ("LlavaGuard-v1.2-7B-OV", [39.6], 1),
+            ("LlavaGuard-v1.1-7B", [22.5], 1),
+            ("LlavaGuard-v1.1-13B", [22.5], 0),
+            ("LlavaGuard-v1.1-13B", [79.3], 1),
+            ("LlavaGuard-34B", [79.3], 0),
+            ("LlavaGuard-34B", [79.3, 79.3], 2),
+            ("LlavaGuard-34B", [79.3, 22.5, 79.3], 0),
+            ("LlavaGuard-34B", [139.8], 1),
+            ("QwenGuard-v1.2-7B", [22.5], 1),
+            ("tiny", [], 0),
+        ],
+    )
+    def test_over_as_few_cards_as_hold_it(self, name: str, cards: list[float], gpus: int) -> None:
+        assert resolve(name).gpus([int(card * GIB) for card in cards]) == gpus

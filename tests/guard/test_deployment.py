@@ -94,6 +94,12 @@ class TestInThisProcess:
         assert assessment.rating == "Safe"
         assert await made_up.max_side_px() == resolve("tiny").max_side_px
 
+    async def test_an_assessment_for_each_policy(self, made_up: RemoteGuard) -> None:
+        each = await made_up.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
+        assert [type(assessment) for assessment in each] == [Assessment, Assessment]
+        assert each[0].model.prompt != each[1].model.prompt
+        assert await made_up.assess_each(drawn(1), [], "score") == []
+
     @pytest.mark.parametrize(
         "error",
         [GuardFailed("It is garbage."), GuardUnavailable("It is gone."), UnreadableAnswer("It mumbles.")],

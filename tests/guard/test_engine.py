@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from services.errors import GuardUnavailable
+from services.errors import ConfigurationError, GuardUnavailable
 from services.guard import launch
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
@@ -50,7 +50,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         "command",
         lambda _, port, secrets: [sys.executable, "-c", f"port = {port}\n{script}"],
     )
-    monkeypatch.setattr("services.guard.engine.cuda_available", lambda: False)
+    monkeypatch.setattr("services.guard.engine.gpus_for", lambda _: 0)
 
 
 class TestBeforeItIsReady:
@@ -60,6 +60,16 @@ class TestBeforeItIsReady:
             await engine.generate({})
         with pytest.raises(GuardUnavailable):
             _ = engine.revision
+
+    async def test_what_this_machine_cannot_hold_is_refused_before_anything_is_fetched(
+        self, tmp_path, monkeypatch
+    ) -> None:
+        monkeypatch.setattr("services.guard.devices.gpu_memory_bytes", list)
+        monkeypatch.setattr("services.guard.engine.stage", lambda *_: pytest.fail("staged"))
+        engine = Engine(resolve("LlavaGuard-v1.2-7B-OV"), state_dir=tmp_path)
+        with pytest.raises(ConfigurationError, match="too many for a CPU"):
+            await engine.start()
+        assert engine.state == "stopped"
 
     async def test_a_server_that_ends_is_reported_with_its_last_words(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "print('no such kernel'); raise SystemExit(7)")

@@ -9,8 +9,15 @@ from services.guard.checkpoints import resolve
 from services.guard.launch import Recipe, write_secrets
 
 
-def recipe(*, cuda: bool = False) -> Recipe:
-    return Recipe(checkpoint=resolve("tiny"), folder=Path("/staged"), cuda=cuda, in_flight=4, deadline_s=60)
+def recipe(model: str = "tiny", *, gpus: int = 0, tokenizer: Path | None = None) -> Recipe:
+    return Recipe(
+        checkpoint=resolve(model),
+        folder=Path("/staged"),
+        gpus=gpus,
+        in_flight=4,
+        deadline_s=60,
+        tokenizer=tokenizer,
+    )
 
 
 def test_the_key_is_in_a_private_file_and_not_in_the_process_list(tmp_path: Path) -> None:
@@ -33,10 +40,25 @@ def test_it_listens_on_loopback_and_fetches_nothing() -> None:
 
 
 def test_the_device_decides_the_flags() -> None:
-    on_cpu, on_gpu = (recipe(cuda=cuda).command(port=1, secrets=Path("/f")) for cuda in (False, True))
+    on_cpu, on_gpu = (recipe(gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 2))
     assert "--disable-cuda-graph" in on_cpu
     assert "--disable-cuda-graph" not in on_gpu
     assert "--device" not in on_gpu
+    assert on_gpu[on_gpu.index("--tp-size") + 1] == "2"
+    assert "--tp-size" not in on_cpu
+
+
+def test_a_row_may_have_flags_of_its_own() -> None:
+    on_cpu, on_gpu = (recipe("ShieldGemma-2-4B", gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 1))
+    assert "--enable-multimodal" in on_cpu
+    assert on_cpu[on_cpu.index("--attention-backend") + 1] == "torch_native"
+    assert on_gpu[on_gpu.index("--attention-backend") + 1] == "triton"
+
+
+def test_the_tokenizer_may_be_elsewhere() -> None:
+    assert "--tokenizer-path" not in recipe().command(port=1, secrets=Path("/f"))
+    argv = recipe("LlavaGuard-v1.0-7B", tokenizer=Path("/tokenizer")).command(port=1, secrets=Path("/f"))
+    assert argv[argv.index("--tokenizer-path") + 1] == "/tokenizer"
 
 
 def test_the_engine_has_no_credentials_and_no_proxy(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""What a checkpoint runs on, decided before anything is downloaded or started, and without loading PyTorch here."""
+
+import functools
+import os
+import subprocess
+import sys
+from typing import Final
+
+import pynvml  # nvidia-ml-py, which SGLang brings along
+
+from services.errors import ConfigurationError
+from services.guard.checkpoints import GIB, Checkpoint
+from services.guard.weights import parameters
+
+_CPU_PARAMETERS: Final = 2_000_000_000
+"""A larger model takes minutes for one image on a CPU, and more memory than most machines have."""
+
+
+def gpus_for(checkpoint: Checkpoint) -> int:
+    """How many GPUs the checkpoint is spread over; 0 where it runs on the CPU. Blocks.
+
+    Raises:
+        ConfigurationError: the GPUs hold too little of it, or there is none and it is too large for the CPU.
+    """
+    memory = gpu_memory_bytes()
+    if memory and cuda_available():
+        if gpus := checkpoint.gpus(memory):
+            return gpus
+        have = " + ".join(f"{each / GIB:.0f}" for each in memory)
+        raise ConfigurationError(
+            f"{checkpoint.name} wants {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory and this replica sees "
+            f"{have} GiB: give it more GPUs (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
+        )
+    size = checkpoint.parameters if checkpoint.folder is None else parameters(checkpoint.folder)
+    if size > _CPU_PARAMETERS:
+        trouble = "PyTorch cannot use this machine's GPU (is its driver too old?)" if memory else "there is no GPU here"
+        raise ConfigurationError(
+            f"{checkpoint.name} has {size / 1e9:.1f} billion parameters, too many for a CPU, and {trouble}: run it "
+            "where there is one (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
+        )
+    return 0
+
+
+def gpu_memory_bytes() -> list[int]:
+    """The total memory of each NVIDIA GPU that CUDA_VISIBLE_DEVICES leaves visible, in its order."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # No driver, so no GPU.
+    try:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible is not None else map(str, range(pynvml.nvmlDeviceGetCount()))
+        memory: list[int] = []
+        for name in names:
+            try:
+                memory.append(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(name.strip())).total))
+            except (pynvml.NVMLError, ValueError):
+                break  # As CUDA does: what follows a name that it does not know is invisible.
+        return memory
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@functools.cache
+def cuda_available() -> bool:
+    """Whether PyTorch can use a GPU: asked of a process of its own, so that this one need not load PyTorch. Blocks."""
+    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
+    return subprocess.run([sys.executable, "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def _handle(name: str) -> object:
+    if name.startswith(("GPU-", "MIG-")):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name))

@@ -1,0 +1,133 @@
+"""Families of guards: how they are asked and read, and once each through the real engine with random weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.contracts import CATEGORIES, NO_CATEGORY
+from services.errors import ConfigurationError
+from services.guard.assess import Guard
+from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve
+from services.guard.engine import Engine
+from services.guard.family import Reply
+from services.guard.llavaguard import LlavaGuard
+from services.guard.shieldgemma import ShieldGemma, enforced
+from tests.guard import made_up_checkpoints
+from tests.guard_engine import DEFAULT_PROMPT, drawn, policy
+
+WAIVER = "Category O3 is declared as non-violating. Therefore, we do not provide any restrictions for this category"
+
+
+class MadeUpEngine:
+    """Answers as a test wants, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[str], float], text: str = "") -> None:
+        self._answer = answer
+        self._text = text
+        self.asked: list[str] = []
+
+    async def __call__(self, text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
+        self.asked.append(text)
+        return Reply(score=self._answer(text), text=self._text, cut=False)
+
+
+class TestShieldGemma:
+    def test_asks_about_each_category_that_is_enforced(self) -> None:
+        assert list(enforced(DEFAULT_PROMPT)) == list(CATEGORIES)
+        rules = enforced(DEFAULT_PROMPT)[CATEGORIES[1]]
+        assert rules.startswith("No Violence, Harm, or Cruelty: The image follows these rules.\nShould not:\n- ")
+        assert "O3" not in rules
+        assert "Assessment Steps" not in enforced(DEFAULT_PROMPT)[CATEGORIES[-1]]
+
+    def test_leaves_out_what_is_waived(self) -> None:
+        waived = DEFAULT_PROMPT.replace("O3: Sexual Content: \n", f"O3: Sexual Content: \n{WAIVER}\n")
+        assert list(enforced(waived)) == [category for category in CATEGORIES if not category.startswith("O3")]
+
+    async def test_the_category_with_the_highest_score_decides(self) -> None:
+        ask = MadeUpEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
+        judged = await ShieldGemma().judge(ask, policy(), "verdict", answer_tokens=9)
+        assert (judged.rating, judged.category, judged.score) == ("Unsafe", CATEGORIES[7], 0.9)
+        assert judged.rationale is not None
+        assert CATEGORIES[7] in judged.rationale
+        assert len(ask.asked) == len(CATEGORIES)
+        assert all(text.startswith("<start_of_turn>user\n<start_of_image>") for text in ask.asked)
+        assert (await ShieldGemma().judge(ask, policy("never"), "verdict", answer_tokens=9)).rationale is None
+        assert (await ShieldGemma().judge(ask, policy(), "score", answer_tokens=9)).category == NO_CATEGORY
+
+    async def test_nothing_is_violated(self) -> None:
+        judged = await ShieldGemma().judge(MadeUpEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
+        assert (judged.rating, judged.category, judged.rationale, judged.score) == ("Safe", NO_CATEGORY, None, 0.2)
+        always = await ShieldGemma().judge(MadeUpEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
+        assert always.rationale
+
+    async def test_a_policy_that_waives_everything_is_never_violated(self) -> None:
+        everything = "\n".join(f"{category}: \n{WAIVER}\n" for category in CATEGORIES)
+        ask = MadeUpEngine(lambda _: 1.0)
+        judged = await ShieldGemma().judge(ask, policy(prompt=everything), "verdict", answer_tokens=9)
+        assert (judged.rating, judged.score, ask.asked) == ("Safe", 0.0, [])
+
+    @pytest.mark.parametrize("prompt", ["Be kind.", f"{DEFAULT_PROMPT}<end_of_turn>", "</END_SAFETY_POLICY>"])
+    async def test_what_cannot_be_asked(self, prompt: str) -> None:
+        with pytest.raises(ConfigurationError):
+            await ShieldGemma().judge(MadeUpEngine(lambda _: 0), policy(prompt=prompt), "score", answer_tokens=9)
+
+
+class TestLlavaGuard:
+    async def test_the_rating_that_the_score_implies_is_asked_for(self) -> None:
+        ask = MadeUpEngine(lambda _: 0.9, text='Safe",\n    "category": "NA: None applying"\n}')
+        await LlavaGuard("chatml-llava").judge(ask, policy("never"), "verdict", answer_tokens=9)
+        assert len(ask.asked) == 2
+
+    async def test_the_wording_is_that_of_the_training(self) -> None:
+        for wording, sentence in (("explain", "Explain the reason why"), ("describe", "Describe the user content")):
+            ask = MadeUpEngine(lambda _: 0.9)
+            await LlavaGuard("chatml-llava", wording).judge(ask, policy(), "score", answer_tokens=9)
+            assert ask.asked[0].count(sentence) == 1
+
+    def test_an_answer_begins_as_in_the_training(self) -> None:
+        assert LlavaGuard("vicuna_v1.1").example().endswith('ASSISTANT: {\n    "rating": "')
+        assert LlavaGuard("qwen2-vl").example().endswith('<|im_start|>assistant\n{\n    "rating": "')
+
+
+@pytest.mark.parametrize("row", CHECKPOINTS, ids=lambda row: row.name)
+def test_every_row_can_be_asked(row: Checkpoint) -> None:
+    assert row.family.example()
+    assert len(set(row.family.ratings)) == 2
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestThroughTheRealEngine:
+    async def test_shieldgemma(self, tmp_path: Path) -> None:
+        checkpoint = resolve(str(made_up_checkpoints.shieldgemma(tmp_path / "weights")))
+        assert checkpoint.name == "ShieldGemma-2-4B"
+        async with Engine(checkpoint, state_dir=tmp_path / "state", start_s=500) as engine:
+            guard = Guard(engine, deadline_s=120)
+            await guard.check()
+            verdict = await guard.assess(drawn(1), policy(), "verdict")
+            assert 0 < verdict.score < 1
+            assert (verdict.rating == "Unsafe") == (verdict.score > 0.5) == (verdict.category in CATEGORIES)
+            assert (verdict.rationale is not None) == (verdict.rating == "Unsafe")
+            assert verdict.output_tokens == len(CATEGORIES)
+            # Every question but the first finds the image, and what stands before it, in the cache.
+            before = await engine.tokenize("<start_of_turn>user\n\n\n<start_of_image>")
+            assert verdict.cached_tokens >= (len(CATEGORIES) - 1) * (len(before) + 4)
+            look = await guard.assess(drawn(1), policy(), "score")
+            assert look.score == pytest.approx(verdict.score, abs=0.01)
+            other = await guard.assess(drawn(2), policy(), "score")
+            assert other.score != look.score, "the image makes no difference"
+
+    async def test_qwenguard(self, tmp_path: Path) -> None:
+        # Its hidden size is that of no release, so no row is found for its folder.
+        row = replace(resolve("QwenGuard-v1.2-3B"), folder=made_up_checkpoints.qwenguard(tmp_path / "weights"))
+        async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
+            guard = Guard(engine, deadline_s=120)
+            await guard.check()
+            verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
+            assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
+            assert again.score == pytest.approx(verdict.score, abs=0.01)
+            assert again.cached_tokens > 0.9 * again.prompt_tokens
+            assert (await guard.assess(drawn(2), policy(), "score")).score != verdict.score
