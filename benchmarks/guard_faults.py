@@ -3,8 +3,8 @@
     python benchmarks/guard_faults.py [--faults 100] [--seed 1] [--json]
 
 Each fault is SIGKILL or SIGSTOP for one process of the engine, whichever, at a random moment, every fourth one while
-the engine is starting. Every call has to end, within its deadline, in an answer or in an error that says that trying again
-can help; at the end no process may be left.
+the engine is starting. Every call has to end, within its deadline, in an answer or in an error that says that trying
+again can help; at the end no process may be left.
 """
 
 import argparse
