@@ -131,7 +131,8 @@ def test_a_few_steps_of_each_stage_lower_the_loss(
     images = train_tiny.training_images(28, workers=1)
     assert {*images.labels.tolist()} == {*range(len(LABELS))}
     assert {*np.unique(images.patches).tolist()} == {*range(len(LABELS))}
-    plan = train_tiny.Plan(images=28, vision_steps=4, vision_batch=14, language_steps=6, language_batch=6)
+    plan = train_tiny.Plan(images=28, vision_steps=4, vision_batch=14, language_batch=8)
+    course = replace(plan.courses[0], steps=6)
 
     def loss() -> float:
         lessons = [teacher.lesson(rng, waiving(()), LABELS[label], None) for label in images.labels]
@@ -145,7 +146,7 @@ def test_a_few_steps_of_each_stage_lower_the_loss(
     tower = [weight.clone() for weight in guard.vision.parameters()]
     train_tiny.train_vision(guard, images, plan, rng)
     assert any(not torch.equal(old, new) for old, new in zip(tower, guard.vision.parameters(), strict=True))
-    train_tiny.train_language(guard, teacher, images, replace(plan, language_batch=8), rng)
+    train_tiny.train_language(guard, teacher, images, plan, course, rng)
     assert loss() < before - 1
 
 
