@@ -63,7 +63,7 @@ class Guard:
         return self.engine.checkpoint.max_side_px
 
     def identity(self, policy: Policy) -> ModelIdentity:
-        """What judges under this policy.
+        """What judges under this policy. The prompt's digest is that of the policy's own text.
 
         Raises:
             GuardUnavailable: the engine was never started.

@@ -136,7 +136,7 @@ CHECKPOINTS: Final = (
         parameters=1_000_000,
         folder=Path(__file__).parent / "tiny",
     ),
-    _onevision("0.5B", gpu_memory_bytes=12 * GIB, parameters=1_300_000_000, hidden_size=896),
+    _onevision("0.5B", gpu_memory_bytes=12 * GIB, parameters=900_000_000, hidden_size=896),
     _onevision(
         "7B",
         gpu_memory_bytes=38 * GIB,

@@ -31,7 +31,8 @@ def gpus_for(checkpoint: Checkpoint) -> int:
             f"{checkpoint.name} wants {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory and this replica sees "
             f"{have} GiB: give it more GPUs (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
         )
-    size = checkpoint.parameters if checkpoint.folder is None else parameters(checkpoint.folder)
+    # A folder of the older .bin files does not say; then it is taken for what its row is.
+    size = (checkpoint.folder and parameters(checkpoint.folder)) or checkpoint.parameters
     if size > _CPU_PARAMETERS:
         trouble = "PyTorch cannot use this machine's GPU (is its driver too old?)" if memory else "there is no GPU here"
         raise ConfigurationError(

@@ -8,8 +8,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -183,4 +187,62 @@ def qwenguard(folder: Path) -> Path:
         },
     )
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def llavaguard_1(folder: Path) -> Path:
+    """LLaVA-1.5 as LlavaGuard v1.0 and v1.1 are: a CLIP tower beside it, and a tokenizer from elsewhere."""
+    torch.manual_seed(3)
+    tokenizer = _tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    width, tower_width = 64, 32
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=width,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<s>"),
+        eos_token_id=tokenizer.convert_tokens_to_ids("</s>"),
+    )
+    tensors = dict(LlamaForCausalLM(config).state_dict())
+    tensors |= {
+        "model.mm_projector.0.weight": torch.randn(width, tower_width),
+        "model.mm_projector.0.bias": torch.zeros(width),
+        "model.mm_projector.2.weight": torch.randn(width, width),
+        "model.mm_projector.2.bias": torch.zeros(width),
+    }
+    llava = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "image_aspect_ratio": "pad",
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "mm_hidden_size": tower_width,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "clip-made-up",
+    }
+    _save(folder, config, tensors, {"config.json": llava})
+    tower = CLIPVisionConfig(
+        hidden_size=tower_width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TOWER_PX,
+        patch_size=14,
+    )
+    CLIPVisionModel(tower).save_pretrained(folder / "clip-made-up")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    image_processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "size": {"shortest_edge": _TOWER_PX},
+        "crop_size": {"height": _TOWER_PX, "width": _TOWER_PX},
+    }
+    processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "vision_feature_select_strategy": "default"}
+    (folder / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(image_processor))
+    (folder / "tokenizer" / "processor_config.json").write_text(json.dumps(processor))
     return folder

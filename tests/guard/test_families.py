@@ -131,3 +131,14 @@ class TestThroughTheRealEngine:
             assert again.score == pytest.approx(verdict.score, abs=0.01)
             assert again.cached_tokens > 0.9 * again.prompt_tokens
             assert (await guard.assess(drawn(2), policy(), "score")).score != verdict.score
+
+    async def test_llavaguard_1(self, tmp_path: Path) -> None:
+        row = replace(resolve("LlavaGuard-v1.1-7B"), folder=made_up_checkpoints.llavaguard_1(tmp_path / "weights"))
+        async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
+            guard = Guard(engine, deadline_s=120)
+            await guard.check()
+            verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
+            assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
+            assert again.score == pytest.approx(verdict.score, abs=0.01)
+            assert again.cached_tokens > 0.9 * again.prompt_tokens
+            assert (await guard.assess(drawn(2), policy(), "score")).score != verdict.score
