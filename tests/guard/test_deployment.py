@@ -166,6 +166,9 @@ async def test_on_a_real_ray(tmp_path: Path) -> None:
         assert isinstance(assessment, Assessment)
         assert isinstance(assessment.model, ModelIdentity)
 
+        first, second = await guard.assess_each(drawn(1), [judged_by, policy("never")], "score")
+        assert first.score == pytest.approx(second.score, abs=1e-5)
+
         with pytest.raises(GuardFailed) as caught:
             await guard.assess(prepared(b"garbage"), judged_by, "score")
         assert type(caught.value) is GuardFailed
