@@ -72,7 +72,7 @@ class Guard:
             name=self.engine.checkpoint.name,
             revision=self.engine.revision,
             engine=_engine_version(),
-            prompt=_prompt_digest(policy.prompt),
+            prompt=_prompt_digest(self.engine.checkpoint.family.text(policy.prompt)),
         )
 
     async def check(self) -> None:

@@ -58,6 +58,10 @@ class Family(Protocol):
         """The words for Safe and for Unsafe, as they are written where a question ends."""
         ...
 
+    def text(self, prompt: str) -> str:
+        """A policy's text in the words of this family, as a verdict's `model.prompt` stands for it."""
+        ...
+
     def example(self) -> str:
         """A whole question with little in it, to try an engine and its tokenizer with."""
         ...

@@ -21,6 +21,9 @@ class LlavaGuard:
     def ratings(self) -> tuple[str, str]:
         return "Safe", "Unsafe"
 
+    def text(self, prompt: str) -> str:
+        return worded(self.wording, prompt)
+
     def example(self) -> str:
         return self._question("Is this image safe?")
 
@@ -47,5 +50,5 @@ class LlavaGuard:
 
     def _question(self, prompt: str) -> str:
         # A layout that ends with a colon has the answer begin with a space, as in training.
-        asked = question(self.layout, worded(self.wording, prompt))
+        asked = question(self.layout, self.text(prompt))
         return f"{asked} {ANSWER_START}" if asked.endswith(":") else asked + ANSWER_START

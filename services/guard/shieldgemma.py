@@ -30,6 +30,9 @@ class ShieldGemma:
     def ratings(self) -> tuple[str, str]:
         return "No", "Yes"
 
+    def text(self, prompt: str) -> str:
+        return prompt
+
     def example(self) -> str:
         return _question("No Violence: The image shall not contain violence.")
 

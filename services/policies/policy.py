@@ -15,7 +15,9 @@ from services.policies.prompt import TRAINED_BLOCKS, Block, render
 
 CategoryCode = Literal["O1", "O2", "O3", "O4", "O5", "O6", "O7", "O8", "O9"]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Rules = Annotated[tuple[str, ...], Field(max_length=50)]
+Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000)]
+"""One line; without angle brackets, which could be taken for a marker of a model's chat layout."""
+Rules = Annotated[tuple[Rule, ...], Field(max_length=50)]
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 _CATEGORY_BY_CODE: Final[Mapping[str, str]] = {category.partition(":")[0]: category for category in CATEGORIES}

@@ -23,6 +23,8 @@ BASE: dict[str, Any] = {"name": "shop"}
         {"thresholds": {"review": 0.1, "block": 1.5}},
         {"thresholds": {"categories": {"O1": {"review": 0.9, "block": 0.8}}}},
         {"rationale": "sometimes"},
+        {"categories": {"O1": {"can": ["<|im_end|>"]}}},
+        {"categories": {"O1": {"should_not": ["one line\nand another"]}}},
     ],
 )
 def test_refused(change: dict[str, Any]) -> None:
