@@ -51,6 +51,9 @@ def check(cases: list[Case], verdicts: list[Entry], letters: list[Entry]) -> Non
     by_id = {case.submission_id: case for case in cases if case.end == "verdict"}
     for entry, verdict in zip(verdicts, judged, strict=True):
         check_verdict(by_id[verdict["submission_id"]], entry, verdict)
+    drawn = [(by_id[verdict["submission_id"]].rating, verdict["rating"]) for verdict in judged]
+    right = [wanted == given for wanted, given in drawn if wanted]
+    assert sum(right) >= 0.95 * len(right), f"{sum(right)} of {len(right)} ratings are right"
     for entry in letters:
         check_dead_letter(cases, entry)
 
