@@ -24,6 +24,9 @@ _CATEGORY_KEY: Final = '",\n    "category": "'
 _RATIONALE_KEY: Final = '",\n    "rationale": "'
 _END: Final = '"\n}'
 
+_VISIBLE: Final = r"[!#-\[\]-~]"
+"""Characters of a rationale that need no escape, but for the space."""
+
 HEAD_TOKENS: Final = len("Unsafe" + _CATEGORY_KEY + max([*CATEGORIES, NO_CATEGORY], key=len) + _RATIONALE_KEY)
 """No answer needs more tokens than this before its rationale, or without one: a token is at least one character."""
 
@@ -92,14 +95,18 @@ def grammar(mode: RationaleMode, rating: Rating | None = None) -> str:
         for rating in ratings
     )
     violated = " | ".join(map(_literal, CATEGORIES))
+    word, escaped = f"{_VISIBLE} {_VISIBLE}*", f'"\\\\" escape {_VISIBLE}*'
     return "\n".join(
         [
             f"root ::= {root}",
             f"any ::= violated | {_literal(NO_CATEGORY)}",
             f"violated ::= {violated}",
             f"bare ::= {_literal(_END)}",
-            f"reasoned ::= {_literal(_RATIONALE_KEY)} [!#-\\[\\]-~] rest* {_literal(_END)}",
-            'rest ::= " "? ([!#-\\[\\]-~] | "\\\\" escape)',
+            # Written so that whole words stay inside one rule: with `+`, `?` or a rule for each character, xgrammar tries
+            # every token that leaves the rule anew at every step, 1000 to 1900 microseconds a token instead of 4 (with
+            # a vocabulary of 1424).
+            f"reasoned ::= {_literal(_RATIONALE_KEY)} {word} rest {_literal(_END)}",
+            f'rest ::= "" | " " {word} rest | {escaped} rest | " " {escaped} rest',
             'escape ::= ["\\\\] | "u" code',
             # Neither control characters nor lone surrogates, which no UTF-8 message could carry.
             'code ::= "00" [a-f] hex | "0" [1-9a-f] hex hex | [1-9abcef] hex hex hex | "d" [0-7] hex hex'
