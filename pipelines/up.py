@@ -36,6 +36,8 @@ _REACH_S: Final = 20.0
 """How long a backend may take to answer at the start before the user is told."""
 _STOP_S: Final = 12.0
 """How long the orderly end may take beyond the drain; then every child is killed."""
+_KILL_ROUNDS: Final = 3
+"""A process may fork while it is killed; one that outlives all rounds hangs in the kernel."""
 _POLL_S: Final = 0.25
 _WORD_EVERY_S: Final = 15.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -122,7 +124,10 @@ def _give_up() -> None:
 
 
 def _kill_descendants() -> None:
-    while descendants := psutil.Process().children(recursive=True):
+    for _ in range(_KILL_ROUNDS):
+        descendants = psutil.Process().children(recursive=True)
+        if not descendants:
+            return
         for descendant in descendants:
             with suppress(psutil.NoSuchProcess):
                 descendant.kill()
@@ -142,6 +147,7 @@ def _shown_log(file: Path | None) -> Iterator[Path]:
                 lines.seek(0, os.SEEK_END)
                 while not ended.wait(_POLL_S):
                     sys.stderr.write(lines.read())
+                sys.stderr.write(lines.read())
 
         thread = threading.Thread(target=show, daemon=True)
         thread.start()
