@@ -5,7 +5,6 @@ They hold their data in a temporary folder and are gone, data and all, when the 
 
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import redis
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
-from services.children import Child
+from services.children import Child, free_port
 from services.errors import ConfigurationError
 
 _START_S: Final = 30.0
@@ -127,10 +126,3 @@ def _running(child: Child, name: str, answers: Callable[[], bool]) -> Iterator[N
 
 def _not_installed() -> ConfigurationError:
     return ConfigurationError("the embedded backends are not installed; run: pip install 'sluice[embedded]'")
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,6 +11,7 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -129,6 +130,13 @@ def _stand_by() -> int:
         os._exit(0)
     os.close(gone)
     return pid
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that is free now; another process may still take it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def end_with_this_process() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.children import Child
+from services.children import Child, free_port
 
 _START_S = 60
 
@@ -36,13 +36,6 @@ CREDENTIALS = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _await_port(port: int, child: Child) -> None:

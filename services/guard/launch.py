@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,13 +99,6 @@ class Recipe:
         if not self.gpus:
             kept["OMP_NUM_THREADS"] = "1"
         return kept
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that is free now; another process may still take it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_secrets(path: Path, *, api_key: str) -> None:

@@ -17,9 +17,9 @@ from typing import Any, Final
 import httpx
 from PIL import Image
 
-from services.children import Child
+from services.children import Child, free_port
 from services.errors import GuardFailed, GuardUnavailable
-from services.guard.launch import Recipe, free_port, write_secrets
+from services.guard.launch import Recipe, write_secrets
 from services.guard.places import EngineFailed
 
 logger = logging.getLogger(__name__)

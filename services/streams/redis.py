@@ -280,13 +280,7 @@ class RedisPublisher:
             ConfigurationError: the URL or the credentials are wrong.
             StreamUnavailable: the server did not answer in time.
         """
-        client = make_client(settings.stream_url, connections=connections_for(settings))
-        try:
-            await connect(client)
-        except Exception:
-            await client.aclose(close_connection_pool=True)
-            raise
-        return cls(client)
+        return cls(await _connected(settings))
 
     async def publish(self, records: Sequence[Record]) -> None:
         """In transactions of up to 500 records. When it raises, some of them may have been published."""
@@ -319,7 +313,7 @@ class RedisReader:
             ConfigurationError: the URL or the credentials are wrong.
             StreamUnavailable: the server did not answer in time.
         """
-        return cls((await RedisPublisher.open(settings))._client)
+        return cls(await _connected(settings))
 
     async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
         """In the order of the ids."""
@@ -346,6 +340,16 @@ class RedisReader:
     async def close(self) -> None:
         """Release the connections."""
         await self._client.aclose(close_connection_pool=True)
+
+
+async def _connected(settings: Settings) -> Redis:
+    client = make_client(settings.stream_url, connections=connections_for(settings))
+    try:
+        await connect(client)
+    except Exception:
+        await client.aclose(close_connection_pool=True)
+        raise
+    return client
 
 
 async def connect(client: Redis) -> None:
