@@ -296,6 +296,20 @@ class Thresholds:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockRateBand:
+    """How much of what a policy version judges it may block; outside of the band something is wrong with it."""
+
+    at_least: float
+    """Share in [0, 1]."""
+    at_most: float
+    """Share in [0, 1], not below `at_least`."""
+    window_s: float
+    """Seconds of verdicts that the share is taken over."""
+    after: int
+    """Verdicts that the window has to hold before the share means anything."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """One version of a policy, ready to judge by."""
 
@@ -308,6 +322,9 @@ class Policy:
     effort: EffortMode
     first_look_below: float
     """With effort `adaptive`: a first look with a score below this bound is accepted as Safe."""
+    own_categories: tuple[str, ...] = ()
+    """Full names of the categories that the policy adds to `CATEGORIES`, e.g. `O10: Gambling`."""
+    block_rate: BlockRateBand | None = None
 
 
 @dataclass(frozen=True, slots=True)
