@@ -41,6 +41,9 @@ CATEGORIES: Final = (
 
 NO_CATEGORY: Final = "NA: None applying"
 
+DEFAULT_POLICY: Final = "default"
+"""What a submission that names no policy asks for: its tenant's policy, else the policy of this name."""
+
 METADATA_LIMIT_BYTES: Final = 65_536
 """Metadata travels on into the verdict, which must fit into one message too."""
 
@@ -325,6 +328,14 @@ class Policy:
     own_categories: tuple[str, ...] = ()
     """Full names of the categories that the policy adds to `CATEGORIES`, e.g. `O10: Gambling`."""
     block_rate: BlockRateBand | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChoice:
+    """The policy version that a submission is judged by, and one to compare it with, if any."""
+
+    policy: Policy
+    shadow: Policy | None = None
 
 
 @dataclass(frozen=True, slots=True)
