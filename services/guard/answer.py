@@ -4,6 +4,7 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -27,9 +28,6 @@ _END: Final = '"\n}'
 _VISIBLE: Final = r"[!#-\[\]-~]"
 """Characters of a rationale that need no escape, but for the space."""
 
-HEAD_TOKENS: Final = len("Unsafe" + _CATEGORY_KEY + max([*CATEGORIES, NO_CATEGORY], key=len) + _RATIONALE_KEY)
-"""No answer needs more tokens than this before its rationale, or without one: a token is at least one character."""
-
 _EXPLAIN: Final = (
     "Explain the reason why the content is considered safe or unsafe, referring to the description of the assigned "
     "policy category."
@@ -41,6 +39,15 @@ _DESCRIBE: Final = (
 
 _CUT_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{0,3})?$")
 _CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
+
+
+def head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
+    """No answer with one of these categories, or none, needs more tokens before its rationale, or without one.
+
+    A token is at least one character, and the answer is ASCII.
+    """
+    longest = max(len(_escaped(category)) for category in (*categories, NO_CATEGORY))
+    return len("Unsafe" + _CATEGORY_KEY + _RATIONALE_KEY) + longest
 
 
 def question(layout: Layout, prompt: str) -> str:
@@ -81,12 +88,13 @@ def _chatml(user: str) -> str:
     )
 
 
-def grammar(mode: RationaleMode, rating: Rating | None = None) -> str:
+def grammar(mode: RationaleMode, rating: Rating | None = None, categories: Sequence[str] = CATEGORIES) -> str:
     """EBNF (xgrammar) of everything after `ANSWER_START`, for both ratings or for a given one.
 
-    A Safe answer names any category; an Unsafe one names an O category and, unless `mode` is `never`, gives a
-    rationale. A rationale is ASCII with JSON escapes, as in training, begins with a visible character and has no two
-    spaces in a row: so no weights can fill it with white space.
+    `categories` are the full names of all that can be violated. A Safe answer names any of them or none; an Unsafe
+    one names one of them and, unless `mode` is `never`, gives a rationale. A rationale is ASCII with JSON escapes, as
+    in training, begins with a visible character and has no two spaces in a row: so no weights can fill it with white
+    space.
     """
     ratings: tuple[Rating, ...] = ("Safe", "Unsafe") if rating is None else (rating,)
     root = " | ".join(
@@ -94,7 +102,7 @@ def grammar(mode: RationaleMode, rating: Rating | None = None) -> str:
         f"{'reasoned' if _has_rationale(rating, mode) else 'bare'}"
         for rating in ratings
     )
-    violated = " | ".join(map(_literal, CATEGORIES))
+    violated = " | ".join(_literal(_escaped(category)) for category in categories)
     word, escaped = f"{_VISIBLE} {_VISIBLE}*", f'"\\\\" escape {_VISIBLE}*'
     return "\n".join(
         [
@@ -127,12 +135,12 @@ class Answer:
     """The rationale was cut by the token limit."""
 
 
-def read(text: str, mode: RationaleMode, *, cut: bool) -> Answer:
+def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES) -> Answer:
     """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
 
     Raises:
-        UnreadableAnswer: it is not an answer of the form that `grammar(mode)` gives, or it was cut before its
-            rationale said anything.
+        UnreadableAnswer: it is not an answer of the form that `grammar(mode, categories=categories)` gives, or it was
+            cut before its rationale said anything.
     """
     whole = ANSWER_START + text
     truncated = False
@@ -151,7 +159,7 @@ def read(text: str, mode: RationaleMode, *, cut: bool) -> Answer:
     rating, category, rationale = (document.get(key) for key in ("rating", "category", "rationale"))
     if rating not in {"Safe", "Unsafe"}:
         raise UnreadableAnswer("The guard's answer has no rating.")
-    if category not in CATEGORIES and (category != NO_CATEGORY or rating == "Unsafe"):
+    if category not in categories and (category != NO_CATEGORY or rating == "Unsafe"):
         raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
     if not _has_rationale(rating, mode):
         return Answer(rating, category, None, truncated=False)
@@ -214,6 +222,11 @@ def _is_escaped(text: str, index: int) -> bool:
     """Whether the backslash at `index` is itself the second half of an escaped backslash."""
     before = text[:index]
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _escaped(category: str) -> str:
+    """A category as an answer writes it: ASCII with JSON escapes, as in training."""
+    return json.dumps(category)[1:-1]
 
 
 def _literal(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from services.contracts import Assessment, Detail, ModelIdentity, Policy, PreparedImage, Priority
 from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
-from services.guard.answer import HEAD_TOKENS, p_unsafe
+from services.guard.answer import head_tokens, p_unsafe
 from services.guard.engine import Engine
 from services.guard.family import Reply
 from services.guard.places import Places
@@ -43,10 +43,10 @@ class Guard:
         *,
         in_flight: int = 16,
         deadline_s: float = 60,
-        answer_tokens: int = HEAD_TOKENS + RATIONALE_TOKENS,
+        answer_tokens: int = head_tokens() + RATIONALE_TOKENS,
     ) -> None:
-        """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer; a rationale that
-        does not fit is cut and marked."""
+        """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer under LlavaGuard's
+        own categories; a rationale that does not fit is cut and marked."""
         self.engine = engine
         self._places = Places(in_flight)
         self._deadline_s = deadline_s

@@ -67,7 +67,9 @@ class Family(Protocol):
         ...
 
     async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
-        """Judge the image at hand under a policy; an answer may have `answer_tokens` tokens.
+        """Judge the image at hand under a policy.
+
+        An answer may have `answer_tokens` tokens, and as many more as longer names of the policy's own categories take.
 
         Raises:
             ConfigurationError: the policy cannot be put to this family.

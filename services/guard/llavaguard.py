@@ -3,8 +3,8 @@
 import logging
 from dataclasses import dataclass
 
-from services.contracts import Detail, Policy, Rating
-from services.guard.answer import ANSWER_START, Layout, Wording, grammar, question, read, worded
+from services.contracts import CATEGORIES, Detail, Policy, Rating
+from services.guard.answer import ANSWER_START, Layout, Wording, grammar, head_tokens, question, read, worded
 from services.guard.family import Ask, Judgement
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,16 @@ class LlavaGuard:
         if detail == "score":
             score = (await ask(asked)).score
             return Judgement("Unsafe" if score > 0.5 else "Safe", score)
-        reply = await ask(asked, tokens=answer_tokens, ebnf=grammar(policy.rationale))
+        categories = (*CATEGORIES, *policy.own_categories)
+        # A long name of a category must not be taken out of what the rationale has.
+        tokens = answer_tokens + head_tokens(categories) - head_tokens()
+        reply = await ask(asked, tokens=tokens, ebnf=grammar(policy.rationale, categories=categories))
         score = reply.score
         scored: Rating = "Unsafe" if score > 0.5 else "Safe"
         if score != 0.5 and not reply.text.startswith(scored):
             logger.debug("asking again with the rating that the score implies")
-            reply = await ask(asked, tokens=answer_tokens, ebnf=grammar(policy.rationale, scored))
-        answer = read(reply.text, policy.rationale, cut=reply.cut)
+            reply = await ask(asked, tokens=tokens, ebnf=grammar(policy.rationale, scored, categories))
+        answer = read(reply.text, policy.rationale, cut=reply.cut, categories=categories)
         return Judgement(answer.rating, score, answer.category, answer.rationale, answer.truncated)
 
     def _question(self, prompt: str) -> str:

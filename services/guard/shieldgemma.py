@@ -6,7 +6,7 @@ is unverified.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,12 +14,8 @@ from services.contracts import CATEGORIES, NO_CATEGORY, Detail, Policy
 from services.errors import ConfigurationError
 from services.guard.family import Ask, Judgement, without_markers
 
-_WAIVED: Final = "is declared as non-violating"
-_BLOCK: Final = re.compile(
-    rf"^({'|'.join(map(re.escape, CATEGORIES))}): ?\n(.*?)(?=^(?:{'|'.join(map(re.escape, CATEGORIES))}): ?\n"
-    r"|^Assessment Steps:|\Z)",
-    re.M | re.S,
-)
+# Only as the first line: a rule of the policy's author, which begins with a dash, may say the same.
+_WAIVED: Final = re.compile(r"Category O\d+ is declared as non-violating")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,8 @@ class ShieldGemma:
         Raises:
             ConfigurationError: the policy's prompt has no block of a category.
         """
-        scores = {category: (await ask(_question(rules))).score for category, rules in enforced(policy.prompt).items()}
+        asked = enforced(policy.prompt, (*CATEGORIES, *policy.own_categories))
+        scores = {category: (await ask(_question(rules))).score for category, rules in asked.items()}
         category = max(scores, key=lambda category: scores[category]) if scores else NO_CATEGORY
         score = scores.get(category, 0.0)
         if score <= 0.5:
@@ -58,19 +55,24 @@ class ShieldGemma:
         return Judgement("Unsafe", score, category, None if policy.rationale == "never" else said)
 
 
-def enforced(prompt: str) -> Mapping[str, str]:
+def enforced(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
     """What to ask by category, from a prompt in LlavaGuard's form; categories that it waives are left out.
+
+    `categories` are the full names of those that the prompt may have a block of.
 
     Raises:
         ConfigurationError: there is no block of a category in it.
     """
-    blocks: dict[str, str] = dict(_BLOCK.findall(without_markers(prompt)))
+    heading = rf"^({'|'.join(map(re.escape, categories))}): ?\n"
+    # What stands before the first heading, then each heading and its rules.
+    _, *parts = re.split(heading, without_markers(prompt).partition("\nAssessment Steps:")[0], flags=re.M)
+    blocks = dict(zip(parts[::2], parts[1::2], strict=True))
     if not blocks:
         raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no block of one.")
     return {
         category: f"No {category.partition(': ')[2]}: The image follows these rules.\n{rules.strip()}"
         for category, rules in blocks.items()
-        if _WAIVED not in rules
+        if not _WAIVED.match(rules)
     }
 
 

@@ -1,5 +1,6 @@
 """Asking and reading: no engine, no clock."""
 
+import hashlib
 import json
 import math
 import random
@@ -14,10 +15,11 @@ from sglang.srt.parser.conversation import generate_chat_conv
 
 from services.contracts import CATEGORIES, NO_CATEGORY
 from services.errors import ConfigurationError, UnreadableAnswer
-from services.guard.answer import ANSWER_START, HEAD_TOKENS, Layout, close, grammar, p_unsafe, question, read, worded
+from services.guard.answer import ANSWER_START, Layout, close, grammar, head_tokens, p_unsafe, question, read, worded
 from tests.guard_engine import DEFAULT_PROMPT
 
 MODES = ("unsafe", "always", "never")
+OWN = (*CATEGORIES, "O10: Gl\u00fccksspiel, or a title that is longer than any of the nine", "O19: It's 100 % (a | b)")
 RATIONALES = st.text(min_size=1, max_size=80).filter(lambda text: text.strip())
 
 
@@ -95,6 +97,12 @@ class TestRead:
     def test_anything_else_is_unreadable(self, text: str) -> None:
         with pytest.raises(UnreadableAnswer):
             read(text, "unsafe", cut=False)
+
+    def test_a_category_of_the_policys_own(self) -> None:
+        answer = written("Unsafe", OWN[9], "Because.")
+        assert read(answer, "unsafe", cut=False, categories=OWN).category == OWN[9]
+        with pytest.raises(UnreadableAnswer):
+            read(answer, "unsafe", cut=False)
 
     def test_what_nobody_can_see_is_removed(self) -> None:
         answer = read(written("Unsafe", CATEGORIES[0], "one\u202etwo\n\tthree\u2028four\x00"), "unsafe", cut=False)
@@ -181,7 +189,7 @@ class TestGrammar:
     def test_whatever_the_weights_the_answer_is_one(self, compiler, mode, rating) -> None:
         compiled = compiler.compile_grammar(grammar(mode, rating))
         for seed in range(150):
-            text, cut = walk(compiled, random.Random(seed), limit=HEAD_TOKENS + 1 + seed)
+            text, cut = walk(compiled, random.Random(seed), limit=head_tokens() + 1 + seed)
             answer = read(text, mode, cut=cut)
             assert rating in (None, answer.rating)
             assert (answer.category in CATEGORIES) or (answer.rating == "Safe" and answer.category == NO_CATEGORY)
@@ -217,3 +225,24 @@ class TestGrammar:
         matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(grammar(mode)))
         said = matcher.accept_string(written(rating, category, rationale))
         assert said == (mode in allowed_in)
+
+    def test_the_default_grammar_is_the_one_that_was_measured(self) -> None:
+        digests = [hashlib.sha256(grammar(mode).encode()).hexdigest()[:16] for mode in MODES]
+        assert digests == ["a9d61cea340f62e6", "753248301b4ec199", "f34416bcc78d4688"]
+        assert head_tokens() == 80
+
+    @pytest.mark.parametrize("category", OWN[9:])
+    @pytest.mark.parametrize("rating", ["Safe", "Unsafe"])
+    def test_categories_of_the_policys_own_can_be_said(self, compiler, category, rating) -> None:
+        answer = written(rating, category, "Because.")
+        for categories in (CATEGORIES, OWN):
+            matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(grammar("always", categories=categories)))
+            assert matcher.accept_string(answer) == (categories is OWN)
+
+    def test_a_long_title_leaves_the_rationale_its_room(self, compiler) -> None:
+        compiled = compiler.compile_grammar(grammar("always", categories=OWN))
+        head = written("Unsafe", OWN[9], "").removesuffix('"\n}')
+        assert len(head) == head_tokens(OWN) > head_tokens()
+        for seed in range(50):
+            text, cut = walk(compiled, random.Random(seed), limit=head_tokens(OWN) + 1)
+            assert read(text, "always", cut=cut, categories=OWN).category in (*OWN, NO_CATEGORY)

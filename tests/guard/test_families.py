@@ -45,6 +45,15 @@ class TestShieldGemma:
         waived = DEFAULT_PROMPT.replace("O3: Sexual Content: \n", f"O3: Sexual Content: \n{WAIVER}\n")
         assert list(enforced(waived)) == [category for category in CATEGORIES if not category.startswith("O3")]
 
+    def test_asks_about_a_category_of_the_policys_own(self) -> None:
+        own = "O10: Gambling (money)"
+        block = f"{own}: \nShould not:\n- Say that a stake is declared as non-violating.\n"
+        prompt = DEFAULT_PROMPT.replace("\nAssessment Steps:", f"\n{block}\nAssessment Steps:")
+        rules = enforced(prompt, (*CATEGORIES, own))[own]
+        assert rules.startswith("No Gambling (money): The image follows these rules.\nShould not:\n- Say that")
+        assert "Assessment Steps" not in rules
+        assert "O10" not in enforced(prompt, (*CATEGORIES, own))[CATEGORIES[8]]
+
     async def test_the_category_with_the_highest_score_decides(self) -> None:
         ask = MadeUpEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
         judged = await ShieldGemma().judge(ask, policy(), "verdict", answer_tokens=9)
@@ -79,6 +88,20 @@ class TestLlavaGuard:
         ask = MadeUpEngine(lambda _: 0.9, text='Safe",\n    "category": "NA: None applying"\n}')
         await LlavaGuard("chatml-llava").judge(ask, policy("never"), "verdict", answer_tokens=9)
         assert len(ask.asked) == 2
+
+    async def test_a_category_of_the_policys_own_can_be_the_answer(self) -> None:
+        own = "O10: A title that is longer than any of LlavaGuard's nine categories"
+        asked: list[int] = []
+
+        async def ask(text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
+            assert ebnf is not None
+            assert own in ebnf
+            asked.append(tokens)
+            return Reply(0.9, f'Unsafe",\n    "category": "{own}"\n}}', cut=False)
+
+        by = replace(policy("never"), own_categories=(own,))
+        judged = await LlavaGuard("chatml-llava").judge(ask, by, "verdict", answer_tokens=9)
+        assert (judged.category, asked) == (own, [9 + len(own) - max(map(len, CATEGORIES))])
 
     async def test_the_wording_is_that_of_the_training(self) -> None:
         for wording, sentence in (("explain", "Explain the reason why"), ("describe", "Describe the user content")):
