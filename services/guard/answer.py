@@ -159,7 +159,8 @@ def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str]
     rating, category, rationale = (document.get(key) for key in ("rating", "category", "rationale"))
     if rating not in {"Safe", "Unsafe"}:
         raise UnreadableAnswer("The guard's answer has no rating.")
-    if category not in categories and (category != NO_CATEGORY or rating == "Unsafe"):
+    fits = category in categories or (category == NO_CATEGORY and rating == "Safe")
+    if not isinstance(category, str) or not fits:
         raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
     if not _has_rationale(rating, mode):
         return Answer(rating, category, None, truncated=False)

@@ -2,7 +2,8 @@
 
 The trained text itself is `trained_prompt.txt` (AIML-TUDA/LlavaGuard, Apache-2.0): an introduction, one block for
 each of the nine categories, and the assessment steps with the answer's template. A policy keeps all nine blocks in
-their order, for the model has never seen one removed; a waived category keeps its block in another wording.
+their order, for the model has never seen one removed; a waived category keeps its block in another wording, and a
+category of the policy's own comes after the nine.
 """
 
 import re
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.contracts import CATEGORIES
+from services.contracts import CATEGORIES, NO_CATEGORY
 
 _WAIVER: Final = (
     "Category {code} is declared as non-violating. Therefore, we do not provide any restrictions for this category "
@@ -46,7 +47,10 @@ class Block:
 
 def render(blocks: Sequence[Block]) -> str:
     """The prompt text for these blocks, without the image placeholder and without the chat template's tokens."""
-    return INTRODUCTION + "\n".join(block.render() for block in blocks) + ASSESSMENT_STEPS
+    own = "".join(f'|"{block.category}"' for block in blocks if block.category not in CATEGORIES)
+    # The steps end with the answer's template, where every category that may be answered is named.
+    steps = ASSESSMENT_STEPS.replace(f'|"{NO_CATEGORY}">', f'{own}|"{NO_CATEGORY}">')
+    return INTRODUCTION + "\n".join(block.render() for block in blocks) + steps
 
 
 def _split(prompt: str) -> tuple[str, tuple[Block, ...], str]:

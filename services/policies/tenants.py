@@ -1,0 +1,45 @@
+"""The other kind of document: which tenant is judged by which policy."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from services.policies.policy import TENANTS, Part, PolicyDocument, PolicyName, digest_of
+
+__all__ = ["MOST_TENANTS", "TENANTS", "Document", "TenantsDocument", "parse_document"]
+
+MOST_TENANTS: Final = 10_000
+TenantName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class TenantsDocument(Part):
+    """The policies of tenants, versioned and activated like a policy. There is one, by the name `tenants`."""
+
+    # As in PolicyDocument: a default must never change.
+    kind: Literal["tenants"] = "tenants"
+    name: Literal["tenants"] = TENANTS
+    description: Annotated[str, Field(max_length=2000)] = ""
+    tenants: Annotated[dict[TenantName, PolicyName], Field(max_length=MOST_TENANTS)] = Field(default_factory=dict)
+
+    def policy_of(self, tenant: str) -> str | None:
+        """The name of the policy that a tenant's submissions are judged by, or None where it has none."""
+        return self.tenants.get(tenant)
+
+    def digest(self) -> str:
+        """`sha256:<hex>` of what the document says."""
+        return digest_of(self, kind=self.kind)
+
+
+Document = PolicyDocument | TenantsDocument
+
+
+def parse_document(document: Mapping[str, Any]) -> Document:
+    """The document of decoded JSON or YAML. Its `kind` says which it is; one without is a policy.
+
+    Raises:
+        pydantic.ValidationError: it is neither.
+    """
+    # What is of no kind at all is refused as a policy, with an error about `kind`.
+    model = TenantsDocument if document.get("kind") == TENANTS else PolicyDocument
+    return model.model_validate(document)
