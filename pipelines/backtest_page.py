@@ -1,0 +1,78 @@
+"""The page of a backtest: one HTML document that needs nothing but itself.
+
+Ids, addresses, rationales and pictures come from strangers. Whatever is text is escaped, nothing is a link, and the
+page's own Content-Security-Policy lets it load nothing and run nothing.
+"""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from jinja2 import Environment, StrictUndefined
+
+from pipelines.backtest import Flip, FlipGroup, Pair, Report
+
+PICTURES_LIMIT: Final = 200
+"""Pictures on one page: at some 20 KB each, a few MB that a phone still opens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ShownFlip:
+    flip: Flip
+    picture: str | None
+    """Base64 of a JPEG."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ShownGroup:
+    group: FlipGroup
+    flips: tuple[_ShownFlip, ...]
+
+
+def render(report: Report, pairs: Sequence[Pair], *, exceeded: Sequence[str] = ()) -> str:
+    """The page: one self-contained HTML document, without scripts.
+
+    Args:
+        report: what `summarize` made of `pairs`.
+        pairs: where the pictures come from; `PICTURES_LIMIT` of them at most are shown, in the order of the flips.
+        exceeded: the sentences of `Report.exceeded`, shown first.
+    """
+    groups, without_picture = _shown(report, pairs)
+    return _TEMPLATE.render(
+        report=report, groups=groups, exceeded=exceeded, limit=PICTURES_LIMIT, without_picture=without_picture
+    )
+
+
+def _shown(report: Report, pairs: Sequence[Pair]) -> tuple[list[_ShownGroup], int]:
+    """The groups with the pictures that fit, and how many pictures did not."""
+    pictures = {(pair.submission_id, pair.uri): pair.picture for pair in pairs if pair.picture}
+    groups, shown, without = [], 0, 0
+    for group in report.flip_groups:
+        flips = []
+        for flip in group.flips:
+            picture = pictures.get((flip.submission_id, flip.uri))
+            if picture and shown == PICTURES_LIMIT:
+                picture, without = None, without + 1
+            shown += picture is not None
+            flips.append(_ShownFlip(flip, base64.b64encode(picture).decode() if picture else None))
+        groups.append(_ShownGroup(group, tuple(flips)))
+    return groups, without
+
+
+def _source_of_style(style: str) -> str:
+    """What a Content-Security-Policy calls this style sheet and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'"
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["source_of_style"] = _source_of_style
+    return environment
+
+
+_TEMPLATE: Final = _environment().from_string(
+    Path(__file__).with_name("backtest.html.jinja").read_text(encoding="utf-8")
+)
