@@ -34,7 +34,7 @@ from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
 from services.images.decode import Limits, prepare
 from services.images.prepare import Preparer
-from services.moderation import assess
+from services.moderation import Answer, assess_each
 from services.policies.policy import PolicyDocument
 from services.settings import Settings
 from services.synthetic import draw
@@ -154,8 +154,9 @@ async def speed(guard: Guard, engine: Engine, images: Sequence[Image], concurren
 
     def by(judged_by: Policy) -> Callable[[Image], Awaitable[int]]:
         async def ours(image: Image) -> int:
-            answer, _ = await assess(image.prepared, judged_by, "live", guard=guard, preparer=preparer)
-            return answer.output_tokens if isinstance(answer, Assessment) else 0
+            (answer,) = await assess_each(image.prepared, [judged_by], "live", guard=guard, preparer=preparer)
+            said = answer.said if isinstance(answer, Answer) else None
+            return said.output_tokens if isinstance(said, Assessment) else 0
 
         return ours
 

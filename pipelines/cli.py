@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines import environment
+from pipelines import environment, policy_commands
 from services import settings as settings_module
 from services.errors import SluiceError
 
@@ -36,6 +36,9 @@ def main() -> None:
         # The reader of our output has seen enough; the interpreter's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+app.add_typer(policy_commands.app, name="policy")
 
 
 @app.callback()

@@ -10,6 +10,7 @@ from services import telemetry
 from services.contracts import DeadLetter
 from services.errors import ConfigurationError, NotOwned, StreamUnavailable, Unjudgeable
 from services.moderation import Moderation
+from services.policies.sample import Sample
 from services.settings import Settings
 from services.streams.formats import Accepted, Rejected, parse
 from services.streams.transport import Message, Record, Transport
@@ -29,10 +30,13 @@ class Intake:
     comes back to another one.
     """
 
-    def __init__(self, transport: Transport, moderation: Moderation, settings: Settings) -> None:
+    def __init__(
+        self, transport: Transport, moderation: Moderation, settings: Settings, sample: Sample | None = None
+    ) -> None:
         self._transport = transport
         self._moderation = moderation
         self._settings = settings
+        self._sample = sample
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._handling: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -77,8 +81,8 @@ class Intake:
     async def _handle(self, message: Message) -> None:
         for pause_s in itertools.chain(_PAUSES_AFTER_FAULT_S, itertools.repeat(_PAUSES_AFTER_FAULT_S[-1])):
             try:
-                records = await asyncio.gather(*(self._conclude(entry, message) for entry in parse(message)))
-                await self._transport.settle(message, records)
+                ends = await asyncio.gather(*(self._conclude(entry, message) for entry in parse(message)))
+                await self._transport.settle(message, [record for records in ends for record in records])
                 return
             except NotOwned:
                 log.info("%s went to another member", message.source)
@@ -90,17 +94,23 @@ class Intake:
                 log.exception("%s could not be handled, next try in %d s", message.source, pause_s)
             await asyncio.sleep(pause_s)
 
-    async def _conclude(self, entry: Accepted | Rejected, message: Message) -> Record:
-        """The one output of one entry: its verdict, or its dead letter."""
+    async def _conclude(self, entry: Accepted | Rejected, message: Message) -> list[Record]:
+        """The outputs of one entry: its verdict, and a shadow's where there is one, or its dead letter."""
         if isinstance(entry, Rejected):
-            return self._dead_letter(entry.original, entry.error, entry.error.submission_id, message)
+            return [self._dead_letter(entry.original, entry.error, entry.error.submission_id, message)]
         async with self._slots:
             try:
-                verdict = await self._moderation.judge(entry.submission)
+                judgement = await self._moderation.judge(entry.submission)
             except Unjudgeable as error:
-                return self._dead_letter(entry.original, error, entry.submission.id, message)
+                return [self._dead_letter(entry.original, error, entry.submission.id, message)]
+        verdict, shadow = judgement.verdict, judgement.shadow
         telemetry.SUBMISSIONS.inc(1, {"end": verdict.outcome, "reason": verdict.reason or ""})
-        return Record(self._settings.verdicts_stream, verdict.model_dump_json().encode(), entry.key)
+        if self._sample:
+            self._sample.add(verdict)
+        records = [Record(self._settings.verdicts_stream, verdict.model_dump_json().encode(), entry.key)]
+        if shadow:
+            records.append(Record(self._settings.shadow_verdicts_stream, shadow.model_dump_json().encode(), entry.key))
+        return records
 
     def _dead_letter(self, original: bytes, error: Unjudgeable, submission_id: str | None, message: Message) -> Record:
         letter = DeadLetter(

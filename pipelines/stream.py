@@ -4,23 +4,27 @@ Application name `sluice`, deployments `Intake` (the ingress) and `Guard`. Guard
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
-import boto3
-from botocore.config import Config
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.intake import Intake
+from services.contracts import Policy, Submission, Verdict
+from services.errors import Unjudgeable
 from services.guard.checkpoints import resolve
 from services.guard.deployment import GuardDeployment, RemoteGuard
 from services.images.prepare import Preparer
 from services.images.store import ObjectStore
 from services.moderation import Moderation
+from services.policies.breaker import CircuitBreaker
 from services.policies.cache import PolicyCache
 from services.policies.registry import PolicyRegistry
+from services.policies.sample import Sample
+from services.policies.shared import SharedCopies
 from services.settings import Settings
 from services.streams.connect import open_transport
 from services.telemetry import configure_logging
@@ -43,15 +47,33 @@ class IntakeDeployment:
         preparer, store = Preparer(settings, side_px), ObjectStore(settings)
         self._closing.callback(preparer.close)
         self._closing.callback(store.close)
-        moderation = Moderation(
-            policies=PolicyCache(registry(settings)),
+        bucket = PolicyRegistry.from_settings(settings)
+        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        self._closing.push_async_callback(shared.close)
+        enter = self._closing.enter_async_context
+        self._policies = await enter(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
+        self._moderation = Moderation(
+            policies=self._policies,
             images=store,
             preparer=preparer,
             guard=RemoteGuard(guard, deadline_s=_GUARD_PATIENCE * settings.guard_deadline_s),
+            breaker=await enter(CircuitBreaker(self._policies, bucket, shared)),
         )
+        sample = await enter(Sample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
-        self._intake = Intake(await open_transport(settings, member), moderation, settings)
+        self._intake = Intake(await open_transport(settings, member), self._moderation, settings, sample)
         self._closing.push_async_callback(self._intake.drain)
+
+    async def judge_under(
+        self, submission: Submission, policies: Sequence[str | Policy]
+    ) -> list[Verdict | Unjudgeable]:
+        """What policies, or versions by reference, make of a submission. Nothing is published, counted or acted upon.
+
+        Raises:
+            Unjudgeable: the image cannot be had or prepared, or a reference is of no version.
+        """
+        resolved = [await self._policies.resolve(p) if isinstance(p, str) else p for p in policies]
+        return list(await self._moderation.judge_under(submission, resolved))
 
     async def drain(self) -> None:
         """Receive no more, finish what is in flight, leave the group."""
@@ -83,11 +105,3 @@ def application(settings: Settings, *, guard_gpus: float) -> Application:
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings, resolve(settings.model).max_side_px, guard)
     return intake
-
-
-def registry(settings: Settings) -> PolicyRegistry:
-    """The policy bucket of these settings."""
-    options: dict[str, Any] = {"s3": {"addressing_style": "path"}} if settings.s3_endpoint else {}
-    config = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}, **options)
-    s3 = boto3.client("s3", endpoint_url=settings.s3_endpoint, config=config)
-    return PolicyRegistry(s3, settings.policy_bucket)

@@ -25,11 +25,12 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from pipelines import embedded
-from pipelines.stream import APPLICATION, application, registry
+from pipelines.stream import APPLICATION, application
 from services import settings as settings_module
 from services.children import end_with_this_process
 from services.errors import ConfigurationError, PolicyUnavailable
 from services.guard import checkpoints
+from services.policies.registry import PolicyRegistry
 from services.settings import Settings
 
 _REACH_S: Final = 20.0
@@ -186,7 +187,7 @@ def _publish_built_in(settings: Settings) -> None:
     deadline = time.monotonic() + _REACH_S
     while True:
         try:
-            return registry(settings).publish_built_in()
+            return PolicyRegistry.from_settings(settings).publish_built_in()
         except PolicyUnavailable as error:
             if time.monotonic() > deadline:
                 raise ConfigurationError(str(error)) from error

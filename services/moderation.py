@@ -7,7 +7,7 @@ What it needs comes as arguments, so that the stream, the gateway and data sets 
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from services.contracts import (
     Effort,
     ObjectReference,
     Policy,
+    PolicyChoice,
     PreparedImage,
     Priority,
     StoredObject,
@@ -32,7 +33,7 @@ from services.contracts import (
     Verdict,
     verdict_id,
 )
-from services.errors import Unavailable, UnreadableAnswer
+from services.errors import GuardFailed, Unavailable, UnreadableAnswer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,8 +42,15 @@ T = TypeVar("T")
 class PolicySource(Protocol):
     """Where policies come from."""
 
-    async def resolve(self, reference: str) -> Policy:
-        """The policy for `name` or `name@version`. Raises UnknownPolicy, PolicyUnavailable."""
+    async def choose(self, submission: Submission) -> PolicyChoice:
+        """What a submission is judged by. Raises UnknownPolicy, PolicyUnavailable."""
+
+
+class Breaker(Protocol):
+    """Keeps a policy version from blocking too much."""
+
+    def admits(self, policy: Policy, action: Action) -> bool:
+        """Count a verdict's action, and say whether it may stand."""
 
 
 class ImageSource(Protocol):
@@ -68,8 +76,10 @@ class ImagePreparer(Protocol):
 class Guard(Protocol):
     """The model: pure inference."""
 
-    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority) -> Assessment:
-        """Judge one image under one policy. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority
+    ) -> list[Assessment]:
+        """Judge one image under several policies. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
 
 
 @dataclass(slots=True)
@@ -77,7 +87,7 @@ class _Clock:
     """Milliseconds by step, of one submission."""
 
     submitted_at: datetime
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started_at: datetime
     ms: dict[str, int] = field(default_factory=dict)
 
     async def time(self, step: str, work: Awaitable[T]) -> T:
@@ -97,55 +107,154 @@ class _Clock:
         self.ms[step] = round(seconds * 1000)
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What comes of one submission: its verdict, and what another version would have said."""
+
+    verdict: Verdict
+    shadow: Verdict | None = None
+
+
 class Moderation:
     """Judges submissions. Whatever is away is waited for: a caller in a hurry cancels."""
 
-    def __init__(self, *, policies: PolicySource, images: ImageSource, preparer: ImagePreparer, guard: Guard) -> None:
+    def __init__(
+        self,
+        *,
+        policies: PolicySource,
+        images: ImageSource,
+        preparer: ImagePreparer,
+        guard: Guard,
+        breaker: Breaker | None = None,
+    ) -> None:
         self._policies = policies
         self._images = images
         self._preparer = preparer
         self._guard = guard
+        self._breaker = breaker
 
-    async def judge(self, submission: Submission) -> Verdict:
-        """The verdict for one submission.
+    async def judge(self, submission: Submission) -> Judgement:
+        """The verdict for one submission, by the version that is its policy's now.
 
         Raises:
             Unjudgeable: it can never be judged; the error's class says why.
         """
-        clock = _Clock(submission.submitted_at or datetime.now(UTC))
-        policy = await patiently(lambda: self._policies.resolve(submission.policy))
+        started_at = datetime.now(UTC)
+        choice = await patiently(lambda: self._policies.choose(submission))
+        policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
+        verdict, *others = await self.judge_under(submission, policies, started_at)
+        if isinstance(verdict, GuardFailed):
+            raise verdict
+        shadow = _compared(verdict, choice.shadow, others[0]) if choice.shadow else None
+        return Judgement(self._admitted(verdict, choice.policy), shadow)
+
+    async def judge_under(
+        self, submission: Submission, policies: Sequence[Policy], started_at: datetime | None = None
+    ) -> list[Verdict | GuardFailed]:
+        """What each of these policies makes of one submission, whatever its own says; nothing is counted.
+
+        Raises:
+            Unjudgeable: the image cannot be had or prepared.
+        """
+        clock = _Clock(submission.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
             fetch = partial(self._images.open, submission.reference)
             stored = await clock.time("fetch", patiently(lambda: held.enter_async_context(fetch())))
             image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
-            assessing = assess(image, policy, submission.priority, guard=self._guard, preparer=self._preparer)
-            answer, effort = await clock.time("guard", assessing)
-        return _verdict(submission, stored, image, policy, answer, effort, clock)
+            assessing = assess_each(image, policies, submission.priority, guard=self._guard, preparer=self._preparer)
+            answers = await clock.time("guard", assessing)
+        return [
+            answer if isinstance(answer, GuardFailed) else _verdict(submission, stored, image, policy, answer, clock)
+            for policy, answer in zip(policies, answers, strict=True)
+        ]
+
+    def _admitted(self, verdict: Verdict, policy: Policy) -> Verdict:
+        """The verdict, or a request for review where the policy's circuit breaker is open."""
+        identity, action = policy.identity, verdict.action
+        if self._breaker and action and verdict.outcome == "verdict" and not self._breaker.admits(policy, action):
+            verdict = verdict.model_copy(update={"outcome": "needs_review", "reason": "quota", "action": "review"})
+        telemetry.ACTIONS.inc(
+            1, {"policy": identity.name, "version": str(identity.version), "action": verdict.action or ""}
+        )
+        return verdict
 
 
-async def assess(
-    image: PreparedImage, policy: Policy, priority: Priority, *, guard: Guard, preparer: ImagePreparer
-) -> tuple[Assessment | UnreadableAnswer, Effort]:
-    """With the policy's effort: what the guard says, or why its answer could not be read twice.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the guard says under one policy, or why that could not be read twice."""
 
-    Raises:
-        GuardFailed: the engine refuses the image.
-    """
-    if policy.effort == "adaptive":
-        small = await patiently(lambda: preparer.first_look(image))
-        look = await patiently(lambda: guard.assess(small, policy, "score", priority))
-        accepted = look.score < policy.first_look_below
-        telemetry.FIRST_LOOKS.inc(1, {"result": "accepted" if accepted else "escalated"})
-        if accepted:
-            return look, "first_look"
-    full = partial(guard.assess, image, policy, "verdict", priority)
+    said: Assessment | UnreadableAnswer
+    effort: Effort
+
+
+async def assess_each(
+    image: PreparedImage, policies: Sequence[Policy], priority: Priority, *, guard: Guard, preparer: ImagePreparer
+) -> list[Answer | GuardFailed]:
+    """What the guard says under each policy, with its effort, or that the engine refuses the image under it."""
+    answers: list[Answer | GuardFailed | None] = [None] * len(policies)
+    adaptive = [n for n, policy in enumerate(policies) if policy.effort == "adaptive"]
+    if adaptive:
+        looks = await _first_looks(image, [policies[n] for n in adaptive], priority, guard=guard, preparer=preparer)
+        for n, look in zip(adaptive, looks, strict=True):
+            answers[n] = look
+    rest = [n for n, answer in enumerate(answers) if answer is None]
+    if rest:
+        for n, answer in zip(rest, await _full(image, [policies[n] for n in rest], priority, guard), strict=True):
+            answers[n] = answer
+    return [answer for answer in answers if answer is not None]
+
+
+async def _first_looks(
+    image: PreparedImage, policies: Sequence[Policy], priority: Priority, *, guard: Guard, preparer: ImagePreparer
+) -> list[Answer | None]:
+    """What a first look is enough for, None for the others."""
+    small = await patiently(lambda: preparer.first_look(image))
     try:
-        try:
-            return await patiently(full), "full"
-        except UnreadableAnswer:
-            return await patiently(full), "full"
+        looks = await patiently(lambda: guard.assess_each(small, policies, "score", priority))
+    except (GuardFailed, UnreadableAnswer):
+        return [None] * len(policies)  # the full judgement says what is wrong
+    answers = [
+        Answer(look, "first_look") if look.score < policy.first_look_below else None
+        for policy, look in zip(policies, looks, strict=True)
+    ]
+    for answer in answers:
+        telemetry.FIRST_LOOKS.inc(1, {"result": "accepted" if answer else "escalated"})
+    return answers
+
+
+async def _full(
+    image: PreparedImage, policies: Sequence[Policy], priority: Priority, guard: Guard
+) -> list[Answer | GuardFailed]:
+    """Judge under all of them in one call, so that the engine reads the image once; where that fails, one by one."""
+    try:
+        said = await patiently(lambda: guard.assess_each(image, policies, "verdict", priority))
+        return [Answer(assessment, "full") for assessment in said]
+    except (GuardFailed, UnreadableAnswer) as error:
+        if isinstance(error, GuardFailed) and len(policies) == 1:
+            return [error]
+        return [await _full_once_more(image, policy, priority, guard) for policy in policies]
+
+
+async def _full_once_more(
+    image: PreparedImage, policy: Policy, priority: Priority, guard: Guard
+) -> Answer | GuardFailed:
+    try:
+        (assessment,) = await patiently(lambda: guard.assess_each(image, [policy], "verdict", priority))
+        return Answer(assessment, "full")
     except UnreadableAnswer as error:
-        return error, "full"
+        return Answer(error, "full")
+    except GuardFailed as error:
+        return error
+
+
+def _compared(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:
+    """The shadow's verdict, counted by whether it differs."""
+    result = "failed"
+    if isinstance(other, Verdict):
+        result = "same" if other.action == verdict.action else "differs"
+    identity = shadow.identity
+    telemetry.SHADOWS.inc(1, {"policy": identity.name, "version": str(identity.version), "result": result})
+    return other if isinstance(other, Verdict) else None
 
 
 def decide(assessment: Assessment, policy: Policy) -> Action:
@@ -182,11 +291,11 @@ def _verdict(
     stored: StoredObject,
     image: PreparedImage,
     policy: Policy,
-    answer: Assessment | UnreadableAnswer,
-    effort: Effort,
+    answer: Answer,
     clock: _Clock,
 ) -> Verdict:
-    assessment = answer if isinstance(answer, Assessment) else None
+    said = answer.said
+    assessment = said if isinstance(said, Assessment) else None
     judged_at = datetime.now(UTC)
     return Verdict(
         verdict_id=verdict_id(
@@ -194,7 +303,7 @@ def _verdict(
             uri=submission.uri,
             object_version=stored.version_id or stored.etag or image.sha256,
             policy_digest=policy.identity.digest,
-            model_revision=answer.model.revision if answer.model else "",
+            model_revision=said.model.revision if said.model else "",
         ),
         submission_id=submission.id,
         uri=submission.uri,
@@ -210,8 +319,8 @@ def _verdict(
         score=assessment.score if assessment else None,
         action=decide(assessment, policy) if assessment else "review",
         policy=policy.identity,
-        model=answer.model,
-        effort=effort,
+        model=said.model,
+        effort=answer.effort,
         image=image.facts,
         timings_ms=clock.finish(judged_at),
         metadata=submission.metadata,

@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     submissions_stream: str = "sluice.submissions"
     verdicts_stream: str = "sluice.verdicts"
     dead_letters_stream: str = "sluice.dead-letters"
+    shadow_verdicts_stream: str = "sluice.shadow-verdicts"
     kafka_options: dict[str, Any] = Field(
         default_factory=dict,
         description="JSON object handed to every kafka-python client, e.g. for TLS and SASL",
@@ -46,6 +47,14 @@ class Settings(BaseSettings):
     )
     redis_retention_s: PositiveSeconds = Field(
         7 * 86_400, description="Redis Streams: how long settled entries are kept; unsettled ones always are"
+    )
+
+    # Policies
+    policy_refresh_s: PositiveSeconds = Field(
+        5, description="how long a policy is believed to be unchanged where Redis does not announce changes"
+    )
+    sample_size: Positive = Field(
+        10_000, description="recent submissions of each policy that are remembered, by reference, for backtests"
     )
 
     # Ray

@@ -37,6 +37,35 @@ WAITS: Final = Counter(
     tag_keys=("error",),
 )
 
+ACTIONS: Final = Counter(
+    "sluice_actions_total",
+    "Verdicts by policy, version and action. The block rate of a version is its share of `block`.",
+    tag_keys=("policy", "version", "action"),
+)
+
+SHADOWS: Final = Counter(
+    "sluice_shadows_total",
+    "Submissions judged by a shadow version as well. `result` is `same` or `differs` (another action), or `failed`.",
+    tag_keys=("policy", "version", "result"),
+)
+
+UNKNOWN_TENANTS: Final = Counter(
+    "sluice_unknown_tenants_total",
+    "Submissions of a tenant that the active tenants document does not name; they get the policy `default`.",
+)
+
+POLICY_PROPAGATION_SECONDS: Final = Histogram(
+    "sluice_policy_propagation_seconds",
+    "Time from a change of a policy's roll-out until this process had heard of it.",
+    boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10],
+)
+
+BREAKER_TRIPS: Final = Counter(
+    "sluice_breaker_trips_total",
+    "Times that this process found a version's block rate outside of its band. Any is worth a page.",
+    tag_keys=("policy", "version"),
+)
+
 IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake replica is working on.")
 
 LAG: Final = Gauge(

@@ -1,6 +1,6 @@
 """A guard that says what a test tells it to: for faults and load only. What the model says is tested on the engine."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from services.contracts import NO_CATEGORY, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Priority
 
@@ -18,6 +18,8 @@ class ScriptedGuard:
         self.script = script
         self.calls: list[Detail] = []
 
-    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority) -> Assessment:
-        self.calls.append(detail)
-        return await self.script(image, detail)
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority
+    ) -> list[Assessment]:
+        self.calls += [detail] * len(policies)
+        return [await self.script(image, detail) for _ in policies]

@@ -26,6 +26,7 @@ _PORT_TRIES: Final = 3
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _LAST_TRY_S: Final = 3.0
+_SIGN_OF_LIFE_S: Final = 5.0
 
 
 class Engine:
@@ -163,6 +164,10 @@ class Engine:
         answer: dict[str, Any] = await self.call("/generate", request)
         self._last_answer = time.monotonic()
         return answer
+
+    async def is_alive(self) -> bool:
+        """Whether the engine is ready and generates a token of text in time."""
+        return self._state == "ready" and self._server is not None and await self._server.gives_a_token(_SIGN_OF_LIFE_S)
 
     async def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, without added special tokens. Raises as `generate` does."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -20,14 +20,17 @@ class EngineFailed(GuardUnavailable):
 class Places:
     """Up to `count` calls at a time; `live` before `backfill`.
 
-    When the engine fails, each image that it had may be the cause. Such a suspect comes alone the next time, so that
-    a second failure is its own. After three it is given up; one success clears it.
+    When the engine fails, each image that it had may be the cause. Such a suspect comes alone the next time, right
+    after the engine gave a sign of life, so that a second failure is its own: an engine that someone else brought down
+    is no proof. After three it is given up; one success clears it.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, alive: Callable[[], Awaitable[bool]]) -> None:
+        """`alive` says whether the engine works."""
         self._count = count
+        self._alive = alive
         self._taken = 0
-        self._alone = False
+        self._one_alone = False
         self._suspects_waiting = 0
         self._live_waiting = 0
         self._changed = asyncio.Condition()
@@ -39,10 +42,13 @@ class Places:
 
         Raises:
             GuardFailed: instead of an EngineFailed of the body, when this image alone made the engine fail.
+            GuardUnavailable: the engine gives no sign of life.
         """
         suspect = sha256 in self._failures
         await (self._enter_alone() if suspect else self._enter(priority))
         try:
+            if suspect and not await self._alive():
+                raise GuardUnavailable("The engine gives no sign of life.")
             yield
         except EngineFailed:
             failures = self._failures.pop(sha256, 0) + 1
@@ -65,7 +71,7 @@ class Places:
                 await self._changed.wait_for(
                     lambda: (
                         self._taken < self._count
-                        and not self._alone
+                        and not self._one_alone
                         and not self._suspects_waiting
                         and (live or not self._live_waiting)
                     )
@@ -80,7 +86,7 @@ class Places:
             self._suspects_waiting += 1
             try:
                 await self._changed.wait_for(lambda: self._taken == 0)
-                self._taken, self._alone = 1, True
+                self._taken, self._one_alone = 1, True
             finally:
                 self._suspects_waiting -= 1
                 self._changed.notify_all()
@@ -88,5 +94,5 @@ class Places:
     async def _leave(self) -> None:
         async with self._changed:
             self._taken -= 1
-            self._alone = False
+            self._one_alone = False
             self._changed.notify_all()

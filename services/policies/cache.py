@@ -1,89 +1,322 @@
-"""The local copy of policy versions that every process keeps, so that a submission needs no network for its policy."""
+"""The local copy of policies that every process keeps, so that a submission needs no network for its policy.
+
+Copies come from Redis, where every process of a deployment finds them, and in the end from the policy bucket. Redis
+announces changes; a periodic look makes up for what was not heard. While one of the two is away the other serves, and
+while both are, the last known versions do.
+"""
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import Callable, MutableMapping
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Hashable, MutableMapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from typing import Any, Final, Self, TypeVar
 
-from services.contracts import Policy
+from services import telemetry
+from services.contracts import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
 from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.policies.policy import is_policy_name
-from services.policies.registry import PolicyRegistry
+from services.policies.policy import PolicyDocument, is_policy_name
+from services.policies.registry import PolicyRegistry, StoredVersion
+from services.policies.rollout import Change, Rollout
+from services.policies.shared import CacheUnavailable, KnownChange, SharedCopies
+from services.policies.tenants import TENANTS, TenantsDocument
 
-_LOCAL_VERSIONS: Final = 1024
-_LOCAL_NAMES: Final = 1024
+_COPIES: Final = 1024
+_ABSENT_S: Final = 1.0
+"""How long it is believed that a policy does not exist."""
+_OTHERS_S: Final = 6.0
+"""How long another process may take to read what this one needs, before this one reads it, too."""
+_POLL_S: Final = 0.02
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
 V = TypeVar("V")
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of one name's roll-out."""
+
+    number: int
+    rollout: Rollout
+    looked_up_at: float
+
+
 class PolicyCache:
-    """Resolves `name` and `name@version` to the policy to judge by.
+    """Chooses the policy version of each submission. To be used as an async context manager."""
 
-    A version is immutable and kept; which one is active is looked up again when it is older than `refresh_s`. While
-    the policy bucket is away the last known answer serves.
-    """
-
-    def __init__(
-        self, registry: PolicyRegistry, *, refresh_s: float = 1.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, registry: PolicyRegistry, shared: SharedCopies | None, *, refresh_s: float = 5.0) -> None:
+        """`refresh_s`: how long a roll-out is believed to be unchanged where no news of it can be heard."""
         self._registry = registry
+        self._shared = shared
         self._refresh_s = refresh_s
-        self._clock = clock
-        self._versions: dict[tuple[str, int], Policy] = {}
-        self._active: dict[str, tuple[float, int]] = {}
-        self._lookups: dict[object, asyncio.Task[Any]] = {}
+        self._known: dict[str, _Known] = {}
+        self._policies: dict[tuple[str, int], Policy] = {}
+        self._tenants: dict[tuple[str, int], TenantsDocument] = {}
+        self._absent: dict[tuple[str, int], float] = {}
+        self._look_ups: dict[Hashable, asyncio.Task[Any]] = {}
+        self._listening_since = float("-inf")
+        self._closing = AsyncExitStack()
 
-    async def resolve(self, reference: str) -> Policy:
-        """The policy that `name` (active version) or `name@7` (that version) stands for.
+    async def __aenter__(self) -> Self:
+        loops = [self._refresh, self._listen] if self._shared else [self._refresh]
+        for task in [asyncio.create_task(_for_ever(loop)) for loop in loops]:
+            self._closing.push_async_callback(_ended, task)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._closing.aclose()
+
+    async def choose(self, submission: Submission) -> PolicyChoice:
+        """The version that a submission gets, and the one to compare it with. No network where both are known.
 
         Raises:
             UnknownPolicy: no such policy or version, or the reference is not well-formed.
-            PolicyUnavailable: it is not known here and the policy bucket does not answer.
+            PolicyUnavailable: it is not known here, and neither Redis nor the policy bucket has it.
         """
-        name, at, number = reference.partition("@")
-        if at and not (number.isascii() and number.isdigit() and len(number) <= 8):
-            raise UnknownPolicy(f"policy {reference!r} is neither a name nor name@version")
-        if not is_policy_name(name):
-            raise UnknownPolicy(f"{name!r} is not a policy name")
-        return await self._version(name, int(number) if at else await self._active_version(name))
+        name, version = _parse(submission.policy)
+        if version is not None:
+            return PolicyChoice(await self._policy(name, version))
+        if name == DEFAULT_POLICY:
+            name = await self._policy_of(submission.tenant)
+        rollout = await self._rollout(name)
+        version = rollout.version_for(name, submission.id, submission.tenant)
+        if version is None:
+            raise UnknownPolicy(f"there is no policy {name!r} with an active version")
+        shadow = rollout.shadow_for(name, submission.id)
+        return PolicyChoice(
+            await self._policy(name, version),
+            await self._policy(name, shadow) if shadow is not None and shadow != version else None,
+        )
 
-    async def _version(self, name: str, version: int) -> Policy:
-        policy = self._versions.get((name, version))
+    async def resolve(self, reference: str) -> Policy:
+        """The policy that `name` (the active version) or `name@7` stands for; raises as `choose`."""
+        name, version = _parse(reference)
+        if version is None and (version := (await self._rollout(name)).active) is None:
+            raise UnknownPolicy(f"there is no policy {name!r} with an active version")
+        return await self._policy(name, version)
+
+    async def rollout(self, name: str) -> Rollout:
+        """The present roll-out of a name; raises PolicyUnavailable."""
+        return await self._rollout(name)
+
+    def is_tripped(self, policy: PolicyIdentity) -> bool:
+        """Whether the circuit breaker of a version is open, as far as is known here."""
+        known = self._known.get(policy.name)
+        return known is not None and policy.version in known.rollout.tripped
+
+    def accept(self, change: Change) -> None:
+        """Take over a change that was heard of, or made here, unless a newer one is known."""
+        known = self._known.get(change.name)
+        if known is None or change.number > known.number:
+            self._keep_rollout(change.name, change)
+
+    async def _rollout(self, name: str) -> Rollout:
+        known = self._known.get(name)
+        if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _ABSENT_S):
+            await self._look_up_rollout(name)
+            known = self._known[name]
+        return known.rollout
+
+    async def _policy_of(self, tenant: str) -> str:
+        """The policy of a tenant, by the active tenants document."""
+        version = (await self._rollout(TENANTS)).active
+        if version is None:
+            return DEFAULT_POLICY
+        document = self._tenants.get((TENANTS, version))
+        if document is None:
+            await self._once(("version", TENANTS, version), self._load, TENANTS, version)
+            document = self._tenants[TENANTS, version]
+        policy = document.policy_of(tenant)
+        if policy is None and tenant != "default":
+            telemetry.UNKNOWN_TENANTS.inc()
+        return policy or DEFAULT_POLICY
+
+    async def _policy(self, name: str, version: int) -> Policy:
+        policy = self._policies.get((name, version))
         if policy is None:
-            document = await self._once(self._registry.get, name, version)
-            policy = document.as_version(version)
-            _keep(self._versions, (name, version), policy, _LOCAL_VERSIONS)
+            if time.monotonic() - self._absent.get((name, version), float("-inf")) < _ABSENT_S:
+                raise UnknownPolicy(f"policy {name}@{version} does not exist")
+            await self._once(("version", name, version), self._load, name, version)
+            policy = self._policies.get((name, version))
+            if policy is None:
+                raise UnknownPolicy(f"{name}@{version} is not a policy to judge by")
+            if policy.block_rate:
+                await self._rollout(name)  # which says whether its circuit breaker is open
         return policy
 
-    async def _active_version(self, name: str) -> int:
-        looked_up_at, version = self._active.get(name, (float("-inf"), 0))
-        if self._clock() - looked_up_at < self._refresh_s:
-            return version
+    async def _load(self, name: str, version: int) -> None:
+        """Bring in one version."""
+        known = self._known.get(name)
+        expected = known.rollout.digests.get(version) if known else None
+
+        async def copy(shared: SharedCopies) -> StoredVersion | None:
+            stored = await shared.version(name, version)
+            return stored if stored and expected in {None, stored.digest} else None
+
+        async def read() -> StoredVersion:
+            stored = await _off_the_loop(self._registry.get, name, version)
+            if self._shared:
+                with suppress(CacheUnavailable):
+                    await self._shared.keep_version(stored)
+            return stored
+
         try:
-            newest = await self._once(self._registry.active, name)
-        except (PolicyUnavailable, ConfigurationError) as error:
-            if not version:
-                raise PolicyUnavailable(str(error)) from error
-            log.warning("keeping the last known version of policy %s: %s", name, error)
-            newest = version
-        _keep(self._active, name, (self._clock(), newest), _LOCAL_NAMES)
-        return newest
+            stored = await self._coalesced(f"{name}@{version}", copy, read)
+        except UnknownPolicy:
+            _keep(self._absent, (name, version), time.monotonic())
+            raise
+        if isinstance(stored.document, PolicyDocument):
+            _keep(self._policies, (name, version), stored.document.as_version(version))
+        else:
+            _keep(self._tenants, (name, version), stored.document)
 
-    async def _once(self, look_up: Callable[..., V], *arguments: object) -> V:
+    async def _look_up_rollout(self, name: str) -> None:
+        await self._once(("rollout", name), self._find_rollout, name)
+
+    async def _find_rollout(self, name: str) -> None:
+        """Bring in the present roll-out of a name, or keep the last known one."""
+        before = self._known.get(name)
+        stale: KnownChange | None = None
+
+        async def copy(shared: SharedCopies) -> tuple[Change | None] | None:
+            nonlocal stale
+            stale = await shared.newest_change(name)
+            # Changes that were made while Redis was away are not in what it had before.
+            believed_s = min(self._refresh_s, time.monotonic() - self._listening_since)
+            return (stale.change,) if stale and stale.age_s < believed_s else None
+
+        async def read() -> tuple[Change | None]:
+            newest = await _off_the_loop(self._registry.newest_change, name)
+            if self._shared:
+                with suppress(CacheUnavailable):
+                    # What Redis had before the bucket was read, and the bucket has not, is not so any more.
+                    await self._shared.offer(name, newest, even_if_older=stale is not None)
+            return (newest,)
+
+        try:
+            (change,) = await self._coalesced(name, copy, read)
+        except PolicyUnavailable as error:
+            if before is not None:
+                log.warning("keeping the last known version of policy %s: %s", name, error)
+                return
+            # That a policy does not exist is too much to believe of a copy; that there is no tenants document is not.
+            if stale is None or (stale.change is None and name != TENANTS):
+                raise
+            change = stale.change
+        if self._known.get(name) is before:  # else news came in meanwhile
+            self._keep_rollout(name, change)
+
+    async def _coalesced(
+        self, what: str, copy: Callable[[SharedCopies], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
+    ) -> V:
+        """A good copy from Redis, else what is read from the bucket, by one process at a time for all of them."""
+        deadline = time.monotonic() + _OTHERS_S
+        while self._shared and time.monotonic() < deadline:
+            try:
+                if (found := await copy(self._shared)) is not None:
+                    return found
+                token = await self._shared.lease(what)
+            except CacheUnavailable:
+                break
+            if token:
+                try:
+                    return await read()
+                finally:
+                    with suppress(CacheUnavailable):
+                        await self._shared.release(what, token)
+            await asyncio.sleep(_POLL_S)
+        return await read()
+
+    def _keep_rollout(self, name: str, change: Change | None) -> None:
+        rollout = change.rollout if change else Rollout()
+        for version, digest in rollout.digests.items():
+            policy = self._policies.get((name, version))
+            if policy and policy.identity.digest != digest:
+                del self._policies[name, version]
+        _keep(self._known, name, _Known(change.number if change else 0, rollout, time.monotonic()))
+
+    async def _listen(self) -> None:
+        """Take over every change that Redis announces, until it is away."""
+        assert self._shared is not None
+        try:
+            async for change in self._shared.news(self._listening):
+                telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
+                self.accept(change)
+        except CacheUnavailable as error:
+            log.warning("policy changes are looked for every %g s until Redis is back: %s", self._refresh_s, error)
+            await asyncio.sleep(random.uniform(0.1, 1))
+
+    async def _listening(self) -> None:
+        self._listening_since = time.monotonic()
+        await self._look_at_all()
+
+    async def _refresh(self) -> None:
+        await asyncio.sleep(self._refresh_s * random.uniform(0.8, 1.2))
+        await self._look_at_all()
+
+    async def _look_at_all(self) -> None:
+        names = {name for name, known in self._known.items() if known.rollout.active is not None} | {TENANTS}
+        for name in names:
+            with suppress(PolicyUnavailable):
+                await self._look_up_rollout(name)
+
+    def _age(self, known: _Known) -> float:
+        return time.monotonic() - known.looked_up_at
+
+    async def _once(self, key: Hashable, look_up: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Join the same look-up where it is under way, else start it."""
-        task: asyncio.Task[V] | None = self._lookups.get(arguments)
+        task = self._look_ups.get(key)
         if task is None:
-            task = asyncio.create_task(asyncio.to_thread(look_up, *arguments))
-            self._lookups[arguments] = task
-            task.add_done_callback(lambda _: self._lookups.pop(arguments))
-        return await asyncio.shield(task)
+            task = asyncio.ensure_future(look_up(*arguments))
+            self._look_ups[key] = task
+            task.add_done_callback(partial(self._looked_up, key))
+        await asyncio.shield(task)
+
+    def _looked_up(self, key: Hashable, task: asyncio.Task[Any]) -> None:
+        del self._look_ups[key]
+        if not task.cancelled():
+            task.exception()  # whoever waited has got it; if everyone left, it is of no interest
 
 
-def _keep(copies: MutableMapping[K, V], key: K, value: V, limit: int) -> None:
+@lru_cache(maxsize=4096)
+def _parse(reference: str) -> tuple[str, int | None]:
+    name, at, number = reference.partition("@")
+    if at and not (number.isascii() and number.isdigit() and len(number) <= 8):
+        raise UnknownPolicy(f"policy {reference!r} is neither a name nor name@version")
+    if not is_policy_name(name):
+        raise UnknownPolicy(f"{name!r} is not a policy name")
+    return name, int(number) if at else None
+
+
+async def _off_the_loop(read: Callable[..., V], *arguments: object) -> V:
+    try:
+        return await asyncio.to_thread(read, *arguments)
+    except ConfigurationError as error:
+        raise PolicyUnavailable(str(error)) from error
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("policies could not be looked at; they are again in a second")
+            await asyncio.sleep(1)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def _keep(copies: MutableMapping[K, V], key: K, value: V) -> None:
     copies.pop(key, None)
     copies[key] = value
-    if len(copies) > limit:
+    if len(copies) > _COPIES:
         del copies[next(iter(copies))]

@@ -1,22 +1,28 @@
-"""Policy versions in S3, the truth: immutable objects, each created by a conditional write.
+"""Policy versions and their roll-out in S3, the truth: immutable objects, each created by a conditional write.
 
-    policies/<name>/versions/<n>.json       the document of version n
-    policies/<name>/activations/<m>.json    the m-th change of the active version; the newest one counts
+    policies/<name>/versions/<n>.json    the document of version n
+    policies/<name>/changes/<m>.json     the m-th change of the roll-out, with the state since then; the newest counts
 
 Numbers are written as their distance from 99,999,999, so that the newest object is the first one listed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
+import boto3
+from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import Field
+from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
-from services.contracts import Moment, WireModel
 from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.policies.policy import BUILT_IN, PolicyDocument
+from services.policies.policy import BUILT_IN
+from services.policies.rollout import Canary, Change, ChangeAction, Rollout, Shadow
+from services.policies.tenants import Document, TenantsDocument, is_document_name, parse_document
+from services.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -24,115 +30,231 @@ if TYPE_CHECKING:
 _TOP: Final = 99_999_999
 _ABSENT: Final = {"NoSuchKey", "404"}
 _TAKEN: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+_READERS: Final = 16
 
 
-class Activation(WireModel):
-    """One change of the version that new submissions get."""
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """One version as it is kept: the document, and the digest of its content."""
 
-    number: int
-    action: str
-    previous: int | None = Field(None, alias="from")
-    version: int = Field(alias="to")
-    who: str
-    why: str = ""
-    at: Moment
+    name: str
+    version: int
+    digest: str
+    document: Document
+
+    def to_json(self) -> bytes:
+        return to_json({"digest": self.digest, "document": self.document.model_dump(mode="json")})
+
+    @classmethod
+    def from_json(cls, name: str, version: int, data: bytes) -> "StoredVersion":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: it is not a version of that name, or the content does not match its digest.
+        """
+        stored = from_json(data)
+        document = parse_document(stored["document"]) if isinstance(stored, dict) and "document" in stored else None
+        if document is None or document.name != name or document.digest() != stored.get("digest"):
+            raise ValueError(f"policy {name}@{version} does not match its digest")
+        return cls(name, version, document.digest(), document)
 
 
 class PolicyRegistry:
-    """Publishes, finds and activates policy versions in one bucket. Blocking: call it off the event loop."""
+    """Publishes, finds and rolls out policy versions in one bucket. Blocking: call it off the event loop.
+
+    Any method raises PolicyUnavailable where the bucket does not answer, ConfigurationError where there is none.
+    """
 
     def __init__(self, s3: "S3Client", bucket: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._s3 = s3
-        self._bucket = bucket
+        self.bucket = bucket
         self._clock = clock
 
-    def publish(self, document: PolicyDocument) -> int:
-        """Write the document as the next version of its name and return that version, 1 or more.
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The policy bucket of these settings, with credentials the usual AWS way."""
+        options: dict[str, Any] = {"s3": {"addressing_style": "path"}} if settings.s3_endpoint else {}
+        config = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}, **options)
+        return cls(boto3.client("s3", endpoint_url=settings.s3_endpoint, config=config), settings.policy_bucket)
 
-        Raises:
-            PolicyUnavailable: the policy bucket does not answer.
-            ConfigurationError: the bucket does not exist or may not be written.
-        """
-        return self._append(f"policies/{document.name}/versions/", lambda _: _stored(document))
+    def publish(self, document: Document) -> StoredVersion:
+        """Write the document as the next version of its name."""
+        digest = document.digest()
+        body = StoredVersion(document.name, 0, digest, document).to_json()
+        prefix = _versions(document.name)
+        while True:
+            number = self._newest_number(prefix) + 1
+            if self._create(_key(prefix, number), body):
+                return StoredVersion(document.name, number, digest, document)
 
-    def get(self, name: str, version: int) -> PolicyDocument:
-        """The document of one version.
+    def get(self, name: str, version: int) -> StoredVersion:
+        """One version.
 
         Raises:
             UnknownPolicy: no such name or version.
-            PolicyUnavailable: the policy bucket does not answer, or what it holds does not match its digest.
+            PolicyUnavailable: also where what the bucket holds does not match its digest.
         """
-        stored = self._read(_key(f"policies/{name}/versions/", version)) if 0 < version < _TOP else None
+        stored = self._read(_key(_versions(name), version)) if 0 < version < _TOP else None
         if stored is None:
             raise UnknownPolicy(f"policy {name}@{version} does not exist")
-        document = PolicyDocument.model_validate(stored["document"])
-        if document.digest() != stored["digest"]:
-            raise PolicyUnavailable(f"policy {name}@{version} does not match its digest; publish it again")
-        return document
+        try:
+            return StoredVersion.from_json(name, version, stored)
+        except ValueError as error:
+            raise PolicyUnavailable(f"policy {name}@{version} is damaged in the bucket: {error}") from error
 
-    def active(self, name: str) -> int:
-        """The version that new submissions get.
+    def names(self) -> list[str]:
+        """Every name that has a version, in order."""
+        pages = self._pages("policies/", Delimiter="/")
+        found = [str(prefix["Prefix"]) for page in pages for prefix in page.get("CommonPrefixes", ())]
+        return sorted(prefix.split("/")[1] for prefix in found)
+
+    def versions(self, name: str) -> list[int]:
+        """The numbers of all versions, oldest first."""
+        return self._numbers(_versions(name))
+
+    def newest_change(self, name: str) -> Change | None:
+        """The last change of the roll-out, which has its present state; None where there was none."""
+        number = self._newest_number(_changes(name))
+        return self._change_at(name, number) if number else None
+
+    def history(self, name: str) -> list[Change]:
+        """Every change of the roll-out, oldest first.
 
         Raises:
-            UnknownPolicy: no such policy, or none of its versions was ever activated.
-            PolicyUnavailable: the policy bucket does not answer.
+            UnknownPolicy: there is no such policy.
         """
-        newest = self._newest_activation(name)
-        if newest is None:
-            raise UnknownPolicy(f"policy {name} has no active version")
-        return newest.version
+        numbers = self._numbers(_changes(name))
+        if not numbers and not self._newest_number(_versions(name)):
+            raise UnknownPolicy(f"there is no policy {name!r}")
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(lambda number: self._change_at(name, number), numbers))
 
-    def activate(self, name: str, version: int, *, who: str, why: str = "") -> Activation:
+    def activate(self, name: str, version: int, *, who: str, why: str = "") -> Change:
         """Make `version` the one that new submissions get.
 
         Raises:
             UnknownPolicy: no such version.
-            PolicyUnavailable: the policy bucket does not answer.
+            ConfigurationError: a tenants document names a policy that has no active version.
         """
-        self.get(name, version)
-        activation: Activation | None = None
+        self._check_tenants(self.get(name, version))
+        return self._change(name, "activate", lambda now: (now.activated(version), now.active, version), who, why)
 
-        def change(number: int) -> bytes:
-            nonlocal activation
-            before = self._newest_activation(name)
-            activation = Activation.model_validate(
-                {
-                    "number": number,
-                    "action": "activate",
-                    "from": before.version if before else None,
-                    "to": version,
-                    "who": who,
-                    "why": why,
-                    "at": self._clock(),
-                }
-            )
-            return activation.model_dump_json(by_alias=True).encode()
+    def rollback(self, name: str, *, who: str, why: str = "") -> Change:
+        """Make the version that was active before the active one again; once more goes further back.
 
-        self._append(f"policies/{name}/activations/", change)
-        assert activation is not None
-        return activation
+        Raises:
+            ConfigurationError: there was none before.
+        """
+
+        def back(now: Rollout) -> _Step:
+            then = now.rolled_back()
+            return then, now.active, then.active
+
+        return self._change(name, "rollback", back, who, why)
+
+    def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> Change:
+        """Give a share of the traffic another version, or none.
+
+        Raises:
+            UnknownPolicy: no such version.
+            ConfigurationError: the version is the active one, or none is active.
+        """
+        if canary:
+            self.get(name, canary.version)
+
+        def change(now: Rollout) -> _Step:
+            return now.with_canary(canary), _version_of(now.canary), _version_of(canary)
+
+        return self._change(name, "canary", change, who, why)
+
+    def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> Change:
+        """Judge a share of the traffic by another version as well, or by none.
+
+        Raises:
+            UnknownPolicy: no such version.
+            ConfigurationError: no version is active.
+        """
+        if shadow:
+            self.get(name, shadow.version)
+
+        def change(now: Rollout) -> _Step:
+            return now.with_shadow(shadow), _version_of(now.shadow), _version_of(shadow)
+
+        return self._change(name, "shadow", change, who, why)
+
+    def trip(self, name: str, version: int, *, since: int, who: str, why: str) -> Change:
+        """Open the circuit breaker of a version; where it is open already, or the versions in use have changed after
+        `since`, the change that did so is returned."""
+
+        def change(now: Rollout) -> _Step | None:
+            if version in now.tripped or now.since != since:
+                return None
+            return now.with_tripped(version), version, version
+
+        return self._change(name, "trip", change, who, why)
 
     def publish_built_in(self) -> None:
         """Publish and activate the built-in policy when the bucket holds no policy at all; safe to repeat."""
         name = BUILT_IN.name
-        if self._newest("policies/") is None:
+        if self._first_key("policies/") is None:
             # Of several processes that start at once, one creates version 1 and the others find it there.
-            self._create(_key(f"policies/{name}/versions/", 1), _stored(BUILT_IN))
-        if self._newest(f"policies/{name}/activations/") is None and self._newest(f"policies/{name}/versions/"):
+            self._create(_key(_versions(name), 1), StoredVersion(name, 1, BUILT_IN.digest(), BUILT_IN).to_json())
+        if not self._newest_number(_changes(name)) and self._newest_number(_versions(name)):
             self.activate(name, 1, who="sluice", why="first start")
 
-    def _newest_activation(self, name: str) -> Activation | None:
-        key = self._newest(f"policies/{name}/activations/")
-        stored = key and self._read(key)
-        return Activation.model_validate(stored) if stored else None
+    def _check_tenants(self, stored: StoredVersion) -> None:
+        if isinstance(stored.document, TenantsDocument):
+            for policy in sorted(set(stored.document.tenants.values())):
+                change = self.newest_change(policy)
+                if change is None or change.rollout.active is None:
+                    raise ConfigurationError(
+                        f"{stored.name}@{stored.version} gives tenants the policy {policy!r}, which has no active "
+                        "version; publish and activate that first"
+                    )
 
-    def _append(self, prefix: str, body: Callable[[int], bytes]) -> int:
-        """Create the next object under `prefix`; whoever is overtaken takes the number after."""
+    def _change(
+        self, name: str, action: ChangeAction, step: "Callable[[Rollout], _Step | None]", who: str, why: str
+    ) -> Change:
+        """Compare and swap: compute the next state from the newest one, and write it unless someone else has."""
         while True:
-            newest = self._newest(prefix)
-            number = 1 if newest is None else _TOP - int(newest.removeprefix(prefix).partition(".")[0]) + 1
-            if self._create(_key(prefix, number), body(number)):
-                return number
+            newest = self.newest_change(name)
+            number = newest.number + 1 if newest else 1
+            try:
+                taken = step(newest.rollout if newest else Rollout())
+            except ConfigurationError as error:
+                raise ConfigurationError(f"policy {name}: {error}") from None
+            if taken is None:
+                assert newest is not None
+                return newest
+            rollout, previous, version = taken
+            change = Change.model_validate(
+                {
+                    "name": name,
+                    "number": number,
+                    "action": action,
+                    "from": previous,
+                    "to": version,
+                    "who": who,
+                    "why": why,
+                    "at": self._clock(),
+                    "rollout": self._completed(name, rollout, action, number),
+                }
+            )
+            if self._create(_key(_changes(name), number), change.model_dump_json(by_alias=True).encode()):
+                return change
+
+    def _completed(self, name: str, rollout: Rollout, action: ChangeAction, number: int) -> Rollout:
+        digests = {v: rollout.digests.get(v) or self.get(name, v).digest for v in rollout.in_use}
+        since = rollout.since if action in {"shadow", "trip"} else number
+        return rollout.model_copy(update={"digests": digests, "since": since})
+
+    def _change_at(self, name: str, number: int) -> Change:
+        key = _key(_changes(name), number)
+        stored = self._read(key)
+        try:
+            return Change.model_validate_json(stored or b"")
+        except ValidationError as error:
+            raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
     def _create(self, key: str, body: bytes) -> bool:
         """Write an object unless there is one of that key; say whether it was written."""
@@ -144,44 +266,82 @@ class PolicyRegistry:
             raise
         return True
 
-    def _newest(self, prefix: str) -> str | None:
+    def _first_key(self, prefix: str) -> str | None:
         listing = self._call("list_objects_v2", Prefix=prefix, MaxKeys=1)
         return next((str(found["Key"]) for found in listing.get("Contents", ())), None)
 
-    def _read(self, key: str) -> dict[str, Any] | None:
+    def _newest_number(self, prefix: str) -> int:
+        key = self._first_key(prefix)
+        return _number(prefix, key) if key else 0
+
+    def _numbers(self, prefix: str) -> list[int]:
+        keys = [str(found["Key"]) for page in self._pages(prefix) for found in page.get("Contents", ())]
+        return sorted(_number(prefix, key) for key in keys)
+
+    def _pages(self, prefix: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        while True:
+            page = self._call("list_objects_v2", Prefix=prefix, **arguments)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _read(self, key: str) -> bytes | None:
         try:
-            document = from_json(self._call("get_object", Key=key)["Body"].read())
+            data: bytes = self._call("get_object", Key=key)["Body"].read()
         except ClientError as error:
             if _code(error) in _ABSENT:
                 return None
             raise
-        except (BotoCoreError, ValueError) as error:
+        except BotoCoreError as error:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read: {error}") from error
-        return document if isinstance(document, dict) else None
+        return data
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """One S3 call; what is the caller's to handle comes back as ClientError."""
         try:
-            answer: dict[str, Any] = getattr(self._s3, operation)(Bucket=self._bucket, **arguments)
+            answer: dict[str, Any] = getattr(self._s3, operation)(Bucket=self.bucket, **arguments)
         except ClientError as error:
             if _code(error) in _ABSENT | _TAKEN:
                 raise
             if _code(error) == "NoSuchBucket":
                 raise ConfigurationError(
-                    f"the policy bucket {self._bucket!r} does not exist; create it or correct SLUICE_POLICY_BUCKET"
+                    f"the policy bucket {self.bucket!r} does not exist; create it or correct SLUICE_POLICY_BUCKET"
                 ) from error
-            raise PolicyUnavailable(f"the policy bucket {self._bucket!r} cannot be used: {error}") from error
+            raise PolicyUnavailable(f"the policy bucket {self.bucket!r} cannot be used: {error}") from error
         except BotoCoreError as error:
-            raise PolicyUnavailable(f"the policy bucket {self._bucket!r} does not answer: {error}") from error
+            raise PolicyUnavailable(f"the policy bucket {self.bucket!r} does not answer: {error}") from error
         return answer
 
 
-def _stored(document: PolicyDocument) -> bytes:
-    return to_json({"digest": document.digest(), "document": document.model_dump(mode="json")})
+_Step = tuple[Rollout, int | None, int | None]
+"""The next state, and the versions that the change went from and to."""
+
+
+def _version_of(share: Canary | Shadow | None) -> int | None:
+    return share.version if share else None
+
+
+def _versions(name: str) -> str:
+    return f"{_folder(name)}versions/"
+
+
+def _changes(name: str) -> str:
+    return f"{_folder(name)}changes/"
+
+
+def _folder(name: str) -> str:
+    if not is_document_name(name):
+        raise UnknownPolicy(f"{name!r} is not a policy name")
+    return f"policies/{name}/"
 
 
 def _key(prefix: str, number: int) -> str:
     return f"{prefix}{_TOP - number:08d}.json"
+
+
+def _number(prefix: str, key: str) -> int:
+    return _TOP - int(key.removeprefix(prefix).partition(".")[0])
 
 
 def _code(error: ClientError) -> str:

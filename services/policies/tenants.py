@@ -5,9 +5,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from services.policies.policy import TENANTS, Part, PolicyDocument, PolicyName, digest_of
+from services.policies.policy import TENANTS, Part, PolicyDocument, PolicyName, digest_of, is_policy_name
 
-__all__ = ["MOST_TENANTS", "TENANTS", "Document", "TenantsDocument", "parse_document"]
+__all__ = ["MOST_TENANTS", "TENANTS", "Document", "TenantsDocument", "is_document_name", "parse_document"]
 
 MOST_TENANTS: Final = 10_000
 TenantName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -32,6 +32,11 @@ class TenantsDocument(Part):
 
 
 Document = PolicyDocument | TenantsDocument
+
+
+def is_document_name(name: str) -> bool:
+    """Whether a document of either kind may be called so."""
+    return name == TENANTS or is_policy_name(name)
 
 
 def parse_document(document: Mapping[str, Any]) -> Document:

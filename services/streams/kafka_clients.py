@@ -135,6 +135,7 @@ def ensure_topics(settings: Settings, admin: Any) -> None:
     wanted: dict[str, dict[str, str]] = {
         settings.submissions_stream: {},
         settings.verdicts_stream: {},
+        settings.shadow_verdicts_stream: {},
         settings.dead_letters_stream: {"max.message.bytes": str(_DEAD_LETTER_LIMIT_BYTES)},
     }
     deadline = time.monotonic() + CONNECT_S

@@ -62,7 +62,11 @@ class RedisTransport:
         self._group = settings.group
         # A name of its own for each life of a member: what an earlier one held is not what this one holds.
         self._consumer = f"{member}-{uuid.uuid4().hex[:8]}"
-        self._kept_streams = (settings.submissions_stream, settings.verdicts_stream)
+        self._kept_streams = (
+            settings.submissions_stream,
+            settings.verdicts_stream,
+            settings.shadow_verdicts_stream,
+        )
         self._retention_ms = int(settings.redis_retention_s * 1000)
         self._claim_idle_ms = max(1, int(settings.redis_claim_idle_s * 1000))
         self._held: set[bytes] = set()

@@ -3,7 +3,7 @@ from contextlib import suppress
 
 import pytest
 
-from services.errors import GuardFailed
+from services.errors import GuardFailed, GuardUnavailable
 from services.guard.places import EngineFailed, Places
 
 
@@ -11,11 +11,15 @@ class Engine:
     """Fails everyone whom it has together with a poisonous image."""
 
     def __init__(self, count: int, poison: frozenset[str] = frozenset()) -> None:
-        self.places = Places(count)
+        self.places = Places(count, self.is_alive)
         self.poison = poison
+        self.alive = True
         self.inside: set[str] = set()
         self.most = 0
         self.order: list[str] = []
+
+    async def is_alive(self) -> bool:
+        return self.alive
 
     async def judge(self, image: str, priority: str = "live") -> str:
         async with self.places.take(image, priority):
@@ -83,6 +87,18 @@ async def test_the_third_failure_convicts() -> None:
             await engine.judge("a")
     with pytest.raises(GuardFailed, match="3 times"):
         await engine.judge("a")
+
+
+async def test_an_engine_that_was_down_before_is_no_proof() -> None:
+    engine = Engine(1, frozenset({"a"}))
+    with pytest.raises(EngineFailed):
+        await engine.judge("a")
+    engine.alive = False
+    for _ in range(5):
+        with pytest.raises(GuardUnavailable, match="no sign of life"):
+            await engine.judge("a")
+    engine.alive, engine.poison = True, frozenset()
+    assert await engine.judge("a") == "a"
 
 
 @pytest.mark.parametrize("suspect", [False, True])

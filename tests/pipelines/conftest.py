@@ -4,8 +4,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, TypeVar
 
 import boto3
 import pytest
@@ -15,8 +16,11 @@ from services.contracts import DeadLetter, Verdict
 from services.images.prepare import Preparer
 from services.images.store import ObjectStore
 from services.moderation import Moderation
+from services.policies.breaker import CircuitBreaker
 from services.policies.cache import PolicyCache
 from services.policies.registry import PolicyRegistry
+from services.policies.sample import Sample
+from services.policies.shared import SharedCopies
 from services.settings import Settings
 from services.streams.connect import open_publisher, open_reader, open_transport
 from services.streams.transport import Message, Record
@@ -26,6 +30,8 @@ from tests.scripted_guard import ScriptedGuard
 
 __all__ = ["s3_endpoint"]
 
+T = TypeVar("T")
+
 
 class Bench:
     """The streams and the bucket of one test, and the intake between them."""
@@ -34,23 +40,32 @@ class Bench:
         self.settings = settings
         self.guard = guard
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
+        self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
+        self.shared = SharedCopies(settings.redis_url, settings.policy_bucket)
         self.intakes: list[Intake] = []
-        self._closing: list[Callable[[], None]] = []
+        self._closing = AsyncExitStack()
 
     async def start(self, endpoint: str | None = None, **overrides: Any) -> Intake:
         """An intake member; `endpoint` names another S3 server for it."""
         settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
         store, preparer = ObjectStore(settings), Preparer(settings, 384)
-        self._closing += [store.close, preparer.close]
+        self._closing.callback(store.close)
+        self._closing.callback(preparer.close)
+        policies = await self._entered(PolicyCache(self.registry, self.shared, refresh_s=settings.policy_refresh_s))
         moderation = Moderation(
-            policies=PolicyCache(PolicyRegistry(self.s3, settings.policy_bucket)),
+            policies=policies,
             images=store,
             preparer=preparer,
             guard=self.guard,
+            breaker=await self._entered(CircuitBreaker(policies, self.registry, self.shared)),
         )
-        intake = Intake(await open_transport(settings, f"m-{len(self.intakes)}"), moderation, settings)
+        sample = await self._entered(Sample(self.shared, size=settings.sample_size))
+        intake = Intake(await open_transport(settings, f"m-{len(self.intakes)}"), moderation, settings, sample)
         self.intakes.append(intake)
         return intake
+
+    async def _entered(self, entered: AbstractAsyncContextManager[T]) -> T:
+        return await self._closing.enter_async_context(entered)
 
     def put(self, key: str, data: bytes | None = None) -> str:
         """Upload (a drawn image unless given) and return the ETag."""
@@ -89,8 +104,8 @@ class Bench:
     async def close(self) -> None:
         for intake in self.intakes:
             await intake.drain()
-        for close in self._closing:
-            close()
+        await self._closing.aclose()
+        await self.shared.close()
 
 
 def bucket(s3: Any, name: str) -> None:
@@ -113,6 +128,7 @@ async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
         submissions_stream=f"{name}.submissions",
         verdicts_stream=f"{name}.verdicts",
         dead_letters_stream=f"{name}.dead-letters",
+        shadow_verdicts_stream=f"{name}.shadow-verdicts",
         drain_s=5,
         redis_claim_idle_s=2,
         image_limit_bytes=2 << 20,
@@ -121,6 +137,6 @@ async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
     bench = Bench(settings, ScriptedGuard())
     bucket(bench.s3, "uploads")
     bucket(bench.s3, settings.policy_bucket)
-    PolicyRegistry(bench.s3, settings.policy_bucket).publish_built_in()
+    bench.registry.publish_built_in()
     yield bench
     await bench.close()

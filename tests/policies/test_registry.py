@@ -1,127 +1,147 @@
-"""Versions: immutable, consecutive, found again."""
+"""Versions and the history of their roll-out: immutable, consecutive, found again."""
 
-import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
 
 import boto3
 import pytest
-from botocore.config import Config
 
 from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.policies.cache import PolicyCache
 from services.policies.policy import BUILT_IN, PolicyDocument
 from services.policies.registry import PolicyRegistry
+from services.policies.rollout import Canary, Rollout, Shadow
+from services.policies.tenants import TenantsDocument
 
 WAIVED = PolicyDocument.model_validate({"name": "default", "categories": {"O9": "waive"}})
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+def rollout(registry: PolicyRegistry, name: str = "default") -> Rollout:
+    change = registry.newest_change(name)
+    assert change is not None
+    return change.rollout
 
 
 def test_publish_gives_the_next_version_and_keeps_the_others(registry: PolicyRegistry) -> None:
-    assert [registry.publish(document) for document in (BUILT_IN, WAIVED, BUILT_IN)] == [1, 2, 3]
-    assert registry.get("default", 2) == WAIVED
-    assert registry.get("default", 1).digest() == registry.get("default", 3).digest() != WAIVED.digest()
+    published = [registry.publish(document) for document in (BUILT_IN, WAIVED, BUILT_IN)]
+    assert [stored.version for stored in published] == [1, 2, 3] == registry.versions("default")
+    assert registry.get("default", 2).document == WAIVED
+    assert published[0].digest == registry.get("default", 3).digest != WAIVED.digest()
+    assert registry.names() == ["default"]
+    assert registry.newest_change("default") is None, "published is not active"
 
 
-def test_concurrent_publishers_get_different_versions(registry: PolicyRegistry) -> None:
-    with ThreadPoolExecutor(8) as publishers:
-        versions = list(publishers.map(lambda _: registry.publish(WAIVED), range(16)))
-    assert sorted(versions) == list(range(1, 17))
+def test_concurrent_publishers_and_activators_leave_one_consistent_history(registry: PolicyRegistry) -> None:
+    registry.publish(BUILT_IN)
+
+    def work(number: int) -> int:
+        version = registry.publish(WAIVED).version
+        registry.activate("default", version, who=f"w{number}")
+        if number % 4 == 0:
+            registry.rollback("default", who=f"w{number}") if rollout(registry).earlier else None
+        return version
+
+    with ThreadPoolExecutor(8) as workers:
+        versions = list(workers.map(work, range(16)))
+    assert sorted(versions) == list(range(2, 18))
+    history = registry.history("default")
+    assert [change.number for change in history] == list(range(1, len(history) + 1))
+    assert all(after.previous == before.version for before, after in pairwise(history))
+    assert history[-1].version == rollout(registry).active
 
 
-def test_the_newest_activation_counts(registry: PolicyRegistry) -> None:
+def test_the_newest_change_counts_and_says_what_it_changed(registry: PolicyRegistry) -> None:
     registry.publish(BUILT_IN)
     registry.publish(WAIVED)
-    with pytest.raises(UnknownPolicy, match="no active version"):
-        registry.active("default")
     registry.activate("default", 2, who="ann", why="floods are news")
     back = registry.activate("default", 1, who="bob")
     assert (back.number, back.previous, back.version, back.who) == (2, 2, 1, "bob")
-    assert registry.active("default") == 1
+    assert rollout(registry).active == 1
+    assert rollout(registry).digests == {1: BUILT_IN.digest()}
+    rolled = registry.rollback("default", who="ann")
+    assert (rolled.action, rolled.previous, rolled.version) == ("rollback", 1, 2)
+    with pytest.raises(ConfigurationError, match="policy default: there is no earlier"):
+        registry.rollback("default", who="ann")
+    assert [(c.action, c.who) for c in registry.history("default")] == [
+        ("activate", "ann"),
+        ("activate", "bob"),
+        ("rollback", "ann"),
+    ]
+
+
+def test_canary_and_shadow_keep_what_is_active(registry: PolicyRegistry) -> None:
+    for document in (BUILT_IN, WAIVED, WAIVED):
+        registry.publish(document)
+    registry.activate("default", 1, who="ann")
+    registry.set_canary("default", Canary(version=2, percent=10), who="ann")
+    change = registry.set_shadow("default", Shadow(version=3, percent=100), who="ann")
+    assert (change.rollout.active, change.rollout.in_use, change.rollout.since) == (1, {1, 2, 3}, 2)
+    assert change.rollout.digests.keys() == {1, 2, 3}
+    ended = registry.set_canary("default", None, who="ann")
+    assert (ended.previous, ended.version, ended.rollout.canary) == (2, None, None)
+
+
+def test_a_trip_is_written_once_and_not_for_another_state(registry: PolicyRegistry) -> None:
+    registry.publish(BUILT_IN)
+    since = registry.activate("default", 1, who="ann").rollout.since
+    with ThreadPoolExecutor(8) as members:
+        trips = list(members.map(lambda _: registry.trip("default", 1, since=since, who="b", why="40 %"), range(8)))
+    assert {change.number for change in trips} == {2}
+    registry.activate("default", 1, who="ann", why="meant so")
+    assert registry.trip("default", 1, since=since, who="b", why="old counts").action == "activate"
+    assert rollout(registry).tripped == frozenset()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda r: r.get("default", 9),
+        lambda r: r.get("absent", 1),
+        lambda r: r.get("default", 0),
+        lambda r: r.get("default", 10**9),
+        lambda r: r.get("../secrets", 1),
+        lambda r: r.activate("default", 9, who="ann"),
+        lambda r: r.set_canary("default", Canary(version=9, percent=1), who="ann"),
+        lambda r: r.history("absent"),
+        lambda r: r.history("a/b"),
+    ],
+)
+def test_what_does_not_exist(registry: PolicyRegistry, act: Any) -> None:
+    registry.publish(BUILT_IN)
     with pytest.raises(UnknownPolicy):
-        registry.activate("default", 3, who="ann")
+        act(registry)
+
+
+def test_tenants_may_only_be_given_policies_that_are_active(registry: PolicyRegistry) -> None:
+    registry.publish(TenantsDocument.model_validate({"kind": "tenants", "tenants": {"acme": "shop"}}))
+    with pytest.raises(ConfigurationError, match="'shop', which has no active version"):
+        registry.activate("tenants", 1, who="ann")
+    registry.publish(PolicyDocument(name="shop"))
+    registry.activate("shop", 1, who="ann")
+    assert registry.activate("tenants", 1, who="ann").rollout.active == 1
+
+
+def test_a_damaged_version_is_not_served(registry: PolicyRegistry) -> None:
+    registry.publish(BUILT_IN)
+    key = "policies/default/versions/99999998.json"
+    body = registry._s3.get_object(Bucket=registry.bucket, Key=key)["Body"].read()
+    registry._s3.put_object(Bucket=registry.bucket, Key=key, Body=body.replace(b'"full"', b'"adaptive"'))
+    with pytest.raises(PolicyUnavailable, match="does not match its digest"):
+        registry.get("default", 1)
 
 
 def test_the_built_in_policy_is_published_once_and_never_over_another(registry: PolicyRegistry) -> None:
     with ThreadPoolExecutor(4) as starting:
         list(starting.map(lambda _: registry.publish_built_in(), range(4)))
-    assert registry.active("default") == 1
-    with pytest.raises(UnknownPolicy):
-        registry.get("default", 2)
+    assert rollout(registry).active == 1
+    assert registry.versions("default") == [1]
     registry.publish(WAIVED)
     registry.activate("default", 2, who="ann")
     registry.publish_built_in()
-    assert registry.active("default") == 2
+    assert rollout(registry).active == 2
 
 
 def test_a_bucket_that_is_not_there_is_the_users_to_mend(s3_endpoint: str) -> None:
     registry = PolicyRegistry(boto3.client("s3", endpoint_url=s3_endpoint), "no-such-bucket")
     with pytest.raises(ConfigurationError, match="SLUICE_POLICY_BUCKET"):
         registry.publish_built_in()
-
-
-async def test_resolve_by_name_and_by_version(registry: PolicyRegistry) -> None:
-    registry.publish_built_in()
-    registry.publish(WAIVED)
-    clock = Clock()
-    policies = PolicyCache(registry, refresh_s=1, clock=clock)
-    assert (await policies.resolve("default")).identity.version == 1
-    assert (await policies.resolve("default@2")).identity.digest == WAIVED.digest()
-    registry.activate("default", 2, who="ann")
-    assert (await policies.resolve("default")).identity.version == 1, "within the refresh the local copy serves"
-    clock.now += 1
-    assert (await policies.resolve("default")).identity.version == 2
-
-
-@pytest.mark.parametrize(
-    "reference",
-    ["", "absent", "default@9", "default@0", "default@", "default@x", "default@-1", "../default", "D", "a@1@2"],
-)
-async def test_unknown_policies(registry: PolicyRegistry, reference: str) -> None:
-    registry.publish_built_in()
-    with pytest.raises(UnknownPolicy):
-        await PolicyCache(registry).resolve(reference)
-
-
-async def test_the_last_known_version_serves_while_the_bucket_is_away(registry: PolicyRegistry) -> None:
-    registry.publish_built_in()
-    clock = Clock()
-    policies = PolicyCache(registry, refresh_s=1, clock=clock)
-    known = await policies.resolve("default")
-    away = PolicyCache(unreachable(), refresh_s=1, clock=clock)
-    with pytest.raises(PolicyUnavailable):
-        await away.resolve("default")
-    policies._registry = unreachable()
-    clock.now += 60
-    assert await policies.resolve("default") is known
-    with pytest.raises(PolicyUnavailable):
-        await policies.resolve("default@2")
-
-
-async def test_look_ups_of_the_same_thing_are_one_request(registry: PolicyRegistry) -> None:
-    registry.publish_built_in()
-    asked: list[str] = []
-
-    class Counting(PolicyRegistry):
-        def active(self, name: str) -> int:
-            asked.append(name)
-            return registry.active(name)
-
-        def get(self, name: str, version: int) -> PolicyDocument:
-            asked.append(f"{name}@{version}")
-            return registry.get(name, version)
-
-    policies = PolicyCache(Counting(None, ""))  # type: ignore[arg-type]
-    await asyncio.gather(*(policies.resolve("default") for _ in range(64)))
-    assert asked == ["default", "default@1"]
-
-
-def unreachable() -> PolicyRegistry:
-    config = Config(connect_timeout=0.2, retries={"max_attempts": 0})
-    return PolicyRegistry(boto3.client("s3", endpoint_url="http://127.0.0.1:9", config=config), "policies")

@@ -1,0 +1,139 @@
+"""Who gets which version of a policy: the state of its roll-out, and the changes of that state. Pure."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Field
+
+from services.contracts import Moment, WireModel
+from services.errors import ConfigurationError
+
+Percent = Annotated[float, Field(gt=0, le=100)]
+ChangeAction = Literal["activate", "rollback", "canary", "shadow", "trip"]
+
+_EARLIER_LIMIT: Final = 100
+
+
+class Canary(WireModel):
+    """A version that a share of the traffic gets instead of the active one."""
+
+    version: int
+    percent: Annotated[float, Field(ge=0, le=100)]
+    """Of the submissions, chosen by a stable hash of the id: a larger share contains the smaller one."""
+    tenants: frozenset[str] = frozenset()
+    """All of whose submissions get it."""
+
+
+class Shadow(WireModel):
+    """A version judged alongside, for comparison only."""
+
+    version: int
+    percent: Percent
+
+
+class Rollout(WireModel):
+    """The state of one policy's roll-out. Every change of it is one entry of the history."""
+
+    active: int | None = None
+    earlier: tuple[int, ...] = ()
+    """The versions to roll back to, newest last."""
+    canary: Canary | None = None
+    shadow: Shadow | None = None
+    tripped: frozenset[int] = frozenset()
+    """Versions whose circuit breaker is open: they block nothing until they are activated, or made canary, again."""
+    since: int = 0
+    """The change since which the versions in use are the same; block rates count from there."""
+    digests: Mapping[int, str] = Field(default_factory=dict)
+    """Of the versions in use, so that a copy of another content is found out."""
+
+    def activated(self, version: int) -> Self:
+        """`version` is what everyone gets; a canary ends."""
+        earlier = self.earlier
+        if self.active is not None and self.active != version:
+            earlier = (*earlier, self.active)[-_EARLIER_LIMIT:]
+        shadow = None if self.shadow and self.shadow.version == version else self.shadow
+        return self._with(active=version, earlier=earlier, canary=None, shadow=shadow, tripped=self.tripped - {version})
+
+    def rolled_back(self) -> Self:
+        """The version that was active before is again; a canary ends. Rolling back again goes further back.
+
+        Raises:
+            ConfigurationError: there was none before.
+        """
+        if not self.earlier:
+            raise ConfigurationError("there is no earlier active version to roll back to; activate one by its number")
+        return self._with(active=self.earlier[-1], earlier=self.earlier[:-1], canary=None)
+
+    def with_canary(self, canary: Canary | None) -> Self:
+        """Another canary, or none.
+
+        Raises:
+            ConfigurationError: the canary is the active version, or none is active.
+        """
+        if canary is None:
+            return self._with(canary=None)
+        self._must_be_active()
+        if canary.version == self.active:
+            raise ConfigurationError(f"version {canary.version} is the active one; a canary is another version")
+        return self._with(canary=canary, tripped=self.tripped - {canary.version})
+
+    def with_shadow(self, shadow: Shadow | None) -> Self:
+        """Another shadow, or none.
+
+        Raises:
+            ConfigurationError: no version is active.
+        """
+        if shadow:
+            self._must_be_active()
+        return self._with(shadow=shadow)
+
+    def with_tripped(self, version: int) -> Self:
+        """The version stops blocking; where it is the canary, the canary ends."""
+        canary = None if self.canary and self.canary.version == version else self.canary
+        return self._with(tripped=self.tripped | {version}, canary=canary)
+
+    def version_for(self, name: str, submission_id: str, tenant: str) -> int | None:
+        """The version of policy `name` that a submission gets, None where none was ever activated."""
+        canary = self.canary
+        if canary and (tenant in canary.tenants or _point("canary", name, submission_id) < canary.percent):
+            return canary.version
+        return self.active
+
+    def shadow_for(self, name: str, submission_id: str) -> int | None:
+        """The version to judge a submission by as well, if any."""
+        shadow = self.shadow
+        return shadow.version if shadow and _point("shadow", name, submission_id) < shadow.percent else None
+
+    @property
+    def in_use(self) -> frozenset[int]:
+        """The versions that submissions get without naming one."""
+        others = {other.version for other in (self.canary, self.shadow) if other}
+        return frozenset(others if self.active is None else others | {self.active})
+
+    def _must_be_active(self) -> None:
+        if self.active is None:
+            raise ConfigurationError("no version of this policy is active; activate one first")
+
+    def _with(self, **fields: Any) -> Self:
+        return self.model_copy(update=fields)
+
+
+def _point(purpose: str, name: str, submission_id: str) -> float:
+    """Where a submission lies in [0, 100), the same in every process and for every version."""
+    digest = hashlib.blake2b(f"{purpose}\0{name}\0{submission_id}".encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64 * 100
+
+
+class Change(WireModel):
+    """One entry of a policy's history: who changed its roll-out, from what to what, and the state since then."""
+
+    name: str
+    number: int
+    action: ChangeAction
+    previous: int | None = Field(None, alias="from")
+    version: int | None = Field(None, alias="to")
+    who: str
+    why: str = ""
+    at: Moment
+    rollout: Rollout

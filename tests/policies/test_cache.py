@@ -1,0 +1,277 @@
+"""Which version a submission gets, from the local copies, Redis and the bucket, whichever of them is there."""
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from services.contracts import Submission
+from services.errors import PolicyUnavailable, UnknownPolicy
+from services.policies.cache import PolicyCache
+from services.policies.policy import BUILT_IN, PolicyDocument
+from services.policies.registry import PolicyRegistry, StoredVersion
+from services.policies.rollout import Canary, Change, Shadow
+from services.policies.shared import SharedCopies
+from services.policies.tenants import TenantsDocument
+from tests.servers import Valkey
+
+WAIVED = PolicyDocument.model_validate({"name": "default", "categories": {"O9": "waive"}})
+
+
+class Counting(PolicyRegistry):
+    """Counts what is read from the bucket."""
+
+    def __init__(self, registry: PolicyRegistry, pause_s: float = 0.0) -> None:
+        super().__init__(registry._s3, registry.bucket)
+        self.reads = Counter[str]()
+        self._pause_s = pause_s
+
+    def get(self, name: str, version: int) -> StoredVersion:
+        self.reads[f"{name}@{version}"] += 1
+        time.sleep(self._pause_s)
+        return super().get(name, version)
+
+    def newest_change(self, name: str) -> Change | None:
+        self.reads[name] += 1
+        return super().newest_change(name)
+
+
+def unreachable() -> PolicyRegistry:
+    config = Config(connect_timeout=0.2, retries={"max_attempts": 0})
+    return PolicyRegistry(boto3.client("s3", endpoint_url="http://127.0.0.1:9", config=config), "policies")
+
+
+def submission(policy: str = "default", id_: str = "upl-1", tenant: str = "default") -> Submission:
+    return Submission(id=id_, uri="s3://uploads/a", policy=policy, tenant=tenant)
+
+
+async def version_of(cache: PolicyCache, *args: str, **kwargs: str) -> int:
+    return (await cache.choose(submission(*args, **kwargs))).policy.identity.version
+
+
+async def becomes(expected: Any, look: Callable[[], Any], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while (found := await look()) != expected:
+        assert time.monotonic() < deadline, f"{found} instead of {expected}"
+        await asyncio.sleep(0.01)
+
+
+@contextmanager
+def running_valkey(folder: Path) -> Iterator[Valkey]:
+    valkey = Valkey(folder)
+    valkey.start()
+    try:
+        yield valkey
+    finally:
+        valkey.kill()
+
+
+@pytest.fixture
+def filled(registry: PolicyRegistry) -> PolicyRegistry:
+    registry.publish_built_in()
+    registry.publish(WAIVED)
+    return registry
+
+
+@pytest.fixture
+async def shared(valkey_url: str) -> AsyncIterator[SharedCopies]:
+    copies = SharedCopies(valkey_url, uuid.uuid4().hex)
+    yield copies
+    await copies.close()
+
+
+async def test_by_name_and_by_version(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    async with PolicyCache(filled, shared) as cache:
+        assert await version_of(cache) == 1
+        assert (await cache.choose(submission("default@2"))).policy.identity.digest == WAIVED.digest()
+        assert (await cache.resolve("default")).identity.version == 1
+        assert (await cache.resolve("default@2")).identity.version == 2
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "",
+        "absent",
+        "default@9",
+        "default@0",
+        "default@",
+        "default@x",
+        "default@-1",
+        "../default",
+        "D",
+        "a@1@2",
+        "tenants",
+    ],
+)
+async def test_unknown_policies(filled: PolicyRegistry, shared: SharedCopies, reference: str) -> None:
+    async with PolicyCache(filled, shared) as cache:
+        with pytest.raises(UnknownPolicy):
+            await cache.choose(submission(reference))
+
+
+async def test_unknown_policies_are_not_asked_for_over_and_over(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    counting = Counting(filled)
+    async with PolicyCache(counting, shared) as cache:
+        for _ in range(50):
+            for reference in ("absent", "default@9"):
+                with pytest.raises(UnknownPolicy):
+                    await cache.choose(submission(reference))
+    assert counting.reads["absent"] == counting.reads["default@9"] == 1
+
+
+async def test_no_network_once_a_policy_is_known(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    counting = Counting(filled)
+    async with PolicyCache(counting, shared, refresh_s=60) as cache:
+        await cache.choose(submission())
+        before = counting.reads.copy()
+        for n in range(1000):
+            await cache.choose(submission(id_=f"upl-{n}"))
+        assert counting.reads == before
+
+
+async def test_a_change_is_announced_to_every_process(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    async with AsyncExitStack() as stack:
+        caches = [await stack.enter_async_context(PolicyCache(filled, shared, refresh_s=60)) for _ in range(4)]
+        assert [await version_of(cache) for cache in caches] == [1] * 4
+        await asyncio.sleep(0.3)
+        await shared.offer("default", filled.activate("default", 2, who="ann"))
+        await becomes([2] * 4, lambda: asyncio.gather(*map(version_of, caches)), within_s=1)
+
+
+async def test_an_older_announcement_changes_nothing(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    async with PolicyCache(filled, shared, refresh_s=60) as cache:
+        await cache.choose(submission())
+        older, newer = filled.activate("default", 2, who="ann"), filled.activate("default", 1, who="ann")
+        cache.accept(newer)
+        cache.accept(older)
+        assert await version_of(cache) == 1
+        await shared.offer("default", newer)
+        await shared.offer("default", older)
+        known = await shared.newest_change("default")
+        assert known is not None
+        assert known.change == newer
+
+
+async def test_without_redis_changes_are_looked_for(filled: PolicyRegistry) -> None:
+    async with PolicyCache(filled, None, refresh_s=0.2) as cache:
+        assert await version_of(cache) == 1
+        filled.activate("default", 2, who="ann")
+        await becomes(2, lambda: version_of(cache))
+
+
+async def test_a_change_that_nobody_announced_is_found(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    async with PolicyCache(filled, shared, refresh_s=1) as cache:
+        assert await version_of(cache) == 1
+        filled.activate("default", 2, who="ann")
+        await becomes(2, lambda: version_of(cache))
+
+
+async def test_redis_serves_while_the_bucket_is_away(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    async with PolicyCache(filled, shared) as cache:
+        await cache.choose(submission())
+    await asyncio.sleep(1.1)  # by now the copy has to be compared with the bucket again
+    async with PolicyCache(unreachable(), shared, refresh_s=1) as later:
+        assert await version_of(later) == 1
+        with pytest.raises(PolicyUnavailable):
+            await later.choose(submission("default@2"))
+
+
+async def test_the_bucket_serves_while_redis_is_away_and_local_copies_while_both_are(
+    filled: PolicyRegistry, tmp_path: Path
+) -> None:
+    with running_valkey(tmp_path) as valkey:
+        shared = SharedCopies(valkey.url, "policies")
+        async with PolicyCache(filled, shared, refresh_s=0.3) as cache:
+            assert await version_of(cache) == 1
+            valkey.kill()
+            filled.activate("default", 2, who="ann")
+            await becomes(2, lambda: version_of(cache))
+            cache._registry = unreachable()
+            await asyncio.sleep(1)
+            assert await version_of(cache) == 2
+            with pytest.raises(PolicyUnavailable):
+                await cache.choose(submission("default@3"))
+        async with PolicyCache(unreachable(), shared, refresh_s=0.3) as cold:
+            with pytest.raises(PolicyUnavailable):
+                await cold.choose(submission())
+        await shared.close()
+
+
+async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyRegistry, tmp_path: Path) -> None:
+    with running_valkey(tmp_path) as valkey:
+        shared = SharedCopies(valkey.url, "policies")
+        async with PolicyCache(filled, shared, refresh_s=60) as cache:
+            assert await version_of(cache) == 1
+            valkey.kill()
+            filled.activate("default", 2, who="ann")
+            await asyncio.sleep(0.3)
+            valkey.start()
+            await becomes(2, lambda: version_of(cache))
+            change = filled.activate("default", 1, who="ann")
+            await shared.offer("default", change)
+            await becomes(1, lambda: version_of(cache))
+        await shared.close()
+
+
+@pytest.mark.parametrize("poison", [b"{}", b"garbage", b'{"digest": "sha256:0", "document": {"name": "default"}}'])
+async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: SharedCopies, poison: bytes) -> None:
+    await shared._redis.set(shared.key("version", "default@1"), poison)
+    await shared._redis.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked": 0})
+    async with PolicyCache(filled, shared) as cache:
+        assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
+    kept = await shared.version("default", 1)
+    assert kept is not None
+    assert kept.digest == BUILT_IN.digest()
+
+
+async def test_a_copy_of_another_bucket_is_found_by_its_digest(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    """The bucket was made anew: the copies are of versions of the same name and number."""
+    other = PolicyDocument(name="default", description="of the old bucket")
+    await shared.keep_version(StoredVersion("default", 1, other.digest(), other))
+    async with PolicyCache(filled, shared) as cache:
+        assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
+
+
+async def test_processes_that_start_at_once_read_the_bucket_once(filled: PolicyRegistry, valkey_url: str) -> None:
+    counting, bucket = Counting(filled, pause_s=0.2), uuid.uuid4().hex
+    copies = [SharedCopies(valkey_url, bucket) for _ in range(64)]
+    async with AsyncExitStack() as stack:
+        caches = [await stack.enter_async_context(PolicyCache(counting, shared)) for shared in copies]
+        assert set(await asyncio.gather(*(version_of(cache) for cache in caches))) == {1}
+    assert counting.reads == {"default@1": 1, "default": 1, "tenants": 1}
+    for shared in copies:
+        await shared.close()
+
+
+async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    filled.set_canary("default", Canary(version=2, percent=50, tenants=frozenset({"acme"})), who="ann")
+    filled.set_shadow("default", Shadow(version=2, percent=100), who="ann")
+    async with PolicyCache(filled, shared) as cache:
+        assert await version_of(cache, tenant="acme") == 2
+        assert await version_of(cache, "default@1", tenant="acme") == 1, "who names a version gets that one"
+        for n in range(100):
+            choice = await cache.choose(submission(id_=f"upl-{n}"))
+            version, shadow = choice.policy.identity.version, choice.shadow
+            assert (shadow.identity.version if shadow else None) == (2 if version == 1 else None)
+
+
+async def test_tenants_get_their_policies(filled: PolicyRegistry, shared: SharedCopies) -> None:
+    filled.publish(PolicyDocument(name="shop"))
+    filled.activate("shop", 1, who="ann")
+    async with PolicyCache(filled, shared, refresh_s=60) as cache:
+        await cache.choose(submission(tenant="acme"))
+        filled.publish(TenantsDocument.model_validate({"kind": "tenants", "tenants": {"acme": "shop"}}))
+        cache.accept(filled.activate("tenants", 1, who="ann"))
+        for tenant, policy in {"acme": "shop", "default": "default", "nobody": "default"}.items():
+            assert (await cache.choose(submission(tenant=tenant))).policy.identity.name == policy
+        named = await cache.choose(submission("default@2", tenant="acme"))
+        assert (named.policy.identity.name, named.policy.identity.version) == ("default", 2)
