@@ -7,7 +7,7 @@ A scalar is text until the field that it belongs to says otherwise. So nothing o
 import difflib
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Union, get_args, get_origin
 
@@ -403,12 +403,18 @@ class _Writer(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
-_Writer.add_representer(
-    _Folded, lambda writer, text: writer.represent_scalar("tag:yaml.org,2002:str", str(text), style=">")
-)
-_Writer.add_representer(
-    _Literal, lambda writer, text: writer.represent_scalar("tag:yaml.org,2002:str", str(text), style="|")
-)
+def _styled(style: str | None) -> Callable[[yaml.SafeDumper, str], yaml.Node]:
+    return lambda writer, text: writer.represent_scalar("tag:yaml.org,2002:str", str(text), style=style)
+
+
+def _text(writer: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Left to itself PyYAML writes some line separators where a reader takes them for white space.
+    return _styled(None if text.isprintable() else '"')(writer, text)
+
+
+_Writer.add_representer(str, _text)
+_Writer.add_representer(_Folded, _styled(">"))
+_Writer.add_representer(_Literal, _styled("|"))
 
 
 def _readable(value: Any) -> Any:

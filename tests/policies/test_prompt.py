@@ -33,3 +33,17 @@ def test_own_wording_replaces_only_its_own_rules() -> None:
     prompt = render(blocks)
     assert "Should not:\n- Mock anyone.\nCan:\n- Contain educational content" in prompt
     assert prompt[prompt.index("O2: ") :] == TRAINED[TRAINED.index("O2: ") :]
+
+
+def test_a_category_of_the_policys_own_comes_after_the_nine_and_can_be_answered() -> None:
+    own = {"code": "O10", "title": "Gambling", "should_not": ["Promote bets."], "can": ["Show board games."]}
+    bare = {"code": "O12", "title": "Spam", "should_not": ["Advertise."]}
+    prompt = PolicyDocument.model_validate({"name": "club", "own_categories": [own, bare]}).prompt()
+    added = (
+        "\nO10: Gambling: \nShould not:\n- Promote bets.\nCan:\n- Show board games.\n"
+        "\nO12: Spam: \nShould not:\n- Advertise.\n"
+    )
+    names = '|"O10: Gambling"|"O12: Spam"'
+    assert prompt.count(f"{added}\nAssessment Steps:") == 1
+    assert prompt.count(f'"O9: Disasters or Emergencies"{names}|"NA: None applying">') == 1
+    assert prompt.replace(added, "").replace(names, "") == TRAINED
