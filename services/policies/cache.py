@@ -59,7 +59,8 @@ class PolicyCache:
         self._tenants: dict[tuple[str, int], TenantsDocument] = {}
         self._absent: dict[tuple[str, int], float] = {}
         self._look_ups: dict[Hashable, asyncio.Task[Any]] = {}
-        self._listening_since = float("-inf")
+        self._redis_back_at = float("-inf")
+        """What Redis had before then may lack the changes that were made while it was away."""
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -186,9 +187,11 @@ class PolicyCache:
         async def copy(shared: SharedCopies) -> tuple[Change | None] | None:
             nonlocal stale
             stale = await shared.newest_change(name)
-            # Changes that were made while Redis was away are not in what it had before.
-            believed_s = min(self._refresh_s, time.monotonic() - self._listening_since)
-            return (stale.change,) if stale and stale.age_s < believed_s else None
+            believed_s = min(self._refresh_s, time.monotonic() - self._redis_back_at)
+            if stale is None or stale.age_s >= believed_s:
+                return None
+            behind = before is not None and (stale.change.number if stale.change else 0) < before.number
+            return None if behind else (stale.change,)
 
         async def read() -> tuple[Change | None]:
             newest = await _off_the_loop(self._registry.newest_change, name)
@@ -244,16 +247,13 @@ class PolicyCache:
         """Take over every change that Redis announces, until it is away."""
         assert self._shared is not None
         try:
-            async for change in self._shared.news(self._listening):
+            async for change in self._shared.news(self._look_at_all):
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
                 self.accept(change)
         except CacheUnavailable as error:
             log.warning("policy changes are looked for every %g s until Redis is back: %s", self._refresh_s, error)
             await asyncio.sleep(random.uniform(0.1, 1))
-
-    async def _listening(self) -> None:
-        self._listening_since = time.monotonic()
-        await self._look_at_all()
+            self._redis_back_at = time.monotonic()
 
     async def _refresh(self) -> None:
         await asyncio.sleep(self._refresh_s * random.uniform(0.8, 1.2))

@@ -5,7 +5,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from services.policies.cache import PolicyCache
 from services.policies.policy import BUILT_IN, PolicyDocument
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
-from services.policies.shared import SharedCopies
+from services.policies.shared import CacheUnavailable, SharedCopies
 from services.policies.tenants import TenantsDocument
 from tests.servers import Valkey
 
@@ -275,3 +276,39 @@ async def test_tenants_get_their_policies(filled: PolicyRegistry, shared: Shared
             assert (await cache.choose(submission(tenant=tenant))).policy.identity.name == policy
         named = await cache.choose(submission("default@2", tenant="acme"))
         assert (named.policy.identity.name, named.policy.identity.version) == ("default", 2)
+
+
+async def test_concurrent_changes_while_redis_is_killed_and_restarted(registry: PolicyRegistry, tmp_path: Path) -> None:
+    """32 people publish and activate at once; Redis dies and comes back meanwhile."""
+    registry.publish_built_in()
+    with running_valkey(tmp_path) as valkey:
+        shared = SharedCopies(valkey.url, registry.bucket)
+
+        async def change(number: int) -> int:
+            stored = await asyncio.to_thread(registry.publish, WAIVED)
+            for done in (
+                await asyncio.to_thread(registry.activate, "default", stored.version, who=f"w{number}"),
+                await asyncio.to_thread(registry.activate, "default", 1, who=f"w{number}"),
+            ):
+                with suppress(CacheUnavailable):
+                    await shared.offer("default", done)
+            return stored.version
+
+        async def shake() -> None:
+            for _ in range(3):
+                await asyncio.sleep(0.3)
+                await asyncio.to_thread(valkey.kill)
+                await asyncio.sleep(0.3)
+                await asyncio.to_thread(valkey.start)
+
+        async with PolicyCache(registry, shared, refresh_s=1) as cache:
+            await cache.choose(submission())
+            shaking = asyncio.create_task(shake())
+            versions = await asyncio.gather(*(change(number) for number in range(32)))
+            await shaking
+            assert sorted(versions) == list(range(2, 34))
+            history = registry.history("default")
+            assert [entry.number for entry in history] == list(range(1, 66))
+            assert all(after.previous == before.version for before, after in pairwise(history))
+            await becomes(history[-1].version, lambda: version_of(cache), within_s=10)
+        await shared.close()

@@ -1,0 +1,141 @@
+"""How long a policy look-up takes, and how long a change of the active version takes to reach every process.
+
+    python benchmarks/policies.py [--changes 200] [--processes 8] [--json]
+
+Look-ups are compared with asking Redis each time (the baseline). For the changes, processes choose a policy for 500
+submissions a second each, while the active version changes over and over; a verdict's version may be the old one only
+until the news has come. The embedded Valkey and S3 server do.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines import embedded
+from services import settings as settings_module
+from services.contracts import Submission
+from services.policies.cache import PolicyCache
+from services.policies.policy import BUILT_IN
+from services.policies.registry import PolicyRegistry
+from services.policies.shared import SharedCopies
+from services.settings import Settings
+
+LOOK_UPS = 200_000
+ASKED = 2_000
+EVERY_S = 0.3
+CHOOSE_EVERY_S = 0.002
+
+
+def parts(settings: Settings) -> tuple[PolicyRegistry, SharedCopies]:
+    return PolicyRegistry.from_settings(settings), SharedCopies(settings.redis_url, settings.policy_bucket)
+
+
+async def look_ups(settings: Settings) -> dict[str, float]:
+    """Microseconds of one look-up, local and through Redis."""
+    registry, shared = parts(settings)
+    submissions = [Submission(id=f"upl-{n}", uri="s3://uploads/a") for n in range(1000)]
+    async with PolicyCache(registry, shared) as cache:
+        await cache.choose(submissions[0])
+        started = time.perf_counter()
+        for n in range(LOOK_UPS):
+            await cache.choose(submissions[n % 1000])
+        local_us = (time.perf_counter() - started) / LOOK_UPS * 1e6
+    started = time.perf_counter()
+    for _ in range(ASKED):
+        await shared.newest_change("default")
+    redis_us = (time.perf_counter() - started) / ASKED * 1e6
+    await shared.close()
+    return {"look_up_us": local_us, "redis_us": redis_us, "ratio": redis_us / local_us}
+
+
+async def observe(seconds: float) -> None:
+    """A process that judges: prints a line when its version changes, and one at the end."""
+    registry, shared = parts(settings_module.load())
+    last, chosen, longest_s = 0, 0, 0.0
+    async with PolicyCache(registry, shared) as cache:
+        await cache.choose(Submission(id="first", uri="s3://uploads/a"))
+        print(json.dumps({"ready": True}), flush=True)
+        end = time.monotonic() + seconds
+        while (now := time.monotonic()) < end:
+            version = (await cache.choose(Submission(id=f"upl-{chosen}", uri="s3://uploads/a"))).policy.identity.version
+            chosen += 1
+            longest_s = max(longest_s, time.monotonic() - now)
+            if version != last:
+                print(json.dumps({"version": version, "at": time.monotonic()}), flush=True)
+                last = version
+            await asyncio.sleep(CHOOSE_EVERY_S)
+    print(json.dumps({"chosen": chosen, "longest_s": longest_s}), flush=True)
+    await shared.close()
+
+
+async def changes(settings: Settings, count: int, processes: int) -> dict[str, float]:
+    """Activate versions one after the other; seconds until each process had each of them."""
+    registry, shared = parts(settings)
+    for number in range(count):
+        registry.publish(BUILT_IN.model_copy(update={"description": f"number {number}"}))
+    command = [sys.executable, __file__, "--observe", str(count * (EVERY_S + 0.25) + 10)]
+    children = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220 - nothing else runs here yet
+        for _ in range(processes)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        await asyncio.to_thread(child.stdout.readline)
+    done: dict[int, float] = {}
+    for number in range(count):
+        change = await asyncio.to_thread(registry.activate, "default", number + 2, who="benchmark")
+        done[number + 2] = time.monotonic()
+        await shared.offer("default", change)
+        await asyncio.sleep(EVERY_S)
+    outputs = await asyncio.gather(*(asyncio.to_thread(child.communicate) for child in children))
+    lines = [[json.loads(line) for line in output.splitlines()] for output, _ in outputs]
+    seen = [{line["version"]: line["at"] for line in of_one if "version" in line} for of_one in lines]
+    delays = sorted(max(0.0, of_one[v] - at) for of_one in seen for v, at in done.items() if v in of_one)
+    await shared.close()
+    return {
+        "changes": count,
+        "processes": processes,
+        "missed": sum(v not in of_one for of_one in seen for v in done),
+        "failed": sum(child.returncode != 0 for child in children),
+        "chosen": sum(of_one[-1]["chosen"] for of_one in lines),
+        "longest_choice_ms": max(of_one[-1]["longest_s"] for of_one in lines) * 1000,
+        "propagation_p50_ms": statistics.median(delays) * 1000,
+        "propagation_p99_ms": delays[int(0.99 * len(delays))] * 1000,
+        "propagation_max_ms": delays[-1] * 1000,
+    }
+
+
+@contextmanager
+def backends() -> Iterator[Settings]:
+    with embedded.backends(os.environ) as variables:
+        os.environ.update(variables)
+        settings = settings_module.load()
+        PolicyRegistry.from_settings(settings).publish_built_in()
+        yield settings
+
+
+def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    with backends() as settings:
+        return asyncio.run(look_ups(settings)) | asyncio.run(changes(settings, arguments.changes, arguments.processes))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--changes", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--json", action="store_true", help="end with one JSON line on stdout")
+    parser.add_argument("--observe", type=float, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.observe:
+        asyncio.run(observe(given.observe))
+    else:
+        found = {name: round(value, 3) for name, value in main(given).items()}
+        print(json.dumps(found) if given.json else "\n".join(f"{name:<20} {value}" for name, value in found.items()))
