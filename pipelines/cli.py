@@ -114,6 +114,30 @@ def verdicts(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def replay(
+    verdict_id: Annotated[str, typer.Argument(metavar="VERDICT_ID")],
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON object.")] = False,
+) -> None:
+    """Judge again what a verdict was about, and say whether the same comes of it. Nothing is published."""
+    from pipelines import client
+    from pipelines import replay as replaying
+
+    settings = settings_module.load("stream_url", "ray_address")
+    verdict = asyncio.run(replaying.find(verdict_id, settings))
+    replayed = replaying.replay(verdict, settings, progress=_say)
+    if as_json:
+        typer.echo(replayed.to_json())
+    else:
+        found = map(str, replayed.differences) if replayed.differences else [client.one_line(replayed.after)]
+        typer.echo("\n".join(found))
+    for note in replayed.notes:
+        _say(f"note: {note}")
+    if not replayed.reproduced:
+        raise SluiceError(f"verdict {verdict_id} was not reproduced; fields that differ: {len(replayed.differences)}")
+    _say(f"verdict {verdict_id} was reproduced")
+
+
 @app.command(hidden=True)
 def schemas(folder: Path) -> None:
     """Export the JSON Schemas of the wire."""

@@ -8,12 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
+from pipelines.uploads import Uploads
 from services.contracts import Submission, Verdict, decode_json
-from services.errors import ConfigurationError, Malformed, SluiceError, StoreUnavailable
+from services.errors import ConfigurationError, Malformed, SluiceError
 from services.settings import Settings
 from services.streams.connect import open_publisher, open_reader
 from services.streams.transport import Record
@@ -34,7 +31,7 @@ def read_references(
         if reference == "-":
             yield from _read_lines(lines)
         else:
-            uri = reference if reference.startswith("s3://") else _upload(Path(reference), settings)
+            uri = reference if reference.startswith("s3://") else Uploads(settings).put_file(Path(reference)).uri
             yield _parse(
                 {
                     "id": str(uuid.uuid4()),
@@ -125,20 +122,3 @@ def _parse(document: object, where: str) -> Submission:
         return Submission.parse(document)
     except Malformed as error:
         raise ConfigurationError(f"{where} cannot be submitted: {error}") from None
-
-
-def _upload(file: Path, settings: Settings) -> str:
-    if not file.is_file():
-        raise ConfigurationError(f"{file} is neither a file nor an s3:// URI")
-    if not settings.s3_buckets:
-        raise ConfigurationError("SLUICE_S3_BUCKETS is not set; files are uploaded to the first bucket it names")
-    bucket, key = settings.s3_buckets[0], f"submitted/{uuid.uuid4()}/{file.name}"
-    s3 = boto3.client("s3", endpoint_url=settings.s3_endpoint, config=Config(retries={"mode": "standard"}))
-    try:
-        with file.open("rb") as body:
-            s3.put_object(Bucket=bucket, Key=key, Body=body)
-    except OSError as error:
-        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
-    except (BotoCoreError, ClientError) as error:
-        raise StoreUnavailable(f"{file} cannot be uploaded to the bucket {bucket}: {error}") from error
-    return f"s3://{bucket}/{key}"

@@ -9,7 +9,7 @@ from typing import Final
 from services.settings import Settings
 
 ENV_FILE: Final = Path(".sluice/env")
-_CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+_OTHERS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "RAY_AUTH_MODE")
 _SECRET: Final = {"kafka_options"}  # may hold a password; whoever runs the commands has it in the environment
 
 
@@ -22,15 +22,15 @@ def read(file: Path = ENV_FILE) -> dict[str, str]:
 
 
 @contextmanager
-def written(settings: Settings, embedded: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
+def written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
     """Keep the settings in `file`, readable by its owner only, for as long as the block runs.
 
-    `embedded` are the variables that reach the embedded backends: the credentials among them, and no others, are
-    written too.
+    `others` are the variables that reach the embedded backends and Ray: the credentials of the backends and Ray's way
+    to authenticate among them are written too, and nothing else.
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude=_SECRET)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
-    lines += [f"{name}={embedded[name]}" for name in _CREDENTIALS if name in embedded]
+    lines += [f"{name}={others[name]}" for name in _OTHERS if name in others]
     content = "\n".join(lines) + "\n"
 
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

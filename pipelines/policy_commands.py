@@ -28,6 +28,10 @@ Version = Annotated[str, typer.Argument(metavar="NAME@V")]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 Why = Annotated[str, typer.Option("--why", help="Kept in the history.")]
 Who = Annotated[str | None, typer.Option("--who", help="Kept in the history; your user name unless given.")]
+Bound = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="SHARE", help="Beyond it the exit status is 1; 0.01 is a percentage point."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 _NOTHING: Final = ""
@@ -158,6 +162,63 @@ def diff(before: Version, after: Version) -> None:
 
 
 @app.command()
+def backtest(
+    policy: Version,
+    against: Annotated[str, typer.Option(metavar="NAME@V", help="The version that judges now.")],
+    sample: Annotated[int, typer.Option(min=1, metavar="N", help="Recent submissions to judge, at most.")] = 1000,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the images that flip.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    max_block_rate: Bound = None,
+    max_review_rate: Bound = None,
+    max_block_increase: Bound = None,
+    max_review_increase: Bound = None,
+    max_flips: Bound = None,
+    max_errors: Bound = None,
+) -> None:
+    """Judge recent submissions by a version and by the one it would replace, and say what would change.
+
+    Nothing is published or acted upon, and live submissions go first.
+    """
+    from pipelines import backtesting  # noqa: PLC0415 - it takes SciPy
+    from pipelines.backtest import Bounds  # noqa: PLC0415
+    from pipelines.backtest_page import render  # noqa: PLC0415
+
+    bounds = Bounds(
+        max_block_rate=max_block_rate,
+        max_review_rate=max_review_rate,
+        max_block_increase=max_block_increase,
+        max_review_increase=max_review_increase,
+        max_flips=max_flips,
+        max_errors=max_errors,
+    )
+    settings = settings_module.load("policy_bucket", "redis_url", "s3_buckets", "ray_address")
+    registry = PolicyRegistry.from_settings(settings)
+    for version in (policy, against):
+        registry.get(*_pinned(version))
+    if html and not html.parent.is_dir():
+        raise ConfigurationError(f"{html} cannot be written: there is no folder {html.parent}")
+    report, pairs = backtesting.backtest(
+        before=against,
+        after=policy,
+        count=sample,
+        pictures=html is not None,
+        settings=settings,
+        progress=lambda line: typer.echo(line, err=True),
+    )
+    exceeded = report.exceeded(bounds)
+    if html:
+        _write(html, render(report, pairs, exceeded=exceeded))
+    if as_json:
+        typer.echo(json.dumps(report.model_dump(mode="json") | {"exceeded": exceeded}))
+    else:
+        typer.echo("\n".join(report.lines()))
+    for sentence in exceeded:
+        typer.echo(sentence, err=True)
+    if exceeded:
+        raise typer.Exit(1)
+
+
+@app.command()
 def history(policy: Name, as_json: AsJson = False) -> None:
     """Print every change of a policy's roll-out, oldest first."""
     for change in PolicyRegistry.from_settings(_settings()).history(_name(policy)):
@@ -169,6 +230,13 @@ def _read(file: Path) -> Any:
         return read_document(file.read_bytes(), str(file))
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _settings() -> Settings:

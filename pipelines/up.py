@@ -56,7 +56,8 @@ class Stopped(BaseException):
 def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
     """Start everything, yield when all of it is ready, drain it at the end. For the main thread only.
 
-    Yields the settings, and the variables that reach the embedded backends (none without `embed`).
+    Yields the settings, with the address of the Ray cluster, and the other variables that a client needs: those that
+    reach the embedded backends (none without `embed`), and whether Ray wants its token.
 
     Raises:
         ConfigurationError: what keeps it from starting, and what to do.
@@ -84,7 +85,7 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
             handle = _deploy(settings.model_copy(update={"log_file": log_file}), progress)
             stack.callback(_drain, handle, settings, progress)
             end_s += settings.drain_s
-            yield settings, variables
+            yield _as_clients_need_them(settings), {**variables, **_ray_authentication()}
         finally:
             limit_end(end_s)
             stack.close()
@@ -222,6 +223,16 @@ def _ray(settings: Settings) -> Iterator[None]:
         with suppress(Exception), redirect_stdout(StringIO()):
             serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
         ray.shutdown()
+
+
+def _as_clients_need_them(settings: Settings) -> Settings:
+    address = settings.ray_address or ray.get_runtime_context().gcs_address
+    return settings.model_copy(update={"ray_address": address})
+
+
+def _ray_authentication() -> dict[str, str]:
+    # Ray has set it here where it started a cluster; it does not do so in a process that joins one by its address.
+    return {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
 
 
 def _deploy(settings: Settings, progress: Progress) -> DeploymentHandle:
