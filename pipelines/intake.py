@@ -3,86 +3,119 @@
 import asyncio
 import itertools
 import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
+from pipelines.turns import NewestEvents, Turns
 from services import telemetry
-from services.contracts import DeadLetter
-from services.errors import ConfigurationError, NotOwned, StreamUnavailable, Unjudgeable
-from services.moderation import Moderation
+from services.contracts import DeadLetter, Priority, attempts_before, producer_headers
+from services.errors import (
+    ConfigurationError,
+    Expired,
+    Forbidden,
+    GuardFailed,
+    NotFound,
+    NotOwned,
+    StreamUnavailable,
+    Unjudgeable,
+    UnknownPolicy,
+)
+from services.moderation import Judgement, Moderation, unjudged
+from services.patience import GiveUps
 from services.policies.sample import Sample
 from services.settings import Settings
 from services.streams.formats import Accepted, Rejected, parse
 from services.streams.transport import Message, Record, Transport
 
 _RECEIVE_S: Final = 0.5
+_WATCH_S: Final = 1.0
 _LAG_EVERY_S: Final = 5.0
 _DETAIL_LIMIT: Final = 500
 _PAUSES_AFTER_FAULT_S: Final = (1, 5, 30)
+_DOUBT_S: Final = 15.0
+"""How long a submission waits that cannot be judged, while nothing else can be either."""
+
+_DOUBTFUL: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
+"""What a wrong setting or a broken part makes of every submission, not only of those that deserve it."""
+_DOUBTFUL_IN_A_ROW: Final = 500
+_DOUBTFUL_PER_SUCCESS: Final = 10.0
 
 log = logging.getLogger(__name__)
 
 
-class Intake:
-    """Keeps a bounded number of submissions in flight between a transport and the moderation path.
+class _Work:
+    """One message that this member holds."""
 
-    A message is settled once, with the outputs of all its submissions. Whatever is not settled when the member ends
-    comes back to another one.
-    """
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self.since = time.monotonic()
+        self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def __init__(
-        self, transport: Transport, moderation: Moderation, settings: Settings, sample: Sample | None = None
-    ) -> None:
-        self._transport = transport
-        self._moderation = moderation
-        self._settings = settings
-        self._sample = sample
-        self._slots = asyncio.Semaphore(settings.in_flight)
-        self._handling: set[asyncio.Task[None]] = set()
-        self._draining = False
-        self._receiving = asyncio.create_task(self._receive())
-        self._reporting = asyncio.create_task(self._report_lag())
 
-    def check(self) -> None:
-        """Raise what made the member stop receiving, if anything did."""
-        if self._receiving.done() and not self._draining:
-            self._receiving.result()
-            raise RuntimeError("intake stopped receiving")
+class _Blocked(Exception):
+    """The message was given up, because it holds up too many others."""
 
-    async def drain(self) -> None:
-        """Receive no more, finish what is in flight within `drain_s`, then leave the group. Safe to repeat."""
-        if self._draining:
-            await asyncio.wait([self._receiving])
-            return
-        self._draining = True
-        self._reporting.cancel()
-        await asyncio.wait([self._receiving])
-        if self._handling:
-            _, late = await asyncio.wait(self._handling, timeout=self._settings.drain_s)
-            for task in late:
-                task.cancel()
-            if late:
-                log.warning("%d submissions are left to other members: they were not judged in time", len(late))
-                await asyncio.wait(late)
-        await self._transport.close()
 
-    async def _receive(self) -> None:
-        while not self._draining:
-            free = self._settings.in_flight - len(self._handling)
-            if free <= 0:
-                await asyncio.wait(self._handling, timeout=_RECEIVE_S, return_when=asyncio.FIRST_COMPLETED)
-                continue
-            for message in await self._transport.receive(free, _RECEIVE_S):
-                task = asyncio.create_task(self._handle(message), name=message.source)
-                self._handling.add(task)
-                task.add_done_callback(self._handling.discard)
-            telemetry.IN_FLIGHT.set(len(self._handling))
+class Lane:
+    """The messages of one stream: a bounded number at a time, in order where they share a key."""
 
-    async def _handle(self, message: Message) -> None:
+    def __init__(self, transport: Transport, intake: "Intake", limit: int, priority: Priority) -> None:
+        self.transport = transport
+        self.priority = priority
+        self.works: dict[str, _Work] = {}
+        """By the messages' sources."""
+        self.handling: set[asyncio.Task[None]] = set()
+        self._intake = intake
+        self._limit = limit
+        self._slots = asyncio.Semaphore(limit)
+        self._turns = Turns()
+        self._newest = NewestEvents()
+
+    @property
+    def room(self) -> int:
+        """How many more messages may be held."""
+        return self._limit - len(self.handling)
+
+    async def receive(self) -> None:
+        """Take what there is room for and start to work on it."""
+        for message in await self.transport.receive(self.room, _RECEIVE_S):
+            task = asyncio.create_task(self._handle(_Work(message)), name=message.source)
+            self.handling.add(task)
+            task.add_done_callback(self.handling.discard)
+
+    def give_up_blockers(self, deadline_s: float, give_ups: GiveUps) -> None:
+        """End those messages that have held up a full window for `deadline_s`."""
+        for message in self.transport.blocked():
+            work = self.works.get(message.source)
+            late = work is not None and time.monotonic() - work.since > deadline_s
+            if work and late and not work.given_up.done() and give_ups.take():
+                log.error("%s holds up its partition, it is given up", message.source)
+                work.given_up.set_result(None)
+
+    async def _handle(self, work: _Work) -> None:
+        # Up to the first await, messages come here in the order in which they were received.
+        message = work.message
+        entries = parse(message)
+        accepted = [entry for entry in entries if isinstance(entry, Accepted)]
+        for entry in accepted:
+            self._newest.add(entry)
+        turn = self._turns.join(entry.key for entry in accepted)
+        self.works[message.source] = work
+        try:
+            await turn.comes()
+            await self._settle(work, entries)
+        finally:
+            del self.works[message.source]
+            self._turns.end(turn)
+
+    async def _settle(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> None:
+        message = work.message
         for pause_s in itertools.chain(_PAUSES_AFTER_FAULT_S, itertools.repeat(_PAUSES_AFTER_FAULT_S[-1])):
             try:
-                ends = await asyncio.gather(*(self._conclude(entry, message) for entry in parse(message)))
-                await self._transport.settle(message, [record for records in ends for record in records])
+                await self.transport.settle(message, await self._outputs(work, entries))
                 return
             except NotOwned:
                 log.info("%s went to another member", message.source)
@@ -92,17 +125,139 @@ class Intake:
             except Exception:
                 # A fault of Sluice itself must cost neither this message nor the others.
                 log.exception("%s could not be handled, next try in %d s", message.source, pause_s)
-            await asyncio.sleep(pause_s)
+            await asyncio.wait({work.given_up}, timeout=pause_s)
 
-    async def _conclude(self, entry: Accepted | Rejected, message: Message) -> list[Record]:
-        """The outputs of one entry: its verdict, and a shadow's where there is one, or its dead letter."""
+    async def _outputs(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> list[Record]:
+        """The outputs of all entries; those with the same key one after the other."""
+        lines: defaultdict[bytes | None, list[Accepted | Rejected]] = defaultdict(list)
+        for entry in entries:
+            lines[entry.key if isinstance(entry, Accepted) else None].append(entry)
+
+        async def in_turn(line: list[Accepted | Rejected]) -> list[Record]:
+            return [record for entry in line for record in await self._conclude(work, entry)]
+
+        ended = await asyncio.gather(*map(in_turn, lines.values()))
+        return [record for records in ended for record in records]
+
+    async def _conclude(self, work: _Work, entry: Accepted | Rejected) -> list[Record]:
         if isinstance(entry, Rejected):
-            return [self._dead_letter(entry.original, entry.error, entry.error.submission_id, message)]
+            return [self._intake.dead_letter(work.message, entry.original, entry.error, entry.error.submission_id)]
+        if self.priority == "backfill":
+            entry = Accepted(
+                entry.submission.model_copy(update={"priority": "backfill"}), entry.key, entry.original, entry.sequencer
+            )
         async with self._slots:
+            if self._newest.has_overtaken(entry):
+                return self._intake.verdicts(entry, Judgement(unjudged(entry.submission, "superseded")))
+            return await self._intake.conclude(work, entry)
+
+
+class Intake:
+    """Keeps a bounded number of submissions in flight between the streams and the moderation path.
+
+    A message is settled once, with the outputs of all its submissions. Whatever is not settled when the member ends
+    comes back to another one. The stream of backfill is read when less than half of the live lane is taken.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        moderation: Moderation,
+        settings: Settings,
+        sample: Sample | None = None,
+        backfill: Transport | None = None,
+    ) -> None:
+        self._moderation = moderation
+        self._settings = settings
+        self._sample = sample
+        self._live = Lane(transport, self, settings.in_flight, "live")
+        self._lanes = [self._live]
+        if backfill:
+            self._lanes.append(Lane(backfill, self, max(1, settings.in_flight // 2), "backfill"))
+        self._give_ups = GiveUps()
+        self._doubtful = GiveUps(_DOUBTFUL_PER_SUCCESS, _DOUBTFUL_IN_A_ROW, _DOUBTFUL_IN_A_ROW)
+        self._draining = False
+        self._receiving = [asyncio.create_task(self._receive(lane)) for lane in self._lanes]
+        self._watching = [asyncio.create_task(self._report_lag()), asyncio.create_task(self._watch())]
+
+    def check(self) -> None:
+        """Raise what made the member stop receiving, if anything did."""
+        for task in self._receiving:
+            if task.done() and not self._draining:
+                task.result()
+                raise RuntimeError("intake stopped receiving")
+
+    async def drain(self) -> None:
+        """Receive no more, finish what is in flight within `drain_s`, then leave the groups. Safe to repeat."""
+        if self._draining:
+            await asyncio.wait(self._receiving)
+            return
+        self._draining = True
+        for task in self._watching:
+            task.cancel()
+        await asyncio.wait(self._receiving)
+        if handling := set().union(*(lane.handling for lane in self._lanes)):
+            _, late = await asyncio.wait(handling, timeout=self._settings.drain_s)
+            for task in late:
+                task.cancel()
+            if late:
+                log.warning("%d submissions are left to other members: they were not judged in time", len(late))
+                await asyncio.wait(late)
+        await asyncio.gather(*(lane.transport.close() for lane in self._lanes))
+
+    async def conclude(self, work: _Work, entry: Accepted) -> list[Record]:
+        """The outputs of one submission: its verdict, and a shadow's where there is one, or its dead letter."""
+        submission = entry.submission
+        while True:
             try:
-                judgement = await self._moderation.judge(entry.submission)
+                judgement = await self._judge(work, entry)
+            except _Blocked:
+                if self._settings.blocked_as == "needs_review":
+                    verdict = unjudged(submission, "needs_review", reason="blocked", action="review")
+                    return self.verdicts(entry, Judgement(verdict))
+                error = Expired(f"it held up its partition for {self._settings.blocked_deadline_s:g} s")
+                return [self.dead_letter(work.message, entry.original, error, submission.id)]
             except Unjudgeable as error:
-                return [self._dead_letter(entry.original, error, entry.submission.id, message)]
+                if not isinstance(error, _DOUBTFUL) or self._doubtful.take():
+                    return [self.dead_letter(work.message, entry.original, error, submission.id)]
+                # A wrong bucket policy or a broken checkpoint must not empty the stream into the dead letters.
+                log.error("nothing can be judged any more, so submission %s waits: %s", submission.id, error)
+                telemetry.WAITS.inc(1, {"error": type(error).__name__})
+                await asyncio.wait({work.given_up}, timeout=_DOUBT_S)
+            else:
+                self._give_ups.succeeded()
+                self._doubtful.succeeded()
+                return self.verdicts(entry, judgement)
+
+    async def _judge(self, work: _Work, entry: Accepted) -> Judgement:
+        """
+        Raises:
+            _Blocked: the message was given up.
+            Expired: the submission could not be judged in time, while others were.
+            Unjudgeable: it never can be.
+        """
+        judging = asyncio.ensure_future(self._moderation.judge(entry.submission))
+        either: set[asyncio.Future[Any]] = {judging, work.given_up}
+        patience_s = self._settings.judge_deadline_s
+        try:
+            while True:
+                await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                if judging.done():
+                    return judging.result()
+                if work.given_up.done():
+                    raise _Blocked
+                if self._give_ups.take():
+                    raise Expired(
+                        f"it could not be judged within {self._settings.judge_deadline_s:g} s, while others were"
+                    )
+                patience_s = _DOUBT_S
+        finally:
+            if not judging.done():
+                judging.cancel()
+                await asyncio.wait({judging})
+
+    def verdicts(self, entry: Accepted, judgement: Judgement) -> list[Record]:
+        """The records of a judgement."""
         verdict, shadow = judgement.verdict, judgement.shadow
         telemetry.SUBMISSIONS.inc(1, {"end": verdict.outcome, "reason": verdict.reason or ""})
         if self._sample:
@@ -112,24 +267,46 @@ class Intake:
             records.append(Record(self._settings.shadow_verdicts_stream, shadow.model_dump_json().encode(), entry.key))
         return records
 
-    def _dead_letter(self, original: bytes, error: Unjudgeable, submission_id: str | None, message: Message) -> Record:
+    def dead_letter(self, message: Message, original: bytes, error: Unjudgeable, submission_id: str | None) -> Record:
+        """The record of a submission that can never be judged."""
         letter = DeadLetter(
             submission_id=submission_id,
             reason=error.reason,
             detail=" ".join(str(error).split())[:_DETAIL_LIMIT],
-            attempts=message.attempts,
+            attempts=message.attempts + attempts_before(message.headers),
             source=message.source,
             failed_at=datetime.now(UTC),
         )
         telemetry.SUBMISSIONS.inc(1, {"end": "dead_letter", "reason": letter.reason})
         log.info("submission %s is a dead letter: %s", submission_id, letter.reason)
-        return Record(self._settings.dead_letters_stream, original, message.key, letter.headers())
+        headers = (*producer_headers(message.headers), *letter.headers())
+        return Record(self._settings.dead_letters_stream, original, message.key, headers)
+
+    async def _receive(self, lane: Lane) -> None:
+        while not self._draining:
+            has_room = lane.room > 0
+            if lane is not self._live and self._live.room < self._settings.in_flight / 2:
+                has_room = False
+            if has_room:
+                await lane.receive()
+                telemetry.IN_FLIGHT.set(sum(len(each.handling) for each in self._lanes))
+            elif lane.room > 0:
+                await asyncio.sleep(_RECEIVE_S)
+            else:
+                await asyncio.wait(lane.handling, timeout=_RECEIVE_S, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for lane in self._lanes:
+                lane.give_up_blockers(self._settings.blocked_deadline_s, self._give_ups)
 
     async def _report_lag(self) -> None:
         while True:
-            try:
-                for partition, waiting in (await self._transport.lag()).by_partition.items():
-                    telemetry.LAG.set(waiting, {"partition": str(partition)})
-            except StreamUnavailable as error:
-                log.warning("the lag is not known: %s", error)
+            for lane in self._lanes:
+                try:
+                    for partition, waiting in (await lane.transport.lag()).by_partition.items():
+                        telemetry.LAG.set(waiting, {"priority": lane.priority, "partition": str(partition)})
+                except StreamUnavailable as error:
+                    log.warning("the lag is not known: %s", error)
             await asyncio.sleep(_LAG_EVERY_S)

@@ -61,7 +61,9 @@ class IntakeDeployment:
         )
         sample = await enter(Sample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
-        self._intake = Intake(await open_transport(settings, member), self._moderation, settings, sample)
+        backfill = await open_transport(backfill_settings(settings), member) if settings.backfill_stream else None
+        live = await open_transport(settings, member)
+        self._intake = Intake(live, self._moderation, settings, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 
     async def judge_under(
@@ -85,6 +87,13 @@ class IntakeDeployment:
 
     async def __del__(self) -> None:
         await self._closing.aclose()
+
+
+def backfill_settings(settings: Settings) -> Settings:
+    """Those of the stream of backfill, which has a group of its own."""
+    return settings.model_copy(
+        update={"submissions_stream": settings.backfill_stream, "group": f"{settings.group}.backfill"}
+    )
 
 
 def application(settings: Settings, *, guard_gpus: float) -> Application:

@@ -5,16 +5,13 @@
 What it needs comes as arguments, so that the stream, the gateway and data sets share it.
 """
 
-import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol, TypeVar
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from services import telemetry
 from services.contracts import (
@@ -23,19 +20,21 @@ from services.contracts import (
     Detail,
     Effort,
     ObjectReference,
+    Outcome,
     Policy,
     PolicyChoice,
     PreparedImage,
     Priority,
+    ReviewReason,
     StoredObject,
     Submission,
     Timings,
     Verdict,
     verdict_id,
 )
-from services.errors import GuardFailed, Unavailable, UnreadableAnswer
+from services.errors import GuardFailed, UnreadableAnswer
+from services.patience import patiently
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -265,25 +264,44 @@ def decide(assessment: Assessment, policy: Policy) -> Action:
     return "review" if assessment.score >= thresholds.review else "allow"
 
 
-async def patiently(step: Callable[[], Awaitable[T]]) -> T:
-    """Repeat `step` with full jitter, up to 10 s apart, for as long as something it needs is away."""
-
-    def count(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        telemetry.WAITS.inc(1, {"error": type(error).__name__})
-        log.log(logging.WARNING if state.attempt_number == 3 else logging.DEBUG, "waiting: %s", error)
-
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(Unavailable),
-        wait=wait_random_exponential(multiplier=0.2, max=10),
-        before_sleep=count,
-        reraise=True,
+def unjudged(
+    submission: Submission, outcome: Outcome, *, reason: ReviewReason | None = None, action: Action | None = None
+) -> Verdict:
+    """The end of a submission that nothing was asked about: overtaken, or holding up all others."""
+    now = datetime.now(UTC)
+    submitted_at = submission.submitted_at or now
+    waited_ms = max(0, round((now - submitted_at).total_seconds() * 1000))
+    return Verdict(
+        verdict_id=verdict_id(
+            submission_id=submission.id,
+            uri=submission.uri,
+            object_version=submission.version_id or submission.etag or "",
+            policy_digest="",
+            model_revision="",
+        ),
+        submission_id=submission.id,
+        uri=submission.uri,
+        version_id=submission.version_id,
+        etag=submission.etag,
+        sha256=None,
+        tenant=submission.tenant,
+        outcome=outcome,
+        reason=reason,
+        rating=None,
+        category=None,
+        rationale=None,
+        score=None,
+        action=action,
+        policy=None,
+        model=None,
+        effort=None,
+        source=None,
+        image=None,
+        timings_ms=Timings(queued=waited_ms, total=waited_ms),
+        metadata=submission.metadata,
+        submitted_at=submitted_at,
+        judged_at=now,
     )
-
-    async def attempt() -> T:
-        return await step()  # tenacity awaits coroutine functions only, not whatever returns an awaitable
-
-    return await retrying(attempt)
 
 
 def _verdict(

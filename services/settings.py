@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     submissions_stream: str = "sluice.submissions"
     verdicts_stream: str = "sluice.verdicts"
     dead_letters_stream: str = "sluice.dead-letters"
+    backfill_stream: str = Field(
+        "sluice.submissions.backfill", description="submissions that wait for live ones; empty: none are read"
+    )
     shadow_verdicts_stream: str = "sluice.shadow-verdicts"
     kafka_options: dict[str, Any] = Field(
         default_factory=dict,
@@ -66,6 +69,13 @@ class Settings(BaseSettings):
     intake_replicas: Positive = 1
     in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")
     image_memory_bytes: Positive = Field(1 << 30, description="memory for images in flight, per intake replica")
+    judge_deadline_s: PositiveSeconds = Field(
+        3600, description="a submission that cannot be judged for this long, while others are, is a dead letter"
+    )
+    blocked_deadline_s: PositiveSeconds = Field(
+        600, description="Kafka: a submission that holds up a full window for this long ends as blocked_as says"
+    )
+    blocked_as: Literal["needs_review", "dead_letter"] = "needs_review"
     drain_s: Annotated[float, Field(ge=0)] = Field(30, description="time for work in flight after SIGTERM")
 
     # Images

@@ -69,7 +69,9 @@ BREAKER_TRIPS: Final = Counter(
 IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake replica is working on.")
 
 LAG: Final = Gauge(
-    "sluice_lag", "Messages published and not settled, for the whole group, by partition.", tag_keys=("partition",)
+    "sluice_lag",
+    "Messages published and not settled, for the whole group, by priority (live, backfill) and partition.",
+    tag_keys=("priority", "partition"),
 )
 
 

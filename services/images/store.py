@@ -19,6 +19,7 @@ from services.contracts import ObjectReference, StoredObject
 from services.errors import Changed, Forbidden, NotFound, StoreUnavailable, TooLarge, Unjudgeable
 from services.images.budget import ByteBudget
 from services.images.cutoff import Cutoff, watch_connections
+from services.images.throttle import AdaptiveLimit, Throttled
 from services.settings import Settings
 
 _CONNECTIONS_LIMIT: Final = 32
@@ -53,16 +54,14 @@ _OURS: Final = frozenset(
 """Credentials, clock or region of Sluice itself are wrong: no fault of any submission, so all of them wait."""
 _THROTTLED: Final = frozenset(
     {
-        "InternalError",
-        "OperationAborted",
-        "RequestTimeout",
-        "ServiceUnavailable",
+        "RequestLimitExceeded",
         "SlowDown",
         "Throttling",
         "ThrottlingException",
         "TooManyRequests",
     }
 )
+_PASSING: Final = frozenset({"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"})
 _ABSENT: Final = frozenset(
     {"InvalidBucketName", "KeyTooLongError", "MethodNotAllowed", "NoSuchBucket", "NoSuchKey", "NoSuchVersion"}
 )
@@ -84,7 +83,7 @@ class ObjectStore:
         self._buckets = frozenset(settings.s3_buckets)
         self._limit_bytes = settings.image_limit_bytes
         self._deadline_s = settings.fetch_deadline_s
-        self._slots = asyncio.Semaphore(connections)
+        self._requests = AdaptiveLimit(connections)
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fetch")
         self._client = boto3.session.Session().client(
             "s3",
@@ -116,7 +115,7 @@ class ObjectStore:
         """
         self._check(reference)
         async with AsyncExitStack() as reserved:
-            async with self._slots:
+            async with self._requests.request():
                 stored = await self._fetch(reference, reserved)
             yield stored
 
@@ -264,8 +263,9 @@ def _meaning(error: ClientError, reference: ObjectReference) -> Unjudgeable | St
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code in _OURS:
         return StoreUnavailable(f"the object store refuses Sluice's credentials or region: {code}: {text}")
-    if code in _THROTTLED or status >= 500 or status in _TRANSIENT_STATUSES:
-        return StoreUnavailable(f"the object store answers {status} {code}: {text}")
+    if code in _THROTTLED | _PASSING or status >= 500 or status in _TRANSIENT_STATUSES:
+        kind = Throttled if code in _THROTTLED or status == 429 else StoreUnavailable
+        return kind(f"the object store answers {status} {code}: {text}")
     if status == 412 or code == "PreconditionFailed":
         return Changed(f"{reference.uri} no longer has the ETag {reference.etag}")
     if code in _ABSENT or status in (404, 405) or "version id" in text.lower():

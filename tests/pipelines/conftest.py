@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from pipelines.intake import Intake
+from pipelines.stream import backfill_settings
 from services.contracts import DeadLetter, Verdict
 from services.images.prepare import Preparer
 from services.images.store import ObjectStore
@@ -45,7 +46,7 @@ class Bench:
         self.intakes: list[Intake] = []
         self._closing = AsyncExitStack()
 
-    async def start(self, endpoint: str | None = None, **overrides: Any) -> Intake:
+    async def start(self, endpoint: str | None = None, *, with_backfill: bool = False, **overrides: Any) -> Intake:
         """An intake member; `endpoint` names another S3 server for it."""
         settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
         store, preparer = ObjectStore(settings), Preparer(settings, 384)
@@ -60,7 +61,9 @@ class Bench:
             breaker=await self._entered(CircuitBreaker(policies, self.registry, self.shared)),
         )
         sample = await self._entered(Sample(self.shared, size=settings.sample_size))
-        intake = Intake(await open_transport(settings, f"m-{len(self.intakes)}"), moderation, settings, sample)
+        member = f"m-{len(self.intakes)}"
+        backfill = await open_transport(backfill_settings(settings), member) if with_backfill else None
+        intake = Intake(await open_transport(settings, member), moderation, settings, sample, backfill)
         self.intakes.append(intake)
         return intake
 
@@ -72,10 +75,12 @@ class Bench:
         body = draw(len(key)).jpeg if data is None else data
         return str(self.s3.put_object(Bucket="uploads", Key=key, Body=body)["ETag"]).strip('"')
 
-    async def submit(self, value: bytes | dict[str, Any], key: bytes | None = None, **headers: bytes) -> None:
+    async def submit(
+        self, value: bytes | dict[str, Any], key: bytes | None = None, stream: str = "", **headers: bytes
+    ) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         publisher = await open_publisher(self.settings)
-        await publisher.publish([Record(self.settings.submissions_stream, body, key, tuple(headers.items()))])
+        await publisher.publish([Record(stream or self.settings.submissions_stream, body, key, tuple(headers.items()))])
         await publisher.close()
 
     async def verdicts(self) -> list[Verdict]:
@@ -126,6 +131,7 @@ async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
         model="tiny",
         group=name,
         submissions_stream=f"{name}.submissions",
+        backfill_stream=f"{name}.backfill",
         verdicts_stream=f"{name}.verdicts",
         dead_letters_stream=f"{name}.dead-letters",
         shadow_verdicts_stream=f"{name}.shadow-verdicts",

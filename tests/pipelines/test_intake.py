@@ -1,15 +1,21 @@
 """What goes in by the stream, and what comes out: bad input, outages, hand-over. The guard is scripted."""
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from services.contracts import Assessment, Detail, PreparedImage
+import pytest
+
+from pipelines import intake as intake_module
+from services.contracts import Assessment, Detail, PreparedImage, Priority
 from services.errors import GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.policies.policy import PolicyDocument
 from services.policies.registry import PolicyRegistry
+from services.synthetic import draw
 from tests.end_to_end.corpus import bad_input, events
 from tests.pipelines.conftest import Bench
 from tests.scripted_guard import MODEL, says_safe
@@ -235,21 +241,143 @@ async def test_no_more_in_flight_than_told(bench: Bench) -> None:
         return await says_safe(image, detail)
 
     bench.guard.script = count
-    bench.put("many.jpg")
-    records = [
-        {
-            "eventName": "ObjectCreated:Put",
-            "s3": {"bucket": {"name": "uploads"}, "object": {"key": "many.jpg", "sequencer": f"{number:04x}"}},
-        }
-        for number in range(30)
-    ]
-    await bench.submit({"Records": records})
+    for number in range(30):
+        bench.put(f"many-{number}.jpg")
+    await bench.submit({"Records": [created(f"many-{number}.jpg") for number in range(30)]})
     for number in range(10):
-        await bench.submit({"id": str(number), "uri": "s3://uploads/many.jpg"})
+        await bench.submit({"id": str(number), "uri": f"s3://uploads/many-{number}.jpg"})
     await bench.start(in_flight=4)
     verdicts, letters = await bench.settled(40)
     assert (len(verdicts), letters) == (40, [])
     assert 2 <= most <= 4
+
+
+async def test_submissions_with_the_same_key_are_judged_in_order_and_others_freely(bench: Bench) -> None:
+    judging: list[str] = []
+
+    async def slow_at_first(image: PreparedImage, detail: Detail) -> Assessment:
+        judging.append(image.sha256)
+        await asyncio.sleep(0.5 if len(judging) == 1 else 0)
+        return await says_safe(image, detail)
+
+    bench.guard.script = slow_at_first
+    for name in ("a", "b", "other"):
+        bench.put(f"{name}.jpg", draw(ord(name[0])).jpeg)
+    await bench.submit({"id": "1", "uri": "s3://uploads/a.jpg"}, key=b"user-1")
+    await bench.submit({"id": "2", "uri": "s3://uploads/b.jpg"}, key=b"user-1")
+    await bench.submit({"id": "3", "uri": "s3://uploads/other.jpg"}, key=b"user-2")
+    await bench.start()
+    verdicts, _ = await bench.settled(3)
+    assert [verdict.submission_id for verdict in verdicts] == ["3", "1", "2"]
+
+
+async def test_an_overtaken_event_is_superseded(bench: Bench) -> None:
+    bench.put("again.jpg")
+    for sequencer in ("0A", "0C", "0B"):
+        await bench.submit({"Records": [created("again.jpg", sequencer)]})
+    await bench.start()
+    verdicts, letters = await bench.settled(3)
+    ends = {verdict.submission_id.partition("#")[2]: verdict for verdict in verdicts}
+    assert {sequencer: verdict.outcome for sequencer, verdict in ends.items()} == {
+        "0A": "superseded",
+        "0B": "superseded",
+        "0C": "verdict",
+    }
+    assert letters == []
+    assert ends["0A"].action is None
+    assert ends["0A"].rating is None
+
+
+async def test_backfill_waits_for_live_submissions_and_is_judged_as_such(bench: Bench) -> None:
+    priorities: list[tuple[str, str]] = []
+    assess_each = bench.guard.assess_each
+
+    async def recording(image: PreparedImage, policies: Any, detail: Detail, priority: Priority) -> list[Assessment]:
+        priorities.append((image.sha256, priority))
+        await asyncio.sleep(0.02)
+        return await assess_each(image, policies, detail, priority)
+
+    bench.guard.assess_each = recording  # type: ignore[method-assign]
+    for number in range(40):
+        bench.put(f"{number}.jpg", draw(number).jpeg)
+        backfill = number < 20
+        await bench.submit(
+            {"id": str(number), "uri": f"s3://uploads/{number}.jpg"},
+            stream=bench.settings.backfill_stream if backfill else bench.settings.submissions_stream,
+        )
+    await bench.start(in_flight=4, with_backfill=True)
+    verdicts, letters = await bench.settled(40)
+    assert (len(verdicts), letters) == (40, [])
+    assert sum(priority == "backfill" for _, priority in priorities) == 20
+    order = [int(verdict.submission_id) >= 20 for verdict in verdicts]
+    assert sum(order[:20]) > 14, "most of the first half is live"
+
+
+async def test_a_store_that_denies_everything_does_not_empty_the_stream(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "_DOUBTFUL_IN_A_ROW", 5)
+    monkeypatch.setattr(intake_module, "_DOUBT_S", 0.2)
+    for number in range(20):
+        await bench.submit({"id": str(number), "uri": f"s3://uploads/{bench.settings.group}/{number}.jpg"})
+    await bench.start()
+    await bench.settled(5)
+    await asyncio.sleep(1)
+    _, letters = await bench.settled(5)
+    assert len(letters) == 5, "the others wait, since nothing succeeds"
+    for number in range(20):
+        bench.put(f"{bench.settings.group}/{number}.jpg")
+    verdicts, letters = await bench.settled(20)
+    assert (len(verdicts), len(letters)) == (15, 5)
+
+
+async def test_a_submission_that_blocks_the_line_is_given_up_where_others_succeed(bench: Bench) -> None:
+    bench.put("stuck.jpg", draw(1).jpeg)
+    bench.put("fine.jpg", draw(2).jpeg)
+    stuck = hashlib.sha256(draw(1).jpeg).hexdigest()
+
+    async def script(image: PreparedImage, detail: Detail) -> Assessment:
+        if image.sha256 == stuck:
+            await asyncio.sleep(600)
+        return await says_safe(image, detail)
+
+    bench.guard.script = script
+    await bench.submit({"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
+    intake = await bench.start(blocked_deadline_s=0.1)
+    transport = intake._live.transport
+    transport.blocked = lambda: [w.message for w in intake._live.works.values()]  # type: ignore[method-assign]
+    await asyncio.sleep(2.5)
+    assert await bench.verdicts() == [], "alone, it may be an outage"
+    for number in range(60):
+        await bench.submit({"id": str(number), "uri": "s3://uploads/fine.jpg"}, key=str(number).encode())
+    verdicts, letters = await bench.settled(61)
+    assert letters == []
+    (blocked,) = [verdict for verdict in verdicts if verdict.submission_id == "stuck"]
+    assert (blocked.outcome, blocked.reason, blocked.action) == ("needs_review", "blocked", "review")
+
+
+async def test_a_submission_that_takes_too_long_expires_where_others_succeed(bench: Bench) -> None:
+    bench.put("stuck.jpg", draw(1).jpeg)
+    bench.put("fine.jpg", draw(2).jpeg)
+    stuck = hashlib.sha256(draw(1).jpeg).hexdigest()
+
+    async def script(image: PreparedImage, detail: Detail) -> Assessment:
+        if image.sha256 == stuck:
+            raise GuardUnavailable("hangs")
+        return await says_safe(image, detail)
+
+    bench.guard.script = script
+    for number in range(60):
+        await bench.submit({"id": str(number), "uri": "s3://uploads/fine.jpg"}, key=str(number).encode())
+    await bench.submit({"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
+    await bench.start(judge_deadline_s=2)
+    _, (letter,) = await bench.settled(61)
+    assert (letter.submission_id, letter.reason) == ("stuck", "expired")
+
+
+def created(key: str, sequencer: str = "0A") -> dict[str, Any]:
+    s3 = {"bucket": {"name": "uploads"}, "object": {"key": key, "sequencer": sequencer}}
+    return {"eventName": "ObjectCreated:Put", "s3": s3}
 
 
 async def test_judging_again_gives_the_same_verdict_id(bench: Bench) -> None:
