@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,39 @@ async def test_a_submission_that_takes_too_long_expires_where_others_succeed(ben
 def created(key: str, sequencer: str = "0A") -> dict[str, Any]:
     s3 = {"bucket": {"name": "uploads"}, "object": {"key": key, "sequencer": sequencer}}
     return {"eventName": "ObjectCreated:Put", "s3": s3}
+
+
+async def test_a_change_of_policy_under_load_reaches_every_later_submission(bench: Bench) -> None:
+    bench.put("load.jpg")
+    for number in range(5):
+        bench.registry.publish(PolicyDocument(name="default", description=f"number {number}"))
+    await bench.start()
+    active: list[tuple[datetime, int]] = [(datetime.min.replace(tzinfo=UTC), 1)]
+
+    async def change() -> None:
+        for version in (2, 3, 1, 4, 5, 6):
+            await asyncio.sleep(0.7)
+            done = await asyncio.to_thread(bench.registry.activate, "default", version, who="ann")
+            await bench.shared.offer("default", done)
+            active.append((datetime.now(UTC), version))
+
+    async def load() -> None:
+        for number in range(250):
+            await bench.submit({"id": str(number), "uri": "s3://uploads/load.jpg"}, key=str(number).encode())
+            await asyncio.sleep(0.02)
+
+    await asyncio.gather(change(), load())
+    verdicts, letters = await bench.settled(250)
+    assert (len(verdicts), letters) == (250, [])
+    for verdict in verdicts:
+        received = verdict.submitted_at + timedelta(milliseconds=verdict.timings_ms.queued)
+        # What was active a second before, and each change since; one is noted here a little after it is made.
+        long_ago, just_now = received - timedelta(seconds=1), received + timedelta(seconds=0.2)
+        allowed = {version for at, version in active if long_ago < at <= just_now}
+        allowed.add(next(version for at, version in reversed(active) if at <= long_ago))
+        assert verdict.policy is not None
+        assert verdict.policy.version in allowed
+    assert len({verdict.policy.version for verdict in verdicts if verdict.policy}) >= 5
 
 
 async def test_judging_again_gives_the_same_verdict_id(bench: Bench) -> None:
