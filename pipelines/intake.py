@@ -279,7 +279,7 @@ class Intake:
         )
         telemetry.SUBMISSIONS.inc(1, {"end": "dead_letter", "reason": letter.reason})
         log.info("submission %s is a dead letter: %s", submission_id, letter.reason)
-        headers = (*producer_headers(message.headers), *letter.headers())
+        headers = (*letter.headers(), *producer_headers(message.headers))
         return Record(self._settings.dead_letters_stream, original, message.key, headers)
 
     async def _receive(self, lane: Lane) -> None:

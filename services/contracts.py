@@ -47,6 +47,16 @@ DEFAULT_POLICY: Final = "default"
 METADATA_LIMIT_BYTES: Final = 65_536
 """Metadata travels on into the verdict, which must fit into one message too."""
 
+OWN_HEADERS: Final = "sluice-"
+"""How the names of headers begin that only Sluice sets."""
+
+ATTEMPTS: Final = "sluice-attempts"
+
+REPLAYED_FROM: Final = "sluice-replayed-from"
+"""On a submission that was a dead letter: where that stands. `ATTEMPTS` beside it counts the tries until then."""
+
+_ATTEMPTS_DIGITS: Final = 6
+
 _VERDICT_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "urn:sluice:verdict")
 
 
@@ -264,7 +274,21 @@ class DeadLetter(WireModel):
     @classmethod
     def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self:
         """The inverse of `headers`; headers that are not Sluice's are ignored."""
-        return cls.model_validate({name: value.decode(errors="replace") for name, value in headers})
+        return cls.model_validate(
+            {name: value.decode(errors="replace") for name, value in headers if name.startswith(OWN_HEADERS)}
+        )
+
+
+def producer_headers(headers: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
+    """What a message says besides its value and key, without what only Sluice may say."""
+    return tuple((name, value) for name, value in headers if not name.lower().startswith(OWN_HEADERS))
+
+
+def attempts_before(headers: Iterable[tuple[str, bytes]]) -> int:
+    """How often a replayed submission was tried until it became the dead letter that it was; 0 for any other."""
+    own = {name.lower(): value for name, value in headers}
+    attempts = own.get(ATTEMPTS, b"") if REPLAYED_FROM in own else b""
+    return int(attempts) if attempts.isdigit() and len(attempts) <= _ATTEMPTS_DIGITS else 0
 
 
 @dataclass(frozen=True, slots=True)
