@@ -1,0 +1,224 @@
+"""A policy from its first draft to its rollback, as a new user of `sluice up --embedded` goes about it."""
+
+import getpass
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.contracts import CATEGORIES, NO_CATEGORY
+from services.synthetic import draw
+from tests.end_to_end.outside import SLUICE, RedisStream, Service
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+
+DOCUMENTS = Path(__file__).parents[2] / "services" / "policies" / "documents"
+VIOLENCE = CATEGORIES[1]
+WITHIN_S = 300.0
+DRAIN_S = 10
+ENDS_WITHIN_S = DRAIN_S + 15
+
+
+class User:
+    """Somebody with a terminal in the folder of a running service."""
+
+    def __init__(self, folder: Path, stream: RedisStream) -> None:
+        self.folder = folder
+        self._stream = stream
+
+    def runs(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        """A `sluice` command, which ends with this status and never in a traceback or in lines of Ray's."""
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLUICE_", "AWS_", "RAY_"))
+        }
+        done = subprocess.run(
+            [SLUICE, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=WITHIN_S,
+        )
+        assert done.returncode == status, f"{arguments}:\n{done.stdout}\n{done.stderr}"
+        assert not any(word in done.stdout + done.stderr for word in ("Traceback", "[33m", "gcs_client", "(raylet)"))
+        return done
+
+    def publishes(self, name: str, changes: dict[str, Any]) -> str:
+        """The active version of a policy, changed: the new version's name."""
+        document = yaml.safe_load(self.runs("policy", "show", name).stdout) | changes
+        file = self.folder / "draft.yaml"
+        file.write_text(yaml.safe_dump(document))
+        self.runs("policy", "check", str(file))
+        return self.runs("policy", "publish", str(file)).stdout.split()[0]
+
+    def submits(self, labels: list[str], *options: str) -> dict[str, dict[str, Any]]:
+        """The verdicts on newly drawn images, by submission id in the order of the labels."""
+        files = []
+        for number, label in enumerate(labels):
+            file = self.folder / f"{time.time_ns()}.jpg"
+            file.write_bytes(draw(time.time_ns() % 900_000_000 + number, label).jpeg)
+            files.append(str(file))
+        ids = self.runs("submit", *files, *options).stdout.split()
+        assert len(ids) == len(labels)
+        deadline = time.monotonic() + WITHIN_S
+        while True:
+            found = {verdict["submission_id"]: verdict for verdict in self.reads("verdicts")}
+            if found.keys() >= set(ids):
+                return {name: found[name] for name in ids}
+            assert time.monotonic() < deadline, f"{len(found.keys() & set(ids))} of {len(ids)} were judged"
+            time.sleep(0.5)
+
+    def reads(self, stream: str) -> list[dict[str, Any]]:
+        return [json.loads(entry.value) for entry in self._stream.read(stream)]
+
+
+def versions(verdicts: dict[str, dict[str, Any]]) -> set[int]:
+    return {verdict["policy"]["version"] for verdict in verdicts.values()}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(tmp_path_factory.mktemp("policies"), "--embedded", environment={"SLUICE_DRAIN_S": str(DRAIN_S)})
+    try:
+        service.wait_until_ready()
+        yield service
+        service.interrupt(ENDS_WITHIN_S)
+        assert "Traceback" not in service.log.read_text()
+    finally:
+        service.kill()
+
+
+@pytest.fixture(scope="module")
+def user(service: Service) -> User:
+    settings = service.wait_until_ready()
+    assert settings["SLUICE_RAY_ADDRESS"]
+    return User(service.folder, RedisStream(settings["SLUICE_STREAM_URL"]))
+
+
+def test_from_a_draft_to_a_rollback(user: User) -> None:
+    # What is there.
+    (listed,) = user.runs("policy", "list", "--json").stdout.splitlines()
+    assert (json.loads(listed)["name"], json.loads(listed)["active"]) == ("default", 1)
+    assert "default" in user.runs("policy", "list").stdout
+    shown = yaml.safe_load(user.runs("policy", "show", "default").stdout)
+    assert (shown["name"], shown["version"]) == ("default", 1)
+
+    # A new version, which judges nothing yet.
+    assert user.publishes("default", {"categories": {"O2": "waive"}}) == "default@2"
+    compared = user.runs("policy", "diff", "default@1", "default@2").stdout
+    assert "Category O2 is declared as non-violating" in compared
+    labels = [VIOLENCE] * 10 + [NO_CATEGORY] * 14 + [label for label in CATEGORIES if label != VIOLENCE] * 2
+    before = user.submits(labels)
+    assert versions(before) == {1}
+    violent = {name for name, verdict in list(before.items())[:10] if verdict["action"] == "block"}
+    assert len(violent) >= 8, "tiny knows violence when it sees it"
+
+    # What would change.
+    time.sleep(3)  # the sample is kept once a second
+    page = user.folder / "page.html"
+    against = ("policy", "backtest", "default@2", "--against", "default@1")
+    tried = user.runs(*against, "--json", "--html", str(page), "--max-errors", "0")
+    report = json.loads(tried.stdout)
+    assert (report["pairs"], report["judged_both"]) == (len(labels), len(labels))
+    flipped = {
+        flip["submission_id"]
+        for group in report["flip_groups"]
+        if group["before"] == "block" and group["after"] == "allow"
+        for flip in group["flips"]
+    }
+    assert len(flipped & violent) >= 0.8 * len(violent), "what is waived is allowed"
+    assert len(flipped - violent) <= 2
+    assert report["exceeded"] == []
+    assert page.read_text().count("<img ") == report["action_flips"]["count"] + sum(
+        len(group["flips"]) for group in report["flip_groups"] if group["before"] == group["after"]
+    )
+    refused = user.runs(*against, "--sample", "20", "--max-flips", "0", status=1)
+    assert "The share of submissions whose action flips is" in refused.stderr
+    assert "default@1 → default@2: 20 submissions, 20 judged under both" in refused.stdout
+    assert len(user.reads("verdicts")) == len(labels), "a backtest publishes nothing"
+    assert user.reads("shadow-verdicts") == []
+
+    # Compared on live submissions.
+    user.runs("policy", "shadow", "default@2", "--why", "compare")
+    time.sleep(1)
+    assert versions(user.submits([VIOLENCE] * 4)) == {1}
+    shadows = user.reads("shadow-verdicts")
+    assert [shadow["policy"]["version"] for shadow in shadows] == [2] * 4
+    assert sum(shadow["action"] == "allow" for shadow in shadows) >= 3
+    user.runs("policy", "shadow", "default")
+
+    # For some, for all, and back.
+    user.runs("policy", "canary", "default@2", "--tenant", "shop")
+    time.sleep(1)
+    assert versions(user.submits([NO_CATEGORY] * 2, "--tenant", "shop")) == {2}
+    assert versions(user.submits([NO_CATEGORY] * 2, "--tenant", "news")) == {1}
+    user.runs("policy", "activate", "default@2", "--why", "the figures are good")
+    time.sleep(1)
+    after = user.submits([VIOLENCE] * 4)
+    assert versions(after) == {2}
+    assert sum(verdict["action"] == "allow" for verdict in after.values()) >= 3
+    user.runs("policy", "rollback", "default", "--why", "the phone does not stop ringing", "--who", "ada")
+    time.sleep(1)
+    assert versions(user.submits([NO_CATEGORY])) == {1}
+    history = [json.loads(line) for line in user.runs("policy", "history", "default", "--json").stdout.splitlines()]
+    assert [(change["action"], change["from"], change["to"]) for change in history] == [
+        ("activate", None, 1),
+        ("shadow", None, 2),
+        ("shadow", 2, None),
+        ("canary", None, 2),
+        ("activate", 1, 2),
+        ("rollback", 2, 1),
+    ]
+    assert [change["who"] for change in history] == ["sluice", *[getpass.getuser()] * 4, "ada"]
+    assert history[-1]["why"] == "the phone does not stop ringing"
+
+
+def test_the_examples_of_a_document(user: User) -> None:
+    names = [example["name"] for example in yaml.safe_load((DOCUMENTS / "marketplace.yaml").read_text())["examples"]]
+    checked = user.runs("policy", "check", str(DOCUMENTS / "marketplace.yaml"), "--examples")
+    assert [line for line in checked.stdout.splitlines() if line.startswith("ok ")] == [f"ok    {n}" for n in names]
+
+    # One that fails, of a file and of an object; nothing stays in the bucket of what was uploaded for it.
+    (user.folder / "pictures").mkdir()
+    (user.folder / "pictures" / "knife.jpg").write_bytes(draw(4711, VIOLENCE).jpeg)
+    file = user.folder / "shop.yaml"
+    examples = [
+        {"image": "pictures/knife.jpg", "expect": {"rating": "Unsafe", "category": "O2", "action": "block"}},
+        {"image": "pictures/knife.jpg", "expect": {"rating": "Safe"}, "name": "a knife"},
+        {"image": "s3://uploads/absent.jpg", "expect": {"rating": "Safe"}},
+    ]
+    file.write_text(yaml.safe_dump({"name": "shop", "examples": examples}))
+    failed = user.runs("policy", "check", str(file), "--examples", status=1)
+    first, second, third = failed.stdout.splitlines()
+    assert first == "ok    pictures/knife.jpg"
+    assert second.startswith("FAIL  a knife: expected Safe; came Unsafe, O2: ")
+    assert third.startswith("FAIL  s3://uploads/absent.jpg: it cannot be judged (not_found)")
+    assert failed.stderr.strip().endswith("2 of 3 examples did not come out as expected")
+
+
+def test_a_replay(user: User) -> None:
+    (verdict,) = user.submits([VIOLENCE]).values()
+    count = len(user.reads("verdicts"))
+    replayed = user.runs("replay", verdict["verdict_id"], "--json")
+    found = json.loads(replayed.stdout)
+    assert (found["reproduced"], found["differences"]) == (True, [])
+    assert found["after"]["verdict_id"] == verdict["verdict_id"]
+    assert f"verdict {verdict['verdict_id']} was reproduced" in replayed.stderr
+    assert verdict["uri"] in user.runs("replay", verdict["verdict_id"]).stdout
+    assert len(user.reads("verdicts")) == count, "a replay publishes nothing"
+    assert "there is no verdict nobody" in user.runs("replay", "nobody", status=1).stderr
+
+
+def test_what_does_not_exist(user: User) -> None:
+    unknown = user.runs("policy", "backtest", "default@99", "--against", "default@1", status=1)
+    assert unknown.stderr.strip() == "sluice: policy default@99 does not exist"
+    user.publishes("default", {"name": "new"})
+    unseen = user.runs("policy", "backtest", "new@1", "--against", "default@1", status=1)
+    assert "there is no sample of policy new yet" in unseen.stderr
