@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -52,6 +53,7 @@ class _Work:
     def __init__(self, message: Message) -> None:
         self.message = message
         self.since = time.monotonic()
+        self.judged = False
         self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -70,18 +72,28 @@ class Lane:
         self.handling: set[asyncio.Task[None]] = set()
         self._intake = intake
         self._limit = limit
+        self._judging = 0
+        """Messages whose outputs are not there yet. Those that only wait to be settled do not count: under
+        exactly-once delivery they wait for the oldest one of their partition."""
+        self._judged = asyncio.Event()
         self._slots = asyncio.Semaphore(limit)
         self._turns = Turns()
         self._newest = NewestEvents()
 
     @property
     def room(self) -> int:
-        """How many more messages may be held."""
-        return self._limit - len(self.handling)
+        """How many more messages may be worked on."""
+        return self._limit - self._judging
 
     async def receive(self) -> None:
-        """Take what there is room for and start to work on it."""
+        """Take what there is room for and start to work on it; wait a little where there is none."""
+        if self.room < 1:
+            self._judged.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._judged.wait(), _RECEIVE_S)
+            return
         for message in await self.transport.receive(self.room, _RECEIVE_S):
+            self._judging += 1
             task = asyncio.create_task(self._handle(_Work(message)), name=message.source)
             self.handling.add(task)
             task.add_done_callback(self.handling.discard)
@@ -108,14 +120,23 @@ class Lane:
             await turn.comes()
             await self._settle(work, entries)
         finally:
+            self._is_judged(work)
             del self.works[message.source]
             self._turns.end(turn)
+
+    def _is_judged(self, work: _Work) -> None:
+        if not work.judged:
+            work.judged = True
+            self._judging -= 1
+            self._judged.set()
 
     async def _settle(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> None:
         message = work.message
         for pause_s in itertools.chain(_PAUSES_AFTER_FAULT_S, itertools.repeat(_PAUSES_AFTER_FAULT_S[-1])):
             try:
-                await self.transport.settle(message, await self._outputs(work, entries))
+                outputs = await self._outputs(work, entries)
+                self._is_judged(work)
+                await self.transport.settle(message, outputs)
                 return
             except NotOwned:
                 log.info("%s went to another member", message.source)
@@ -284,16 +305,11 @@ class Intake:
 
     async def _receive(self, lane: Lane) -> None:
         while not self._draining:
-            has_room = lane.room > 0
             if lane is not self._live and self._live.room < self._settings.in_flight / 2:
-                has_room = False
-            if has_room:
-                await lane.receive()
-                telemetry.IN_FLIGHT.set(sum(len(each.handling) for each in self._lanes))
-            elif lane.room > 0:
                 await asyncio.sleep(_RECEIVE_S)
-            else:
-                await asyncio.wait(lane.handling, timeout=_RECEIVE_S, return_when=asyncio.FIRST_COMPLETED)
+                continue
+            await lane.receive()
+            telemetry.IN_FLIGHT.set(sum(len(each.handling) for each in self._lanes))
 
     async def _watch(self) -> None:
         while True:
