@@ -26,7 +26,7 @@ Progress = Callable[[str], None]
 Outcome = list[Verdict | GuardFailed] | Unjudgeable
 """What each policy makes of a submission, in their order; or why none can make anything of it."""
 
-_CONNECT_S: Final = 90.0
+_CONNECT_S: Final = 120.0
 _ANSWER_S: Final = 2.0
 _GONE_AFTER: Final = 3
 _END_S: Final = 5.0

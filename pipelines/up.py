@@ -220,9 +220,10 @@ def _ray(settings: Settings) -> Iterator[None]:
         yield
     finally:
         # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
-        with suppress(Exception), redirect_stdout(StringIO()):
-            serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
-        ray.shutdown()
+        with redirect_stdout(StringIO()):
+            with suppress(Exception):
+                serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
+            ray.shutdown()
 
 
 def _as_clients_need_them(settings: Settings) -> Settings:

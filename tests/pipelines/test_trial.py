@@ -19,7 +19,7 @@ from services.policies.policy import BUILT_IN
 from services.settings import Settings
 from tests.end_to_end.outside import SLUICE
 
-_START_S = 60.0
+_START_S = 150.0
 
 
 class Scripted:
@@ -110,7 +110,7 @@ def test_whoever_gives_up_leaves_nothing_behind(scripted: Scripted, tmp_path: Pa
         time.sleep(0.1)
     (child,) = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     assert output == b""
     assert b"KeyboardInterrupt" in errors
@@ -158,4 +158,4 @@ def test_the_service_ends_meanwhile(scripted: Scripted) -> None:
         started = time.monotonic()
         with pytest.raises(SluiceError, match=r"has ended|does not answer"):
             service.judge([trial("a")], progress=print)
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 60
