@@ -68,7 +68,7 @@ class Lane:
         self.transport = transport
         self.priority = priority
         self.works: dict[str, _Work] = {}
-        """By the messages' sources."""
+        """By the messages' sources; the last one, where a message came several times."""
         self.handling: set[asyncio.Task[None]] = set()
         self._intake = intake
         self._limit = limit
@@ -121,8 +121,9 @@ class Lane:
             await self._settle(work, entries)
         finally:
             self._is_judged(work)
-            del self.works[message.source]
             self._turns.end(turn)
+            if self.works.get(message.source) is work:  # else it has come again since, because it was lost in between
+                del self.works[message.source]
 
     def _is_judged(self, work: _Work) -> None:
         if not work.judged:
