@@ -17,6 +17,7 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
+from pipelines.terminal import printable
 from services.contracts import Action, Rating, ReviewReason, Verdict
 
 CONFIDENCE: Final = 0.95
@@ -259,7 +260,7 @@ class Report(_Figures):
 
     def lines(self) -> list[str]:
         """A summary for a terminal, one line each, without ids, addresses and rationales."""
-        return [_printable(line) for line in _summary(self)]
+        return [printable(line) for line in _summary(self)]
 
 
 def summarize(pairs: Sequence[Pair], *, before: str, after: str, per_day: float | None) -> Report:
@@ -488,8 +489,3 @@ def _summary(report: Report) -> Iterator[str]:
 
 def _number(value: float) -> str:
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def _printable(line: str) -> str:
-    # A category is the text of whoever wrote the policy; it must not move the cursor.
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)

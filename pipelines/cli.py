@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines import environment, policy_commands
+from pipelines import dead_letter_commands, environment, policy_commands
 from services import settings as settings_module
 from services.errors import SluiceError
 
@@ -39,6 +39,8 @@ def main() -> None:
 
 
 app.add_typer(policy_commands.app, name="policy")
+app.add_typer(dead_letter_commands.app, name="dead-letters")
+app.command()(dead_letter_commands.reconcile)
 
 
 @app.callback()

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from pipelines.terminal import printable
 from pipelines.uploads import Uploads
 from services.contracts import Submission, Verdict, decode_json
 from services.errors import ConfigurationError, Malformed, SluiceError
@@ -94,7 +95,8 @@ def one_line(verdict: Verdict) -> str:
     score = "   -" if verdict.score is None else f"{verdict.score:.2f}"
     policy = f"{verdict.policy.name}@{verdict.policy.version}" if verdict.policy else "-"
     what = verdict.category or verdict.reason or verdict.outcome
-    return f"{verdict.action or '-':<7} {score}  {what:<36} {policy:<14} {verdict.submission_id}  {verdict.uri}"
+    line = f"{verdict.action or '-':<7} {score}  {what:<36} {policy:<14} {verdict.submission_id}  {verdict.uri}"
+    return printable(line)
 
 
 def _next_batch(remaining: Iterator[Submission]) -> tuple[list[Submission], SluiceError | None]:
