@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from services.errors import ConfigurationError, StreamUnavailable, Unavailable
 from services.settings import Settings
 from services.streams.connect import open_publisher
 from services.streams.transport import Message, Record
+from tests.end_to_end.outside import SLUICE
 from tests.pipelines.conftest import Bench
 from tests.pipelines.test_command_line import fails, folder, sluice
 
@@ -231,6 +233,29 @@ async def test_killed_between_publication_and_mark(bench: Bench, monkeypatch: py
     assert (await replay(bench.settings))[0] == Replayed(before=2), "the marks outlive the submissions"
 
 
+async def test_killed_at_any_moment(bench: Bench, folder: Path) -> None:
+    """The real command, by SIGKILL, while it publishes."""
+    publisher = await open_publisher(bench.settings)
+    stream = bench.settings.dead_letters_stream
+    originals = [json.dumps({"id": str(each), "uri": "s3://uploads/x.jpg"}).encode() for each in range(3000)]
+    await publisher.publish([Record(stream, each, None, letter().headers()) for each in originals])
+    await publisher.close()
+    command = await asyncio.create_subprocess_exec(
+        SLUICE, "dead-letters", "replay", cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert command.stdout is not None
+    await command.stdout.readline()
+    command.kill()
+    await command.wait()
+    published = len(await bench.read(bench.settings.submissions_stream))
+    assert 0 < published < len(originals)
+    done = await asyncio.to_thread(sluice, "dead-letters", "replay", folder=folder)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, len(originals) - published)
+    assert "was killed: waiting" in done.stderr.decode()
+    replayed = [each.value for each in await bench.read(bench.settings.submissions_stream)]
+    assert replayed == originals
+
+
 async def test_redis_lost_its_data(bench: Bench) -> None:
     await bury(bench, "a")
     await replay(bench.settings)
@@ -310,7 +335,7 @@ async def test_limit_dry_run_and_an_id_that_is_not_there(bench: Bench) -> None:
     assert (await replay(bench.settings, Selection(ids={"a", "c"})))[0] == Replayed(replayed=1, before=1)
 
 
-async def test_from_outside(bench: Bench, folder: Any) -> None:
+async def test_from_outside(bench: Bench, folder: Path) -> None:
     await bury(bench, "evil\x1b[31m", reason="forbidden", detail="no\x1b]0;x\a way")
     await bury(bench, "plain", failed_at=datetime.now(UTC))
     publisher = await open_publisher(bench.settings)
