@@ -72,14 +72,14 @@ class Course:
 class Plan:
     """How much training: counts of images and of steps."""
 
-    images: int = 90_000
-    vision_steps: int = 3_000
+    images: int = 60_000
+    vision_steps: int = 2_500
     vision_batch: int = 128
     language_batch: int = 48
     courses: tuple[Course, ...] = (
         Course(steps=900, peak=1e-2, reworded=0.2, explained=0.2, words=0.05),
         # Judging comes first: rationales are easy, but so long that they would take most of the time.
-        Course(steps=600, peak=4e-3, reworded=0.3, explained=0.6, words=0.15),
+        Course(steps=500, peak=4e-3, reworded=0.3, explained=0.6, words=0.15),
     )
 
 
