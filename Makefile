@@ -3,11 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock schemas clean
+.PHONY: help setup demo test faults fuzz lint lock schemas clean
 
 help:
 	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
 	@echo 'make test      lint, type-check and run every test'
+	@echo 'make faults    break everything in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
+	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
 	@echo 'make lint      lint and type-check only'
 	@echo 'make setup     make .venv from requirements.lock'
 	@echo 'make lock      compile requirements.lock from pyproject.toml'
@@ -34,6 +36,16 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest
+
+# 20,000 submissions; needs what the tests marked kafka need.
+SEED ?= 1
+faults: setup
+	$(BIN)/python -m tests.faults.run --seed $(SEED) --delivery at_least_once $(if $(SHORT),--short)
+
+# Half of the cases are messages, half are pictures; finds are kept in tests/fuzz/corpus.
+CASES ?= 100000
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.run --cases $(CASES) --seed $(SEED)
 
 lock:
 	$(BIN)/uv pip compile --quiet --generate-hashes --all-extras --python-version 3.11 --no-header \

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Final
@@ -66,9 +67,12 @@ def fetch() -> Path:
 class Broker:
     """One broker in KRaft mode. `directory` takes its settings, its data and its log."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, advertised: Sequence[int] = ()) -> None:
+        """`advertised`: ports of proxies. Who comes through one of them is told to stay on it."""
         self.directory = directory
-        self.port, self._controller_port = _free_ports(2)
+        self.port, self._controller_port, *behind = _free_ports(2 + len(advertised))
+        self.behind: Mapping[int, int] = dict(zip(advertised, behind, strict=True))
+        """The port to which each proxy has to connect."""
         self._child: Child | None = None
 
     @property
@@ -89,6 +93,7 @@ class Broker:
             template = Template((_DEFINITION / "server.properties").read_text())
             properties.write_text(
                 template.substitute(port=self.port, controller_port=self._controller_port, data=self.directory / "data")
+                + self._more_listeners()
             )
             self._java(jars, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(properties))
         self._child = Child(_java(jars, "kafka.Kafka", str(properties)), log=self.directory / "broker.log")
@@ -122,6 +127,21 @@ class Broker:
         log = self._child.tail()
         self.kill()
         raise RuntimeError(f"the Kafka broker did not start:\n{log}")
+
+    def _more_listeners(self) -> str:
+        """Settings that take the place of the ones above them in the file."""
+        if not self.behind:
+            return ""
+        own = f"PLAINTEXT://127.0.0.1:{self.port}"
+        ways = [(f"P{proxy}", proxy, port) for proxy, port in self.behind.items()]
+        controller = f"CONTROLLER://127.0.0.1:{self._controller_port}"
+        listeners = [own, controller, *(f"{name}://127.0.0.1:{port}" for name, _, port in ways)]
+        advertised = [own, *(f"{name}://127.0.0.1:{proxy}" for name, proxy, _ in ways)]
+        protocols = [f"{name}:PLAINTEXT" for name in ("PLAINTEXT", "CONTROLLER", *(name for name, _, _ in ways))]
+        return (
+            f"\nlisteners={','.join(listeners)}\nadvertised.listeners={','.join(advertised)}"
+            f"\nlistener.security.protocol.map={','.join(protocols)}\n"
+        )
 
     def _java(self, jars: Path, *argv: str) -> None:
         done = subprocess.run(

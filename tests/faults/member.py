@@ -1,0 +1,70 @@
+"""One intake member as a process: settings from the environment, leaves the group on SIGTERM.
+
+    python -m tests.faults.member NAME GUARD_PORT...
+
+It is put together as `pipelines.stream` does it, with the guard of this suite.
+"""
+
+import asyncio
+import signal
+import sys
+from contextlib import AsyncExitStack, suppress
+from typing import Final
+
+from pipelines.intake import Intake
+from services.errors import Unavailable
+from services.images.prepare import Preparer
+from services.images.store import ObjectStore
+from services.moderation import Moderation
+from services.policies.breaker import CircuitBreaker
+from services.policies.cache import PolicyCache
+from services.policies.registry import PolicyRegistry
+from services.policies.sample import Sample
+from services.policies.shared import SharedCopies
+from services.settings import load
+from services.streams.connect import open_transport
+from services.telemetry import configure_logging
+from tests.faults.guard import GuardClient
+
+NOT_NOW: Final = 75
+"""Exit status of a member that could not start because something it needs was away (EX_TEMPFAIL)."""
+
+_CHECK_S: Final = 0.5
+_SIDE_PX: Final = 384
+
+
+async def main(name: str, guard_ports: list[int]) -> None:
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    settings = load()
+    configure_logging(None)
+    async with AsyncExitStack() as closing:
+        preparer, store = Preparer(settings, _SIDE_PX), ObjectStore(settings)
+        closing.callback(preparer.close)
+        closing.callback(store.close)
+        bucket = PolicyRegistry.from_settings(settings)
+        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        closing.push_async_callback(shared.close)
+        policies = await closing.enter_async_context(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
+        moderation = Moderation(
+            policies=policies,
+            images=store,
+            preparer=preparer,
+            guard=GuardClient(guard_ports),
+            breaker=await closing.enter_async_context(CircuitBreaker(policies, bucket, shared)),
+        )
+        sample = await closing.enter_async_context(Sample(shared, size=settings.sample_size))
+        intake = Intake(await open_transport(settings, name), moderation, settings, sample)
+        closing.push_async_callback(intake.drain)
+        while not ending.is_set():
+            intake.check()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), _CHECK_S)
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main(sys.argv[1], [int(port) for port in sys.argv[2:]]))
+    except Unavailable as error:
+        print(error, file=sys.stderr)  # noqa: T201 - into its log
+        sys.exit(NOT_NOW)

@@ -1,0 +1,424 @@
+"""Thousands of submissions while a seeded scheduler breaks everything in turn; then each must have ended once.
+
+    python -m tests.faults.run --seed N --submissions 20000 --delivery at_least_once|exactly_once [--short]
+
+On a real Kafka, a real Valkey, the light S3 server and the scripted guards of this suite. The table goes to stdout,
+the faults as they happen to stderr; the exit status is 1 when anything is off. See `check` for what is held.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import boto3
+
+from services.children import Child, free_port
+from services.policies.registry import PolicyRegistry
+from services.settings import Settings
+from services.streams.connect import open_publisher
+from tests import kafka_broker
+from tests.faults import s3
+from tests.faults.check import Findings, check
+from tests.faults.fleet import Fleet
+from tests.faults.proxy import Link
+from tests.faults.schedule import KINDS, Fault, Kind, schedule
+from tests.faults.streams import Backlog, Producer, read_all
+from tests.faults.submissions import Pictures, Submitted, submissions
+from tests.kafka_broker import ROOT, Broker
+from tests.s3_server import CREDENTIALS
+from tests.servers import Valkey
+
+Delivery = Literal["at_least_once", "exactly_once"]
+DELIVERIES: Final[tuple[Delivery, ...]] = get_args(Delivery)
+
+_MEMBERS: Final = 2
+_PLACES: Final = 3
+"""For members: each round of faults adds one and removes one, in either order."""
+_GUARDS: Final = 2
+_DRAIN_S: Final = 5.0
+_SUBMISSIONS_PER_ROUND: Final = 2_500
+SHORT: Final = 1_500
+_BEHIND: Final = 1_000
+"""With more messages than that to be settled, the next fault waits: a system that only lies still proves nothing."""
+_PATIENCE_S: Final = 30.0
+_SETTLED_S: Final = 180.0
+"""How long nothing may move, once everything is mended, before the rest counts as lost."""
+_LOOK_S: Final = 0.5
+_GIVE_UP_S: Final = 100
+"""Of `sluice reconcile`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one run does."""
+
+    seed: int
+    submissions: int
+    delivery: Delivery
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Each kind once at least."""
+        return list(schedule(self.seed, max(1, self.submissions // _SUBMISSIONS_PER_ROUND)))
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of a run."""
+
+    plan: Plan
+    findings: Findings
+    reconciled: Mapping[str, Any]
+    """The account of `sluice reconcile`."""
+    faults: Counter[Kind] = field(default_factory=Counter)
+    seconds: float = 0.0
+    """From the first submission until everything was settled."""
+
+    def table(self) -> str:
+        """For people."""
+        found, plan = self.findings, self.plan
+        rows: list[tuple[str, object]] = [
+            ("seed", plan.seed),
+            ("delivery", plan.delivery),
+            ("submissions", f"{found.submissions:,}"),
+            *((f"verdicts: {outcome}", f"{count:,}") for outcome, count in sorted(found.verdicts.items())),
+            *((f"dead letters: {reason}", f"{count:,}") for reason, count in sorted(found.dead_letters.items())),
+            ("lost", found.lost),
+            ("duplicates", found.duplicates),
+            *((f"fault: {kind}", self.faults[kind]) for kind in KINDS),
+            ("duration", f"{self.seconds:.0f} s"),
+            ("rate", f"{found.submissions / self.seconds:.0f} a second"),
+            ("reconcile", ", ".join(f"{name} {self.reconciled.get(name, '-')}" for name in _COUNTED)),
+            ("problems", len(found.problems)),
+        ]
+        return "\n".join(f"{name:<32}{value}" for name, value in rows)
+
+
+_COUNTED: Final = ("submissions", "lost", "repeats", "conflicting", "unexplained")
+_Say = Callable[[str], None]
+
+
+async def storm(plan: Plan, folder: Path, say: _Say = lambda _: None) -> Report:
+    """Run a plan; everything that is started is gone afterwards. `folder` takes data and logs."""
+    async with AsyncExitStack() as closing:
+        backends = await _Backends.start(folder, plan, closing)
+        fleet = await closing.enter_async_context(
+            Fleet(
+                folder,
+                backends.environment,
+                [f"kafka://127.0.0.1:{link.port}" for link in backends.links],
+                guards=_GUARDS,
+                refused=backends.pictures.refused,
+                drain_s=_DRAIN_S,
+            )
+        )
+        await fleet.set_members(_MEMBERS)
+        run = _Storm(plan, backends, fleet, say)
+        await run.blow()
+        await fleet.set_members(0)
+        findings, reconciled = await run.look()
+        findings.problems += fleet.problems
+        return Report(plan, findings, reconciled, run.struck, run.seconds)
+
+
+class _Backends:
+    """Kafka with a proxy for each member, Valkey and S3."""
+
+    def __init__(self, folder: Path, plan: Plan, links: list[Link]) -> None:
+        self.links = links
+        self.broker = Broker(folder / "kafka", [link.port for link in links])
+        self.valkey = Valkey(folder / "valkey")
+        self.s3_port = free_port()
+        self.pictures = Pictures(folder / "pictures", plan.seed)
+        self.settings = Settings(
+            stream_url=f"kafka://{self.broker.address}",
+            redis_url=self.valkey.url,
+            s3_endpoint=f"http://127.0.0.1:{self.s3_port}",
+            s3_buckets=(s3.BUCKET,),
+            policy_bucket="policies",
+            model="tiny",
+            delivery=plan.delivery,
+            backfill_stream="",
+            drain_s=_DRAIN_S,
+            decode_workers=1,
+            fetch_deadline_s=3,
+            kafka_options={"session_timeout_ms": 3_000, "heartbeat_interval_ms": 600},
+        )
+
+    @classmethod
+    async def start(cls, folder: Path, plan: Plan, closing: AsyncExitStack) -> "_Backends":
+        """Start them, publish the built-in policy and create the topics; `closing` gets what ends them."""
+        links = [Link() for _ in range(_PLACES)]
+        for link in links:
+            await link.listen()
+            closing.callback(link.cut)
+        self = cls(folder, plan, links)
+        for link in links:
+            link.target = self.broker.behind[link.port]
+        argv = [sys.executable, "-m", "tests.faults.s3", str(self.s3_port), str(self.pictures.folder)]
+        store = Child(argv, log=folder / "s3.log", env=os.environ | {"PYTHONPATH": str(ROOT)})
+        closing.callback(store.kill)
+        closing.callback(self.valkey.kill)
+        closing.callback(self.broker.kill)
+        await asyncio.gather(asyncio.to_thread(self.valkey.start), asyncio.to_thread(self.broker.start))
+        await asyncio.to_thread(self._furnish, store)
+        publisher = await open_publisher(self.settings)  # which creates the topics
+        await publisher.close()
+        return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a member, and of the command line."""
+        values = self.settings.model_dump(mode="json", exclude_defaults=True)
+        spelled = {
+            name: ",".join(value)
+            if isinstance(value, list)
+            else json.dumps(value)
+            if isinstance(value, dict)
+            else value
+            for name, value in values.items()
+        }
+        return {f"SLUICE_{name.upper()}": str(value) for name, value in spelled.items()} | CREDENTIALS
+
+    def set_s3(self, mode: str) -> None:
+        """What goes wrong with S3 from now on."""
+        request = urllib.request.Request(f"{self.settings.s3_endpoint}/?fault={mode}", method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def _furnish(self, store: Child) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.set_s3("pass")
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the S3 server did not start:\n{store.tail()}") from None
+                time.sleep(0.1)
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.settings.s3_endpoint,
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
+        )
+        PolicyRegistry(client, self.settings.policy_bucket).publish_built_in()
+
+
+class _Storm:
+    """The submissions and the faults of one run."""
+
+    def __init__(self, plan: Plan, backends: _Backends, fleet: Fleet, say: _Say) -> None:
+        self.struck: Counter[Kind] = Counter()
+        self.seconds = 0.0
+        self._plan = plan
+        self._backends = backends
+        self._fleet = fleet
+        self._say = say
+        self._submitted = submissions(plan.seed, plan.submissions, backends.pictures)
+        settings = backends.settings
+        self._backlog = Backlog(backends.broker.address, settings.submissions_stream, settings.group)
+        self._began = 0.0
+        self._one_at_a_time = {name: asyncio.Lock() for name in ("broker", "cache", "S3")}
+        self._links_in_use = [asyncio.Lock() for _ in backends.links]
+
+    async def blow(self) -> None:
+        """Publish everything while the faults strike, mend everything, and wait until all is settled."""
+        faults = self._plan.faults
+        stream, address = self._backends.settings.submissions_stream, self._backends.broker.address
+        await self._await_backlog(lambda backlog: backlog is not None, 60)
+        producer = await asyncio.to_thread(Producer, address, stream)
+        self._began = time.monotonic()
+        publishing: list[Future[None]] = []
+        publisher = ThreadPoolExecutor(1)  # one, to keep the order
+        striking: list[asyncio.Task[None]] = []
+        for fault, share in zip(faults, _shares(self._submitted, len(faults)), strict=True):
+            publishing.append(publisher.submit(producer.publish, share))
+            await asyncio.sleep(fault.after_s)
+            striking.append(asyncio.create_task(self._strike(fault), name=fault.kind))
+            await self._await_backlog(lambda backlog: backlog is not None and backlog < _BEHIND, _PATIENCE_S)
+        await asyncio.gather(*striking)
+        self._log("everything is mended")
+        await asyncio.gather(*map(asyncio.wrap_future, publishing))
+        await asyncio.to_thread(producer.close)
+        await self._fleet.set_members(_MEMBERS)
+        self._log("everything is published")
+        await self._settled()
+        self.seconds = time.monotonic() - self._began
+        self._log("nothing waits any more")
+
+    async def look(self) -> tuple[Findings, Mapping[str, Any]]:
+        """What is on the streams now, and what `sluice reconcile` says about it."""
+        settings, address = self._backends.settings, self._backends.broker.address
+        streams = (settings.submissions_stream, settings.verdicts_stream, settings.dead_letters_stream)
+        on_stream, verdicts, letters = [await asyncio.to_thread(read_all, address, stream) for stream in streams]
+        exactly_once = settings.delivery == "exactly_once"
+        findings = check(self._submitted, on_stream, verdicts, letters, exactly_once=exactly_once)
+        account, problems = await asyncio.to_thread(self._reconcile)
+        findings.problems += problems
+        findings.problems += [f"{kind} never happened" for kind in KINDS if not self.struck[kind]]
+        return findings, account
+
+    async def _settled(self) -> None:
+        least, moved = sys.maxsize, time.monotonic()
+        while True:
+            backlog = await asyncio.to_thread(self._backlog.read)
+            if backlog == 0:
+                break
+            if backlog is not None and backlog < least:
+                least, moved = backlog, time.monotonic()
+            if time.monotonic() - moved > _SETTLED_S:
+                self._log(f"{backlog} messages wait, and nothing moves")
+                break
+            await asyncio.sleep(_LOOK_S)
+        await asyncio.to_thread(self._backlog.close)
+
+    async def _await_backlog(self, is_good: Callable[[int | None], bool], within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            if is_good(await asyncio.to_thread(self._backlog.read)):
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    # ---- the faults
+
+    async def _strike(self, fault: Fault) -> None:
+        lasts = "" if fault.kind in {"member added", "member removed"} else f" for {fault.lasts_s:.1f} s"
+        self._log(f"{fault.kind}{lasts}")
+        self.struck[fault.kind] += 1
+        match fault.kind.split(" "):
+            case ["member", "killed"]:
+                await self._fleet.kill_member(fault.choice, fault.lasts_s)
+            case ["member", "frozen"]:
+                await self._fleet.freeze_member(fault.choice, fault.lasts_s)
+            case ["member", "added"]:
+                await self._fleet.add()
+            case ["member", _]:
+                await self._fleet.remove(fault.choice)
+            case ["guard", _]:
+                await self._fleet.kill_guard(fault.choice, fault.lasts_s)
+            case ["broker", _]:
+                await self._restart("broker", self._backends.broker, fault.lasts_s)
+            case ["cache", _]:
+                await self._restart("cache", self._backends.valkey, fault.lasts_s)
+            case ["S3", mode]:
+                async with self._one_at_a_time["S3"]:
+                    await asyncio.to_thread(self._backends.set_s3, mode)
+                    await asyncio.sleep(fault.lasts_s)
+                    await asyncio.to_thread(self._backends.set_s3, "pass")
+            case [_, how]:
+                await self._disturb(fault, how)
+
+    async def _restart(self, name: str, server: Broker | Valkey, for_s: float) -> None:
+        async with self._one_at_a_time[name]:
+            await asyncio.to_thread(server.kill)
+            await asyncio.sleep(for_s)
+            await asyncio.to_thread(server.start)
+
+    async def _disturb(self, fault: Fault, how: str) -> None:
+        """The network of one member, or, as often, of all of them."""
+        links = list(zip(self._backends.links, self._links_in_use, strict=True))
+        if fault.choice < 0.5:
+            links = [random.Random(fault.choice).choice(links)]
+
+        async def disturb(link: Link, in_use: asyncio.Lock) -> None:
+            async with in_use:
+                if how == "cut":
+                    link.cut()
+                else:
+                    link.hang()
+                await asyncio.sleep(fault.lasts_s)
+                await link.heal()
+
+        await asyncio.gather(*(disturb(*each) for each in links))
+
+    # ---- reconcile
+
+    def _reconcile(self) -> tuple[Mapping[str, Any], list[str]]:
+        """Its account, and what it finds that is off; what it may say about overtaken events is left out."""
+        with tempfile.TemporaryDirectory() as elsewhere:
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    "from pipelines.cli import main; main()",
+                    "reconcile",
+                    "--json",
+                    "--settle-s",
+                    "0",
+                ],
+                cwd=elsewhere,
+                env=os.environ | self._backends.environment | {"PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                timeout=_GIVE_UP_S,
+                check=False,
+            )
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        account = next((line for line in lines if line["finding"] == "account"), None)
+        if account is None:
+            return {}, [f"sluice reconcile failed: {done.stderr.decode(errors='replace').strip()[-500:]}"]
+        overtaken = {end.submission_id for each in self._submitted for end in each.ends if end.may_be_superseded}
+        allowed = {"repeats"} if self._plan.delivery == "at_least_once" else set()
+        problems = [
+            f"sluice reconcile says: {line['finding']} {line['submission_id'] or line['source']} {line['ends']}"
+            for line in lines
+            if line["finding"] not in {"account", *allowed}
+            and not (line["finding"] == "conflicting" and allowed and line["submission_id"] in overtaken)
+        ]
+        if account["submissions"] != self._plan.submissions:
+            problems.append(f"sluice reconcile counts {account['submissions']} submissions")
+        return account, problems
+
+    def _log(self, line: str) -> None:
+        self._say(f"[{time.monotonic() - self._began:6.1f} s] {line}")
+
+
+def _shares(submitted: list[Submitted], count: int) -> Iterable[list[Submitted]]:
+    """So many parts of about the same length, in order."""
+    ends = [round(n * len(submitted) / count) for n in range(count + 1)]
+    return [submitted[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--submissions", type=int, default=20_000)
+    parser.add_argument("--delivery", choices=DELIVERIES, default=DELIVERIES[0])
+    parser.add_argument("--short", action="store_true", help=f"{SHORT} submissions, each kind of fault once")
+    parser.add_argument("--folder", type=Path, help="keep data and logs there; it must not exist")
+    given = parser.parse_args()
+    if reason := kafka_broker.missing():
+        parser.error(reason)
+    plan = Plan(given.seed, SHORT if given.short else given.submissions, given.delivery)
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="sluice-faults-"))
+    report = asyncio.run(storm(plan, folder, lambda line: print(line, file=sys.stderr, flush=True)))  # noqa: T201
+    print(report.table())  # noqa: T201
+    for problem in report.findings.sentences():
+        print(problem, file=sys.stderr)  # noqa: T201
+    if report.findings.problems:
+        print(f"data and logs are in {folder}", file=sys.stderr)  # noqa: T201
+        return 1
+    if not given.folder:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

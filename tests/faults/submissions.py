@@ -1,0 +1,170 @@
+"""What is submitted, and the end that each submission deserves."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+from services.contracts import Rating
+from services.errors import DeadLetterReason
+from services.synthetic import draw
+from tests.faults.guard import rating_of
+from tests.faults.s3 import BUCKET
+
+KEYS: Final = 64
+"""Keys that producers set, so that many submissions share one."""
+
+_PICTURES: Final = 8
+_REFUSED: Final = "refused"
+_NO_IMAGE: Final = "text"
+_SHARE_OF_DEAD: Final = 0.03
+_SHARE_OF_OVERTAKEN: Final = 0.005
+_REASONS: Final[tuple[DeadLetterReason, ...]] = (
+    "malformed",
+    "not_found",
+    "forbidden",
+    "not_an_image",
+    "unknown_policy",
+    "guard_failed",
+    "changed",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Deserved:
+    """The end of one submission."""
+
+    submission_id: str | None
+    """None where none can be read."""
+    reason: DeadLetterReason | None = None
+    """Of its dead letter; None: a verdict."""
+    sha256: str | None = None
+    rating: Rating | None = None
+    may_be_superseded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """One message for the stream of submissions; no two have the same value."""
+
+    value: bytes
+    key: bytes | None
+    ends: tuple[Deserved, ...]
+
+
+class Pictures:
+    """A handful of images in a folder, which the S3 server shows under any number of keys."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        drawn = {str(n): draw(seed + n, size=(96, 72)).jpeg for n in range(_PICTURES)}
+        self.drawn = tuple(drawn)
+        self.sha256: dict[str, str] = {}
+        for name, data in (drawn | {_REFUSED: draw(seed + _PICTURES, size=(96, 72)).jpeg, _NO_IMAGE: b"text"}).items():
+            (folder / name).write_bytes(data)
+            self.sha256[name] = hashlib.sha256(data).hexdigest()
+
+    @property
+    def refused(self) -> str:
+        """SHA-256 of the image that the guard refuses."""
+        return self.sha256[_REFUSED]
+
+
+def submissions(seed: int, total: int, pictures: Pictures) -> list[Submitted]:
+    """Messages with `total` submissions in all, the same ones for the same arguments."""
+    return list(_Maker(seed, pictures).messages(total))
+
+
+class _Maker:
+    def __init__(self, seed: int, pictures: Pictures) -> None:
+        self._random = random.Random(seed)
+        self._pictures = pictures
+        self._numbers = count()
+
+    def messages(self, total: int) -> Iterator[Submitted]:
+        # Every reason once at least, however few there are.
+        owed = list(_REASONS)
+        left = total
+        while left:
+            dice = self._random.random()
+            if dice < _SHARE_OF_DEAD or (owed and left <= len(owed)):
+                made = [self._doomed(owed.pop() if owed else self._random.choice(_REASONS))]
+            elif dice < _SHARE_OF_DEAD + _SHARE_OF_OVERTAKEN and left >= 3:
+                made = self._overtaken()
+            elif dice < 0.1 and left >= 3:
+                made = [self._event(3)]
+            elif dice < 0.4:
+                made = [self._event(1)]
+            else:
+                made = [self._native()]
+            left -= sum(len(each.ends) for each in made)
+            yield from made
+
+    def _native(self) -> Submitted:
+        name = self._id()
+        picture, deserved = self._judged(name)
+        document = {"id": name, "uri": f"s3://{BUCKET}/{picture}/{name}.jpg", "metadata": {"from": "the fault suite"}}
+        return Submitted(_encoded(document), self._key(), (deserved,))
+
+    def _event(self, records: int) -> Submitted:
+        """A notification of S3 about new objects."""
+        made = []
+        for _ in range(records):
+            picture = self._random.choice(self._pictures.drawn)
+            made.append(self._record(picture, f"{picture}/{self._id()}.jpg", self._random.randrange(1, 1 << 40)))
+        ends = tuple(deserved for _, deserved in made)
+        return Submitted(_encoded({"Records": [record for record, _ in made]}), self._key(), ends)
+
+    def _overtaken(self) -> list[Submitted]:
+        """Three events about one object, of which only the last has to be judged."""
+        picture = self._random.choice(self._pictures.drawn)
+        key, first = f"{picture}/{self._id()}.jpg", self._random.randrange(1, 1 << 39)
+        made = [self._record(picture, key, first + n, is_newest=n == 2) for n in range(3)]
+        uri = f"s3://{BUCKET}/{key}".encode()
+        return [Submitted(_encoded({"Records": [record]}), uri, (deserved,)) for record, deserved in made]
+
+    def _record(
+        self, picture: str, key: str, sequencer: int, *, is_newest: bool = True
+    ) -> tuple[dict[str, Any], Deserved]:
+        stored = {"key": key, "sequencer": f"{sequencer:016X}"}
+        record = {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": BUCKET}, "object": stored}}
+        _, deserved = self._judged(f"{BUCKET}/{key}#{stored['sequencer']}", picture, may_be_superseded=not is_newest)
+        return record, deserved
+
+    def _doomed(self, reason: DeadLetterReason) -> Submitted:
+        name = self._id()
+        if reason == "malformed" and self._random.random() < 0.5:
+            return Submitted(f"{name} is no JSON".encode(), self._key(), (Deserved(None, reason),))
+        picture = {"not_an_image": _NO_IMAGE, "guard_failed": _REFUSED, "not_found": "nowhere"}.get(reason, "0")
+        bucket = "forbidden" if reason == "forbidden" else BUCKET
+        document = {"id": name, "uri": f"s3://{bucket}/{picture}/{name}.jpg"}
+        if reason == "malformed":
+            document["uri"] = f"https://{name}"
+        elif reason == "unknown_policy":
+            document["policy"] = self._random.choice(("nobody", "default@77"))
+        elif reason == "changed":
+            document["etag"] = "0" * 32
+        return Submitted(_encoded(document), self._key(), (Deserved(name, reason),))
+
+    def _judged(
+        self, name: str, picture: str | None = None, *, may_be_superseded: bool = False
+    ) -> tuple[str, Deserved]:
+        picture = picture or self._random.choice(self._pictures.drawn)
+        sha256 = self._pictures.sha256[picture]
+        deserved = Deserved(name, sha256=sha256, rating=rating_of(sha256), may_be_superseded=may_be_superseded)
+        return picture, deserved
+
+    def _key(self) -> bytes | None:
+        return f"user-{self._random.randrange(KEYS)}".encode() if self._random.random() < 0.6 else None
+
+    def _id(self) -> str:
+        return f"f-{next(self._numbers)}"
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
+    return json.dumps(document).encode()

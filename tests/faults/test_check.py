@@ -1,0 +1,163 @@
+"""That the suite would notice: each test spoils a run that was right."""
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.contracts import DeadLetter, Timings, Verdict
+from services.streams.transport import Message
+from tests.faults.check import Findings, check
+from tests.faults.submissions import Deserved, Pictures, Submitted, submissions
+from tests.scripted_guard import MODEL
+
+_NOW = datetime(2026, 11, 21, tzinfo=UTC)
+
+
+class Run:
+    """A run in which everything ended as it deserved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.submitted = submissions(1, 400, Pictures(folder, 1))
+        self.on_stream = [_message("submissions", n, each.value, each.key) for n, each in enumerate(self.submitted)]
+        self.verdicts: list[Message] = []
+        self.letters: list[Message] = []
+        for each in self.submitted:
+            for end in each.ends:
+                if end.reason is None:
+                    self.verdicts.append(_verdict(len(self.verdicts), end))
+                else:
+                    self.letters.append(_letter(len(self.letters), each, end))
+
+    def check(self, *, exactly_once: bool = False) -> Findings:
+        return check(self.submitted, self.on_stream, self.verdicts, self.letters, exactly_once=exactly_once)
+
+    def verdict_of(self, *, key: bytes | None = None, may_be_superseded: bool = False) -> list[int]:
+        """Where the verdicts of such submissions are."""
+        wanted = {
+            end.submission_id
+            for each in self.submitted
+            for end in each.ends
+            if (key is None or each.key == key) and end.may_be_superseded == may_be_superseded
+        }
+        return [n for n, message in enumerate(self.verdicts) if _read(message).submission_id in wanted]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "pictures")
+
+
+@pytest.mark.parametrize("exactly_once", [False, True])
+def test_a_run_that_is_right(run: Run, *, exactly_once: bool) -> None:
+    found = run.check(exactly_once=exactly_once)
+    assert found.problems == []
+    assert (found.lost, found.duplicates, found.submissions) == (0, 0, 400)
+    assert len(found.dead_letters) == 7
+
+
+def test_a_lost_submission(run: Run) -> None:
+    del run.verdicts[5]
+    found = run.check()
+    assert found.lost == 1
+    assert len(found.problems) == 1
+
+
+def test_an_end_of_nothing(run: Run) -> None:
+    run.verdicts.append(_changed(run.verdicts[0], submission_id="never"))
+    assert run.check().problems == ["never was never submitted"]
+
+
+def test_an_equal_repeat_is_allowed_at_least_once_only(run: Run) -> None:
+    run.verdicts.append(run.verdicts[5])
+    run.letters.append(run.letters[0])
+    assert run.check().problems == []
+    assert run.check().duplicates == 2
+    assert len(run.check(exactly_once=True).problems) >= 2
+
+
+def test_a_repeat_that_differs(run: Run) -> None:
+    run.verdicts.append(_changed(run.verdicts[5], verdict_id="another"))
+    assert "ends that differ" in run.check().sentences()[0]
+
+
+def test_a_dead_letter_that_was_not_deserved(run: Run) -> None:
+    (n, *_) = run.verdict_of(key=None)
+    verdict = _read(run.verdicts.pop(n))
+    run.letters.append(_letter(99, run.submitted[0], Deserved(verdict.submission_id, "not_found")))
+    assert "deserves a verdict, and has not_found" in run.check().sentences()[-1]
+
+
+def test_the_verdict_of_another_image(run: Run) -> None:
+    run.verdicts[5] = _changed(run.verdicts[5], sha256="0" * 64)
+    assert "another image" in run.check().sentences()[0]
+
+
+def test_an_overtaken_event_may_end_as_superseded_and_the_newest_may_not(run: Run) -> None:
+    overtaken = run.verdict_of(may_be_superseded=True)[0]
+    run.verdicts.append(_changed(run.verdicts[overtaken], outcome="superseded", verdict_id="of what was not judged"))
+    assert run.check().problems == []
+    newest = run.verdict_of()[0]
+    run.verdicts[newest] = _changed(run.verdicts[newest], outcome="superseded")
+    assert "deserves a verdict, and has superseded" in run.check().sentences()[0]
+
+
+def test_the_order_of_a_key(run: Run) -> None:
+    key = next(each.key for each in run.submitted if each.key and len(run.verdict_of(key=each.key)) > 2)
+    assert key is not None
+    first, second, *_ = run.verdict_of(key=key)
+    again = run.verdicts[first]
+    run.verdicts.insert(second + 1, again)  # redelivered: the first ends are still in order
+    assert run.check().problems == []
+    del run.verdicts[first]
+    assert "ends after a later submission with its key" in run.check().sentences()[0]
+
+
+def _message(stream: str, n: int, value: bytes, key: bytes | None, *headers: tuple[str, bytes]) -> Message:
+    return Message(value, key, headers, f"{stream}/0/{n}", _NOW)
+
+
+def _verdict(n: int, end: Deserved) -> Message:
+    assert end.submission_id is not None
+    verdict = Verdict(
+        verdict_id=f"verdict of {end.submission_id}",
+        submission_id=end.submission_id,
+        uri="s3://uploads/0/a.jpg",
+        version_id=None,
+        etag=None,
+        sha256=end.sha256,
+        tenant="default",
+        outcome="verdict",
+        rating=end.rating,
+        category=None,
+        rationale=None,
+        score=None,
+        action=None,
+        policy=None,
+        model=MODEL,
+        effort="full",
+        image=None,
+        timings_ms=Timings(),
+        metadata={},
+        submitted_at=_NOW,
+        judged_at=_NOW,
+    )
+    return _message("verdicts", n, verdict.model_dump_json().encode(), None)
+
+
+def _letter(n: int, sent: Submitted, end: Deserved) -> Message:
+    assert end.reason is not None
+    letter = DeadLetter(
+        submission_id=end.submission_id, reason=end.reason, detail="", attempts=1, source="s/0/0", failed_at=_NOW
+    )
+    return _message("letters", n, sent.value, sent.key, *letter.headers())
+
+
+def _read(message: Message) -> Verdict:
+    return Verdict.model_validate_json(message.value)
+
+
+def _changed(message: Message, **fields: Any) -> Message:
+    return dataclasses.replace(message, value=_read(message).model_copy(update=fields).model_dump_json().encode())

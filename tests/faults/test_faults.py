@@ -1,0 +1,30 @@
+"""A short storm with each kind of delivery, and the faults that a seed decides."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.faults.run import SHORT, Delivery, Plan, storm
+from tests.faults.schedule import KINDS, schedule
+from tests.servers import require_kafka
+
+_SEED = 20_261
+
+
+@pytest.mark.kafka
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("delivery", ["at_least_once"])
+async def test_every_submission_ends_once_whatever_breaks(delivery: Delivery, tmp_path: Path) -> None:
+    await asyncio.to_thread(require_kafka)
+    report = await storm(Plan(_SEED, SHORT, delivery), tmp_path / "storm", print)
+    assert report.findings.sentences() == [], report.table()
+
+
+def test_a_seed_decides_the_faults_and_each_kind_comes_every_round() -> None:
+    faults = schedule(7, 3)
+    assert faults == schedule(7, 3)
+    assert faults != schedule(8, 3)
+    for n in range(3):
+        assert {fault.kind for fault in faults[n * len(KINDS) : (n + 1) * len(KINDS)]} == set(KINDS)
