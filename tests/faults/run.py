@@ -17,41 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
-import boto3
-
-from services.children import Child, free_port
-from services.policies.registry import PolicyRegistry
-from services.settings import Settings
-from services.streams.connect import open_publisher
 from tests import kafka_broker
-from tests.faults import s3
+from tests.faults.backends import DRAIN_S, Backends, Delivery
 from tests.faults.check import Findings, check
 from tests.faults.fleet import Fleet
 from tests.faults.proxy import Link
 from tests.faults.schedule import KINDS, Fault, Kind, schedule
 from tests.faults.streams import Backlog, Producer, read_all
-from tests.faults.submissions import Pictures, Submitted, submissions
+from tests.faults.submissions import Submitted, submissions
 from tests.kafka_broker import ROOT, Broker
-from tests.s3_server import CREDENTIALS
 from tests.servers import Valkey
 
-Delivery = Literal["at_least_once", "exactly_once"]
 DELIVERIES: Final[tuple[Delivery, ...]] = get_args(Delivery)
 
 _MEMBERS: Final = 2
-_PLACES: Final = 3
-"""For members: each round of faults adds one and removes one, in either order."""
 _GUARDS: Final = 2
-_DRAIN_S: Final = 5.0
 _SUBMISSIONS_PER_ROUND: Final = 2_500
 SHORT: Final = 1_500
 _BEHIND: Final = 1_000
@@ -117,7 +105,7 @@ _Say = Callable[[str], None]
 async def storm(plan: Plan, folder: Path, say: _Say = lambda _: None) -> Report:
     """Run a plan; everything that is started is gone afterwards. `folder` takes data and logs."""
     async with AsyncExitStack() as closing:
-        backends = await _Backends.start(folder, plan, closing)
+        backends = await Backends.start(folder, plan.seed, plan.delivery, closing)
         fleet = await closing.enter_async_context(
             Fleet(
                 folder,
@@ -125,7 +113,7 @@ async def storm(plan: Plan, folder: Path, say: _Say = lambda _: None) -> Report:
                 [f"kafka://127.0.0.1:{link.port}" for link in backends.links],
                 guards=_GUARDS,
                 refused=backends.pictures.refused,
-                drain_s=_DRAIN_S,
+                drain_s=DRAIN_S,
             )
         )
         await fleet.set_members(_MEMBERS)
@@ -137,94 +125,10 @@ async def storm(plan: Plan, folder: Path, say: _Say = lambda _: None) -> Report:
         return Report(plan, findings, reconciled, run.struck, run.seconds)
 
 
-class _Backends:
-    """Kafka with a proxy for each member, Valkey and S3."""
-
-    def __init__(self, folder: Path, plan: Plan, links: list[Link]) -> None:
-        self.links = links
-        self.broker = Broker(folder / "kafka", [link.port for link in links])
-        self.valkey = Valkey(folder / "valkey")
-        self.s3_port = free_port()
-        self.pictures = Pictures(folder / "pictures", plan.seed)
-        self.settings = Settings(
-            stream_url=f"kafka://{self.broker.address}",
-            redis_url=self.valkey.url,
-            s3_endpoint=f"http://127.0.0.1:{self.s3_port}",
-            s3_buckets=(s3.BUCKET,),
-            policy_bucket="policies",
-            model="tiny",
-            delivery=plan.delivery,
-            backfill_stream="",
-            drain_s=_DRAIN_S,
-            decode_workers=1,
-            fetch_deadline_s=3,
-            kafka_options={"session_timeout_ms": 3_000, "heartbeat_interval_ms": 600},
-        )
-
-    @classmethod
-    async def start(cls, folder: Path, plan: Plan, closing: AsyncExitStack) -> "_Backends":
-        """Start them, publish the built-in policy and create the topics; `closing` gets what ends them."""
-        links = [Link() for _ in range(_PLACES)]
-        for link in links:
-            await link.listen()
-            closing.callback(link.cut)
-        self = cls(folder, plan, links)
-        for link in links:
-            link.target = self.broker.behind[link.port]
-        argv = [sys.executable, "-m", "tests.faults.s3", str(self.s3_port), str(self.pictures.folder)]
-        store = Child(argv, log=folder / "s3.log", env=os.environ | {"PYTHONPATH": str(ROOT)})
-        closing.callback(store.kill)
-        closing.callback(self.valkey.kill)
-        closing.callback(self.broker.kill)
-        await asyncio.gather(asyncio.to_thread(self.valkey.start), asyncio.to_thread(self.broker.start))
-        await asyncio.to_thread(self._furnish, store)
-        publisher = await open_publisher(self.settings)  # which creates the topics
-        await publisher.close()
-        return self
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of a member, and of the command line."""
-        values = self.settings.model_dump(mode="json", exclude_defaults=True)
-        spelled = {
-            name: ",".join(value)
-            if isinstance(value, list)
-            else json.dumps(value)
-            if isinstance(value, dict)
-            else value
-            for name, value in values.items()
-        }
-        return {f"SLUICE_{name.upper()}": str(value) for name, value in spelled.items()} | CREDENTIALS
-
-    def set_s3(self, mode: str) -> None:
-        """What goes wrong with S3 from now on."""
-        request = urllib.request.Request(f"{self.settings.s3_endpoint}/?fault={mode}", method="PUT")
-        urllib.request.urlopen(request, timeout=10).close()
-
-    def _furnish(self, store: Child) -> None:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                self.set_s3("pass")
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start:\n{store.tail()}") from None
-                time.sleep(0.1)
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.settings.s3_endpoint,
-            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
-            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
-        )
-        PolicyRegistry(client, self.settings.policy_bucket).publish_built_in()
-
-
 class _Storm:
     """The submissions and the faults of one run."""
 
-    def __init__(self, plan: Plan, backends: _Backends, fleet: Fleet, say: _Say) -> None:
+    def __init__(self, plan: Plan, backends: Backends, fleet: Fleet, say: _Say) -> None:
         self.struck: Counter[Kind] = Counter()
         self.seconds = 0.0
         self._plan = plan

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.run import SHORT, Delivery, Plan, storm
+from tests.faults.backends import Delivery
+from tests.faults.run import SHORT, Plan, storm
 from tests.faults.schedule import KINDS, schedule
 from tests.servers import require_kafka
 

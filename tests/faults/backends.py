@@ -1,0 +1,114 @@
+"""What a storm needs around the members: Kafka with a proxy for each of them, Valkey and S3."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+import urllib.request
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Final, Literal
+
+import boto3
+
+from services.children import Child, free_port
+from services.policies.registry import PolicyRegistry
+from services.settings import Settings
+from services.streams.connect import open_publisher
+from tests.faults import s3
+from tests.faults.proxy import Link
+from tests.faults.submissions import Pictures
+from tests.kafka_broker import ROOT, Broker
+from tests.s3_server import CREDENTIALS
+from tests.servers import Valkey
+
+Delivery = Literal["at_least_once", "exactly_once"]
+
+PLACES: Final = 3
+"""For members: each round of faults adds one and removes one, in either order."""
+DRAIN_S: Final = 5.0
+
+
+class Backends:
+    """The servers, and the settings of a member that uses them."""
+
+    def __init__(self, folder: Path, seed: int, delivery: Delivery, links: list[Link]) -> None:
+        self.links = links
+        self.broker = Broker(folder / "kafka", [link.port for link in links])
+        self.valkey = Valkey(folder / "valkey")
+        self.s3_port = free_port()
+        self.pictures = Pictures(folder / "pictures", seed)
+        self.settings = Settings(
+            stream_url=f"kafka://{self.broker.address}",
+            redis_url=self.valkey.url,
+            s3_endpoint=f"http://127.0.0.1:{self.s3_port}",
+            s3_buckets=(s3.BUCKET,),
+            policy_bucket="policies",
+            model="tiny",
+            delivery=delivery,
+            backfill_stream="",
+            drain_s=DRAIN_S,
+            decode_workers=1,
+            fetch_deadline_s=3,
+            kafka_options={"session_timeout_ms": 3_000, "heartbeat_interval_ms": 600},
+        )
+
+    @classmethod
+    async def start(cls, folder: Path, seed: int, delivery: Delivery, closing: AsyncExitStack) -> "Backends":
+        """Start them, publish the built-in policy and create the topics; `closing` gets what ends them."""
+        links = [Link() for _ in range(PLACES)]
+        for link in links:
+            await link.listen()
+            closing.callback(link.cut)
+        self = cls(folder, seed, delivery, links)
+        for link in links:
+            link.target = self.broker.behind[link.port]
+        argv = [sys.executable, "-m", "tests.faults.s3", str(self.s3_port), str(self.pictures.folder)]
+        store = Child(argv, log=folder / "s3.log", env=os.environ | {"PYTHONPATH": str(ROOT)})
+        closing.callback(store.kill)
+        closing.callback(self.valkey.kill)
+        closing.callback(self.broker.kill)
+        await asyncio.gather(asyncio.to_thread(self.valkey.start), asyncio.to_thread(self.broker.start))
+        await asyncio.to_thread(self._furnish, store)
+        publisher = await open_publisher(self.settings)  # which creates the topics
+        await publisher.close()
+        return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a member, and of the command line."""
+        values = self.settings.model_dump(mode="json", exclude_defaults=True)
+        spelled = {
+            name: ",".join(value)
+            if isinstance(value, list)
+            else json.dumps(value)
+            if isinstance(value, dict)
+            else value
+            for name, value in values.items()
+        }
+        return {f"SLUICE_{name.upper()}": str(value) for name, value in spelled.items()} | CREDENTIALS
+
+    def set_s3(self, mode: str) -> None:
+        """What goes wrong with S3 from now on."""
+        request = urllib.request.Request(f"{self.settings.s3_endpoint}/?fault={mode}", method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def _furnish(self, store: Child) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.set_s3("pass")
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the S3 server did not start:\n{store.tail()}") from None
+                time.sleep(0.1)
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.settings.s3_endpoint,
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
+        )
+        PolicyRegistry(client, self.settings.policy_bucket).publish_built_in()
