@@ -14,7 +14,6 @@ OpenAI chat API, free-running JSON with a rationale, temperature 0.2, top_p 0.95
 import argparse
 import asyncio
 import base64
-import contextlib
 import json
 import logging
 import random
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from services.contracts import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
-from services.errors import GuardUnavailable
+from services.errors import GuardFailed, GuardUnavailable
 from services.guard.assess import Guard
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
@@ -120,10 +119,21 @@ async def accuracy(guard: Guard, images: Sequence[Image], concurrency: int) -> d
     }
 
 
+async def flush(engine: Engine) -> None:
+    """Empty the engine's cache; it refuses while it has a request, which the last one or a probe may be."""
+    for _ in range(100):
+        try:
+            await engine.call("/flush_cache", {})
+        except GuardUnavailable:
+            return  # done: the answer is text, not JSON
+        except GuardFailed:
+            await asyncio.sleep(0.1)
+    raise RuntimeError("the engine does not empty its cache")
+
+
 async def timed(engine: Engine, concurrency: int, calls: Sequence[Callable[[], Awaitable[int]]]) -> Timed:
     """Each call returns the tokens that its answer took."""
-    with contextlib.suppress(GuardUnavailable):  # the answer is text, not JSON
-        await engine.call("/flush_cache", {})  # nobody profits from what the one before has left
+    await flush(engine)  # nobody profits from what the one before has left
     started = time.perf_counter()
     tokens = await gather(concurrency, calls)
     return Timed(len(calls) / (time.perf_counter() - started), statistics.mean(tokens))

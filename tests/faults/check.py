@@ -17,14 +17,16 @@
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final, get_args
 
 from services.contracts import DeadLetter, Verdict
+from services.errors import DeadLetterReason
 from services.streams.formats import Accepted, parse
 from services.streams.transport import Message
 from tests.faults.submissions import Deserved, Submitted
 
 _SHOWN: Final = 10
+_REASONS: Final = frozenset(get_args(DeadLetterReason))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class End:
     """A verdict's outcome, a dead letter's reason."""
     message: Message
 
+    @property
+    def is_dead_letter(self) -> bool:
+        return self.kind in _REASONS
+
 
 @dataclass(slots=True)
 class Findings:
@@ -52,6 +58,10 @@ class Findings:
     lost: int = 0
     duplicates: int = 0
     """Ends too many, whether allowed or not."""
+    unequal: int = 0
+    """Submissions whose ends differ where they must not."""
+    wrong_dead_letters: int = 0
+    """Dead letters that were not deserved, or not for that reason."""
     problems: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
@@ -89,6 +99,8 @@ def check(
             found.problems.append(f"{name} is lost")
             continue
         found.duplicates += len(ends[name]) - 1
+        found.unequal += _differ(deserves, ends[name])
+        found.wrong_dead_letters += sum(end.is_dead_letter and end.kind != deserves.reason for end in ends[name])
         found.problems += _wrong(name, deserves, sent, ends[name], exactly_once=exactly_once)
     return found
 
@@ -112,10 +124,8 @@ def _wrong(
 ) -> Iterable[str]:
     if exactly_once and len(ends) > 1:
         yield f"{name} has {len(ends)} ends"
-    different: set[Any] = {end.identity for end in ends}
-    # One for each outcome at most: repeats of the same outcome are equal also here.
-    if len(different) > (len({end.kind for end in ends}) if deserved.may_be_superseded else 1):
-        yield f"{name} has ends that differ: {', '.join(sorted(different))}"
+    if _differ(deserved, ends):
+        yield f"{name} has ends that differ: {', '.join(sorted({end.identity for end in ends}))}"
     for end in ends:
         if deserved.reason is None:
             yield from _wrong_verdict(name, deserved, end)
@@ -123,6 +133,11 @@ def _wrong(
             yield f"{name} deserves the dead letter {deserved.reason}, and has {end.kind}"
         elif (end.message.value, end.message.key) != (sent.value, sent.key):
             yield f"the dead letter of {name} does not have the original bytes and key"
+
+
+def _differ(deserved: Deserved, ends: Sequence[End]) -> bool:
+    # One for each outcome at most: repeats of the same outcome are equal also where an event may be superseded.
+    return len({end.identity for end in ends}) > (len({end.kind for end in ends}) if deserved.may_be_superseded else 1)
 
 
 def _wrong_verdict(name: Hashable, deserved: Deserved, end: End) -> Iterable[str]:

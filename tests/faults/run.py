@@ -1,9 +1,10 @@
 """Thousands of submissions while a seeded scheduler breaks everything in turn; then each must have ended once.
 
-    python -m tests.faults.run --seed N --submissions 20000 --delivery at_least_once|exactly_once [--short]
+    python -m tests.faults.run --seed N --submissions 20000 [--delivery at_least_once|exactly_once] [--short]
 
-On a real Kafka, a real Valkey, the light S3 server and the scripted guards of this suite. The table goes to stdout,
-the faults as they happen to stderr; the exit status is 1 when anything is off. See `check` for what is held.
+On a real Kafka, a real Valkey, the light S3 server and the scripted guards of this suite. The faults as they happen
+and the tables go to stderr, one JSON line to stdout; the exit status is 1 when anything is off. See `check` for what is
+held.
 """
 
 import argparse
@@ -41,7 +42,7 @@ DELIVERIES: Final[tuple[Delivery, ...]] = get_args(Delivery)
 _MEMBERS: Final = 2
 _GUARDS: Final = 2
 _SUBMISSIONS_PER_ROUND: Final = 2_500
-SHORT: Final = 1_500
+SHORT: Final = 2_000
 _BEHIND: Final = 1_000
 """With more messages than that to be settled, the next fault waits: a system that only lies still proves nothing."""
 _PATIENCE_S: Final = 30.0
@@ -303,25 +304,53 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--submissions", type=int, default=20_000)
-    parser.add_argument("--delivery", choices=DELIVERIES, default=DELIVERIES[0])
+    parser.add_argument("--submissions", type=int, default=20_000, help="for each kind of delivery")
+    parser.add_argument("--delivery", choices=DELIVERIES, action="append", help="both, unless given")
     parser.add_argument("--short", action="store_true", help=f"{SHORT} submissions, each kind of fault once")
-    parser.add_argument("--folder", type=Path, help="keep data and logs there; it must not exist")
     given = parser.parse_args()
     if reason := kafka_broker.missing():
         parser.error(reason)
-    plan = Plan(given.seed, SHORT if given.short else given.submissions, given.delivery)
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="sluice-faults-"))
-    report = asyncio.run(storm(plan, folder, lambda line: print(line, file=sys.stderr, flush=True)))  # noqa: T201
-    print(report.table())  # noqa: T201
-    for problem in report.findings.sentences():
-        print(problem, file=sys.stderr)  # noqa: T201
+    reports = [
+        _report(Plan(given.seed, SHORT if given.short else given.submissions, delivery))
+        for delivery in given.delivery or DELIVERIES
+    ]
+    print(json.dumps(summary(reports)))  # noqa: T201
+    return int(any(report.findings.problems for report in reports))
+
+
+def _report(plan: Plan) -> Report:
+    """Run a plan and say what came of it; data and logs are kept where something is off."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+    folder = Path(tempfile.mkdtemp(prefix="sluice-faults-"))
+    report = asyncio.run(storm(plan, folder, say))
+    for line in (report.table(), *report.findings.sentences()):
+        say(line)
     if report.findings.problems:
-        print(f"data and logs are in {folder}", file=sys.stderr)  # noqa: T201
-        return 1
-    if not given.folder:
+        say(f"data and logs are in {folder}")
+    else:
         shutil.rmtree(folder)
-    return 0
+    return report
+
+
+def summary(reports: Iterable[Report]) -> dict[str, int]:
+    """For scripts: what was counted over all runs."""
+    counted = Counter[str](
+        dict.fromkeys(("duplicated_exactly_once", "unequal_duplicates_at_least_once"), 0)  # also where they did not run
+    )
+    for report in reports:
+        found = report.findings
+        exactly_once = report.plan.delivery == "exactly_once"
+        counted["submissions"] += found.submissions
+        counted["lost"] += found.lost
+        counted["duplicated_exactly_once"] += found.duplicates if exactly_once else 0
+        counted["unequal_duplicates_at_least_once"] += 0 if exactly_once else found.unequal
+        counted["wrong_dead_letters"] += found.wrong_dead_letters
+        counted["faults"] += report.faults.total()
+        counted["problems"] += len(found.problems)
+    return dict(counted)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,21 @@ from pathlib import Path
 import pytest
 
 from tests.faults.backends import Delivery
-from tests.faults.run import SHORT, Plan, storm
+from tests.faults.run import DELIVERIES, Plan, storm
 from tests.faults.schedule import KINDS, schedule
 from tests.servers import require_kafka
 
 _SEED = 20_261
+_SUBMISSIONS = 1_000
 
 
 @pytest.mark.kafka
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("delivery", ["at_least_once"])
+@pytest.mark.parametrize("delivery", DELIVERIES)
 async def test_every_submission_ends_once_whatever_breaks(delivery: Delivery, tmp_path: Path) -> None:
     await asyncio.to_thread(require_kafka)
-    report = await storm(Plan(_SEED, SHORT, delivery), tmp_path / "storm", print)
+    report = await storm(Plan(_SEED, _SUBMISSIONS, delivery), tmp_path / "storm", print)
     assert report.findings.sentences() == [], report.table()
 
 
