@@ -108,6 +108,8 @@ def _guard(parent: int, argv: list[str]) -> int:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
         time.sleep(0.01)
+    os.kill(standby, signal.SIGKILL)  # it would end by itself, unless someone has stopped it
+    os.waitpid(standby, 0)
     return child.wait()
 
 

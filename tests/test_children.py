@@ -58,6 +58,17 @@ def test_descendants_end_with_the_child(family: tuple[str, Path], tmp_path: Path
     assert child.returncode is not None
 
 
+def test_a_stopped_stand_by_is_not_left_behind(family: tuple[str, Path], tmp_path: Path) -> None:
+    script, file = family
+    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    pids = pids_in(file, 2)
+    everyone = psutil.Process(child.pid).children(recursive=True)
+    (stand_by,) = [process for process in everyone if process.pid not in pids]
+    stand_by.suspend()
+    child.kill()
+    assert all_gone([*pids, stand_by.pid])
+
+
 def test_descendants_end_when_the_parent_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
     script, file = family
     parent = subprocess.Popen(
