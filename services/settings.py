@@ -32,6 +32,11 @@ class Settings(BaseSettings):
 
     # Streams
     group: str = Field("sluice", description="consumer group")
+    member_id: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,248})?$",
+        description="Kafka: this member's own name, so that it gets its partitions back when it restarts; empty: none",
+    )
     delivery: Literal["at_least_once", "exactly_once"] = "at_least_once"
     submissions_stream: str = "sluice.submissions"
     verdicts_stream: str = "sluice.verdicts"

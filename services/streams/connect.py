@@ -1,8 +1,8 @@
 """Opens the stream system that `SLUICE_STREAM_URL` names; nothing else chooses between Kafka and Redis Streams."""
 
-from services.errors import ConfigurationError
 from services.settings import Settings
-from services.streams.kafka import KafkaPublisher, KafkaTransport
+from services.streams.kafka import KafkaTransport
+from services.streams.kafka_publisher import KafkaPublisher
 from services.streams.kafka_reader import KafkaReader
 from services.streams.redis import RedisPublisher, RedisReader, RedisTransport
 from services.streams.transport import Publisher, Reader, Transport
@@ -15,8 +15,6 @@ async def open_transport(settings: Settings, member: str) -> Transport:
         ConfigurationError: the URL, an option or the credentials are wrong.
         StreamUnavailable: the stream system did not answer within 15 s.
     """
-    if settings.delivery == "exactly_once":
-        raise ConfigurationError("SLUICE_DELIVERY=exactly_once is not available yet: use at_least_once.")
     if _is_kafka(settings):
         return await KafkaTransport.open(settings, member)
     return await RedisTransport.open(settings, member)

@@ -2,7 +2,8 @@
 
 The thread polls whatever the event loop does, so an assessment may take as long as it likes: the membership does not
 depend on it. What is received waits in a bounded buffer; when that is full, or when one partition's window is, the
-partitions are paused. Offsets are committed as far as the ledgers allow, every `_COMMIT_S`, on revocation and on close.
+partitions are paused. At least once: offsets are committed as far as the ledgers allow, every `_COMMIT_S`, on
+revocation and on close. Exactly once: they are committed with the outputs, by `Releases`.
 """
 
 import asyncio
@@ -10,20 +11,23 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import kafka
-from kafka import AsyncConsumerRebalanceListener, errors
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.structs import MemberState, OffsetAndMetadata
+from kafka import errors
+from kafka.structs import OffsetAndMetadata
 
-from services.errors import NotOwned, StreamUnavailable
+from services.errors import ConfigurationError, NotOwned
 from services.settings import Settings
+from services.streams import kafka_consumer
 from services.streams.kafka_clients import Sender, as_message, backoff, connect, ensure_topics
+from services.streams.kafka_consumer import Rebalance, subscribe
 from services.streams.kafka_lag import LagMeter
+from services.streams.kafka_releases import Place, Releases
+from services.streams.kafka_transactions import Transactions
 from services.streams.ledger import Finish, Ledger
 from services.streams.transport import Lag, Message, Record
 
@@ -35,38 +39,37 @@ _UNANSWERED_S: Final = 35.0
 _POLL_MS: Final = 200
 _WINDOW: Final = 4096
 """Offsets per partition between the oldest unfinished one and the newest received one."""
+_WINDOW_SHARES: Final = 16
+"""Or this many times `in_flight`, if that is more: a partition is paused with a share or less to go, nearly full."""
 _REBUILD_S: Final = 30.0
 """A consumer that has failed at everything for this long is replaced."""
 _LEAVE_MS: Final = 3_000
 _DELIVERY_S: Final = 30.0
-_PUBLISH_S: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A message's token: its offset, and the ledger of the assignment under which it was received."""
-
-    ledger: Ledger
-    offset: int
+_FLUSH_S: Final = 3.0
 
 
 class KafkaTransport:
     """One member of a consumer group. See `Transport` for what the methods promise."""
 
     def __init__(
-        self, settings: Settings, member: str, sender: Sender, joined: tuple[Any, "_Rebalance"], meter: LagMeter
+        self,
+        settings: Settings,
+        member: str,
+        sender: Sender | Transactions,
+        joined: tuple[Any, Rebalance],
+        meter: LagMeter,
     ) -> None:
         """Use `open`, which makes the parts."""
         self._settings = settings
         self._member = member
-        self._sender = sender
         self._consumer, listener = joined
-        listener.transport = self
+        listener.owner = self
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        """Guards the ledgers and the buffer, which the poll thread, kafka-python's own thread and the loop all use."""
+        """Guards the next three: the poll thread, kafka-python's own thread, the releases and the loop use them."""
         self._ledgers: dict[Any, Ledger] = {}
+        self._unfinished: dict[Place, Message] = {}
         self._buffer: deque[Message] = deque()
         self._arrived = asyncio.Event()
         self._paused = False
@@ -75,6 +78,16 @@ class KafkaTransport:
         self._next_commit = 0.0
         self._suspect = False
         """The last poll failed: the consumer may stand behind records that it never returned."""
+        self._double: ConfigurationError | None = None
+        """Set when another member has this one's identity."""
+        self._sender: Sender | None = None
+        self._releases: Releases | None = None
+        """One of the two publishes: at least once, or exactly once."""
+        if isinstance(sender, Sender):
+            self._sender = sender
+        else:
+            self._releases = Releases(sender, self._lock)
+            self._releases.start(self, member)
         self._thread = threading.Thread(target=self._run, name=f"kafka-{member}", daemon=True)
         self._thread.start()
 
@@ -87,12 +100,18 @@ class KafkaTransport:
             StreamUnavailable: no broker answered in time.
         """
 
-        def make() -> tuple[Sender, tuple[Any, _Rebalance], LagMeter]:
+        if settings.member_id and settings.intake_replicas > 1:
+            raise ConfigurationError(
+                f"SLUICE_MEMBER_ID names one member, but SLUICE_INTAKE_REPLICAS is {settings.intake_replicas}: "
+                "leave it empty, or run one intake replica."
+            )
+
+        def make() -> tuple[Sender | Transactions, tuple[Any, Rebalance], LagMeter]:
             admin = connect(settings, kafka.KafkaAdminClient, client_id=f"{member}-admin")
             try:
                 ensure_topics(settings, admin)
-                sender = Sender(settings, delivery_s=_DELIVERY_S)
-                joined = _subscribe(settings, member)
+                sender = _make_sender(settings)
+                joined = subscribe(settings, member)
             except BaseException:
                 admin.close()
                 raise
@@ -105,6 +124,8 @@ class KafkaTransport:
         """In offset order per partition."""
         deadline = self._loop.time() + timeout_s
         while True:
+            if self._double is not None:
+                raise self._double
             self._arrived.clear()
             if not self._paused:
                 with self._lock:
@@ -120,8 +141,29 @@ class KafkaTransport:
                 return []
 
     async def settle(self, message: Message, records: Sequence[Record]) -> None:
-        """At least once: the records are acknowledged by all in-sync replicas, then the offset is committed."""
-        place: _Place = message.token
+        """At least once: the records are acknowledged by all in-sync replicas, then the offset is committed.
+
+        Exactly once: both are committed in one transaction, after those of every older offset of the partition.
+        """
+        place: Place = message.token
+        if self._releases is None:
+            await self._publish(message, records)
+        elif self._closed:
+            raise NotOwned(f"{message.source} goes to the other members when this one leaves.")
+        else:
+            with self._lock:
+                self._unfinished.pop(place, None)
+            try:
+                await self._releases.settle(place, records, message.source)
+            except ConfigurationError:
+                with self._lock:
+                    if place.ledger.holds(place.offset):
+                        self._unfinished[place] = message
+                raise
+
+    async def _publish(self, message: Message, records: Sequence[Record]) -> None:
+        assert self._sender is not None
+        place: Place = message.token
         pending = list(records)
         for delay in backoff():
             if not place.ledger.holds(place.offset):
@@ -132,12 +174,20 @@ class KafkaTransport:
             await asyncio.sleep(delay)
         with self._lock:
             outcome = place.ledger.finish(place.offset)
+            self._unfinished.pop(place, None)
         if outcome in (Finish.REVOKED, Finish.NOT_HELD):
             raise NotOwned(f"{message.source} went to another member while it was being published.")
 
     async def lag(self) -> Lag:
         """End offset minus committed offset, for every partition of the submissions."""
         return await self._meter.read()
+
+    def blocked(self) -> Sequence[Message]:
+        """One of every partition whose window is nearly full of messages that are done, behind this one."""
+        with self._lock:
+            blocked = [(each, offset) for each in self._ledgers.values() if (offset := each.blocked_by) is not None]
+            messages = (self._unfinished.get(Place(ledger, offset)) for ledger, offset in blocked)
+            return [message for message in messages if message is not None]
 
     def pause(self) -> None:
         """The buffer fills up, then the partitions are paused."""
@@ -151,14 +201,20 @@ class KafkaTransport:
     async def close(self) -> None:
         """Commit what is done and leave the group, so that the other members get the rest at once.
 
-        Gives up after about 10 s when the broker is away.
+        Gives up after about 10 s when the broker is away. With a `member_id` the others get it when the session times
+        out, unless this member comes back before.
         """
         if self._closed:
             return
         self._closed = True
-        await self._sender.close()  # what is being settled is done before the last commit
+        if self._sender is not None:
+            await self._sender.close()  # what is being settled is done before the last commit
+        if self._releases is not None:
+            await asyncio.to_thread(self._releases.flush().wait, _FLUSH_S)
         self._closing.set()
         await asyncio.to_thread(self._thread.join)
+        if self._releases is not None:
+            await asyncio.to_thread(self._releases.close)
         await self._meter.close()
 
     # ---- the poll thread
@@ -174,6 +230,8 @@ class KafkaTransport:
                 self._turn()
                 if failing_since is not None:
                     delays, failing_since = backoff(), None
+            except errors.FencedInstanceIdError:
+                self.fenced()
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
                 log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)
                 self._suspect = True
@@ -185,8 +243,8 @@ class KafkaTransport:
         self._leave()
 
     def _turn(self) -> None:
-        assigned = self._consumer.assignment()
         with self._lock:
+            assigned = self._consumer.assignment()
             for partition in assigned:
                 if partition not in self._ledgers:
                     self._ledgers[partition] = self._new_ledger()
@@ -196,19 +254,21 @@ class KafkaTransport:
         paused = self._consumer.paused()
         self._consumer.pause(*(full - paused))
         self._consumer.resume(*(paused & assigned - full))
-        if self._consumer.group_metadata().state == MemberState.REBALANCING:
-            # kafka-python 3.0.12 forgets a rejoin of its own (the partitions changed) when a poll ends in the middle
-            # of it: no heartbeats, no commits any more. Asking again for the same rejoin does no harm.
-            self._consumer._coordinator.request_rejoin()
+        kafka_consumer.keep_joining(self._consumer)
+        kafka_consumer.check_identity(self._consumer)
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
+                owned = self._consumer.assignment()  # some may have been lost while the poll was ending
                 for partition, records in polled.items():
-                    for record in records:
+                    for record in records if partition in owned else ():
                         self._buffer.append(self._take(partition, record))
             self._wake()
         if time.monotonic() >= self._next_commit:
             offsets = self._committable()
+            if self._releases is not None:
+                offsets = {}
+                self._releases.look()
             # One at a time: the callback, which a later poll calls, brings the next one forward.
             self._next_commit = time.monotonic() + (_UNANSWERED_S if offsets else _COMMIT_S)
             if offsets:
@@ -224,10 +284,12 @@ class KafkaTransport:
             self._drop(partition)
             ledger = self._ledgers[partition] = self._new_ledger()
         ledger.receive(record.offset)
-        return as_message(record, _Place(ledger, record.offset))
+        place = Place(ledger, record.offset)
+        self._unfinished[place] = message = as_message(record, place)
+        return message
 
     def _new_ledger(self) -> Ledger:
-        return Ledger(max(_WINDOW, 4 * self._settings.in_flight))
+        return Ledger(max(_WINDOW, _WINDOW_SHARES * self._settings.in_flight), keeps_outputs=self._releases is not None)
 
     def _rewind(self) -> None:
         """After a poll that failed: what it may have consumed without returning it is fetched again."""
@@ -236,7 +298,7 @@ class KafkaTransport:
         for partition in self._consumer.assignment():
             position = positions.get(partition)
             if position is None:
-                position = self._consumer.committed(partition, timeout_ms=_LEAVE_MS)
+                position = self.committed(partition)
             if position is None:
                 self._consumer.seek_to_beginning(partition)
             else:
@@ -272,20 +334,55 @@ class KafkaTransport:
         if ledger is not None:
             ledger.revoke()
             self._buffer = deque(each for each in self._buffer if each.token.ledger is not ledger)
+            self._unfinished = {place: each for place, each in self._unfinished.items() if place.ledger is not ledger}
+
+    # ---- for the rebalance listener and the releases
 
     def give_up(self, partitions: Iterable[Any]) -> dict[Any, Any]:
-        """Drop what is held of `partitions` (for the rebalance listener). Returns the offsets to commit for them."""
+        """Drop what is held of `partitions`. Returns the offsets to commit for them."""
         with self._lock:
             offsets = _as_offsets({each: self._ledgers[each] for each in partitions if each in self._ledgers})
             for partition in partitions:
                 self._drop(partition)
-        return offsets
+        if self._releases is None:
+            return offsets
+        self._releases.look()
+        return {}  # they are committed with outputs or not at all
+
+    def flush(self) -> threading.Event | None:
+        """Begin to release what is done. The event tells when that has happened; None: `give_up` says what to do."""
+        return self._releases.flush() if self._releases is not None and not self._closing.is_set() else None
+
+    def ledgers(self) -> Mapping[Any, Ledger]:
+        """By partition. The caller holds the lock."""
+        return self._ledgers
+
+    def group(self) -> Any | None:
+        """The consumer's group metadata; None while it is not in the group."""
+        return kafka_consumer.group_metadata(self._consumer)
+
+    def committed(self, partition: Any) -> int | None:
+        """The group's committed offset, once no transaction that could move it is under way."""
+        return kafka_consumer.committed(self._consumer, partition, _LEAVE_MS)
+
+    def fenced(self) -> None:
+        """Leave, because another member has joined as this one: whoever of the two went on would fence the other."""
+        self._double = ConfigurationError(
+            f"Another member of {self._settings.group} has joined with SLUICE_MEMBER_ID={self._settings.member_id}: "
+            "give every member one of its own, or none."
+        )
+        log.error("%s", self._double)
+        self._closing.set()
+        self.give_up(tuple(self._ledgers))
+        self._wake()
+
+    # ---- the poll thread's ends
 
     def _rebuild(self) -> None:
         self.give_up(tuple(self._ledgers))
         try:
-            consumer, listener = _subscribe(self._settings, self._member)
-            listener.transport = self
+            consumer, listener = subscribe(self._settings, self._member)
+            listener.owner = self
             self._consumer, old = consumer, self._consumer
             self._next_commit = 0.0
             old.close(autocommit=False, timeout_ms=_LEAVE_MS)
@@ -293,10 +390,11 @@ class KafkaTransport:
             log.warning("replacing the Kafka consumer failed: %s", error)
 
     def _leave(self) -> None:
-        try:
-            self._consumer.commit(self._committable(), timeout_ms=_LEAVE_MS)
-        except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
-            log.warning("the last commit failed, so some messages will be judged again: %s", error)
+        if self._releases is None and self._double is None:
+            try:
+                self._consumer.commit(self._committable(), timeout_ms=_LEAVE_MS)
+            except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+                log.warning("the last commit failed, so some messages will be judged again: %s", error)
         self.give_up(tuple(self._ledgers))
         try:
             self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
@@ -310,33 +408,6 @@ class KafkaTransport:
             self._closing.set()
 
 
-class _Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
-    """Runs on kafka-python's own thread while the poll thread waits inside `poll`."""
-
-    transport: KafkaTransport
-    """Set before the first poll, which is when partitions can be assigned for the first time."""
-
-    def __init__(self, consumer: Any) -> None:
-        self._consumer = consumer
-
-    async def on_partitions_assigned(self, assigned: set[Any]) -> None:
-        log.info("assigned: %s", sorted(assigned))
-
-    async def on_partitions_revoked(self, revoked: set[Any]) -> None:
-        """The next owner starts after this returned, so what is done is committed first."""
-        offsets = self.transport.give_up(revoked)
-        if offsets:
-            try:
-                await self._consumer.commit_async(offsets)
-            except errors.KafkaError as error:
-                log.warning("could not commit on revocation, some messages will be judged again: %s", error)
-
-    async def on_partitions_lost(self, lost: set[Any]) -> None:
-        """This member was thrown out: it has nothing to commit any more."""
-        log.warning("lost: %s", sorted(lost))
-        self.transport.give_up(lost)
-
-
 def _as_offsets(ledgers: Mapping[Any, Ledger]) -> dict[Any, Any]:
     return {
         partition: OffsetAndMetadata(ledger.committable, "", -1)
@@ -345,56 +416,9 @@ def _as_offsets(ledgers: Mapping[Any, Ledger]) -> dict[Any, Any]:
     }
 
 
-def _subscribe(settings: Settings, member: str) -> tuple[Any, _Rebalance]:
-    consumer = connect(
-        settings,
-        kafka.KafkaConsumer,
-        client_id=member,
-        group_id=settings.group,
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        partition_assignment_strategy=[CooperativeStickyAssignor],
-    )
-    listener = _Rebalance(consumer)
-    consumer.subscribe([settings.submissions_stream], listener=listener)
-    # A member that joins before it knows the partitions makes the group rebalance twice.
-    consumer.partitions_for_topic(settings.submissions_stream)
-    return consumer, listener
-
-
-class KafkaPublisher:
-    """Publishes without being a member. See `Publisher`."""
-
-    def __init__(self, sender: Sender) -> None:
-        """Use `open`."""
-        self._sender = sender
-
-    @classmethod
-    async def open(cls, settings: Settings) -> Self:
-        """Connect, and create the topics that are missing.
-
-        Raises:
-            ConfigurationError: an option is wrong, or a topic is missing and may not be created.
-            StreamUnavailable: no broker answered in time.
-        """
-
-        def make() -> Sender:
-            admin = connect(settings, kafka.KafkaAdminClient)
-            try:
-                ensure_topics(settings, admin)
-            finally:
-                admin.close()
-            return Sender(settings, delivery_s=_PUBLISH_S)
-
-        return cls(await asyncio.to_thread(make))
-
-    async def publish(self, records: Sequence[Record]) -> None:
-        """Acknowledged by all in-sync replicas. When it raises, some of the records may have been published."""
-        failed = await self._sender.send(records)
-        if failed:
-            raise StreamUnavailable(f"Kafka did not take {len(failed)} of {len(records)} messages in time.")
-
-    async def close(self) -> None:
-        """Release the connections."""
-        await self._sender.close()
+def _make_sender(settings: Settings) -> Sender | Transactions:
+    if settings.delivery == "at_least_once":
+        return Sender(settings, delivery_s=_DELIVERY_S)
+    # A member that comes back as the same one ends what its earlier life had begun; any other has an id of its own. A
+    # member's own id has no slash, so no two groups can share one.
+    return Transactions(settings, f"{settings.group}/{settings.member_id or uuid.uuid4().hex}")

@@ -31,7 +31,7 @@ _CLOSE_S: Final = 3.0
 _DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
 """A dead letter is a whole original message (up to 1 MiB by default) and its headers."""
 
-_REQUEST_LIMIT_BYTES: Final = 16 << 20
+REQUEST_LIMIT_BYTES: Final = 16 << 20
 """Counted before compression; the broker's own limit is the one that matters."""
 
 _RESERVED: Final = frozenset(
@@ -42,6 +42,7 @@ _RESERVED: Final = frozenset(
         "enable_auto_commit",
         "enable_idempotence",
         "group_id",
+        "group_instance_id",
         "isolation_level",
         "key_deserializer",
         "key_serializer",
@@ -55,7 +56,7 @@ _RESERVED: Final = frozenset(
 )
 """Options that Sluice's guarantees rest on."""
 
-_REFUSED: Final = (
+REFUSED: Final = (
     errors.MessageSizeTooLargeError,
     errors.RecordListTooLargeError,
     errors.InvalidRecordError,
@@ -209,7 +210,7 @@ class Sender:
             acks="all",
             enable_idempotence=True,
             compression_type="gzip",
-            max_request_size=_REQUEST_LIMIT_BYTES,
+            max_request_size=REQUEST_LIMIT_BYTES,
             max_block_ms=5_000,
             request_timeout_ms=int(self._delivery_s * 1000 * 0.6),
             delivery_timeout_ms=int(self._delivery_s * 1000),
@@ -237,7 +238,7 @@ class Sender:
                     await loop.run_in_executor(self._thread, self._renew, producer)
                 # A record that is too large takes everything with it that the producer holds at the moment, so which
                 # one is to blame shows only when each is sent alone.
-                if not isinstance(outcome, _REFUSED) or not await loop.run_in_executor(
+                if not isinstance(outcome, REFUSED) or not await loop.run_in_executor(
                     self._thread, self._send_alone, record
                 ):
                     failed.append(record)
@@ -264,7 +265,7 @@ class Sender:
             producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)).get(
                 self._delivery_s
             )
-        except _REFUSED as error:
+        except REFUSED as error:
             raise ConfigurationError(
                 f"Kafka refuses a message of {len(record.value)} bytes for {record.stream}: {error}. "
                 "Raise the topic's max.message.bytes."
@@ -273,7 +274,7 @@ class Sender:
             log.warning("%s did not take a message: %s", record.stream, error)
             return False
         finally:
-            _end(producer, 1)
+            end(producer, 1)
         return True
 
     def _renew(self, broken: Any) -> None:
@@ -285,18 +286,19 @@ class Sender:
         except (ConfigurationError, StreamUnavailable) as error:
             log.warning("no new Kafka producer: %s", error)
             return
-        _end(broken, 1)
+        end(broken, 1)
 
     async def close(self) -> None:
         """Wait a little for what is in flight, then release the connections."""
         if not self._closed:
             self._closed = True
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, _end, self._producer, _CLOSE_S)
+            await loop.run_in_executor(self._thread, end, self._producer, _CLOSE_S)
             self._thread.shutdown(wait=False)
 
 
-def _end(producer: Any, timeout_s: float) -> None:
+def end(producer: Any, timeout_s: float) -> None:
+    """Close a producer, whatever state it is in, waiting for up to `timeout_s` for what is in flight."""
     try:
         producer.close(timeout=timeout_s)
     except errors.KafkaError as error:

@@ -170,6 +170,10 @@ class RedisTransport:
             raise refusal(error) from error
         return Lag({0: int(pending) + int(waiting)})
 
+    def blocked(self) -> Sequence[Message]:
+        """Entries are acknowledged one by one: none stands before another."""
+        return ()
+
     def pause(self) -> None:
         """What is held is renewed all the same."""
         self._running.clear()

@@ -61,15 +61,16 @@ class Transport(Protocol):
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
         """Wait for up to `timeout_s` and return 0..`limit` messages. Polling goes on whatever the caller does.
 
-        An outage of the stream system is waited out here (an empty batch is returned); it is never raised.
+        An outage of the stream system is waited out here (an empty batch is returned); it is never raised. Raises:
+            ConfigurationError: another member has joined with this one's `member_id`; this one is out of the group.
         """
 
     async def settle(self, message: Message, records: Sequence[Record]) -> None:
         """Publish `records` and acknowledge `message`. May be called out of order. Returns when it is durable.
 
         Outages are waited out. Raises:
-            NotOwned: another member has the message by now; drop it. (Under at-least-once delivery the records may
-                have been published.)
+            NotOwned: another member has the message by now; drop it. (On Kafka, under at-least-once delivery, the
+                records may have been published.)
             ConfigurationError: the stream system refuses a record for good, because it is too large for its stream.
                 The message is still held.
         """
@@ -79,6 +80,14 @@ class Transport(Protocol):
 
         Raises:
             StreamUnavailable: the stream system does not answer.
+        """
+
+    def blocked(self) -> Sequence[Message]:
+        """The held messages that hold up all others of their line, whose memory for what is done is nearly full.
+
+        On Kafka a partition is such a line: what was settled after a message that is still held is kept in mind, and
+        at 4096 messages (or 16 times `in_flight`) nothing more is received from it. On Redis Streams there is no line,
+        so this is empty.
         """
 
     def pause(self) -> None:

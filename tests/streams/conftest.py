@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,8 @@ from tests.kafka_broker import Broker
 from tests.servers import Valkey, require_kafka
 
 KINDS = ["redis", pytest.param("kafka", marks=pytest.mark.kafka)]
+MEMBERS = [*KINDS, pytest.param("kafka exactly once", marks=pytest.mark.kafka)]
+"""On Redis Streams delivery makes no difference to a member."""
 
 PATIENT: Final[dict[str, Any]] = {"redis_claim_idle_s": 60.0, "session_timeout_ms": 45_000}
 """Members that take nothing over before a minute has passed."""
@@ -25,8 +27,8 @@ class Streams:
     """The streams of one test, on one server, and the members that the test opened."""
 
     def __init__(self, kind: str, url: str) -> None:
-        self.kind = kind
         self.url = url
+        self.delivery = "exactly_once" if "exactly once" in kind else "at_least_once"
         self.name = f"test-{uuid.uuid4().hex[:12]}"
         self._opened: list[Any] = []
 
@@ -46,6 +48,7 @@ class Streams:
             "dead_letters_stream": f"{self.name}.dead-letters",
             "kafka_options": options,
             "kafka_partitions": 3,
+            "delivery": self.delivery,
             "redis_claim_idle_s": 1.0,
         }
         return Settings(**(arguments | overrides))
@@ -106,26 +109,37 @@ def values(messages: Sequence[Message]) -> list[str]:
     return [message.value.decode() for message in messages]
 
 
-@pytest.fixture(params=KINDS)
+async def settle_in_order(transport: Transport, *settlements: tuple[Message, Sequence[Record]]) -> None:
+    """Settle one after the other, without waiting for the older messages of a partition that come later."""
+    settling = []
+    for message, records in settlements:
+        settling.append(asyncio.create_task(transport.settle(message, records)))
+        await asyncio.sleep(0)
+    await asyncio.gather(*settling)
+
+
+@pytest.fixture(params=MEMBERS)
 async def streams(request: pytest.FixtureRequest) -> AsyncIterator[Streams]:
     """On the session's server of each kind."""
-    if request.param == "kafka":
-        url = f"kafka://{request.getfixturevalue('kafka_address')}"
-    else:
+    if request.param == "redis":
         url = request.getfixturevalue("valkey_url")
+    else:
+        url = f"kafka://{request.getfixturevalue('kafka_address')}"
     streams = Streams(request.param, url)
     yield streams
     await streams.close()
 
 
-@pytest.fixture(params=KINDS)
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker | Valkey]:
-    """A running server of the test's own, to kill and start again."""
-    if request.param == "kafka":
-        require_kafka()
-        server: Broker | Valkey = Broker(tmp_path)
+@pytest.fixture(params=MEMBERS)
+async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Streams, Broker | Valkey]]:
+    """On a running server of the test's own, to kill and start again."""
+    if request.param == "redis":
+        server: Broker | Valkey = Valkey(tmp_path)
     else:
-        server = Valkey(tmp_path)
-    server.start()
-    yield server
+        require_kafka()
+        server = Broker(tmp_path)
+    await asyncio.to_thread(server.start)
+    streams = Streams(request.param, f"kafka://{server.address}" if isinstance(server, Broker) else server.url)
+    yield streams, server
+    await streams.close()
     server.kill()

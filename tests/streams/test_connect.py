@@ -42,17 +42,16 @@ async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
 
 @pytest.mark.parametrize(
     ("option", "complaint"),
-    [("group_id", "cannot set group_id"), ("sesion_timeout_ms", "no kafka-python client knows")],
+    [
+        ("group_id", "cannot set group_id"),
+        ("group_instance_id", "cannot set group_instance_id"),
+        ("sesion_timeout_ms", "no kafka-python client knows"),
+    ],
 )
 async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None:
     settings = Streams("kafka", "kafka://127.0.0.1:1").settings(kafka_options={option: 1})
     with pytest.raises(ConfigurationError, match=complaint):
         await open_transport(settings, "member")
-
-
-async def test_exactly_once_is_refused_for_now() -> None:
-    with pytest.raises(ConfigurationError, match="SLUICE_DELIVERY"):
-        await open_transport(Streams("kafka", "kafka://127.0.0.1:1").settings(delivery="exactly_once"), "member")
 
 
 @pytest.mark.parametrize("open_", [lambda settings: open_transport(settings, "m"), open_publisher, open_reader])

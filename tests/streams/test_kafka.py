@@ -2,7 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import kafka
@@ -10,16 +12,20 @@ import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import MemberState
 
-from services.errors import ConfigurationError
-from services.streams.transport import Record
-from tests.streams.conftest import PATIENT, Streams, collect, eventually, values
+from services.children import Child
+from services.errors import ConfigurationError, NotOwned
+from services.streams.transport import Message, Record
+from tests.streams.conftest import PATIENT, Streams, collect, eventually, settle_in_order, values
 
 pytestmark = pytest.mark.kafka
 
 
+BOTH_DELIVERIES = pytest.mark.parametrize("streams", ["at least once", "exactly once"], indirect=True)
+
+
 @pytest.fixture
-async def streams(kafka_address: str) -> AsyncIterator[Streams]:
-    streams = Streams("kafka", f"kafka://{kafka_address}")
+async def streams(kafka_address: str, request: pytest.FixtureRequest) -> AsyncIterator[Streams]:
+    streams = Streams(getattr(request, "param", "at least once"), f"kafka://{kafka_address}")
     yield streams
     await streams.close()
 
@@ -54,15 +60,27 @@ async def test_a_whole_message_fits_into_a_dead_letter(streams: Streams) -> None
     assert letter.value == original
 
 
+@BOTH_DELIVERIES
 async def test_a_record_that_is_too_large_is_refused_and_the_message_stays(streams: Streams) -> None:
-    await streams.submit("a", "b")
+    names = [str(number) for number in range(8)]
+    await streams.submit(*names)
     member = await streams.member()
-    first, second = await collect(member, 2)
+    received = await collect(member, 8)
+    outputs = {name: [streams.verdict(name)] for name in names}
+    outputs["5"].append(Record(streams.settings().verdicts_stream, os.urandom((1 << 20) + 1000)))
+    settling = {
+        each.value.decode(): asyncio.create_task(member.settle(each, outputs[each.value.decode()])) for each in received
+    }
     with pytest.raises(ConfigurationError, match=r"max\.message\.bytes"):
-        await member.settle(first, [Record(streams.settings().verdicts_stream, os.urandom(2 << 20))])
-    await member.settle(second, [streams.verdict("b")])
-    await member.settle(first, [streams.verdict("a")])
-    assert await streams.verdicts() == ["a", "b"]
+        await settling.pop("5")
+    if streams.delivery == "exactly_once":
+        assert await streams.verdicts() == names[:5]
+    await member.settle(received[5], [streams.verdict("again")])
+    await asyncio.gather(*settling.values())
+    published = await streams.verdicts()
+    if streams.delivery == "at_least_once":
+        published.remove("5")  # it was published before the other one was refused
+    assert published == sorted([*names[:5], *names[6:], "again"])
 
 
 async def test_keys_are_partitioned_as_every_kafka_client_does_it(streams: Streams) -> None:
@@ -75,6 +93,7 @@ async def test_keys_are_partitioned_as_every_kafka_client_does_it(streams: Strea
     assert found == {key: (value & 0x7FFFFFFF) % 3 for key, value in hashes.items()}
 
 
+@BOTH_DELIVERIES
 async def test_transactions(streams: Streams, kafka_address: str) -> None:
     """Aborted messages are not received, and the markers of transactions do not count as lag for ever."""
     member = await streams.member()
@@ -106,6 +125,7 @@ async def test_transactions(streams: Streams, kafka_address: str) -> None:
     assert await member.receive(1, 0.2) == []
 
 
+@BOTH_DELIVERIES
 async def test_a_full_buffer_pauses_and_goes_on(streams: Streams) -> None:
     member = await streams.member(in_flight=5)
     numbers = [str(number) for number in range(100)]
@@ -114,8 +134,7 @@ async def test_a_full_buffer_pauses_and_goes_on(streams: Streams) -> None:
     await asyncio.sleep(0.5)  # the poll thread goes on without us
     received += await collect(member, 99)
     assert values(received) == numbers
-    for message in reversed(received):
-        await member.settle(message, [])
+    await settle_in_order(member, *((message, []) for message in reversed(received)))
 
     async def nothing_waits() -> bool:
         return (await member.lag()).total == 0
@@ -162,6 +181,7 @@ async def test_a_header_name_that_is_not_utf8_stops_nobody(streams: Streams, kaf
     assert odd.headers == (("gr\\xf6\\xdfe", b"1"), ("ok", b"2"))
 
 
+@BOTH_DELIVERIES
 async def test_a_poll_that_fails_loses_nothing(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     member: Any = await streams.member()
     poll = member._consumer.poll
@@ -220,22 +240,119 @@ async def test_new_partitions_are_read_however_short_the_polls(
     assert member._consumer.group_metadata().state == MemberState.STABLE
 
 
+@BOTH_DELIVERIES
 async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second member gets its share without what the first one settled, though that came in no order."""
     monkeypatch.setattr("services.streams.kafka._COMMIT_S", 600)  # only the revocation commits
+    monkeypatch.setattr("services.streams.kafka_releases._EVERY_S", 600)
     first = await streams.member("first", **PATIENT)
     for key in range(12):
         await streams.submit(f"{key}-settled", f"{key}-held", key=str(key).encode())
     received = await collect(first, 24)
+    settling = []
     for message in reversed(received):
         if message.value.endswith(b"settled"):
-            await first.settle(message, [])
+            settling.append(asyncio.create_task(first.settle(message, [streams.verdict(message.value.decode())])))
+            await asyncio.sleep(0)
     second = await streams.member("second", **PATIENT)
     oldest_held = {message.source.rsplit("/", 1)[0]: int(message.source.rsplit("/", 1)[1]) for message in received}
     for message in received:
         if message.value.endswith(b"held"):
             partition, offset = message.source.rsplit("/", 1)
             oldest_held[partition] = min(oldest_held[partition], int(offset))
-    for message in await collect(second, 1):
+    taken = await collect(second, 1)
+    for message in taken:
         partition, offset = message.source.rsplit("/", 1)
         assert int(offset) >= oldest_held[partition]
+    if streams.delivery == "exactly_once":
+        # Of the first member's messages those are published that nothing held stands before, and only those.
+        position = {each.value.decode(): each.source.rsplit("/", 1) for each in received}
+        released = {name for name, (at, offset) in position.items() if int(offset) < oldest_held[at]}
+        assert set(await streams.verdicts()) == released
+    await first.close()
+    outcomes = await asyncio.gather(*settling, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} <= {type(None), NotOwned}
+    if streams.delivery == "exactly_once":
+        assert len(await streams.verdicts()) == len([each for each in outcomes if each is None])
+
+
+@BOTH_DELIVERIES
+async def test_the_message_that_blocks_a_partition_is_named(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.streams.kafka._WINDOW", 40)
+    member = await streams.member(in_flight=2)
+    await streams.submit(*(str(number) for number in range(100)))
+    await streams.submit("another partition", key=b"another key")
+    received: list[Message] = []
+    settling: list[asyncio.Task[None]] = []
+    assert not member.blocked()
+
+    async def blocked() -> Sequence[Message]:
+        for message in await member.receive(10, 0.1):
+            received.append(message)
+            if message.value != b"0":
+                settling.append(asyncio.create_task(member.settle(message, [])))
+        return member.blocked()
+
+    (blocker,) = await eventually(blocked)
+    assert blocker.value == b"0"
+    assert 36 < len([each for each in received if each.value != b"another partition"]) <= 40
+    await member.settle(blocker, [])
+    await asyncio.gather(*settling)
+    assert not member.blocked()
+    assert await collect(member, 1)  # and it goes on
+
+
+@BOTH_DELIVERIES
+async def test_a_member_that_comes_back_gets_its_partitions_without_a_rebalance(
+    streams: Streams, tmp_path: Path
+) -> None:
+    other: Any = await streams.member("other", member_id="other", **PATIENT)
+    settings = streams.settings(member_id="comes-back", **PATIENT)
+    doomed = Child([sys.executable, "-m", "tests.streams.member", settings.model_dump_json()], log=tmp_path / "log")
+
+    async def both_work() -> bool:
+        for key in range(6):
+            await streams.submit("work", key=str(key).encode())
+        await other.receive(100, 0.1)
+        assert doomed.returncode is None, doomed.tail()
+        return len(other._consumer.assignment()) < 3 and "received" in doomed.tail()
+
+    await eventually(both_work)
+    doomed.kill()
+    generation = other._consumer.group_metadata().generation_id
+    back: Any = await streams.member("back", member_id="comes-back", **PATIENT)
+    await collect(back, 1, within_s=10)  # the session of its earlier life lasts 45 s
+    assert not back._consumer.assignment() & other._consumer.assignment()
+    await asyncio.sleep(0.5)  # more than a heartbeat
+    assert other._consumer.group_metadata().generation_id == generation
+
+
+@BOTH_DELIVERIES
+async def test_two_members_of_one_name_are_told(streams: Streams) -> None:
+    await streams.submit("a")
+    first = await streams.member("first", member_id="the-same")
+    (held,) = await collect(first, 1)
+    second = await streams.member("second", member_id="the-same")
+    (taken,) = await collect(second, 1)
+
+    async def told() -> bool:
+        try:
+            await first.receive(1, 0.1)
+        except ConfigurationError as error:
+            return "SLUICE_MEMBER_ID=the-same" in str(error)
+        return False
+
+    await eventually(told)
+    with pytest.raises(NotOwned):
+        await first.settle(held, [streams.verdict("first")])
+    await second.settle(taken, [streams.verdict("second")])
+    await first.close()
+    await streams.submit("b")
+    (after,) = await collect(second, 1)
+    await second.settle(after, [streams.verdict("after")])
+    assert await streams.verdicts() == ["after", "second"]
+
+
+async def test_one_name_is_not_for_several_replicas(streams: Streams) -> None:
+    with pytest.raises(ConfigurationError, match="SLUICE_INTAKE_REPLICAS is 2"):
+        await streams.member(member_id="one", intake_replicas=2)

@@ -15,6 +15,7 @@ from services.streams.connect import open_publisher
 from services.streams.transport import Record
 from tests.servers import Valkey
 from tests.streams.conftest import PATIENT, Streams, collect, eventually, values
+from tests.streams.fleet import Fleet
 
 
 @pytest.fixture
@@ -220,3 +221,29 @@ async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
     await publisher.publish([Record("s", b"v")])
     await publisher.close()
     server.kill()
+
+
+async def test_whatever_is_killed_nothing_is_published_twice(tmp_path: Path) -> None:
+    """A server that writes everything to disk before it answers, its members and the server itself killed."""
+    server = Valkey(tmp_path / "valkey")
+    server.start()
+    streams = Streams("redis exactly once", server.url)
+    fleet = Fleet(streams, tmp_path)
+    try:
+        for name in "abc":
+            fleet.start(name)
+        for name in "abca":
+            await fleet.submit(300)
+            await fleet.settled(0.6)
+            fleet.kill(name)
+            fleet.start(name)
+        await fleet.submit(300)
+        await fleet.settled(0.9)
+        server.kill()
+        await asyncio.to_thread(server.start)
+        await asyncio.to_thread(fleet.stop, "b")
+        await fleet.settled()
+        await fleet.check()
+    finally:
+        fleet.end()
+        server.kill()

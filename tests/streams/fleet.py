@@ -1,0 +1,91 @@
+"""Worker processes on one stream, to be killed, and what they are given to do."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from services.children import Child
+from services.settings import Settings
+from services.streams.transport import Message, Record
+from tests.streams.conftest import Streams, eventually
+
+
+class Fleet:
+    """Workers by name."""
+
+    def __init__(self, streams: Streams, directory: Path) -> None:
+        self._streams = streams
+        self._directory = directory
+        self._workers: dict[str, Child] = {}
+        self._started = 0
+        self.submitted = 0
+
+    def settings(self, **overrides: Any) -> Settings:
+        settings = self._streams.settings(shadow_verdicts_stream=f"{self._streams.name}.shadows", **overrides)
+        return settings.model_copy(
+            update={"kafka_options": settings.kafka_options | {"transaction_timeout_ms": 2_000}, "in_flight": 40}
+        )
+
+    def start(self, name: str, *dying: object, dynamic: bool = False) -> None:
+        """A worker called `name`, which comes back as the same member unless it is dynamic."""
+        self._started += 1
+        settings = self.settings(member_id="" if dynamic else name)
+        argv = [sys.executable, "-m", "tests.streams.worker", settings.model_dump_json(), str(self._started)]
+        log = self._directory / f"{self._started}-{name}.log"
+        self._workers[name] = Child([*argv, *map(str, dying)], log=log)
+
+    async def died(self, name: str) -> None:
+        """Give all of them more work until it killed itself."""
+
+        async def gone() -> bool:
+            await self.submit(24)
+            return self._workers[name].returncode is not None
+
+        await eventually(gone, within_s=60)
+        del self._workers[name]
+
+    def stop(self, name: str) -> None:
+        """An orderly end."""
+        self._workers.pop(name).stop(grace_s=20)
+
+    def kill(self, name: str) -> None:
+        self._workers.pop(name).kill()
+
+    async def submit(self, count: int) -> None:
+        """More work, in twelve keys."""
+        numbers = range(self.submitted, self.submitted + count)
+        self.submitted += count
+        stream = self.settings().submissions_stream
+        await self._streams.publish(*(Record(stream, str(n).encode(), str(n % 12).encode()) for n in numbers))
+
+    async def settled(self, share: float = 1.0) -> None:
+        """Wait until that share of everything submitted has its verdict."""
+
+        async def judged() -> bool:
+            assert all(worker.returncode is None for worker in self._workers.values()), self.tails()
+            verdicts = await self._streams.everything(self.settings().verdicts_stream)
+            return len(verdicts) >= share * self.submitted
+
+        await eventually(judged, within_s=60)
+
+    def tails(self) -> str:
+        return "\n".join(f"--- {name}\n{worker.tail(60)}" for name, worker in self._workers.items())
+
+    def end(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+
+    async def outputs(self) -> tuple[list[Message], list[Message]]:
+        """The verdicts and the shadow verdicts that are committed."""
+        settings = self.settings()
+        return (
+            await self._streams.everything(settings.verdicts_stream),
+            await self._streams.everything(settings.shadow_verdicts_stream),
+        )
+
+    async def check(self) -> None:
+        """Every submission has its outputs, and has them once."""
+        verdicts, shadows = await self.outputs()
+        everyone = sorted(str(number).encode() for number in range(self.submitted))
+        assert sorted(each.value for each in verdicts) == everyone
+        assert sorted(each.value for each in shadows) == [each for each in everyone if each.endswith(b"7")]

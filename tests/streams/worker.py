@@ -1,0 +1,85 @@
+"""A member that settles, until SIGTERM or until it kills itself in the middle of a (Kafka) transaction.
+
+Arguments: settings (JSON), a seed, and, to die: a moment of a transaction and how many transactions to let pass before.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from typing import Any
+
+from services.errors import NotOwned
+from services.settings import Settings
+from services.streams.connect import open_transport
+from services.streams.kafka_transactions import Transactions
+from services.streams.transport import Message, Record, Transport
+
+MOMENTS = ("written", "sent", "committed")
+"""The records are written; the offsets are sent, too; the transaction is committed and nobody has heard of it."""
+
+
+def die_at(moment: str, after: int) -> None:
+    """Kill this process (SIGKILL) at `moment` of a transaction, after `after` whole ones."""
+    answered: Any = Transactions._answered
+    write: Any = Transactions._write
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_write(self: Any, *arguments: Any) -> None:
+        write(self, *arguments)
+        if moment == "written":
+            count()
+
+    def dying_answered(self: Any, producer: Any, result: Any) -> None:
+        committing = producer._transaction_manager.is_completing()
+        answered(self, producer, result)
+        if (moment == "committed") is committing and moment != "written":
+            count()
+
+    Transactions._write = dying_write  # type: ignore[method-assign]
+    Transactions._answered = dying_answered  # type: ignore[method-assign]
+
+
+def outputs_of(message: Message, settings: Settings) -> list[Record]:
+    """A verdict, and for some messages a shadow verdict, with the message's key and value."""
+    records = [Record(settings.verdicts_stream, message.value, message.key)]
+    if message.value.endswith(b"7"):
+        records.append(Record(settings.shadow_verdicts_stream, message.value, message.key))
+    return records
+
+
+async def main(settings: Settings, seed: int) -> None:
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    transport = await open_transport(settings, f"worker-{seed}")
+    chance = random.Random(seed)
+    working: set[asyncio.Task[None]] = set()
+    while not ending.is_set():
+        for message in await transport.receive(max(0, settings.in_flight - len(working)), 0.1):
+            task = asyncio.create_task(work(transport, message, settings, chance.uniform(0, 0.05)))
+            working.add(task)
+            task.add_done_callback(working.discard)
+        await asyncio.sleep(0.01)
+    await transport.close()
+    await asyncio.gather(*working)
+
+
+async def work(transport: Transport, message: Message, settings: Settings, takes_s: float) -> None:
+    await asyncio.sleep(takes_s)
+    try:
+        await transport.settle(message, outputs_of(message, settings))
+    except NotOwned:
+        return
+
+
+if __name__ == "__main__":
+    if sys.argv[3:]:
+        die_at(sys.argv[3], int(sys.argv[4]))
+    asyncio.run(main(Settings.model_validate_json(sys.argv[1]), int(sys.argv[2])))
