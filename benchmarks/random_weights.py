@@ -48,9 +48,13 @@ async def judge_all(checkpoint: Path, count: int, first: int, ends: Counter[str]
     policies: list[Policy] = [PolicyDocument(name="random", rationale=mode).as_version(1) for mode in MODES]
     with tempfile.TemporaryDirectory(prefix="sluice-random-") as folder:
         async with Engine(resolve(str(checkpoint)), state_dir=Path(folder), in_flight=CONCURRENCY) as engine:
-            guard = Guard(engine, in_flight=CONCURRENCY, deadline_s=300)
+            guard, places = Guard(engine, in_flight=CONCURRENCY, deadline_s=300), asyncio.Semaphore(CONCURRENCY)
 
             async def judge(number: int) -> None:
+                async with places:  # the deadline is for one answer, not for all of them
+                    await judge_now(number)
+
+            async def judge_now(number: int) -> None:
                 image = prepare(draw(number).jpeg, Limits(image_px=1_000_000, side_px=guard.max_side_px))
                 mode = MODES[number % len(MODES)]
                 try:
