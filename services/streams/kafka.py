@@ -256,6 +256,7 @@ class KafkaTransport:
         self._consumer.resume(*(paused & assigned - full))
         kafka_consumer.keep_joining(self._consumer)
         kafka_consumer.check_identity(self._consumer)
+        kafka_consumer.unpark(self._consumer)
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
