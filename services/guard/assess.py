@@ -48,7 +48,7 @@ class Guard:
         """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer under LlavaGuard's
         own categories; a rationale that does not fit is cut and marked."""
         self.engine = engine
-        self._places = Places(in_flight, engine.is_alive)
+        self._places = Places(in_flight, engine.prove_alive)
         self._deadline_s = deadline_s
         self._answer_tokens = answer_tokens
         self._rating_tokens: _RatingTokens | None = None

@@ -165,9 +165,15 @@ class Engine:
         self._last_answer = time.monotonic()
         return answer
 
-    async def is_alive(self) -> bool:
-        """Whether the engine is ready and generates a token of text in time."""
-        return self._state == "ready" and self._server is not None and await self._server.gives_a_token(_SIGN_OF_LIFE_S)
+    async def prove_alive(self) -> None:
+        """
+        Raises:
+            GuardUnavailable: the engine is not ready, or does not generate a token of text in time.
+        """
+        if self._state != "ready" or self._server is None:
+            raise GuardUnavailable(f"The engine is {self._state}.")
+        if not await self._server.gives_a_token(_SIGN_OF_LIFE_S):
+            raise GuardUnavailable("The engine gives no sign of life.")
 
     async def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, without added special tokens. Raises as `generate` does."""

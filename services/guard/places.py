@@ -25,10 +25,10 @@ class Places:
     is no proof. After three it is given up; one success clears it.
     """
 
-    def __init__(self, count: int, alive: Callable[[], Awaitable[bool]]) -> None:
-        """`alive` says whether the engine works."""
+    def __init__(self, count: int, prove_alive: Callable[[], Awaitable[None]]) -> None:
+        """`prove_alive` raises GuardUnavailable unless the engine works."""
         self._count = count
-        self._alive = alive
+        self._prove_alive = prove_alive
         self._taken = 0
         self._one_alone = False
         self._suspects_waiting = 0
@@ -42,13 +42,13 @@ class Places:
 
         Raises:
             GuardFailed: instead of an EngineFailed of the body, when this image alone made the engine fail.
-            GuardUnavailable: the engine gives no sign of life.
+            GuardUnavailable: the engine does not work.
         """
         suspect = sha256 in self._failures
         await (self._enter_alone() if suspect else self._enter(priority))
         try:
-            if suspect and not await self._alive():
-                raise GuardUnavailable("The engine gives no sign of life.")
+            if suspect:
+                await self._prove_alive()
             yield
         except EngineFailed:
             failures = self._failures.pop(sha256, 0) + 1

@@ -56,8 +56,8 @@ class MadeUpEngine:
     async def stop(self) -> None:
         type(self).stopped += 1
 
-    async def is_alive(self) -> bool:
-        return True
+    async def prove_alive(self) -> None:
+        pass
 
     async def tokenize(self, text: str) -> list[int]:
         return [1, 7] if text.endswith("Unsafe") else [1, 3] if text.endswith("Safe") else [1]

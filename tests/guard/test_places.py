@@ -11,15 +11,16 @@ class Engine:
     """Fails everyone whom it has together with a poisonous image."""
 
     def __init__(self, count: int, poison: frozenset[str] = frozenset()) -> None:
-        self.places = Places(count, self.is_alive)
+        self.places = Places(count, self.prove_alive)
         self.poison = poison
         self.alive = True
         self.inside: set[str] = set()
         self.most = 0
         self.order: list[str] = []
 
-    async def is_alive(self) -> bool:
-        return self.alive
+    async def prove_alive(self) -> None:
+        if not self.alive:
+            raise GuardUnavailable("no sign of life")
 
     async def judge(self, image: str, priority: str = "live") -> str:
         async with self.places.take(image, priority):
