@@ -60,10 +60,7 @@ class IntakeDeployment:
             breaker=await enter(CircuitBreaker(self._policies, bucket, shared)),
         )
         sample = await enter(Sample(shared, size=settings.sample_size))
-        replica = serve.get_replica_context()
-        member = f"{os.uname().nodename}-{os.getpid()}-{replica.replica_id.unique_id}"
-        if settings.member_id:
-            settings = settings.model_copy(update={"member_id": f"{settings.member_id}-{replica.rank.rank}"})
+        member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
         backfill = await open_transport(backfill_settings(settings), member) if settings.backfill_stream else None
         live = await open_transport(settings, member)
         self._intake = Intake(live, self._moderation, settings, sample, backfill)
