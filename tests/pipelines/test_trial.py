@@ -100,6 +100,9 @@ def test_a_fault_of_the_service_is_one_sentence(scripted: Scripted) -> None:
 def test_whoever_gives_up_leaves_nothing_behind(scripted: Scripted, tmp_path: Path) -> None:
     marker = tmp_path / "hangs"
     program = (
+        # Whoever runs the tests in the background has SIGINT ignored, and every child inherits that.
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pipelines.trial import *\n"
         f"with connected(Settings(ray_address={scripted.settings.ray_address!r})) as service:\n"
         f"    service.judge([Trial(Submission(id='hang', uri='s3://hangs{marker}'), ('default',))], print)\n"
