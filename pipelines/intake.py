@@ -36,6 +36,9 @@ _WATCH_S: Final = 1.0
 _LAG_EVERY_S: Final = 5.0
 _DETAIL_LIMIT: Final = 500
 _PAUSES_AFTER_FAULT_S: Final = (1, 5, 30)
+_HELD_LIMIT: Final = 32_768
+"""Messages of one stream that are judged and not settled, so that streams which take no outputs cost no more memory
+than this. More than the windows of several Kafka partitions, or a message that holds one up would never show."""
 _DOUBT_S: Final = 15.0
 """How long a submission waits that cannot be judged, while nothing else can be either."""
 
@@ -83,7 +86,7 @@ class Lane:
     @property
     def room(self) -> int:
         """How many more messages may be worked on."""
-        return self._limit - self._judging
+        return min(self._limit - self._judging, _HELD_LIMIT - len(self.handling))
 
     async def receive(self) -> None:
         """Take what there is room for and start to work on it; wait a little where there is none."""
@@ -147,7 +150,10 @@ class Lane:
             except Exception:
                 # A fault of Sluice itself must cost neither this message nor the others.
                 log.exception("%s could not be handled, next try in %d s", message.source, pause_s)
-            await asyncio.wait({work.given_up}, timeout=pause_s)
+            if work.given_up.done():
+                await asyncio.sleep(pause_s)
+            else:
+                await asyncio.wait({work.given_up}, timeout=pause_s)
 
     async def _outputs(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> list[Record]:
         """The outputs of all entries; those with the same key one after the other."""

@@ -6,7 +6,7 @@ import getpass
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
@@ -33,8 +33,6 @@ Bound = Annotated[
     typer.Option(min=0, max=1, metavar="SHARE", help="Beyond it the exit status is 1; 0.01 is a percentage point."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-
-_NOTHING: Final = ""
 
 
 @app.command()
@@ -305,7 +303,7 @@ def _change_json(change: Change) -> str:
 
 
 def _change_line(change: Change) -> str:
-    before = _NOTHING if change.previous is None else f" from {change.name}@{change.previous}"
+    before = "" if change.previous is None else f" from {change.name}@{change.previous}"
     after = " to none" if change.version is None else f" to {change.name}@{change.version}"
     shared = {"canary": change.rollout.canary, "shadow": change.rollout.shadow}.get(change.action)
     share = f" for {shared.percent:g} %" if shared else ""

@@ -82,12 +82,12 @@ class Sample:
 
     def add(self, verdict: Verdict) -> None:
         """Consider what was just judged. No network."""
-        if verdict.policy is None or len(self._new[verdict.policy.name]) >= self._size:
+        if verdict.policy is None:
             return
         name = verdict.policy.name
         self._seen[name] += 1
         key = _key(time.time())
-        if key > self._lowest.get(name, -math.inf):
+        if len(self._new[name]) < self._size and key > self._lowest.get(name, -math.inf):
             sampled = Sampled(
                 id=verdict.submission_id,
                 uri=verdict.uri,

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines import intake as intake_module
 from services.contracts import Assessment, Detail, PreparedImage, Priority
-from services.errors import GuardFailed, GuardUnavailable, UnreadableAnswer
+from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.policies.policy import PolicyDocument
 from services.policies.registry import PolicyRegistry
 from services.synthetic import draw
@@ -355,6 +355,27 @@ async def test_a_submission_that_blocks_the_line_is_given_up_where_others_succee
     assert letters == []
     (blocked,) = [verdict for verdict in verdicts if verdict.submission_id == "stuck"]
     assert (blocked.outcome, blocked.reason, blocked.action) == ("needs_review", "blocked", "review")
+
+
+async def test_what_was_given_up_and_cannot_be_settled_is_not_tried_without_a_pause(bench: Bench) -> None:
+    bench.put("refused.jpg")
+    intake = await bench.start()
+    lane, tries = intake._live, 0
+
+    async def refuse(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        for work in lane.works.values():
+            if not work.given_up.done():
+                work.given_up.set_result(None)
+        raise ConfigurationError("too large")
+
+    settle, lane.transport.settle = lane.transport.settle, refuse  # type: ignore[method-assign]
+    await bench.submit({"id": "1", "uri": "s3://uploads/refused.jpg"})
+    await asyncio.sleep(2.5)
+    assert 1 <= tries <= 3
+    lane.transport.settle = settle  # type: ignore[method-assign]
+    assert len((await bench.settled(1))[0]) == 1
 
 
 async def test_a_submission_that_takes_too_long_expires_where_others_succeed(bench: Bench) -> None:
