@@ -43,6 +43,10 @@ _WINDOW_SHARES: Final = 16
 """Or this many times `in_flight`, if that is more: a partition is paused with a share or less to go, nearly full."""
 _REBUILD_S: Final = 30.0
 """A consumer that has failed at everything for this long is replaced."""
+_FENCINGS: Final = 4
+_FENCINGS_S: Final = 60.0
+"""A member that is fenced joins again: a broker that restarts may know an earlier life of it. As many fencings in this
+time are another member's doing."""
 _LEAVE_MS: Final = 3_000
 _DELIVERY_S: Final = 30.0
 _FLUSH_S: Final = 3.0
@@ -78,6 +82,9 @@ class KafkaTransport:
         self._next_commit = 0.0
         self._suspect = False
         """The last poll failed: the consumer may stand behind records that it never returned."""
+        self._fenced = False
+        self._fencings: deque[float] = deque(maxlen=_FENCINGS - 1)
+        """When this member was fenced, by `time.monotonic`."""
         self._double: ConfigurationError | None = None
         """Set when another member has this one's identity."""
         self._sender: Sender | None = None
@@ -224,6 +231,8 @@ class KafkaTransport:
         failing_since: float | None = None
         while not self._closing.is_set():
             try:
+                if self._fenced:
+                    self._join_again()
                 if self._suspect:
                     self._rewind()
                     self._suspect = False
@@ -232,6 +241,7 @@ class KafkaTransport:
                     delays, failing_since = backoff(), None
             except errors.FencedInstanceIdError:
                 self.fenced()
+                self._closing.wait(next(delays))
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
                 log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)
                 self._suspect = True
@@ -367,19 +377,30 @@ class KafkaTransport:
         return kafka_consumer.committed(self._consumer, partition, _LEAVE_MS)
 
     def fenced(self) -> None:
-        """Leave, because another member has joined as this one: whoever of the two went on would fence the other."""
-        self._double = ConfigurationError(
-            f"Another member of {self._settings.group} has joined with SLUICE_MEMBER_ID={self._settings.member_id}: "
-            "give every member one of its own, or none."
-        )
-        log.error("%s", self._double)
-        self._closing.set()
+        """The broker knows this member's id as another's: whatever is held is not this member's any more."""
         self.give_up(tuple(self._ledgers))
-        self._wake()
+        self._fenced = True
 
     # ---- the poll thread's ends
 
-    def _rebuild(self) -> None:
+    def _join_again(self) -> None:
+        """After a fencing. Fences, in turn, any other member with this one's id; so one of them has to stop."""
+        now = time.monotonic()
+        if len(self._fencings) == _FENCINGS - 1 and now - self._fencings[0] < _FENCINGS_S:
+            self._double = ConfigurationError(
+                f"Another member of {self._settings.group} has joined with SLUICE_MEMBER_ID="
+                f"{self._settings.member_id}: give every member one of its own, or none."
+            )
+            log.error("%s", self._double)
+            self._closing.set()
+            self._wake()
+        elif self._rebuild():
+            log.warning("SLUICE_MEMBER_ID=%s was fenced and has joined again", self._settings.member_id)
+            self._fencings.append(now)
+            self._fenced = False
+
+    def _rebuild(self) -> bool:
+        """Replace the consumer. Returns whether that went well."""
         self.give_up(tuple(self._ledgers))
         try:
             consumer, listener = subscribe(self._settings, self._member)
@@ -389,6 +410,8 @@ class KafkaTransport:
             old.close(autocommit=False, timeout_ms=_LEAVE_MS)
         except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
             log.warning("replacing the Kafka consumer failed: %s", error)
+            return False
+        return True
 
     def _leave(self) -> None:
         if self._releases is None and self._double is None:

@@ -49,7 +49,7 @@ class Membership(Protocol):
         """The group's committed offset, once no transaction that could move it is under way. Raises when it cannot."""
 
     def fenced(self) -> None:
-        """Another member has joined under this member's id."""
+        """The broker knows this member's id as another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +245,6 @@ class Releases:
             self._limit = max(1, len(places) // 2)
             return True
         if outcome is Outcome.FENCED:
-            with self._changed:
-                self._closing = True  # a new producer would only fence the other member's
             membership.fenced()
         log.info("a transaction was not committed: %s", words)
         return False

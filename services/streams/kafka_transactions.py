@@ -51,7 +51,7 @@ class Outcome(Enum):
     REFUSED = "refused"
     """Nothing was published: a topic refuses one of the records, which can be any of them."""
     FENCED = "fenced"
-    """Nothing was published: another member has joined under this member's id."""
+    """Nothing was published: the broker knows this member's id as another's."""
     UNKNOWN = "unknown"
     """Nobody answered. After `recover` the committed offsets say whether it was committed."""
 

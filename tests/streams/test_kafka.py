@@ -4,17 +4,19 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import kafka
 import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.coordinator.base import Generation
 from kafka.structs import MemberState
 
 from services.children import Child
 from services.errors import ConfigurationError, NotOwned
-from services.streams.transport import Message, Record
+from services.streams.transport import Message, Record, Transport
 from tests.streams.conftest import PATIENT, Streams, collect, eventually, settle_in_order, values
 
 pytestmark = pytest.mark.kafka
@@ -336,29 +338,44 @@ async def test_a_member_that_comes_back_gets_its_partitions_without_a_rebalance(
 
 
 @BOTH_DELIVERIES
-async def test_two_members_of_one_name_are_told(streams: Streams) -> None:
+async def test_of_two_members_of_one_name_one_is_told_and_the_other_goes_on(streams: Streams) -> None:
+    await streams.submit(*map(str, range(20)))
+    members = [await streams.member(name, member_id="the-same") for name in ("first", "second")]
+    working = [asyncio.create_task(settle_all(member, streams)) for member in members]
+    (told,), (going_on,) = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+    with pytest.raises(ConfigurationError, match="SLUICE_MEMBER_ID=the-same"):
+        told.result()
+    await streams.submit("after")
+
+    async def judged() -> bool:
+        assert not going_on.done()
+        return set(await streams.verdicts()) == {*map(str, range(20)), "after"}
+
+    await eventually(judged)
+    going_on.cancel()
+
+
+async def settle_all(member: Transport, streams: Streams) -> None:
+    while True:
+        for message in await member.receive(1, 0.1):
+            with suppress(NotOwned):
+                await member.settle(message, [streams.verdict(message.value.decode())])
+
+
+@BOTH_DELIVERIES
+async def test_a_broker_that_takes_a_member_for_another_is_told_who_it_is(streams: Streams) -> None:
+    """As one does that restarts and reads of an earlier life of the member."""
+    member: Any = await streams.member(member_id="alone")
     await streams.submit("a")
-    first = await streams.member("first", member_id="the-same")
-    (held,) = await collect(first, 1)
-    second = await streams.member("second", member_id="the-same")
-    (taken,) = await collect(second, 1)
-
-    async def told() -> bool:
-        try:
-            await first.receive(1, 0.1)
-        except ConfigurationError as error:
-            return "SLUICE_MEMBER_ID=the-same" in str(error)
-        return False
-
-    await eventually(told)
+    (held,) = await collect(member, 1)
+    coordinator = member._consumer._coordinator
+    known = coordinator._generation
+    coordinator._generation = Generation(known.generation_id, "an-earlier-life", known.protocol)
+    (again,) = await collect(member, 1)
     with pytest.raises(NotOwned):
-        await first.settle(held, [streams.verdict("first")])
-    await second.settle(taken, [streams.verdict("second")])
-    await first.close()
-    await streams.submit("b")
-    (after,) = await collect(second, 1)
-    await second.settle(after, [streams.verdict("after")])
-    assert await streams.verdicts() == ["after", "second"]
+        await member.settle(held, [streams.verdict("stale")])
+    await member.settle(again, [streams.verdict("a")])
+    assert await streams.verdicts() == ["a"]
 
 
 async def test_one_name_is_not_for_several_replicas(streams: Streams) -> None:
