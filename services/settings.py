@@ -133,10 +133,19 @@ def load(*needed: str) -> Settings:
             for problem in error.errors(include_url=False)
         ]
         raise ConfigurationError("; ".join(problems)) from None
+    require(settings, *needed)
+    return settings
+
+
+def require(settings: Settings, *needed: str) -> None:
+    """See that the fields `needed` are set; all that a worker needs when empty.
+
+    Raises:
+        ConfigurationError: naming every variable that is missing.
+    """
     missing = [f"SLUICE_{name.upper()}" for name in needed or _NEEDED_BY_WORKERS if not getattr(settings, name)]
     if missing:
         raise ConfigurationError(
             f"{', '.join(missing)} not set; set {'it' if len(missing) == 1 else 'them'} as README.md says, or start "
             "everything here with `sluice up --embedded`"
         )
-    return settings
