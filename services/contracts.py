@@ -3,6 +3,7 @@
 Everything here is a value: immutable, free of clocks, sockets and credentials.
 """
 
+import hashlib
 import math
 import uuid
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,8 @@ Outcome = Literal["verdict", "needs_review", "superseded"]
 ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
 Priority = Literal["live", "backfill"]
 Effort = Literal["full", "first_look"]
+Turn = Literal["interactive"] | Priority
+"""Who comes first at the guard: someone who waits for the answer, then live submissions, then backfill."""
 EffortMode = Literal["full", "adaptive"]
 RationaleMode = Literal["unsafe", "always", "never"]
 Detail = Literal["score", "verdict"]
@@ -153,6 +156,22 @@ class Submission(WireModel):
 
 
 def _is_finite(value: Any) -> bool:
+class Upload(Submission):
+    """A request to judge one image that came with it: there is no object to refer to."""
+
+    uri: Annotated[str, Field(pattern=r"^upload:sha256:[0-9a-f]{64}$", description="upload:sha256:<hex>")]
+
+    @field_validator("uri")
+    @classmethod
+    def _names_an_object(cls, uri: str) -> str:
+        return uri
+
+    @staticmethod
+    def uri_of(data: bytes) -> str:
+        """What an image is called that stands nowhere: by the digest of its bytes."""
+        return f"upload:sha256:{hashlib.sha256(data).hexdigest()}"
+
+
     # Depth is bounded by the JSON decoder (200).
     if isinstance(value, float):
         return math.isfinite(value)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, Final, Self
 
-from services.contracts import Assessment, Detail, ModelIdentity, Policy, PreparedImage, Priority
+from services.contracts import Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
 from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.guard.answer import head_tokens, p_unsafe
 from services.guard.engine import Engine
@@ -22,7 +22,7 @@ from services.settings import Settings
 RATIONALE_TOKENS: Final = 256
 """Bound of a rationale. LlavaGuard's take about 70 tokens."""
 
-_PRIORITY: Final[Mapping[Priority, int]] = {"live": 1, "backfill": 0}
+_PRIORITY: Final[Mapping[Turn, int]] = {"interactive": 2, "live": 1, "backfill": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,7 @@ class Guard:
         """
         await self._tokens()
 
-    async def assess(
-        self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"
-    ) -> Assessment:
+    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
         """Judge an image. Greedy decoding: the same image and policy get the same assessment.
 
         Raises:
@@ -99,7 +97,7 @@ class Guard:
         return assessment
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
     ) -> list[Assessment]:
         """Judge an image under several policies, in their order.
 
@@ -115,7 +113,7 @@ class Guard:
             return [await self._assess(request, policy, detail) for policy in policies]
 
     @asynccontextmanager
-    async def _place(self, sha256: str, priority: Priority, assessments: int) -> AsyncIterator[None]:
+    async def _place(self, sha256: str, priority: Turn, assessments: int) -> AsyncIterator[None]:
         deadline_s = self._deadline_s * assessments
         try:
             async with asyncio.timeout(deadline_s), self._places.take(sha256, priority):

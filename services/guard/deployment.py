@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from services.contracts import Assessment, Detail, Policy, PreparedImage, Priority
+from services.contracts import Assessment, Detail, Policy, PreparedImage, Turn
 from services.errors import ConfigurationError, GuardUnavailable, SluiceError
 from services.guard.assess import Guard
 from services.guard.engine import Engine
@@ -45,14 +45,12 @@ class GuardDeployment:
             await self._engine.stop()
             raise
 
-    async def assess(
-        self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"
-    ) -> Assessment:
+    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
         """As `Guard.assess`."""
         return await self._guard.assess(image, policy, detail, priority)
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
     ) -> list[Assessment]:
         """As `Guard.assess_each`."""
         return await self._guard.assess_each(image, policies, detail, priority)
@@ -92,15 +90,13 @@ class RemoteGuard:
         self._handle = handle
         self._deadline_s = deadline_s
 
-    async def assess(
-        self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"
-    ) -> Assessment:
+    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
         """As `Guard.assess`; a replica that dies meanwhile, or none to be had, is GuardUnavailable."""
         assessment: Assessment = await self._call("assess", image, policy, detail, priority)
         return assessment
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
     ) -> list[Assessment]:
         """As `Guard.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
         if not policies:

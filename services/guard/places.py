@@ -1,16 +1,17 @@
 """Places at the engine: how many calls it gets at a time, who comes first, and who has to come alone."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from services.contracts import Priority
+from services.contracts import Turn
 from services.errors import GuardFailed, GuardUnavailable
 
 _FAILURES: Final = 3
 _REMEMBERED: Final = 1024
+_ORDER: Final[tuple[Turn, ...]] = ("interactive", "live", "backfill")
 
 
 class EngineFailed(GuardUnavailable):
@@ -18,7 +19,7 @@ class EngineFailed(GuardUnavailable):
 
 
 class Places:
-    """Up to `count` calls at a time; `live` before `backfill`.
+    """Up to `count` calls at a time; `interactive` before `live` before `backfill`.
 
     When the engine fails, each image that it had may be the cause. Such a suspect comes alone the next time, right
     after the engine gave a sign of life, so that a second failure is its own: an engine that someone else brought down
@@ -32,12 +33,12 @@ class Places:
         self._taken = 0
         self._one_alone = False
         self._suspects_waiting = 0
-        self._live_waiting = 0
+        self._waiting = Counter[Turn]()
         self._changed = asyncio.Condition()
         self._failures: OrderedDict[str, int] = OrderedDict()
 
     @asynccontextmanager
-    async def take(self, sha256: str, priority: Priority = "live") -> AsyncIterator[None]:
+    async def take(self, sha256: str, turn: Turn = "live") -> AsyncIterator[None]:
         """Hold a place for one image's call.
 
         Raises:
@@ -45,7 +46,7 @@ class Places:
             GuardUnavailable: the engine does not work.
         """
         suspect = sha256 in self._failures
-        await (self._enter_alone() if suspect else self._enter(priority))
+        await (self._enter_alone() if suspect else self._enter(turn))
         try:
             if suspect:
                 await self._prove_alive()
@@ -63,22 +64,22 @@ class Places:
         finally:
             await asyncio.shield(self._leave())
 
-    async def _enter(self, priority: Priority) -> None:
+    async def _enter(self, turn: Turn) -> None:
         async with self._changed:
-            live = priority == "live"
-            self._live_waiting += live
+            before = _ORDER[: _ORDER.index(turn)]
+            self._waiting[turn] += 1
             try:
                 await self._changed.wait_for(
                     lambda: (
                         self._taken < self._count
                         and not self._one_alone
                         and not self._suspects_waiting
-                        and (live or not self._live_waiting)
+                        and not any(self._waiting[other] for other in before)
                     )
                 )
                 self._taken += 1
             finally:
-                self._live_waiting -= live
+                self._waiting[turn] -= 1
                 self._changed.notify_all()
 
     async def _enter_alone(self) -> None:

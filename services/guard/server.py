@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.25
 _PROGRESS_S: Final = 10.0
-_PROBE_PRIORITY: Final = 2
+_PROBE_PRIORITY: Final = 3
 _DETAIL_LIMIT: Final = 300
 _KEPT_LOGS: Final = 8
 _SCRATCH: Final = "sluice-engine-"

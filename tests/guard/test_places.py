@@ -60,6 +60,17 @@ async def test_live_comes_first() -> None:
     assert engine.order == ["first", "new-0", "new-1", "new-2", "old-0", "old-1", "old-2"]
 
 
+async def test_someone_who_waits_comes_before_all_streams() -> None:
+    engine = Engine(1)
+    await asyncio.gather(
+        engine.judge("first"),
+        *(engine.judge(f"old-{number}", "backfill") for number in range(2)),
+        *(engine.judge(f"new-{number}", "live") for number in range(2)),
+        *(engine.judge(f"now-{number}", "interactive") for number in range(2)),
+    )
+    assert engine.order == ["first", "now-0", "now-1", "new-0", "new-1", "old-0", "old-1"]
+
+
 async def test_only_the_poison_is_given_up() -> None:
     engine = Engine(4, frozenset({"7", "8"}))
     async with asyncio.timeout(5):
