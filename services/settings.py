@@ -100,6 +100,30 @@ class Settings(BaseSettings):
     )
     guard_deadline_s: PositiveSeconds = Field(60, description="for one assessment")
     guard_start_s: PositiveSeconds = Field(900, description="for the engine to load its weights and warm up")
+    # Gateway
+    gateway_host: str = Field("127.0.0.1", description="where it listens; plain HTTP, so put TLS before any other")
+    gateway_port: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        8080, description="replicas on one machine share it; `up --embedded` takes a free one unless it is set"
+    )
+    gateway_replicas: Annotated[int, Field(ge=0)] = Field(1, description="0: no gateway")
+    gateway_connections: Positive = Field(4096, description="open at a time, per gateway replica")
+    gateway_in_flight: Positive = Field(128, description="images that one gateway replica works on at a time")
+    gateway_rate_per_s: Annotated[float, Field(gt=0)] = Field(
+        50, description="requests of one API key, over all replicas, unless the key has a rate of its own"
+    )
+    gateway_concurrency: Positive = Field(32, description="requests of one API key at a time, per gateway replica")
+    gateway_body_limit_bytes: Positive = Field(32 << 20, description="one request's body, base64 included")
+    gateway_body_memory_bytes: Positive = Field(
+        256 << 20, description="bodies held at a time, per gateway replica; one API key gets a quarter of it"
+    )
+    gateway_body_deadline_s: PositiveSeconds = Field(20, description="for one request's body to arrive")
+    gateway_deadline_s: PositiveSeconds = Field(60, description="for one image to be judged, waiting included")
+    gateway_keep_s: Positive = Field(86_400, description="how long assessments and idempotency keys are remembered")
+    gateway_keys_refresh_s: PositiveSeconds = Field(2, description="how soon a revoked API key is refused")
+    gateway_fetch_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="hosts (host or host:port) whose http(s) URLs are fetched; none are unless they are named"
+    )
+
     state_dir: Path = Field(
         Path.home() / ".cache" / "sluice", description="staged checkpoints and engine logs; safe to delete"
     )
@@ -111,12 +135,12 @@ class Settings(BaseSettings):
             raise ValueError("must begin with kafka://, redis:// or rediss://")
         return url
 
-    @field_validator("s3_buckets", mode="before")
+    @field_validator("s3_buckets", "gateway_fetch_hosts", mode="before")
     @classmethod
-    def _split(cls, buckets: Any) -> Any:
-        if isinstance(buckets, str):
-            return tuple(name.strip() for name in buckets.split(",") if name.strip())
-        return buckets
+    def _split(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            return tuple(name.strip() for name in names.split(",") if name.strip())
+        return names
 
 
 def load(*needed: str) -> Settings:
