@@ -12,7 +12,7 @@ help:
 	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
 	@echo 'make lint      lint and type-check only'
 	@echo 'make setup     make .venv from requirements.lock'
-	@echo 'make lock      compile requirements.lock from pyproject.toml'
+	@echo 'make lock      compile requirements.lock, and those of the images, from pyproject.toml'
 	@echo 'make schemas   export the JSON Schemas of the wire to infra/schemas'
 
 setup: .venv/.complete
@@ -47,9 +47,14 @@ CASES ?= 100000
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.run --cases $(CASES) --seed $(SEED)
 
+# The images get the same versions, without what only tests and the embedded backends need.
+IMAGE_LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-header \
+	--constraint requirements.lock
 lock:
 	$(BIN)/uv pip compile --quiet --generate-hashes --all-extras --python-version 3.11 --no-header \
 		--output-file requirements.lock pyproject.toml
+	$(IMAGE_LOCK) --output-file infra/docker/gpu.lock pyproject.toml
+	$(IMAGE_LOCK) --output-file infra/docker/cpu.lock --excludes infra/docker/cpu.excludes pyproject.toml
 
 schemas: setup
 	$(BIN)/sluice schemas infra/schemas
