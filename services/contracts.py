@@ -7,13 +7,14 @@ import hashlib
 import math
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import from_json, to_json
 
+from services.calibration import Calibration
 from services.errors import DeadLetterReason, Malformed
 
 Rating = Literal["Safe", "Unsafe"]
@@ -21,9 +22,9 @@ Action = Literal["allow", "review", "block"]
 Outcome = Literal["verdict", "needs_review", "superseded"]
 ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
 Priority = Literal["live", "backfill"]
-Effort = Literal["full", "first_look"]
 Turn = Literal["interactive"] | Priority
 """Who comes first at the guard: someone who waits for the answer, then live submissions, then backfill."""
+Effort = Literal["full", "first_look"]
 EffortMode = Literal["full", "adaptive"]
 RationaleMode = Literal["unsafe", "always", "never"]
 Detail = Literal["score", "verdict"]
@@ -155,7 +156,6 @@ class Submission(WireModel):
             raise Malformed("a value is out of range", readable_id(document)) from None
 
 
-def _is_finite(value: Any) -> bool:
 class Upload(Submission):
     """A request to judge one image that came with it: there is no object to refer to."""
 
@@ -172,6 +172,7 @@ class Upload(Submission):
         return f"upload:sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+def _is_finite(value: Any) -> bool:
     # Depth is bounded by the JSON decoder (200).
     if isinstance(value, float):
         return math.isfinite(value)
@@ -215,6 +216,13 @@ class ModelIdentity(WireModel):
     prompt: str
 
 
+class AppliedCalibration(WireModel):
+    """What made a verdict's score of the guard's own: see `sluice calibrate`."""
+
+    digest: str
+    raw_score: Annotated[float, Field(ge=0, le=1, description="the guard's own score, before the calibration")]
+
+
 class ImageFacts(WireModel):
     """The image as it was submitted; width and height in pixels, upright (after EXIF orientation)."""
 
@@ -253,6 +261,7 @@ class Verdict(WireModel):
     action: Action | None
     policy: PolicyIdentity | None
     model: ModelIdentity | None
+    calibration: AppliedCalibration | None = None
     effort: Effort | None
     source: Literal["guard"] | None = "guard"
     image: ImageFacts | None
@@ -262,12 +271,22 @@ class Verdict(WireModel):
     judged_at: Moment
 
 
-def verdict_id(*, submission_id: str, uri: str, object_version: str, policy_digest: str, model_revision: str) -> str:
+def verdict_id(
+    *,
+    submission_id: str,
+    uri: str,
+    object_version: str,
+    policy_digest: str,
+    model_revision: str,
+    calibration: str | None = None,
+) -> str:
     """UUIDv5 of what was judged by what: judging the same thing again gives the same id.
 
-    `object_version` is the object's version id, else its ETag, else the sha256 of its bytes.
+    `object_version` is the object's version id, else its ETag, else the sha256 of its bytes; `calibration` is the
+    digest of the map that was applied to the score, if any.
     """
-    name = to_json([submission_id, uri, object_version, policy_digest, model_revision]).decode()
+    judged_by = [policy_digest, model_revision] if calibration is None else [policy_digest, model_revision, calibration]
+    name = to_json([submission_id, uri, object_version, *judged_by]).decode()
     return str(uuid.uuid5(_VERDICT_NAMESPACE, name))
 
 
@@ -371,6 +390,8 @@ class Policy:
     own_categories: tuple[str, ...] = ()
     """Full names of the categories that the policy adds to `CATEGORIES`, e.g. `O10: Gambling`."""
     block_rate: BlockRateBand | None = None
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    """What maps the score of a checkpoint to a probability, by the checkpoint's revision; mostly there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,9 +410,10 @@ class Assessment:
     category: str
     rationale: str | None
     score: float
-    """P(Unsafe) in [0, 1], read before any grammar mask."""
+    """P(Unsafe) in [0, 1], read before any grammar mask; of a calibrated policy what the calibration makes of it."""
     model: ModelIdentity
     rationale_truncated: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    calibration: AppliedCalibration | None = None

@@ -8,7 +8,7 @@ What it needs comes as arguments, so that the stream, the gateway and data sets 
 import time
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol, TypeVar
@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from services import telemetry
 from services.contracts import (
     Action,
+    AppliedCalibration,
     Assessment,
     Detail,
     Effort,
@@ -24,11 +25,11 @@ from services.contracts import (
     Policy,
     PolicyChoice,
     PreparedImage,
-    Priority,
     ReviewReason,
     StoredObject,
     Submission,
     Timings,
+    Turn,
     Verdict,
     verdict_id,
 )
@@ -76,7 +77,7 @@ class Guard(Protocol):
     """The model: pure inference."""
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Priority
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn
     ) -> list[Assessment]:
         """Judge one image under several policies. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
 
@@ -132,8 +133,18 @@ class Moderation:
         self._guard = guard
         self._breaker = breaker
 
-    async def judge(self, submission: Submission) -> Judgement:
+    async def judge(
+        self,
+        submission: Submission,
+        *,
+        upload: StoredObject | None = None,
+        turn: Turn | None = None,
+        detail: Detail = "verdict",
+    ) -> Judgement:
         """The verdict for one submission, by the version that is its policy's now.
+
+        `upload` is the image where it came with the request: then nothing is fetched. `turn` is the submission's
+        priority unless given. With detail `score` the guard is not asked for a category and a rationale.
 
         Raises:
             Unjudgeable: it can never be judged; the error's class says why.
@@ -141,31 +152,46 @@ class Moderation:
         started_at = datetime.now(UTC)
         choice = await patiently(lambda: self._policies.choose(submission))
         policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
-        verdict, *others = await self.judge_under(submission, policies, started_at)
+        verdict, *others = await self.judge_under(
+            submission, policies, started_at, upload=upload, turn=turn, detail=detail
+        )
         if isinstance(verdict, GuardFailed):
             raise verdict
         shadow = _compared(verdict, choice.shadow, others[0]) if choice.shadow else None
         return Judgement(self._admitted(verdict, choice.policy), shadow)
 
     async def judge_under(
-        self, submission: Submission, policies: Sequence[Policy], started_at: datetime | None = None
+        self,
+        submission: Submission,
+        policies: Sequence[Policy],
+        started_at: datetime | None = None,
+        *,
+        upload: StoredObject | None = None,
+        turn: Turn | None = None,
+        detail: Detail = "verdict",
     ) -> list[Verdict | GuardFailed]:
         """What each of these policies makes of one submission, whatever its own says; nothing is counted.
+
+        The rest is as for `judge`.
 
         Raises:
             Unjudgeable: the image cannot be had or prepared.
         """
         clock = _Clock(submission.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
-            fetch = partial(self._images.open, submission.reference)
-            stored = await clock.time("fetch", patiently(lambda: held.enter_async_context(fetch())))
+            stored = upload or await clock.time("fetch", self._fetched(submission, held))
             image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
-            assessing = assess_each(image, policies, submission.priority, guard=self._guard, preparer=self._preparer)
+            turn = turn or submission.priority
+            assessing = assess_each(image, policies, turn, guard=self._guard, preparer=self._preparer, detail=detail)
             answers = await clock.time("guard", assessing)
         return [
             answer if isinstance(answer, GuardFailed) else _verdict(submission, stored, image, policy, answer, clock)
             for policy, answer in zip(policies, answers, strict=True)
         ]
+
+    async def _fetched(self, submission: Submission, held: AsyncExitStack) -> StoredObject:
+        fetch = partial(self._images.open, submission.reference)
+        return await patiently(lambda: held.enter_async_context(fetch()))
 
     def _admitted(self, verdict: Verdict, policy: Policy) -> Verdict:
         """The verdict, or a request for review where the policy's circuit breaker is open."""
@@ -184,10 +210,17 @@ class Answer:
 
     said: Assessment | UnreadableAnswer
     effort: Effort
+    detail: Detail = "verdict"
 
 
 async def assess_each(
-    image: PreparedImage, policies: Sequence[Policy], priority: Priority, *, guard: Guard, preparer: ImagePreparer
+    image: PreparedImage,
+    policies: Sequence[Policy],
+    priority: Turn,
+    *,
+    guard: Guard,
+    preparer: ImagePreparer,
+    detail: Detail = "verdict",
 ) -> list[Answer | GuardFailed]:
     """What the guard says under each policy, with its effort, or that the engine refuses the image under it."""
     answers: list[Answer | GuardFailed | None] = [None] * len(policies)
@@ -198,18 +231,19 @@ async def assess_each(
             answers[n] = look
     rest = [n for n, answer in enumerate(answers) if answer is None]
     if rest:
-        for n, answer in zip(rest, await _full(image, [policies[n] for n in rest], priority, guard), strict=True):
+        full = await _full(image, [policies[n] for n in rest], priority, guard, detail)
+        for n, answer in zip(rest, full, strict=True):
             answers[n] = answer
     return [answer for answer in answers if answer is not None]
 
 
 async def _first_looks(
-    image: PreparedImage, policies: Sequence[Policy], priority: Priority, *, guard: Guard, preparer: ImagePreparer
+    image: PreparedImage, policies: Sequence[Policy], priority: Turn, *, guard: Guard, preparer: ImagePreparer
 ) -> list[Answer | None]:
     """What a first look is enough for, None for the others."""
     small = await patiently(lambda: preparer.first_look(image))
     try:
-        looks = await patiently(lambda: guard.assess_each(small, policies, "score", priority))
+        looks = await _assessed(small, policies, "score", priority, guard)
     except (GuardFailed, UnreadableAnswer):
         return [None] * len(policies)  # the full judgement says what is wrong
     answers = [
@@ -222,28 +256,36 @@ async def _first_looks(
 
 
 async def _full(
-    image: PreparedImage, policies: Sequence[Policy], priority: Priority, guard: Guard
+    image: PreparedImage, policies: Sequence[Policy], priority: Turn, guard: Guard, detail: Detail
 ) -> list[Answer | GuardFailed]:
     """Judge under all of them in one call, so that the engine reads the image once; where that fails, one by one."""
     try:
-        said = await patiently(lambda: guard.assess_each(image, policies, "verdict", priority))
-        return [Answer(assessment, "full") for assessment in said]
+        said = await _assessed(image, policies, detail, priority, guard)
+        return [Answer(assessment, "full", detail) for assessment in said]
     except (GuardFailed, UnreadableAnswer) as error:
         if isinstance(error, GuardFailed) and len(policies) == 1:
             return [error]
-        return [await _full_once_more(image, policy, priority, guard) for policy in policies]
+        return [await _full_once_more(image, policy, priority, guard, detail) for policy in policies]
 
 
 async def _full_once_more(
-    image: PreparedImage, policy: Policy, priority: Priority, guard: Guard
+    image: PreparedImage, policy: Policy, priority: Turn, guard: Guard, detail: Detail
 ) -> Answer | GuardFailed:
     try:
-        (assessment,) = await patiently(lambda: guard.assess_each(image, [policy], "verdict", priority))
-        return Answer(assessment, "full")
+        (assessment,) = await _assessed(image, [policy], detail, priority, guard)
+        return Answer(assessment, "full", detail)
     except UnreadableAnswer as error:
         return Answer(error, "full")
     except GuardFailed as error:
         return error
+
+
+async def _assessed(
+    image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn, guard: Guard
+) -> list[Assessment]:
+    """What the guard says under each policy, with calibrated scores: all thresholds are about those."""
+    said = await patiently(lambda: guard.assess_each(image, policies, detail, priority))
+    return [calibrated(assessment, policy) for assessment, policy in zip(said, policies, strict=True)]
 
 
 def _compared(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:
@@ -254,6 +296,15 @@ def _compared(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) ->
     identity = shadow.identity
     telemetry.SHADOWS.inc(1, {"policy": identity.name, "version": str(identity.version), "result": result})
     return other if isinstance(other, Verdict) else None
+
+
+def calibrated(assessment: Assessment, policy: Policy) -> Assessment:
+    """The assessment with the probability that the policy's calibration for this checkpoint makes of its score."""
+    calibration = policy.calibrations.get(assessment.model.revision)
+    if calibration is None:
+        return assessment
+    applied = AppliedCalibration(digest=calibration.digest, raw_score=assessment.score)
+    return replace(assessment, score=calibration.probability(assessment.score), calibration=applied)
 
 
 def decide(assessment: Assessment, policy: Policy) -> Action:
@@ -314,6 +365,7 @@ def _verdict(
 ) -> Verdict:
     said = answer.said
     assessment = said if isinstance(said, Assessment) else None
+    calibration = assessment.calibration if assessment else None
     judged_at = datetime.now(UTC)
     return Verdict(
         verdict_id=verdict_id(
@@ -322,6 +374,7 @@ def _verdict(
             object_version=stored.version_id or stored.etag or image.sha256,
             policy_digest=policy.identity.digest,
             model_revision=said.model.revision if said.model else "",
+            calibration=calibration.digest if calibration else None,
         ),
         submission_id=submission.id,
         uri=submission.uri,
@@ -332,12 +385,13 @@ def _verdict(
         outcome="verdict" if assessment else "needs_review",
         reason=None if assessment else "unreadable_answer",
         rating=assessment.rating if assessment else None,
-        category=assessment.category if assessment else None,
+        category=assessment.category if assessment and answer.detail == "verdict" else None,
         rationale=assessment.rationale if assessment else None,
         score=assessment.score if assessment else None,
         action=decide(assessment, policy) if assessment else "review",
         policy=policy.identity,
         model=said.model,
+        calibration=calibration,
         effort=answer.effort,
         image=image.facts,
         timings_ms=clock.finish(judged_at),

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import Any, Final, Self, TypeVar
@@ -146,8 +146,6 @@ class PolicyCache:
             policy = self._policies.get((name, version))
             if policy is None:
                 raise UnknownPolicy(f"{name}@{version} is not a policy to judge by")
-            if policy.block_rate:
-                await self._rollout(name)  # which says whether its circuit breaker is open
         return policy
 
     async def _load(self, name: str, version: int) -> None:
@@ -172,7 +170,9 @@ class PolicyCache:
             _keep(self._absent, (name, version), time.monotonic())
             raise
         if isinstance(stored.document, PolicyDocument):
-            _keep(self._policies, (name, version), stored.document.as_version(version))
+            if name not in self._known:
+                await self._look_up_rollout(name)  # which has the calibrations of every version
+            _keep(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
         else:
             _keep(self._tenants, (name, version), stored.document)
 
@@ -242,6 +242,15 @@ class PolicyCache:
             if policy and policy.identity.digest != digest:
                 del self._policies[name, version]
         _keep(self._known, name, _Known(change.number if change else 0, rollout, time.monotonic()))
+        for (other, version), policy in self._policies.items():
+            if other == name:
+                self._policies[name, version] = self._calibrated(policy)
+
+    def _calibrated(self, policy: Policy) -> Policy:
+        """The policy with the calibrations that its roll-out has for it now."""
+        known = self._known.get(policy.identity.name)
+        applied = known.rollout.calibrations_of(policy.identity.version) if known else {}
+        return policy if applied == policy.calibrations else replace(policy, calibrations=applied)
 
     async def _listen(self) -> None:
         """Take over every change that Redis announces, until it is away."""
@@ -261,6 +270,7 @@ class PolicyCache:
 
     async def _look_at_all(self) -> None:
         names = {name for name, known in self._known.items() if known.rollout.active is not None} | {TENANTS}
+        names |= {name for name, _ in self._policies}  # a version in use may be of a name without an active one
         for name in names:
             with suppress(PolicyUnavailable):
                 await self._look_up_rollout(name)

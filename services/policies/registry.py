@@ -2,8 +2,10 @@
 
     policies/<name>/versions/<n>.json    the document of version n
     policies/<name>/changes/<m>.json     the m-th change of the roll-out, with the state since then; the newest counts
+    policies/<name>/calibrations/<n>/<revision>/<digest>.json    how a map of version n's scores was fitted
 
-Numbers are written as their distance from 99,999,999, so that the newest object is the first one listed.
+Numbers of the first two are written as their distance from 99,999,999, so that the newest object is the first one
+listed.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import quote
 
 import boto3
 from botocore.config import Config
@@ -18,6 +21,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
+from services.calibration import FittedCalibration
 from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
 from services.policies.policy import BUILT_IN
 from services.policies.rollout import Canary, Change, ChangeAction, Rollout, Shadow
@@ -193,6 +197,48 @@ class PolicyRegistry:
 
         return self._change(name, "trip", change, who, why)
 
+    def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> Change:
+        """Apply a calibration to the scores of its version and checkpoint, and keep how it was fitted.
+
+        Raises:
+            UnknownPolicy: no such version.
+        """
+        version, revision = fitted.version, fitted.revision
+        self.get(name, version)
+        # The key has the map's digest; of two fits that come to the same map the first one is kept.
+        self._create(_calibration_key(name, version, revision, fitted.map.digest), fitted.model_dump_json().encode())
+
+        def apply(now: Rollout) -> _Step:
+            return now.with_calibration(version, revision, fitted.map), version, version
+
+        return self._change(name, "calibrate", apply, who, why)
+
+    def take_back_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> Change:
+        """Apply what was applied before a version's calibration for a checkpoint: an earlier one, or none.
+
+        Raises:
+            ConfigurationError: none is applied.
+        """
+
+        def take_back(now: Rollout) -> _Step:
+            return now.without_calibration(version, revision), version, version
+
+        return self._change(name, "calibrate", take_back, who, why)
+
+    def calibration(self, name: str, version: int, revision: str, digest: str) -> FittedCalibration:
+        """A calibration that was applied once, whether it still is or not.
+
+        Raises:
+            UnknownPolicy: no such calibration.
+        """
+        key = _calibration_key(name, version, revision, digest)
+        if (stored := self._read(key)) is None:
+            raise UnknownPolicy(f"policy {name}@{version} has no calibration {digest} for the checkpoint {revision}")
+        try:
+            return FittedCalibration.model_validate_json(stored)
+        except ValidationError as error:
+            raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
+
     def publish_built_in(self) -> None:
         """Publish and activate the built-in policy when the bucket holds no policy at all; safe to repeat."""
         name = BUILT_IN.name
@@ -334,6 +380,10 @@ def _folder(name: str) -> str:
     if not is_document_name(name):
         raise UnknownPolicy(f"{name!r} is not a policy name")
     return f"policies/{name}/"
+
+
+def _calibration_key(name: str, version: int, revision: str, digest: str) -> str:
+    return f"{_folder(name)}calibrations/{version}/{quote(revision, safe='')}/{digest.partition(':')[2]}.json"
 
 
 def _key(prefix: str, number: int) -> str:

@@ -6,13 +6,16 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field
 
+from services.calibration import Calibration
 from services.contracts import Moment, WireModel
 from services.errors import ConfigurationError
 
 Percent = Annotated[float, Field(gt=0, le=100)]
-ChangeAction = Literal["activate", "rollback", "canary", "shadow", "trip"]
+ChangeAction = Literal["activate", "rollback", "canary", "shadow", "trip", "calibrate"]
 
 _EARLIER_LIMIT: Final = 100
+_CALIBRATIONS_LIMIT: Final = 3
+"""Every change carries them, and one has a few KB."""
 
 
 class Canary(WireModel):
@@ -46,6 +49,9 @@ class Rollout(WireModel):
     """The change since which the versions in use are the same; block rates count from there."""
     digests: Mapping[int, str] = Field(default_factory=dict)
     """Of the versions in use, so that a copy of another content is found out."""
+    calibrations: Mapping[int, Mapping[str, tuple[Calibration, ...]]] = Field(default_factory=dict)
+    """By version and checkpoint revision: what maps scores, the one that is applied last; before it those to take it
+    back to. They belong to their version, whatever else is active."""
 
     def activated(self, version: int) -> Self:
         """`version` is what everyone gets; a canary ends."""
@@ -93,6 +99,26 @@ class Rollout(WireModel):
         canary = None if self.canary and self.canary.version == version else self.canary
         return self._with(tripped=self.tripped | {version}, canary=canary)
 
+    def with_calibration(self, version: int, revision: str, calibration: Calibration) -> Self:
+        """Scores of that checkpoint under that version become what the calibration makes of them."""
+        kept = (*self._calibrations(version, revision), calibration)[-_CALIBRATIONS_LIMIT:]
+        return self._calibrated(version, revision, kept)
+
+    def without_calibration(self, version: int, revision: str) -> Self:
+        """The calibration that was applied before the present one is again, or none.
+
+        Raises:
+            ConfigurationError: none is applied.
+        """
+        applied = self._calibrations(version, revision)
+        if not applied:
+            raise ConfigurationError(f"version {version} has no calibration for the checkpoint {revision}")
+        return self._calibrated(version, revision, applied[:-1])
+
+    def calibrations_of(self, version: int) -> dict[str, Calibration]:
+        """What is applied under a version, by checkpoint revision."""
+        return {revision: applied[-1] for revision, applied in self.calibrations.get(version, {}).items()}
+
     def version_for(self, name: str, submission_id: str, tenant: str) -> int | None:
         """The version of policy `name` that a submission gets, None where none was ever activated."""
         canary = self.canary
@@ -114,6 +140,16 @@ class Rollout(WireModel):
     def _must_be_active(self) -> None:
         if self.active is None:
             raise ConfigurationError("no version of this policy is active; activate one first")
+
+    def _calibrations(self, version: int, revision: str) -> tuple[Calibration, ...]:
+        return self.calibrations.get(version, {}).get(revision, ())
+
+    def _calibrated(self, version: int, revision: str, applied: tuple[Calibration, ...]) -> Self:
+        revisions = {r: kept for r, kept in self.calibrations.get(version, {}).items() if r != revision}
+        if applied:
+            revisions[revision] = applied
+        versions = {v: kept for v, kept in self.calibrations.items() if v != version}
+        return self._with(calibrations=versions | ({version: revisions} if revisions else {}))
 
     def _with(self, **fields: Any) -> Self:
         return self.model_copy(update=fields)
