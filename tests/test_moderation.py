@@ -1,7 +1,9 @@
 """The path of one image: what the thresholds make of it, several policies at once, and what a breaker changes."""
 
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -18,11 +20,12 @@ from services.contracts import (
     Policy,
     PolicyChoice,
     PreparedImage,
-    Priority,
     StoredObject,
     Submission,
+    Turn,
+    Upload,
 )
-from services.errors import GuardFailed, UnreadableAnswer
+from services.errors import GuardFailed, Malformed, UnreadableAnswer
 from services.moderation import Moderation, decide
 from services.policies.policy import PolicyDocument
 from tests.scripted_guard import MODEL
@@ -52,6 +55,7 @@ class Parts:
         self.says: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
         self.looks: list[Assessment | Exception] = []
         self.calls: list[tuple[list[int], Detail]] = []
+        self.turns: list[Turn] = []
         self.admitted: list[Action] = []
         self.open = False
 
@@ -66,8 +70,9 @@ class Parts:
         return Moderation(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, _priority: Priority
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, turn: Turn
     ) -> list[Assessment]:
+        self.turns.append(turn)
         self.calls.append(([policy.identity.version for policy in policies], detail))
         answers = self.looks if detail == "score" else [self.says[policy.identity.version] for policy in policies]
         for answer in answers:
@@ -86,6 +91,11 @@ class _Images:
 
     def open(self, _reference: ObjectReference):  # type: ignore[no-untyped-def]
         return self._parts._stored()
+
+
+class _NoImages:
+    def open(self, reference: ObjectReference) -> NoReturn:
+        raise AssertionError(f"{reference} was fetched")
 
 
 class _Preparer:
@@ -171,6 +181,29 @@ async def test_where_the_breaker_is_open_a_block_becomes_a_review() -> None:
     assert (verdict.rating, verdict.score) == ("Unsafe", 0.9), "what the guard said is kept"
     parts.says[1] = safe()
     assert (await parts().judge(SUBMISSION)).verdict.outcome == "verdict"
+
+
+async def test_an_upload_is_not_fetched_and_takes_the_turn_that_it_is_given() -> None:
+    parts = Parts(POLICY)
+    moderation = Moderation(policies=parts, images=_NoImages(), preparer=_Preparer(), guard=parts)
+    upload = Upload(id="a", uri=Upload.uri_of(b"bytes"))
+    judgement = await moderation.judge(upload, upload=StoredObject(b"bytes", None, None), turn="interactive")
+    verdict = judgement.verdict
+    assert verdict.uri == f"upload:sha256:{hashlib.sha256(b'bytes').hexdigest()}"
+    assert (verdict.action, verdict.etag, verdict.version_id) == ("block", None, None)
+    assert parts.turns == ["interactive"]
+    with pytest.raises(Malformed):
+        Submission.parse({"id": "a", "uri": upload.uri})  # nothing that could be fetched from a stream
+
+
+@pytest.mark.parametrize(("policy", "calls"), [(POLICY, ["score"]), (ADAPTIVE, ["score", "score"])])
+async def test_a_score_alone_has_no_category(policy: Policy, calls: list[Detail]) -> None:
+    parts = Parts(policy)
+    parts.looks = [Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.9, model=MODEL)]
+    verdict = (await parts().judge(SUBMISSION, detail="score")).verdict
+    assert [detail for _, detail in parts.calls] == calls
+    assert (verdict.rating, verdict.score, verdict.action) == ("Unsafe", 0.9, "block")
+    assert (verdict.category, verdict.rationale) == (None, None)
 
 
 async def test_a_trial_counts_nothing_and_says_what_each_policy_makes_of_it() -> None:
