@@ -7,10 +7,12 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from pipelines.turns import NewestEvents, Turns
+from pipelines.quarantine import CRASHES, Quarantine, convicted
+from pipelines.turns import NewestEvents, Turn, Turns
 from services import telemetry
 from services.contracts import DeadLetter, Priority, attempts_before, producer_headers
 from services.errors import (
@@ -53,8 +55,9 @@ log = logging.getLogger(__name__)
 class _Work:
     """One message that this member holds."""
 
-    def __init__(self, message: Message) -> None:
-        self.message = message
+    def __init__(self, message: Message, crashes: int) -> None:
+        self.message = replace(message, attempts=crashes + 1) if crashes >= message.attempts else message
+        self.crashes = crashes
         self.since = time.monotonic()
         self.judged = False
         self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -95,9 +98,17 @@ class Lane:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._judged.wait(), _RECEIVE_S)
             return
-        for message in await self.transport.receive(self.room, _RECEIVE_S):
-            self._judging += 1
-            task = asyncio.create_task(self._handle(_Work(message)), name=message.source)
+        messages = await self.transport.receive(self.room, _RECEIVE_S)
+        self._judging += len(messages)
+        crashes = await self._intake.quarantine.admit([message.source for message in messages])
+        for work in map(_Work, messages, crashes):
+            self.works[work.message.source] = work
+            entries = await self._read(work)
+            accepted = [entry for entry in entries if isinstance(entry, Accepted)]
+            for entry in accepted:
+                self._newest.add(entry)
+            turn = self._turns.join(entry.key for entry in accepted)
+            task = asyncio.create_task(self._handle(work, entries, turn), name=work.message.source)
             self.handling.add(task)
             task.add_done_callback(self.handling.discard)
 
@@ -110,27 +121,29 @@ class Lane:
                 log.error("%s holds up its partition, it is given up", message.source)
                 work.given_up.set_result(None)
 
-    async def _handle(self, work: _Work) -> None:
-        # Up to the first await, messages come here in the order in which they were received.
-        message = work.message
-        entries = parse(message)
-        accepted = [entry for entry in entries if isinstance(entry, Accepted)]
-        for entry in accepted:
-            self._newest.add(entry)
-        turn = self._turns.join(entry.key for entry in accepted)
-        self.works[message.source] = work
+    async def _read(self, work: _Work) -> Sequence[Accepted | Rejected]:
+        if work.crashes == 0:
+            return parse(work.message)
+        if work.crashes >= CRASHES:
+            return ()
+        async with self._intake.quarantine.touching(work.message.source, work.crashes):
+            return parse(work.message)
+
+    async def _handle(self, work: _Work, entries: Sequence[Accepted | Rejected], turn: Turn) -> None:
         try:
             await turn.comes()
             await self._settle(work, entries)
         finally:
             self._is_judged(work)
             self._turns.end(turn)
-            if self.works.get(message.source) is work:  # else it has come again since, because it was lost in between
-                del self.works[message.source]
+            source = work.message.source
+            if self.works.get(source) is work:  # else it has come again since, because it was lost in between
+                del self.works[source]
 
     def _is_judged(self, work: _Work) -> None:
         if not work.judged:
             work.judged = True
+            self._intake.quarantine.release(work.message.source)
             self._judging -= 1
             self._judged.set()
 
@@ -157,6 +170,8 @@ class Lane:
 
     async def _outputs(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> list[Record]:
         """The outputs of all entries; those with the same key one after the other."""
+        if work.crashes >= CRASHES:
+            return [self._intake.dead_letter(work.message, work.message.value, convicted(), None)]
         lines: defaultdict[bytes | None, list[Accepted | Rejected]] = defaultdict(list)
         for entry in entries:
             lines[entry.key if isinstance(entry, Accepted) else None].append(entry)
@@ -164,7 +179,8 @@ class Lane:
         async def in_turn(line: list[Accepted | Rejected]) -> list[Record]:
             return [record for entry in line for record in await self._conclude(work, entry)]
 
-        ended = await asyncio.gather(*map(in_turn, lines.values()))
+        async with self._intake.quarantine.touching(work.message.source, work.crashes):
+            ended = await asyncio.gather(*map(in_turn, lines.values()))
         return [record for records in ended for record in records]
 
     async def _conclude(self, work: _Work, entry: Accepted | Rejected) -> list[Record]:
@@ -192,9 +208,11 @@ class Intake:
         transport: Transport,
         moderation: Moderation,
         settings: Settings,
+        quarantine: Quarantine,
         sample: Sample | None = None,
         backfill: Transport | None = None,
     ) -> None:
+        self.quarantine = quarantine
         self._moderation = moderation
         self._settings = settings
         self._sample = sample
@@ -223,9 +241,12 @@ class Intake:
         self._draining = True
         for task in self._watching:
             task.cancel()
-        await asyncio.wait(self._receiving)
+        deadline = time.monotonic() + self._settings.drain_s
+        _, waiting = await asyncio.wait(self._receiving, timeout=self._settings.drain_s)
+        for task in waiting:  # for a message that may only be read while no other is worked on
+            task.cancel()
         if handling := set().union(*(lane.handling for lane in self._lanes)):
-            _, late = await asyncio.wait(handling, timeout=self._settings.drain_s)
+            _, late = await asyncio.wait(handling, timeout=max(0.0, deadline - time.monotonic()))
             for task in late:
                 task.cancel()
             if late:

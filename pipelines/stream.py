@@ -13,6 +13,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.intake import Intake
+from pipelines.quarantine import Quarantine
 from services.contracts import Policy, Submission, Verdict
 from services.errors import Unjudgeable
 from services.guard.checkpoints import resolve
@@ -61,9 +62,10 @@ class IntakeDeployment:
         )
         sample = await enter(Sample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
+        quarantine = await enter(Quarantine(shared, settings.group, member))
         backfill = await open_transport(backfill_settings(settings), member) if settings.backfill_stream else None
         live = await open_transport(settings, member)
-        self._intake = Intake(live, self._moderation, settings, sample, backfill)
+        self._intake = Intake(live, self._moderation, settings, quarantine, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 
     async def judge_under(

@@ -6,12 +6,14 @@ It is put together as `pipelines.stream` does it, with the guard of this suite.
 """
 
 import asyncio
+import os
 import signal
 import sys
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
 from pipelines.intake import Intake
+from pipelines.quarantine import Quarantine
 from services.errors import Unavailable
 from services.images.prepare import Preparer
 from services.images.store import ObjectStore
@@ -54,7 +56,8 @@ async def main(name: str, guard_ports: list[int]) -> None:
             breaker=await closing.enter_async_context(CircuitBreaker(policies, bucket, shared)),
         )
         sample = await closing.enter_async_context(Sample(shared, size=settings.sample_size))
-        intake = Intake(await open_transport(settings, name), moderation, settings, sample)
+        quarantine = await closing.enter_async_context(Quarantine(shared, settings.group, f"{name}-{os.getpid()}"))
+        intake = Intake(await open_transport(settings, name), moderation, settings, quarantine, sample)
         closing.push_async_callback(intake.drain)
         while not ending.is_set():
             intake.check()

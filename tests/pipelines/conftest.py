@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from pipelines.intake import Intake
+from pipelines.quarantine import Quarantine
 from pipelines.stream import backfill_settings
 from services.contracts import DeadLetter, Verdict
 from services.images.prepare import Preparer
@@ -63,7 +64,8 @@ class Bench:
         sample = await self._entered(Sample(self.shared, size=settings.sample_size))
         member = f"m-{len(self.intakes)}"
         backfill = await open_transport(backfill_settings(settings), member) if with_backfill else None
-        intake = Intake(await open_transport(settings, member), moderation, settings, sample, backfill)
+        quarantine = await self._entered(Quarantine(self.shared, settings.group, member))
+        intake = Intake(await open_transport(settings, member), moderation, settings, quarantine, sample, backfill)
         self.intakes.append(intake)
         return intake
 

@@ -6,9 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.intake import Intake
+from pipelines.quarantine import Quarantine
 from services.contracts import Submission
 from services.errors import NotOwned
 from services.moderation import Judgement, unjudged
+from services.policies.shared import SharedCopies
 from services.settings import Settings
 from services.streams.transport import Lag, Message, Record
 
@@ -58,7 +60,8 @@ async def test_those_behind_it_are_judged() -> None:
     again = [message(offset, "second assignment") for offset in range(3)]
     transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
     moderation: Any = Slow()
-    intake = Intake(transport, moderation, Settings())
+    shared = SharedCopies("redis://127.0.0.1:1", "policies")  # where nothing is
+    intake = Intake(transport, moderation, Settings(), Quarantine(shared, "sluice", "member"))
     settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
     await intake.drain()
     assert settled == again

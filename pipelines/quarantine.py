@@ -1,0 +1,164 @@
+"""Messages that were in hand when an intake process died: one of them may be what killed it.
+
+Each message that a process touches is marked in Redis before it is touched. The marks of a process that fell silent
+are counted by the others as crashes of those messages. One with a crash is worked on among a few, one with two alone,
+and one that killed a process then, too, is not touched again: so the third crash convicts nobody who merely stood by.
+Nothing here is needed for delivery: while Redis is away, messages are worked on without marks.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Final, Self
+
+from services.errors import GuardFailed
+from services.policies.shared import CacheUnavailable, SharedCopies
+
+CRASHES: Final = 3
+"""What one message may cost."""
+
+_FEW: Final = 8
+_BEAT_S: Final = 1.0
+_SILENT_S: Final = 4.0
+"""A process that says nothing for this long is dead, or so slow that its messages deserve a closer look."""
+_REMEMBERED_S: Final = 86_400
+
+# Counts the crashes of the silent, says that this process is alive and which messages it has in hand, and adds those of
+# the new messages that never were in a crash. Returns how many crashes each of the new ones was in.
+_MARK: Final = """
+local alive, in_hand, prefix, me = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+for _, dead in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ARGV[3])) do
+    for _, source in ipairs(redis.call('SMEMBERS', prefix .. 'in-hand:' .. dead)) do
+        redis.call('INCR', prefix .. 'crashes:' .. source)
+        redis.call('EXPIRE', prefix .. 'crashes:' .. source, ARGV[4])
+    end
+    redis.call('DEL', prefix .. 'in-hand:' .. dead)
+    redis.call('ZREM', alive, dead)
+end
+redis.call('ZADD', alive, now, me)
+redis.call('DEL', in_hand)
+local crashes = {}
+for i = 6, #ARGV do
+    local is_new = i - 5 > tonumber(ARGV[5])
+    local count = is_new and tonumber(redis.call('GET', prefix .. 'crashes:' .. ARGV[i])) or 0
+    if count == 0 then redis.call('SADD', in_hand, ARGV[i]) end
+    if is_new then crashes[#crashes + 1] = count end
+end
+return crashes
+"""
+_LEAVE: Final = "redis.call('ZREM', KEYS[1], ARGV[1]) redis.call('DEL', KEYS[2])"
+
+log = logging.getLogger(__name__)
+
+
+def convicted() -> GuardFailed:
+    """Why a message is not touched any more."""
+    return GuardFailed(f"it made a worker crash {CRASHES} times")
+
+
+class Quarantine:
+    """What one intake process may touch at a time. To be used as an async context manager."""
+
+    def __init__(self, shared: SharedCopies, group: str, member: str) -> None:
+        """`member` names this process, and no earlier life of it."""
+        self._shared = shared
+        self._prefix = f"sluice:{group}:"
+        self._member = member
+        self._in_hand: set[str] = set()
+        self._marking = asyncio.Lock()
+        self._few = asyncio.Semaphore(_FEW)
+        self._working = 0
+        self._alone = False
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._beat())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        with suppress(CacheUnavailable):
+            await self._shared.run(_LEAVE, self._keys, self._member)
+
+    async def admit(self, sources: Sequence[str]) -> list[int]:
+        """How many crashes each message was in. Those that were in none are marked until they are released."""
+        return await self._mark(sources) if sources else []
+
+    def release(self, source: str) -> None:
+        """The message is not worked on any more."""
+        self._in_hand.discard(source)
+
+    @asynccontextmanager
+    async def touching(self, source: str, crashes: int) -> AsyncIterator[None]:
+        """Work on a message, in the company that its crashes allow; it waits for that company first."""
+        if crashes == 0:
+            async with self._among_others():
+                yield
+        elif crashes < CRASHES - 1:
+            async with self._few, self._among_others(), self._marked(source):
+                yield
+        else:
+            async with self._by_itself(), self._marked(source):
+                yield
+
+    @asynccontextmanager
+    async def _among_others(self) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._alone)
+            self._working += 1
+        try:
+            yield
+        finally:
+            self._working -= 1
+            await self._tell()
+
+    @asynccontextmanager
+    async def _by_itself(self) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._alone)
+            self._alone = True
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._working)
+            yield
+        finally:
+            self._alone = False
+            await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    @asynccontextmanager
+    async def _marked(self, source: str) -> AsyncIterator[None]:
+        self._in_hand.add(source)
+        try:
+            await self._mark()
+            yield
+        finally:
+            self.release(source)
+
+    async def _mark(self, new: Sequence[str] = ()) -> list[int]:
+        async with self._marking:
+            known = (self._prefix, self._member, _SILENT_S, _REMEMBERED_S, len(self._in_hand), *self._in_hand)
+            try:
+                crashes: list[int] = await self._shared.run(_MARK, self._keys, *known, *new)
+            except CacheUnavailable as error:
+                log.debug("messages are worked on without marks: %s", error)
+                crashes = [0] * len(new)
+            self._in_hand.update(source for source, count in zip(new, crashes, strict=True) if count == 0)
+            return crashes
+
+    async def _beat(self) -> None:
+        while True:
+            await self._mark()
+            await asyncio.sleep(_BEAT_S)
+
+    @property
+    def _keys(self) -> list[str]:
+        return [f"{self._prefix}alive", f"{self._prefix}in-hand:{self._member}"]

@@ -1,0 +1,112 @@
+"""Messages that kill the process that touches them, and those that merely stood by."""
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipelines.quarantine import CRASHES, Quarantine
+from services.children import Child
+from services.contracts import DeadLetter, Verdict
+from services.policies.shared import SharedCopies
+from services.streams.transport import Record
+from tests.streams.conftest import Streams, eventually
+
+
+@pytest.mark.parametrize(
+    ("kind", "poison"), [("redis", "deadly-to-read"), pytest.param("kafka", "deadly-to-judge", marks=pytest.mark.kafka)]
+)
+async def test_a_message_that_kills_costs_three_crashes(
+    kind: str, poison: str, valkey_url: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = valkey_url if kind == "redis" else f"kafka://{request.getfixturevalue('kafka_address')}"
+    streams = Streams(kind, url)
+    settings = streams.settings(
+        redis_url=valkey_url, redis_claim_idle_s=6.0, session_timeout_ms=6_000, in_flight=32, backfill_stream=""
+    )
+    ids = [f"upload-{number}" for number in range(60)]
+    ids[20] = poison
+    values = [json.dumps({"id": each, "uri": f"s3://uploads/{number % 7}"}).encode() for number, each in enumerate(ids)]
+    await streams.publish(*(Record(settings.submissions_stream, each, each[-3:]) for each in values))
+    crashes = 0
+    member: Child | None = None
+
+    async def ends() -> Counter[str]:
+        letters = await streams.everything(settings.dead_letters_stream)
+        verdicts = await streams.everything(settings.verdicts_stream)
+        judged = {Verdict.model_validate_json(each.value).submission_id for each in verdicts}
+        return Counter([*judged, *(json.loads(each.value)["id"] for each in letters)])
+
+    try:
+        deadline = time.monotonic() + 150
+        while set(await ends()) < set(ids):
+            assert time.monotonic() < deadline, set(ids) - set(await ends())
+            if member is None or member.returncode is not None:
+                crashes += member is not None
+                name = f"member-{crashes}"
+                argv = [sys.executable, "-m", "tests.pipelines.poisoned_member", settings.model_dump_json(), name]
+                member = Child(argv, log=tmp_path / f"{name}.log")
+            await asyncio.sleep(0.2)
+        assert member is not None
+        assert member.returncode is None
+    finally:
+        if member is not None:
+            member.stop(grace_s=10)
+    assert crashes == CRASHES
+    assert await ends() == Counter(ids)
+    (dead,) = await streams.everything(settings.dead_letters_stream)
+    letter = DeadLetter.from_headers(dead.headers)
+    assert (json.loads(dead.value)["id"], letter.reason, letter.attempts) == (poison, "guard_failed", CRASHES + 1)
+    assert "crash" in letter.detail
+
+
+async def test_whoever_has_been_in_two_crashes_is_worked_on_alone(valkey_url: str) -> None:
+    shared = SharedCopies(valkey_url, "alone")
+    async with Quarantine(shared, "alone", "member") as quarantine:
+        at_work: set[str] = set()
+        seen: dict[str, set[str]] = {}
+
+        async def work(source: str, crashes: int) -> None:
+            async with quarantine.touching(source, crashes):
+                at_work.add(source)
+                await asyncio.sleep(0.01)
+                seen[source] = set(at_work)
+                at_work.remove(source)
+
+        among = [work(f"innocent-{number}", number % 2) for number in range(30)]
+        await asyncio.gather(*among[:15], work("suspect", 2), *among[15:], work("another", 2))
+        assert seen["suspect"] == {"suspect"}
+        assert seen["another"] == {"another"}
+        assert max(map(len, seen.values())) > 10
+        assert max(sum(int(each[9:]) % 2 for each in group if each[0] == "i") for group in seen.values()) <= 8
+    await shared.close()
+
+
+async def test_an_orderly_end_is_no_crash(valkey_url: str) -> None:
+    shared = SharedCopies(valkey_url, "orderly")
+    async with Quarantine(shared, "orderly", "first") as first:
+        assert await first.admit(["a", "b"]) == [0, 0]
+        first.release("a")
+    async with Quarantine(shared, "orderly", "second") as second:
+        assert await second.admit(["a", "b"]) == [0, 0]
+    await shared.close()
+
+
+async def test_only_what_was_in_hand_was_in_the_crash(valkey_url: str) -> None:
+    shared = SharedCopies(valkey_url, "in-hand")
+    first = Quarantine(shared, "in-hand", "first")  # never entered, so nobody hears of it again
+    assert await first.admit(["done", "in hand"]) == [0, 0]
+    first.release("done")
+    await first.admit(["also in hand"])
+    async with Quarantine(shared, "in-hand", "second") as second:
+
+        async def counted() -> bool:
+            return await second.admit(["in hand"]) == [1]
+
+        await eventually(counted)
+        assert await second.admit(["done", "also in hand"]) == [0, 1]
+    await shared.close()
