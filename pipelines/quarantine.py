@@ -145,7 +145,14 @@ class Quarantine:
 
     async def _mark(self, new: Sequence[str] = ()) -> list[int]:
         async with self._marking:
-            known = (self._prefix, self._member, _SILENT_S, _REMEMBERED_S, len(self._in_hand), *self._in_hand)
+            known: tuple[str | float, ...] = (
+                self._prefix,
+                self._member,
+                _SILENT_S,
+                _REMEMBERED_S,
+                len(self._in_hand),
+                *self._in_hand,
+            )
             try:
                 crashes: list[int] = await self._shared.run(_MARK, self._keys, *known, *new)
             except CacheUnavailable as error:
