@@ -179,7 +179,7 @@ class Moderation:
         """
         clock = _Clock(submission.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
-            stored = upload or await clock.time("fetch", self._fetched(submission, held))
+            stored = upload if upload else await clock.time("fetch", self._fetched(submission, held))
             image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
             turn = turn or submission.priority
             assessing = assess_each(image, policies, turn, guard=self._guard, preparer=self._preparer, detail=detail)

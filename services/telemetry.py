@@ -66,6 +66,25 @@ BREAKER_TRIPS: Final = Counter(
     tag_keys=("policy", "version"),
 )
 
+GATEWAY_REQUESTS: Final = Counter(
+    "sluice_gateway_requests_total",
+    "Requests to the gateway by route and HTTP status; `none` is no route.",
+    tag_keys=("route", "status"),
+)
+
+GATEWAY_SECONDS: Final = Histogram(
+    "sluice_gateway_seconds",
+    "Time from a request's head to the end of its answer, waiting for the guard included.",
+    boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60],
+    tag_keys=("route",),
+)
+
+GATEWAY_REFUSED: Final = Counter(
+    "sluice_gateway_refused_total",
+    "Requests and connections that the gateway refused. `reason` is the name of the problem, or of the limit.",
+    tag_keys=("reason",),
+)
+
 IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake replica is working on.")
 
 LAG: Final = Gauge(

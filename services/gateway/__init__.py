@@ -1,0 +1,1 @@
+"""HTTP: the same moderation path, for those who ask and wait for the answer."""
