@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults fuzz lint lock schemas clean
+.PHONY: help setup demo test faults soak fuzz lint lock schemas clean
 
 help:
 	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
 	@echo 'make test      lint, type-check and run every test'
 	@echo 'make faults    break everything in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
+	@echo 'make soak      half of the rate that this machine sustains, MINUTES=30 of it, and what grows'
 	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
 	@echo 'make lint      lint and type-check only'
 	@echo 'make setup     make .venv from requirements.lock'
@@ -41,6 +42,11 @@ test: lint
 SEED ?= 1
 faults: setup
 	@$(BIN)/python -m tests.faults.run --seed $(SEED) $(if $(SHORT),--short)
+
+# One member at half of the rate that it sustains. Ends with one JSON line; another status than 0 says that something grew.
+MINUTES ?= 30
+soak: setup
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED)
 
 # Half of the cases are messages, half are pictures; finds are kept in tests/fuzz/corpus.
 CASES ?= 100000

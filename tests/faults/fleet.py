@@ -42,6 +42,11 @@ class Place:
         self._environment = environment
         self._child: Child | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process whose descendants it is; None while it does not run."""
+        return None if self._child is None else self._child.pid
+
     async def kill(self, for_s: float) -> None:
         """SIGKILL; after `for_s` it runs again."""
         async with self.busy:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -78,6 +79,11 @@ class Pictures:
 def submissions(seed: int, total: int, pictures: Pictures) -> list[Submitted]:
     """Messages with `total` submissions in all, the same ones for the same arguments."""
     return list(_Maker(seed, pictures).messages(total))
+
+
+def endless(seed: int, pictures: Pictures) -> Iterator[Submitted]:
+    """Messages for as long as they are asked for."""
+    return _Maker(seed, pictures).messages(sys.maxsize)
 
 
 class _Maker:
