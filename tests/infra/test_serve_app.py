@@ -69,7 +69,7 @@ def test_settings_come_from_the_environment_too(arguments: dict[str, Any], monke
 
 
 def test_a_setting_that_does_not_exist_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="intake_replica\n.*not permitted"):
+    with pytest.raises(ValidationError, match=r"intake_replica\n.*not permitted"):
         build(arguments | {"intake_replica": 3})
 
 
