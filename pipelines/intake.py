@@ -31,11 +31,11 @@ from services.patience import GiveUps
 from services.policies.sample import Sample
 from services.settings import Settings
 from services.streams.formats import Accepted, Rejected, parse
-from services.streams.transport import Message, Record, Transport
+from services.streams.transport import Lag, Message, Record, Transport
 
 _RECEIVE_S: Final = 0.5
 _WATCH_S: Final = 1.0
-_LAG_EVERY_S: Final = 5.0
+_LAG_EVERY_S: Final = 1.0
 _DETAIL_LIMIT: Final = 500
 _PAUSES_AFTER_FAULT_S: Final = (1, 5, 30)
 _HELD_LIMIT: Final = 32_768
@@ -222,6 +222,8 @@ class Intake:
             self._lanes.append(Lane(backfill, self, max(1, settings.in_flight // 2), "backfill"))
         self._give_ups = GiveUps()
         self._doubtful = GiveUps(_DOUBTFUL_PER_SUCCESS, _DOUBTFUL_IN_A_ROW, _DOUBTFUL_IN_A_ROW)
+        self.lags: dict[Priority, Lag] = {}
+        """The newest reading of each stream; none where it could not be read."""
         self._draining = False
         self._receiving = [asyncio.create_task(self._receive(lane)) for lane in self._lanes]
         self._watching = [asyncio.create_task(self._report_lag()), asyncio.create_task(self._watch())]
@@ -349,8 +351,11 @@ class Intake:
         while True:
             for lane in self._lanes:
                 try:
-                    for partition, waiting in (await lane.transport.lag()).by_partition.items():
-                        telemetry.LAG.set(waiting, {"priority": lane.priority, "partition": str(partition)})
+                    self.lags[lane.priority] = lag = await lane.transport.lag()
                 except StreamUnavailable as error:
+                    self.lags.pop(lane.priority, None)
                     log.warning("the lag is not known: %s", error)
+                    continue
+                for partition, waiting in lag.by_partition.items():
+                    telemetry.LAG.set(waiting, {"priority": lane.priority, "partition": str(partition)})
             await asyncio.sleep(_LAG_EVERY_S)

@@ -89,6 +89,8 @@ class RemoteGuard:
         """`deadline_s` holds for one call, waiting for a replica included; it is longer than the guard's own."""
         self._handle = handle
         self._deadline_s = deadline_s
+        self.in_flight = 0
+        """Calls that have no answer yet, also those that wait for a replica."""
 
     async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
         """As `Guard.assess`; a replica that dies meanwhile, or none to be had, is GuardUnavailable."""
@@ -113,6 +115,7 @@ class RemoteGuard:
     async def _call(self, method: str, *args: Any, calls: int = 1) -> Any:
         response = getattr(self._handle, method).remote(*args)
         deadline_s = self._deadline_s * calls
+        self.in_flight += 1
         try:
             async with asyncio.timeout(deadline_s):
                 return await response
@@ -129,3 +132,5 @@ class RemoteGuard:
         except asyncio.CancelledError:
             response.cancel()
             raise
+        finally:
+            self.in_flight -= 1

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Self
 
 import kafka
@@ -187,7 +188,9 @@ class KafkaTransport:
 
     async def lag(self) -> Lag:
         """End offset minus committed offset, for every partition of the submissions."""
-        return await self._meter.read()
+        read = await self._meter.read()
+        with self._lock:
+            return replace(read, held=frozenset(each.partition for each in self._ledgers))
 
     def blocked(self) -> Sequence[Message]:
         """One of every partition whose window is nearly full of messages that are done, behind this one."""

@@ -66,12 +66,11 @@ class LagMeter:
         fresh = [each for each in partitions if each not in committed or committed[each].offset < 0]
         first = self._offsets(fresh, OffsetSpec.EARLIEST)
         end = self._offsets(partitions, OffsetSpec.LATEST)
-        return Lag(
-            {
-                each.partition: max(0, end[each] - (first[each] if each in first else committed[each].offset))
-                for each in partitions
-            }
-        )
+        waiting = {
+            each.partition: max(0, end[each] - (first[each] if each in first else committed[each].offset))
+            for each in partitions
+        }
+        return Lag(waiting, published=sum(end.values()))
 
     def _offsets(self, partitions: list[Any], spec: Any) -> dict[Any, int]:
         if not partitions:

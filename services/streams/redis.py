@@ -163,12 +163,12 @@ class RedisTransport:
     async def lag(self) -> Lag:
         """Entries not delivered yet and entries pending, for the whole group."""
         try:
-            pending, waiting = await self._lag(keys=[self._stream], args=[self._group])
+            pending, waiting, published = await self._lag(keys=[self._stream], args=[self._group])
         except Exception as error:
             if is_missing_group(error):
                 return Lag({0: 0})
             raise refusal(error) from error
-        return Lag({0: int(pending) + int(waiting)})
+        return Lag({0: int(pending) + int(waiting)}, published=int(published))
 
     def blocked(self) -> Sequence[Message]:
         """Entries are acknowledged one by one: none stands before another."""

@@ -102,21 +102,27 @@ return redis.call('XTRIM', KEYS[1], 'MINID', '~', bound)
 """
 
 LAG: Final = """
--- ARGV: group.  Returns the pending entries and the entries not delivered yet, counting (up to 10000) where the server
--- cannot tell: after an entry was deleted, and before Redis 7.
+-- ARGV: group.  Returns the pending entries, the entries not delivered yet and the entries ever added. The second are
+-- counted (up to 10000) where the server cannot tell: after an entry was deleted, and before Redis 7; before that, what
+-- is there stands for what was ever added.
+local added = redis.call('XLEN', KEYS[1])
+local stream = redis.call('XINFO', 'STREAM', KEYS[1])
+for i = 1, #stream, 2 do
+  if stream[i] == 'entries-added' then added = stream[i + 1] end
+end
 for _, fields in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   local of = {}
   for i = 1, #fields, 2 do of[fields[i]] = fields[i + 1] end
   if of.name == ARGV[1] then
-    if type(of.lag) == 'number' then return {of.pending, of.lag} end
+    if type(of.lag) == 'number' then return {of.pending, of.lag, added} end
     local waiting, from = 0, '(' .. of['last-delivered-id']
     while waiting < 10000 do
       local entries = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 100)
-      if #entries == 0 then return {of.pending, waiting} end
+      if #entries == 0 then return {of.pending, waiting, added} end
       waiting = waiting + #entries
       from = '(' .. entries[#entries][1]
     end
-    return {of.pending, math.max(waiting, redis.call('XLEN', KEYS[1]) - of.pending)}
+    return {of.pending, math.max(waiting, redis.call('XLEN', KEYS[1]) - of.pending), added}
   end
 end
 return redis.error_reply('NOGROUP no such consumer group')

@@ -49,6 +49,10 @@ class Lag:
     """What waits: messages published and not settled, by partition (Redis Streams: one partition, `0`)."""
 
     by_partition: Mapping[int, int]
+    published: int = 0
+    """Messages ever published, settled or not: a count that only grows while the stream is the same."""
+    held: frozenset[int] = frozenset()
+    """The partitions that this member works on. On Redis Streams every member may take every message: none."""
 
     @property
     def total(self) -> int:
