@@ -140,9 +140,8 @@ async def test_lag_counts_what_is_not_settled(streams: Streams) -> None:
     member = await streams.member()
 
     async def none_waits() -> bool:
-        with contextlib.suppress(
-            StreamUnavailable
-        ):  # a broker that has just started has no coordinator for the group yet
+        # A broker that has just started has no coordinator for the group yet.
+        with contextlib.suppress(StreamUnavailable):
             return (await member.lag()).total == 0
         return False
 
