@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     log_file: Path | None = Field(None, description="also collects the log of every replica on this machine")
 
     # Work in flight
-    intake_replicas: Positive = 1
+    intake_replicas: Positive = Field(1, description="the fewest, where intake_max_replicas is set")
     in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")
     image_memory_bytes: Positive = Field(1 << 30, description="memory for images in flight, per intake replica")
     judge_deadline_s: PositiveSeconds = Field(
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     decode_deadline_s: PositiveSeconds = Field(30, description="for one image; a decoder that hangs is killed")
 
     # Guard
-    guard_replicas: Positive = 1
+    guard_replicas: Positive = Field(1, description="as many, unless guard_max_replicas is set")
     guard_gpus: Annotated[float, Field(ge=0)] | None = Field(
         None, description="GPUs of one guard replica; unset: 1 where Ray has GPUs, else 0 (the engine runs on the CPU)"
     )
@@ -100,6 +100,29 @@ class Settings(BaseSettings):
     )
     guard_deadline_s: PositiveSeconds = Field(60, description="for one assessment")
     guard_start_s: PositiveSeconds = Field(900, description="for the engine to load its weights and warm up")
+
+    # Replicas that follow the backlog
+    guard_max_replicas: Positive | None = Field(
+        None, description="the most guard replicas; where it is set their number follows the backlog"
+    )
+    guard_min_replicas: Annotated[int, Field(ge=0)] = Field(
+        0, description="the fewest guard replicas, where their number follows the backlog"
+    )
+    intake_max_replicas: Positive | None = Field(
+        None,
+        description="the most intake replicas, where the guard's number follows the backlog; unset: as many as now",
+    )
+    objective_s: PositiveSeconds = Field(300, description="from submission to verdict, for live submissions")
+    backfill_objective_s: PositiveSeconds = Field(6 * 3600, description="in which a backfill is to be done")
+    idle_s: PositiveSeconds = Field(600, description="with nothing to do for this long, guard replicas may go to zero")
+    scale_down_s: PositiveSeconds = Field(300, description="for how long fewer replicas must have been enough")
+    replica_rate: Annotated[float, Field(gt=0)] = Field(
+        5, description="submissions a second that a guard replica judges, until it is measured"
+    )
+    replica_start_s: PositiveSeconds = Field(
+        300, description="from the wish for a guard replica until it judges, until it is measured"
+    )
+
     # Gateway
     gateway_host: str = Field("127.0.0.1", description="where it listens; plain HTTP, so put TLS before any other")
     gateway_port: Annotated[int, Field(ge=0, le=65_535)] = Field(
