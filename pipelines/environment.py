@@ -9,7 +9,10 @@ from typing import Final
 from services.settings import Settings
 
 ENV_FILE: Final = Path(".sluice/env")
-_OTHERS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "RAY_AUTH_MODE")
+_OTHERS: Final = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "RAY_AUTH_MODE"),
+    *("SLUICE_GATEWAY_URL", "SLUICE_API_KEY"),
+)
 _SECRET: Final = {"kafka_options"}  # may hold a password; whoever runs the commands has it in the environment
 
 
@@ -25,8 +28,8 @@ def read(file: Path = ENV_FILE) -> dict[str, str]:
 def written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
     """Keep the settings in `file`, readable by its owner only, for as long as the block runs.
 
-    `others` are the variables that reach the embedded backends and Ray: the credentials of the backends and Ray's way
-    to authenticate among them are written too, and nothing else.
+    `others` are the variables that reach the embedded backends, the gateway and Ray: the credentials of the backends,
+    the gateway's URL and key, and Ray's way to authenticate among them are written too, and nothing else.
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude=_SECRET)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]

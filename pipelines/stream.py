@@ -1,6 +1,7 @@
-"""The Serve application: Intake, which works the stream, and Guard, which judges.
+"""The Serve application: Intake, which works the stream, Guard, which judges, and Gateway, which answers over HTTP.
 
-Application name `sluice`, deployments `Intake` (the ingress) and `Guard`. Guard runs a fixed number of replicas.
+Application name `sluice`, deployments `Gateway` (the ingress; there may be none), `Intake` and `Guard`. Guard runs a
+fixed number of replicas.
 """
 
 import os
@@ -12,32 +13,26 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.assembly import Assembly
+from pipelines.gateway_deployment import GatewayDeployment
 from pipelines.intake import Intake
 from pipelines.quarantine import Quarantine
 from services.contracts import Policy, Submission, Verdict
 from services.errors import Unjudgeable
 from services.guard.checkpoints import resolve
-from services.guard.deployment import GuardDeployment, RemoteGuard
-from services.images.prepare import Preparer
-from services.images.store import ObjectStore
-from services.moderation import Moderation
-from services.policies.breaker import CircuitBreaker
-from services.policies.cache import PolicyCache
-from services.policies.registry import PolicyRegistry
+from services.guard.deployment import GuardDeployment
 from services.policies.sample import Sample
-from services.policies.shared import SharedCopies
 from services.settings import Settings
 from services.streams.connect import open_transport
 from services.telemetry import configure_logging
 
 APPLICATION: Final = "sluice"
-_GUARD_PATIENCE: Final = 4
-"""Deadlines of the guard that a call may take, waiting for a replica included."""
+INTAKE: Final = "Intake"
 _STOP_S: Final = 10.0
 """What a replica gets beyond the drain to close its connections and children."""
 
 
-@serve.deployment(name="Intake", max_ongoing_requests=100, health_check_period_s=5)
+@serve.deployment(name=INTAKE, max_ongoing_requests=100, health_check_period_s=5)
 class IntakeDeployment:
     """One replica: one member of the consumer group."""
 
@@ -45,21 +40,9 @@ class IntakeDeployment:
         """Join the group and start to receive; the guard need not be ready yet. `side_px`: what the model can use."""
         configure_logging(settings.log_file)
         self._closing = AsyncExitStack()
-        preparer, store = Preparer(settings, side_px), ObjectStore(settings)
-        self._closing.callback(preparer.close)
-        self._closing.callback(store.close)
-        bucket = PolicyRegistry.from_settings(settings)
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
-        self._closing.push_async_callback(shared.close)
+        parts = await Assembly.from_settings(settings, side_px, guard, self._closing)
+        self._policies, self._moderation, shared = parts.policies, parts.moderation, parts.shared
         enter = self._closing.enter_async_context
-        self._policies = await enter(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
-        self._moderation = Moderation(
-            policies=self._policies,
-            images=store,
-            preparer=preparer,
-            guard=RemoteGuard(guard, deadline_s=_GUARD_PATIENCE * settings.guard_deadline_s),
-            breaker=await enter(CircuitBreaker(self._policies, bucket, shared)),
-        )
         sample = await enter(Sample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
         quarantine = await enter(Quarantine(shared, settings.group, member))
@@ -104,9 +87,10 @@ def application(settings: Settings, *, guard_gpus: float) -> Application:
     Raises:
         ConfigurationError: SLUICE_MODEL names no checkpoint.
     """
+    side_px = resolve(settings.model).max_side_px
     guard = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator makes a Deployment of it
         num_replicas=settings.guard_replicas,
-        max_ongoing_requests=2 * settings.guard_in_flight,  # the next ones are at hand when a place is free
+        max_ongoing_requests=_guard_calls(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},
         graceful_shutdown_timeout_s=_STOP_S,
     ).bind(settings)
@@ -114,5 +98,21 @@ def application(settings: Settings, *, guard_gpus: float) -> Application:
         num_replicas=settings.intake_replicas,
         ray_actor_options={"num_cpus": 1},
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
-    ).bind(settings, resolve(settings.model).max_side_px, guard)
-    return intake
+    ).bind(settings, side_px, guard)
+    if not settings.gateway_replicas:
+        return intake
+    gateway: Application = GatewayDeployment.options(  # type: ignore[attr-defined]
+        num_replicas=settings.gateway_replicas,
+        ray_actor_options={"num_cpus": 1},
+        graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
+    ).bind(settings, side_px, guard, intake)
+    return gateway
+
+
+def _guard_calls(settings: Settings) -> int:
+    """Calls that a guard replica takes at a time: those that wait in it go by priority, those that wait for it do not.
+
+    So all that Intake has in flight fits, and Gateway's calls on top: whoever waits for an answer is never behind it.
+    """
+    of_intake = max(2 * settings.guard_in_flight, settings.intake_replicas * settings.in_flight)
+    return of_intake + settings.gateway_replicas * settings.gateway_in_flight

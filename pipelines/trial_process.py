@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.stream import APPLICATION
+from pipelines.stream import APPLICATION, INTAKE
 from pipelines.trial import Outcome, Trial
 from services.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 
@@ -33,7 +33,7 @@ def _connect(address: str) -> DeploymentHandle[Any]:
         raise ConfigurationError(f"the service's Ray cluster at {address} {_cause(error)}") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        return serve.get_app_handle(APPLICATION)
+        return serve.get_deployment_handle(INTAKE, APPLICATION)
     except (RayServeException, RayActorError, ValueError):
         raise ConfigurationError(
             f"Ray runs at {address}, and Sluice does not run on it; start it with `sluice up`"

@@ -21,14 +21,15 @@ from urllib.parse import urlsplit
 import psutil
 import ray
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from pipelines import embedded
-from pipelines.stream import APPLICATION, application
+from pipelines import embedded, ports
+from pipelines.gateway_deployment import GATEWAY
+from pipelines.stream import APPLICATION, INTAKE, application
 from services import settings as settings_module
 from services.children import end_with_this_process
-from services.errors import ConfigurationError, PolicyUnavailable
+from services.errors import ConfigurationError, PolicyUnavailable, SluiceError
+from services.gateway.keys import KeyRegistry
 from services.guard import checkpoints
 from services.policies.registry import PolicyRegistry
 from services.settings import Settings
@@ -80,12 +81,15 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
             _check_reachable(settings)
             _publish_built_in(settings)
             end_with_this_process()
+            settings, reaching_gateway = stack.enter_context(_gateway(settings, embed=embed))
             progress("starting Ray")
             stack.enter_context(_ray(settings))
-            handle = _deploy(settings.model_copy(update={"log_file": log_file}), progress)
-            stack.callback(_drain, handle, settings, progress)
+            _deploy(settings.model_copy(update={"log_file": log_file}), progress)
+            stack.callback(_drain, settings, progress)
+            if url := reaching_gateway.get("SLUICE_GATEWAY_URL"):
+                progress(f"the gateway answers at {url}")
             end_s += settings.drain_s
-            yield _as_clients_need_them(settings), {**variables, **_ray_authentication()}
+            yield _as_clients_need_them(settings), {**variables, **reaching_gateway, **_ray_authentication()}
         finally:
             limit_end(end_s)
             stack.close()
@@ -196,12 +200,51 @@ def _publish_built_in(settings: Settings) -> None:
 
 
 @contextmanager
+def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Mapping[str, str]]]:
+    """Keep the gateway's port, with `embed` a free one unless it is set. Yields what clients need to reach it.
+
+    With `embed` that includes an admin key, which is revoked at the end.
+    """
+    if not settings.gateway_replicas:
+        yield settings, {}
+        return
+    with ExitStack() as stack:
+        port = settings.gateway_port
+        if embed and "SLUICE_GATEWAY_PORT" not in os.environ:
+            port = 0
+        if not settings.ray_address:  # else the gateway runs on another machine, for all that is known here
+            port = stack.enter_context(ports.kept(settings.gateway_host, port))
+        variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
+        if embed:
+            keys = KeyRegistry.from_settings(settings)
+            key, token = keys.create("embedded", "admin", who="sluice up")
+            stack.callback(_revoke, keys, key.id)
+            variables["SLUICE_API_KEY"] = token
+        yield settings.model_copy(update={"gateway_port": port}), variables
+
+
+def gateway_url(host: str, port: int) -> str:
+    """Where clients on this machine find the gateway."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def _revoke(keys: KeyRegistry, key_id: str) -> None:
+    try:
+        keys.revoke(key_id, who="sluice up")
+    except SluiceError as error:
+        log.warning("the embedded API key %s is not revoked: %s", key_id, error)
+
+
+@contextmanager
 def _ray(settings: Settings) -> Iterator[None]:
     """A Ray cluster of this machine's own, or the one that the settings name, with Serve on it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = {
-        "num_cpus": max(os.cpu_count() or 1, settings.intake_replicas + settings.guard_replicas),
+        "num_cpus": max(
+            os.cpu_count() or 1, settings.intake_replicas + settings.guard_replicas + settings.gateway_replicas
+        ),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
@@ -236,8 +279,8 @@ def _ray_authentication() -> dict[str, str]:
     return {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
 
 
-def _deploy(settings: Settings, progress: Progress) -> DeploymentHandle:
-    """Run the application and wait until every replica is ready."""
+def _deploy(settings: Settings, progress: Progress) -> None:
+    """Run the application and wait until every replica is ready, and the gateway can answer."""
     gpus = settings.guard_gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
@@ -247,13 +290,13 @@ def _deploy(settings: Settings, progress: Progress) -> DeploymentHandle:
         route_prefix=None,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    serve.run_many([target], wait_for_applications_running=False)
     started = time.monotonic()
     next_word_s = 0.0
     while True:
         status = serve.status().applications[APPLICATION]
-        if status.status == ApplicationStatus.RUNNING:
-            return handle
+        if status.status == ApplicationStatus.RUNNING and not _trouble(settings):
+            return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise ConfigurationError(_cause("; ".join(d.message for d in status.deployments.values() if d.message)))
         elapsed_s = time.monotonic() - started
@@ -270,9 +313,22 @@ def _cause(message: str) -> str:
     return own[-1] if own else f"{lines[-1] if lines else 'no reason given'} (Ray's logs: /tmp/ray/session_latest/logs)"
 
 
-def _drain(handle: DeploymentHandle, settings: Settings, progress: Progress) -> None:
+def _trouble(settings: Settings) -> str:
+    """What keeps the gateway from answering, if there is one."""
+    if not settings.gateway_replicas:
+        return ""
+    try:
+        return str(serve.get_deployment_handle(GATEWAY, APPLICATION).trouble.remote().result(timeout_s=_REACH_S))
+    except Exception as error:  # noqa: BLE001 - a replica that has just ended is replaced
+        return str(error)
+
+
+def _drain(settings: Settings, progress: Progress) -> None:
     progress("draining")
     try:
-        handle.broadcast("drain").results(timeout_s=settings.drain_s + 2)
+        names = [GATEWAY, INTAKE] if settings.gateway_replicas else [INTAKE]
+        draining = [serve.get_deployment_handle(name, APPLICATION).broadcast("drain") for name in names]
+        for drained in draining:
+            drained.results(timeout_s=settings.drain_s + 2)
     except Exception as error:  # noqa: BLE001 - the end goes on; what is not settled comes back at the next start
         log.warning("the drain was not finished: %s", error)

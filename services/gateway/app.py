@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import telemetry
+from services.errors import SluiceError
 from services.gateway import assessments, health, moderations, policies
 from services.gateway.access import Access
 from services.gateway.bodies import Bodies, LeftBodies
@@ -89,7 +90,7 @@ def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
         async with AsyncExitStack() as running:
             for each in (keys, records, readiness):
                 await running.enter_async_context(each)
-            running.push_async_callback(jobs.drain)
+            running.push_async_callback(jobs.drain, settings.drain_s)
             yield
 
     app = FastAPI(
@@ -111,9 +112,9 @@ def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
         app.include_router(routes, responses=_PROBLEMS)
     app.add_middleware(_Counted)
     app.add_middleware(LeftBodies, limit_bytes=settings.gateway_body_limit_bytes)
-    app.add_exception_handler(Exception, _on_error)
-    app.add_exception_handler(HTTPException, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_error)
+    for kind in (SluiceError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _on_error)
+    app.state.readiness = readiness
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -143,10 +143,13 @@ class Assessments:
                 return record
             await asyncio.sleep(_LOOK_S)
 
-    async def drain(self) -> None:
-        """Wait for everything that was begun."""
-        while self._tasks:
-            await asyncio.wait(list(self._tasks.values()))
+    async def drain(self, within_s: float) -> None:
+        """Finish what was begun; what takes longer is ended, and whoever asks for it hears that it was interrupted."""
+        if tasks := list(self._tasks.values()):
+            _, late = await asyncio.wait(tasks, timeout=within_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     async def _run(self, assessment_id: str, asked: _Asked, key: ApiKey, held: ExitStack) -> Record:
         with held:

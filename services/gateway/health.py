@@ -18,6 +18,7 @@ from services.gateway.problems import Problem
 from services.moderation import Guard, ImagePreparer, PolicySource
 
 _EVERY_S: Final = 5.0
+_EVERY_S_IN_TROUBLE: Final = 1.0
 _TRY_S: Final = 20.0
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Readiness:
             if trouble != self.trouble:
                 log.info("the gateway is %s", f"not ready: {trouble}" if trouble else "ready")
             self.trouble = trouble
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(_EVERY_S_IN_TROUBLE if trouble else _EVERY_S)
 
 
 def router(readiness: Readiness) -> APIRouter:

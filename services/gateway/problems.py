@@ -136,7 +136,7 @@ class Problem(SluiceError):
             return "rate_limit_error"
         if self.status >= 500:
             return "server_error"
-        return "authentication_error" if self.status == 401 else "invalid_request_error"
+        return "invalid_request_error"
 
     def _openai_code(self) -> str:
         known = {"unauthenticated": "invalid_api_key", "rate-limited": "rate_limit_exceeded"}
