@@ -1,0 +1,1 @@
+"""`sluice annotate`: judges a data set, on a cluster, and writes a row for each image."""

@@ -1,0 +1,108 @@
+"""Judges the rows of a chunk: each different image once, the others get what was said about it."""
+
+import asyncio
+from collections import defaultdict
+from typing import Any, Final
+
+import pyarrow as pa
+
+from pipelines.dataset.images import Images
+from pipelines.dataset.tables import ANNOTATION, Dead, Row, annotation, with_extras
+from services.contracts import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
+from services.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
+from services.moderation import Guard, ImagePreparer, Moderation
+from services.patience import patiently
+
+_BACKFILL: Final[Priority] = "backfill"
+_OF_THE_REFERENCE: Final = (NotFound, Changed, Forbidden)
+"""What is wrong with one reference says nothing about another one to the same bytes."""
+
+
+class Judge:
+    """Judges chunks under one policy, by the way that submissions go; live ones go first at the guard."""
+
+    def __init__(
+        self, *, images: Images, preparer: ImagePreparer, guard: Guard, policy: Policy, in_flight: int
+    ) -> None:
+        self._images = images
+        self._policy = policy
+        self._places = asyncio.Semaphore(in_flight)
+        self._moderation = Moderation(policies=_None(), images=_None(), preparer=preparer, guard=guard)
+
+    async def judge(self, planned: pa.Table, extras: pa.Schema) -> pa.Table:
+        """The annotations of a chunk, a row for each of its rows, in their order."""
+        groups: dict[int, list[Row]] = defaultdict(list)
+        for row in sorted(planned.to_pylist(), key=lambda each: each["row"]):
+            groups[row["row"] if row["duplicate_of"] is None else row["duplicate_of"]].append(row)
+        async with asyncio.TaskGroup() as tasks:
+            judging = [tasks.create_task(self._judge_same(rows, extras.names)) for rows in groups.values()]
+        rows = [row for task in judging for row in task.result()]
+        rows.sort(key=lambda row: int(row["row"]))
+        return pa.Table.from_pylist(rows, with_extras(ANNOTATION, extras))
+
+    async def _judge_same(self, rows: list[Row], extras: list[str]) -> list[Row]:
+        """The annotations of rows with the same bytes: the first that can be had is judged for all that follow."""
+        made: list[Row] = []
+        judged: tuple[int, Verdict | Dead] | None = None
+        for row in rows:
+            first = None
+            if row["reason"]:
+                answer: Verdict | Dead = Dead(row["reason"], row["detail"])
+            elif judged is None:
+                answer, own = await self._judge(row)
+                judged = None if own else (row["row"], answer)
+            else:
+                first, answer = judged[0], _as_of(row, judged[1])
+            made.append(annotation(row | {"duplicate_of": first}, answer, extras))
+        return made
+
+    async def _judge(self, row: Row) -> tuple[Verdict | Dead, bool]:
+        """The answer, and whether it says something about this reference only."""
+        async with self._places:
+            try:
+                return await patiently(lambda: self._judge_now(row)), False
+            except Unjudgeable as error:
+                return Dead(error.reason, str(error)), isinstance(error, _OF_THE_REFERENCE)
+
+    async def _judge_now(self, row: Row) -> Verdict:
+        # Not validated: the URIs of files and members of tars are not what a stream takes.
+        submission = Submission.model_construct(
+            **{name: row[name] for name in ("id", "uri", "version_id", "etag", "tenant")},
+            policy=self._policy.identity.name,
+            priority=_BACKFILL,
+            submitted_at=None,
+            metadata={},
+        )
+        async with self._images.open(row) as stored:
+            (answer,) = await self._moderation.judge_under(submission, [self._policy], upload=stored)
+        if not isinstance(answer, Verdict):
+            raise answer
+        if answer.sha256 != row["sha256"]:
+            raise Changed(f"{row['uri']} has other bytes than when it was indexed")
+        return answer
+
+
+def _as_of(row: Row, answer: Verdict | Dead) -> Verdict | Dead:
+    """The same answer, as if this row had been judged."""
+    if isinstance(answer, Dead):
+        return answer
+    own: dict[str, Any] = {name: row[name] for name in ("uri", "version_id", "etag", "tenant")}
+    identity = verdict_id(
+        submission_id=row["id"],
+        uri=row["uri"],
+        object_version=row["version_id"] or row["etag"] or row["sha256"],
+        policy_digest=answer.policy.digest if answer.policy else "",
+        model_revision=answer.model.revision if answer.model else "",
+        calibration=answer.calibration.digest if answer.calibration else None,
+    )
+    return answer.model_copy(update=own | {"submission_id": row["id"], "verdict_id": identity})
+
+
+class _None:
+    """The policy is known, and the image comes with the request."""
+
+    async def choose(self, _submission: Submission) -> Any:
+        raise SluiceError("a data set has one policy")
+
+    def open(self, _reference: ObjectReference) -> Any:
+        raise SluiceError("the image is at hand")

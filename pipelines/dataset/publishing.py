@@ -1,0 +1,43 @@
+"""Puts the annotations of all chunks into partitions, where others read them."""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.dataset.runs import Run
+from pipelines.dataset.tables import NO_VALUE, PARTITIONS, to_parquet
+from services.errors import SluiceError
+
+_ROWS_A_FILE: Final = 50_000
+
+
+def publish(run: Run, chunks: int, chunk_rows: int, progress: Callable[[int], None]) -> None:
+    """Write the partitions. Chunks never change once they are there, so this may be done again at any time."""
+    per_file = max(1, _ROWS_A_FILE // chunk_rows)
+    for part, first in enumerate(range(0, chunks, per_file)):
+        numbers = range(first, min(first + per_file, chunks))
+        table = pa.concat_tables([_chunk(run, number) for number in numbers]).sort_by("row")
+        for below, rows in _partitions(table):
+            run.folder.put(f"{below}/part-{part:06d}.parquet", to_parquet(rows))
+        progress(table.num_rows)
+
+
+def _chunk(run: Run, number: int) -> pa.Table:
+    table = run.table("chunks", f"{number:06d}")
+    if table is None:
+        raise SluiceError(f"chunk {number} of {run.folder.uri} is gone; another run has finished it, or it was removed")
+    return table
+
+
+def _partitions(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Each combination of values that occurs, as the name of its folder, with its rows without them."""
+    for values in table.select(PARTITIONS).group_by(list(PARTITIONS)).aggregate([]).to_pylist():
+        rows = table
+        for name in PARTITIONS:
+            column, value = rows.column(name), values[name]
+            rows = rows.filter(pc.is_null(column) if value is None else pc.equal(column, value))
+        folders = (f"{n}={NO_VALUE if values[n] is None else quote(values[n], safe='')}" for n in PARTITIONS)
+        yield "/".join(folders), rows.drop_columns(list(PARTITIONS))

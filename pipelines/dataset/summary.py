@@ -1,0 +1,84 @@
+"""What came of a data set: counts, scores and errors, as JSON and as a page."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+from jinja2 import Environment, StrictUndefined
+
+_BINS: Final = 50
+COLUMNS: Final = ["outcome", "reason", "detail", "rating", "category", "score", "action", "duplicate_of"]
+_EXAMPLES: Final = 3
+
+
+class Counts:
+    """Counts rows as they come; memory does not grow with them."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.duplicates = 0
+        self.by: dict[str, Counter[str]] = {name: Counter() for name in ("outcome", "rating", "category", "action")}
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.scores = [0] * _BINS
+
+    def add(self, rows: pa.Table) -> None:
+        """Count rows with `COLUMNS`."""
+        self.rows += rows.num_rows
+        self.duplicates += rows.num_rows - rows.column("duplicate_of").null_count
+        for name, counter in self.by.items():
+            counter.update(value for value in rows.column(name).to_pylist() if value is not None)
+        for reason, detail in zip(rows.column("reason").to_pylist(), rows.column("detail").to_pylist(), strict=True):
+            if reason is not None:
+                self.reasons[reason] += 1
+                examples = self.examples.setdefault(reason, [])
+                if detail and len(examples) < _EXAMPLES and detail not in examples:
+                    examples.append(detail)
+        for score in rows.column("score").to_pylist():
+            if score is not None:
+                self.scores[min(int(score * _BINS), _BINS - 1)] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that was counted; `score_histogram` has equal bins from 0 to 1."""
+        return {
+            "rows": self.rows,
+            "duplicates": self.duplicates,
+            **{name: dict(counter.most_common()) for name, counter in self.by.items()},
+            "errors": {
+                reason: {"rows": rows, "examples": self.examples.get(reason, [])}
+                for reason, rows in self.reasons.most_common()
+            },
+            "score_histogram": self.scores,
+        }
+
+
+def page(summary: dict[str, Any]) -> str:
+    """The summary as one HTML document that needs nothing but itself."""
+    return _TEMPLATE.render(summary=summary, histogram=base64.b64encode(_histogram(summary)).decode())
+
+
+def _histogram(summary: dict[str, Any]) -> bytes:
+    """A PNG."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - it takes a second, and only this needs it
+
+    counts: Iterable[int] = summary["score_histogram"]
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([(n + 0.5) / _BINS for n in range(_BINS)], list(counts), width=1 / _BINS, color="#35618f")
+    if any(counts):
+        axes.set_yscale("symlog")
+    axes.set(xlim=(0, 1), xlabel="score, P(Unsafe)", ylabel="images")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
+_TEMPLATE: Final = Environment(
+    autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+).from_string(Path(__file__).with_name("summary.html.jinja").read_text(encoding="utf-8"))

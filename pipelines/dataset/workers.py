@@ -1,0 +1,89 @@
+"""What workers do with their units: index pieces, judge chunks."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ray import serve
+
+from pipelines.dataset.folders import folder
+from pipelines.dataset.images import Images
+from pipelines.dataset.indexing import Indexer
+from pipelines.dataset.judging import Judge
+from pipelines.dataset.runs import Listing, Run
+from pipelines.dataset.sources import Source
+from services.contracts import Policy
+from services.guard.deployment import RemoteGuard
+from services.images.prepare import Preparer
+from services.settings import Settings
+from services.telemetry import configure_logging
+
+_GUARD_PATIENCE: Final = 4
+"""Deadlines of the guard that a call may take, waiting for a replica included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker of a run needs to know."""
+
+    settings: Settings
+    out: str
+    source: Source
+    listing: Listing
+    root: Path | None
+    """The folder below which files may be read that a list names."""
+
+    def run(self) -> Run:
+        return Run(folder(self.out, self.settings))
+
+
+class IndexWorker:
+    """Indexes pieces."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._run = job.run()
+        self._indexer = Indexer(job.source, job.listing.extras, job.settings, job.root)
+
+    async def work(self, unit: int) -> dict[str, int]:
+        """Index a piece and keep that."""
+        piece = await asyncio.to_thread(self._run.piece, self._job.listing, unit)
+        table = await self._indexer.index(piece)
+        await asyncio.to_thread(self._run.keep, "index", f"{unit:06d}", table)
+        return {"unit": unit, "rows": table.num_rows}
+
+
+class JudgeWorker:
+    """Judges chunks on a guard of the cluster."""
+
+    def __init__(self, job: Job, policy: Policy, application: str) -> None:
+        configure_logging(None)
+        self._job = job
+        self._policy = policy
+        self._run = job.run()
+        handle: Any = serve.get_deployment_handle("Guard", application)
+        self._guard = RemoteGuard(handle, deadline_s=_GUARD_PATIENCE * job.settings.guard_deadline_s)
+        self._starting = asyncio.Lock()
+        self._judge: Judge | None = None
+
+    async def work(self, unit: int) -> dict[str, int]:
+        """Judge a chunk and keep that."""
+        judge = await self._started()
+        planned = await asyncio.to_thread(self._run.planned, unit)
+        table = await judge.judge(planned, self._job.listing.extras)
+        await asyncio.to_thread(self._run.keep, "chunks", f"{unit:06d}", table)
+        return {"unit": unit, "rows": table.num_rows}
+
+    async def _started(self) -> Judge:
+        async with self._starting:
+            if self._judge is None:
+                settings = self._job.settings
+                self._judge = Judge(
+                    images=Images(settings, self._job.source),
+                    preparer=Preparer(settings, await self._guard.max_side_px()),
+                    guard=self._guard,
+                    policy=self._policy,
+                    in_flight=settings.in_flight,
+                )
+            return self._judge
