@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults soak fuzz lint lock schemas clean
+.PHONY: help setup demo test faults soak fuzz evaluate lint lock schemas clean
 
 help:
 	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
@@ -11,6 +11,7 @@ help:
 	@echo 'make faults    break everything in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
 	@echo 'make soak      half of the rate that this machine sustains, MINUTES=30 of it, and what grows'
 	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
+	@echo 'make evaluate  judge some hundred drawn images and write the figures to docs/evaluation'
 	@echo 'make lint      lint and type-check only'
 	@echo 'make setup     make .venv from requirements.lock'
 	@echo 'make lock      compile requirements.lock, and those of the images, from pyproject.toml'
@@ -52,6 +53,10 @@ soak: setup
 CASES ?= 100000
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.run --cases $(CASES) --seed $(SEED)
+
+# Minutes: an engine of its own, and some 1,800 judgements. The rows are in docs/evaluation/rows.jsonl, which git ignores.
+evaluate: setup
+	$(BIN)/python -m pipelines.evaluation.world docs/evaluation
 
 # The images get the same versions, without what only tests and the embedded backends need.
 IMAGE_LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-header \

@@ -5,15 +5,13 @@ page's own Content-Security-Policy lets it load nothing and run nothing.
 """
 
 import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from jinja2 import Environment, StrictUndefined
-
 from pipelines.backtest import Flip, FlipGroup, Pair, Report
+from pipelines.pages import page_template
 
 PICTURES_LIMIT: Final = 200
 """Pictures on one page: at some 20 KB each, a few MB that a phone still opens."""
@@ -62,17 +60,4 @@ def _shown(report: Report, pairs: Sequence[Pair]) -> tuple[list[_ShownGroup], in
     return groups, without
 
 
-def _source_of_style(style: str) -> str:
-    """What a Content-Security-Policy calls this style sheet and no other."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'"
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["source_of_style"] = _source_of_style
-    return environment
-
-
-_TEMPLATE: Final = _environment().from_string(
-    Path(__file__).with_name("backtest.html.jinja").read_text(encoding="utf-8")
-)
+_TEMPLATE: Final = page_template(Path(__file__).with_name("backtest.html.jinja"))

@@ -1,0 +1,1 @@
+"""How well the guard judges labelled images under a policy: `sluice evaluate` and `sluice calibrate`."""

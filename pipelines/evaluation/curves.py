@@ -1,0 +1,189 @@
+"""What a score is worth: ROC and PR curves, calibration, and what a threshold costs. Pure.
+
+Rows without a score, whose answer could not be read, are left out.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from sklearn.metrics import precision_recall_curve, roc_curve  # type: ignore[import-untyped]
+
+from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, counts, ratio
+
+BINS: Final = 10
+"""Of equal width, for the calibration error and the reliability plot."""
+_POINTS_LIMIT: Final = 200
+_ONE_CLASS: Final = "it takes Safe and Unsafe rows with a score"
+_NO_SCORE: Final = "no row has a score"
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Curve(_Value):
+    """Points of a curve, from left to right, and the area below it."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    area: Figure
+
+
+class Bin(_Value):
+    """Rows whose score lies in [from, to); the last bin includes its end."""
+
+    low: float
+    high: float
+    rows: int
+    mean_score: float | None
+    unsafe: Figure
+    """Share labelled Unsafe."""
+
+
+class CalibrationFigures(_Value):
+    """How far the score is a probability."""
+
+    ece: Figure
+    """Expected calibration error: the mean distance of mean score and share of Unsafe rows in a bin, by its rows."""
+    brier: Figure
+    """Mean squared distance of score and label."""
+    bins: tuple[Bin, ...]
+
+
+class Threshold(_Value):
+    """What it means to look at every image with this score or a higher one."""
+
+    threshold: float
+    load: Figure
+    """Share of the images to look at."""
+    misses: Figure
+    """Share of the Unsafe ones that are not among them."""
+    false_alarms: Figure
+    """Share of the Safe ones that are."""
+
+
+class Ranking:
+    """Rows sorted by score once, so that the areas for other weights cost no sorting."""
+
+    def __init__(self, unsafe: Floats, score: Floats) -> None:
+        self._order = np.argsort(-score, kind="stable")
+        ranked = score[self._order]
+        self._unsafe = unsafe[self._order]
+        self._last_of_tie = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+
+    def areas(self, weights: Floats) -> Floats:
+        """Area under the ROC curve, and average precision; NaN where a class has no weight."""
+        weights = weights[self._order]
+        positives = np.cumsum(weights * self._unsafe)[self._last_of_tie]
+        negatives = np.cumsum(weights * (1 - self._unsafe))[self._last_of_tie]
+        if not positives[-1] or not negatives[-1]:
+            return np.full(2, np.nan)
+        recall = np.concatenate([[0.0], positives / positives[-1]])
+        fall_out = np.concatenate([[0.0], negatives / negatives[-1]])
+        precision = ratio(positives, positives + negatives)
+        steps = np.diff(recall)
+        return np.array([np.trapezoid(recall, fall_out), np.sum(steps[steps > 0] * precision[steps > 0])])
+
+
+def curves(unsafe: Floats, score: Floats, draw: Bootstrap) -> tuple[Curve, Curve]:
+    """The ROC curve (fall-out, recall) and the precision-recall curve; the latter's area is the average precision."""
+    if not 0 < unsafe.sum() < len(unsafe):
+        undefined = Curve(x=(), y=(), area=Figure(value=None, undefined=_ONE_CLASS))
+        return undefined, undefined
+    areas = draw(Ranking(unsafe, score).areas)
+    fall_out, recall, _ = roc_curve(unsafe, score)
+    precision, found, _ = precision_recall_curve(unsafe, score, drop_intermediate=True)
+    return (
+        _curve(fall_out, recall, areas.figure(0, undefined=_ONE_CLASS)),
+        _curve(found[::-1], precision[::-1], areas.figure(1, undefined=_ONE_CLASS)),
+    )
+
+
+def calibration(unsafe: Floats, score: Floats, draw: Bootstrap) -> CalibrationFigures:
+    """The calibration error over `BINS` bins of equal width, and the bins."""
+    places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
+    squared = (score - unsafe) ** 2
+
+    def sums(values: Floats, weights: Floats) -> Floats:
+        return counts(places, weights * values, BINS)
+
+    def statistic(weights: Floats) -> Floats:
+        rows = counts(places, weights, BINS)
+        labelled, scored = sums(unsafe, weights), sums(score, weights)
+        total = np.array([rows.sum()])
+        error = ratio(np.array([np.abs(labelled - scored).sum()]), total)
+        brier = ratio(np.array([(weights * squared).sum()]), total)
+        return np.concatenate([error, brier, ratio(labelled, rows)])
+
+    estimates, ones = draw(statistic), np.ones(len(score))
+    rows = counts(places, ones, BINS)
+    means = ratio(sums(score, ones), rows)
+    return CalibrationFigures(
+        ece=estimates.figure(0, undefined=_NO_SCORE),
+        brier=estimates.figure(1, undefined=_NO_SCORE),
+        bins=tuple(
+            Bin(
+                low=place / BINS,
+                high=(place + 1) / BINS,
+                rows=int(rows[place]),
+                mean_score=float(means[place]) if rows[place] else None,
+                unsafe=estimates.figure(2 + place, of=int(rows[place]), undefined="no score lies here"),
+            )
+            for place in range(BINS)
+        ),
+    )
+
+
+def expected_calibration_error(unsafe: Floats, score: Floats) -> float:
+    """The calibration error over `BINS` bins, without an interval; the rows are not empty."""
+    places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
+    differences = counts(places, unsafe - score, BINS)
+    return float(np.abs(differences).sum() / len(score))
+
+
+def threshold_table(
+    unsafe: Floats, score: Floats, draw: Bootstrap, thresholds: Sequence[float], prevalence: float | None = None
+) -> list[Threshold]:
+    """What each threshold costs, in rising order.
+
+    `prevalence`: the share of Unsafe images to expect, for the load; None: that of the rows.
+    """
+    bounds = np.array(sorted(set(thresholds)))
+    above = np.searchsorted(bounds, score, side="right")  # how many of the thresholds the score reaches
+
+    def reached(chosen: Floats) -> Floats:
+        return counts(above, chosen, len(bounds) + 1)[::-1].cumsum()[::-1]
+
+    def statistic(weights: Floats) -> Floats:
+        found, alarmed = reached(weights * unsafe), reached(weights * (1 - unsafe))
+        recall, fall_out = ratio(found[1:], found[:1]), ratio(alarmed[1:], alarmed[:1])
+        if prevalence is None:
+            load = ratio(found[1:] + alarmed[1:], found[:1] + alarmed[:1])
+        else:
+            load = prevalence * recall + (1 - prevalence) * fall_out
+        return np.concatenate([load, 1 - recall, fall_out])
+
+    estimates, size = draw(statistic), len(bounds)
+    positives, negatives = int(unsafe.sum()), int(len(unsafe) - unsafe.sum())
+    return [
+        Threshold(
+            threshold=float(bound),
+            load=estimates.figure(
+                place,
+                of=len(unsafe) if prevalence is None else None,
+                undefined=_NO_SCORE if prevalence is None else _ONE_CLASS,
+            ),
+            misses=estimates.figure(size + place, of=positives, undefined="no Unsafe row has a score"),
+            false_alarms=estimates.figure(2 * size + place, of=negatives, undefined="no Safe row has a score"),
+        )
+        for place, bound in enumerate(bounds)
+    ]
+
+
+def _curve(x: Floats, y: Floats, area: Figure) -> Curve:
+    if len(x) > _POINTS_LIMIT:
+        kept = np.unique(np.linspace(0, len(x) - 1, _POINTS_LIMIT).astype(int))
+        x, y = x[kept], y[kept]
+    return Curve(x=tuple(x.round(5).tolist()), y=tuple(y.round(5).tolist()), area=area)
