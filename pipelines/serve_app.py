@@ -5,12 +5,17 @@ from typing import Final
 
 from pydantic_settings import SettingsConfigDict
 from ray.serve import Application
+from ray.serve.config import ProxyLocation
+from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from pipelines.stream import application
+from pipelines import elastic
+from pipelines.stream import APPLICATION, application
 from services.errors import PolicyUnavailable
 from services.policies.registry import PolicyRegistry
 from services.settings import Settings, require
+
+QUIET: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 _GUARD_GPUS: Final = 1.0
 """GPUs of a guard replica where no setting says: a cluster whose GPU nodes come on demand has none to be counted."""
@@ -40,6 +45,23 @@ def build(arguments: Arguments) -> Application:
     built = application(arguments, guard_gpus=gpus)
     _patiently(PolicyRegistry.from_settings(arguments).publish_built_in)
     return built
+
+
+def deployment_plan(settings: Settings) -> ServeDeploySchema:
+    """What `serve deploy` would be given for these settings: only so can an application have a policy of its own."""
+    return ServeDeploySchema(
+        proxy_location=ProxyLocation.Disabled,
+        applications=[
+            ServeApplicationSchema(
+                name=APPLICATION,
+                route_prefix=None,
+                import_path=f"{__name__}:{build.__name__}",
+                args=settings.model_dump(mode="json", exclude_defaults=True),
+                autoscaling_policy=elastic.scaling_policy(settings) if elastic.is_elastic(settings) else None,
+                logging_config=QUIET,
+            )
+        ],
+    )
 
 
 def _patiently(step: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """The Serve application: Intake, which works the stream, Guard, which judges, and Gateway, which answers over HTTP.
 
-Application name `sluice`, deployments `Gateway` (the ingress; there may be none), `Intake` and `Guard`. Guard runs a
-fixed number of replicas.
+Application name `sluice`, deployments `Gateway` (the ingress; there may be none), `Intake` and `Guard`. The replicas
+of the last two follow the backlog where the settings say so; see `pipelines.elastic`.
 """
 
 import os
@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from pipelines import elastic
 from pipelines.assembly import Assembly
 from pipelines.gateway_deployment import GatewayDeployment
 from pipelines.intake import Intake
@@ -42,6 +43,7 @@ class IntakeDeployment:
         self._closing = AsyncExitStack()
         parts = await Assembly.from_settings(settings, side_px, guard, self._closing)
         self._policies, self._moderation, shared = parts.policies, parts.moderation, parts.shared
+        self._guard = parts.guard
         enter = self._closing.enter_async_context
         sample = await enter(Sample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
@@ -66,6 +68,10 @@ class IntakeDeployment:
         """Receive no more, finish what is in flight, leave the group."""
         await self._intake.drain()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the number of replicas is decided by; see `pipelines.scaling`."""
+        return elastic.report(self._intake.lags, self._guard.in_flight)
+
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         self._intake.check()
@@ -89,14 +95,13 @@ def application(settings: Settings, *, guard_gpus: float) -> Application:
     """
     side_px = resolve(settings.model).max_side_px
     guard = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator makes a Deployment of it
-        num_replicas=settings.guard_replicas,
+        **elastic.guard_replicas(settings),
         max_ongoing_requests=_guard_calls(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},
-        graceful_shutdown_timeout_s=_STOP_S,
+        graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings)
     intake: Application = IntakeDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=settings.intake_replicas,
-        ray_actor_options={"num_cpus": 1},
+        **elastic.intake_replicas(settings),
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings, side_px, guard)
     if not settings.gateway_replicas:
@@ -114,5 +119,7 @@ def _guard_calls(settings: Settings) -> int:
 
     So all that Intake has in flight fits, and Gateway's calls on top: whoever waits for an answer is never behind it.
     """
-    of_intake = max(2 * settings.guard_in_flight, settings.intake_replicas * settings.in_flight)
+    of_intake = 2 * settings.guard_in_flight
+    if not elastic.is_elastic(settings):  # else what waits in one replica would keep nothing for those that come
+        of_intake = max(of_intake, settings.intake_replicas * settings.in_flight)
     return of_intake + settings.gateway_replicas * settings.gateway_in_flight

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import psutil
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import ApplicationStatus
 
-from pipelines import embedded, ports
+from pipelines import elastic, embedded, ports, serve_app
 from pipelines.gateway_deployment import GATEWAY
 from pipelines.stream import APPLICATION, INTAKE, application
 from services import settings as settings_module
@@ -242,9 +242,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = {
-        "num_cpus": max(
-            os.cpu_count() or 1, settings.intake_replicas + settings.guard_replicas + settings.gateway_replicas
-        ),
+        "num_cpus": max(os.cpu_count() or 1, elastic.most_replicas(settings) + settings.gateway_replicas),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
@@ -257,9 +255,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
     try:
-        serve.start(
-            proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False)
-        )
+        serve.start(proxy_location="Disabled", logging_config=serve_app.QUIET)
         yield
     finally:
         # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
@@ -284,13 +280,14 @@ def _deploy(settings: Settings, progress: Progress) -> None:
     gpus = settings.guard_gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    target = serve.RunTarget(
-        application(settings, guard_gpus=gpus),
-        name=APPLICATION,
-        route_prefix=None,
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-    )
-    serve.run_many([target], wait_for_applications_running=False)
+    if elastic.is_elastic(settings):
+        plan = serve_app.deployment_plan(settings.model_copy(update={"guard_gpus": gpus}))
+        # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
+        serve.context._get_global_client().deploy_apps(plan)
+    else:
+        built = application(settings, guard_gpus=gpus)
+        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=serve_app.QUIET)
+        serve.run_many([target], wait_for_applications_running=False)
     started = time.monotonic()
     next_word_s = 0.0
     while True:

@@ -106,12 +106,9 @@ class Settings(BaseSettings):
         None, description="the most guard replicas; where it is set their number follows the backlog"
     )
     guard_min_replicas: Annotated[int, Field(ge=0)] = Field(
-        0, description="the fewest guard replicas, where their number follows the backlog"
+        0, description="the fewest guard replicas, where their number follows the backlog; with a gateway 1 at least"
     )
-    intake_max_replicas: Positive | None = Field(
-        None,
-        description="the most intake replicas, where the guard's number follows the backlog; unset: as many as now",
-    )
+    intake_max_replicas: Positive | None = Field(None, description="the most intake replicas; unset: intake_replicas")
     objective_s: PositiveSeconds = Field(300, description="from submission to verdict, for live submissions")
     backfill_objective_s: PositiveSeconds = Field(6 * 3600, description="in which a backfill is to be done")
     idle_s: PositiveSeconds = Field(600, description="with nothing to do for this long, guard replicas may go to zero")

@@ -107,11 +107,11 @@ class KafkaTransport:
             ConfigurationError: an option is wrong, or a topic is missing and may not be created.
             StreamUnavailable: no broker answered in time.
         """
-
-        if settings.member_id and settings.intake_replicas > 1:
+        replicas = max(settings.intake_replicas, settings.intake_max_replicas or 1)
+        if settings.member_id and replicas > 1:
             raise ConfigurationError(
-                f"SLUICE_MEMBER_ID names one member, but SLUICE_INTAKE_REPLICAS is {settings.intake_replicas}: "
-                "leave it empty, or run one intake replica."
+                f"SLUICE_MEMBER_ID names one member, but there may be {replicas} intake replicas: "
+                "leave it empty, or run one (SLUICE_INTAKE_REPLICAS, SLUICE_INTAKE_MAX_REPLICAS)."
             )
 
         def make() -> tuple[Sender | Transactions, tuple[Any, Rebalance], LagMeter]:

@@ -70,7 +70,7 @@ class LagMeter:
             each.partition: max(0, end[each] - (first[each] if each in first else committed[each].offset))
             for each in partitions
         }
-        return Lag(waiting, published=sum(end.values()))
+        return Lag(waiting, published=sum(end.values()), partitions=len(partitions))
 
     def _offsets(self, partitions: list[Any], spec: Any) -> dict[Any, int]:
         if not partitions:

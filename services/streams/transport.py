@@ -51,8 +51,10 @@ class Lag:
     by_partition: Mapping[int, int]
     published: int = 0
     """Messages ever published, settled or not: a count that only grows while the stream is the same."""
+    partitions: int = 0
+    """Of which each is worked by one member; 0 on Redis Streams, where every member may take every message."""
     held: frozenset[int] = frozenset()
-    """The partitions that this member works on. On Redis Streams every member may take every message: none."""
+    """Those that this member works on."""
 
     @property
     def total(self) -> int:

@@ -379,5 +379,5 @@ async def test_a_broker_that_takes_a_member_for_another_is_told_who_it_is(stream
 
 
 async def test_one_name_is_not_for_several_replicas(streams: Streams) -> None:
-    with pytest.raises(ConfigurationError, match="SLUICE_INTAKE_REPLICAS is 2"):
+    with pytest.raises(ConfigurationError, match="there may be 2 intake replicas"):
         await streams.member(member_id="one", intake_replicas=2)

@@ -1,0 +1,89 @@
+"""What Ray Serve is told where replicas follow the backlog: bounds, the policy, and what Intake reports.
+
+They do where `guard_max_replicas` is set; else both deployments have as many replicas as the settings say.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pipelines.scaling import Bounds, serve_options
+from services.contracts import Priority
+from services.settings import Settings
+from services.streams.transport import Lag
+
+_POLICY: Final = "pipelines.scaling:BacklogScaling"
+
+_SURGE_PERCENT: Final = 25
+"""Guard replicas of a new version that start before old ones end. Only here: where nodes do not come on demand they
+would wait for a GPU for ever."""
+
+_REPORTS: Final = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
+"""Serve's own 10 s are most of the time that a decision would take."""
+
+
+def is_elastic(settings: Settings) -> bool:
+    """Whether the replicas follow the backlog."""
+    return settings.guard_max_replicas is not None
+
+
+def guard_replicas(settings: Settings) -> dict[str, Any]:
+    """The options of the deployment `Guard` that say how many there are."""
+    if settings.guard_max_replicas is None:
+        return {"num_replicas": settings.guard_replicas}
+    # Whoever asks the gateway waits for the answer, and a guard needs minutes to start.
+    least = max(settings.guard_min_replicas, 1 if settings.gateway_replicas else 0)
+    return {
+        "autoscaling_config": serve_options(
+            Bounds(min(least, settings.guard_max_replicas), settings.guard_max_replicas)
+        ),
+        "max_surge_percent": _SURGE_PERCENT,
+    }
+
+
+def intake_replicas(settings: Settings) -> dict[str, Any]:
+    """The same of the deployment `Intake`, with what it needs beside."""
+    resources: dict[str, Any] = {"num_cpus": 1}
+    if not is_elastic(settings):
+        return {"num_replicas": settings.intake_replicas, "ray_actor_options": resources}
+    return {
+        "autoscaling_config": serve_options(Bounds(settings.intake_replicas, _most_intake(settings))),
+        "ray_actor_options": resources | {"runtime_env": {"env_vars": _REPORTS}},
+    }
+
+
+def most_replicas(settings: Settings) -> int:
+    """Of Guard and Intake together, at any time."""
+    guard = settings.guard_max_replicas or settings.guard_replicas
+    return guard + (_most_intake(settings) if is_elastic(settings) else settings.intake_replicas)
+
+
+def scaling_policy(settings: Settings) -> dict[str, Any]:
+    """`autoscaling_policy` of the application."""
+    return {
+        "policy_function": _POLICY,
+        "policy_kwargs": {
+            "objective_s": settings.objective_s,
+            "backfill_objective_s": settings.backfill_objective_s,
+            "replica_rate": settings.replica_rate,
+            "start_s": settings.replica_start_s,
+            "idle_s": settings.idle_s,
+            "scale_down_s": settings.scale_down_s,
+            "guard_in_flight": settings.guard_in_flight,
+            "intake_in_flight": settings.in_flight,
+        },
+    }
+
+
+def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
+    """What `pipelines.scaling` reads: see there."""
+    reported: dict[str, float] = {"at_guard": at_guard}
+    for priority, lag in lags.items():
+        reported |= {f"{priority}_backlog": lag.total, f"{priority}_published": lag.published}
+    if live := lags.get("live"):
+        reported["live_partitions"] = live.partitions
+        reported |= {f"live_backlog_{each}": live.by_partition.get(each, 0) for each in live.held}
+    return reported
+
+
+def _most_intake(settings: Settings) -> int:
+    return max(settings.intake_replicas, settings.intake_max_replicas or settings.intake_replicas)
