@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import boto3
 from botocore.config import Config
@@ -91,7 +91,7 @@ def local_path(place: str) -> Path:
         parts = urlsplit(place)
         if parts.netloc not in ("", "localhost"):
             raise ConfigurationError(f"{place} names another machine; write file:///path")
-        return Path(unquote(parts.path))
+        return Path(os.fsdecode(unquote_to_bytes(parts.path)))
     if "://" in place:
         raise ConfigurationError(f"{place} is neither a path nor an s3:// URI")
     return Path(place).absolute()
