@@ -45,8 +45,6 @@ app.add_typer(key_commands.app, name="keys")
 app.command()(dead_letter_commands.reconcile)
 app.command()(evaluation_commands.evaluate)
 app.command()(evaluation_commands.calibrate)
-app.command()(evaluation_commands.evaluate)
-app.command()(evaluation_commands.calibrate)
 app.command()(dataset_commands.annotate)
 
 
@@ -132,7 +130,7 @@ def replay(
     from pipelines import client
     from pipelines import replay as replaying
 
-    settings = settings_module.load("stream_url", "ray_address")
+    settings = settings_module.load("stream_url", "policy_bucket", "ray_address")
     verdict = asyncio.run(replaying.find(verdict_id, settings))
     replayed = replaying.replay(verdict, settings, progress=_say)
     if as_json:

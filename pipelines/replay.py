@@ -1,5 +1,6 @@
 """`sluice replay`: judge again what a verdict was about, by the same policy version, and compare."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -7,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from pipelines.trial import Trial, connected
-from services.contracts import Submission, Verdict
-from services.errors import ConfigurationError, SluiceError
+from services.contracts import Policy, PolicyIdentity, Submission, Verdict
+from services.errors import ConfigurationError, SluiceError, UnknownPolicy
+from services.policies.policy import PolicyDocument
+from services.policies.registry import PolicyRegistry
 from services.settings import Settings
 from services.streams.connect import open_reader
 
@@ -85,6 +88,7 @@ def replay(before: Verdict, settings: Settings, progress: Callable[[str], None])
 
     Raises:
         ConfigurationError: no service runs.
+        UnknownPolicy: the policy bucket has not got what it was judged by.
         SluiceError: nothing was judged then, or the object cannot be judged any more.
     """
     if before.policy is None or before.outcome == "superseded":
@@ -101,7 +105,7 @@ def replay(before: Verdict, settings: Settings, progress: Callable[[str], None])
         etag=before.etag,
         tenant=before.tenant,
     )
-    policy = f"{before.policy.name}@{before.policy.version}"
+    policy = _as_then(before, before.policy, PolicyRegistry.from_settings(settings))
     with connected(settings) as service:
         (outcome,) = service.judge([Trial(submission, (policy,))], progress)
     answer = outcome[0] if isinstance(outcome, list) else outcome
@@ -113,6 +117,19 @@ def replay(before: Verdict, settings: Settings, progress: Callable[[str], None])
             "version or ETag to tell them apart"
         )
     return Replay(before, answer, tuple(compare(before, answer)), tuple(notes(before, answer)))
+
+
+def _as_then(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
+    """The version with the calibration that was applied then, whatever is applied now."""
+    stored = registry.get(identity.name, identity.version)
+    if not isinstance(stored.document, PolicyDocument):
+        raise UnknownPolicy(f"{identity.name}@{identity.version} is not a policy to judge by")
+    policy = stored.document.as_version(identity.version)
+    if before.calibration is None or before.model is None:
+        return policy
+    revision = before.model.revision
+    fitted = registry.calibration(identity.name, identity.version, revision, before.calibration.digest)
+    return dataclasses.replace(policy, calibrations={revision: fitted.map})
 
 
 def compare(before: Verdict, after: Verdict) -> Sequence[Difference]:
@@ -155,6 +172,7 @@ def _fields(verdict: Verdict) -> dict[str, Value]:
         "model.revision": model.revision if model else None,
         "model.engine": model.engine if model else None,
         "model.prompt": model.prompt if model else None,
+        "calibration.digest": verdict.calibration.digest if verdict.calibration else None,
         "outcome": verdict.outcome,
         "reason": verdict.reason,
         "rating": verdict.rating,
