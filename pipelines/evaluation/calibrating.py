@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression  # type: ignore[import-untyped]
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-from sklearn.model_selection import StratifiedGroupKFold  # type: ignore[import-untyped]
 
 from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.curves import expected_calibration_error
@@ -73,9 +72,10 @@ def fit(
     chosen = method or ("isotonic" if len(score) >= ISOTONIC_FROM else "platt")
     fitted = _fitted(unsafe, score, chosen)
     held_out = np.empty(len(score))
-    folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=seed).split(score, unsafe, images)
-    for learned, tried in folds:
-        held_out[tried] = applied(_fitted(unsafe[learned], score[learned], chosen), score[tried])
+    fold = _folds(unsafe, images, seed)
+    for number in range(_FOLDS):
+        tried = fold == number
+        held_out[tried] = applied(_fitted(unsafe[~tried], score[~tried], chosen), score[tried])
     return Fit(
         map=fitted,
         samples=len(score),
@@ -119,7 +119,7 @@ def changes(
 
     def both(label: int, action: Action) -> tuple[int, int]:
         first, second = (
-            sum(a == action and u == label for a, u in zip(side, unsafe, strict=True)) for side in (before, after)
+            sum(a == action and bool(u == label) for a, u in zip(side, unsafe, strict=True)) for side in (before, after)
         )
         return first, second
 
@@ -134,6 +134,19 @@ def changes(
 def _action(score: float, category: str | None, policy: Policy) -> Action:
     thresholds: Thresholds = policy.category_thresholds.get(category or "", policy.thresholds)
     return "block" if score >= thresholds.block else "review" if score >= thresholds.review else "allow"
+
+
+def _folds(unsafe: Floats, images: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """The fold of each row: images are dealt out by class, so that every fold has its share of both."""
+    rng = np.random.default_rng(seed)
+    _, place = np.unique(images, return_inverse=True)
+    of_class = np.bincount(place, weights=unsafe) > 0
+    fold = np.empty(len(of_class), np.int64)
+    for label in (True, False):
+        members = rng.permutation(np.flatnonzero(of_class == label))
+        fold[members] = np.arange(len(members)) % _FOLDS
+    dealt: NDArray[np.int64] = fold[place]
+    return dealt
 
 
 def _fitted(unsafe: Floats, score: Floats, method: Method) -> Calibration:
