@@ -10,6 +10,7 @@ from kafka import AsyncConsumerRebalanceListener, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import MemberState
 
+from services.errors import StreamUnavailable
 from services.settings import Settings
 from services.streams.kafka_clients import connect
 
@@ -112,8 +113,12 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
     listener = Rebalance(consumer)
     assignor.consumer, assignor.listener = consumer, listener
     consumer.subscribe([settings.submissions_stream], listener=listener)
-    # A member that joins before it knows the partitions makes the group rebalance twice.
-    consumer.partitions_for_topic(settings.submissions_stream)
+    try:
+        # A member that joins before it knows the partitions makes the group rebalance twice.
+        consumer.partitions_for_topic(settings.submissions_stream)
+    except (errors.KafkaError, OSError) as error:
+        consumer.close(autocommit=False, timeout_ms=0)
+        raise StreamUnavailable(f"Kafka went away while {member} joined {settings.group}: {error}.") from error
     return consumer, listener
 
 

@@ -12,10 +12,11 @@ import kafka
 import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.coordinator.base import Generation
+from kafka.errors import KafkaConnectionError
 from kafka.structs import MemberState
 
 from services.children import Child
-from services.errors import ConfigurationError, NotOwned
+from services.errors import ConfigurationError, NotOwned, StreamUnavailable
 from services.streams.transport import Message, Record, Transport
 from tests.streams.conftest import PATIENT, Streams, collect, eventually, settle_in_order, values
 
@@ -376,6 +377,15 @@ async def test_a_broker_that_takes_a_member_for_another_is_told_who_it_is(stream
         await member.settle(held, [streams.verdict("stale")])
     await member.settle(again, [streams.verdict("a")])
     assert await streams.verdicts() == ["a"]
+
+
+async def test_a_broker_that_goes_away_while_a_member_joins(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(_self: Any, _topic: str) -> None:
+        raise KafkaConnectionError("socket disconnected")
+
+    monkeypatch.setattr(kafka.KafkaConsumer, "partitions_for_topic", cut)
+    with pytest.raises(StreamUnavailable, match=r"went away while member joined .*socket disconnected"):
+        await streams.member()
 
 
 async def test_one_name_is_not_for_several_replicas(streams: Streams) -> None:
