@@ -18,6 +18,8 @@ time too (Serve switches the recording off for good otherwise); values are numbe
 - `backfill_backlog`, `backfill_published` (messages): likewise; left out where no backfill is read.
 - `at_guard` (submissions): what this member has given to the guard and has no answer for, also what waits for one.
 
+Other deployments that call the guard, such as Gateway, record `at_guard` as well.
+
 What cannot be read is left out, never recorded as 0: while the broker is away `record_autoscaling_stats` returns only
 `at_guard`. Several members may report the same thing; the newest point counts, so their clocks should agree to a
 second. While Guard has no replica, Intake keeps what it holds and goes on recording.
@@ -43,19 +45,20 @@ _SIGNIFICANT: Final = 3.0
 """Standard deviations of a Poisson count: beyond them it is not chance."""
 _READING_S: Final = 1.0
 """Between two readings that are remembered."""
-_FULL, _FULL_S = 0.9, 10.0
+_FULL, _FULL_S = 1.0, 10.0
 """The guard's rate is believed when this share of its places was taken for so long."""
 _STARVED, _STARVED_S = 0.5, 60.0
 """When no more than this share of its places was taken for so long, although something waits, the guard is not what is
 slow."""
 _LEARNS: Final = 0.3
 """Weight of a new measurement against what was known."""
+_STARTS: Final = 0.05
 _WAIT: Final = 0.7
 """Share of the objective that a submission may wait; the rest is for what was not foreseen."""
+_CATCH_UP: Final = 0.25
+"""Share of a start within which a backlog is drained whose objective is lost, because it is shorter than the start."""
 _FEED: Final = 1.25
 """Intake works on so many times what the guard does, so that the next ones are at hand."""
-_LOADS: Final = 2.0
-"""After so many times the usual start, replicas that still load will not come soon."""
 _PARTITION: Final = "live_backlog_"
 _FEWER: Final = 0.7
 """Intake shrinks only to at most this share: each change moves partitions."""
@@ -83,7 +86,7 @@ class Rules:
     """Share of a fleet that is to stay free at a constant load."""
     idle_s: float = 600.0
     """After how long without anything to do the guard may go to zero."""
-    scale_down_s: float = 300.0
+    scale_down_s: float = 240.0
     """For how long fewer replicas must have been enough before any is taken away."""
     scale_down_every_s: float = 60.0
     """Between two steps down."""
@@ -160,6 +163,8 @@ class Observation:
     """Measured; None: not yet."""
     idle_s: float = 0.0
     """Since when there has been nothing to do."""
+    callers: float = 0.0
+    """Submissions that others than Intake have at the guard."""
     starved_s: float = 0.0
     """Since when the guard has had less to do than it could, although something waits."""
 
@@ -188,24 +193,24 @@ def decide(seen: Observation, rules: Rules) -> Decision:
 
 def _guard(seen: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -> tuple[int, str]:
     fleet = seen.guard
-    needed = _needed(seen, live, arrivals.rate, rules)
-    kept = max(needed, _needed(seen, live, max(arrivals.rate, arrivals.peak), rules))
+    least = _needed(seen, live, arrivals.rate, rules)
+    needed = max(least, _needed(seen, live, arrivals.rate, rules, rules.headroom))
+    kept = max(needed, _needed(seen, live, arrivals.peak, rules, rules.headroom))
     if seen.idle_s < rules.idle_s:
         kept = max(kept, min(1, fleet.wanted))
-    patience_s = max(rules.scale_down_s, _LOADS * _start_s(seen, rules)) if fleet.loading else rules.scale_down_s
     wanted, why = fleet.wanted, "enough"
-    if needed > fleet.wanted and fleet.running and seen.starved_s >= _STARVED_S:
+    if least > fleet.wanted and fleet.running and seen.starved_s >= _STARVED_S:
         why = "the guard is not what is slow"
-    elif needed > fleet.wanted:
+    elif least > fleet.wanted:
         wanted, why = needed, "the objective needs more"
     elif kept < fleet.wanted:
         why = "fewer would do, not for long enough"
-        if _past(fleet.since_up_s, patience_s) and _past(fleet.since_down_s, rules.scale_down_every_s):
+        if _past(fleet.since_up_s, rules.scale_down_s) and _past(fleet.since_down_s, rules.scale_down_every_s):
             wanted, why = kept, "fewer do"
     return fleet.bounds.hold(wanted), why
 
 
-def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules) -> int:
+def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules, headroom: float = 0.0) -> int:
     """Guard replicas that keep every live submission within the objective, and backfill at its pace.
 
     Those that are asked for now judge after `start` seconds. Until then the running ones work on the backlog, and it
@@ -218,14 +223,15 @@ def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules) -> int:
     reach = _reach(rules)
     # Of a partition's backlog no more counts than the one member that works it can give to the guard.
     workable = live.total - sum(max(0.0, each - reach * one * rules.objective_s) for each in live.by_partition.values())
-    at_start = max(0.0, workable + (rate - capacity) * start_s) / max(patience_s, start_s / 4)
-    already = max(0.0, workable - capacity * start_s) / max(patience_s - start_s, patience_s / 4, start_s / 4)
+    at_start = max(0.0, workable + (rate - capacity) * start_s) / max(patience_s, _CATCH_UP * start_s)
+    already = max(0.0, workable - capacity * start_s) / max(patience_s - start_s, _CATCH_UP * start_s)
     # Nobody can help that member later, so the busiest partition has half of the objective.
     busiest = min(reach * one, 2 * live.busiest / rules.objective_s)
     backfill = seen.backfill_peak / rules.backfill_objective_s
-    work = max(rate / (1 - rules.headroom), at_start, already, busiest) + backfill
-    anything = live.total > 0 or work > 0
-    return max(1 if anything else 0, math.ceil(round(work / one, 6)))
+    work = max(rate / (1 - headroom), at_start, already, busiest) + backfill
+    anything = live.total > 0 or work > 0 or seen.callers > 0
+    replicas = work / one + seen.callers / rules.guard_in_flight
+    return max(1 if anything else 0, math.ceil(round(replicas, 6)))
 
 
 def _intake(seen: Observation, live: Backlog, guard: int, rules: Rules) -> int:
@@ -322,13 +328,19 @@ class Measurements:
         while len(self._asked_s) > guard.loading:
             if came > 0:
                 took_s, came = now_s - self._asked_s.popleft(), came - 1
-                self.start_s = took_s if self.start_s is None else (1 - _LEARNS) * self.start_s + _LEARNS * took_s
+                self.start_s = took_s if self.start_s is None else self.start_s + _STARTS * (took_s - self.start_s)
             else:
                 self._asked_s.pop()
         while len(self._asked_s) < guard.loading:
             self._asked_s.append(now_s)
 
-    def observe(self, now_s: float, guard: Fleet, intake: Fleet, live: Backlog | None) -> Observation:
+    def busy(self, at_s: float) -> None:
+        """Somebody else had something for the guard."""
+        self._busy_s = at_s
+
+    def observe(
+        self, now_s: float, guard: Fleet, intake: Fleet, live: Backlog | None, callers: float = 0.0
+    ) -> Observation:
         """All that is known now."""
         return Observation(
             guard=guard,
@@ -338,6 +350,7 @@ class Measurements:
             backfill_peak=self.backfill_peak,
             replica_rate=self.replica_rate,
             start_s=self.start_s,
+            callers=callers,
             idle_s=0.0 if self._busy_s is None else now_s - self._busy_s,
             starved_s=0.0 if self._starved_since_s is None else now_s - self._starved_since_s,
         )
@@ -396,7 +409,7 @@ class BacklogScaling:
     """Ray Serve's application-level policy: `{DeploymentID: AutoscalingContext} -> ({DeploymentID: n}, state)`.
 
     Never blocks, never raises: on any fault the present state is held, and the log says so once until it is over.
-    While it holds with no guard replica, Serve itself starts one if calls wait at a handle.
+    While no guard replica is wanted, Serve itself starts one if a call waits at a handle.
     """
 
     def __init__(self, guard: str = "Guard", intake: str = "Intake", **rules: float) -> None:
@@ -430,12 +443,18 @@ class BacklogScaling:
             return {}
         measured.decided_s = now_s
         guard, intake = (fleet(contexts[each], now_s) for each in (guard_id, intake_id))
-        reading = read(contexts[intake_id].raw_metrics or {}, now_s - self._rules.stale_s)
+        oldest_s = now_s - self._rules.stale_s
+        reading = read(contexts[intake_id].raw_metrics or {}, oldest_s)
+        others = [context for each, context in contexts.items() if each not in (guard_id, intake_id)]
+        callers = sum(at_guard(context.raw_metrics or {}, oldest_s) or 0.0 for context in others)
         measured.watch(now_s, guard)
         if reading:
             measured.read(reading, guard)
-        decision = decide(measured.observe(now_s, guard, intake, reading.live if reading else None), self._rules)
-        if reading and not guard.running:
+        if contexts[guard_id].total_num_requests > 0:
+            measured.busy(now_s)
+        live = reading.live if reading else None
+        decision = decide(measured.observe(now_s, guard, intake, live, callers), self._rules)
+        if not guard.running and decision.guard:
             # With calls waiting at a handle Serve would start a single replica, whatever is returned here.
             vars(contexts[guard_id])["total_num_requests"] = 0.0
         if (decision.guard, decision.intake) != (guard.wanted, intake.wanted):
@@ -476,17 +495,21 @@ def read(metrics: Mapping[str, Mapping[Any, Sequence[Any]]], oldest_s: float) ->
             if newest and newest.timestamp >= oldest_s:
                 by_partition[int(name[len(_PARTITION) :])] = newest.value
     partitions = metrics.get("live_partitions", {}).get(replica)
-    at_guard = [
-        each[-1].value for each in metrics.get("at_guard", {}).values() if each and each[-1].timestamp >= oldest_s
-    ]
     return Reading(
         at_s=at_s,
         live=Backlog(waiting, by_partition, int(partitions[-1].value) if partitions else 0),
         live_published=published,
         backfill=backfill[1] if backfill else 0.0,
         backfill_published=backfill[2] if backfill else 0.0,
-        at_guard=sum(at_guard) if at_guard else None,
+        at_guard=at_guard(metrics, oldest_s),
     )
+
+
+def at_guard(metrics: Mapping[str, Mapping[Any, Sequence[Any]]], oldest_s: float) -> float | None:
+    """Submissions that the replicas of a deployment have at the guard; None where none says so."""
+    newest = [each[-1] for each in metrics.get("at_guard", {}).values() if each]
+    values = [point.value for point in newest if point.timestamp >= oldest_s]
+    return float(sum(values)) if values else None
 
 
 def _newest(

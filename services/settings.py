@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     objective_s: PositiveSeconds = Field(300, description="from submission to verdict, for live submissions")
     backfill_objective_s: PositiveSeconds = Field(6 * 3600, description="in which a backfill is to be done")
     idle_s: PositiveSeconds = Field(600, description="with nothing to do for this long, guard replicas may go to zero")
-    scale_down_s: PositiveSeconds = Field(300, description="for how long fewer replicas must have been enough")
+    scale_down_s: PositiveSeconds = Field(240, description="for how long fewer replicas must have been enough")
     replica_rate: Annotated[float, Field(gt=0)] = Field(
         5, description="submissions a second that a guard replica judges, until it is measured"
     )
