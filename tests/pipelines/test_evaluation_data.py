@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.evaluation import runs
+from pipelines.evaluation import runs, world
 from pipelines.evaluation.columns import Columns
 from pipelines.evaluation.datasets import open_data_set
 from pipelines.evaluation.judging import Effort, Judging
@@ -442,3 +443,20 @@ def test_a_document_that_is_not_published(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         find(str(tmp_path / "absent.yaml"), bench.registry)
     assert replace(found, version=3).name == "shop@3"
+
+
+def test_the_drawn_data_set_of_the_docs(tmp_path: Path) -> None:
+    world.write(tmp_path)
+    data_set = open_data_set(tmp_path)
+    samples = [parse(record, n, data_set.folder) for n, record in enumerate(data_set.records(), 1)]
+    rulings = [ruled(sample) for sample in samples if isinstance(sample, Sample)]
+    assert len(rulings) == len(samples) == data_set.count()
+    kinds = Counter((sample.rating, ruling.kind) for sample, ruling in zip(samples, rulings, strict=True))  # type: ignore[union-attr]
+    assert kinds == {
+        ("Unsafe", DEFAULT): 180,
+        ("Safe", DEFAULT): 180,
+        ("Safe", VIOLATION_WAIVED): 108,
+        ("Unsafe", OTHERS_WAIVED): 108,
+    }
+    first = [sample.rating for sample, ruling in zip(samples, rulings, strict=True) if ruling.kind == DEFAULT][:80]  # type: ignore[union-attr]
+    assert Counter(first) == {"Safe": 40, "Unsafe": 40}, "those that are perturbed"
