@@ -1,0 +1,125 @@
+"""compose.yaml without a Docker engine: the specification's own models, and what the services are told."""
+
+import json
+import os
+import re
+import runpy
+import uuid
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import boto3
+import pytest
+import yaml
+from compose_spec import PyCompose
+
+from services.guard.checkpoints import resolve
+from services.settings import Settings, load
+from tests.infra.files import INFRA, document
+from tests.s3_server import s3_endpoint
+
+__all__ = ["s3_endpoint"]
+
+COMPOSE: Final = document(INFRA / "compose.yaml")
+SERVICES: Final[dict[str, Any]] = COMPOSE["services"]
+each_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def interpolated(value: str) -> str:
+    """With the default of each variable, and of those that have none what a user would set."""
+    return re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda match: match[2] or "set", value)
+
+
+def environment(name: str) -> dict[str, str]:
+    return {key: interpolated(str(value)) for key, value in SERVICES[name]["environment"].items()}
+
+
+def test_the_specification_knows_every_field() -> None:
+    PyCompose.from_yaml(yaml.safe_dump(COMPOSE)).validate()
+
+    wrong = json.loads(json.dumps(COMPOSE))
+    wrong["services"]["kafka"]["healthcheck"]["intervall"] = "5s"
+    with pytest.raises(ValueError, match="intervall"):
+        PyCompose.from_yaml(yaml.safe_dump(wrong))
+
+
+@each_service
+def test_a_service_is_pinned_watched_and_on_loopback_only(name: str) -> None:
+    service = SERVICES[name]
+
+    assert re.search(r":v?\d", service["image"]), "no version"
+    assert "healthcheck" in service or "build" in service, "nothing says whether it is healthy"
+    assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ()))
+    for needed in service.get("depends_on", {}):
+        assert needed in SERVICES
+
+
+@each_service
+def test_what_a_service_mounts_is_there(name: str) -> None:
+    for mount in SERVICES[name].get("volumes", ()):
+        source = mount.partition(":")[0]
+        assert (INFRA / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], mount
+
+
+def test_nothing_secret_has_a_default() -> None:
+    text = (INFRA / "compose.yaml").read_text(encoding="utf-8")
+    secret = re.findall(r"\$\{(\w*(?:SECRET|TOKEN|PASSWORD)\w*)(:?[-?]?[^}]*)\}", text)
+
+    assert {name for name, _ in secret} == {"S3_SECRET_KEY", "RAY_AUTH_TOKEN", "GRAFANA_PASSWORD", "HF_TOKEN"}
+    assert {rest[:2] for name, rest in secret if name != "HF_TOKEN"} == {":?"}
+
+
+def test_sluice_accepts_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = environment("sluice")
+    for name in [name for name in os.environ if name.startswith("SLUICE_")]:
+        monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+    settings = load()
+
+    resolve(settings.model)
+    assert all(name.removeprefix("SLUICE_").lower() in Settings.model_fields for name in told if "SLUICE_" in name)
+    for url, service in ((settings.stream_url, "kafka"), (settings.redis_url, "valkey"), (settings.s3_endpoint, "s3")):
+        assert f"//{service}:" in str(url)
+    assert float(SERVICES["sluice"]["stop_grace_period"].removesuffix("s")) >= settings.drain_s + 15
+
+
+def test_the_ports_of_ray_and_of_the_gateway_do_not_meet() -> None:
+    (script,) = (part for part in SERVICES["sluice"]["command"] if "ray start" in part)
+    taken = [int(port) for port in re.findall(r"-port=(\d+)", script)]
+
+    assert len(taken) == 2
+    assert Settings.model_fields["gateway_port"].default not in taken
+    assert environment("sluice")["SLUICE_RAY_ADDRESS"] == f"127.0.0.1:{taken[0]}"
+
+
+def test_kafka_is_the_release_that_is_tested() -> None:
+    pom = ElementTree.parse(INFRA / "kafka" / "pom.xml")
+    (version,) = (element.text for element in pom.iter() if element.tag.endswith("kafka.version"))
+
+    assert SERVICES["kafka"]["image"] == f"apache/kafka:{version}"
+
+
+def test_the_buckets_are_made_and_made_once(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{what}-{uuid.uuid4()}" for what in ("uploads", "more-uploads", "policies")]
+    monkeypatch.setenv("SLUICE_S3_ENDPOINT", s3_endpoint)
+    monkeypatch.setenv("SLUICE_S3_BUCKETS", ",".join(names[:2]))
+    monkeypatch.setenv("SLUICE_POLICY_BUCKET", names[2])
+    script = str(INFRA / "compose" / "buckets.py")
+
+    runpy.run_path(script)
+    runpy.run_path(script)
+
+    there = {bucket["Name"] for bucket in boto3.client("s3", endpoint_url=s3_endpoint).list_buckets()["Buckets"]}
+    assert set(names) <= there
+
+
+def test_prometheus_reads_where_ray_writes() -> None:
+    scraped = document(INFRA / "prometheus" / "prometheus.yaml")["scrape_configs"]
+    (found,) = [path for job in scraped for each in job["file_sd_configs"] for path in each["files"]]
+    folder = str(Path(found).parent)
+
+    assert f"ray:{folder}" in SERVICES["sluice"]["volumes"]
+    assert f"ray:{folder}:ro" in SERVICES["prometheus"]["volumes"]

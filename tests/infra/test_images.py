@@ -1,0 +1,155 @@
+"""The images without a Docker engine: the Dockerfile is linted, their locks are parts of the one that is tested."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Final
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.infra.files import INFRA, ROOT
+
+DOCKER: Final = INFRA / "docker"
+TESTED: Final = ROOT / "requirements.lock"
+ENGINE: Final = {"sglang", "torch", "transformers", "sglang-kernel", "flashinfer-python", "triton"}
+
+
+def pinned(lock: Path) -> dict[str, tuple[str, ...]]:
+    """The version and hashes of each package of a lock."""
+    entries = re.split(r"\n(?=\S)", lock.read_text(encoding="utf-8"))
+    found = {}
+    for entry in entries:
+        if match := re.match(r"([A-Za-z0-9._-]+)==(\S+)", entry):
+            found[canonicalize_name(match[1])] = (match[2], *sorted(re.findall(r"sha256:[0-9a-f]{64}", entry)))
+    return found
+
+
+def needed() -> set[str]:
+    """The packages that pyproject.toml asks for, without extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
+
+
+@pytest.mark.parametrize("role", ["cpu", "gpu"])
+def test_a_lock_has_what_the_project_needs_as_it_was_tested(role: str) -> None:
+    tested, locked = pinned(TESTED), pinned(DOCKER / f"{role}.lock")
+    left_out = set((DOCKER / "cpu.excludes").read_text().split()) if role == "cpu" else set()
+
+    assert locked.items() <= tested.items(), "run `make lock`"
+    assert all(len(entry) > 1 for entry in locked.values()), "a package without a hash"
+    assert needed() - locked.keys() == left_out, "run `make lock`"
+    assert not locked.keys() & {"pytest", "moto", "mypy"}
+
+
+def test_the_cpu_image_has_no_engine_and_the_gpu_image_has() -> None:
+    assert not ENGINE & pinned(DOCKER / "cpu.lock").keys()
+    assert pinned(DOCKER / "gpu.lock").keys() >= ENGINE
+
+
+def test_the_head_intake_and_the_commands_run_on_what_the_cpu_image_has() -> None:
+    has = pinned(DOCKER / "cpu.lock").keys() | {"sluice"}
+    absent = sorted(
+        module
+        for module, packages in packages_distributions().items()
+        if not {canonicalize_name(package) for package in packages} & has
+    )
+    program = f"""
+import sys
+ABSENT = frozenset({absent!r})
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import pipelines.cli, pipelines.serve_app, pipelines.scaling
+"""
+    assert {"torch", "sglang", "moto"} <= set(absent)
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_dockerfile_has_no_known_fault() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    assert hadolint
+
+    done = subprocess.run([hadolint, str(DOCKER / "Dockerfile")], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def instructions() -> Iterator[tuple[str, str]]:
+    """The instructions of the Dockerfile with their arguments, lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (DOCKER / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.strip():
+            name, _, arguments = line.strip().partition(" ")
+            yield name, arguments.strip()
+
+
+def test_images_are_pinned_and_what_runs_is_not_root() -> None:
+    stages: dict[str, str] = {}
+    users: dict[str, str] = {}
+    stage = ""
+    for name, arguments in instructions():
+        if name == "FROM":
+            image, _, stage = arguments.partition(" AS ")
+            stages[stage] = image
+        elif name == "USER":
+            users[stage] = arguments
+
+    for image in stages.values():
+        assert image in stages or re.search(r":\d", image), f"{image} has no version"
+    assert users == {"cpu": "1000:1000", "gpu": "1000:1000"}
+
+
+def test_everything_that_is_installed_has_a_hash_or_a_version() -> None:
+    for name, arguments in instructions():
+        if name != "RUN":
+            continue
+        if "uv pip install" in arguments:
+            assert "--require-hashes -r" in arguments or "--no-deps /wheels/*.whl" in arguments
+        elif "pip install" in arguments:
+            wanted = arguments.partition("pip install")[2].split()
+            assert all("==" in each for each in wanted if not each.startswith("-"))
+
+
+def test_docker_is_sent_what_the_dockerfile_copies() -> None:
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {
+        source
+        for name, arguments in instructions()
+        if name == "COPY" and "--from=" not in arguments
+        for source in [word for word in arguments.split() if not word.startswith("--")][:-1]
+    }
+
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert any(Path(source).match(pattern) for pattern in sent), f"{source} is not in .dockerignore"
+
+
+@pytest.mark.parametrize(("ready", "node_answers", "healthy"), [(True, 1, True), (False, 0, True), (False, 1, False)])
+def test_a_service_is_healthy_when_ready_and_a_node_of_ray_when_it_answers(
+    ready: bool, node_answers: int, healthy: bool, tmp_path: Path
+) -> None:
+    asks = tmp_path / "python"
+    asks.write_text(f"#!/bin/sh\nexit {node_answers}\n")
+    asks.chmod(0o755)
+    if ready:
+        (tmp_path / ".sluice").mkdir()
+        (tmp_path / ".sluice" / "env").touch()
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    done = subprocess.run([DOCKER / "healthy"], env=environment, check=False, capture_output=True)
+
+    assert (done.returncode == 0) is healthy

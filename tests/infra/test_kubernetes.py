@@ -1,0 +1,228 @@
+"""The manifests, as kustomize renders them: valid, and saying what they should. Nothing here needs a cluster."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from pipelines.elastic import scaling_policy
+from pipelines.serve_app import Arguments
+from tests.infra.files import INFRA, ROOT, document
+
+FOLDER: Final = INFRA / "kubernetes"
+OVERLAYS: Final = ("base", "overlays/one-gpu", "overlays/production")
+RAYSERVICE: Final = json.loads((FOLDER / "schemas" / "rayservice-v1.json").read_text())
+ROLES: Final = {"head", "intake", "gateway", "guard"}
+
+each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+@cache
+def rendered(overlay: str) -> list[Any]:
+    """Every object of an overlay, as `kubectl apply -k` would send it."""
+    kubectl = shutil.which("kubectl", path=str(Path(sys.executable).parent))
+    assert kubectl
+    done = subprocess.run([kubectl, "kustomize", str(FOLDER / overlay)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def of_kind(overlay: str, kind: str) -> list[Any]:
+    return [each for each in rendered(overlay) if each["kind"] == kind]
+
+
+def cluster(overlay: str) -> Any:
+    (service,) = of_kind(overlay, "RayService")
+    return service["spec"]["rayClusterConfig"]
+
+
+def groups(overlay: str) -> dict[str, Any]:
+    """The head and the groups of workers, by role."""
+    config = cluster(overlay)
+    return {"head": config["headGroupSpec"]} | {group["groupName"]: group for group in config["workerGroupSpecs"]}
+
+
+def settings(overlay: str) -> dict[str, str]:
+    """The settings that are not secret."""
+    (found,) = of_kind(overlay, "ConfigMap")
+    return {str(name): str(value) for name, value in found["data"].items()}
+
+
+@each_overlay
+def test_kubernetes_knows_every_field(overlay: str) -> None:
+    version = kubernetes_validate.latest_version()
+    for each in rendered(overlay):
+        if each["kind"] != "RayService":
+            kubernetes_validate.validate(each, version, strict=True)
+    for role, group in groups(overlay).items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+@each_overlay
+def test_kuberay_knows_every_field(overlay: str) -> None:
+    (service,) = of_kind(overlay, "RayService")
+    jsonschema.Draft202012Validator(RAYSERVICE).validate(service)
+
+
+def test_a_field_that_does_not_exist_is_found() -> None:
+    (service,) = json.loads(json.dumps(of_kind("base", "RayService")))
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+
+    with pytest.raises(jsonschema.ValidationError, match="livenesProbe"):
+        jsonschema.Draft202012Validator(RAYSERVICE).validate(service)
+
+
+@each_overlay
+def test_it_deploys_the_application_of_serve_yaml_with_settings_that_exist(
+    overlay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (service,) = of_kind(overlay, "RayService")
+    (here,) = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"])).applications
+    (there,) = ServeDeploySchema.model_validate(document(INFRA / "serve.yaml")).applications
+
+    for applied in (here, there):
+        assert (applied.name, applied.route_prefix) == ("sluice", None)
+        assert applied.import_path == "pipelines.serve_app:build"
+    assert here.args == {}, "settings come from the environment of the head"
+    for name, value in settings(overlay).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLUICE_REDIS_URL", "redis://of-the-secret:6379/0")
+    read = Arguments.model_validate(here.args)
+    wanted = scaling_policy(read)
+    assert here.autoscaling_policy
+    assert here.autoscaling_policy["policy_function"] == wanted["policy_function"]
+    assert here.autoscaling_policy["policy_kwargs"].items() <= wanted["policy_kwargs"].items()
+
+
+@each_overlay
+def test_there_is_a_pod_for_every_replica(overlay: str) -> None:
+    told, found = settings(overlay), groups(overlay)
+
+    assert set(found) == ROLES
+    assert found["head"]["resources"] == {"CPU": "0"}
+    assert found["intake"]["minReplicas"] == int(told["SLUICE_INTAKE_REPLICAS"])
+    assert found["intake"]["maxReplicas"] == int(told["SLUICE_INTAKE_MAX_REPLICAS"])
+    assert found["guard"]["minReplicas"] == int(told["SLUICE_GUARD_MIN_REPLICAS"])
+    assert found["guard"]["maxReplicas"] == int(told["SLUICE_GUARD_MAX_REPLICAS"])
+    assert found["gateway"]["minReplicas"] == int(told["SLUICE_GATEWAY_REPLICAS"])
+    for role in ("intake", "gateway", "guard"):
+        assert found[role]["minReplicas"] <= found[role]["replicas"] <= found[role]["maxReplicas"]
+
+
+@each_overlay
+def test_every_pod_is_probed_bounded_and_not_root(overlay: str) -> None:
+    for role, group in groups(overlay).items():
+        pod = group["template"]["spec"]
+        assert group["template"]["metadata"]["labels"]["sluice.io/role"] == group["labels"]["sluice.io/role"] == role
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        # Ray's autoscaler ends the pods itself; one that came back by itself would be a stranger to it.
+        assert "restartPolicy" not in pod
+        (container,) = pod["containers"]
+        assert {"livenessProbe", "readinessProbe"} <= container.keys()
+        assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["image"].endswith("sluice-gpu:0.1.0" if role == "guard" else "sluice-cpu:0.1.0")
+        assert {"name": "metrics", "containerPort": int(group["rayStartParams"]["metrics-export-port"])} in container[
+            "ports"
+        ]
+        assert pod["terminationGracePeriodSeconds"] > Arguments.model_fields["drain_s"].default
+
+
+@each_overlay
+def test_the_head_survives_and_asks_for_a_token(overlay: str) -> None:
+    config = cluster(overlay)
+
+    assert config["authOptions"] == {"mode": "token", "secretName": "sluice-ray-token"}
+    assert config["gcsFaultToleranceOptions"]["redisAddress"]
+    assert "value" not in config["gcsFaultToleranceOptions"]["redisPassword"]
+    # One for all clusters would make two of them, during an upgrade, one.
+    assert "externalStorageNamespace" not in config["gcsFaultToleranceOptions"]
+    assert config["autoscalerOptions"]["version"] == "v2"
+    assert config["autoscalerOptions"]["idleTimeoutSeconds"] > 0
+
+
+@each_overlay
+def test_there_are_no_secrets_and_the_docs_name_those_that_are_needed(overlay: str) -> None:
+    assert not of_kind(overlay, "Secret")
+    docs = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    named = set(secrets(rendered(overlay)))
+
+    assert "sluice-settings" in named
+    assert {name for name in named if f"`{name}`" not in docs} == set()
+
+
+@each_overlay
+def test_guards_get_no_settings_and_no_kubernetes_token(overlay: str) -> None:
+    guard = groups(overlay)["guard"]["template"]["spec"]
+    accounts = {each["metadata"]["name"]: each for each in of_kind(overlay, "ServiceAccount")}
+
+    assert set(secrets(guard)) <= {"sluice-hub"}
+    assert "envFrom" not in guard["containers"][0]
+    assert accounts[guard["serviceAccountName"]]["automountServiceAccountToken"] is False
+
+
+def secrets(node: Any) -> Iterator[str]:
+    """The names of the secrets that are asked for anywhere below."""
+    if isinstance(node, list):
+        for each in node:
+            yield from secrets(each)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key == "secretName":
+                yield value
+            elif key in ("secretKeyRef", "secretRef"):
+                yield value["name"]
+            else:
+                yield from secrets(value)
+
+
+@each_overlay
+def test_selectors_find_pods_that_exist(overlay: str) -> None:
+    pods = [group["template"]["metadata"]["labels"] for group in groups(overlay).values()]
+    pods += [each["spec"]["template"]["metadata"]["labels"] for each in of_kind(overlay, "StatefulSet")]
+    selectors = [each["spec"]["selector"]["matchLabels"] for each in of_kind(overlay, "PodDisruptionBudget")]
+    selectors += [each["spec"]["selector"] for each in of_kind(overlay, "Service")]
+    for policy in of_kind(overlay, "NetworkPolicy"):
+        selector = policy["spec"]["podSelector"]
+        selectors.append(selector.get("matchLabels", {}))
+        for expression in selector.get("matchExpressions", ()):
+            assert expression["key"] == "sluice.io/role"
+            assert set(expression.get("values", ())) <= ROLES
+
+    for selector in selectors:
+        assert any(selector.items() <= labels.items() for labels in pods), selector
+
+
+@each_overlay
+def test_the_network_is_closed_but_for_what_is_named(overlay: str) -> None:
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(overlay, "NetworkPolicy")}
+
+    assert policies["nothing-else"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert ("guards-to-the-hub" in policies) == (overlay != "overlays/production")
+
+
+@each_overlay
+def test_a_changed_setting_is_an_upgrade(overlay: str) -> None:
+    (generated,) = of_kind(overlay, "ConfigMap")
+    (container,) = groups(overlay)["head"]["template"]["spec"]["containers"]
+
+    assert generated["metadata"]["name"] != "sluice-settings", "its name carries a hash of the content"
+    assert {"configMapRef": {"name": generated["metadata"]["name"]}} in container["envFrom"]
+
+
+def test_kustomize_is_told_the_same_everywhere() -> None:
+    told = {(FOLDER / overlay / "names.yaml").read_text() for overlay in OVERLAYS}
+    assert len(told) == 1

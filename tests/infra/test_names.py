@@ -1,0 +1,25 @@
+"""What the files of a deployment name exists."""
+
+import re
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from services.settings import Settings
+from tests.infra.files import INFRA, ROOT, deployment_files
+
+SETTINGS: Final = {f"SLUICE_{name.upper()}" for name in Settings.model_fields}
+FILES: Final = sorted(deployment_files())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_setting_that_a_file_names_exists(path: Path) -> None:
+    named = set(re.findall(r"\bSLUICE_[A-Z0-9_]*[A-Z0-9]\b", path.read_text(encoding="utf-8")))
+
+    assert named <= SETTINGS
+
+
+def test_settings_are_named_at_all() -> None:
+    assert INFRA / "compose.yaml" in FILES
+    assert "SLUICE_" in (INFRA / "compose.yaml").read_text(encoding="utf-8")
