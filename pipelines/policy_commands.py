@@ -1,6 +1,5 @@
 """`sluice policy`: write, try, roll out and take back policy versions."""
 
-import asyncio
 import difflib
 import getpass
 import json
@@ -10,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.announcements import announce
 from services import settings as settings_module
 from services.contracts import DEFAULT_POLICY
-from services.errors import ConfigurationError, Unavailable, UnknownPolicy
+from services.errors import ConfigurationError, UnknownPolicy
 from services.policies.policy import PolicyDocument
 from services.policies.reading import read_document, warnings, write_document
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
-from services.policies.shared import SharedCopies
 from services.policies.tenants import is_document_name
 from services.settings import Settings
 
@@ -65,7 +64,7 @@ def publish(file: File, as_json: AsJson = False) -> None:
     for warning in warnings(document):
         typer.echo(f"{file}: warning: {warning}", err=True)
     stored = PolicyRegistry.from_settings(settings).publish(document)
-    _tell(settings, lambda shared: shared.keep_version(stored))
+    announce(settings, lambda shared: shared.keep_version(stored))
     identity = {"name": stored.name, "version": stored.version, "digest": stored.digest}
     typer.echo(json.dumps(identity) if as_json else f"{stored.name}@{stored.version} {stored.digest}")
 
@@ -244,26 +243,8 @@ def _settings() -> Settings:
 def _change(change: Callable[[PolicyRegistry, str], Change], who: str | None, as_json: bool) -> None:
     settings = _settings()
     done = change(PolicyRegistry.from_settings(settings), who or getpass.getuser())
-    _tell(settings, lambda shared: shared.offer(done.name, done))
+    announce(settings, lambda shared: shared.offer(done.name, done))
     typer.echo(_change_json(done) if as_json else _change_line(done))
-
-
-def _tell(settings: Settings, what: Callable[[SharedCopies], Any]) -> None:
-    """Tell every process at once, where Redis is there; else they find out by looking."""
-    if not settings.redis_url:
-        return
-
-    async def tell() -> None:
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
-        try:
-            await what(shared)
-        finally:
-            await shared.close()
-
-    try:
-        asyncio.run(tell())
-    except Unavailable as error:
-        typer.echo(f"{error}: workers will know within {settings.policy_refresh_s:g} s", err=True)
 
 
 def _stored(registry: PolicyRegistry, reference: str) -> StoredVersion:

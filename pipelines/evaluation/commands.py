@@ -1,6 +1,5 @@
 """`sluice evaluate` and `sluice calibrate`."""
 
-import asyncio
 import getpass
 import json
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipelines.announcements import announce
 from services import settings as settings_module
 from services.contracts import DEFAULT_POLICY
-from services.errors import ConfigurationError, Unavailable
+from services.errors import ConfigurationError
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Change
-from services.policies.shared import SharedCopies
-from services.settings import Settings
 
 if TYPE_CHECKING:
     from pipelines.evaluation.runs import Fitted
@@ -118,7 +116,8 @@ def calibrate(
         _say("nothing is stored; --apply applies it from now on, and --take-back takes it back")
         return
     name = fitted.evaluated.document.name
-    _tell(settings, PolicyRegistry.from_settings(settings).calibrate(name, fitted.to_store(), who=by, why=why))
+    change = PolicyRegistry.from_settings(settings).calibrate(name, fitted.to_store(), who=by, why=why)
+    announce(settings, lambda shared: shared.offer(name, change))
     _say(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")
 
 
@@ -134,26 +133,8 @@ def _taken_back(policy: str, revision: str | None, by: str, why: str) -> Change:
         raise ConfigurationError(f"{evaluated.name} has several calibrations, or none: {found}")
     name = evaluated.document.name
     change = registry.take_back_calibration(name, evaluated.version, revisions[0], who=by, why=why)
-    _tell(settings, change)
+    announce(settings, lambda shared: shared.offer(name, change))
     return change
-
-
-def _tell(settings: Settings, change: Change) -> None:
-    """Tell every process at once, where Redis is there; else they find out by looking."""
-    if not settings.redis_url:
-        return
-
-    async def tell() -> None:
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
-        try:
-            await shared.offer(change.name, change)
-        finally:
-            await shared.close()
-
-    try:
-        asyncio.run(tell())
-    except Unavailable as error:
-        _say(f"{error}: workers will know within {settings.policy_refresh_s:g} s")
 
 
 def _lines(fitted: "Fitted") -> list[str]:
