@@ -90,10 +90,11 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
         except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
             raise ConfigurationError(f"the Ray cluster at {address} cannot be joined: {_brief(error)}") from None
     for name in ("ray.serve", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said in a sentence of our own
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     try:
         yield
     finally:
@@ -167,7 +168,7 @@ def run_units(
             names = list(batch)
             for values in zip(*batch.values(), strict=True):
                 yield {name: int(value) for name, value in zip(names, values, strict=True)}
-    except (RayError, SluiceError) as error:
+    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
         raise _own(error) or SluiceError(f"a worker failed: {_brief(error)}") from None
 
 
@@ -264,10 +265,9 @@ def _answers(address: str) -> bool:
 def _own(error: BaseException | None) -> SluiceError | None:
     """Sluice's own error among the causes, if there is one."""
     while error is not None:
-        cause = getattr(error, "cause", None) or error.__cause__
         if isinstance(error, SluiceError) and not isinstance(error, RayError):
             return error
-        error = cause
+        error = getattr(error, "cause", None) or error.__cause__
     return None
 
 

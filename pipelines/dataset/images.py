@@ -13,6 +13,7 @@ from pipelines.dataset.sources import Source, bucket_of
 from pipelines.dataset.tables import Row
 from services.contracts import ObjectReference, StoredObject
 from services.errors import Changed, NotAnImage, TooLarge
+from services.images.budget import ByteBudget
 from services.images.store import ObjectStore
 from services.settings import Settings
 
@@ -28,7 +29,9 @@ class Images:
         own = {named} if named and source.kind != "references" else set[str]()
         self._settings = settings
         self._limit_bytes = settings.image_limit_bytes
-        self._store = ObjectStore(settings.model_copy(update={"s3_buckets": (*settings.s3_buckets, *own)}))
+        self._readable = settings.model_copy(update={"s3_buckets": (*settings.s3_buckets, *own)})
+        self._budget = ByteBudget(settings.image_memory_bytes)
+        self._store: ObjectStore | None = None
         self._tables = _Tables(source.column or "", settings)
 
     @asynccontextmanager
@@ -43,12 +46,14 @@ class Images:
         if place is None:
             bucket, _, key = row["uri"].removeprefix("s3://").partition("/")
             reference = ObjectReference(bucket=bucket, key=key, version_id=row["version_id"], etag=row["etag"])
+            if self._store is None:
+                self._store = ObjectStore(self._readable)
             async with self._store.open(reference) as stored:
                 yield stored
             return
         size = place["size"] or 0
         self.check_size(size)
-        async with self._store.budget.reserve(size):
+        async with self._budget.reserve(size):
             read = self._tables.read(place) if place["group"] is not None else asyncio.to_thread(self._read, place)
             yield StoredObject(await read, None, None)
 
@@ -58,7 +63,9 @@ class Images:
             raise TooLarge(f"the image has {size} bytes or more, the limit is {self._limit_bytes}")
 
     def close(self) -> None:
-        self._store.close()
+        """Release the connections."""
+        if self._store is not None:
+            self._store.close()
 
     def _read(self, place: Row) -> bytes:
         with opened(place["file"], self._settings) as file:

@@ -29,7 +29,7 @@ from pipelines.dataset import tables
 from pipelines.dataset.folders import Folder
 from pipelines.dataset.plan import Plan
 from pipelines.dataset.sources import Piece
-from services.errors import ConfigurationError
+from services.errors import ConfigurationError, SluiceError
 
 FORMAT: Final = 1
 STATE: Final = "_sluice"
@@ -146,7 +146,9 @@ class Run:
     def planned(self, chunk: int) -> pa.Table:
         """The rows of a chunk."""
         parts = [self.table("plan", name) for name in (f"{chunk:06d}", f"{chunk:06d}-late")]
-        return pa.concat_tables([part for part in parts if part is not None])
+        if not (found := [part for part in parts if part is not None]):
+            raise SluiceError(f"the plan of {self.folder.uri} is gone; another run has finished it, or it was removed")
+        return pa.concat_tables(found)
 
     def summary(self) -> dict[str, Any] | None:
         """What came of the run, None where it is not complete."""

@@ -1,9 +1,10 @@
 """What workers do with their units: index pieces, judge chunks."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ray import serve
 
@@ -14,13 +15,18 @@ from pipelines.dataset.judging import Judge
 from pipelines.dataset.runs import Listing, Run
 from pipelines.dataset.sources import Source
 from services.contracts import Policy
+from services.errors import StoreUnavailable
 from services.guard.deployment import RemoteGuard
 from services.images.prepare import Preparer
+from services.patience import patiently
 from services.settings import Settings
 from services.telemetry import configure_logging
 
 _GUARD_PATIENCE: Final = 4
 """Deadlines of the guard that a call may take, waiting for a replica included."""
+_STORE_PATIENCE_S: Final = 300.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +54,9 @@ class IndexWorker:
 
     async def work(self, unit: int) -> dict[str, int]:
         """Index a piece and keep that."""
-        piece = await asyncio.to_thread(self._run.piece, self._job.listing, unit)
+        piece = await _kept(self._run.piece, self._job.listing, unit)
         table = await self._indexer.index(piece)
-        await asyncio.to_thread(self._run.keep, "index", f"{unit:06d}", table)
+        await _kept(self._run.keep, "index", f"{unit:06d}", table)
         return {"unit": unit, "rows": table.num_rows}
 
 
@@ -70,9 +76,9 @@ class JudgeWorker:
     async def work(self, unit: int) -> dict[str, int]:
         """Judge a chunk and keep that."""
         judge = await self._started()
-        planned = await asyncio.to_thread(self._run.planned, unit)
+        planned = await _kept(self._run.planned, unit)
         table = await judge.judge(planned, self._job.listing.extras)
-        await asyncio.to_thread(self._run.keep, "chunks", f"{unit:06d}", table)
+        await _kept(self._run.keep, "chunks", f"{unit:06d}", table)
         return {"unit": unit, "rows": table.num_rows}
 
     async def _started(self) -> Judge:
@@ -87,3 +93,22 @@ class JudgeWorker:
                     in_flight=settings.in_flight,
                 )
             return self._judge
+
+
+async def _kept(work: Callable[..., T], *arguments: Any) -> T:
+    """Read or write a file of the run; wait a while for a store that is away, and then say so."""
+    away: StoreUnavailable | None = None
+
+    async def attempt() -> T:
+        nonlocal away
+        try:
+            return await asyncio.to_thread(work, *arguments)
+        except StoreUnavailable as error:
+            away = error
+            raise
+
+    try:
+        async with asyncio.timeout(_STORE_PATIENCE_S):
+            return await patiently(attempt)
+    except TimeoutError:
+        raise away or StoreUnavailable("the object store does not answer") from None
