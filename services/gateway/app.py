@@ -111,7 +111,7 @@ def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
     ):
         app.include_router(routes, responses=_PROBLEMS)
     app.add_middleware(_Counted)
-    app.add_middleware(LeftBodies, limit_bytes=settings.gateway_body_limit_bytes)
+    app.add_middleware(LeftBodies, settings=settings)
     for kind in (SluiceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _on_error)
     app.state.readiness = readiness

@@ -208,9 +208,10 @@ class LeftBodies:
     few seconds and for a bounded number of requests at a time; then the connection is closed.
     """
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._limit = limit_bytes
+        self._limit = settings.gateway_body_limit_bytes
+        self._seconds = min(_DRAIN_S, settings.gateway_body_deadline_s)
         self._draining = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -242,7 +243,7 @@ class LeftBodies:
         self._draining += 1
         try:
             dropped = 0
-            async with asyncio.timeout(_DRAIN_S):
+            async with asyncio.timeout(self._seconds):
                 while left() and dropped < self._limit:
                     dropped += len((await receive()).get("body", b""))
         except TimeoutError:

@@ -213,10 +213,8 @@ class KeyRing:
         if (parts := _TOKEN.fullmatch(token)) is None:
             return None
         key = self._keys.get(parts[1])
-        if key is None and self._clock() - self._tried_at >= _SEARCH_S:
-            with suppress(KeysUnavailable):
-                await self._look()
-            key = self._keys.get(parts[1])
+        if key is None:
+            key = await self._search(parts[1])
         self.check()
         return key if key is not None and hmac.compare_digest(key.digest, _digest(token)) else None
 
@@ -227,6 +225,15 @@ class KeyRing:
         """
         if self._clock() - self._seen_at > _BELIEVED_S:
             raise KeysUnavailable("the policy bucket, where API keys are kept, does not answer")
+
+    async def _search(self, key_id: str) -> ApiKey | None:
+        """The key if it was created by now. Those who ask for what is not known share a look at the bucket."""
+        asked_at = self._clock()
+        await asyncio.sleep(max(0.0, _SEARCH_S - (asked_at - self._tried_at)))
+        with suppress(KeysUnavailable):
+            while self._seen_at < asked_at:  # a look that was under way may have missed it
+                await self._look()
+        return self._keys.get(key_id)
 
     async def _refresh(self) -> None:
         while True:

@@ -1,0 +1,164 @@
+"""Assessments: by reference and by upload, waited for or asked for later, each judged once."""
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from services.contracts import Assessment, Detail, PreparedImage
+from services.gateway.problems import PREFIX
+from tests.gateway.conftest import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
+PATH = "/v1/assessments"
+
+
+async def says_unsafe(_image: PreparedImage, _detail: Detail) -> Assessment:
+    return unsafe()
+
+
+def form(data: bytes = JPEG) -> dict[str, Any]:
+    return {"files": {"file": ("picture.txt", data, "text/plain")}}
+
+
+async def test_by_reference_by_upload_and_by_data_url(bench: Bench) -> None:
+    bench.guard.script = says_unsafe
+    uri = bench.put("assessments/a.jpg")
+    async with bench.client(tenant="shop") as client:
+        reference = await client.post(f"{PATH}?wait=20", json={"uri": uri, "id": "mine", "policy": "default@1"})
+        upload = await client.post(f"{PATH}?wait=20", **form(), data={"request": '{"id": "mine"}', "policy": "default"})
+        inline = await client.post(f"{PATH}?wait=20", json={"uri": data_url()})
+        for answer in (reference, upload, inline):
+            assert answer.status_code == 200, answer.text
+            jsonschema.validate(answer.json(), SCHEMA)
+            assert (answer.json()["tenant"], answer.json()["action"]) == ("shop", "block")
+            again = await client.get(answer.headers["location"])
+            assert again.json() == answer.json()
+    digest = hashlib.sha256(JPEG).hexdigest()
+    assert (reference.json()["uri"], reference.json()["submission_id"]) == (uri, "mine")
+    assert reference.json()["etag"]
+    assert (upload.json()["uri"], upload.json()["submission_id"]) == (f"upload:sha256:{digest}", "mine")
+    assert upload.json()["sha256"] == digest
+    assert inline.json()["uri"] == upload.json()["uri"]
+    assert inline.json()["submission_id"] == inline.headers["location"].rpartition("/")[2]
+
+
+async def test_a_score_alone(bench: Bench) -> None:
+    async with bench.client() as client:
+        answer = await client.post(f"{PATH}?wait=20", **form(), data={"detail": "score"})
+    assert "verdict" not in bench.guard.calls
+    verdict = answer.json()
+    assert (verdict["score"], verdict["action"], verdict["category"]) == (0.02, "allow", None)
+
+
+async def test_who_does_not_wait_long_enough_asks_again(bench: Bench) -> None:
+    gate = bench.guard.script = Gate()
+    async with bench.client() as client, bench.client(tenant="other") as stranger:
+        at_once = await client.post(PATH, **form())
+        later = await client.post(f"{PATH}?wait=0.05", **form())
+        for answer in (at_once, later):
+            assert (answer.status_code, answer.json()["status"]) == (202, "pending")
+            assert answer.headers["location"] == f"{PATH}/{answer.json()['id']}"
+            pending = await client.get(answer.headers["location"])
+            assert (pending.status_code, pending.json()) == (202, answer.json())
+        gate.opened.set()
+        done = await client.get(f"{at_once.headers['location']}?wait=20")
+        assert (done.status_code, done.json()["action"]) == (200, "block")
+        for location in (at_once.headers["location"], f"{PATH}/{'0' * 32}", f"{PATH}/nothing"):
+            hidden = await stranger.get(location)
+            assert (hidden.status_code, hidden.json()["type"]) == (404, f"{PREFIX}not-found")
+
+
+async def test_an_assessment_whose_process_has_ended(bench: Bench) -> None:
+    gate = bench.guard.script = Gate()
+    other = Bench(bench.settings, bench.preparer)
+    other.guard.script = gate
+    await other.start()
+    async with bench.client() as client:
+        other._tokens = bench._tokens
+        async with other.client() as elsewhere:
+            location = (await elsewhere.post(PATH, **form())).headers["location"]
+        assert (await client.get(location)).status_code == 202, "another process judges it"
+        await other.close()
+        lost = await client.get(location)
+    assert (lost.status_code, lost.json()["type"]) == (503, f"{PREFIX}interrupted")
+    assert lost.headers["retry-after"]
+
+
+async def test_an_idempotency_key_is_judged_once(bench: Bench) -> None:
+    gate = bench.guard.script = Gate()
+    async with bench.client(**{"Idempotency-Key": "order-7"}) as client:
+        posts = [asyncio.create_task(client.post(f"{PATH}?wait=20", **form())) for _ in range(5)]
+        await gate.until_waiting(1)
+        quick = await client.post(PATH, **form())
+        assert quick.status_code == 202
+        gate.opened.set()
+        answers = [await post for post in posts]
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert len({answer.text for answer in answers}) == 1
+        assert answers[0].headers["location"] == quick.headers["location"]
+        assert bench.guard.calls.count("verdict") == 1
+        for other in ({**form(OTHER_JPEG)}, {**form(), "data": {"detail": "score"}}):
+            reused = await client.post(f"{PATH}?wait=20", **other)
+            assert (reused.status_code, reused.json()["type"]) == (422, f"{PREFIX}idempotency-key-reused")
+        assert bench.guard.calls.count("verdict") == 1
+    async with bench.client("admin", **{"Idempotency-Key": "order-7"}) as other_key:
+        assert (await other_key.post(f"{PATH}?wait=20", **form(OTHER_JPEG))).status_code == 200, "keys are one's own"
+
+
+async def test_an_idempotency_key_of_what_failed_for_a_passing_reason_may_be_tried_again(bench: Bench) -> None:
+    async def fails(_image: PreparedImage, _detail: Detail) -> Assessment:
+        raise ZeroDivisionError
+
+    bench.guard.script = fails
+    async with bench.client(**{"Idempotency-Key": "order-8"}) as client:
+        assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 500
+        bench.guard.script = says_unsafe
+        assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 200
+    async with bench.client(**{"Idempotency-Key": "order-9"}) as client:
+        for _ in range(2):
+            refused = await client.post(f"{PATH}?wait=20", **form(b"text"))
+            assert (refused.status_code, refused.json()["type"]) == (422, f"{PREFIX}not-an-image")
+
+
+async def test_what_is_refused(bench: Bench) -> None:
+    uri = bench.put("assessments/b.jpg")
+    refused: list[tuple[dict[str, Any], int, str]] = [
+        ({"json": {"uri": "s3://uploads/absent"}}, 422, "image-not-found"),
+        ({"json": {"uri": "s3://elsewhere/a"}}, 403, "image-forbidden"),
+        ({"json": {"uri": uri, "etag": "another"}}, 409, "image-changed"),
+        ({"json": {"uri": uri, "policy": "absent"}}, 422, "unknown-policy"),
+        ({"json": {"uri": uri, "policy": "default@77"}}, 422, "unknown-policy"),
+        ({"json": {"uri": "https://example.com/a.jpg"}}, 422, "url-refused"),
+        ({"json": {"uri": "upload:sha256:" + "0" * 64}}, 422, "invalid"),
+        ({"json": {"uri": uri, "detail": "poem"}}, 422, "invalid"),
+        ({"json": {"uri": uri, "colour": "red"}}, 422, "invalid"),
+        ({"json": {"etag": "a"}}, 422, "invalid"),
+        ({"json": [uri]}, 422, "invalid"),
+        ({"content": b"{"}, 415, "unsupported-media-type"),
+        ({"content": b"\xff", "headers": {"content-type": "application/json"}}, 400, "malformed"),
+        ({"content": b"", "headers": {"content-type": "multipart/form-data"}}, 400, "malformed"),
+        ({"content": b"junk", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, "malformed"),
+        ({"files": {"picture": ("a.jpg", JPEG)}}, 422, "invalid"),
+        ({"files": {"file": ("a.jpg", JPEG)}, "data": {"uri": uri}}, 422, "invalid"),
+        ({"files": {"file": ("a.jpg", JPEG)}, "data": {"request": "[]"}}, 422, "invalid"),
+        ({"files": {"file": ("a.jpg", JPEG)}, "data": {"id": "x" * 257}}, 422, "invalid"),
+        ({"files": [("file", ("a.jpg", JPEG)), ("file", ("b.jpg", JPEG))]}, 400, "malformed"),
+        ({"data": {"policy": "default"}, "files": {}}, 415, "unsupported-media-type"),
+        (form(b"PK\x03\x04 a zip that calls itself an image"), 422, "not-an-image"),
+        (form(JPEG[: len(JPEG) // 2]), 422, "not-an-image"),
+    ]
+    async with bench.client() as client:
+        for request, status, kind in refused:
+            answer = await client.post(f"{PATH}?wait=20", **request)
+            assert (answer.status_code, answer.json()["type"]) == (status, PREFIX + kind), (request, answer.text)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["status"] == status
+            assert answer.json()["detail"]
+        for wait in ("-1", "301", "nan", "soon"):
+            answer = await client.post(f"{PATH}?wait={wait}", json={"uri": uri})
+            assert (answer.status_code, answer.json()["type"]) == (422, f"{PREFIX}invalid")
+    assert "verdict" not in bench.guard.calls
