@@ -114,7 +114,7 @@ def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
     app.add_middleware(LeftBodies, settings=settings)
     for kind in (SluiceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _on_error)
-    app.state.readiness = readiness
+    app.state.readiness, app.state.judge = readiness, judge
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     return app
 

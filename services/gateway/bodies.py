@@ -24,6 +24,8 @@ _SHARE: Final = 4
 """One API key gets this part of the memory for bodies, so that its neighbours always have some."""
 _DRAIN_S: Final = 5.0
 _DRAINS: Final = 64
+_DRAIN_LIMITS: Final = 4
+"""Times the limit on bodies that are received and dropped of one that was refused."""
 _FIELD_BYTES: Final = 64 << 10
 _FIELDS: Final = 20
 
@@ -210,7 +212,7 @@ class LeftBodies:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._limit = settings.gateway_body_limit_bytes
+        self._limit = _DRAIN_LIMITS * settings.gateway_body_limit_bytes
         self._seconds = min(_DRAIN_S, settings.gateway_body_deadline_s)
         self._draining = 0
 

@@ -22,7 +22,6 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _PORTS: Final = {"http": 80, "https": 443}
 _CONNECT_S: Final = 5.0
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 
 
 class RemoteImages:
@@ -136,8 +135,6 @@ def is_public(address: Address) -> bool:
     """Whether an address is one of the public Internet, also where it stands for another one."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None and not is_public(inner):
             return False
         if address.ipv4_mapped is not None:

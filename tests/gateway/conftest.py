@@ -24,7 +24,7 @@ from services.policies.shared import SharedCopies
 from services.settings import Settings
 from services.synthetic import draw
 from tests.s3_server import s3_endpoint
-from tests.scripted_guard import MODEL, ScriptedGuard
+from tests.scripted_guard import MODEL, ScriptedGuard, says_safe
 
 __all__ = ["s3_endpoint"]
 
@@ -47,7 +47,9 @@ class Gate:
         self.opened = asyncio.Event()
         self.waiting = 0
 
-    async def __call__(self, _image: PreparedImage, _detail: Detail) -> Assessment:
+    async def __call__(self, image: PreparedImage, detail: Detail) -> Assessment:
+        if detail == "score":  # the gateway's own look whether the guard is there
+            return await says_safe(image, detail)
         self.waiting += 1
         await self.opened.wait()
         return unsafe()

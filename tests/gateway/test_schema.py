@@ -1,0 +1,96 @@
+"""The OpenAPI document: every operation is described, and nothing that fits or breaks it makes the gateway fail."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from jsonschema import Draft202012Validator
+
+from services.gateway.problems import KINDS, PREFIX
+from tests.gateway.conftest import Bench
+
+EXAMPLES = 12
+OPERATIONS = {
+    ("POST", "/v1/moderations"),
+    ("POST", "/v1/assessments"),
+    ("GET", "/v1/assessments/{assessment_id}"),
+    ("GET", "/v1/policies"),
+    ("POST", "/v1/policies"),
+    ("GET", "/v1/policies/{reference}"),
+    ("GET", "/v1/policies/{name}/history"),
+    ("POST", "/v1/policies/{name}/activate"),
+    ("POST", "/v1/policies/{name}/rollback"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+}
+
+
+async def test_schemathesis_finds_no_5xx(idle: Bench) -> None:
+    idle.configure(gateway_rate_per_s=100_000, gateway_body_deadline_s=10)
+    server = await idle.serve()
+    base, token = f"http://127.0.0.1:{server.port}", idle.token("admin")
+    async with httpx.AsyncClient(base_url=base) as client:
+        document = (await client.get("/openapi.json")).json()
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    found = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+    assert found == OPERATIONS
+    schema = schemathesis.openapi.from_dict(document)
+    seen: list[tuple[str, int]] = []
+    with ThreadPoolExecutor(1) as thread:
+        await asyncio.get_running_loop().run_in_executor(thread, _fuzz, schema, base, token, seen)
+    assert len(seen) > EXAMPLES * len(OPERATIONS) / 3
+
+
+def _fuzz(schema: Any, base: str, token: str, seen: list[tuple[str, int]]) -> None:
+    """Requests that fit the document and such that do not, each operation in turn."""
+    headers = {"Authorization": f"Bearer {token}"}
+
+    def send(case: Any) -> None:
+        response = case.call(base_url=base, headers=headers, timeout=30)
+        seen.append((case.operation.label, response.status_code))
+        assert response.status_code < 500, f"{case.operation.label}: {response.content[:300]!r}"
+
+    bounded = settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+            # What has neither parameters nor a body cannot be asked for wrongly.
+            with suppress(Unsatisfiable):
+                bounded(given(operation.as_strategy(generation_mode=mode))(send))()
+
+
+async def test_the_examples_fit_their_schemas(bench: Bench) -> None:
+    async with bench.client() as client:
+        document = (await client.get("/openapi.json")).json()
+    examples = 0
+    for item in document["paths"].values():
+        for operation in item.values():
+            for media in operation.get("requestBody", {}).get("content", {}).values():
+                schema = media["schema"]
+                whole = {**document, **schema} if "$ref" in schema else schema
+                named = document["components"]["schemas"].get(schema.get("$ref", "").rpartition("/")[2], {})
+                for example in named.get("examples", []):
+                    Draft202012Validator(whole).validate(example)
+                    examples += 1
+    assert examples >= 4
+
+
+def test_every_kind_of_problem_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
+    for name, kind in KINDS.items():
+        assert f"| `{name}` | {kind.status} |" in text, name
+    assert PREFIX in text
