@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -222,3 +223,21 @@ def test_what_does_not_exist(user: User) -> None:
     user.publishes("default", {"name": "new"})
     unseen = user.runs("policy", "backtest", "new@1", "--against", "default@1", status=1)
     assert "there is no sample of policy new yet" in unseen.stderr
+
+
+def test_a_data_set(user: User) -> None:
+    """Annotated on the service's guard, references get the verdicts that the stream gave them."""
+    verdicts = user.submits([VIOLENCE, NO_CATEGORY, VIOLENCE], "--policy", "default@1")
+    fields = {"submission_id": "id", "uri": "uri", "version_id": "version_id", "etag": "etag"}
+    lines = [json.dumps({own: verdict[name] for name, own in fields.items()}) for verdict in verdicts.values()]
+    (user.folder / "references.jsonl").write_text("\n".join(lines))
+    annotated = user.runs("annotate", "references.jsonl", "--out", "annotations", "--policy", "default@1", "--json")
+    assert json.loads(annotated.stdout)["outcome"] == {"verdict": 3}
+    assert "judging on the running service's guard" in annotated.stderr
+    rows = pq.read_table(user.folder / "annotations").to_pylist()
+    assert {row["submission_id"] for row in rows} == set(verdicts)
+    for row in rows:
+        verdict = verdicts[row["submission_id"]]
+        same = ("verdict_id", "rating", "category", "rationale", "action", "policy", "model", "sha256", "image")
+        assert {name: row[name] for name in same} == {name: verdict[name] for name in same}
+        assert row["score"] == pytest.approx(verdict["score"], abs=1e-3)

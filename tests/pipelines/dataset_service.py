@@ -1,7 +1,7 @@
 """A Ray cluster with a guard that looks like the service's and says by script what the digest of an image says.
 
-python -m tests.pipelines.dataset_service FILE LOG: writes the cluster's address to FILE when it is ready, a line with
-the image's digest to LOG for every assessment, and runs until it is killed.
+python -m tests.pipelines.dataset_service FILE LOG [MS]: writes the cluster's address to FILE when it is ready, a line
+with the image's digest to LOG for every assessment, each of which takes MS milliseconds (10), and runs until killed.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ def assessment(sha256: str) -> Assessment:
 class ScriptedGuard:
     """Refuses images 1 pixel wide."""
 
-    def __init__(self, log: str) -> None:
+    def __init__(self, log: str, pause_s: float) -> None:
+        self._pause_s = pause_s
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     async def max_side_px(self) -> int:
@@ -46,16 +47,17 @@ class ScriptedGuard:
         os.write(self._log, f"{image.sha256}\n".encode())
         if image.facts.width == 1:
             raise GuardFailed("The engine refuses it.")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(self._pause_s)
         return [assessment(image.sha256) for _ in policies]
 
 
 def main() -> None:
+    pause_s = float(sys.argv[3]) / 1000 if sys.argv[3:] else 0.01
     ray.init("local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
     # Both CPUs are taken, as by `sluice up` on a machine with two.
     guard = ScriptedGuard.options(ray_actor_options={"num_cpus": 2})  # type: ignore[attr-defined]
-    serve.run(guard.bind(sys.argv[2]), name="sluice", route_prefix=None)
+    serve.run(guard.bind(sys.argv[2], pause_s), name="sluice", route_prefix=None)
     address = Path(sys.argv[1])
     draft = address.with_suffix(".draft")
     draft.write_text(ray.get_runtime_context().gcs_address)

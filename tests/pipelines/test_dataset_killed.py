@@ -134,7 +134,7 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
     count, bad = shards(tmp_path / "shards")
     arguments = ("shards", "--out", "out", "--chunk-rows", "10", "--workers", "2", "--json")
     draw, seen = random.Random(_SEED), Counter[str]()
-    for stage in ("any", "indexed", "judged", "judged"):
+    for stage in ("indexed", "judged", "judged"):
         command = Command(cluster, tmp_path, *arguments)
         _wait_for(command, tmp_path / "out", stage)
         time.sleep(draw.uniform(0, 1.5))
@@ -148,33 +148,33 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
         seen["unfinished"] += command.process.poll() is None
         command.kill()
     summary = Command(cluster, tmp_path, *arguments).finish()
-    assert seen["unfinished"] >= 3, f"the kills came too late; SLUICE_TEST_SEED={_SEED}"
+    assert seen["unfinished"] >= 2, f"the kills came too late; SLUICE_TEST_SEED={_SEED}"
     assert (summary["rows"], summary["duplicates"]) == (count, _DISTINCT)
     assert summary["errors"]["not_an_image"]["rows"] == bad
     check(pq.read_table(tmp_path / "out").to_pylist(), count, bad)
     assert Command(cluster, tmp_path, *arguments).finish() == summary, "a run that is complete stays as it is"
 
 
-def test_judged_once_on_s3(cluster: Cluster, tmp_path: Path, s3_endpoint: str) -> None:
-    """From a bucket to a bucket, two commands at the same time on the same data set, and nothing judged twice after."""
+def test_killed_on_s3(cluster: Cluster, tmp_path: Path, s3_endpoint: str) -> None:
+    """From a bucket to a bucket, where a write counts that finds nothing in its place."""
     s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
     s3.create_bucket(Bucket="annotated")
     for n in range(60):
         s3.put_object(Bucket="annotated", Key=f"in/{n:03d}.png", Body=picture(n // 2))
-    arguments = ("s3://annotated/in", "--out", "s3://annotated/out", "--chunk-rows", "8", "--json")
-    two = [Command(cluster, folder, *arguments, SLUICE_S3_ENDPOINT=s3_endpoint) for folder in _folders(tmp_path)]
-    summaries = [each.process.communicate(timeout=300)[0] for each in two]
-    assert any(each.process.returncode == 0 for each in two), two[0].errors.read_text()
-    again = Command(cluster, tmp_path, *arguments, SLUICE_S3_ENDPOINT=s3_endpoint).finish()
-    assert json.dumps(again).encode() in [summary.strip() for summary in summaries]
-    assert (again["rows"], again["duplicates"]) == (60, 30)
-
-
-def _folders(folder: Path) -> list[Path]:
-    made = [folder / "one", folder / "two"]
-    for each in made:
-        each.mkdir()
-    return made
+    arguments = ("s3://annotated/in", "--out", "s3://annotated/out", "--chunk-rows", "4", "--json")
+    first = Command(cluster, tmp_path, *arguments, SLUICE_S3_ENDPOINT=s3_endpoint)
+    deadline = time.monotonic() + _START_S
+    while not s3.list_objects_v2(Bucket="annotated", Prefix="out/_sluice/chunks/").get("KeyCount"):
+        assert time.monotonic() < deadline, first.errors.read_text()
+        assert first.process.poll() is None, first.errors.read_text()
+        time.sleep(0.05)
+    first.kill()
+    summary = Command(cluster, tmp_path, *arguments, SLUICE_S3_ENDPOINT=s3_endpoint).finish()
+    assert (summary["rows"], summary["duplicates"], summary["outcome"]) == (60, 30, {"verdict": 60})
+    keys = [each["Key"] for each in s3.list_objects_v2(Bucket="annotated", Prefix="out/")["Contents"]]
+    assert {key for key in keys if "_sluice/" in key} == {
+        f"out/_sluice/{name}.json" for name in ("run", "listing", "plan")
+    }
 
 
 def _wait_for(command: Command, out: Path, stage: str) -> None:
@@ -182,7 +182,6 @@ def _wait_for(command: Command, out: Path, stage: str) -> None:
     found = {
         "indexed": lambda: any((out / "_sluice" / "index").glob("*.parquet")),
         "judged": lambda: len(list((out / "_sluice" / "chunks").glob("*.parquet"))) > 3,
-        "any": lambda: True,
     }[stage]
     deadline = time.monotonic() + _START_S
     while command.process.poll() is None and not found():

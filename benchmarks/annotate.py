@@ -1,0 +1,129 @@
+"""Rows a second of `sluice annotate` with a scripted guard, against a plain loop of the same steps.
+
+python benchmarks/annotate.py [IMAGES] [MS]: IMAGES drawn images (default 3000), a guard that takes MS milliseconds
+(default 0) for each of them, on a Ray cluster of this machine. Both sides read the same files, prepare them with two
+decoders, have 64 images in flight and write parquet; the loop is one process without Ray, indexes nothing, finds no
+duplicates and starts from nothing when it is killed. The command is timed by its own progress: from its first judged
+chunk to its last, and as a whole with every start.
+"""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from services.children import Child
+from services.contracts import StoredObject, Submission, Verdict
+from services.images.prepare import Preparer
+from services.moderation import Moderation
+from services.policies.policy import BUILT_IN
+from services.settings import Settings
+from services.synthetic import draw
+from tests.pipelines.dataset_service import assessment
+from tests.scripted_guard import ScriptedGuard
+
+IN_FLIGHT = 64
+
+
+def main() -> None:
+    images = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
+    pause_ms = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "images").mkdir()
+        for number in range(images):
+            (folder / "images" / f"{number:06d}.jpg").write_bytes(draw(number).jpeg)
+        plain_s = asyncio.run(plain(folder, pause_ms / 1000))
+        judging, whole_s = command(folder, pause_ms)
+        print(f"plain loop     {images / plain_s:8.1f} rows/s")
+        print(f"annotate       {judging:8.1f} rows/s while it judges, {judging * plain_s / images:.2f} of the loop")
+        print(f"as a whole     {images / whole_s:8.1f} rows/s ({whole_s:.0f} s, of which Ray's and Python's start)")
+
+
+async def plain(folder: Path, pause_s: float) -> float:
+    """Seconds of the loop."""
+
+    async def says(image, _detail):  # type: ignore[no-untyped-def]
+        await asyncio.sleep(pause_s)
+        return assessment(image.sha256)
+
+    settings, policy = Settings(model="tiny"), BUILT_IN.as_version(1)
+    preparer = Preparer(settings, 384)
+    moderation = Moderation(policies=None, images=None, preparer=preparer, guard=ScriptedGuard(says))  # type: ignore[arg-type]
+    places = asyncio.Semaphore(IN_FLIGHT)
+
+    async def judge(file: Path) -> Verdict:
+        async with places:
+            submission = Submission.model_construct(
+                id=file.name,
+                uri=file.as_uri(),
+                version_id=None,
+                etag=None,
+                tenant="default",
+                policy="default",
+                priority="backfill",
+                submitted_at=None,
+                metadata={},
+            )
+            stored = StoredObject(await asyncio.to_thread(file.read_bytes), None, None)
+            (verdict,) = await moderation.judge_under(submission, [policy], upload=stored)
+            assert isinstance(verdict, Verdict)
+            return verdict
+
+    started = time.monotonic()
+    verdicts = await asyncio.gather(*map(judge, sorted((folder / "images").iterdir())))
+    rows = [json.loads(verdict.model_dump_json(exclude={"metadata"})) for verdict in verdicts]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "plain.parquet")
+    seconds = time.monotonic() - started
+    preparer.close()
+    return seconds
+
+
+def command(folder: Path, pause_ms: float) -> tuple[float, float]:
+    """Rows a second while it judges, and seconds of the whole command."""
+    address = folder / "address"
+    cluster = Child(
+        [sys.executable, "-m", "tests.pipelines.dataset_service", str(address), str(folder / "log"), str(pause_ms)],
+        log=folder / "cluster.log",
+    )
+    try:
+        while not address.exists():
+            time.sleep(0.1)
+        environment = {
+            "RAY_AUTH_MODE": "token",
+            "SLUICE_RAY_ADDRESS": address.read_text(),
+            "SLUICE_MODEL": "tiny",
+            "SLUICE_IN_FLIGHT": str(IN_FLIGHT),
+        }
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("sluice")), "annotate", "images", "--out", "out"],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        seen: list[tuple[float, int]] = []
+        assert process.stderr
+        for line in process.stderr:
+            print(f"  {line.rstrip()}", file=sys.stderr)
+            if match := re.match(r"judged ([\d,]+)", line):
+                seen.append((time.monotonic(), int(match[1].replace(",", ""))))
+        assert process.wait() == 0
+        (began, before), (ended, after) = seen[0], seen[-1]
+        return (after - before) / (ended - began), time.monotonic() - started
+    finally:
+        cluster.kill()
+
+
+if __name__ == "__main__":
+    main()
