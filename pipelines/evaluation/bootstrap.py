@@ -62,16 +62,15 @@ class Estimates:
     def figure(self, place: int, *, undefined: str, of: int | None = None) -> Figure:
         """One of them. `of`: the rows that it is a share of; `undefined`: why it may have no value.
 
-        Where every resample comes to the same 0 or 1, the interval is Wilson's: a bootstrap cannot draw what was never
-        seen, and its interval of no width would claim certainty.
+        Where every resample comes to the same 0 or 1, the interval of a share is Wilson's, and another figure has none:
+        a bootstrap cannot draw what was never seen, and its interval of no width would claim certainty.
         """
         value, low, high = (float(ends[place]) for ends in (self.value, self.low, self.high))
         if np.isnan(value) or of == 0:
             return Figure(value=None, of=of, undefined=undefined)
-        if of and low == high == value and value in (0.0, 1.0):
-            wilson = share(round(value * of), of).interval
-            if wilson:
-                low, high = wilson.low, wilson.high
+        if low == high == value and value in (0.0, 1.0):
+            wilson = share(round(value * of), of).interval if of else None
+            return Figure(value=value, of=of, low=wilson and wilson.low, high=wilson and wilson.high)
         if np.isnan(low) or np.isnan(high):
             return Figure(value=value, of=of)
         return Figure(value=value, low=low, high=high, of=of)

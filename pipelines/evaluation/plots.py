@@ -74,7 +74,9 @@ def _load(axes: Any, report: Report) -> None:
         if threshold in report.policy_thresholds:
             axes.plot(load, misses, "o", color=_RED)
             axes.annotate(f"{threshold:g}", (load, misses), (5, 5), textcoords="offset points", color=_RED)
-    axes.set(xlabel="% of all images to look at", ylabel="% of Unsafe images missed")
+    highest = max([misses for _, _, misses in found], default=0)
+    axes.set(xlabel="% of all images to look at", ylabel="% of Unsafe images missed", xlim=(-2, 102))
+    axes.set_ylim(-0.05, max(1.0, 1.1 * highest))
 
 
 def _flips(axes: Any, report: Report) -> None:

@@ -74,7 +74,6 @@ def evaluate(
     resamples: int,
     prevalence: float | None,
     progress: Progress,
-    note: str = "",
 ) -> Report:
     """Judge a labelled data set on the running service; `out` gets the page, the figures and the rows.
 
@@ -100,7 +99,7 @@ def evaluate(
     )
     if out:
         (out / FIGURES).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (out / PAGE).write_text(render(report, note), encoding="utf-8")
+        (out / PAGE).write_text(render(report), encoding="utf-8")
     return report
 
 

@@ -15,7 +15,8 @@ from typing import Any, Final
 import typer
 
 from pipelines.evaluation.judging import Effort
-from pipelines.evaluation.runs import Source, evaluate
+from pipelines.evaluation.page import render
+from pipelines.evaluation.runs import PAGE, Source, evaluate
 from pipelines.up import Stopped, running
 from services.contracts import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
 from services.errors import SluiceError
@@ -80,8 +81,9 @@ def main() -> None:
                 resamples=_RESAMPLES,
                 prevalence=None,
                 progress=progress,
-                note=_NOTE,
             )
+            note = f"{_NOTE} {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.0f} made the latencies."
+            (out / PAGE).write_text(render(report, note), encoding="utf-8")
     except Stopped:
         sys.exit(130)
     except SluiceError as error:

@@ -240,7 +240,9 @@ class TestIntervals:
 
     def test_no_certainty_where_nothing_went_wrong(self) -> None:
         rows = judged([("Unsafe", "Unsafe", None, None, DEFAULT)] * 30)
-        recall = rates_by_kind(rows, drawing(rows))["all"].recall
+        rates = rates_by_kind(rows, drawing(rows))["all"]
+        recall, f1 = rates.recall, rates.f1
+        assert (f1.value, f1.low, f1.high) == (1.0, None, None)
         assert (recall.value, recall.high) == (1.0, pytest.approx(1.0))
         assert recall.low == pytest.approx(30 / (30 + 1.96**2), abs=1e-3), "Wilson's: n / (n + z^2)"
 
