@@ -87,14 +87,14 @@ def backfill_settings(settings: Settings) -> Settings:
     )
 
 
-def application(settings: Settings, *, guard_gpus: float) -> Application:
-    """The whole application, for `serve.run`.
+def application(settings: Settings, *, guard_gpus: float, guard: Any = GuardDeployment) -> Application:
+    """The whole application, for `serve.run`. `guard`: the deployment that judges.
 
     Raises:
         ConfigurationError: SLUICE_MODEL names no checkpoint.
     """
     side_px = resolve(settings.model).max_side_px
-    guard = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator makes a Deployment of it
+    guard = guard.options(
         **elastic.guard_replicas(settings),
         max_ongoing_requests=_guard_calls(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},

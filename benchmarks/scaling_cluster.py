@@ -1,0 +1,379 @@
+"""Ten times the load, on a cluster whose nodes are processes of this machine: what happens, and when.
+
+    python benchmarks/scaling.py --cluster [--json] [--chart docs/scaling-cluster.svg]
+
+Ray's own autoscaler starts and ends the nodes (it is told that they have GPUs), a real Kafka holds the backlog, Intake
+and the scaling policy are those of the product; the guard is scripted: it takes the time that a real one takes. At
+first nothing is there; after the spike nothing comes any more. Needs what the tests marked kafka need.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+import ray
+from matplotlib import pyplot
+from ray import serve
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
+from ray.serve import Application
+
+from pipelines import serve_app
+from pipelines.stream import APPLICATION, INTAKE, application
+from services.children import Child, free_port
+from services.contracts import Assessment, Detail, Policy, PreparedImage, Submission, Turn, Verdict
+from services.settings import Settings
+from services.streams.connect import open_reader
+from tests.faults.backends import Backends
+from tests.faults.guard import assessment_of
+from tests.faults.s3 import BUCKET
+from tests.faults.streams import Backlog, Producer
+from tests.kafka_broker import ROOT
+
+BASE_PER_S, SPIKE_PER_S = 2.0, 20.0
+BASE_S, SPIKE_S, AFTER_S = 90.0, 90.0, 30.0
+REPLICA_PER_S: Final = 4.0
+"""What one replica judges: two at a time, half a second each."""
+GUARD_IN_FLIGHT: Final = 2
+START_S: Final = 10.0
+"""Of a guard replica, beside its process: a checkpoint is loaded."""
+GPU_NODES, GPUS = 4, 2
+OBJECTIVE_S: Final = 60.0
+IDLE_S: Final = 30.0
+_UP_S: Final = 180.0
+_END_S: Final = 300.0
+_TICK_S: Final = 0.5
+_POLL_S: Final = 0.25
+
+
+@serve.deployment(name="Guard", health_check_period_s=10, health_check_timeout_s=60)
+class TimedGuard:
+    """Says what the scripted guard of the fault suite says, after the time that a real guard takes."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._places = asyncio.Semaphore(settings.guard_in_flight)
+        await asyncio.sleep(START_S)
+
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+    ) -> list[Assessment]:
+        async with self._places:
+            await asyncio.sleep(GUARD_IN_FLIGHT / REPLICA_PER_S * len(policies))
+        return [assessment_of(image.sha256)] * len(policies)
+
+
+def build(arguments: serve_app.Arguments) -> Application:
+    """The product's application, with that guard."""
+    return application(arguments, guard_gpus=1, guard=TimedGuard)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is there at one moment."""
+
+    at_s: float
+    backlog: int
+    wanted: int
+    running: int
+    nodes: int
+    """With GPUs."""
+    intake: int
+
+
+@dataclass
+class Course:
+    """What was seen, in seconds since the first submission."""
+
+    moments: list[Moment] = field(default_factory=list)
+    submitted: dict[str, float] = field(default_factory=dict)
+    settled: dict[str, float] = field(default_factory=dict)
+    times: Counter[str] = field(default_factory=Counter)
+    """How often each submission was settled."""
+
+    def account(self) -> dict[str, float | int]:
+        """The figures. The delays are None where it never happened."""
+        spike_s = BASE_S
+        before = max((each.wanted for each in self.moments if each.at_s <= spike_s), default=0)
+        seen_s = self._first(lambda each: each.at_s > spike_s and each.backlog > 2 * SPIKE_PER_S)
+        decided_s = self._first(lambda each: each.at_s > spike_s and each.wanted > before)
+        more_nodes_s = self._first(
+            lambda each: each.at_s > spike_s and each.nodes > max(m.nodes for m in self.moments if m.at_s <= spike_s)
+        )
+        delays = sorted(self.settled[each] - at_s for each, at_s in self.submitted.items() if each in self.settled)
+        return {
+            "submissions": len(self.submitted),
+            "settled_once": sum(count == 1 for count in self.times.values()),
+            "lost": len(self.submitted) - len(self.settled),
+            "decision_s": round(max(0.0, decided_s - seen_s), 1),
+            "more_nodes_s": round(more_nodes_s - spike_s, 1),
+            "replicas_before": before,
+            "replicas_at_most": max(each.wanted for each in self.moments),
+            "nodes_at_most": max(each.nodes for each in self.moments),
+            "replicas_at_the_end": self.moments[-1].running,
+            "nodes_at_the_end": self.moments[-1].nodes,
+            "p50_s": round(delays[len(delays) // 2], 1),
+            "p95_s": round(delays[int(len(delays) * 0.95)], 1),
+            "max_s": round(delays[-1], 1),
+        }
+
+    def _first(self, when: Any) -> float:
+        return next((each.at_s for each in self.moments if when(each)), float("inf"))
+
+    def draw(self, file: Path) -> None:
+        """The chart: load, backlog, replicas and nodes, delays."""
+        mpl.rcParams["svg.hashsalt"] = "sluice"
+        figure, (above, middle, below) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 8), layout="constrained")
+        at = [each.at_s for each in self.moments]
+        above.plot(at, [each.backlog for each in self.moments], color="tab:red")
+        above.set_ylabel("messages waiting")
+        middle.step(
+            at, [each.wanted for each in self.moments], where="post", label="guard replicas wanted", color="0.6"
+        )
+        middle.step(at, [each.running for each in self.moments], where="post", label="guard replicas ready")
+        middle.step(at, [each.nodes for each in self.moments], where="post", label="GPU nodes")
+        middle.step(at, [each.intake for each in self.moments], where="post", label="intake replicas", linestyle=":")
+        middle.legend(loc="upper right")
+        middle.set_ylabel("replicas, nodes")
+        settled = [(self.settled[each], self.settled[each] - at_s) for each, at_s in self.submitted.items()]
+        below.scatter(*zip(*settled, strict=True), s=3, color="tab:green")
+        below.axhline(OBJECTIVE_S, color="0.6", linestyle="--", label="objective")
+        below.legend(loc="upper right")
+        below.set_ylabel("s from submission to verdict")
+        below.set_xlabel(
+            f"s; {BASE_PER_S:g} submissions/s, {SPIKE_PER_S:g}/s from {BASE_S:g} to {BASE_S + SPIKE_S:g} s"
+        )
+        for axes in (above, middle, below):
+            axes.axvspan(BASE_S, BASE_S + SPIKE_S, color="0.95")
+            axes.set_ylim(bottom=0)
+        figure.savefig(file, metadata={"Date": None})
+
+
+@asynccontextmanager
+async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[str]:
+    """A head without work, a node for Intake, and GPU nodes on demand. Yields the address."""
+    port = free_port()
+    host = ray.util.get_node_ip_address()  # Ray takes the loopback address for this one wherever it is given
+    address = f"{host}:{port}"
+    kinds: dict[str, Any] = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "cpu": {"resources": {"CPU": 4}, "node_config": {}, "min_workers": 1, "max_workers": 1},
+        "gpu": {
+            "resources": {"CPU": GPUS, "GPU": GPUS},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": GPU_NODES,
+        },
+    }
+    config = {
+        "cluster_name": "sluice-benchmark",
+        "max_workers": GPU_NODES + 1,
+        "provider": {
+            "type": "external",  # as "fake_multinode" it wants a file that Ray's wheel lacks
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
+            "gcs_address": address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+            "use_internal_ips": True,
+            "disable_node_updaters": True,
+        },
+        "available_node_types": kinds,
+        "head_node_type": "ray.head.default",
+        "idle_timeout_minutes": 0.25,
+        "upscaling_speed": 100,
+        "docker": {},
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+    }
+    file = folder / "cluster.json"
+    file.write_text(json.dumps(config))
+    argv = ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--node-ip-address={host}"]
+    argv += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+    argv += [f"--autoscaling-config={file}", f"--object-store-memory={80 << 20}", f"--temp-dir={folder / 'ray'}"]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    head = {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "PYTHONPATH": str(ROOT),
+        "PATH": path,
+    }
+    child = Child(argv, log=folder / "head.log", env=os.environ | environment | head)
+    try:
+        await _until_listening(host, port, child)
+        ray.init(address, logging_level="ERROR", log_to_driver=False)
+        yield address
+        ray.shutdown()
+    finally:
+        child.kill()
+
+
+async def _until_listening(host: str, port: int, child: Child) -> None:
+    deadline = time.monotonic() + _UP_S
+    while True:
+        with suppress(OSError):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            return
+        if child.returncode is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"Ray did not start:\n{child.tail()}")
+        await asyncio.sleep(_POLL_S)
+
+
+async def run(say: Any) -> Course:
+    """The whole course; everything that is started is gone afterwards."""
+    async with AsyncExitStack() as closing:
+        # Ray's sockets have long names, so the folder has a short one.
+        folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="sl-", ignore_cleanup_errors=True)))
+        backends = await Backends.start(folder / "backends", 1, "at_least_once", closing)
+        settings = backends.settings.model_copy(
+            update={
+                "gateway_replicas": 0,
+                "guard_max_replicas": GPU_NODES * GPUS,
+                "intake_max_replicas": 2,
+                "guard_in_flight": GUARD_IN_FLIGHT,
+                "objective_s": OBJECTIVE_S,
+                "idle_s": IDLE_S,
+                "scale_down_s": IDLE_S,
+                "replica_rate": REPLICA_PER_S,
+                "replica_start_s": START_S + 10,
+            }
+        )
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of this benchmark alone, on loopback
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        await closing.enter_async_context(cluster(folder, backends.environment))
+        say("Ray runs")
+        plan = serve_app.deployment_plan(settings)
+        plan.applications[0].import_path = "benchmarks.scaling_cluster:build"
+        serve.start(proxy_location="Disabled", logging_config=serve_app.QUIET)
+        serve.context._get_global_client().deploy_apps(plan)
+        await _intake_runs()
+        say("Intake runs")
+        course = Course()
+        await _drive(course, backends, say)
+        serve.shutdown()
+        return course
+
+
+async def _intake_runs() -> None:
+    deadline = time.monotonic() + _UP_S
+    while True:
+        found = serve.status().applications[APPLICATION]
+        states = found.deployments[INTAKE].replica_states if INTAKE in found.deployments else {}
+        if states.get("RUNNING"):
+            return
+        if time.monotonic() > deadline or found.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"the application does not run: {found}")
+        await asyncio.sleep(_POLL_S)
+
+
+async def _drive(course: Course, backends: Backends, say: Any) -> None:
+    settings, address = backends.settings, backends.broker.address
+    producer = await asyncio.to_thread(Producer, address, settings.submissions_stream)
+    backlog = Backlog(address, settings.submissions_stream, settings.group)
+    began = time.monotonic()
+    reading = asyncio.create_task(_read(course, settings, began))
+    watching = asyncio.create_task(_watch(course, backlog, began, say))
+    try:
+        number, due = 0, 0.0
+        while (now_s := time.monotonic() - began) < BASE_S + SPIKE_S + AFTER_S:
+            due += _TICK_S * (SPIKE_PER_S if BASE_S <= now_s < BASE_S + SPIKE_S else BASE_PER_S)
+            for _ in range(int(due)):
+                name = f"s-{number}"
+                course.submitted[name] = time.monotonic() - began
+                uri = f"s3://{BUCKET}/{number % 8}/{name}.jpg"
+                sent = Submission(id=name, uri=uri, submitted_at=datetime.now(UTC))
+                producer._producer.send(settings.submissions_stream, sent.model_dump_json().encode(), key=uri.encode())
+                number, due = number + 1, due - 1
+            await asyncio.sleep(max(0.0, began + now_s + _TICK_S - time.monotonic()))
+        deadline = time.monotonic() + _END_S
+        while time.monotonic() < deadline:
+            last = course.moments[-1]
+            if len(course.settled) == len(course.submitted) and not last.running and not last.nodes:
+                break
+            await asyncio.sleep(1)
+        await asyncio.sleep(2)
+    finally:
+        for task in (reading, watching):
+            task.cancel()
+        await asyncio.gather(reading, watching, return_exceptions=True)
+        await asyncio.to_thread(producer.close)
+        await asyncio.to_thread(backlog.close)
+
+
+async def _read(course: Course, settings: Settings, began: float) -> None:
+    reader = await open_reader(settings)
+    try:
+        async for message in reader.read(settings.verdicts_stream, follow=True):
+            name = Verdict.model_validate_json(message.value).submission_id
+            course.times[name] += 1
+            course.settled.setdefault(name, time.monotonic() - began)
+    finally:
+        await reader.close()
+
+
+async def _watch(course: Course, backlog: Backlog, began: float, say: Any) -> None:
+    while True:
+        waiting = await asyncio.to_thread(backlog.read)
+        deployments = (await asyncio.to_thread(serve.status)).applications[APPLICATION].deployments
+        states = {
+            name: Counter({str(k): v for k, v in each.replica_states.items()}) for name, each in deployments.items()
+        }
+        guard, intake = (
+            Counter({key.split(".")[-1]: n for key, n in states[name].items()}) for name in ("Guard", INTAKE)
+        )
+        nodes = sum(
+            each["Alive"] and each["Resources"].get("GPU", 0) > 0 for each in await asyncio.to_thread(ray.nodes)
+        )
+        moment = Moment(
+            at_s=time.monotonic() - began,
+            backlog=waiting or 0,
+            wanted=guard["RUNNING"] + guard["STARTING"] + guard["UPDATING"],
+            running=guard["RUNNING"],
+            nodes=nodes,
+            intake=intake["RUNNING"],
+        )
+        last = course.moments[-1] if course.moments else None
+        if last is None or (last.wanted, last.running, last.nodes) != (moment.wanted, moment.running, moment.nodes):
+            say(
+                f"[{moment.at_s:6.1f} s] {moment.backlog:5d} wait; guard: {moment.wanted} wanted, {moment.running} "
+                f"ready; {moment.nodes} GPU nodes; {moment.intake} intake"
+            )
+        course.moments.append(moment)
+        await asyncio.sleep(_POLL_S)
+
+
+def main(chart: Path) -> dict[str, float | int]:
+    """Run it, draw it, and return the figures."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    course = asyncio.run(run(say))
+    course.draw(chart)
+    return course.account()
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1] if sys.argv[1:] else "scaling-cluster.svg"))))
