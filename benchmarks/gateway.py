@@ -1,0 +1,151 @@
+"""What the gateway adds to the guard's own time, from a client's point of view over a real connection.
+
+`python benchmarks/gateway.py [--model LlavaGuard-v1.2-7B-OV]`: the whole gateway (uvicorn, keys, limits, records in a
+real Valkey, image decoders) with a guard that takes 50 ms by a timer, so that nothing of the model is measured. The
+client is another process. Prints, for each kind of request, the p50 and p95 of what was added, and the ratio of the
+whole to the guard's own time.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import boto3
+import httpx
+import numpy as np
+from PIL import Image
+
+from pipelines import embedded
+from services.contracts import CATEGORIES, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
+from services.gateway.app import Collaborators, create_app
+from services.gateway.keys import KeyRegistry
+from services.gateway.server import GatewayServer, listen
+from services.guard.checkpoints import resolve
+from services.images.prepare import Preparer
+from services.images.store import ObjectStore
+from services.moderation import Moderation
+from services.policies.cache import PolicyCache
+from services.policies.registry import PolicyRegistry
+from services.policies.shared import SharedCopies
+from services.settings import Settings
+
+GUARD_S = 0.05
+WARM_UP = 20
+
+
+class TimedGuard:
+    """Takes 50 ms, and says in the rationale how many they were."""
+
+    async def assess_each(
+        self, _image: PreparedImage, policies: Sequence[Policy], _detail: Detail, _turn: Turn
+    ) -> list[Assessment]:
+        began = time.perf_counter()
+        await asyncio.sleep(GUARD_S)
+        took_ms = (time.perf_counter() - began) * 1000
+        model = ModelIdentity(name="timer", revision="sha256:0", engine="none", prompt="sha256:0")
+        said = Assessment(rating="Unsafe", category=CATEGORIES[0], rationale=f"{took_ms:.3f}", score=0.9, model=model)
+        return [said for _ in policies]
+
+
+def picture(side_px: int, form: str) -> bytes:
+    """Soft colours with some noise: about as large as what a text-to-image model draws."""
+    rng = np.random.default_rng(side_px)
+    small = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    soft = np.asarray(small.resize((side_px, side_px), Image.Resampling.BICUBIC)).astype(np.int16)
+    noisy = np.clip(soft + rng.integers(-6, 7, soft.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).save(buffer, form, quality=90)
+    return buffer.getvalue()
+
+
+def requests(uri: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Kinds of requests: name, path, and what httpx sends."""
+    jpeg, large, png = picture(512, "JPEG"), picture(1024, "JPEG"), picture(1024, "PNG")
+    native, like_openai = "/v1/assessments?wait=30", "/v1/moderations"
+    url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    yield f"upload, JPEG 512 px, {len(jpeg) >> 10} KiB", native, {"files": {"file": ("a", jpeg)}}
+    yield f"upload, JPEG 1024 px, {len(large) >> 10} KiB", native, {"files": {"file": ("a", large)}}
+    yield f"upload, PNG 1024 px, {len(png) >> 10} KiB", native, {"files": {"file": ("a", png)}}
+    yield "moderations, data: URL, JPEG 512 px", like_openai, {"json": {"input": [part]}}
+    yield "S3 reference, JPEG 512 px", native, {"json": {"uri": uri}}
+    once = {"headers": {"Idempotency-Key": "{n}"}}
+    yield "upload, JPEG 512 px, Idempotency-Key", native, {"files": {"file": ("a", jpeg)}, **once}
+
+
+async def ask(url: str, key: str, uri: str, count: int) -> None:
+    """The client: one request at a time, the kinds in turn, so that all see the same machine."""
+    headers = {"Authorization": f"Bearer {key}"}
+    kinds = list(requests(uri))
+    added: dict[str, list[float]] = {name: [] for name, _, _ in kinds}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
+        for n in range(count + WARM_UP):
+            for name, path, sent in kinds:
+                more = {header: value.format(n=n) for header, value in sent.get("headers", {}).items()}
+                began = time.perf_counter()
+                answer = await client.post(path, **{**sent, "headers": more})
+                took_ms = (time.perf_counter() - began) * 1000
+                document = answer.raise_for_status().json()
+                verdict = document["results"][0] if "results" in document else document
+                if n >= WARM_UP:
+                    added[name].append(took_ms - float(verdict["rationale"]))
+    for name, milliseconds in added.items():
+        p50, p95 = statistics.median(milliseconds), statistics.quantiles(milliseconds, n=20)[-1]
+        row = {"request": name, "added_p50_ms": round(p50, 1), "added_p95_ms": round(p95, 1)}
+        print(json.dumps(row | {"ratio_p50": round(1 + p50 / (GUARD_S * 1000), 2)}), flush=True)
+
+
+async def serve(model: str, count: int) -> int:
+    """The gateway, and the client in a process of its own."""
+    async with AsyncExitStack() as closing:
+        environment = closing.enter_context(embedded.backends({"SLUICE_MODEL": model}))
+        os.environ.update(environment)
+        settings = Settings(gateway_rate_per_s=100_000)
+        boto3.client("s3", endpoint_url=settings.s3_endpoint).put_object(
+            Bucket="uploads", Key="a.jpg", Body=picture(512, "JPEG")
+        )
+        registry, keys = PolicyRegistry.from_settings(settings), KeyRegistry.from_settings(settings)
+        registry.publish_built_in()
+        _, key = keys.create("benchmark", "moderate")
+        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        closing.push_async_callback(shared.close)
+        preparer, store = Preparer(settings, resolve(model).max_side_px), ObjectStore(settings)
+        closing.callback(preparer.close)
+        closing.callback(store.close)
+        policies = await closing.enter_async_context(PolicyCache(registry, shared))
+        guard = TimedGuard()
+        moderation = Moderation(policies=policies, images=store, preparer=preparer, guard=guard)
+        parts = Collaborators(moderation, guard, preparer, policies, registry, shared, keys)
+        server = GatewayServer(create_app(parts, settings), settings, listener=listen("127.0.0.1", 0))
+        closing.push_async_callback(server.stop)
+        await server.start()
+        print(f"guard {GUARD_S * 1000:.0f} ms; images up to {resolve(model).max_side_px} px", file=sys.stderr)
+        url = f"http://127.0.0.1:{server.port}"
+        asking = [sys.executable, __file__, "--ask", url, key, "s3://uploads/a.jpg", "--count", str(count)]
+        client = await asyncio.create_subprocess_exec(*asking)
+        return await client.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny", help="whose images' size is prepared")
+    parser.add_argument("--count", type=int, default=200, help="requests of each kind")
+    parser.add_argument("--ask", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.ask:
+        asyncio.run(ask(*given.ask, given.count))
+    else:
+        sys.exit(asyncio.run(serve(given.model, given.count)))
+
+
+if __name__ == "__main__":
+    main()
