@@ -13,8 +13,8 @@ time too (Serve switches the recording off for good otherwise); values are numbe
 - `live_published` (messages): ever published, a count that only grows, of the same reading as `live_backlog`. Kafka:
   the sum of the end offsets; Redis Streams: `entries-added`.
 - `live_partitions` (partitions): of the stream; 0 on Redis Streams, where every member may take every message.
-- `live_backlog_<n>` (messages): published and not settled in partition n, for each partition that this member holds;
-  none on Redis Streams.
+- `live_backlog_<n>` (messages): published and not settled in partition n, for the busiest partitions that this member
+  holds; none on Redis Streams.
 - `backfill_backlog`, `backfill_published` (messages): likewise; left out where no backfill is read.
 - `at_guard` (submissions): what this member has given to the guard and has no answer for, also what waits for one.
 
@@ -222,7 +222,9 @@ def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules, headroo
     capacity, patience_s = seen.guard.running * one, _WAIT * rules.objective_s
     reach = _reach(rules)
     # Of a partition's backlog no more counts than the one member that works it can give to the guard.
-    workable = live.total - sum(max(0.0, each - reach * one * rules.objective_s) for each in live.by_partition.values())
+    workable, most = live.total, reach * one * rules.objective_s
+    if live.busiest > most:
+        workable -= sum(each - most for each in live.by_partition.values() if each > most)
     at_start = max(0.0, workable + (rate - capacity) * start_s) / max(patience_s, _CATCH_UP * start_s)
     already = max(0.0, workable - capacity * start_s) / max(patience_s - start_s, _CATCH_UP * start_s)
     # Nobody can help that member later, so the busiest partition has half of the objective.
@@ -489,11 +491,12 @@ def read(metrics: Mapping[str, Mapping[Any, Sequence[Any]]], oldest_s: float) ->
     backfill = _newest(metrics, "backfill", oldest_s)
     by_partition: dict[int, float] = {}
     for name, series in metrics.items():
-        if name.startswith(_PARTITION) and name[len(_PARTITION) :].isdigit():
-            points = [each[-1] for each in series.values() if each]
-            newest = max(points, key=lambda point: point.timestamp, default=None)
-            if newest and newest.timestamp >= oldest_s:
-                by_partition[int(name[len(_PARTITION) :])] = newest.value
+        if name.startswith(_PARTITION):
+            newest_s = oldest_s
+            for points in series.values():  # mostly one
+                if points and points[-1].timestamp >= newest_s:
+                    newest_s = points[-1].timestamp
+                    by_partition[int(name[len(_PARTITION) :])] = points[-1].value
     partitions = metrics.get("live_partitions", {}).get(replica)
     return Reading(
         at_s=at_s,
