@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from tests.end_to_end.corpus import IMAGE_LIMIT_BYTES, Case, bad_input, events, images
+from tests.end_to_end.gateway import check_gateway
 from tests.end_to_end.outside import (
     Entry,
     KafkaStream,
@@ -115,6 +116,7 @@ def test_embedded(tmp_path: Path, services: list[Service]) -> None:
     submit(stream, cases)
     verdicts, letters = wait_until_settled(stream, sum(case.end != "nothing" for case in cases), within_s=240)
     check(cases, verdicts, letters)
+    check_gateway(settings, SCHEMA)
     service.interrupt(ENDS_WITHIN_S)
     assert "Traceback" not in service.log.read_text()
 
