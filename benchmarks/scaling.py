@@ -1,6 +1,9 @@
-"""What the scaling decision costs and keeps, on a simulated day of load.
+"""What the scaling decision costs and keeps, on a simulated day of load, and what it does on a cluster.
 
     python benchmarks/scaling.py --simulate [--seed 1] [--objective 300] [--json]
+    python benchmarks/scaling.py --cluster [--chart FILE] [--json]
+
+`--cluster`: see benchmarks/scaling_cluster.py. `--simulate`:
 
 A day of 8.6 million submissions with unannounced spikes up to tenfold, nodes that take 2 to 8 minutes and replicas that
 take 30 to 180 s more, and lost spot nodes. Sluice's decision is the function that production runs. It is compared with
@@ -15,6 +18,7 @@ import logging
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ray.serve._private import autoscaling_metrics_codec
@@ -169,12 +173,20 @@ def time_decision() -> dict[str, float]:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.cluster:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from benchmarks import scaling_cluster  # noqa: PLC0415 - it needs what only the tests' backends need
+
+        return scaling_cluster.main(arguments.chart)
     return simulate(arguments.seed, arguments.objective) | time_decision()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulate", action="store_true", help="the simulated day; needs no cluster")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--simulate", action="store_true", help="the simulated day; needs no cluster")
+    which.add_argument("--cluster", action="store_true", help="ten times the load on a cluster of processes")
+    parser.add_argument("--chart", type=Path, default=Path("docs/scaling-cluster.svg"), help="of the cluster")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--objective", type=float, default=300, help="seconds from submission to verdict")
     parser.add_argument("--json", action="store_true", help="end with one JSON line on stdout")

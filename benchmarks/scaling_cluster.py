@@ -4,7 +4,8 @@
 
 Ray's own autoscaler starts and ends the nodes (it is told that they have GPUs), a real Kafka holds the backlog, Intake
 and the scaling policy are those of the product; the guard is scripted: it takes the time that a real one takes. At
-first nothing is there; after the spike nothing comes any more. Needs what the tests marked kafka need.
+first nothing is there; a GPU node and the node of Intake are lost meanwhile (SIGKILL); in the end nothing comes any
+more. Needs what the tests marked kafka need.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import matplotlib as mpl
+import psutil
 import ray
 from matplotlib import pyplot
 from ray import serve
@@ -41,7 +43,9 @@ from tests.faults.streams import Backlog, Producer
 from tests.kafka_broker import ROOT
 
 BASE_PER_S, SPIKE_PER_S = 2.0, 20.0
-BASE_S, SPIKE_S, AFTER_S = 90.0, 90.0, 30.0
+BASE_S, SPIKE_S, AFTER_S = 90.0, 90.0, 60.0
+LOST_S: Final = {"gpu": BASE_S + 0.75 * SPIKE_S, "cpu": BASE_S + SPIKE_S + 15}
+"""When a node of that kind is lost."""
 REPLICA_PER_S: Final = 4.0
 """What one replica judges: two at a time, half a second each."""
 GUARD_IN_FLIGHT: Final = 2
@@ -246,7 +250,7 @@ async def run(say: Any) -> Course:
     async with AsyncExitStack() as closing:
         # Ray's sockets have long names, so the folder has a short one.
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="sl-", ignore_cleanup_errors=True)))
-        backends = await Backends.start(folder / "backends", 1, "at_least_once", closing)
+        backends = await Backends.start(folder / "backends", 1, "exactly_once", closing)
         settings = backends.settings.model_copy(
             update={
                 "gateway_replicas": 0,
@@ -295,6 +299,7 @@ async def _drive(course: Course, backends: Backends, say: Any) -> None:
     began = time.monotonic()
     reading = asyncio.create_task(_read(course, settings, began))
     watching = asyncio.create_task(_watch(course, backlog, began, say))
+    losing = [asyncio.create_task(_lose(kind, at_s, say)) for kind, at_s in LOST_S.items()]
     try:
         number, due = 0, 0.0
         while (now_s := time.monotonic() - began) < BASE_S + SPIKE_S + AFTER_S:
@@ -315,11 +320,23 @@ async def _drive(course: Course, backends: Backends, say: Any) -> None:
             await asyncio.sleep(1)
         await asyncio.sleep(2)
     finally:
-        for task in (reading, watching):
+        for task in (reading, watching, *losing):
             task.cancel()
-        await asyncio.gather(reading, watching, return_exceptions=True)
+        await asyncio.gather(reading, watching, *losing, return_exceptions=True)
         await asyncio.to_thread(producer.close)
         await asyncio.to_thread(backlog.close)
+
+
+async def _lose(kind: str, at_s: float, say: Any) -> None:
+    """SIGKILL a node, as a machine dies that is switched off."""
+    await asyncio.sleep(at_s)
+    alive = [each for each in await asyncio.to_thread(ray.nodes) if each["Alive"] and each["Resources"].get("CPU")]
+    node = next(each for each in alive if ("GPU" in each["Resources"]) == (kind == "gpu"))
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING") == node["NodeID"]:
+                process.kill()
+    say(f"[{at_s:6.1f} s] a {kind} node is lost")
 
 
 async def _read(course: Course, settings: Settings, began: float) -> None:
@@ -373,7 +390,3 @@ def main(chart: Path) -> dict[str, float | int]:
     course = asyncio.run(run(say))
     course.draw(chart)
     return course.account()
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1] if sys.argv[1:] else "scaling-cluster.svg"))))
