@@ -3,7 +3,6 @@
 import asyncio
 import io
 import logging
-from contextlib import suppress
 from typing import Final, Self
 
 from fastapi import APIRouter
@@ -13,6 +12,7 @@ from pydantic_core import to_json
 
 from services.contracts import PreparedImage, Submission
 from services.errors import SluiceError
+from services.gateway.background import ended
 from services.gateway.keys import KeyRing
 from services.gateway.problems import Problem
 from services.moderation import Guard, ImagePreparer, PolicySource
@@ -41,9 +41,7 @@ class Readiness:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
 
     async def look(self) -> str:
         """Try it now; what is wrong, or nothing."""

@@ -28,6 +28,7 @@ from pydantic_core import to_json
 
 from services.contracts import Moment, WireModel
 from services.errors import ConfigurationError, Unavailable
+from services.gateway.background import ended
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -200,9 +201,9 @@ class KeyRing:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
+        if self._looking is not None:
+            await asyncio.wait([self._looking])  # its thread cannot be told to end, and ends soon
 
     async def find(self, token: str) -> ApiKey | None:
         """The key that a token is, or None where there is none, or it is revoked.

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import ValidationError
 
 from services.contracts import Verdict, WireModel
+from services.gateway.background import ended
 from services.gateway.problems import Problem
 from services.policies.shared import CacheUnavailable, SharedCopies
 
@@ -75,9 +76,7 @@ class Records:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
         with suppress(CacheUnavailable):
             await self._shared.run("redis.call('DEL', KEYS[1])", [self._key("alive", self.process)])
 
