@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from services.gateway.problems import KINDS, PREFIX
 from tests.gateway.conftest import Bench
 
-EXAMPLES = 12
+EXAMPLES = 8
 OPERATIONS = {
     ("POST", "/v1/moderations"),
     ("POST", "/v1/assessments"),
