@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines import dataset_commands, dead_letter_commands, environment, key_commands, policy_commands
+from pipelines import dataset_commands, dead_letter_commands, environment, key_commands, plan_command, policy_commands
 from pipelines.evaluation import commands as evaluation_commands
 from services import settings as settings_module
 from services.errors import SluiceError
@@ -43,6 +43,7 @@ app.add_typer(policy_commands.app, name="policy")
 app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(key_commands.app, name="keys")
 app.command()(dead_letter_commands.reconcile)
+app.command()(plan_command.plan)
 app.command()(evaluation_commands.evaluate)
 app.command()(evaluation_commands.calibrate)
 app.command()(dataset_commands.annotate)

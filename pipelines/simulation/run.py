@@ -62,9 +62,9 @@ def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> Outcom
     seen = (0, 0.0, 0.0, 0.0)
     done, billed_s, actions = 0.0, 0.0, 0
     for second in range(seconds):
+        fleet.advance(second)
         if second == WARM_UP_S:
             billed_s, actions = fleet.gpu_s, fleet.changes
-        fleet.advance(second)
         places = fleet.running * cluster.guard_in_flight
         done -= min(fleet.lose(1.0) * cluster.guard_in_flight, max(0.0, published[second] - done))
         capacity = min(fleet.running, fed) * cluster.replica_rate
