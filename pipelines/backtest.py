@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.stats import binomtest
 
 from pipelines.terminal import printable
 from services.contracts import Action, Rating, ReviewReason, Verdict
