@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.dataset.curating import Form
-from pipelines.dataset.sources import Kind
+from pipelines.dataset import filtering
+from pipelines.dataset.orders import Form, Kind, Order
 from services import settings as settings_module
 from services.contracts import DEFAULT_POLICY
 from services.errors import ConfigurationError
@@ -55,14 +55,13 @@ def annotate(
     as_json: Annotated[bool, typer.Option("--json", help="The summary as one JSON object.")] = False,
 ) -> None:
     """Judge every image of a data set and write a row for each; killed, the same command goes on where it was."""
-    from pipelines.dataset import annotate as annotating  # noqa: PLC0415 - it takes pyarrow
-    from pipelines.dataset import filtering  # noqa: PLC0415
+    from pipelines.dataset import annotate as annotating  # noqa: PLC0415 - it takes Ray
 
     if (wanted is None) != (curated is None):
         raise ConfigurationError("--filter says what to keep and --curated where to write it; give both")
     if share_guard and replicas:
         raise ConfigurationError("--share-guard and --replicas exclude each other; give one of them")
-    order = annotating.Order(
+    order = Order(
         source=source,
         out=out,
         policy=policy,

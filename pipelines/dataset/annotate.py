@@ -6,23 +6,22 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
 
 from pipelines.dataset import curating, plan, sources, summary
-from pipelines.dataset.curating import Curated, Form
-from pipelines.dataset.filtering import Filter
+from pipelines.dataset.curating import Curated
 from pipelines.dataset.folders import folder, local_path
 from pipelines.dataset.images import Images
+from pipelines.dataset.orders import Order
 from pipelines.dataset.plan import Plan
 from pipelines.dataset.progress import Stage
 from pipelines.dataset.publishing import publish
 from pipelines.dataset.reading import annotations, parts
 from pipelines.dataset.runs import PAGE, STATE, SUMMARY, Listing, Run
-from pipelines.dataset.sources import Kind, Piece, Source
+from pipelines.dataset.sources import Piece, Source
 from services.contracts import Policy, Submission
 from services.errors import ConfigurationError, SluiceError
 from services.policies.cache import PolicyCache
@@ -34,25 +33,6 @@ Say = Callable[[str], None]
 
 APPLICATION: Final = "sluice-annotate"
 _FEW_PIECES: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What the user wants."""
-
-    source: str
-    out: str
-    policy: str
-    kind: Kind | None = None
-    column: str | None = None
-    root: str | None = None
-    replicas: int | None = None
-    share_guard: bool = False
-    workers: int | None = None
-    chunk_rows: int | None = None
-    wanted: Filter | None = None
-    curated: str | None = None
-    form: Form = "references"
 
 
 def annotate(order: Order, settings: Settings, say: Say) -> tuple[dict[str, Any], Curated | None]:

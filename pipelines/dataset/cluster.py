@@ -88,7 +88,10 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
             with _silent():
                 ray.init(address, **quiet)
         except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-            raise ConfigurationError(f"the Ray cluster at {address} cannot be joined: {_brief(error)}") from None
+            raise ConfigurationError(
+                f"the Ray cluster at {address} cannot be joined ({_brief(error)}); be the user who started it, "
+                "or set RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are there"
+            ) from None
     for name in ("ray.serve", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said in a sentence of our own
     context = DataContext.get_current()

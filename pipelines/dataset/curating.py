@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -17,8 +17,6 @@ from pipelines.dataset.reading import annotations, parts
 from pipelines.dataset.tables import Row, to_parquet
 from services.errors import ConfigurationError, Unjudgeable
 from services.patience import patiently
-
-Form = Literal["references", "tars"]
 
 MARKER: Final = "_curated.json"
 _PARTS: Final = {"references": "references-", "tars": "curated-"}

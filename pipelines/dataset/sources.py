@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.dataset.folders import Entry, Folder, folder, local_path
+from pipelines.dataset.orders import Kind
 from services.errors import ConfigurationError, NotFound, SluiceError
 from services.settings import Settings
-
-Kind = Literal["images", "references", "tars", "parquet"]
-"""`images`: every file is one. `references`: JSON lines or parquet. `parquet`: with the images' bytes."""
 
 REFERENCE_COLUMNS: Final = ("uri", "image", "path", "file_name")
 """The first of these that a list of references has is the reference, unless one is named."""

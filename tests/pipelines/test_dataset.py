@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dataset import curating, filtering, plan, sources
-from pipelines.dataset.annotate import Order, annotate
+from pipelines.dataset.annotate import annotate
 from pipelines.dataset.folders import Folder, folder
 from pipelines.dataset.images import Images
 from pipelines.dataset.indexing import Indexer, lines
 from pipelines.dataset.judging import Judge
+from pipelines.dataset.orders import Order
 from pipelines.dataset.progress import Stage
 from pipelines.dataset.publishing import publish
 from pipelines.dataset.reading import annotations, parts
@@ -489,6 +492,11 @@ def test_a_folder_of_another_run_is_refused(cases: Path) -> None:
         ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; say another --out"
     ):
         annotate(order(cases / "p", cases / "out"), SETTINGS, lambda _: None)
+
+
+def test_the_command_line_reads_the_environment_before_it_imports_ray() -> None:
+    """Ray takes its way to authenticate from the environment when it is imported, and that stands in `.sluice/env`."""
+    subprocess.run([sys.executable, "-c", "import pipelines.cli, sys; sys.exit('ray' in sys.modules)"], check=True)
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])

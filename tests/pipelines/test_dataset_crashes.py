@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.dataset import cluster, summary, workers
-from pipelines.dataset.annotate import Order, annotate
+from pipelines.dataset.annotate import annotate
 from pipelines.dataset.folders import LocalFolder
+from pipelines.dataset.orders import Order
 from pipelines.dataset.runs import Run
 from services.contracts import Assessment, ImageFacts, PreparedImage
 from services.errors import NotAnImage

@@ -72,17 +72,15 @@ class Command:
 
     def __init__(self, cluster: Cluster, folder: Path, *arguments: str, **environment: str) -> None:
         self.errors = folder / "stderr"
+        (folder / ".sluice").mkdir(exist_ok=True)  # as the service writes it
+        (folder / ".sluice" / "env").write_text(
+            f"SLUICE_RAY_ADDRESS={cluster.address}\nSLUICE_MODEL=tiny\nRAY_AUTH_MODE=token\n"
+        )
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [SLUICE, "annotate", *arguments],
                 cwd=folder,
-                env={
-                    **os.environ,
-                    "RAY_AUTH_MODE": "token",
-                    "SLUICE_RAY_ADDRESS": cluster.address,
-                    "SLUICE_MODEL": "tiny",
-                    **environment,
-                },
+                env={**os.environ, **environment},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
