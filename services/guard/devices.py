@@ -12,23 +12,30 @@ from services.errors import ConfigurationError
 from services.guard.checkpoints import GIB, Checkpoint
 from services.guard.weights import parameters
 
+_STATIC: Final = 0.80
+"""Of a GPU's memory for weights and KV cache; the rest is for activations and images on their way."""
+_MOST: Final = 0.90
+
 _CPU_PARAMETERS: Final = 2_000_000_000
 """A larger model takes minutes for one image on a CPU, and more memory than most machines have."""
 
 
-def gpus_for(checkpoint: Checkpoint) -> int:
+def gpus_for(checkpoint: Checkpoint, share: float = 1.0) -> int:
     """How many GPUs the checkpoint is spread over; 0 where it runs on the CPU. Blocks.
+
+    `share`: of a GPU's memory that this replica may have.
 
     Raises:
         ConfigurationError: the GPUs hold too little of it, or there is none and it is too large for the CPU.
     """
     memory = gpu_memory_bytes()
     if memory and cuda_available():
-        if gpus := checkpoint.gpus(memory):
+        mine = [int(each * share) for each in memory]
+        if gpus := checkpoint.gpus(mine):
             return gpus
-        have = " + ".join(f"{each / GIB:.0f}" for each in memory)
+        have = " + ".join(f"{each / GIB:.0f}" for each in mine)
         raise ConfigurationError(
-            f"{checkpoint.name} wants {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory and this replica sees "
+            f"{checkpoint.name} wants {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory and this replica has "
             f"{have} GiB: give it more GPUs (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
         )
     # A folder of the older .bin files does not say; then it is taken for what its row is.
@@ -60,6 +67,24 @@ def gpu_memory_bytes() -> list[int]:
         return memory
     finally:
         pynvml.nvmlShutdown()
+
+
+def static_fraction(share: float = 1.0) -> float:
+    """SGLang's `--mem-fraction-static` for a replica with this share of a GPU.
+
+    SGLang means a part of what is free when it starts, which is less than all where another replica came first.
+    """
+    if share >= 1:
+        return _STATIC
+    total = free = 0
+    try:
+        pynvml.nvmlInit()
+        memory = pynvml.nvmlDeviceGetMemoryInfo(_handle(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]))
+        total, free = int(memory.total), int(memory.free)
+        pynvml.nvmlShutdown()
+    except (pynvml.NVMLError, ValueError):
+        return _STATIC * share
+    return min(_MOST, _STATIC * share * total / max(free, 1))
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class Engine:
         start_s: float = 900,
         probe_every_s: float = 5,
         hang_s: float = 30,
+        gpu_share: float = 1.0,
     ) -> None:
         """`in_flight` and `deadline_s` are what callers will ask of the server: calls at a time, seconds for each."""
         self.checkpoint = checkpoint
@@ -57,6 +58,7 @@ class Engine:
         self._start_s = start_s
         self._probe_every_s = probe_every_s
         self._hang_s = hang_s
+        self._gpu_share = gpu_share
         self._state: EngineState = "stopped"
         self._down_since = time.monotonic()
         self._staged: StagedCheckpoint | None = None
@@ -78,6 +80,7 @@ class Engine:
             in_flight=settings.guard_in_flight,
             deadline_s=settings.guard_deadline_s,
             start_s=settings.guard_start_s,
+            gpu_share=min(1.0, settings.guard_gpus or 1.0),
         )
 
     @property
@@ -126,7 +129,7 @@ class Engine:
         self._enter("starting")
         try:
             # First, since it is known without the gigabytes that staging may download.
-            gpus = await asyncio.to_thread(gpus_for, self.checkpoint)
+            gpus = await asyncio.to_thread(gpus_for, self.checkpoint, self._gpu_share)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir)
             self._recipe = Recipe(
                 checkpoint=self.checkpoint,
@@ -135,6 +138,7 @@ class Engine:
                 in_flight=self._in_flight,
                 deadline_s=self._deadline_s,
                 tokenizer=self._staged.tokenizer,
+                gpu_share=self._gpu_share,
             )
             await self._launch(self._recipe)
         except BaseException:

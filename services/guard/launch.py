@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from services.guard.checkpoints import Checkpoint
+from services.guard.devices import static_fraction
 
 _CPU_FLAGS: Final = (
     *("--device", "cpu"),
@@ -23,7 +24,6 @@ _CUDA_FLAGS: Final = (
     # A chunk boundary inside an image encodes the whole image again, so chunks are long.
     *("--chunked-prefill-size", "32768"),
     *("--max-prefill-tokens", "65536"),
-    *("--mem-fraction-static", "0.80"),
 )
 
 _COMMON_FLAGS: Final = (
@@ -64,6 +64,8 @@ class Recipe:
     """What a caller waits for one of them."""
     tokenizer: Path | None = None
     """Where the tokenizer is, when not in `folder`."""
+    gpu_share: float = 1.0
+    """Of one GPU, where replicas share it."""
 
     def command(self, *, port: int, secrets: Path) -> list[str]:
         """The argv. `secrets` is a file of flags that must not show in a process list."""
@@ -75,11 +77,15 @@ class Recipe:
             # Above what is ever given to it: probes come on top.
             *("--max-queued-requests", str(2 * self.in_flight + 16)),
             *_COMMON_FLAGS,
-            *((*_CUDA_FLAGS, "--tp-size", str(self.gpus)) if self.gpus else _CPU_FLAGS),
+            *(self._cuda_flags() if self.gpus else _CPU_FLAGS),
             *(("--tokenizer-path", str(self.tokenizer)) if self.tokenizer else ()),
             *self.checkpoint.launch_flags,
             *(self.checkpoint.cuda_flags if self.gpus else ()),
         ]
+
+    def _cuda_flags(self) -> tuple[str, ...]:
+        fraction = static_fraction(self.gpu_share)
+        return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
     def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:
         """What is inherited, without credentials, proxies and SGLang's own switches, and what the server needs."""

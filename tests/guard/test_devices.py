@@ -7,7 +7,7 @@ import pytest
 from services.errors import ConfigurationError
 from services.guard import devices
 from services.guard.checkpoints import GIB, resolve
-from services.guard.devices import gpu_memory_bytes, gpus_for
+from services.guard.devices import gpu_memory_bytes, gpus_for, static_fraction
 
 
 @pytest.fixture
@@ -28,8 +28,14 @@ class TestWhatItRunsOn:
 
     def test_too_little_gpu_memory(self, machine) -> None:
         machine(22.5)
-        with pytest.raises(ConfigurationError, match=r"wants 38 GiB of GPU memory .* sees 22 GiB: .*SLUICE_GUARD_GPUS"):
+        with pytest.raises(ConfigurationError, match=r"wants 38 GiB of GPU memory .* has 22 GiB: .*SLUICE_GUARD_GPUS"):
             gpus_for(resolve("LlavaGuard-v1.1-13B"))
+
+    def test_a_share_of_a_gpu(self, machine) -> None:
+        machine(44.5)
+        assert gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
+        with pytest.raises(ConfigurationError, match=r"this replica has 9 GiB"):
+            gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.2)
 
     def test_a_small_model_runs_on_the_cpu(self, machine) -> None:
         machine()
@@ -81,6 +87,21 @@ class TestVisibleGpus:
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpu_memory_bytes() == memory
+
+
+@pytest.mark.parametrize(
+    ("share", "free_gib", "fraction"), [(1.0, 24, 0.8), (0.5, 24, 0.4), (0.5, 12, 0.8), (0.5, 4, 0.9)]
+)
+def test_a_share_is_of_the_whole_gpu_whoever_came_first(
+    monkeypatch: pytest.MonkeyPatch, share: float, free_gib: int, fraction: float
+) -> None:
+    memory = SimpleNamespace(total=24 * GIB, free=free_gib * GIB)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: memory)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert static_fraction(share) == pytest.approx(fraction)
 
 
 def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

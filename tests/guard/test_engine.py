@@ -50,7 +50,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         "command",
         lambda _, port, secrets: [sys.executable, "-c", f"port = {port}\n{script}"],
     )
-    monkeypatch.setattr("services.guard.engine.gpus_for", lambda _: 0)
+    monkeypatch.setattr("services.guard.engine.gpus_for", lambda *_: 0)
 
 
 class TestBeforeItIsReady:
