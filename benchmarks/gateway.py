@@ -69,10 +69,12 @@ def picture(side_px: int, form: str) -> bytes:
 
 def requests(uri: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Kinds of requests: name, path, and what httpx sends."""
-    jpeg, large, png = picture(512, "JPEG"), picture(1024, "JPEG"), picture(1024, "PNG")
+    small, jpeg, large = (picture(side_px, "JPEG") for side_px in (224, 512, 1024))
+    png = picture(1024, "PNG")
     native, like_openai = "/v1/assessments?wait=30", "/v1/moderations"
     url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     part = {"type": "image_url", "image_url": {"url": url}}
+    yield f"upload, JPEG 224 px, {len(small) >> 10} KiB", native, {"files": {"file": ("a", small)}}
     yield f"upload, JPEG 512 px, {len(jpeg) >> 10} KiB", native, {"files": {"file": ("a", jpeg)}}
     yield f"upload, JPEG 1024 px, {len(large) >> 10} KiB", native, {"files": {"file": ("a", large)}}
     yield f"upload, PNG 1024 px, {len(png) >> 10} KiB", native, {"files": {"file": ("a", png)}}

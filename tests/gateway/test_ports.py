@@ -1,5 +1,6 @@
 """The gateway's port: kept for the replicas of one service, and of no other."""
 
+import asyncio
 import socket
 
 import pytest
@@ -42,3 +43,14 @@ def test_an_address_that_is_not_of_this_machine() -> None:
 )
 def test_where_clients_find_it(host: str, url: str) -> None:
     assert gateway_url(host, 80) == url
+
+
+async def test_the_end_of_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+    accepted = asyncio.get_running_loop().create_future()
+    with listen("127.0.0.1", 0) as listener:
+        server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+        _, client = await asyncio.open_connection("127.0.0.1", listener.getsockname()[1])
+        writer = await accepted
+        assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for each in (writer, client, server):
+            each.close()
