@@ -33,6 +33,7 @@ def _connect(address: str) -> DeploymentHandle[Any]:
         raise ConfigurationError(f"the service's Ray cluster at {address} {_cause(error)}") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        serve.get_app_handle(APPLICATION)  # which sees whether it runs, as the next line does not
         return serve.get_deployment_handle(INTAKE, APPLICATION)
     except (RayServeException, RayActorError, ValueError):
         raise ConfigurationError(
