@@ -16,11 +16,11 @@ from pipelines.simulation.scalers import Keda, RayDefault, Scaler, Sluice
 
 S = TypeVar("S", bound=Scaler)
 
-_RAY_TARGETS: Final = (18.0, 16.0, 15.0, 14.0, 12.0, 10.0, 8.0, 2.0)
-"""Ongoing requests of one replica; it has 16 places, and Serve's default is 2."""
-_RAY_FEEDS: Final = (1.0, 0.6, 0.45, 0.35)
+_RAY_TARGETS: Final = (16.0, 15.0, 14.0, 12.0, 8.0)
+"""Ongoing requests of one replica; it has 16 places. (Serve's default of 2 costs several times as much.)"""
+_RAY_FEEDS: Final = (1.0, 0.6, 0.45, 0.38, 0.34, 0.31, 0.28, 0.25)
 """Intake members, as a share of those that feed the largest fleet."""
-_KEDA_SHARES: Final = (0.5, 0.4, 0.35, 0.3, 0.27, 0.24, 0.22, 0.2, 0.19, 0.18, 0.17, 0.16, 0.15, 0.13, 0.1, 0.05)
+_KEDA_SHARES: Final = (0.5, 0.4, 0.3, *(each / 100 for each in range(26, 12, -1)), 0.1, 0.05)
 """Lag of one replica, as a share of what it judges within the objective."""
 
 
