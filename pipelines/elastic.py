@@ -48,13 +48,12 @@ def guard_replicas(settings: Settings) -> dict[str, Any]:
 
 def intake_replicas(settings: Settings) -> dict[str, Any]:
     """The same of the deployment `Intake`, with what it needs beside."""
-    resources: dict[str, Any] = {"num_cpus": 1}
-    if not is_elastic(settings):
-        return {"num_replicas": settings.intake_replicas, "ray_actor_options": resources}
-    return {
-        "autoscaling_config": serve_options(Bounds(settings.intake_replicas, _most_intake(settings))),
-        "ray_actor_options": resources | {"runtime_env": {"env_vars": _REPORTS}},
-    }
+    return _reporting(settings, Bounds(settings.intake_replicas, _most_intake(settings)))
+
+
+def gateway_replicas(settings: Settings) -> dict[str, Any]:
+    """The same of the deployment `Gateway`: always as many, but what they have at the guard counts."""
+    return _reporting(settings, Bounds(settings.gateway_replicas, settings.gateway_replicas))
 
 
 def most_replicas(settings: Settings) -> int:
@@ -90,6 +89,16 @@ def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
         busiest = sorted(live.held, key=lambda each: live.by_partition.get(each, 0))[-_BUSIEST:]
         reported |= {f"live_backlog_{each}": live.by_partition.get(each, 0) for each in busiest}
     return reported
+
+
+def _reporting(settings: Settings, bounds: Bounds) -> dict[str, Any]:
+    resources: dict[str, Any] = {"num_cpus": 1}
+    if not is_elastic(settings):
+        return {"num_replicas": bounds.least, "ray_actor_options": resources}
+    return {
+        "autoscaling_config": serve_options(bounds),
+        "ray_actor_options": resources | {"runtime_env": {"env_vars": _REPORTS}},
+    }
 
 
 def _most_intake(settings: Settings) -> int:

@@ -52,6 +52,7 @@ class GatewayDeployment:
             ),
             settings,
         )
+        self._guard = parts.guard
         self._readiness = app.state.readiness
         listener = listen(settings.gateway_host, settings.gateway_port)
         self._server = GatewayServer(app, settings, listener=listener)
@@ -61,6 +62,10 @@ class GatewayDeployment:
     async def trouble(self) -> str:
         """What keeps the gateway from answering requests; empty when nothing does."""
         return str(self._readiness.trouble)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the number of guard replicas is decided by, too; see `pipelines.scaling`."""
+        return {"at_guard": self._guard.in_flight}
 
     async def drain(self) -> None:
         """Take no more requests, and finish those that are here."""

@@ -107,8 +107,7 @@ def application(settings: Settings, *, guard_gpus: float, guard: Any = GuardDepl
     if not settings.gateway_replicas:
         return intake
     gateway: Application = GatewayDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=settings.gateway_replicas,
-        ray_actor_options={"num_cpus": 1},
+        **elastic.gateway_replicas(settings),
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings, side_px, guard, intake)
     return gateway

@@ -21,6 +21,7 @@ def test_without_a_maximum_the_numbers_stand() -> None:
     settings = Settings(guard_replicas=3, intake_replicas=2)
     assert elastic.guard_replicas(settings) == {"num_replicas": 3}
     assert elastic.intake_replicas(settings)["num_replicas"] == 2
+    assert elastic.gateway_replicas(settings)["num_replicas"] == 1
     assert elastic.most_replicas(settings) == 5
     assert deployment_plan(settings).applications[0].autoscaling_policy is None
 
@@ -32,6 +33,9 @@ def test_the_guard_goes_to_zero_where_nobody_waits_at_a_gateway(gateways: int, a
     assert (config.min_replicas, config.max_replicas) == (least, 20)
     config = AutoscalingConfig(**elastic.intake_replicas(settings)["autoscaling_config"])
     assert (config.min_replicas, config.max_replicas) == (1, 6)
+    if gateways:
+        config = AutoscalingConfig(**elastic.gateway_replicas(settings)["autoscaling_config"])
+        assert (config.min_replicas, config.max_replicas) == (1, 1)
     assert elastic.most_replicas(settings) == 26
 
 
