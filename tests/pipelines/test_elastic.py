@@ -49,6 +49,10 @@ def test_the_plan_builds_the_application_that_the_settings_describe() -> None:
     assert BacklogScaling(**arguments)._rules.objective_s == 40
 
 
+def test_a_plan_that_names_no_rule_has_those_of_the_settings() -> None:
+    assert Rules(**elastic.scaling_policy(Settings())["policy_kwargs"]) == Rules()
+
+
 def test_what_is_reported() -> None:
     live = Lag({0: 5, 1: 7, 2: 0}, published=90, partitions=3, held=frozenset({1, 2}))
     backfill = Lag({0: 400}, published=1000, partitions=1, held=frozenset({0}))
