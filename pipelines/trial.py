@@ -5,7 +5,6 @@ and waits minutes for a cluster that is gone; so the command can still end at on
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from types import MappingProxyType
 from typing import Any, Final
-from urllib.parse import urlsplit
 
+from pipelines.ray_address import answers
 from services.contracts import Policy, Submission, Verdict
 from services.errors import ConfigurationError, GuardFailed, SluiceError, Unjudgeable
 from services.settings import Settings
@@ -91,7 +90,7 @@ class Service:
         """The next message; a judgement may take as long as the service is busy with others, or waits for S3."""
         deadline, silent = time.monotonic() + within_s, 0
         while not self._channel.poll(_ANSWER_S):
-            silent = 0 if _answers(self._address) else silent + 1
+            silent = 0 if answers(self._address) else silent + 1
             if silent == _GONE_AFTER:
                 raise self._gone()
             if time.monotonic() > deadline:
@@ -120,7 +119,7 @@ def connected(settings: Settings) -> Iterator[Service]:
         raise ConfigurationError(
             "SLUICE_RAY_ADDRESS does not say where a service runs; start one with `sluice up`, and be in its folder"
         )
-    if not _answers(address):
+    if not answers(address):
         raise ConfigurationError(
             f"no service runs at SLUICE_RAY_ADDRESS ({address}); start one with `sluice up`, or correct the setting"
         )
@@ -149,15 +148,3 @@ def connected(settings: Settings) -> Iterator[Service]:
                 child.wait(patience_s)
             child.kill()
             child.wait()
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens there; an address that is not host:port is Ray's to understand."""
-    place = urlsplit(f"//{address.removeprefix('ray://')}")
-    try:
-        if place.hostname is None or place.port is None:
-            return True
-        with socket.create_connection((place.hostname, place.port), timeout=_ANSWER_S):
-            return True
-    except (OSError, ValueError):
-        return False

@@ -5,6 +5,7 @@ checkpoint. What fits it is elsewhere; here are its value and what it makes of a
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from functools import cached_property
 from itertools import pairwise
@@ -23,10 +24,10 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class _Map(_Value):
+class _Map(_Value, ABC):
+    @abstractmethod
     def probability(self, score: float) -> float:
         """P(Unsafe) in [0, 1] of a score in [0, 1]; never lower for a higher score."""
-        raise NotImplementedError
 
     @cached_property
     def digest(self) -> str:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import ray
 from ray import serve
@@ -20,6 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
+from pipelines.ray_address import answers
 from pipelines.stream import APPLICATION
 from services.children import end_with_this_process
 from services.errors import ConfigurationError, SluiceError
@@ -29,7 +28,6 @@ from services.settings import Settings
 
 _GUARD: Final = "Guard"
 _OBJECT_STORE_BYTES: Final = 200 << 20
-_ANSWER_S: Final = 3.0
 _POLL_S: Final = 0.25
 _WORD_EVERY_S: Final = 15.0
 _STOP_S: Final = 10.0
@@ -79,7 +77,7 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
         with _silent():
             ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     else:
-        if not _answers(address):
+        if not answers(address):
             raise ConfigurationError(
                 f"no Ray cluster answers at SLUICE_RAY_ADDRESS ({address}); start `sluice up`, or unset it to annotate "
                 "on this machine alone"
@@ -251,18 +249,6 @@ def _deploy(settings: Settings, name: str, replicas: int, progress: Progress) ->
             progress(f"loading {settings.model} into {replicas} engines of its own ({elapsed_s:.0f} s)")
             next_word_s = elapsed_s + _WORD_EVERY_S
         time.sleep(_POLL_S)
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens there; an address that is not host:port is Ray's to understand."""
-    place = urlsplit(f"//{address.removeprefix('ray://')}")
-    try:
-        if place.hostname is None or place.port is None:
-            return True
-        with socket.create_connection((place.hostname, place.port), timeout=_ANSWER_S):
-            return True
-    except (OSError, ValueError):
-        return False
 
 
 def _own(error: BaseException | None) -> SluiceError | None:
