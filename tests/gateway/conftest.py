@@ -133,7 +133,7 @@ class Bench:
         await self._closing.aclose()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def preparer() -> Iterator[Preparer]:
     preparer = Preparer(Settings(image_limit_px=2_000_000, decode_workers=1), 384)
     yield preparer

@@ -36,7 +36,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(pid).children(recursive=True)
-        if "services.images.decode_worker" in child.cmdline()
+        if child.status() != psutil.STATUS_ZOMBIE and "services.images.decode_worker" in child.cmdline()
     ]
 
 
