@@ -69,6 +69,8 @@ class Quarantine:
         self._member = member
         self._in_hand: set[str] = set()
         self._marking = asyncio.Lock()
+        self._away = False
+        """Redis did not answer the last time. Then only the beat asks it: one that hangs must not slow the work."""
         self._few = asyncio.Semaphore(_FEW)
         self._working = 0
         self._alone = False
@@ -87,7 +89,10 @@ class Quarantine:
 
     async def admit(self, sources: Sequence[str]) -> list[int]:
         """How many crashes each message was in. Those that were in none are marked until they are released."""
-        return await self._mark(sources) if sources else []
+        if not self._away:
+            return await self._mark(sources) if sources else []
+        self._in_hand.update(sources)  # so that they are marked when Redis is back
+        return [0] * len(sources)
 
     def release(self, source: str) -> None:
         """The message is not worked on any more."""
@@ -138,7 +143,8 @@ class Quarantine:
     async def _marked(self, source: str) -> AsyncIterator[None]:
         self._in_hand.add(source)
         try:
-            await self._mark()
+            if not self._away:
+                await self._mark()
             yield
         finally:
             self.release(source)
@@ -155,9 +161,11 @@ class Quarantine:
             )
             try:
                 crashes: list[int] = await self._shared.run(_MARK, self._keys, *known, *new)
+                self._away = False
             except CacheUnavailable as error:
                 log.debug("messages are worked on without marks: %s", error)
                 crashes = [0] * len(new)
+                self._away = True
             self._in_hand.update(source for source, count in zip(new, crashes, strict=True) if count == 0)
             return crashes
 

@@ -244,6 +244,7 @@ class KafkaTransport:
                     delays, failing_since = backoff(), None
             except errors.FencedInstanceIdError:
                 self.fenced()
+                failing_since = failing_since or time.monotonic()
                 self._closing.wait(next(delays))
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
                 log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)

@@ -12,7 +12,7 @@ import pytest
 from pipelines.quarantine import CRASHES, Quarantine
 from services.children import Child
 from services.contracts import DeadLetter, Verdict
-from services.policies.shared import SharedCopies
+from services.policies.shared import CacheUnavailable, SharedCopies
 from services.streams.transport import Record
 from tests.streams.conftest import Streams, eventually
 
@@ -109,4 +109,31 @@ async def test_only_what_was_in_hand_was_in_the_crash(valkey_url: str) -> None:
 
         await eventually(counted)
         assert await second.admit(["done", "also in hand"]) == [0, 1]
+    await shared.close()
+
+
+async def test_while_redis_is_away_only_the_beat_asks_it(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs takes seconds for each question."""
+    shared = SharedCopies(valkey_url, "away")
+    asked: list[str] = []
+    answer = shared.run
+
+    async def hang(*_: object) -> None:
+        asked.append("in vain")
+        raise CacheUnavailable("no answer")
+
+    quarantine = Quarantine(shared, "away", "member")
+    monkeypatch.setattr(shared, "run", hang)
+    assert await quarantine.admit(["a"]) == [0]
+    assert await quarantine.admit(["b"]) == [0]
+    async with quarantine.touching("c", 1):
+        pass
+    assert asked == ["in vain"]
+    monkeypatch.setattr(shared, "run", answer)
+    async with quarantine:  # its beat marks what came meanwhile
+
+        async def marked() -> bool:
+            return await shared._redis.smembers("sluice:away:in-hand:member") == {b"a", b"b"}
+
+        await eventually(marked)
     await shared.close()
