@@ -46,7 +46,8 @@ from services.streams.transport import Lag
 
 GUARDS, PARTITIONS, MEMBERS = 200, 1000, 63
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
-DECISIONS, TURNS = 100, 50
+DECISIONS, TURNS = 100, 100
+CALLS_REPORT_S = 10
 
 
 def simulate(seed: int, objective_s: float) -> dict[str, float]:
@@ -97,14 +98,18 @@ class Controller:
         self.state.register(policy)
         self.targets = {GUARD: GUARDS, INTAKE: MEMBERS}
         self.replicas = {each: [ReplicaID(str(n), each) for n in range(count)] for each, count in self.targets.items()}
-        for deployment, bounds in ((GUARD, Bounds(0, 500)), (INTAKE, Bounds(1, PARTITIONS))):
-            config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**serve_options(bounds)))
+        guard, intake = (
+            serve_options(Bounds(0, 500), CALLS_REPORT_S),
+            serve_options(Bounds(1, PARTITIONS), elastic.REPORT_S),
+        )
+        for deployment, options in ((GUARD, guard), (INTAKE, intake)):
+            config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options))
             info = DeploymentInfo(config, None, 0, "", version="1")  # type: ignore[arg-type]  # no replica is made of it
             self.state.register_deployment(deployment, info, self.targets[deployment])
             self.state.update_running_replica_ids(deployment, self.replicas[deployment])
 
     def report(self, second: int) -> float:
-        """What every replica sends, with the points of the last 12 s; milliseconds that taking it in costs."""
+        """What every replica sends, of calls only every tenth second; milliseconds that taking it in costs."""
         now_s, taken_s = time.time(), 0.0
         for member, replica in enumerate(self.replicas[INTAKE]):
             waiting = {each: 5 + each % 7 for each in range(PARTITIONS)}
@@ -112,27 +117,16 @@ class Controller:
             live = Lag(waiting, published=900 * second, partitions=PARTITIONS, held=held)
             backfill = Lag({0: 10}, published=second, partitions=1, held=frozenset({0}))
             values = elastic.report({"live": live, "backfill": backfill}, at_guard=50)
-            metrics = {name: self._points(now_s, value, 1) for name, value in values.items()}
+            metrics = {name: self._points(now_s, value, elastic.REPORT_S) for name, value in values.items()}
             sent = compress_metric_report(ReplicaMetricReport(replica, metrics, now_s))
             started = time.thread_time()
             self.state.record_request_metrics_for_replica(decompress_metric_report(sent))
             taken_s += time.thread_time() - started
-            calls = {
-                each.to_full_id_str(): self._points(now_s, 2.0, 2) for each in self.replicas[GUARD][member % 4 :: 4]
-            }
-            calls_report = HandleMetricReport(
-                deployment_id=GUARD,
-                handle_id=str(member),
-                actor_id=str(member),
-                handle_source=DeploymentHandleSource.REPLICA,
-                queued_requests=self._points(now_s, 0.0, 2),
-                metrics={RUNNING_REQUESTS_KEY: calls},
-                timestamp=now_s,
-            )
-            sent = autoscaling_metrics_codec.encode(calls_report)
-            started = time.thread_time()
-            self.state.record_columnar_metrics_for_handle(autoscaling_metrics_codec.decode_handle_flat(sent))
-            taken_s += time.thread_time() - started
+            if second % CALLS_REPORT_S == 0:
+                sent = autoscaling_metrics_codec.encode(self._calls(member, now_s))
+                started = time.thread_time()
+                self.state.record_columnar_metrics_for_handle(autoscaling_metrics_codec.decode_handle_flat(sent))
+                taken_s += time.thread_time() - started
         return taken_s * 1000
 
     def loop(self) -> float:
@@ -141,9 +135,23 @@ class Controller:
         self.state.get_decision_num_replicas(self.targets)
         return (time.thread_time() - started) * 1000
 
+    def _calls(self, member: int, now_s: float) -> HandleMetricReport:
+        running = self._points(now_s, 2.0, CALLS_REPORT_S)
+        replicas = self.replicas[GUARD][member % 4 :: 4]
+        return HandleMetricReport(
+            deployment_id=GUARD,
+            handle_id=str(member),
+            actor_id=str(member),
+            handle_source=DeploymentHandleSource.REPLICA,
+            queued_requests=self._points(now_s, 0.0, CALLS_REPORT_S),
+            metrics={RUNNING_REQUESTS_KEY: {each.to_full_id_str(): running for each in replicas}},
+            timestamp=now_s,
+        )
+
     @staticmethod
-    def _points(now_s: float, value: float, every_s: int) -> list[TimeStampedValue]:
-        return [TimeStampedValue(now_s - ago_s, value) for ago_s in range(12 - every_s, -1, -every_s)]
+    def _points(now_s: float, value: float, report_s: float) -> list[TimeStampedValue]:
+        """Serve records five times in the period that it looks back, which is a little more than that of a report."""
+        return [TimeStampedValue(now_s - ago * 0.24 * report_s, value) for ago in range(4, -1, -1)]
 
 
 def time_decision() -> dict[str, float]:

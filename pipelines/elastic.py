@@ -17,12 +17,8 @@ _SURGE_PERCENT: Final = 25
 """Guard replicas of a new version that start before old ones end. Only here: where nodes do not come on demand they
 would wait for a GPU for ever."""
 
-_REPORTS: Final = {
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": "1",
-}
-"""Serve's own 10 s are most of the time that a decision would take. It would record five points for each that it sends,
-and send those of the last 12 s each time."""
+REPORT_S: Final = 1.0
+"""Between two reports of whoever calls the guard. Serve's own 10 s would be most of the time that a decision takes."""
 _BUSIEST: Final = 4
 """Partitions of which a member reports: only the busiest ones count, and each costs the controller time."""
 
@@ -95,10 +91,7 @@ def _reporting(settings: Settings, bounds: Bounds) -> dict[str, Any]:
     resources: dict[str, Any] = {"num_cpus": 1}
     if not is_elastic(settings):
         return {"num_replicas": bounds.least, "ray_actor_options": resources}
-    return {
-        "autoscaling_config": serve_options(bounds),
-        "ray_actor_options": resources | {"runtime_env": {"env_vars": _REPORTS}},
-    }
+    return {"autoscaling_config": serve_options(bounds, REPORT_S), "ray_actor_options": resources}
 
 
 def _most_intake(settings: Settings) -> int:

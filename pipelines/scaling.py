@@ -43,8 +43,8 @@ _FAST_SHARE, _FAST_S = 0.05, (3.0, 30.0)
 """A rate measured over this share of the objective, within these seconds, counts at once if it is not chance."""
 _SIGNIFICANT: Final = 3.0
 """Standard deviations of a Poisson count: beyond them it is not chance."""
-_READING_S: Final = 1.0
-"""Between two readings that are remembered."""
+_READING_S: Final = 0.8
+"""At least, between two readings that are remembered: of those that come every second none is left out."""
 _FULL, _FULL_S = 1.0, 10.0
 """The guard's rate is believed when this share of its places was taken for so long."""
 _STARVED, _STARVED_S = 0.5, 60.0
@@ -527,13 +527,15 @@ def _newest(
     return found
 
 
-def serve_options(bounds: Bounds) -> dict[str, float]:
-    """The `autoscaling_config` of a deployment that `BacklogScaling` decides about."""
+def serve_options(bounds: Bounds, report_s: float = 10.0) -> dict[str, float]:
+    """The `autoscaling_config` of a deployment that `BacklogScaling` decides about; it reports every `report_s`."""
     return {
         "min_replicas": bounds.least,
         "max_replicas": bounds.most,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0,
-        "look_back_period_s": 12,  # Serve wants more than 10; the newest point is all that counts
+        # Deprecated for an environment variable that Serve 2.60 defines and does not read.
+        "metrics_interval_s": report_s,
+        "look_back_period_s": 1.2 * report_s,  # Serve wants more than the interval; the newest point is all that counts
     }
