@@ -53,7 +53,7 @@ slow."""
 _LEARNS: Final = 0.3
 """Weight of a new measurement against what was known."""
 _STARTS: Final = 0.05
-_WAIT: Final = 0.7
+_WAIT: Final = 0.64
 """Share of the objective that a submission may wait; the rest is for what was not foreseen."""
 _CATCH_UP: Final = 0.25
 """Share of a start within which a backlog is drained whose objective is lost, because it is shorter than the start."""
@@ -195,7 +195,8 @@ def _guard(seen: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -
     fleet = seen.guard
     least = _needed(seen, live, arrivals.rate, rules)
     needed = max(least, _needed(seen, live, arrivals.rate, rules, rules.headroom))
-    kept = max(needed, _needed(seen, live, arrivals.peak, rules, rules.headroom))
+    peak = _needed(seen, live, arrivals.peak, rules, rules.headroom)
+    kept = max(needed, peak, _draining(seen, live, rules))
     if seen.idle_s < rules.idle_s:
         kept = max(kept, min(1, fleet.wanted))
     wanted, why = fleet.wanted, "enough"
@@ -220,15 +221,11 @@ def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules, headroo
     """
     one, start_s = _replica_rate(seen, rules), _start_s(seen, rules)
     capacity, patience_s = seen.guard.running * one, _WAIT * rules.objective_s
-    reach = _reach(rules)
-    # Of a partition's backlog no more counts than the one member that works it can give to the guard.
-    workable, most = live.total, reach * one * rules.objective_s
-    if live.busiest > most:
-        workable -= sum(each - most for each in live.by_partition.values() if each > most)
+    workable = _workable(seen, live, rules)
     at_start = max(0.0, workable + (rate - capacity) * start_s) / max(patience_s, _CATCH_UP * start_s)
     already = max(0.0, workable - capacity * start_s) / max(patience_s - start_s, _CATCH_UP * start_s)
     # Nobody can help that member later, so the busiest partition has half of the objective.
-    busiest = min(reach * one, 2 * live.busiest / rules.objective_s)
+    busiest = min(_reach(rules) * one, 2 * live.busiest / rules.objective_s)
     backfill = seen.backfill_peak / rules.backfill_objective_s
     work = max(rate / (1 - headroom), at_start, already, busiest) + backfill
     anything = live.total > 0 or work > 0 or seen.callers > 0
@@ -253,6 +250,20 @@ def _intake(seen: Observation, live: Backlog, guard: int, rules: Rules) -> int:
     if needed <= _FEWER * fleet.wanted and settled and not fleet.loading:
         wanted = max(1, fleet.bounds.least, min(most, needed))
     return wanted
+
+
+def _draining(seen: Observation, live: Backlog, rules: Rules) -> int:
+    """Guard replicas that work off in time what waits: those that go now do not help with it."""
+    work = _workable(seen, live, rules) / (_WAIT * rules.objective_s)
+    return math.ceil(round(work / _replica_rate(seen, rules), 6))
+
+
+def _workable(seen: Observation, live: Backlog, rules: Rules) -> float:
+    """The live backlog; of a partition's no more than the one member that works it can give to the guard in time."""
+    most = _reach(rules) * _replica_rate(seen, rules) * rules.objective_s
+    if live.busiest <= most:
+        return live.total
+    return live.total - sum(each - most for each in live.by_partition.values() if each > most)
 
 
 def _replica_rate(seen: Observation, rules: Rules) -> float:

@@ -156,6 +156,12 @@ def test_down_only_after_a_while() -> None:
     assert decide(seen(rate=5, running=10), RULES).guard == 2
 
 
+def test_not_down_while_what_waits_needs_them() -> None:
+    """Ten replicas would be done with it before others could start; those that are taken away do not help."""
+    assert decide(seen(rate=5, running=10, waiting=5000), RULES).guard == 6
+    assert decide(seen(rate=5, running=10, waiting=20), RULES).guard == 2
+
+
 def test_what_never_comes_is_given_up() -> None:
     stuck = seen(rate=5, guard=guard(5, 50))
     assert decide(stuck, RULES).guard == 2
@@ -169,10 +175,10 @@ def test_backfill_has_its_own_pace() -> None:
 
 
 def test_the_busiest_partition_counts() -> None:
-    even = dict.fromkeys(range(12), 250.0)
-    skewed = {0: 3000.0} | dict.fromkeys(range(1, 12), 0.0)
-    assert decide(seen(waiting=3000, running=3, by_partition=even), RULES).guard == 3
-    assert decide(seen(waiting=3000, running=3, by_partition=skewed), RULES).guard == 4
+    even = dict.fromkeys(range(12), 225.0)
+    skewed = {0: 2700.0} | dict.fromkeys(range(1, 12), 0.0)
+    assert decide(seen(waiting=2700, running=3, by_partition=even), RULES).guard == 3
+    assert decide(seen(waiting=2700, running=3, by_partition=skewed), RULES).guard == 4
     assert decide(seen(waiting=9000, running=1, by_partition={0: 4000, 1: 5000}), RULES).intake == 12
 
 
