@@ -173,6 +173,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
         "cpu": {"resources": {"CPU": 4}, "node_config": {}, "min_workers": 1, "max_workers": 1},
         "gpu": {
             "resources": {"CPU": GPUS, "GPU": GPUS},
+            "labels": {"sluice.io/role": "guard"},
             "node_config": {},
             "min_workers": 0,
             "max_workers": GPU_NODES,

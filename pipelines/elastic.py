@@ -88,7 +88,10 @@ def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
 
 
 def _reporting(settings: Settings, bounds: Bounds) -> dict[str, Any]:
-    resources: dict[str, Any] = {"num_cpus": 1}
+    """Of a deployment that calls the guard. Where nodes have labels, it never takes the CPU beside a GPU: no guard
+    could start there, and the node would never go.
+    """
+    resources: dict[str, Any] = {"num_cpus": 1, "label_selector": {"sluice.io/role": "!guard"}}
     if not is_elastic(settings):
         return {"num_replicas": bounds.least, "ray_actor_options": resources}
     return {"autoscaling_config": serve_options(bounds, REPORT_S), "ray_actor_options": resources}

@@ -117,8 +117,7 @@ def _guard_calls(settings: Settings) -> int:
     """Calls that a guard replica takes at a time: those that wait in it go by priority, those that wait for it do not.
 
     So all that Intake has in flight fits, and Gateway's calls on top: whoever waits for an answer is never behind it.
+    Where replicas follow the backlog, Intake has hardly more members than feed the guard, and its fewest on top.
     """
-    of_intake = 2 * settings.guard_in_flight
-    if not elastic.is_elastic(settings):  # else what waits in one replica would keep nothing for those that come
-        of_intake = max(of_intake, settings.intake_replicas * settings.in_flight)
+    of_intake = 2 * settings.guard_in_flight + settings.intake_replicas * settings.in_flight
     return of_intake + settings.gateway_replicas * settings.gateway_in_flight

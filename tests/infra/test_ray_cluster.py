@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,10 @@ from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_CLUSTER_NAME, TAG_RAY_
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 
+from pipelines import elastic
+from services.settings import Settings
 from tests.infra.files import INFRA, ROOT, document
 
 CLUSTER: Final = document(ROOT / "ray_cluster.yaml")
@@ -111,15 +114,27 @@ def test_guards_ask_for_spot_nodes_of_the_open_class(autoscaler: AutoscalingConf
     assert not reply.infeasible_resource_requests
 
 
-def test_intakes_ask_for_cpu_nodes_only(autoscaler: AutoscalingConfig) -> None:
-    reply = schedule(autoscaler, {"CPU": 1}, 12)
+@pytest.mark.parametrize(("count", "nodes"), [(12, 4), (100, 8)])
+def test_intakes_ask_for_cpu_nodes_only(count: int, nodes: int, autoscaler: AutoscalingConfig) -> None:
+    """However many there are: a GPU node with an intake in place of a guard is paid for nothing."""
+    options = elastic.intake_replicas(Settings())["ray_actor_options"]
+    ((label, value),) = options["label_selector"].items()
+    assert value.startswith("!")
+    avoided = (label, LabelSelectorOperator.LABEL_OPERATOR_NOT_IN, [value[1:]])
+    reply = schedule(autoscaler, {"CPU": options["num_cpus"]}, count, [avoided])
 
-    assert {launch.instance_type: launch.count for launch in reply.to_launch} == {"intake": 4}
+    assert {launch.instance_type: launch.count for launch in reply.to_launch} == {"intake": nodes}
 
 
-def schedule(autoscaler: AutoscalingConfig, bundle: dict[str, float], count: int) -> Any:
+def schedule(
+    autoscaler: AutoscalingConfig,
+    bundle: dict[str, float],
+    count: int,
+    labels: Sequence[tuple[str, int, list[str]]] = (),
+) -> Any:
     """What autoscaler v2 does about so many actors on an empty cluster."""
-    requests = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(bundle)] * count)
+    request = ResourceRequestUtil.make(bundle, label_selectors=[list(labels)] if labels else None)
+    requests = ResourceRequestUtil.group_by_count([request] * count)
     return ResourceDemandScheduler().schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
