@@ -158,7 +158,7 @@ def _finish(run: Run, source: Source, policy: Policy, order: Order, settings: Se
                 for word in cluster.run_units(JudgeWorker, arguments, left, placement):
                     counting.add(word["rows"])
     with Stage("published", todo.rows, say) as stage:
-        publish(run, todo.chunks, todo.chunk_rows, stage.add)
+        publish(run, todo.chunks, stage.add)
     return _summarize(run, source, policy, todo)
 
 
@@ -185,7 +185,13 @@ def _plan(run: Run, listing: Listing, chunk_rows: int | None, say: Say) -> Plan:
                 raise SluiceError(f"the index of {run.folder.uri} is not complete; start the same command again")
             yield table
 
-    todo = plan.make(index, listing.extras, lambda name, table: run.keep("plan", name, table), chunk_rows)
+    with Stage("planned", None, say) as stage:
+
+        def keep(name: str, table: pa.Table) -> None:
+            run.keep("plan", name, table)
+            stage.add(table.num_rows)
+
+        todo = plan.make(index, listing.extras, keep, chunk_rows)
     if todo.rows == 0:
         raise ConfigurationError("there is no image in the source")
     run.keep_plan(todo)

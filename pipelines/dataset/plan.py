@@ -108,6 +108,7 @@ class _Digests:
             f"PRAGMA cache_size = -{_CACHE_KIB}",
             "CREATE TABLE digests (digest BLOB, row INTEGER)",
             "CREATE TABLE late (chunk INTEGER, row INTEGER, planned BLOB)",
+            "BEGIN",  # and never committed: each commit would write a page
         ):
             self._database.execute(statement)
         return self
@@ -118,11 +119,9 @@ class _Digests:
     def add(self, first_row: int, digests: list[str | None]) -> None:
         """Those of consecutive rows; None where a row has none."""
         numbered = enumerate(digests, first_row)
-        self._database.execute("BEGIN")
         self._database.executemany(
             "INSERT INTO digests VALUES (?, ?)", ((bytes.fromhex(each), row) for row, each in numbered if each)
         )
-        self._database.execute("COMMIT")
 
     def duplicates(self) -> Iterator[tuple[int, int]]:
         """Every row with the bytes of an earlier one, and the first of them; in the order of the rows."""

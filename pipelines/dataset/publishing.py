@@ -14,15 +14,24 @@ from services.errors import SluiceError
 _ROWS_A_FILE: Final = 50_000
 
 
-def publish(run: Run, chunks: int, chunk_rows: int, progress: Callable[[int], None]) -> None:
+def publish(run: Run, chunks: int, progress: Callable[[int], None]) -> None:
     """Write the partitions. Chunks never change once they are there, so this may be done again at any time."""
-    per_file = max(1, _ROWS_A_FILE // chunk_rows)
-    for part, first in enumerate(range(0, chunks, per_file)):
-        numbers = range(first, min(first + per_file, chunks))
-        table = pa.concat_tables([_chunk(run, number) for number in numbers]).sort_by("row")
+    for part, table in enumerate(_parts(run, chunks)):
         for below, rows in _partitions(table):
             run.folder.put(f"{below}/part-{part:06d}.parquet", to_parquet(rows))
         progress(table.num_rows)
+
+
+def _parts(run: Run, chunks: int) -> Iterator[pa.Table]:
+    """The annotations, as many chunks at a time as make enough rows: with duplicates a chunk has any number of them."""
+    some: list[pa.Table] = []
+    rows = 0
+    for number in range(chunks):
+        some.append(_chunk(run, number))
+        rows += some[-1].num_rows
+        if rows >= _ROWS_A_FILE or number == chunks - 1:
+            yield pa.concat_tables(some).sort_by("row")
+            some, rows = [], 0
 
 
 def _chunk(run: Run, number: int) -> pa.Table:

@@ -87,7 +87,7 @@ class Bench:
         finally:
             images.close()
             preparer.close()
-        publish(self.run, todo.chunks, todo.chunk_rows, lambda _: None)
+        publish(self.run, todo.chunks, lambda _: None)
         return self.rows()
 
     def rows(self) -> list[Row]:
