@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import to_json
 
+from services.background import ended
 from services.contracts import Detail, Verdict
 from services.gateway.access import Access
 from services.gateway.bodies import Account, Bodies, decoded, is_form
@@ -147,9 +148,7 @@ class Assessments:
         """Finish what was begun; what takes longer is ended, and whoever asks for it hears that it was interrupted."""
         if tasks := list(self._tasks.values()):
             _, late = await asyncio.wait(tasks, timeout=within_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await asyncio.gather(*map(ended, late))
 
     async def _run(self, assessment_id: str, asked: _Asked, key: ApiKey, held: ExitStack) -> Record:
         with held:

@@ -10,9 +10,9 @@ from fastapi.responses import Response
 from PIL import Image
 from pydantic_core import to_json
 
+from services.background import ended
 from services.contracts import PreparedImage, Submission
 from services.errors import SluiceError
-from services.gateway.background import ended
 from services.gateway.keys import KeyRing
 from services.gateway.problems import Problem
 from services.moderation import Guard, ImagePreparer, PolicySource

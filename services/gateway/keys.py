@@ -26,9 +26,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import Field, ValidationError
 from pydantic_core import to_json
 
+from services.background import ended
 from services.contracts import Moment, WireModel
 from services.errors import ConfigurationError, Unavailable
-from services.gateway.background import ended
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ _TOKEN: Final = re.compile(r"sk-sluice-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 _BELIEVED_S: Final = 300.0
 """How long keys are believed while the bucket does not answer: longer, and a revoked one might be among them."""
 _SEARCH_S: Final = 0.5
-"""At most so often is the bucket searched for a key that is not known here."""
+_SEARCH_SHARE: Final = 10
+"""The bucket is searched for keys that are not known here at most so often, and for one part in so many of the time."""
 _READERS: Final = 8
 
 log = logging.getLogger(__name__)
@@ -192,6 +193,7 @@ class KeyRing:
         self._keys: dict[str, ApiKey] = {}
         self._seen_at = float("-inf")
         self._tried_at = float("-inf")
+        self._took_s = 0.0
         self._looking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -230,7 +232,8 @@ class KeyRing:
     async def _search(self, key_id: str) -> ApiKey | None:
         """The key if it was created by now. Those who ask for what is not known share a look at the bucket."""
         asked_at = self._clock()
-        await asyncio.sleep(max(0.0, _SEARCH_S - (asked_at - self._tried_at)))
+        pause_s = max(_SEARCH_S, min(self._refresh_s, _SEARCH_SHARE * self._took_s))
+        await asyncio.sleep(max(0.0, pause_s - (asked_at - self._tried_at)))
         with suppress(KeysUnavailable):
             while self._seen_at < asked_at:  # a look that was under way may have missed it
                 await self._look()
@@ -248,13 +251,15 @@ class KeyRing:
 
     async def _look(self) -> None:
         """Compare with the bucket; those who ask meanwhile share the answer."""
-        if self._looking is None:
+        # One that has ended, and of which nobody was told yet, must not be waited for: that would never be a wait.
+        if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._compare())
             self._looking.add_done_callback(self._looked)
         await asyncio.shield(self._looking)
 
     def _looked(self, task: asyncio.Task[None]) -> None:
-        self._looking = None
+        if self._looking is task:
+            self._looking = None
         if not task.cancelled():
             task.exception()  # whoever waited has got it
 
@@ -266,7 +271,7 @@ class KeyRing:
         self._keys = {key_id: key for key_id, key in self._keys.items() if key_id in valid}
         new = await asyncio.to_thread(self._registry.get_each, sorted(valid - self._keys.keys()))
         self._keys |= {key.id: key for key in new}
-        self._seen_at = began
+        self._seen_at, self._took_s = began, self._clock() - began
 
 
 def _digest(token: str) -> str:

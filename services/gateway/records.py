@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import ValidationError
 
+from services.background import ended
 from services.contracts import Verdict, WireModel
-from services.gateway.background import ended
 from services.gateway.problems import Problem
 from services.policies.shared import CacheUnavailable, SharedCopies
 

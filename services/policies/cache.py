@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from typing import Any, Final, Self, TypeVar
 
 from services import telemetry
+from services.background import ended
 from services.contracts import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
 from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
 from services.policies.policy import PolicyDocument, is_policy_name
@@ -66,7 +67,7 @@ class PolicyCache:
     async def __aenter__(self) -> Self:
         loops = [self._refresh, self._listen] if self._shared else [self._refresh]
         for task in [asyncio.create_task(_for_ever(loop)) for loop in loops]:
-            self._closing.push_async_callback(_ended, task)
+            self._closing.push_async_callback(ended, task)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -317,12 +318,6 @@ async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("policies could not be looked at; they are again in a second")
             await asyncio.sleep(1)
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
 
 
 def _keep(copies: MutableMapping[K, V], key: K, value: V) -> None:

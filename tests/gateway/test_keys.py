@@ -40,6 +40,18 @@ class Bucket(KeyRegistry):
         return [self.keys[key_id] for key_id in key_ids]
 
 
+@pytest.mark.timeout(20)
+async def test_whoever_asks_at_the_moment_in_which_a_look_ends_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody asks at every turn of the loop, so at that one, too."""
+    monkeypatch.setattr(keys, "_SEARCH_S", 0.0)
+    async with KeyRing(Bucket(), refresh_s=60) as ring:
+        asking = []
+        for _ in range(8000):
+            asking.append(asyncio.create_task(ring.find(f"sk-sluice-{'f' * 16}-{'a' * 43}")))
+            await asyncio.sleep(0)
+        assert set(await asyncio.gather(*asking)) == {None}
+
+
 def test_nothing_is_kept_that_a_key_can_be_made_of(idle: Bench) -> None:
     key, token = idle.keys.create("ci", "review", tenant="shop", rate_per_s=5, concurrency=2, who="ada")
     objects = idle.s3.list_objects_v2(Bucket=idle.settings.policy_bucket, Prefix="keys/")["Contents"]

@@ -1,4 +1,4 @@
-"""What the gateway does beside its requests."""
+"""What a process does beside what it is asked for."""
 
 import asyncio
 from typing import Any, Final
