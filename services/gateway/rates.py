@@ -43,6 +43,7 @@ class Rates:
         self._clock = clock
         self._alone_until = float("-inf")
         self._due: OrderedDict[str, float] = OrderedDict()
+        self._refused_until: OrderedDict[str, float] = OrderedDict()
         self._running = Counter[str]()
 
     async def take(self, key: ApiKey) -> None:
@@ -52,17 +53,12 @@ class Rates:
             Problem: the key has had its share.
         """
         rate = key.rate_per_s or self._rate_per_s
-        step_s, burst_s = 1 / rate, max(_BURST_S, 1 / rate)
-        wait_s = None
-        if self._clock() >= self._alone_until:
-            try:
-                name = self._shared.key("gateway", "rate", key.id)
-                wait_s = float(await self._shared.run(_TAKE, [name], step_s, burst_s))
-            except CacheUnavailable:
-                self._alone_until = self._clock() + _REDIS_AWAY_S
-        if wait_s is None:
-            wait_s = self._take_alone(key.id, step_s, burst_s)
+        # What is due only moves away: until then nobody needs to be asked, which makes floods cheap.
+        wait_s = self._refused_until.get(key.id, float("-inf")) - self._clock()
+        if wait_s <= 0:
+            wait_s = await self._wait_s(key.id, 1 / rate, max(_BURST_S, 1 / rate))
         if wait_s > 0:
+            _remember(self._refused_until, key.id, self._clock() + wait_s)
             raise Problem(
                 "rate-limited",
                 f"this API key may send {rate:g} requests a second; come again in {wait_s:.1f} s",
@@ -87,11 +83,26 @@ class Rates:
             if not self._running[entry]:
                 del self._running[entry]
 
+    async def _wait_s(self, key_id: str, step_s: float, burst_s: float) -> float:
+        """How long the key has to wait before its next request; not at all where this one is counted."""
+        if self._clock() >= self._alone_until:
+            try:
+                name = self._shared.key("gateway", "rate", key_id)
+                return float(await self._shared.run(_TAKE, [name], step_s, burst_s))
+            except CacheUnavailable:
+                self._alone_until = self._clock() + _REDIS_AWAY_S
+        return self._take_alone(key_id, step_s, burst_s)
+
     def _take_alone(self, key_id: str, step_s: float, burst_s: float) -> float:
         now = self._clock()
-        due = max(self._due.pop(key_id, now), now)
+        due = max(self._due.get(key_id, now), now)
         wait_s = due - now - burst_s
-        self._due[key_id] = due + step_s if wait_s <= 0 else due
-        if len(self._due) > _REMEMBERED:
-            self._due.popitem(last=False)
+        _remember(self._due, key_id, due + step_s if wait_s <= 0 else due)
         return wait_s
+
+
+def _remember(times: OrderedDict[str, float], key_id: str, at: float) -> None:
+    times[key_id] = at
+    times.move_to_end(key_id)
+    if len(times) > _REMEMBERED:
+        times.popitem(last=False)

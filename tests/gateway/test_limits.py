@@ -57,6 +57,20 @@ async def test_while_redis_is_away_each_gateway_counts_alone() -> None:
     await shared.close()
 
 
+async def test_a_flood_of_one_key_is_refused_without_redis(valkey_url: str) -> None:
+    now = 0.0
+    shared = SharedCopies(valkey_url, "rates")
+    rates = Rates(shared, Settings(gateway_rate_per_s=0.01), lambda: now)
+    mine = key()
+    assert await taken(rates, mine, 3) == 2
+    await shared.close()
+    shared.run = None  # type: ignore[method-assign, assignment]  # whoever asks fails
+    assert await taken(rates, mine, 1000) == 0
+    now = 101.0
+    with pytest.raises(TypeError):
+        await rates.take(mine)
+
+
 async def test_over_the_rate_is_a_429_that_says_when(idle: Bench) -> None:
     idle.configure(gateway_rate_per_s=0.1)
     await idle.start()
