@@ -1,8 +1,8 @@
 """The HTTP server of one gateway: uvicorn, with limits on what comes before a request is known.
 
 uvicorn bounds neither the time that a request's head may take nor the number of connections. Here a connection that
-has no request is closed after a while, and the one that has waited longest makes room when there are too many: so
-thousands of idle or slow connections take nothing from those who ask for something.
+has no request is closed after a while, and when there are too many, the one makes room that has kept us waiting longest
+for a request or for the rest of its body: so thousands of idle or slow connections take nothing from the others.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from services.errors import ConfigurationError
 from services.settings import Settings
 
 HEAD_DEADLINE_S: Final = 10.0
+_THEIR_TURN: Final = frozenset({h11.IDLE, h11.SEND_BODY})
 _HEAD_LIMIT_BYTES: Final = 32 << 10
 _KEEP_ALIVE_S: Final = 30
 _OTHER_FILES: Final = 512
@@ -124,11 +125,11 @@ def limited(connections: int, head_deadline_s: float) -> type[H11Protocol]:
                 waiting.pop(oldest, None)
                 if oldest is self:
                     return
-            self._watch_head()
+            self._watch()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch_head()
+            self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
             waiting.pop(self, None)
@@ -140,9 +141,12 @@ def limited(connections: int, head_deadline_s: float) -> type[H11Protocol]:
             if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
                 waiting[self] = None  # kept alive, with a timer of uvicorn's own
 
-        def _watch_head(self) -> None:
-            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        def _watch(self) -> None:
+            """Whether the client is to send something, and since when."""
+            if self.transport.is_closing() or self.conn.their_state not in _THEIR_TURN:
                 waiting.pop(self, None)
+                self._stop_timer()
+            elif self.conn.their_state is h11.SEND_BODY:
                 self._stop_timer()
             elif self._head_timer is None:
                 waiting.pop(self, None)

@@ -78,6 +78,18 @@ async def test_connections_that_never_ask_for_anything(idle: Bench) -> None:
     await neighbour_is_served(idle, server)
 
 
+async def test_slow_uploads_on_every_connection(idle: Bench) -> None:
+    """Their keys allow it, so only the number of connections is left: those that were slow for longest make room."""
+    idle.configure(gateway_rate_per_s=10_000, gateway_concurrency=1000, gateway_connections=100)
+    server = await idle.serve()
+    head = f"{HEAD}Authorization: Bearer {idle.token()}\r\nContent-Length: 1000000\r\n\r\n{{"
+    async with connections(server, SLOW, head) as readers:
+        await neighbour_is_served(idle, server)
+        answers = await statuses(readers)
+    assert set(answers) == {b"408", b""}
+    assert answers.count(b"408") <= idle.settings.gateway_connections
+
+
 async def test_half_closed_and_broken_off(idle: Bench) -> None:
     server = await idle.serve()
     bearer = f"Authorization: Bearer {idle.token()}\r\n"
