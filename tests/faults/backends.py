@@ -30,6 +30,62 @@ PLACES: Final = 3
 DRAIN_S: Final = 5.0
 
 
+class Store:
+    """The S3 server, with pictures under any key."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.pictures = Pictures(folder / "pictures", seed)
+        self._port = free_port()
+        self._log = folder / "s3.log"
+        self._child: Child | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self, policy_bucket: str) -> None:
+        """Start it and publish the built-in policy. Blocks until that is done."""
+        argv = [sys.executable, "-m", "tests.faults.s3", str(self._port), str(self.pictures.folder)]
+        self._child = Child(argv, log=self._log, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.set_mode("pass")
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the S3 server did not start:\n{self._child.tail()}") from None
+                time.sleep(0.1)
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
+        )
+        PolicyRegistry(client, policy_bucket).publish_built_in()
+
+    def set_mode(self, mode: str) -> None:
+        """What goes wrong with it from now on."""
+        request = urllib.request.Request(f"{self.endpoint}/?fault={mode}", method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def kill(self) -> None:
+        """End it, and forget what was put."""
+        if self._child is not None:
+            self._child.kill()
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The settings as a process is given them, with credentials for S3."""
+    values = settings.model_dump(mode="json", exclude_defaults=True)
+    spelled = {
+        name: ",".join(value) if isinstance(value, list) else json.dumps(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return {f"SLUICE_{name.upper()}": str(value) for name, value in spelled.items()} | CREDENTIALS
+
+
 class Backends:
     """The servers, and the settings of a member that uses them."""
 
@@ -37,12 +93,11 @@ class Backends:
         self.links = links
         self.broker = Broker(folder / "kafka", [link.port for link in links])
         self.valkey = Valkey(folder / "valkey")
-        self.s3_port = free_port()
-        self.pictures = Pictures(folder / "pictures", seed)
+        self.store = Store(folder, seed)
         self.settings = Settings(
             stream_url=f"kafka://{self.broker.address}",
             redis_url=self.valkey.url,
-            s3_endpoint=f"http://127.0.0.1:{self.s3_port}",
+            s3_endpoint=self.store.endpoint,
             s3_buckets=(s3.BUCKET,),
             policy_bucket="policies",
             model="tiny",
@@ -64,51 +119,20 @@ class Backends:
         self = cls(folder, seed, delivery, links)
         for link in links:
             link.target = self.broker.behind[link.port]
-        argv = [sys.executable, "-m", "tests.faults.s3", str(self.s3_port), str(self.pictures.folder)]
-        store = Child(argv, log=folder / "s3.log", env=os.environ | {"PYTHONPATH": str(ROOT)})
-        closing.callback(store.kill)
+        closing.callback(self.store.kill)
         closing.callback(self.valkey.kill)
         closing.callback(self.broker.kill)
         await asyncio.gather(asyncio.to_thread(self.valkey.start), asyncio.to_thread(self.broker.start))
-        await asyncio.to_thread(self._furnish, store)
+        await asyncio.to_thread(self.store.start, self.settings.policy_bucket)
         publisher = await open_publisher(self.settings)  # which creates the topics
         await publisher.close()
         return self
 
     @property
+    def pictures(self) -> Pictures:
+        return self.store.pictures
+
+    @property
     def environment(self) -> dict[str, str]:
         """Of a member, and of the command line."""
-        values = self.settings.model_dump(mode="json", exclude_defaults=True)
-        spelled = {
-            name: ",".join(value)
-            if isinstance(value, list)
-            else json.dumps(value)
-            if isinstance(value, dict)
-            else value
-            for name, value in values.items()
-        }
-        return {f"SLUICE_{name.upper()}": str(value) for name, value in spelled.items()} | CREDENTIALS
-
-    def set_s3(self, mode: str) -> None:
-        """What goes wrong with S3 from now on."""
-        request = urllib.request.Request(f"{self.settings.s3_endpoint}/?fault={mode}", method="PUT")
-        urllib.request.urlopen(request, timeout=10).close()
-
-    def _furnish(self, store: Child) -> None:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                self.set_s3("pass")
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start:\n{store.tail()}") from None
-                time.sleep(0.1)
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.settings.s3_endpoint,
-            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
-            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
-        )
-        PolicyRegistry(client, self.settings.policy_bucket).publish_built_in()
+        return environment_of(self.settings)

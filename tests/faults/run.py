@@ -224,9 +224,9 @@ class _Storm:
                 await self._restart("cache", self._backends.valkey, fault.lasts_s)
             case ["S3", mode]:
                 async with self._one_at_a_time["S3"]:
-                    await asyncio.to_thread(self._backends.set_s3, mode)
+                    await asyncio.to_thread(self._backends.store.set_mode, mode)
                     await asyncio.sleep(fault.lasts_s)
-                    await asyncio.to_thread(self._backends.set_s3, "pass")
+                    await asyncio.to_thread(self._backends.store.set_mode, "pass")
             case [_, how]:
                 await self._disturb(fault, how)
 
