@@ -41,7 +41,7 @@ _GUARDS, _INTAKES = 2, 2
 _PATIENCE_S: Final = 180.0
 """For anything to happen, on a machine that has other things to do."""
 _LOOK_S: Final = 0.25
-_SOME: Final = 20
+_SOME: Final = 12
 """Verdicts that are no remainder of something."""
 
 
