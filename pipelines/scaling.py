@@ -165,6 +165,8 @@ class Observation:
     """Since when there has been nothing to do."""
     callers: float = 0.0
     """Submissions that others than Intake have at the guard."""
+    known_s: float = 0.0
+    """For how long it has been measured. A controller that starts anew knows nothing of before."""
     starved_s: float = 0.0
     """Since when the guard has had less to do than it could, although something waits."""
 
@@ -206,7 +208,8 @@ def _guard(seen: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -
         wanted, why = needed, "the objective needs more"
     elif kept < fleet.wanted:
         why = "fewer would do, not for long enough"
-        if _past(fleet.since_up_s, rules.scale_down_s) and _past(fleet.since_down_s, rules.scale_down_every_s):
+        long_enough = seen.known_s >= rules.scale_down_s and _past(fleet.since_up_s, rules.scale_down_s)
+        if long_enough and _past(fleet.since_down_s, rules.scale_down_every_s):
             wanted, why = kept, "fewer do"
     return fleet.bounds.hold(wanted), why
 
@@ -247,7 +250,8 @@ def _intake(seen: Observation, live: Backlog, guard: int, rules: Rules) -> int:
     most = min(fleet.bounds.most, live.partitions) if live.partitions else fleet.bounds.most
     wanted = max(1, fleet.bounds.least, min(most, max(needed, fleet.wanted)))
     settled = _past(fleet.since_up_s, 2 * rules.scale_down_s) and _past(fleet.since_down_s, rules.scale_down_s)
-    if needed <= _FEWER * fleet.wanted and settled and not fleet.loading:
+    long_enough = settled and seen.known_s >= rules.scale_down_s
+    if needed <= _FEWER * fleet.wanted and long_enough and not fleet.loading:
         wanted = max(1, fleet.bounds.least, min(most, needed))
     return wanted
 
@@ -310,6 +314,7 @@ class Measurements:
         self._readings: deque[tuple[float, float]] = deque()
         """When, and how many live messages had been published."""
         self._rates: deque[tuple[float, float]] = deque()
+        self._began_s: float | None = None
         self._busy_s: float | None = None
         self._starved_since_s: float | None = None
         self._full_since: tuple[float, float, int] | None = None
@@ -322,6 +327,8 @@ class Measurements:
         """Take in a reading. One that is not newer than the last one says nothing."""
         if self._readings and reading.at_s < self._readings[-1][0] + _READING_S:
             return
+        if self._began_s is None:
+            self._began_s = reading.at_s
         if self._readings and reading.live_published < self._readings[-1][1]:
             self._readings.clear()  # the stream was made anew
             self._full_since = None
@@ -365,6 +372,7 @@ class Measurements:
             start_s=self.start_s,
             callers=callers,
             idle_s=0.0 if self._busy_s is None else now_s - self._busy_s,
+            known_s=0.0 if self._began_s is None else now_s - self._began_s,
             starved_s=0.0 if self._starved_since_s is None else now_s - self._starved_since_s,
         )
 

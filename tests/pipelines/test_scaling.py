@@ -51,6 +51,7 @@ def seen(
         "intake": Fleet(1, 1, Bounds(1, 12)),
         "live": Backlog(waiting, by_partition or {}, 12),
         "arrivals": Arrivals(rate, rate),
+        "known_s": LONG_AGO,
     }
     return Observation(**{**fields, **more})
 
@@ -81,6 +82,7 @@ def observations() -> st.SearchStrategy[Observation]:
         start_s=st.none() | st.floats(0, 1000),
         idle_s=st.floats(0, 2000),
         callers=st.floats(0, 500),
+        known_s=st.floats(0, 2000),
         starved_s=st.floats(0, 200),
     )
 
@@ -154,6 +156,22 @@ def test_down_only_after_a_while() -> None:
     recent = seen(rate=5, guard=guard(10, since_s=RULES.scale_down_s - 1))
     assert decide(recent, RULES).guard == 10
     assert decide(seen(rate=5, running=10), RULES).guard == 2
+
+
+def test_a_controller_that_starts_anew_takes_nothing_away() -> None:
+    """Serve's controller forgets when it last scaled, and all that was measured; its replicas go on."""
+    measured = Measurements(RULES)
+    running, members = Fleet(20, 20, Bounds(0, 100)), Fleet(8, 8, Bounds(1, 12))
+    found = {}
+    for second in range(int(RULES.scale_down_s) + 2):
+        live = Backlog(100, partitions=12)
+        measured.watch(second, running)
+        measured.read(Reading(second, live, 5.0 * second, at_guard=100), running)
+        found[second] = decide(measured.observe(second, running, members, live), RULES)
+    assert (found[1].guard, found[1].intake) == (20, 8)
+    assert (found[239].guard, found[239].intake) == (20, 8)
+    assert found[240].guard < 5
+    assert found[240].intake < 4
 
 
 def test_not_down_while_what_waits_needs_them() -> None:
@@ -329,7 +347,7 @@ def test_serve_scales_from_zero_in_one_step_though_calls_wait_at_a_handle(monkey
 
 
 def test_serve_scales_to_zero() -> None:
-    controller = Controller(every_s=0, idle_s=10)
+    controller = Controller(every_s=0, idle_s=10, scale_down_s=10)
     controller.targets[GUARD] = 3
     controller.run(GUARD, 3)
     for ago_s in range(20, 10, -2):
