@@ -9,20 +9,23 @@ whole to the guard's own time.
 import argparse
 import asyncio
 import base64
+import gc
 import io
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import boto3
 import httpx
 import numpy as np
 from PIL import Image
+from ray._private.async_compat import try_install_uvloop
 
 from pipelines import embedded
 from services.contracts import CATEGORIES, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
@@ -106,18 +109,26 @@ async def ask(url: str, key: str, uri: str, count: int) -> None:
         print(json.dumps(row | {"ratio_p50": round(1 + p50 / (GUARD_S * 1000), 2)}), flush=True)
 
 
-async def serve(model: str, count: int) -> int:
-    """The gateway, and the client in a process of its own."""
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A gateway that runs in this process."""
+
+    url: str
+    keys: KeyRegistry
+
+
+@asynccontextmanager
+async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
+    """The whole gateway with a timed guard; `changes` are to the default settings. Its backends are children."""
     async with AsyncExitStack() as closing:
         environment = closing.enter_context(embedded.backends({"SLUICE_MODEL": model}))
         os.environ.update(environment)
-        settings = Settings(gateway_rate_per_s=100_000)
+        settings = Settings(**changes)
         boto3.client("s3", endpoint_url=settings.s3_endpoint).put_object(
             Bucket="uploads", Key="a.jpg", Body=picture(512, "JPEG")
         )
         registry, keys = PolicyRegistry.from_settings(settings), KeyRegistry.from_settings(settings)
         registry.publish_built_in()
-        _, key = keys.create("benchmark", "moderate")
         shared = SharedCopies(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
         preparer, store = Preparer(settings, resolve(model).max_side_px), ObjectStore(settings)
@@ -130,9 +141,17 @@ async def serve(model: str, count: int) -> int:
         server = GatewayServer(create_app(parts, settings), settings, listener=listen("127.0.0.1", 0))
         closing.push_async_callback(server.stop)
         await server.start()
+        gc.collect()
+        gc.freeze()  # as the deployment does
         print(f"guard {GUARD_S * 1000:.0f} ms; images up to {resolve(model).max_side_px} px", file=sys.stderr)
-        url = f"http://127.0.0.1:{server.port}"
-        asking = [sys.executable, __file__, "--ask", url, key, "s3://uploads/a.jpg", "--count", str(count)]
+        yield Running(f"http://127.0.0.1:{server.port}", keys)
+
+
+async def serve(model: str, count: int) -> int:
+    """The gateway, and the client in a process of its own."""
+    async with gateway(model, gateway_rate_per_s=100_000) as running:
+        _, key = running.keys.create("benchmark", "moderate")
+        asking = [sys.executable, __file__, "--ask", running.url, key, "s3://uploads/a.jpg", "--count", str(count)]
         client = await asyncio.create_subprocess_exec(*asking)
         return await client.wait()
 
@@ -146,6 +165,7 @@ def main() -> None:
     if given.ask:
         asyncio.run(ask(*given.ask, given.count))
     else:
+        try_install_uvloop()  # the loop that Ray gives its workers
         sys.exit(asyncio.run(serve(given.model, given.count)))
 
 

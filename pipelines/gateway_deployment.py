@@ -3,6 +3,7 @@
 Serve's proxy stands in front of nothing here (docs/decisions): requests come to the replicas themselves.
 """
 
+import gc
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -58,6 +59,9 @@ class GatewayDeployment:
         self._server = GatewayServer(app, settings, listener=listener)
         self._closing.push_async_callback(self._server.stop)
         await self._server.start()
+        # What is here by now stays: full collections that passed through it would hold up every request for longer.
+        gc.collect()
+        gc.freeze()
 
     async def trouble(self) -> str:
         """What keeps the gateway from answering requests; empty when nothing does."""

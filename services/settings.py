@@ -126,7 +126,7 @@ class Settings(BaseSettings):
         8080, description="replicas on one machine share it; `up --embedded` takes a free one unless it is set"
     )
     gateway_replicas: Annotated[int, Field(ge=0)] = Field(1, description="0: no gateway")
-    gateway_connections: Positive = Field(4096, description="open at a time, per gateway replica")
+    gateway_connections: Positive = Field(1024, description="open at a time, per gateway replica")
     gateway_in_flight: Positive = Field(128, description="images that one gateway replica works on at a time")
     gateway_rate_per_s: Annotated[float, Field(gt=0)] = Field(
         50, description="requests of one API key, over all replicas, unless the key has a rate of its own"

@@ -261,7 +261,7 @@ async def _asked(request: Request, wish: Wish, bodies: Bodies, remote: RemoteIma
         wanted = _parsed(_fields(form.fields))
         if wanted.uri is not None:
             raise Problem("invalid", "an upload has no uri: send one or the other", param="uri")
-        image = await asyncio.to_thread(uploaded, form.file, _wish(wish, wanted))
+        image = await uploaded(form.file, _wish(wish, wanted))
     else:
         wanted = _parsed(await bodies.json(request, account))
         if wanted.uri is None:

@@ -36,10 +36,15 @@ class Wish:
     policy: str = "default"
 
 
-def uploaded(data: bytes, wish: Wish) -> Image:
-    """An image whose bytes came with the request."""
-    upload = _submission(Upload, wish, uri=Upload.uri_of(data))
-    return Image(upload, StoredObject(data, version_id=None, etag=None))
+async def uploaded(data: bytes, wish: Wish) -> Image:
+    """An image whose bytes came with the request.
+
+    Raises:
+        Problem: a field cannot be one of a submission.
+    """
+    if len(data) < _LARGE:
+        return _uploaded(data, wish)
+    return await asyncio.to_thread(_uploaded, data, wish)  # hashing megabytes would keep everyone else waiting
 
 
 def referred(uri: str, wish: Wish, *, version_id: str | None = None, etag: str | None = None) -> Image:
@@ -60,16 +65,13 @@ async def at_url(url: str, wish: Wish, *, remote: RemoteImages, account: Account
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         account.take(len(url) * 3 // 4)
-        if len(url) < _LARGE:
-            return uploaded(data_of(url), wish)
-        # Decoding and hashing megabytes would keep everyone else waiting.
-        return await asyncio.to_thread(lambda: uploaded(data_of(url), wish))
+        return await uploaded(data_of(url) if len(url) < _LARGE else await asyncio.to_thread(data_of, url), wish)
     if len(url) > _LONGEST_URL:
         raise Problem("invalid", f"a URL has {_LONGEST_URL} characters at most, unless it is a data: URL")
     if scheme == "s3":
         return referred(url, wish)
     if scheme in {"http", "https"}:
-        return uploaded(await remote.fetch(url, account), wish)
+        return await uploaded(await remote.fetch(url, account), wish)
     raise Problem("invalid", "the URL has to begin with data:, s3:// or https://")
 
 
@@ -87,6 +89,11 @@ def data_of(url: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         raise Problem("invalid", "the data: URL is not base64") from None
+
+
+def _uploaded(data: bytes, wish: Wish) -> Image:
+    upload = _submission(Upload, wish, uri=Upload.uri_of(data))
+    return Image(upload, StoredObject(data, version_id=None, etag=None))
 
 
 def _submission(model: type[Submission], wish: Wish, **fields: str | None) -> Submission:
