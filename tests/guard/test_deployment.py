@@ -157,7 +157,7 @@ class TestTheReplica:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_on_a_real_ray(tmp_path: Path) -> None:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         one = GuardDeployment.options(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=16)
         handle = serve.run(one.bind(settings(tmp_path)), name="guard-test", route_prefix=None)

@@ -170,16 +170,21 @@ class TestTheRealServer:
         assert gone(before, within_s=5)
         await engine.assess(drawn(300), policy(), "score")
 
-    def test_it_ends_with_its_owner(self, tmp_path: Path) -> None:
+    def test_it_ends_with_an_owner_that_dies_while_it_loads(self, tmp_path: Path) -> None:
+        """One that dies while it serves: see the deployment's tests."""
         script = f"""
 import asyncio
+import psutil
 from pathlib import Path
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
 
 async def own():
     engine = Engine(resolve("tiny"), state_dir=Path({str(tmp_path)!r}), start_s=400)
-    await engine.start()
+    starting = asyncio.create_task(engine.start())
+    while engine.pid is None or len(psutil.Process(engine.pid).children(recursive=True)) < 3:
+        assert not starting.done()
+        await asyncio.sleep(0.1)
     print(engine.pid, flush=True)
     await asyncio.sleep(3600)
 

@@ -132,7 +132,7 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
     count, bad = shards(tmp_path / "shards")
     arguments = ("shards", "--out", "out", "--chunk-rows", "10", "--workers", "2", "--json")
     draw, seen = random.Random(_SEED), Counter[str]()
-    for stage in ("indexed", "judged", "judged"):
+    for stage in ("indexed", "judged"):
         command = Command(cluster, tmp_path, *arguments)
         _wait_for(command, tmp_path / "out", stage)
         time.sleep(draw.uniform(0, 1.5))
@@ -146,7 +146,7 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
         seen["unfinished"] += command.process.poll() is None
         command.kill()
     summary = Command(cluster, tmp_path, *arguments).finish()
-    assert seen["unfinished"] >= 2, f"the kills came too late; SLUICE_TEST_SEED={_SEED}"
+    assert seen["unfinished"] >= 1, f"the kills came too late; SLUICE_TEST_SEED={_SEED}"
     assert (summary["rows"], summary["duplicates"]) == (count, _DISTINCT)
     assert summary["errors"]["not_an_image"]["rows"] == bad
     check(pq.read_table(tmp_path / "out").to_pylist(), count, bad)
