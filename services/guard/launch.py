@@ -36,6 +36,8 @@ _COMMON_FLAGS: Final = (
     "--enable-priority-scheduling",
     # The engine judges an image of its own before it is called ready.
     "--skip-server-warmup",
+    # A scheduler that has nothing to do would take a whole core to find that out.
+    "--sleep-on-idle",
     # One line per batch otherwise, for ever.
     *("--log-level", "warning"),
     *("--log-level-http", "warning"),

@@ -137,6 +137,15 @@ class TestTheRealServer:
         assert answer.status_code == 401
         assert not any("api-key" in argument for process in family(pid) for argument in process.cmdline())
 
+    async def test_with_nothing_to_do_it_takes_no_core(self, engine: SharedGuard) -> None:
+        pid = engine.engine.pid
+        assert pid is not None
+        await engine.assess(drawn(1), policy(), "score")
+        before = scheduler(pid).cpu_times()
+        await asyncio.sleep(4)
+        after = scheduler(pid).cpu_times()
+        assert after.user + after.system - before.user - before.system < 2
+
     async def test_a_killed_scheduler_costs_only_the_calls_in_flight(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
         assert pid is not None
