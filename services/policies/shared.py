@@ -27,18 +27,22 @@ _PING_S: Final = 5.0
 _NONE_S: Final = 60
 """How long it is remembered that a name has no roll-out; anyone can ask for any name."""
 
-_OFFER: Final = """
+_NOW_MS: Final = """
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+_OFFER: Final = f"""{_NOW_MS}
 local known = redis.call('HGET', KEYS[1], 'number')
 if known and tonumber(known) > tonumber(ARGV[1]) and ARGV[3] == '0' then return end
-redis.call('HSET', KEYS[1], 'number', ARGV[1], 'change', ARGV[2], 'checked', redis.call('TIME')[1])
+redis.call('HSET', KEYS[1], 'number', ARGV[1], 'change', ARGV[2], 'checked_ms', now_ms)
 redis.call('PERSIST', KEYS[1])
 if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
 if known ~= ARGV[1] and ARGV[2] ~= '' then redis.call('PUBLISH', KEYS[2], ARGV[2]) end
 """
-_LOOK: Final = """
-local known = redis.call('HMGET', KEYS[1], 'change', 'checked')
-if not known[2] then return {} end
-return {known[1], redis.call('TIME')[1] - known[2]}
+_LOOK: Final = f"""{_NOW_MS}
+local known = redis.call('HMGET', KEYS[1], 'change', 'checked_ms')
+if not known[2] then return {{}} end
+return {{known[1], now_ms - known[2]}}
 """
 _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
@@ -53,7 +57,7 @@ class KnownChange:
 
     change: Change | None
     """None: there is no policy of that name, or it was never activated."""
-    age_s: int
+    age_s: float
     """Since it was last compared with the policy bucket."""
 
 
@@ -100,11 +104,11 @@ class SharedCopies:
         """What is known of a roll-out, None where nothing is that can be read."""
         entry = await self.run(_LOOK, [self.key("rollout", name)])
         try:
-            change, age_s = entry
+            change, age_ms = entry
             known = Change.model_validate_json(change) if change else None
         except (ValidationError, ValueError):
             return None
-        return KnownChange(known, age_s) if known is None or known.name == name else None
+        return KnownChange(known, age_ms / 1000) if known is None or known.name == name else None
 
     async def offer(self, name: str, change: Change | None, *, even_if_older: bool = False) -> None:
         """Keep what was just read from the bucket, or written to it, and tell every process of it.

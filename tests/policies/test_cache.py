@@ -226,7 +226,7 @@ async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyR
 @pytest.mark.parametrize("poison", [b"{}", b"garbage", b'{"digest": "sha256:0", "document": {"name": "default"}}'])
 async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: SharedCopies, poison: bytes) -> None:
     await shared._redis.set(shared.key("version", "default@1"), poison)
-    await shared._redis.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked": 0})
+    await shared._redis.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked_ms": 0})
     async with PolicyCache(filled, shared) as cache:
         assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
     kept = await shared.version("default", 1)
