@@ -14,6 +14,7 @@ from typing import Any, Final
 from pipelines.quarantine import CRASHES, Quarantine, convicted
 from pipelines.turns import NewestEvents, Turn, Turns
 from services import telemetry
+from services.background import ended
 from services.contracts import DeadLetter, Priority, attempts_before, producer_headers
 from services.errors import (
     ConfigurationError,
@@ -249,11 +250,9 @@ class Intake:
             task.cancel()
         if handling := set().union(*(lane.handling for lane in self._lanes)):
             _, late = await asyncio.wait(handling, timeout=max(0.0, deadline - time.monotonic()))
-            for task in late:
-                task.cancel()
             if late:
                 log.warning("%d submissions are left to other members: they were not judged in time", len(late))
-                await asyncio.wait(late)
+                await asyncio.gather(*map(ended, late))
         await asyncio.gather(*(lane.transport.close() for lane in self._lanes))
 
     async def conclude(self, work: _Work, entry: Accepted) -> list[Record]:
@@ -303,9 +302,7 @@ class Intake:
                     )
                 patience_s = _DOUBT_S
         finally:
-            if not judging.done():
-                judging.cancel()
-                await asyncio.wait({judging})
+            await ended(judging)
 
     def verdicts(self, entry: Accepted, judgement: Judgement) -> list[Record]:
         """The records of a judgement."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Self
 
+from services.background import ended
 from services.errors import GuardFailed
 from services.policies.shared import CacheUnavailable, SharedCopies
 
@@ -81,9 +82,7 @@ class Quarantine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
         with suppress(CacheUnavailable):
             await self._shared.run(_LEAVE, self._keys, self._member)
 

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
+from services.background import ended
 from services.errors import ConfigurationError, SluiceError, Unavailable
 from services.settings import Settings
 
@@ -54,9 +55,7 @@ class Journal:
 
     async def __aexit__(self, *_: object) -> None:
         if self._renewing and self._lock:
-            self._renewing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._renewing
+            await ended(self._renewing)
             with suppress(RedisError, OSError):
                 await self._lock.release()
         await self._redis.aclose()

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.stream import APPLICATION, INTAKE
 from pipelines.trial import Outcome, Trial
+from services.background import ended
 from services.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 
 _PAUSES_S: Final = (1.0, 5.0, 15.0)
@@ -64,9 +65,7 @@ async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], 
         reading = read()
         judging = asyncio.create_task(_judge_all(channel, intake, trials, in_flight))
         await asyncio.wait([reading, judging], return_when=asyncio.FIRST_COMPLETED)
-        judging.cancel()  # unless it is done: nobody waits for the answers any more
-        with suppress(asyncio.CancelledError):
-            await judging
+        await ended(judging)  # nobody waits for the answers any more
 
 
 async def _judge_all(

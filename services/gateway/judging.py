@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Final, Protocol, TypeVar
 
+from services.background import ended
 from services.contracts import Detail, StoredObject, Submission, Turn, Verdict
 from services.gateway.images import Image
 from services.gateway.problems import Problem
@@ -76,9 +77,7 @@ async def unless_gone(work: Awaitable[T], is_gone: "Gone") -> T:
                 raise Problem("malformed", "the connection ended before the answer was there")
         return task.result()
     finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await ended(task)
 
 
 class Gone(Protocol):

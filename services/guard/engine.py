@@ -1,7 +1,6 @@
 """The engine: an SGLang server that is started, watched, restarted, and never left behind."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+from services.background import ended
 from services.errors import GuardUnavailable
 from services.guard.checkpoints import Checkpoint, resolve
 from services.guard.devices import gpus_for
@@ -152,9 +152,7 @@ class Engine:
         self._enter("stopped")
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
-            supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await supervisor
+            await ended(supervisor)
         await self._discard()
 
     async def generate(self, request: Mapping[str, Any]) -> dict[str, Any]:

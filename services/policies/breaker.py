@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from services import telemetry
+from services.background import ended
 from services.contracts import Action, BlockRateBand, Policy, PolicyIdentity
 from services.errors import ConfigurationError, PolicyUnavailable
 from services.policies.cache import PolicyCache
@@ -71,9 +72,7 @@ class CircuitBreaker:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
 
     def admits(self, policy: Policy, action: Action) -> bool:
         """Count one verdict, and say whether its action may stand. No network."""

@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from pydantic import ValidationError
 
+from services.background import ended
 from services.contracts import Moment, Submission, Verdict, WireModel
 from services.policies.shared import CacheUnavailable, SharedCopies
 
@@ -76,9 +77,7 @@ class Sample:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
 
     def add(self, verdict: Verdict) -> None:
         """Consider what was just judged. No network."""

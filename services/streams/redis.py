@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 from redis import exceptions
 from redis.asyncio import Redis
 
+from services.background import ended
 from services.errors import NotOwned, StreamUnavailable
 from services.settings import Settings
 from services.streams import redis_scripts
@@ -187,9 +188,7 @@ class RedisTransport:
         if self._closed:
             return
         self._closed = True
-        self._heartbeat.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._heartbeat
+        await ended(self._heartbeat)
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._leave(keys=[self._stream], args=[self._group, self._consumer, _AT_ONCE_MS])

@@ -192,6 +192,7 @@ def http_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         stopping.set()
+        listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which closing does not
         listener.close()
 
 

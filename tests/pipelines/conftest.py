@@ -115,9 +115,12 @@ class Bench:
         await self.shared.close()
 
 
-def bucket(s3: Any, name: str) -> None:
+def empty_bucket(s3: Any, name: str) -> None:
     if name not in {found["Name"] for found in s3.list_buckets()["Buckets"]}:
         s3.create_bucket(Bucket=name)
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=name):
+        for found in page.get("Contents", ()):
+            s3.delete_object(Bucket=name, Key=found["Key"])
 
 
 @pytest.fixture
@@ -143,8 +146,8 @@ async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
         fetch_deadline_s=3,
     )
     bench = Bench(settings, ScriptedGuard())
-    bucket(bench.s3, "uploads")
-    bucket(bench.s3, settings.policy_bucket)
+    empty_bucket(bench.s3, "uploads")
+    empty_bucket(bench.s3, settings.policy_bucket)
     bench.registry.publish_built_in()
     yield bench
     await bench.close()

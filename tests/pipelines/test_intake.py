@@ -230,6 +230,37 @@ async def test_what_is_not_finished_in_time_is_left_to_the_next_member(bench: Be
     assert [verdict.submission_id for verdict in verdicts] == ["held"]
 
 
+async def test_a_member_leaves_although_a_library_takes_a_cancellation_for_its_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As redis-py does in Python 3.11 when it is cancelled the moment that it has sent a command."""
+    sleep = asyncio.sleep
+    took: set[Any] = set()
+
+    async def sleeps(seconds: float, *result: Any) -> Any:
+        try:
+            return await sleep(seconds, *result)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task in took:
+                raise
+            took.add(task)
+
+    monkeypatch.setattr(asyncio, "sleep", sleeps)
+    await bench.start()
+    bench.put("leaves.jpg")
+    await bench.submit({"uri": "s3://uploads/leaves.jpg"})
+    await bench.settled(1)
+    closing = asyncio.create_task(bench.close())
+    left, _ = await asyncio.wait([closing], timeout=30)
+    while not closing.done():  # a member that stays is a test that fails, not one that hangs
+        for task in took:
+            task.cancel()
+        await sleep(0.05)
+    assert took
+    assert left
+
+
 async def test_no_more_in_flight_than_told(bench: Bench) -> None:
     flying = most = 0
 
