@@ -74,12 +74,23 @@ class Node:
             self._child.kill()
             self._child = None
 
+    def freeze(self) -> None:
+        """Stop all of it where it is, as a machine that hangs: no connection is closed, and nothing is answered."""
+        for process in self.processes():
+            process.suspend()
+
+    def thaw(self) -> None:
+        """Let it go on, with no idea that time has passed."""
+        for process in self.processes():
+            process.resume()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs there."""
+        return [] if self._child is None else psutil.Process(self._child.pid).children(recursive=True)
+
     def has(self, pid: int) -> bool:
         """Whether a process runs there."""
-        try:
-            return self._child is not None and self._child.pid in {each.pid for each in psutil.Process(pid).parents()}
-        except psutil.NoSuchProcess:
-            return False
+        return any(each.pid == pid for each in self.processes())
 
 
 class Cluster:

@@ -166,9 +166,9 @@ class Load:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process is there, and more than its name."""
+    """Whether a process is there, more than its name, and not frozen."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return psutil.Process(pid).status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
     except psutil.NoSuchProcess:
         return False
 
@@ -221,6 +221,30 @@ async def test_nodes_are_lost(service: Service) -> None:
         await asyncio.to_thread(cluster.add, "cpu", "gpu")
         await load.until_whole(killed)
         assert guards < load.guards(killed)
+        assert members < service.members()
+
+
+@pytest.mark.skipif(
+    "SLUICE_TEST_LONG" not in os.environ, reason="takes four minutes, which SLUICE_TEST_LONG=1 gives it"
+)
+async def test_nodes_stop_answering_and_come_back(service: Service) -> None:
+    cluster = service.cluster
+    async with under_load(service) as load:
+        await load.until_whole(0)
+        guards, members = load.guards(0), service.members()
+        silent = [cluster.node_of(guards.pop()), cluster.node_of(members.pop())]
+        for node in silent:
+            node.freeze()
+        frozen = time.monotonic()
+        await load.until("verdicts of what is left", lambda: load.settled_of_those_sent_since(frozen) > _SOME)
+        await asyncio.to_thread(cluster.add, "cpu", "gpu")
+        whole = await load.until_whole(frozen)
+        # They find their work done by others, and that they do not belong to the cluster any more.
+        for node in silent:
+            node.thaw()
+        await load.until("their end", lambda: not any(node.processes() for node in silent))
+        await load.until("verdicts of the others", lambda: load.settled_of_those_sent_since(whole) > _SOME)
+        assert guards < load.guards(frozen)
         assert members < service.members()
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,21 @@ async def test_a_folder_of_images(bench: Bench, tmp_path: Path) -> None:
 async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_endpoint: str) -> None:
     settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
     s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
-    for bucket in ("datasets", "private"):
+    unique = uuid.uuid4().hex
+    public, private = f"public-{unique}", f"private-{unique}"
+    for bucket in (public, private):
         s3.create_bucket(Bucket=bucket)
-    s3.put_bucket_versioning(Bucket="datasets", VersioningConfiguration={"Status": "Enabled"})
-    versions = [s3.put_object(Bucket="datasets", Key=f"p/{n}.png", Body=picture(n))["VersionId"] for n in (1, 2)]
-    s3.put_object(Bucket="private", Key="a.png", Body=picture(3))
-    bench = Bench("s3://datasets/annotations/first", settings)
-    rows = await bench.annotate("s3://datasets/p/")
-    assert [row["uri"] for row in rows] == ["s3://datasets/p/1.png", "s3://datasets/p/2.png"]
+    s3.put_bucket_versioning(Bucket=public, VersioningConfiguration={"Status": "Enabled"})
+    versions = [s3.put_object(Bucket=public, Key=f"p/{n}.png", Body=picture(n))["VersionId"] for n in (1, 2)]
+    s3.put_object(Bucket=private, Key="a.png", Body=picture(3))
+    bench = Bench(f"s3://{public}/annotations/first", settings)
+    rows = await bench.annotate(f"s3://{public}/p/")
+    assert [row["uri"] for row in rows] == [f"s3://{public}/p/1.png", f"s3://{public}/p/2.png"]
     assert [row["submission_id"] for row in rows] == [
-        f"datasets/p/{n}.png#{v}" for n, v in zip((1, 2), versions, strict=True)
+        f"{public}/p/{n}.png#{v}" for n, v in zip((1, 2), versions, strict=True)
     ]
 
-    allowed = settings.model_copy(update={"s3_buckets": ("datasets",)})
+    allowed = settings.model_copy(update={"s3_buckets": (public,)})
     store, preparer = ObjectStore(allowed), Preparer(allowed, 384)
     moderation = Moderation(policies=None, images=store, preparer=preparer, guard=bench.guard)  # type: ignore[arg-type]
     for row in rows:
@@ -165,9 +168,9 @@ async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_en
     store.close()
 
     # A list cannot open a bucket that the settings do not.
-    listed = [{"uri": "s3://private/a.png"}, {"uri": "1.png", "id": "own", "tenant": "t"}, {"uri": "../p/1.png"}]
-    s3.put_object(Bucket="datasets", Key="p/list.jsonl", Body="\n".join(map(json.dumps, listed)))
-    rows = await Bench("s3://datasets/annotations/second", allowed).annotate("s3://datasets/p/list.jsonl")
+    listed = [{"uri": f"s3://{private}/a.png"}, {"uri": "1.png", "id": "own", "tenant": "t"}, {"uri": "../p/1.png"}]
+    s3.put_object(Bucket=public, Key="p/list.jsonl", Body="\n".join(map(json.dumps, listed)))
+    rows = await Bench(f"s3://{public}/annotations/second", allowed).annotate(f"s3://{public}/p/list.jsonl")
     assert ends(rows) == ["forbidden", rows[1]["rating"], "forbidden"]
     assert (rows[1]["submission_id"], rows[1]["tenant"]) == ("own", "t")
 
@@ -478,10 +481,10 @@ def cases(tmp_path: Path) -> Path:
     ],
 )
 def test_bad_input_is_one_sentence(cases: Path, source: str, more: dict[str, Any], sentence: str) -> None:
-    out = cases / more.pop("out", "out")
     place = source if "://" in source else str(cases / source)
+    given = {"policy": "default"} | more | {"out": str(cases / more.get("out", "out"))}
     with pytest.raises(ConfigurationError, match=sentence) as caught:
-        annotate(Order(place, str(out), more.pop("policy", "default"), **more), SETTINGS, lambda _: None)
+        annotate(Order(place, **given), SETTINGS, lambda _: None)
     assert "\n" not in str(caught.value)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -156,20 +157,21 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
 def test_killed_on_s3(cluster: Cluster, tmp_path: Path, s3_endpoint: str) -> None:
     """From a bucket to a bucket, where a write counts that finds nothing in its place."""
     s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
-    s3.create_bucket(Bucket="annotated")
+    bucket = f"annotated-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=bucket)
     for n in range(60):
-        s3.put_object(Bucket="annotated", Key=f"in/{n:03d}.png", Body=picture(n // 2))
-    arguments = ("s3://annotated/in", "--out", "s3://annotated/out", "--chunk-rows", "4", "--json")
+        s3.put_object(Bucket=bucket, Key=f"in/{n:03d}.png", Body=picture(n // 2))
+    arguments = (f"s3://{bucket}/in", "--out", f"s3://{bucket}/out", "--chunk-rows", "4", "--json")
     first = Command(cluster, tmp_path, *arguments, SLUICE_S3_ENDPOINT=s3_endpoint)
     deadline = time.monotonic() + _START_S
-    while not s3.list_objects_v2(Bucket="annotated", Prefix="out/_sluice/chunks/").get("KeyCount"):
+    while not s3.list_objects_v2(Bucket=bucket, Prefix="out/_sluice/chunks/").get("KeyCount"):
         assert time.monotonic() < deadline, first.errors.read_text()
         assert first.process.poll() is None, first.errors.read_text()
         time.sleep(0.05)
     first.kill()
     summary = Command(cluster, tmp_path, *arguments, SLUICE_S3_ENDPOINT=s3_endpoint).finish()
     assert (summary["rows"], summary["duplicates"], summary["outcome"]) == (60, 30, {"verdict": 60})
-    keys = [each["Key"] for each in s3.list_objects_v2(Bucket="annotated", Prefix="out/")["Contents"]]
+    keys = [each["Key"] for each in s3.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"]]
     assert {key for key in keys if "_sluice/" in key} == {
         f"out/_sluice/{name}.json" for name in ("run", "listing", "plan")
     }

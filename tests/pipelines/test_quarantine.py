@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -97,12 +98,12 @@ async def test_an_orderly_end_is_no_crash(valkey_url: str) -> None:
 
 
 async def test_only_what_was_in_hand_was_in_the_crash(valkey_url: str) -> None:
-    shared = SharedCopies(valkey_url, "in-hand")
-    first = Quarantine(shared, "in-hand", "first")  # never entered, so nobody hears of it again
+    shared, group = SharedCopies(valkey_url, "in-hand"), uuid.uuid4().hex
+    first = Quarantine(shared, group, "first")  # never entered, so nobody hears of it again
     assert await first.admit(["done", "in hand"]) == [0, 0]
     first.release("done")
     await first.admit(["also in hand"])
-    async with Quarantine(shared, "in-hand", "second") as second:
+    async with Quarantine(shared, group, "second") as second:
 
         async def counted() -> bool:
             return await second.admit(["in hand"]) == [1]
