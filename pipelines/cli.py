@@ -117,7 +117,7 @@ def verdicts(
 
     settings = settings_module.load("stream_url")
     try:
-        asyncio.run(client.print_verdicts(settings, follow=follow, as_json=as_json, write=typer.echo))
+        asyncio.run(client.print_verdicts(settings, follow=follow, as_json=as_json, write=typer.echo, progress=_say))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from pydantic import ValidationError
+
 from pipelines.terminal import printable
 from pipelines.uploads import Uploads
 from services.contracts import Submission, Verdict, decode_json
@@ -76,7 +78,9 @@ async def submit(
         await publisher.close()
 
 
-async def print_verdicts(settings: Settings, *, follow: bool, as_json: bool, write: Callable[[str], None]) -> None:
+async def print_verdicts(
+    settings: Settings, *, follow: bool, as_json: bool, write: Callable[[str], None], progress: Callable[[str], None]
+) -> None:
     """Write the verdicts on the stream, oldest first, as JSON or as one readable line each.
 
     Raises:
@@ -85,7 +89,12 @@ async def print_verdicts(settings: Settings, *, follow: bool, as_json: bool, wri
     reader = await open_reader(settings)
     try:
         async for message in reader.read(settings.verdicts_stream, follow=follow):
-            write(message.value.decode() if as_json else one_line(Verdict.model_validate_json(message.value)))
+            try:
+                verdict = Verdict.model_validate_json(message.value)
+            except ValidationError:
+                progress(f"{message.source} is not a verdict, left out")
+            else:
+                write(message.value.decode() if as_json else one_line(verdict))
     finally:
         await reader.close()
 

@@ -27,7 +27,7 @@ from services.contracts import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, 
 from services.errors import ConfigurationError, DeadLetterReason
 from services.settings import Settings
 from services.streams.connect import open_publisher, open_reader
-from services.streams.formats import Accepted, parse
+from services.streams.formats import Accepted, Rejected, parse
 from services.streams.transport import Message, Publisher, Reader, Record
 
 _BATCH: Final = 100
@@ -45,8 +45,15 @@ class Found:
     letter: DeadLetter
     message: Message
     """Its value, key and `producer_headers` are the original's."""
-    submission: Submission | None
-    """What the original bytes say, where they say anything; written by whoever submitted it."""
+    entries: Sequence[Accepted | Rejected]
+    """What the original bytes say, written by whoever submitted them. More than one stand for a message that was given
+    up as a whole."""
+
+    @property
+    def submission(self) -> Submission | None:
+        """The one that the original bytes say, where they say one."""
+        only = self.entries[0] if len(self.entries) == 1 else None
+        return only.submission if isinstance(only, Accepted) else None
 
     @property
     def submission_id(self) -> str | None:
@@ -132,9 +139,7 @@ def read_letter(message: Message) -> Found | None:
         source=letter.source,
         timestamp=message.timestamp,
     )
-    entries = parse(original)
-    only = entries[0] if len(entries) == 1 else None
-    return Found(letter, message, only.submission if isinstance(only, Accepted) else None)
+    return Found(letter, message, parse(original))
 
 
 async def select(

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import boto3
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from rich.table import Table
 from pipelines import client
 from pipelines.up import Progress, running
 from services.contracts import CATEGORIES, NO_CATEGORY, DeadLetter, Submission, Verdict
+from services.s3 import s3_client
 from services.settings import Settings
 from services.streams.connect import open_reader
 from services.streams.transport import Message
@@ -74,7 +74,7 @@ def _samples() -> list[_Upload]:
 
 async def _judge(uploads: list[_Upload], settings: Settings, progress: Progress) -> dict[str, Verdict | DeadLetter]:
     """Upload, submit, and wait for the end of each submission; by the upload's name."""
-    s3 = boto3.client("s3", endpoint_url=settings.s3_endpoint)
+    s3 = s3_client(settings)
     bucket = settings.s3_buckets[0]
     for upload in uploads:
         await asyncio.to_thread(s3.put_object, Bucket=bucket, Key=upload.name, Body=upload.data)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from services.errors import ConfigurationError
 from services.settings import Settings
 
 ENV_FILE: Final = Path(".sluice/env")
@@ -13,14 +14,24 @@ _OTHERS: Final = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "RAY_AUTH_MODE"),
     *("SLUICE_GATEWAY_URL", "SLUICE_API_KEY"),
 )
-_SECRET: Final = {"kafka_options"}  # may hold a password; whoever runs the commands has it in the environment
+_NOT_WRITTEN: Final = {"kafka_options"}
+"""A shell that reads the file would take the quotes out of JSON. Who runs the commands has it in the environment."""
 
 
 def read(file: Path = ENV_FILE) -> dict[str, str]:
-    """The variables in the file; none when there is no file."""
-    if not file.exists():
+    """The variables in the file; none when there is no file.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
         return {}
-    lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{file} cannot be read ({error.strerror}); be the user who runs `sluice up`, or in another folder"
+        ) from None
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
@@ -31,7 +42,7 @@ def written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE
     `others` are the variables that reach the embedded backends, the gateway and Ray: the credentials of the backends,
     the gateway's URL and key, and Ray's way to authenticate among them are written too, and nothing else.
     """
-    values = settings.model_dump(mode="json", exclude_none=True, exclude=_SECRET)
+    values = settings.model_dump(mode="json", exclude_none=True, exclude=_NOT_WRITTEN)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
     lines += [f"{name}={others[name]}" for name in _OTHERS if name in others]
     content = "\n".join(lines) + "\n"

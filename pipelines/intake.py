@@ -23,7 +23,6 @@ from services.errors import (
     GuardFailed,
     NotFound,
     NotOwned,
-    StreamUnavailable,
     Unjudgeable,
     UnknownPolicy,
 )
@@ -226,6 +225,7 @@ class Intake:
         self.lags: dict[Priority, Lag] = {}
         """The newest reading of each stream; none where it could not be read."""
         self._draining = False
+        self._drained: asyncio.Task[None] | None = None
         self._receiving = [asyncio.create_task(self._receive(lane)) for lane in self._lanes]
         self._watching = [asyncio.create_task(self._report_lag()), asyncio.create_task(self._watch())]
 
@@ -238,13 +238,14 @@ class Intake:
 
     async def drain(self) -> None:
         """Receive no more, finish what is in flight within `drain_s`, then leave the groups. Safe to repeat."""
-        if self._draining:
-            await asyncio.wait(self._receiving)
-            return
         self._draining = True
-        for task in self._watching:
-            task.cancel()
+        if self._drained is None:
+            self._drained = asyncio.create_task(self._drain())
+        await asyncio.shield(self._drained)  # whoever asked for it may not wait for its end
+
+    async def _drain(self) -> None:
         deadline = time.monotonic() + self._settings.drain_s
+        await asyncio.gather(*map(ended, self._watching))
         _, waiting = await asyncio.wait(self._receiving, timeout=self._settings.drain_s)
         for task in waiting:  # for a message that may only be read while no other is worked on
             task.cancel()
@@ -349,7 +350,7 @@ class Intake:
             for lane in self._lanes:
                 try:
                     self.lags[lane.priority] = lag = await lane.transport.lag()
-                except StreamUnavailable as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, the next look may be luckier
                     self.lags.pop(lane.priority, None)
                     log.warning("the lag is not known: %s", error)
                     continue

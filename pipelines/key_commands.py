@@ -1,11 +1,11 @@
 """`sluice keys`: who may ask the gateway for what."""
 
-import getpass
 import json
 from typing import Annotated
 
 import typer
 
+from pipelines.terminal import user
 from services import settings as settings_module
 from services.errors import ConfigurationError
 from services.gateway.keys import ROLES, ApiKey, KeyRegistry, Role
@@ -27,7 +27,7 @@ def create(
 ) -> None:
     """Create a key and print it. It is shown this once: only its digest is kept."""
     key, token = _registry().create(
-        name, _role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=getpass.getuser()
+        name, _role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=user()
     )
     typer.echo(f"key {key.id} for {key.name}: role {key.role}, tenant {key.tenant}", err=True)
     typer.echo(json.dumps({"id": key.id, "key": token}) if as_json else token)
@@ -47,7 +47,7 @@ def list_(as_json: AsJson = False) -> None:
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Revoke a key for ever. Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S."""
-    _registry().revoke(key_id, who=getpass.getuser())
+    _registry().revoke(key_id, who=user())
     typer.echo(f"key {key_id} is revoked", err=True)
 
 

@@ -1,7 +1,6 @@
 """`sluice policy`: write, try, roll out and take back policy versions."""
 
 import difflib
-import getpass
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.announcements import announce
+from pipelines.terminal import user
 from services import settings as settings_module
 from services.contracts import DEFAULT_POLICY
 from services.errors import ConfigurationError, UnknownPolicy
@@ -242,7 +242,7 @@ def _settings() -> Settings:
 
 def _change(change: Callable[[PolicyRegistry, str], Change], who: str | None, as_json: bool) -> None:
     settings = _settings()
-    done = change(PolicyRegistry.from_settings(settings), who or getpass.getuser())
+    done = change(PolicyRegistry.from_settings(settings), who or user())
     announce(settings, lambda shared: shared.offer(done.name, done))
     typer.echo(_change_json(done) if as_json else _change_line(done))
 

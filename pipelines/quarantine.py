@@ -8,8 +8,8 @@ Nothing here is needed for delivery: while Redis is away, messages are worked on
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final, Self
 
 from services.background import ended
@@ -24,20 +24,28 @@ _BEAT_S: Final = 1.0
 _SILENT_S: Final = 4.0
 """A process that says nothing for this long is dead, or so slow that its messages deserve a closer look."""
 _REMEMBERED_S: Final = 86_400
+_COMPANY_S: Final = 60.0
+"""What kills does so when it is touched. One that waits for longer, say for S3, does not hold up the others."""
 
 # Counts the crashes of the silent, says that this process is alive and which messages it has in hand, and adds those of
-# the new messages that never were in a crash. Returns how many crashes each of the new ones was in.
+# the new messages that never were in a crash. Returns how many crashes each of the new ones was in. Where this process
+# is among the silent itself, it may have been Redis that stood still, so all get as much time again.
 _MARK: Final = """
 local alive, in_hand, prefix, me = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
-for _, dead in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ARGV[3])) do
-    for _, source in ipairs(redis.call('SMEMBERS', prefix .. 'in-hand:' .. dead)) do
-        redis.call('INCR', prefix .. 'crashes:' .. source)
-        redis.call('EXPIRE', prefix .. 'crashes:' .. source, ARGV[4])
+local own = tonumber(redis.call('ZSCORE', alive, me) or now)
+for _, silent in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ARGV[3])) do
+    if own <= now - ARGV[3] then
+        redis.call('ZADD', alive, now, silent)
+    else
+        for _, source in ipairs(redis.call('SMEMBERS', prefix .. 'in-hand:' .. silent)) do
+            redis.call('INCR', prefix .. 'crashes:' .. source)
+            redis.call('EXPIRE', prefix .. 'crashes:' .. source, ARGV[4])
+        end
+        redis.call('DEL', prefix .. 'in-hand:' .. silent)
+        redis.call('ZREM', alive, silent)
     end
-    redis.call('DEL', prefix .. 'in-hand:' .. dead)
-    redis.call('ZREM', alive, dead)
 end
 redis.call('ZADD', alive, now, me)
 redis.call('DEL', in_hand)
@@ -60,6 +68,17 @@ def convicted() -> GuardFailed:
     return GuardFailed(f"it made a worker crash {CRASHES} times")
 
 
+@contextmanager
+def _for_a_while(let_go: Callable[[], None]) -> Iterator[None]:
+    """Call `let_go` at the end of the block, or after `_COMPANY_S`, whichever comes first."""
+    timer = asyncio.create_task(asyncio.sleep(_COMPANY_S))
+    timer.add_done_callback(lambda _: let_go())
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Quarantine:
     """What one intake process may touch at a time. To be used as an async context manager."""
 
@@ -74,8 +93,9 @@ class Quarantine:
         """Redis did not answer the last time. Then only the beat asks it: one that hangs must not slow the work."""
         self._few = asyncio.Semaphore(_FEW)
         self._working = 0
-        self._alone = False
-        self._changed = asyncio.Condition()
+        self._alone: str | None = None
+        """The message that no other one may be worked on beside."""
+        self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._beat())
@@ -104,39 +124,44 @@ class Quarantine:
             async with self._among_others():
                 yield
         elif crashes < CRASHES - 1:
-            async with self._few, self._among_others(), self._marked(source):
-                yield
+            await self._few.acquire()
+            with _for_a_while(self._few.release):
+                async with self._among_others(), self._marked(source):
+                    yield
         else:
-            async with self._by_itself(), self._marked(source):
+            async with self._by_itself(source), self._marked(source):
                 yield
 
     @asynccontextmanager
     async def _among_others(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._alone)
-            self._working += 1
+        await self._until(lambda: self._alone is None)
+        self._working += 1
         try:
             yield
         finally:
             self._working -= 1
-            await self._tell()
+            self._tell()
 
     @asynccontextmanager
-    async def _by_itself(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._alone)
-            self._alone = True
-        try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._working)
-            yield
-        finally:
-            self._alone = False
-            await self._tell()
+    async def _by_itself(self, source: str) -> AsyncIterator[None]:
+        await self._until(lambda: self._alone is None)
+        self._alone = source
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        def admit_others() -> None:
+            self._alone = None
+            self._tell()
+
+        with _for_a_while(admit_others):
+            await self._until(lambda: not self._working or self._alone != source)
+            yield
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            await self._changed.wait()
+
+    def _tell(self) -> None:
+        self._changed.set()  # whoever waits now looks again
+        self._changed.clear()
 
     @asynccontextmanager
     async def _marked(self, source: str) -> AsyncIterator[None]:

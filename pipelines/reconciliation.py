@@ -239,8 +239,7 @@ class _Reading:
             (self._settings.dead_letters_stream, self._dead_letter),
         ):
             async for message in self._new(stream):
-                end = read_end(message, early)
-                if end is not None:
+                for end in read_end(message, early):
                     self._books.add_end(end)
 
     async def _new(self, stream: str) -> AsyncIterator[Message]:
@@ -254,7 +253,7 @@ class _Reading:
                 self._newest[stream] = max(self._newest.get(stream, message.timestamp), message.timestamp)
                 yield message
 
-    def _verdict(self, message: Message, early: bool) -> End | None:
+    def _verdict(self, message: Message, early: bool) -> Iterator[End]:
         try:
             verdict = decode_json(message.value)
         except Malformed:
@@ -264,8 +263,8 @@ class _Reading:
             if early and self._span.holds(message.timestamp):
                 self._account.unexplained += 1
                 self._write(Finding("unreadable", None, None, message.source, _iso(message.timestamp.timestamp()), 1))
-            return None
-        return End(
+            return
+        yield End(
             key=_key(fields["submission_id"], fields["uri"]),
             identity=fields["verdict_id"],
             kind=fields["outcome"],
@@ -278,24 +277,26 @@ class _Reading:
             submitted_at=fields.get("submitted_at"),
         )
 
-    def _dead_letter(self, message: Message, early: bool) -> End | None:
+    def _dead_letter(self, message: Message, early: bool) -> Iterator[End]:
         found = read_letter(message)
         if found is None:
-            return None
+            return
         letter = found.letter
-        is_named = letter.reason != "malformed" and found.submission is not None
-        return End(
-            key=_key(found.submission_id or "", found.uri or "") if is_named else _position_key(letter.source),
-            identity=f"{letter.source} {letter.reason}",
-            kind=letter.reason,
-            dead=True,
-            at=message.timestamp.timestamp(),
-            early=early,
-            submission_id=found.submission_id,
-            uri=found.uri,
-            source=letter.source,
-            submitted_at=None,
-        )
+        # A malformed one ends what stands where it stood, whatever it says; nothing is known of one without entries.
+        for entry in found.entries if letter.reason != "malformed" and found.entries else (None,):
+            submission = entry.submission if isinstance(entry, Accepted) else None
+            yield End(
+                key=_key(submission.id, submission.uri) if submission else _position_key(letter.source),
+                identity=f"{letter.source} {letter.reason}",
+                kind=letter.reason,
+                dead=True,
+                at=message.timestamp.timestamp(),
+                early=early,
+                submission_id=submission.id if submission else found.submission_id,
+                uri=submission.uri if submission else found.uri,
+                source=letter.source,
+                submitted_at=None,
+            )
 
     def is_outside(self, end: End) -> bool:
         """Whether the submission of an end that explains nothing may lie outside of what was read."""

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Final
+
+from pydantic import ValidationError
 
 from pipelines.trial import Trial, connected
 from services.contracts import Policy, PolicyIdentity, Submission, Verdict
@@ -71,8 +74,9 @@ async def find(verdict_id: str, settings: Settings) -> Verdict:
     try:
         async for message in reader.read(settings.verdicts_stream, follow=False):
             if wanted in message.value:
-                verdict = Verdict.model_validate_json(message.value)
-                found = verdict if verdict.verdict_id == verdict_id else found
+                with suppress(ValidationError):  # others may write to that stream, too
+                    verdict = Verdict.model_validate_json(message.value)
+                    found = verdict if verdict.verdict_id == verdict_id else found
     finally:
         await reader.close()
     if found is None:

@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus
 
 from pipelines import elastic, embedded, ports, serve_app
 from pipelines.gateway_deployment import GATEWAY
+from pipelines.ray_cluster import QUIET, join
 from pipelines.stream import APPLICATION, INTAKE, application
 from services import settings as settings_module
 from services.children import end_with_this_process
@@ -73,7 +74,9 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
         try:
             if embed:
                 progress("starting the embedded backends")
-                variables = stack.enter_context(embedded.backends(os.environ))
+                variables = stack.enter_context(
+                    embedded.backends({name: value for name, value in os.environ.items() if value})
+                )
                 os.environ.update(variables)
             settings = settings_module.load()
             log_file = stack.enter_context(_shown_log(settings.log_file))
@@ -169,7 +172,11 @@ def _check_reachable(settings: Settings) -> None:
     for name, url, default_port in (
         ("SLUICE_STREAM_URL", settings.stream_url, 9092),
         ("SLUICE_REDIS_URL", settings.redis_url, 6379),
-        ("SLUICE_S3_ENDPOINT", settings.s3_endpoint, 443),
+        (
+            "SLUICE_S3_ENDPOINT",
+            settings.s3_endpoint,
+            80 if urlsplit(settings.s3_endpoint or "").scheme == "http" else 443,
+        ),
     ):
         if url:
             hosts = [urlsplit(f"//{host}") for host in urlsplit(url).netloc.rpartition("@")[2].split(",")]
@@ -210,10 +217,9 @@ def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Map
         return
     with ExitStack() as stack:
         port = settings.gateway_port
-        if embed and "SLUICE_GATEWAY_PORT" not in os.environ:
-            port = 0
         if not settings.ray_address:  # else the gateway runs on another machine, for all that is known here
-            port = stack.enter_context(ports.kept(settings.gateway_host, port))
+            wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
+            port = stack.enter_context(ports.kept(settings.gateway_host, wanted))
         variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
         if embed:
             keys = KeyRegistry.from_settings(settings)
@@ -241,17 +247,16 @@ def _ray(settings: Settings) -> Iterator[None]:
     """A Ray cluster of this machine's own, or the one that the settings name, with Serve on it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    local = {
-        "num_cpus": max(os.cpu_count() or 1, elastic.most_replicas(settings) + settings.gateway_replicas),
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "include_dashboard": False,
-    }
-    ray.init(
-        settings.ray_address or "local",
-        logging_level="ERROR",
-        log_to_driver=False,
-        **({} if settings.ray_address else local),
-    )
+    if settings.ray_address:
+        join(settings.ray_address)
+    else:
+        ray.init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, elastic.most_replicas(settings) + settings.gateway_replicas),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **QUIET,
+        )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
     try:

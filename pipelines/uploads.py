@@ -4,16 +4,15 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from services.contracts import ObjectReference
 from services.errors import ConfigurationError, StoreUnavailable
+from services.s3 import s3_client
 from services.settings import Settings
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 _FOLDER: Final = "submitted"
 
@@ -31,8 +30,7 @@ class Uploads:
             raise ConfigurationError("SLUICE_S3_BUCKETS is not set; files are uploaded to the first bucket it names")
         self._bucket = settings.s3_buckets[0]
         self._folder = folder
-        config = Config(retries={"mode": "standard"})
-        self._s3: S3Client = boto3.client("s3", endpoint_url=settings.s3_endpoint, config=config)
+        self._s3 = s3_client(settings, retries={"mode": "standard"})
 
     def put_file(self, file: Path) -> ObjectReference:
         """Upload one file, under a key of its own.

@@ -98,10 +98,18 @@ class ObjectReference(WireModel):
         return f"s3://{self.bucket}/{self.key}"
 
 
+_ID_LIMIT: Final = 256
+
+
+def id_of(name: str) -> str:
+    """The submission id of something with this name: the name itself, or of one that is too long its digest."""
+    return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+
+
 class Submission(WireModel):
     """A request to judge one image, by reference."""
 
-    id: Annotated[str, Field(min_length=1, max_length=256)]
+    id: Annotated[str, Field(min_length=1, max_length=_ID_LIMIT)]
     uri: Annotated[str, Field(description="s3://bucket/key", max_length=2048)]
     version_id: str | None = None
     etag: ETag | None = None

@@ -247,7 +247,7 @@ async def _first_looks(
     except (GuardFailed, UnreadableAnswer):
         return [None] * len(policies)  # the full judgement says what is wrong
     answers = [
-        Answer(look, "first_look") if look.score < policy.first_look_below else None
+        Answer(look, "first_look") if look.rating == "Safe" and look.score < policy.first_look_below else None
         for policy, look in zip(policies, looks, strict=True)
     ]
     for answer in answers:

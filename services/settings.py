@@ -3,11 +3,13 @@
 Credentials are not settings: S3's come the usual AWS way, Kafka's in `SLUICE_KAFKA_OPTIONS`, Redis' in its URL.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from services.errors import ConfigurationError
 
@@ -151,9 +153,17 @@ class Settings(BaseSettings):
     @field_validator("stream_url")
     @classmethod
     def _names_a_transport(cls, url: str) -> str:
-        if url and not url.startswith(("kafka://", "redis://", "rediss://")):
-            raise ValueError("must begin with kafka://, redis:// or rediss://")
-        return url
+        return _checked(url, "kafka", "redis", "rediss")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _names_redis(cls, url: str) -> str:
+        return _checked(url, "redis", "rediss", "unix")
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _names_a_server(cls, url: str | None) -> str | None:
+        return _checked(url, "http", "https") if url else None
 
     @field_validator("s3_buckets", "gateway_fetch_hosts", mode="before")
     @classmethod
@@ -161,6 +171,16 @@ class Settings(BaseSettings):
         if isinstance(names, str):
             return tuple(name.strip() for name in names.split(",") if name.strip())
         return names
+
+
+def _checked(url: str, *schemes: str) -> str:
+    """A URL, or several hosts in one, with one of these schemes and ports that can be; empty where none is named."""
+    parts = urlsplit(url)
+    if url and (parts.scheme not in schemes or not (parts.netloc or parts.scheme == "unix")):
+        raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        _ = urlsplit(f"//{host}").port  # a ValueError where it is none
+    return url
 
 
 def load(*needed: str) -> Settings:
@@ -171,12 +191,16 @@ def load(*needed: str) -> Settings:
     """
     try:
         settings = Settings()
+    except SettingsError:  # the only one that is read as JSON
+        raise ConfigurationError("SLUICE_KAFKA_OPTIONS is wrong: it is no JSON object") from None
     except ValidationError as error:
         problems = [
-            f"SLUICE_{str(problem['loc'][0]).upper()} is wrong: {problem['msg']}"
+            f"SLUICE_{str(problem['loc'][0]).upper()} is wrong: {problem['msg'].removeprefix('Value error, ')}"
             for problem in error.errors(include_url=False)
         ]
         raise ConfigurationError("; ".join(problems)) from None
+    if os.environ.get("SLUICE_BACKFILL_STREAM") == "":  # of the others an empty variable is the same as none
+        settings = settings.model_copy(update={"backfill_stream": ""})
     require(settings, *needed)
     return settings
 

@@ -173,6 +173,16 @@ async def test_a_first_look_decides_or_is_followed_by_a_full_one(
     assert verdict.action == ("allow" if effort == "first_look" else "block")
 
 
+async def test_an_image_that_a_first_look_calls_unsafe_is_judged_in_full_however_low_its_score() -> None:
+    document = {"name": "p", "effort": "adaptive", "first_look_below": 0.9}
+    parts = Parts(PolicyDocument.model_validate(document).as_version(3))
+    parts.looks = [Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.6, model=MODEL)]
+    verdict = (await parts().judge(SUBMISSION)).verdict
+    assert (verdict.effort, verdict.rating) == ("full", "Unsafe")
+    assert verdict.category != NO_CATEGORY
+    assert verdict.rationale
+
+
 async def test_where_the_breaker_is_open_a_block_becomes_a_review() -> None:
     parts = Parts(POLICY)
     parts.open = True

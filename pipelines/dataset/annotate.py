@@ -181,15 +181,15 @@ def _listing(run: Run, source: Source, settings: Settings, say: Say) -> Listing:
 def _plan(run: Run, listing: Listing, chunk_rows: int | None, say: Say) -> Plan:
     def index() -> Iterator[pa.Table]:
         for number in range(listing.pieces):
-            if (table := run.table("index", f"{number:06d}")) is None:
+            if (rows := run.rows("index", f"{number:06d}")) is None:
                 raise SluiceError(f"the index of {run.folder.uri} is not complete; start the same command again")
-            yield table
+            yield from rows
 
     with Stage("planned", None, say) as stage:
 
-        def keep(name: str, table: pa.Table) -> None:
-            run.keep("plan", name, table)
-            stage.add(table.num_rows)
+        def keep(name: str, rows: int, parquet: bytes) -> None:
+            run.keep("plan", name, parquet)
+            stage.add(rows)
 
         todo = plan.make(index, listing.extras, keep, chunk_rows)
     if todo.rows == 0:

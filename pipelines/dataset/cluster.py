@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from pipelines.ray_address import answers
+from pipelines.ray_cluster import QUIET, join, last_line, silent
 from pipelines.stream import APPLICATION
 from services.children import end_with_this_process
 from services.errors import ConfigurationError, SluiceError
@@ -70,26 +69,13 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }.items():
         os.environ.setdefault(name, value)
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address in _NO_CLUSTER:
         progress("starting Ray on this machine")
         end_with_this_process()
-        with _silent():
-            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+        with silent():
+            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **QUIET)
     else:
-        if not answers(address):
-            raise ConfigurationError(
-                f"no Ray cluster answers at SLUICE_RAY_ADDRESS ({address}); start `sluice up`, or unset it to annotate "
-                "on this machine alone"
-            )
-        try:
-            with _silent():
-                ray.init(address, **quiet)
-        except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-            raise ConfigurationError(
-                f"the Ray cluster at {address} cannot be joined ({_brief(error)}); be the user who started it, "
-                "or set RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are there"
-            ) from None
+        join(address)
     for name in ("ray.serve", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said in a sentence of our own
     context = DataContext.get_current()
@@ -100,20 +86,6 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep from stderr what Ray's native library has to say; for the main thread, and not for long."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 @contextmanager
@@ -170,7 +142,7 @@ def run_units(
             for values in zip(*batch.values(), strict=True):
                 yield {name: int(value) for name, value in zip(names, values, strict=True)}
     except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        raise _own(error) or SluiceError(f"a worker failed: {_brief(error)}") from None
+        raise _own(error) or SluiceError(f"a worker failed: {last_line(error)}") from None
 
 
 def run_here(worker: type[Any], arguments: Mapping[str, Any], units: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -243,7 +215,7 @@ def _deploy(settings: Settings, name: str, replicas: int, progress: Progress) ->
             return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             messages = [d.message for d in status.deployments.values() if d.message]
-            raise ConfigurationError(f"the guard did not start: {_last_line('; '.join(messages))}")
+            raise ConfigurationError(f"the guard did not start: {last_line('; '.join(messages))}")
         elapsed_s = time.monotonic() - started
         if elapsed_s >= next_word_s:
             progress(f"loading {settings.model} into {replicas} engines of its own ({elapsed_s:.0f} s)")
@@ -258,12 +230,3 @@ def _own(error: BaseException | None) -> SluiceError | None:
             return error
         error = getattr(error, "cause", None) or error.__cause__
     return None
-
-
-def _brief(error: BaseException) -> str:
-    return _last_line(str(error))[:300]
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from services.errors import Changed, ConfigurationError, Forbidden, NotFound, StoreUnavailable
+from services.s3 import s3_client
 from services.settings import Settings
 
 _ABSENT: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404"}
@@ -77,7 +76,10 @@ def folder(place: str, settings: Settings) -> Folder:
         bucket, _, prefix = place.removeprefix("s3://").partition("/")
         if not bucket:
             raise ConfigurationError(f"{place!r} names no bucket; write s3://bucket/prefix")
-        return BucketFolder(s3_client(settings), bucket, prefix.strip("/"))
+        client = s3_client(
+            settings, connect_timeout=5, read_timeout=60, retries={"mode": "standard", "max_attempts": 6}
+        )
+        return BucketFolder(client, bucket, prefix.strip("/"))
     return LocalFolder(local_path(place))
 
 
@@ -95,19 +97,6 @@ def local_path(place: str) -> Path:
     if "://" in place:
         raise ConfigurationError(f"{place} is neither a path nor an s3:// URI")
     return Path(place).absolute()
-
-
-def s3_client(settings: Settings) -> Any:
-    """A client with credentials the usual AWS way, that tries again by itself for a while."""
-    config = Config(
-        connect_timeout=5,
-        read_timeout=60,
-        retries={"mode": "standard", "max_attempts": 6},
-        s3={"addressing_style": "path" if settings.s3_endpoint else "auto"},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    return boto3.session.Session().client("s3", endpoint_url=settings.s3_endpoint, config=config)
 
 
 class LocalFolder:

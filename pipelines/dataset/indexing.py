@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset.folders import folder
 from pipelines.dataset.images import Images, table_images
-from pipelines.dataset.references import References, fitting
+from pipelines.dataset.references import References
 from pipelines.dataset.sources import LINES, OWN_COLUMNS, REFERENCE_COLUMNS, Piece, Source
 from pipelines.dataset.tables import INDEX, Row
 from pipelines.dataset.tars import Cut, Member, members
-from services.contracts import decode_json
+from services.contracts import decode_json, id_of
 from services.errors import Malformed, NotAnImage, TooLarge, Unjudgeable
 from services.patience import patiently
 from services.settings import Settings
@@ -83,7 +83,7 @@ class Indexer:
 
     def _failure(self, name: str, error: Unjudgeable) -> Row:
         uri = self._folder.uri_of(name)
-        return {"id": fitting(uri), "uri": uri, "tenant": "default", "reason": error.reason, "detail": str(error)}
+        return {"id": id_of(uri), "uri": uri, "tenant": "default", "reason": error.reason, "detail": str(error)}
 
     def _file(self, name: str) -> Row:
         uri = self._folder.uri_of(name)
@@ -113,7 +113,7 @@ class Indexer:
             # As the stream calls it, where S3 tells of a new object.
             version = row["version_id"] or row["etag"]
             name = row["uri"].removeprefix("s3://")
-            row["id"] = fitting(f"{name}#{version}" if version else name)
+            row["id"] = id_of(f"{name}#{version}" if version else name)
         return row
 
     def _tar(self, name: str) -> list[Row]:
@@ -213,7 +213,7 @@ class Indexer:
 
     def _unreadable(self, text: str, error: Unjudgeable) -> Row:
         return {
-            "id": fitting(text),
+            "id": id_of(text),
             "uri": text,
             "version_id": None,
             "etag": None,
@@ -243,7 +243,7 @@ def _to_end_of_line(file: BinaryIO) -> None:
 
 
 def _embedded(uri: str, place: Row) -> Row:
-    return {"id": fitting(uri), "uri": uri, "version_id": None, "etag": None, "tenant": "default", "place": place}
+    return {"id": id_of(uri), "uri": uri, "version_id": None, "etag": None, "tenant": "default", "place": place}
 
 
 def _sha256(data: bytes) -> str:

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections import defaultdict
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
 from pipelines.dataset.images import Images
-from pipelines.dataset.tables import ANNOTATION, Dead, Row, annotation, with_extras
+from pipelines.dataset.tables import ANNOTATION, Dead, ParquetBuffer, Row, annotation, with_extras
 from services.contracts import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
 from services.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
 from services.moderation import Guard, ImagePreparer, Moderation
@@ -16,6 +17,14 @@ from services.patience import patiently
 _BACKFILL: Final[Priority] = "backfill"
 _OF_THE_REFERENCE: Final = (NotFound, Changed, Forbidden)
 """What is wrong with one reference says nothing about another one to the same bytes."""
+
+
+class _Said(NamedTuple):
+    """What holds for all rows with the same bytes."""
+
+    row: int
+    """Which one was judged."""
+    answer: Verdict | Dead
 
 
 class Judge:
@@ -29,31 +38,40 @@ class Judge:
         self._places = asyncio.Semaphore(in_flight)
         self._moderation = Moderation(policies=_None(), images=_None(), preparer=preparer, guard=guard)
 
-    async def judge(self, planned: pa.Table, extras: pa.Schema) -> pa.Table:
+    async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:
         """The annotations of a chunk, a row for each of its rows, in their order."""
+        annotations = ParquetBuffer(with_extras(ANNOTATION, extras))
+        said: dict[int, _Said] = {}
+        for table in planned:
+            annotations.add(await self._judge_some(table, extras, said))
+        return annotations
+
+    async def _judge_some(self, planned: pa.Table, extras: pa.Schema, said: dict[int, _Said]) -> pa.Table:
         groups: dict[int, list[Row]] = defaultdict(list)
-        for row in sorted(planned.to_pylist(), key=lambda each: each["row"]):
+        for row in planned.to_pylist():
             groups[row["row"] if row["duplicate_of"] is None else row["duplicate_of"]].append(row)
         async with asyncio.TaskGroup() as tasks:
-            judging = [tasks.create_task(self._judge_same(rows, extras.names)) for rows in groups.values()]
+            judging = [
+                tasks.create_task(self._judge_same(first, rows, extras.names, said)) for first, rows in groups.items()
+            ]
         rows = [row for task in judging for row in task.result()]
         rows.sort(key=lambda row: int(row["row"]))
         return pa.Table.from_pylist(rows, with_extras(ANNOTATION, extras))
 
-    async def _judge_same(self, rows: list[Row], extras: list[str]) -> list[Row]:
+    async def _judge_same(self, first: int, rows: list[Row], extras: list[str], said: dict[int, _Said]) -> list[Row]:
         """The annotations of rows with the same bytes: the first that can be had is judged for all that follow."""
         made: list[Row] = []
-        judged: tuple[int, Verdict | Dead] | None = None
         for row in rows:
-            first = None
+            duplicate_of = None
             if row["reason"]:
                 answer: Verdict | Dead = Dead(row["reason"], row["detail"])
-            elif judged is None:
-                answer, own = await self._judge(row)
-                judged = None if own else (row["row"], answer)
+            elif first in said:
+                duplicate_of, answer = said[first].row, _as_of(row, said[first].answer)
             else:
-                first, answer = judged[0], _as_of(row, judged[1])
-            made.append(annotation(row | {"duplicate_of": first}, answer, extras))
+                answer, own = await self._judge(row)
+                if not own:
+                    said[first] = _Said(row["row"], answer)
+            made.append(annotation(row | {"duplicate_of": duplicate_of}, answer, extras))
         return made
 
     async def _judge(self, row: Row) -> tuple[Verdict | Dead, bool]:

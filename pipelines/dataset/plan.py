@@ -10,17 +10,21 @@ import pickle
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Final
 
 import pyarrow as pa
 
-from pipelines.dataset.tables import PLAN, Row, with_extras
+from pipelines.dataset.tables import BATCH_ROWS, PLAN, ParquetBuffer, Row, to_parquet, with_extras
 
 _CACHE_KIB: Final = 65_536
 _CHUNK_ROWS: Final = (50, 5_000)
 _CHUNKS: Final = 10_000
 
 Tables = Callable[[], Iterable[pa.Table]]
+Write = Callable[[str, int, bytes], None]
+"""Takes the name of a part, its rows and the parquet file of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ def chunk_rows(rows: int) -> int:
     return min(max(rows // _CHUNKS, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
 
 
-def make(tables: Tables, extras: pa.Schema, write: Callable[[str, pa.Table], None], per_chunk: int | None) -> Plan:
+def make(tables: Tables, extras: pa.Schema, write: Write, per_chunk: int | None) -> Plan:
     """Write the chunks, some of them in two parts: `000123` and, with duplicates from later chunks, `000123-late`.
 
     The same index always gives the same chunks.
@@ -61,7 +65,10 @@ def make(tables: Tables, extras: pa.Schema, write: Callable[[str, pa.Table], Non
         firsts = digests.duplicates()
         duplicates = _write_chunks(tables(), firsts, size, schema, write, digests)
         for chunk, late in digests.late():
-            write(f"{chunk:06d}-late", pa.Table.from_pylist(late, schema))
+            part = ParquetBuffer(schema)
+            while some := list(islice(late, BATCH_ROWS)):
+                part.add(pa.Table.from_pylist(some, schema))
+            write(f"{chunk:06d}-late", part.rows, part.finish())
     return Plan(rows, -(-rows // size), size, duplicates, unreadable)
 
 
@@ -70,9 +77,12 @@ def _write_chunks(
     firsts: Iterator[tuple[int, int]],
     size: int,
     schema: pa.Schema,
-    write: Callable[[str, pa.Table], None],
+    write: Write,
     digests: "_Digests",
 ) -> int:
+    def keep(number: int) -> None:
+        write(f"{number:06d}", len(chunk), to_parquet(pa.Table.from_pylist(chunk, schema)))
+
     row = duplicates = 0
     upcoming = next(firsts, None)
     chunk: list[Row] = []
@@ -89,10 +99,10 @@ def _write_chunks(
                 chunk.append(planned)
             row += 1
             if row % size == 0:
-                write(f"{row // size - 1:06d}", pa.Table.from_pylist(chunk, schema))
+                keep(row // size - 1)
                 chunk = []
     if row % size:
-        write(f"{row // size:06d}", pa.Table.from_pylist(chunk, schema))
+        keep(row // size)
     return duplicates
 
 
@@ -135,14 +145,8 @@ class _Digests:
         """Keep a row for a chunk before its own."""
         self._database.execute("INSERT INTO late VALUES (?, ?, ?)", (chunk, planned["row"], pickle.dumps(planned)))
 
-    def late(self) -> Iterator[tuple[int, list[Row]]]:
+    def late(self) -> Iterator[tuple[int, Iterator[Row]]]:
         """The rows that were put off, by chunk."""
-        chunk, rows = -1, list[Row]()
-        for number, planned in self._database.execute("SELECT chunk, planned FROM late ORDER BY chunk, row"):
-            if number != chunk and rows:
-                yield chunk, rows
-                rows = []
-            chunk = number
-            rows.append(pickle.loads(planned))
-        if rows:
-            yield chunk, rows
+        found = self._database.execute("SELECT chunk, planned FROM late ORDER BY chunk, row")
+        for chunk, rows in groupby(found, itemgetter(0)):
+            yield chunk, (pickle.loads(planned) for _, planned in rows)

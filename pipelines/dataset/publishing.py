@@ -23,22 +23,23 @@ def publish(run: Run, chunks: int, progress: Callable[[int], None]) -> None:
 
 
 def _parts(run: Run, chunks: int) -> Iterator[pa.Table]:
-    """The annotations, as many chunks at a time as make enough rows: with duplicates a chunk has any number of them."""
+    """The annotations, enough rows for a file at a time."""
     some: list[pa.Table] = []
-    rows = 0
     for number in range(chunks):
-        some.append(_chunk(run, number))
-        rows += some[-1].num_rows
-        if rows >= _ROWS_A_FILE or number == chunks - 1:
-            yield pa.concat_tables(some).sort_by("row")
-            some, rows = [], 0
+        for table in _chunk(run, number):
+            some.append(table)
+            if sum(each.num_rows for each in some) >= _ROWS_A_FILE:
+                yield pa.concat_tables(some).sort_by("row")
+                some = []
+    if some:
+        yield pa.concat_tables(some).sort_by("row")
 
 
-def _chunk(run: Run, number: int) -> pa.Table:
-    table = run.table("chunks", f"{number:06d}")
-    if table is None:
+def _chunk(run: Run, number: int) -> Iterator[pa.Table]:
+    rows = run.rows("chunks", f"{number:06d}")
+    if rows is None:
         raise SluiceError(f"chunk {number} of {run.folder.uri} is gone; another run has finished it, or it was removed")
-    return table
+    return rows
 
 
 def _partitions(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:

@@ -1,17 +1,14 @@
 """What a reference in a list of strangers may stand for: an object in S3, or a file below one folder."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.dataset.folders import local_path
 from pipelines.dataset.tables import Row
-from services.contracts import Submission
+from services.contracts import Submission, id_of
 from services.errors import ConfigurationError, Forbidden, Malformed
-
-_ID_LIMIT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,7 @@ class References:
         given = own.get("id")
         name = text.get("id") or (str(given) if isinstance(given, int) else "") or (uri if place else "")
         row = {
-            "id": name[:_ID_LIMIT] if place is None else fitting(name),
+            "id": id_of(name),
             "uri": uri,
             "version_id": text.get("version_id"),
             "etag": text.get("etag"),
@@ -73,8 +70,3 @@ class References:
         if not path.is_relative_to(root):
             raise Forbidden(f"{reference!r} leads out of {root}; allow another folder by --root")
         return path.as_uri(), {"file": path.as_uri(), "offset": 0, "size": None, "group": None, "etag": None}
-
-
-def fitting(name: str) -> str:
-    """A submission id of something with this name."""
-    return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"

@@ -21,14 +21,15 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.dataset import tables
 from pipelines.dataset.folders import Folder
 from pipelines.dataset.plan import Plan
 from pipelines.dataset.sources import Piece
+from pipelines.dataset.tables import from_parquet
 from services.errors import ConfigurationError, SluiceError
 
 FORMAT: Final = 1
@@ -128,14 +129,14 @@ class Run:
         kept = self._json(_PLAN)
         return Plan(**kept) if kept else None
 
-    def keep(self, what: str, name: str, table: pa.Table) -> None:
-        """Write a table of `index`, `plan` or `chunks`, unless there is one."""
-        self.folder.create(f"{STATE}/{what}/{name}.parquet", tables.to_parquet(table))
+    def keep(self, what: str, name: str, parquet: bytes) -> None:
+        """Write a file of `index`, `plan` or `chunks`, unless there is one."""
+        self.folder.create(f"{STATE}/{what}/{name}.parquet", parquet)
 
-    def table(self, what: str, name: str) -> pa.Table | None:
-        """One of those tables, None where there is none."""
+    def rows(self, what: str, name: str) -> Iterator[pa.Table] | None:
+        """What one of those files holds, some rows at a time; None where there is none."""
         data = self.folder.read(f"{STATE}/{what}/{name}.parquet")
-        return None if data is None else tables.from_parquet(data)
+        return None if data is None else from_parquet(data)
 
     def done(self, what: str) -> set[int]:
         """The numbers of the tables of `index` or `chunks` that are there."""
@@ -143,12 +144,12 @@ class Run:
         names = (entry.name.removeprefix(f"{below}/") for entry in self.folder.entries(below))
         return {int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))}
 
-    def planned(self, chunk: int) -> pa.Table:
-        """The rows of a chunk."""
-        parts = [self.table("plan", name) for name in (f"{chunk:06d}", f"{chunk:06d}-late")]
+    def planned(self, chunk: int) -> Iterator[pa.Table]:
+        """The rows of a chunk, some at a time and in their order."""
+        parts = [self.rows("plan", name) for name in (f"{chunk:06d}", f"{chunk:06d}-late")]
         if not (found := [part for part in parts if part is not None]):
             raise SluiceError(f"the plan of {self.folder.uri} is gone; another run has finished it, or it was removed")
-        return pa.concat_tables(found)
+        return chain.from_iterable(found)
 
     def summary(self) -> dict[str, Any] | None:
         """What came of the run, None where it is not complete."""

@@ -1,6 +1,7 @@
 """The tables of a run: what is known of an image before it is judged, and the row that comes of it."""
 
 import io
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -84,6 +85,9 @@ NO_VALUE: Final = "none"
 """Where a partition's column is null: pandas cannot read what Hive writes there."""
 DEAD_LETTER: Final = "dead_letter"
 
+BATCH_ROWS: Final = 5_000
+"""Rows that are worked on at a time. An image may have any number of duplicates, and all are in one chunk."""
+
 Row = dict[str, Any]
 
 
@@ -92,16 +96,36 @@ def with_extras(schema: pa.Schema, extras: pa.Schema) -> pa.Schema:
     return pa.schema([*schema, *extras])
 
 
+class ParquetBuffer:
+    """A parquet file, compressed in memory, that is made of one table after the other."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.rows = 0
+        self._buffer = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._buffer, schema, compression="zstd")
+
+    def add(self, table: pa.Table) -> None:
+        """Append its rows."""
+        self._writer.write_table(table)
+        self.rows += table.num_rows
+
+    def finish(self) -> bytes:
+        """The file. Nothing can be added any more."""
+        self._writer.close()
+        return self._buffer.getvalue()
+
+
 def to_parquet(table: pa.Table) -> bytes:
-    """A parquet file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+    """A parquet file of one table."""
+    buffer = ParquetBuffer(table.schema)
+    buffer.add(table)
+    return buffer.finish()
 
 
-def from_parquet(data: bytes) -> pa.Table:
-    """The inverse of `to_parquet`."""
-    return pq.read_table(io.BytesIO(data), partitioning=None)
+def from_parquet(data: bytes) -> Iterator[pa.Table]:
+    """The rows of a parquet file, at most `BATCH_ROWS` at a time."""
+    for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(BATCH_ROWS):
+        yield pa.Table.from_batches([batch])
 
 
 class Dead(NamedTuple):

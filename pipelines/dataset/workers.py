@@ -14,6 +14,7 @@ from pipelines.dataset.indexing import Indexer
 from pipelines.dataset.judging import Judge
 from pipelines.dataset.runs import Listing, Run
 from pipelines.dataset.sources import Source
+from pipelines.dataset.tables import to_parquet
 from services.contracts import Policy
 from services.errors import StoreUnavailable
 from services.guard.deployment import RemoteGuard
@@ -56,7 +57,7 @@ class IndexWorker:
         """Index a piece and keep that."""
         piece = await _kept(self._run.piece, self._job.listing, unit)
         table = await self._indexer.index(piece)
-        await _kept(self._run.keep, "index", f"{unit:06d}", table)
+        await _kept(self._run.keep, "index", f"{unit:06d}", to_parquet(table))
         return {"unit": unit, "rows": table.num_rows}
 
 
@@ -77,9 +78,9 @@ class JudgeWorker:
         """Judge a chunk and keep that."""
         judge = await self._started()
         planned = await _kept(self._run.planned, unit)
-        table = await judge.judge(planned, self._job.listing.extras)
-        await _kept(self._run.keep, "chunks", f"{unit:06d}", table)
-        return {"unit": unit, "rows": table.num_rows}
+        annotations = await judge.judge(planned, self._job.listing.extras)
+        await _kept(self._run.keep, "chunks", f"{unit:06d}", annotations.finish())
+        return {"unit": unit, "rows": annotations.rows}
 
     async def _started(self) -> Judge:
         async with self._starting:

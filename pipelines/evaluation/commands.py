@@ -1,6 +1,5 @@
 """`sluice evaluate` and `sluice calibrate`."""
 
-import getpass
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipelines.announcements import announce
+from pipelines.terminal import user
 from services import settings as settings_module
 from services.contracts import DEFAULT_POLICY
 from services.errors import ConfigurationError
@@ -96,7 +96,7 @@ def calibrate(
     Only with --apply anything is stored: from then on every process applies it to the scores of that policy version
     and checkpoint, so thresholds mean something else.
     """
-    by = who or getpass.getuser()
+    by = who or user()
     if take_back:
         if data_set or apply:
             raise ConfigurationError("--take-back takes no data set and no --apply")

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import logging
 import re
 import uuid
 from collections.abc import Mapping
@@ -26,15 +25,12 @@ from services.gateway.keys import ApiKey
 from services.gateway.problems import Problem, problem_of
 from services.gateway.rates import Rates
 from services.gateway.records import Record, Records
-from services.policies.shared import CacheUnavailable
 
 PATH: Final = "/v1/assessments"
 _PASSING: Final = frozenset({429, 500, 503})
 LONGEST_WAIT_S: Final = 300
 _LOOK_S: Final = 0.1
 _ID: Final = re.compile("[0-9a-f]{32}")
-
-log = logging.getLogger(__name__)
 
 Wait = Annotated[
     float,
@@ -118,17 +114,23 @@ class Assessments:
         self._rates = rates
         self._tasks: dict[str, asyncio.Task[Record]] = {}
 
-    async def start(self, assessment_id: str, asked: _Asked, key: ApiKey, held: ExitStack) -> asyncio.Task[Record]:
-        """Begin to judge. `held` is closed at the end: what the image takes is held until then."""
+    async def start(self, pending: Record, asked: _Asked, key: ApiKey, held: ExitStack) -> asyncio.Task[Record]:
+        """Begin to judge. `held` is closed at the end: what the image takes is held until then.
+
+        Raises:
+            Problem: the key has as many jobs as it may have; `held` is closed.
+        """
         try:
             held.enter_context(self._rates.running(key, "jobs"))
         except Problem as problem:
+            held.close()
             # Where it was promised already, nobody must wait for it.
-            await self._keep(_failed(assessment_id, key, problem))
+            await self._records.keep(_failed(pending, problem))
             raise
-        task = asyncio.create_task(self._run(assessment_id, asked, key, held))
-        self._tasks[assessment_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(assessment_id, None))
+        held.enter_context(self._records.working(pending))
+        task = asyncio.create_task(self._run(pending, asked, held))
+        self._tasks[pending.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
         return task
 
     async def ended(self, assessment_id: str, wait_s: float) -> Record | None:
@@ -150,25 +152,19 @@ class Assessments:
             _, late = await asyncio.wait(tasks, timeout=within_s)
             await asyncio.gather(*map(ended, late))
 
-    async def _run(self, assessment_id: str, asked: _Asked, key: ApiKey, held: ExitStack) -> Record:
+    async def _run(self, pending: Record, asked: _Asked, held: ExitStack) -> Record:
         with held:
             try:
                 verdict = await self._judge.judge(asked.image, asked.detail)
-                record = Record(id=assessment_id, tenant=key.tenant, status="done", verdict=verdict)
+                record = Record(id=pending.id, tenant=pending.tenant, status="done", verdict=verdict)
             except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks has to hear of it
-                record = _failed(assessment_id, key, problem_of(error))
-            await self._keep(record)
+                record = _failed(pending, problem_of(error))
+            await self._records.keep(record)
             return record
 
-    async def _keep(self, record: Record) -> None:
-        try:
-            await self._records.keep(record)
-        except CacheUnavailable as error:
-            log.warning("assessment %s cannot be remembered: %s", record.id, error)
 
-
-def _failed(assessment_id: str, key: ApiKey, problem: Problem) -> Record:
-    return Record(id=assessment_id, tenant=key.tenant, status="failed", problem=problem.document())
+def _failed(pending: Record, problem: Problem) -> Record:
+    return Record(id=pending.id, tenant=pending.tenant, status="failed", problem=problem.document())
 
 
 def router(
@@ -203,12 +199,12 @@ def router(
                 if known != assessment_id:
                     return _answer(await assessments.ended(known, wait), known)
             elif not wait:
-                await records.keep(pending)
-            task = await assessments.start(assessment_id, asked, key, held.pop_all())
+                await records.promise(pending)
+            task = await assessments.start(pending, asked, key, held.pop_all())
         if wait:
             await asyncio.wait([task], timeout=wait)
             if not task.done() and idempotency_key is None:
-                await records.keep(pending)
+                await records.promise(pending)
         return _answer(task.result() if task.done() else pending, assessment_id)
 
     async def _claimed(name: str, request: str, pending: Record) -> str:

@@ -20,8 +20,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import Field, ValidationError
 from pydantic_core import to_json
@@ -29,6 +27,7 @@ from pydantic_core import to_json
 from services.background import ended
 from services.contracts import Moment, WireModel
 from services.errors import ConfigurationError, Unavailable
+from services.s3 import s3_client
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ ROLES: Final[tuple[Role, ...]] = ("moderate", "review", "admin")
 """Each may do what those before it may."""
 
 _TOKEN: Final = re.compile(r"sk-sluice-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
+_PATH: Final = re.compile(r"keys/([0-9a-f]{16})/(key|revoked)\.json")
 _BELIEVED_S: Final = 300.0
 """How long keys are believed while the bucket does not answer: longer, and a revoked one might be among them."""
 _SEARCH_S: Final = 0.5
@@ -85,9 +85,10 @@ class KeyRegistry:
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """The policy bucket of these settings, with credentials the usual AWS way."""
-        options: dict[str, Any] = {"s3": {"addressing_style": "path"}} if settings.s3_endpoint else {}
-        config = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}, **options)
-        return cls(boto3.client("s3", endpoint_url=settings.s3_endpoint, config=config), settings.policy_bucket)
+        client = s3_client(
+            settings, connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}
+        )
+        return cls(client, settings.policy_bucket)
 
     def create(
         self,
@@ -135,25 +136,34 @@ class KeyRegistry:
         self._put(f"keys/{key_id}/revoked.json", to_json({"at": datetime.now(UTC), "who": who}))
 
     def index(self) -> dict[str, bool]:
-        """The ids of all keys, and whether each is revoked."""
-        found: dict[str, bool] = {}
+        """The ids of all keys, and whether each is revoked. What else lies beside them is passed over."""
+        found: dict[str, set[str]] = {"key": set(), "revoked": set()}
         for path in self._paths():
-            _, key_id, what = path.split("/", 2)
-            found[key_id] = found.get(key_id, False) or what == "revoked.json"
-        return found
+            if parts := _PATH.fullmatch(path):
+                found[parts[2]].add(parts[1])
+        return {key_id: key_id in found["revoked"] for key_id in sorted(found["key"])}
 
-    def get(self, key_id: str) -> ApiKey:
-        """One key, revoked or not."""
+    def get(self, key_id: str) -> ApiKey | None:
+        """One key, revoked or not; None where what is kept of it is wrong, or of a newer release."""
         try:
             body: bytes = self._s3.get_object(Bucket=self._bucket, Key=f"keys/{key_id}/key.json")["Body"].read()
-            return ApiKey.model_validate_json(body)
-        except (ClientError, BotoCoreError, ValidationError) as error:
+        except (ClientError, BotoCoreError) as error:
             raise KeysUnavailable(f"the API key {key_id} cannot be read in the policy bucket: {error}") from error
+        try:
+            key = ApiKey.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            log.warning("the API key %s is refused: %s: %s", key_id, ".".join(map(str, first["loc"])), first["msg"])
+            return None
+        if key.id != key_id:  # a copy would be good for as long as it is there, even if the key itself is revoked
+            log.warning("the API key %s is refused: what is kept of it is of the key %s", key_id, key.id)
+            return None
+        return key
 
     def get_each(self, key_ids: list[str]) -> list[ApiKey]:
-        """Several keys, in their order."""
+        """Several keys, in their order, without those that `get` has not."""
         with ThreadPoolExecutor(_READERS) as readers:
-            return list(readers.map(self.get, key_ids))
+            return [key for key in readers.map(self.get, key_ids) if key is not None]
 
     def _put(self, path: str, body: bytes) -> None:
         try:

@@ -134,7 +134,9 @@ def router(access: Access, bodies: Bodies, judge: Judge, remote: RemoteImages, p
                 problem = problem_of(verdict)
                 is_single = not isinstance(wanted.input, list)
                 field = "input.image_url.url" if is_single else f"input[{number}].image_url.url"
-                raise problem.at(problem.param or field) if problem.kind in IMAGE_KINDS | {"invalid"} else problem
+                if problem.kind == "unknown_policy":
+                    field = "policy"
+                raise problem.at(field) if problem.kind in IMAGE_KINDS | {"invalid"} else problem
             else:
                 raise verdict
         model = next((verdict.model.name for verdict in verdicts if verdict.model), "")

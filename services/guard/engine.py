@@ -201,19 +201,22 @@ class Engine:
         pause_s = _FIRST_PAUSE_S
         while self._server is not None:
             ready_at = time.monotonic()
-            trouble = await self._until_trouble(self._server)
+            try:
+                trouble = await self._until_trouble(self._server)
+            except Exception as error:  # noqa: BLE001  # without a supervisor nothing restarts the engine
+                trouble = f"cannot be watched ({error})"
             if time.monotonic() - ready_at > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             while trouble:
                 logger.error("the engine %s; restarting it", trouble)
                 self._enter("restarting")
-                await self._discard()
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 try:
+                    await self._discard()
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                     await self._launch(recipe)
                     trouble = ""
-                except Exception as error:  # noqa: BLE001  # without a supervisor nothing restarts the engine again
+                except Exception as error:  # noqa: BLE001  # as above
                     trouble = f"did not come back ({error})"
 
     async def _until_trouble(self, server: Server) -> str:

@@ -72,7 +72,11 @@ class Server:
         try:
             return await asyncio.shield(spawning)
         except asyncio.CancelledError:
-            await (await spawning).kill()
+
+            async def end() -> None:
+                await (await spawning).kill()
+
+            await asyncio.shield(asyncio.create_task(end()))  # another cancellation must not leave it behind
             raise
 
     @property
@@ -162,7 +166,10 @@ class Server:
 
     async def last_words(self) -> str:
         """Where its log is and how that ends, for the end of a sentence."""
-        tail = await asyncio.to_thread(self._child.tail)
+        try:
+            tail = await asyncio.to_thread(self._child.tail)
+        except OSError as error:
+            return f"its log {self._child.log} cannot be read ({error.strerror})"
         lines = [line.strip() for line in tail.splitlines() if line.strip()]
         return f"its log {self._child.log} ends with: {lines[-1][:_DETAIL_LIMIT] if lines else '(nothing)'}"
 

@@ -10,9 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from http.client import HTTPException
 from typing import Any, Final, TypeVar
 
-import boto3
 import urllib3.exceptions
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
 from services.contracts import ObjectReference, StoredObject
@@ -20,6 +18,7 @@ from services.errors import Changed, Forbidden, NotFound, StoreUnavailable, TooL
 from services.images.budget import ByteBudget
 from services.images.cutoff import Cutoff, watch_connections
 from services.images.throttle import AdaptiveLimit, Throttled
+from services.s3 import s3_client
 from services.settings import Settings
 
 _CONNECTIONS_LIMIT: Final = 32
@@ -85,18 +84,12 @@ class ObjectStore:
         self._deadline_s = settings.fetch_deadline_s
         self._requests = AdaptiveLimit(connections)
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fetch")
-        self._client = boto3.session.Session().client(
-            "s3",
-            endpoint_url=settings.s3_endpoint,
-            config=Config(
-                connect_timeout=min(_CONNECT_TIMEOUT_S, self._deadline_s),
-                read_timeout=min(_READ_TIMEOUT_S, self._deadline_s),
-                max_pool_connections=connections,
-                retries={"total_max_attempts": 1, "mode": "standard"},  # trying again is the caller's
-                s3={"addressing_style": "path" if settings.s3_endpoint else "auto"},
-                request_checksum_calculation="when_required",  # S3 servers other than AWS refuse the rest
-                response_checksum_validation="when_required",
-            ),
+        self._client = s3_client(
+            settings,
+            connect_timeout=min(_CONNECT_TIMEOUT_S, self._deadline_s),
+            read_timeout=min(_READ_TIMEOUT_S, self._deadline_s),
+            max_pool_connections=connections,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # trying again is the caller's
         )
         watch_connections(self._client)
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final, Self
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Self
 
 from services import telemetry
 from services.background import ended
@@ -49,7 +50,17 @@ class _Watched:
 
     policy: PolicyIdentity
     band: BlockRateBand
-    counts: Counter[str]
+    counts: Counter[str] = field(default_factory=Counter)
+    began_s: float = field(default_factory=time.monotonic)
+    """When the first of them may have been counted."""
+
+
+class _Opening(NamedTuple):
+    """A version that has left its band, which is still to be written down."""
+
+    since: int
+    """Of the roll-out that it was part of."""
+    why: str
 
 
 class CircuitBreaker:
@@ -64,7 +75,7 @@ class CircuitBreaker:
         self._registry = registry
         self._shared = shared
         self._watched: dict[PolicyIdentity, _Watched] = {}
-        self._opening: set[PolicyIdentity] = set()
+        self._opening: dict[PolicyIdentity, _Opening] = {}
         """Open here, and not yet in the policy bucket."""
 
     async def __aenter__(self) -> Self:
@@ -80,7 +91,7 @@ class CircuitBreaker:
             return True
         watched = self._watched.get(policy.identity)
         if watched is None:
-            watched = self._watched[policy.identity] = _Watched(policy.identity, policy.block_rate, Counter())
+            watched = self._watched[policy.identity] = _Watched(policy.identity, policy.block_rate)
         watched.counts["judged"] += 1
         if action != "block":
             return True
@@ -104,18 +115,19 @@ class CircuitBreaker:
             return
         rollout = await self._policies.rollout(policy.name)
         judged, blocked = await self._count(watched, rollout.since)
-        if policy.version in rollout.tripped:
-            self._opening.discard(policy)
+        opening = self._opening.get(policy)
+        if policy.version in rollout.tripped or (opening and opening.since != rollout.since):
+            self._opening.pop(policy, None)  # it is known everywhere, or someone has decided anew meanwhile
             return
-        rate = blocked / judged if judged else 0.0
-        if judged < band.after or band.at_least <= rate <= band.at_most:
-            return
-        why = (
-            f"blocked {blocked} of {judged} in {band.window_s:g} s ({rate:.1%}), "
-            f"outside of {band.at_least:.1%} to {band.at_most:.1%}"
-        )
-        if policy not in self._opening:
-            self._opening.add(policy)
+        if opening is None:
+            rate = blocked / judged if judged else 0.0
+            if judged < band.after or band.at_least <= rate <= band.at_most:
+                return
+            why = (
+                f"blocked {blocked} of {judged} in {band.window_s:g} s ({rate:.1%}), "
+                f"outside of {band.at_least:.1%} to {band.at_most:.1%}"
+            )
+            opening = self._opening[policy] = _Opening(rollout.since, why)
             telemetry.BREAKER_TRIPS.inc(1, {"policy": policy.name, "version": str(policy.version)})
             log.error(
                 "CIRCUIT BREAKER: policy %s@%d %s; it blocks nothing until it is activated again, what it would block "
@@ -124,24 +136,30 @@ class CircuitBreaker:
                 policy.version,
                 why,
             )
-        await self._open(policy, rollout.since, why)
+        await self._open(policy, opening)
 
-    async def _open(self, policy: PolicyIdentity, since: int, why: str) -> None:
+    async def _open(self, policy: PolicyIdentity, opening: _Opening) -> None:
         try:
             change = await asyncio.to_thread(
-                self._registry.trip, policy.name, policy.version, since=since, who=BREAKER, why=why
+                self._registry.trip, policy.name, policy.version, since=opening.since, who=BREAKER, why=opening.why
             )
         except ConfigurationError as error:
             raise PolicyUnavailable(str(error)) from error
         self._policies.accept(change)
-        self._opening.discard(policy)
+        self._opening.pop(policy, None)
         if self._shared:
             with suppress(CacheUnavailable):
                 await self._shared.offer(policy.name, change)
 
     async def _count(self, watched: _Watched, since: int) -> tuple[int, int]:
-        """Verdicts and blocks in the window, of all processes; of this one alone while Redis is away."""
-        policy, band = watched.policy, watched.band
+        """Verdicts and blocks in the window, of all processes.
+
+        While Redis is away those of this one alone, which are forgotten after each window.
+        """
+        policy, band, now_s = watched.policy, watched.band, time.monotonic()
+        if now_s - watched.began_s > band.window_s:
+            watched.counts.clear()
+            watched.began_s = now_s
         told = Counter(watched.counts)
         judged, blocked = told["judged"], told["blocked"]
         if self._shared is None:
@@ -152,4 +170,5 @@ class CircuitBreaker:
         except CacheUnavailable:
             return judged, blocked
         watched.counts -= told  # what was counted meanwhile stays
+        watched.began_s = now_s
         return int(judged), int(blocked)

@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import quote
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
@@ -26,6 +24,7 @@ from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
 from services.policies.policy import BUILT_IN
 from services.policies.rollout import Canary, Change, ChangeAction, Rollout, Shadow
 from services.policies.tenants import Document, TenantsDocument, is_document_name, parse_document
+from services.s3 import s3_client
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -77,9 +76,10 @@ class PolicyRegistry:
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """The policy bucket of these settings, with credentials the usual AWS way."""
-        options: dict[str, Any] = {"s3": {"addressing_style": "path"}} if settings.s3_endpoint else {}
-        config = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}, **options)
-        return cls(boto3.client("s3", endpoint_url=settings.s3_endpoint, config=config), settings.policy_bucket)
+        client = s3_client(
+            settings, connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}
+        )
+        return cls(client, settings.policy_bucket)
 
     def publish(self, document: Document) -> StoredVersion:
         """Write the document as the next version of its name."""

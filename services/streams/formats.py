@@ -12,7 +12,7 @@ from urllib.parse import unquote_plus
 
 from pydantic_core import to_json
 
-from services.contracts import Submission, decode_json, readable_id
+from services.contracts import Submission, decode_json, id_of, readable_id
 from services.errors import Malformed
 from services.streams.transport import Message
 
@@ -257,7 +257,7 @@ def _created(message: Message, event: _Event, original: bytes) -> Accepted:
     )
     suffix = version_id or sequencer or etag
     document = {
-        "id": f"{bucket}/{key}#{suffix}" if suffix else f"{bucket}/{key}",
+        "id": id_of(f"{bucket}/{key}#{suffix}" if suffix else f"{bucket}/{key}"),
         "uri": f"s3://{bucket}/{key}",
         "version_id": version_id,
         "etag": etag,

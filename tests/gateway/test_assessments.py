@@ -3,13 +3,24 @@
 import asyncio
 import hashlib
 import json
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 
 from services.contracts import Assessment, Detail, PreparedImage
-from services.gateway.problems import PREFIX
+from services.gateway import records
+from services.gateway.assessments import Assessments
+from services.gateway.keys import ApiKey
+from services.gateway.problems import PREFIX, Problem
+from services.gateway.rates import Rates
+from services.gateway.records import Record, Records
+from services.policies.shared import CacheUnavailable, SharedCopies
+from services.settings import Settings
 from tests.gateway.conftest import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
@@ -18,6 +29,42 @@ PATH = "/v1/assessments"
 
 async def says_unsafe(_image: PreparedImage, _detail: Detail) -> Assessment:
     return unsafe()
+
+
+Away = Callable[..., None]
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Away:
+    """Says which scripts Redis does not answer from now on; with `runs` it runs them all the same."""
+    scripts: tuple[str, ...] = ()
+    are_run = False
+    answer = SharedCopies.run
+
+    async def run(self: SharedCopies, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
+        if script not in scripts:
+            return await answer(self, script, keys, *arguments)
+        if are_run:
+            await answer(self, script, keys, *arguments)
+        raise CacheUnavailable("away")
+
+    def set_away(*given: str, runs: bool = False) -> None:
+        nonlocal scripts, are_run
+        scripts, are_run = given, runs
+
+    monkeypatch.setattr(SharedCopies, "run", run)
+    return set_away
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody works on is noticed soon."""
+    monkeypatch.setattr(records, "_ALIVE_S", 2)
+    monkeypatch.setattr(records, "_BEAT_S", 0.2)
+
+
+def pending(of: Records) -> Record:
+    return Record(id=uuid.uuid4().hex, tenant="shop", status="pending", process=of.process)
 
 
 def form(data: bytes = JPEG) -> dict[str, Any]:
@@ -122,6 +169,123 @@ async def test_an_idempotency_key_of_what_failed_for_a_passing_reason_may_be_tri
         for _ in range(2):
             refused = await client.post(f"{PATH}?wait=20", **form(b"text"))
             assert (refused.status_code, refused.json()["type"]) == (422, f"{PREFIX}not-an-image")
+
+
+@pytest.mark.parametrize("script", [records._CLAIM, records._REPLACE], ids=["claim", "replace"])
+async def test_what_redis_took_without_an_answer_is_judged_when_it_is_sent_again(
+    quick: None, bench: Bench, away: Away, script: str
+) -> None:
+    async def fails(_image: PreparedImage, _detail: Detail) -> Assessment:
+        raise ZeroDivisionError
+
+    async with bench.client(**{"Idempotency-Key": "order-10"}) as client:
+        if script is records._REPLACE:
+            bench.guard.script = fails
+            assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 500
+        bench.guard.script = says_unsafe
+        before = bench.guard.calls.count("verdict")
+        away(script, runs=True)
+        assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 503
+        away()
+        promised = await client.post(PATH, **form())
+        assert promised.status_code == 202
+        lost = await client.get(f"{promised.headers['location']}?wait=20")
+        assert (lost.status_code, lost.json()["type"]) == (503, f"{PREFIX}interrupted")
+        assert (await client.post(PATH, **form(OTHER_JPEG))).status_code == 422, "the key is still that of the first"
+        again = [await client.post(f"{PATH}?wait=20", **form()) for _ in range(2)]
+    assert [answer.status_code for answer in again] == [200, 200]
+    assert bench.guard.calls.count("verdict") == before + 1
+
+
+async def test_what_takes_long_is_pending_everywhere_until_it_ends(quick: None, bench: Bench) -> None:
+    gate = bench.guard.script = Gate()
+    other = Bench(bench.settings, bench.preparer)
+    other._tokens = bench._tokens
+    await other.start()
+    async with bench.client(**{"Idempotency-Key": "a"}) as here, other.client(**{"Idempotency-Key": "a"}) as elsewhere:
+        begun = await here.post(PATH, **form())
+        await asyncio.sleep(4)
+        for client in (here, elsewhere):
+            again = await client.post(PATH, **form())
+            assert (again.status_code, again.headers["location"]) == (202, begun.headers["location"])
+        gate.opened.set()
+        assert (await elsewhere.get(f"{begun.headers['location']}?wait=20")).status_code == 200
+    assert "verdict" not in other.guard.calls
+    await other.close()
+
+
+async def test_a_verdict_outlives_an_outage_of_redis(quick: None, bench: Bench, away: Away) -> None:
+    gate = bench.guard.script = Gate()
+    other = Bench(bench.settings, bench.preparer)
+    other._tokens = bench._tokens
+    await other.start()
+    async with bench.client(**{"Idempotency-Key": "b"}) as here, other.client() as elsewhere:
+        location = (await here.post(PATH, **form())).headers["location"]
+        await gate.until_waiting(1)
+        away(records._KEEP)
+        gate.opened.set()
+        known = await here.get(f"{location}?wait=20")
+        await asyncio.sleep(0.5)
+        assert known.status_code == 200
+        assert (await here.get(location)).text == (await here.post(PATH, **form())).text == known.text
+        assert (await elsewhere.get(location)).status_code == 202
+        away()
+        assert (await elsewhere.get(f"{location}?wait=20")).text == known.text
+    assert gate.waiting == 1
+    await other.close()
+
+
+async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(valkey_url: str, away: Away) -> None:
+    shared = SharedCopies(valkey_url, uuid.uuid4().hex)
+    other = Records(shared, keep_s=60)
+    async with Records(shared, keep_s=60) as mine:
+        promised = pending(mine)
+        await mine.promise(promised)
+        away(records._KEEP)
+        await mine.keep(promised.model_copy(update={"status": "failed"}))
+        assert await other.get(promised.id) == promised
+        away()
+    known = await other.get(promised.id)
+    assert known is not None
+    assert (known.status, known.problem) == ("failed", None)
+    await shared.close()
+
+
+async def test_a_promise_that_comes_late_does_not_undo_an_end(valkey_url: str) -> None:
+    shared = SharedCopies(valkey_url, uuid.uuid4().hex)
+    async with Records(shared, keep_s=60) as mine:
+        promised = pending(mine)
+        failed = promised.model_copy(update={"status": "failed"})
+        with mine.working(promised):
+            await mine.keep(failed)
+            await mine.promise(promised)
+            await mine._beat()
+        assert await mine.get(promised.id) == failed
+        _, left_s = await shared.run(records._GET, [mine._key("assessment", promised.id)])
+        assert left_s <= 60, "its life is that of an end"
+    await shared.close()
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["redis", "no redis"])
+async def test_what_a_job_over_the_limit_holds_is_given_back_at_once(
+    valkey_url: str, away: Away, is_away: bool
+) -> None:
+    shared = SharedCopies(valkey_url, uuid.uuid4().hex)
+    rates, mine = Rates(shared, Settings(gateway_concurrency=1)), Records(shared, keep_s=60)
+    key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
+    jobs: Any = Assessments(None, mine, rates)  # type: ignore[arg-type]
+    given_back: list[bool] = []
+    held, promised = ExitStack(), pending(mine)
+    held.callback(given_back.append, True)
+    if is_away:
+        away(records._KEEP)
+    with rates.running(key, "jobs"), pytest.raises(Problem, match="jobs at a time"):
+        await jobs.start(promised, None, key, held)
+    assert given_back == [True]
+    known = await mine.get(promised.id)
+    assert known is not None
+    assert known.status == "failed", "nobody waits for it"
+    await shared.close()
 
 
 async def test_what_is_refused(bench: Bench) -> None:

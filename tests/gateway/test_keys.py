@@ -72,6 +72,38 @@ def test_nothing_is_kept_that_a_key_can_be_made_of(idle: Bench) -> None:
         idle.keys.create("", "admin")
 
 
+async def test_what_else_lies_among_the_keys_is_passed_over(idle: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    good, token = idle.keys.create("good", "moderate")
+    gone, gone_token = idle.keys.create("gone", "moderate")
+    idle.keys.revoke(gone.id)
+    newer, broken, copy, alone = (f"{number:016x}" for number in range(4))
+    body = good.model_dump_json()
+    stray = {
+        "": b"",
+        "README": b"",
+        f"{alone}/": b"",
+        f"{alone}/revoked.json": b"{}",
+        f"{good.id}/revoked.json.bak": b"{}",
+        f"{good.id}/old/revoked.json": b"{}",
+        f"{newer}/key.json": body.replace(good.id, newer).replace('"moderate"', '"audit"').encode(),
+        f"{broken}/key.json": b"\xff{",
+        f"{copy}/key.json": gone.model_dump_json().encode(),
+    }
+    for name, data in stray.items():
+        idle.s3.put_object(Bucket=idle.settings.policy_bucket, Key=f"keys/{name}", Body=data)
+    assert idle.keys.index() == {good.id: False, gone.id: True, newer: False, broken: False, copy: False}
+    assert {key.id for key in idle.keys.get_each(list(idle.keys.index()))} == {good.id, gone.id}
+    assert all(f"the API key {key_id} is refused" in caplog.text for key_id in (newer, broken, copy))
+    async with KeyRing(idle.keys, refresh_s=3600) as ring:
+        ring.check()
+        assert await ring.find(token) == good
+        assert await ring.find(gone_token) is None
+        later, later_token = idle.keys.create("later", "moderate")
+        assert await ring.find(later_token) == later
+    idle.keys.revoke(newer)
+    assert idle.keys.index()[newer], "a key that cannot be read can be revoked"
+
+
 async def test_a_new_key_is_known_and_a_revoked_one_refused_within_seconds(bench: Bench) -> None:
     key, token = bench.keys.create("late", "moderate")
     async with bench.client(Authorization=f"Bearer {token}") as client:

@@ -196,12 +196,13 @@ class TestModeration:
         adaptive = PolicyDocument.model_validate({"name": "p", "effort": "adaptive", "first_look_below": 0.2})
         policy = replace(adaptive.as_version(3), calibrations={unsafe().model.revision: ISOTONIC})
         parts = Parts(policy)
-        parts.looks = [unsafe(0.6)]
+        parts.looks = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
         verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
         assert (verdict.effort, verdict.score) == ("first_look", pytest.approx(0.1))
-        parts.looks = [unsafe(0.9)]
-        verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
-        assert verdict.effort == "full"
+        for score in (0.6, 0.9):  # the first for its rating, whatever the calibrated score is
+            parts.looks = [unsafe(score)]
+            verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+            assert verdict.effort == "full"
 
 
 class TestRegistry:

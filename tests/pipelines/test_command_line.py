@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines import embedded, environment
-from services.settings import Settings
+from services.settings import Settings, load
 from tests.end_to_end.outside import SLUICE
 from tests.pipelines.conftest import Bench
 from tests.s3_server import CREDENTIALS
@@ -56,9 +56,12 @@ async def test_submit_and_verdicts(bench: Bench, folder: Path, tmp_path: Path) -
 
     lines = sluice("verdicts", "--json", folder=folder).stdout.decode().splitlines()
     assert {json.loads(line)["verdict_id"] for line in lines} == {verdict.verdict_id for verdict in verdicts}
-    readable = sluice("verdicts", folder=folder).stdout.decode().splitlines()
+    await bench.submit(b"what another program wrote", stream=bench.settings.verdicts_stream)
+    shown = sluice("verdicts", folder=folder)
+    readable = shown.stdout.decode().splitlines()
     assert len(readable) == 2
     assert all("allow" in line and "default@1" in line for line in readable)
+    assert b"is not a verdict" in shown.stderr
 
 
 async def test_submit_json_lines_up_to_the_first_that_is_wrong(bench: Bench, folder: Path) -> None:
@@ -81,7 +84,27 @@ async def test_submit_what_cannot_be_submitted(folder: Path) -> None:
 def test_without_a_service(tmp_path: Path) -> None:
     fails(sluice("verdicts", folder=tmp_path), "SLUICE_STREAM_URL", "sluice up --embedded")
     fails(sluice("up", folder=tmp_path, SLUICE_MODEL="tiny"), "SLUICE_STREAM_URL", "SLUICE_S3_BUCKETS")
-    fails(sluice("up", folder=tmp_path, SLUICE_STREAM_URL="amqp://x"), "SLUICE_STREAM_URL is wrong")
+    for name, value in {
+        "SLUICE_STREAM_URL": "amqp://x",
+        "SLUICE_REDIS_URL": "redis://host:port",
+        "SLUICE_S3_ENDPOINT": "minio:9000",
+        "SLUICE_KAFKA_OPTIONS": "{",
+    }.items():
+        fails(sluice("up", folder=tmp_path, **{name: value}), f"{name} is wrong")
+    (tmp_path / ".sluice" / "env").mkdir(parents=True)
+    fails(sluice("verdicts", folder=tmp_path), ".sluice/env cannot be read")
+
+
+def test_aws_settings_that_cannot_be_used(tmp_path: Path) -> None:
+    variables = {"SLUICE_POLICY_BUCKET": "policies", "AWS_PROFILE": "absent"}
+    fails(sluice("policy", "list", folder=tmp_path, **variables), "S3 cannot be used", "absent")
+
+
+@pytest.mark.parametrize(("value", "stream"), [("", ""), (None, "sluice.submissions.backfill"), ("slow", "slow")])
+def test_backfill_can_be_switched_off(value: str | None, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv("SLUICE_BACKFILL_STREAM", value)
+    assert load("group").backfill_stream == stream
 
 
 def test_up_with_a_model_that_nobody_knows(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import uuid
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipelines.dataset.publishing import publish
 from pipelines.dataset.reading import annotations, parts
 from pipelines.dataset.runs import Run
 from pipelines.dataset.summary import COLUMNS, Counts, page
-from pipelines.dataset.tables import INDEX, Row
+from pipelines.dataset.tables import BATCH_ROWS, INDEX, Row, from_parquet, to_parquet
 from services.contracts import Assessment, Detail, PreparedImage, Submission
 from services.errors import ConfigurationError, GuardFailed
 from services.images.prepare import Preparer
@@ -71,20 +72,21 @@ class Bench:
         )
         indexer = Indexer(source, listing.extras, self.settings, root)
         for number in range(listing.pieces):
-            self.run.keep("index", f"{number:06d}", await indexer.index(self.run.piece(listing, number)))
+            index = await indexer.index(self.run.piece(listing, number))
+            self.run.keep("index", f"{number:06d}", to_parquet(index))
         indexer.close()
-        indexes = [self.run.table("index", f"{number:06d}") for number in range(listing.pieces)]
         todo = plan.make(
-            lambda: [index for index in indexes if index is not None],
+            lambda: chain(*(self.run.rows("index", f"{number:06d}") or () for number in range(listing.pieces))),
             listing.extras,
-            lambda name, table: self.run.keep("plan", name, table),
+            lambda name, _, parquet: self.run.keep("plan", name, parquet),
             chunk_rows,
         )
         images, preparer = Images(self.settings, source), Preparer(self.settings, 384)
         judge = Judge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
         try:
             for chunk in reversed(range(todo.chunks)):
-                self.run.keep("chunks", f"{chunk:06d}", await judge.judge(self.run.planned(chunk), listing.extras))
+                annotations = await judge.judge(self.run.planned(chunk), listing.extras)
+                self.run.keep("chunks", f"{chunk:06d}", annotations.finish())
         finally:
             images.close()
             preparer.close()
@@ -278,6 +280,21 @@ async def test_tars(bench: Bench, tmp_path: Path) -> None:
     assert len(rows) == 7 + 1 + 3 + 2
 
 
+async def test_a_picture_that_is_nearly_all_there_is(bench: Bench, tmp_path: Path) -> None:
+    """As a service's "image not available" may be; no step holds all of its rows."""
+    rows = 2 * BATCH_ROWS + 7
+    images = [{"bytes": picture(1)}] * rows
+    images[0] = {"bytes": picture(2)}
+    pq.write_table(pa.table({"image": images}), tmp_path / "images.parquet")
+    found = await bench.annotate(str(tmp_path / "images.parquet"))
+    assert [row["row"] for row in found] == list(range(rows))
+    assert [row["duplicate_of"] for row in found] == [None, None, *[1] * (rows - 2)]
+    assert len({row["score"] for row in found[1:]}) == 1
+    assert bench.guard.calls.count("verdict") == 2
+    held = [table.num_rows for table in bench.run.planned(0)]
+    assert (sum(held), max(held)) == (rows, BATCH_ROWS)
+
+
 async def test_what_changed_after_it_was_indexed(bench: Bench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -303,9 +320,10 @@ def test_a_plan_has_every_row_once_and_duplicates_together(digests: list[str | N
     table = pa.Table.from_pylist([{"id": str(n), "sha256": digest} for n, digest in enumerate(digests)], INDEX)
     written: dict[str, list[Row]] = {}
 
-    def write(name: str, rows: pa.Table) -> None:
+    def write(name: str, rows: int, parquet: bytes) -> None:
         assert name not in written
-        written[name] = rows.to_pylist()
+        written[name] = [row for table in from_parquet(parquet) for row in table.to_pylist()]
+        assert len(written[name]) == rows
 
     made = plan.make(lambda: [table.slice(0, 7), table.slice(7)], pa.schema([]), write, per_chunk)
     rows = {row["row"]: (int(name[:6]), row) for name, each in written.items() for row in each}

@@ -16,6 +16,7 @@ from pipelines.dataset.annotate import annotate
 from pipelines.dataset.folders import LocalFolder
 from pipelines.dataset.orders import Order
 from pipelines.dataset.runs import Run
+from pipelines.dataset.tables import from_parquet, to_parquet
 from services.contracts import Assessment, ImageFacts, PreparedImage
 from services.errors import NotAnImage
 from services.settings import Settings
@@ -163,19 +164,20 @@ def test_a_crash_at_every_write_of_every_attempt(fuse: Fuse, order: Order) -> No
 
 def test_who_lives_on_changes_nothing(fuse: Fuse, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of a killed run write their chunks while the next run publishes: nobody takes notice."""
-    late: list[tuple[Run, str, Any]] = []
+    late: list[tuple[Run, str, bytes]] = []
     keep, put = Run.keep, LocalFolder.put
 
-    def kept_twice(run: Run, what: str, name: str, table: Any) -> None:
-        keep(run, what, name, table)
+    def kept_twice(run: Run, what: str, name: str, parquet: bytes) -> None:
+        keep(run, what, name, parquet)
         if what == "chunks":
+            (table,) = from_parquet(parquet)
             scores = [None if score is None else 0.123 for score in table.column("score").to_pylist()]
             index = table.column_names.index("score")
-            late.append((run, name, table.set_column(index, "score", [scores])))
+            late.append((run, name, to_parquet(table.set_column(index, "score", [scores]))))
 
     def put_after_others(folder: LocalFolder, name: str, data: bytes) -> None:
-        for run, chunk, table in late:
-            keep(run, "chunks", chunk, table)
+        for run, chunk, parquet in late:
+            keep(run, "chunks", chunk, parquet)
         put(folder, name, data)
 
     monkeypatch.setattr(Run, "keep", kept_twice)

@@ -16,11 +16,13 @@ from services.contracts import Assessment, Detail, PreparedImage, Priority
 from services.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.policies.policy import PolicyDocument
 from services.policies.registry import PolicyRegistry
+from services.streams.transport import Lag
 from services.synthetic import draw
 from tests.end_to_end.corpus import bad_input, events
 from tests.pipelines.conftest import Bench
 from tests.scripted_guard import MODEL, says_safe
 from tests.servers import Valkey
+from tests.streams.conftest import eventually
 
 
 async def test_every_row_of_bad_input(bench: Bench) -> None:
@@ -259,6 +261,40 @@ async def test_a_member_leaves_although_a_library_takes_a_cancellation_for_its_o
         await sleep(0.05)
     assert took
     assert left
+
+
+async def test_who_asks_for_a_drain_need_not_wait_for_its_end(bench: Bench) -> None:
+    intake = await bench.start()
+    asked = asyncio.create_task(intake.drain())
+    await asyncio.sleep(0)
+    asked.cancel()
+    await asyncio.gather(asked, intake.drain(), return_exceptions=True)
+    assert asked.cancelled()
+    assert intake._live.transport._closed  # type: ignore[attr-defined]
+
+
+async def test_a_lag_that_cannot_be_read_is_unknown_until_it_can(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake_module, "_LAG_EVERY_S", 0.02)
+    intake = await bench.start()
+    transport = intake._live.transport
+    lag, failing = transport.lag, True
+
+    async def changed_password() -> Lag:
+        if failing:
+            raise ConfigurationError("the server refuses the credentials")
+        return await lag()
+
+    monkeypatch.setattr(transport, "lag", changed_password)
+
+    async def is_known() -> bool:
+        return "live" in intake.lags
+
+    async def is_unknown() -> bool:
+        return not await is_known()
+
+    await eventually(is_unknown)
+    failing = False
+    await eventually(is_known)
 
 
 async def test_no_more_in_flight_than_told(bench: Bench) -> None:

@@ -113,6 +113,62 @@ async def test_only_what_was_in_hand_was_in_the_crash(valkey_url: str) -> None:
     await shared.close()
 
 
+async def test_silence_of_redis_is_no_crash(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, group = SharedCopies(valkey_url, "stands-still"), uuid.uuid4().hex
+    quarantines = [Quarantine(shared, group, name) for name in ("first", "second")]
+    for quarantine in quarantines:
+        await quarantine.admit([f"in hand of {quarantine._member}"])
+    await shared._redis.zadd(f"sluice:{group}:alive", {"first": 1, "second": 1, "third": 1})
+    await shared._redis.sadd(f"sluice:{group}:in-hand:third", "in hand of third")
+
+    async def crashes() -> list[int]:
+        names = ("first", "second", "third")
+        return [int(await shared._redis.get(f"sluice:{group}:crashes:in hand of {name}") or 0) for name in names]
+
+    for quarantine in quarantines:
+        await quarantine._mark()
+    assert await crashes() == [0, 0, 0]
+
+    monkeypatch.setattr("pipelines.quarantine._SILENT_S", 1.0)
+
+    async def the_one_that_is_dead_was_found_so() -> bool:
+        for quarantine in quarantines:
+            await quarantine._mark()
+        return await crashes() == [0, 0, 1]
+
+    await eventually(the_one_that_is_dead_was_found_so)
+    await shared.close()
+
+
+@pytest.mark.parametrize("crashes", [1, CRASHES - 1])
+async def test_what_waits_does_not_hold_up_the_others(
+    valkey_url: str, crashes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For an object that never comes, say. One with two crashes would else stop the process for good, nine with one."""
+    monkeypatch.setattr("pipelines.quarantine._COMPANY_S", 0.2)
+    shared = SharedCopies(valkey_url, "waits")
+    quarantine = Quarantine(shared, uuid.uuid4().hex, "member")
+    for_ever, began = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def touch(source: str, crashes: int, *, wait: bool) -> None:
+        async with quarantine.touching(source, crashes):
+            began.release()
+            if wait:
+                await for_ever.wait()
+
+    waiting = [asyncio.create_task(touch(f"waits-{number}", crashes, wait=True)) for number in range(9)]
+    waiting += [asyncio.create_task(touch("is stuck", 0, wait=True))]
+    async with asyncio.timeout(30):
+        for _ in waiting:
+            await began.acquire()
+        for other in range(CRASHES):
+            await touch("other", other, wait=False)
+    for_ever.set()
+    await asyncio.gather(*waiting)
+    assert (quarantine._working, quarantine._alone, quarantine._in_hand) == (0, None, set())
+    await shared.close()
+
+
 async def test_while_redis_is_away_only_the_beat_asks_it(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that hangs takes seconds for each question."""
     shared = SharedCopies(valkey_url, "away")

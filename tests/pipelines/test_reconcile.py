@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipelines import reconciliation
 from pipelines.dead_letters import Selection, replay
 from pipelines.matching import Case, End, Occurrence, match
+from pipelines.quarantine import CRASHES
 from pipelines.reconciliation import Account, Finding, Span, reconcile
 from services.contracts import Assessment, DeadLetter, Detail, PreparedImage
 from services.settings import Settings
@@ -193,6 +194,24 @@ async def test_everything_that_can_come_of_a_submission(bench: Bench) -> None:
         ignored=1,
     )
     assert result.wrong(exactly_once=True) is None
+
+
+async def test_a_message_that_was_given_up_whole_ends_all_of_its_submissions(bench: Bench) -> None:
+    records = [
+        {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": "uploads"}, "object": {"key": key}}}
+        for key in ("a.jpg", "b.jpg")
+    ]
+    await bench.submit({"Records": [*records, {"eventName": 7}]})
+    await bench.shared.run(
+        f"redis.call('SET', 'sluice:{bench.settings.group}:crashes:' .. ARGV[1], {CRASHES})",
+        [],
+        (await bench.read(bench.settings.submissions_stream))[0].source,
+    )
+    await bench.start()
+    await bench.settled(1)
+    result, findings = await account(bench.settings)
+    assert findings == []
+    assert result == Account(submissions=3, dead_letters=Counter(guard_failed=3))
 
 
 async def test_lost_and_in_flight(bench: Bench) -> None:

@@ -136,6 +136,41 @@ async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegist
         await members.close()
 
 
+async def test_without_redis_an_old_calm_does_not_hide_a_raid(registry: PolicyRegistry) -> None:
+    band = {"at_least": 0, "at_most": 0.3, "window_s": 1, "after": 20}
+    registry.publish(GUARDED.model_copy(update={"block_rate": GUARDED.block_rate.model_validate(band)}))
+    registry.activate("default", 1, who="ann")
+    members = Members(registry, None)
+    try:
+        cache, breaker = await members.join()
+        judge(breaker, by := await policy(cache), blocked=0, of=10_000)
+        await asyncio.sleep(1.5)
+        judge(breaker, by, blocked=500, of=500)
+        await until(lambda: cache.is_tripped(by.identity))
+    finally:
+        await members.close()
+
+
+async def test_what_could_not_be_written_down_is_written_down_later_or_decided_anew(members: Members) -> None:
+    """Although what came meanwhile is within the band."""
+    cache, breaker = await members.join()
+    by = await policy(cache)
+    for decided in (False, True):
+        breaker._registry = unreachable()
+        judge(breaker, by, blocked=30, of=30)
+        await until(lambda: not breaker.admits(by, "block"))
+        judge(breaker, by, blocked=0, of=500)
+        if decided:
+            cache.accept(members.registry.activate("default", 1, who="ann", why="let it block"))
+            await until(lambda: breaker.admits(by, "block"))
+        breaker._registry = members.registry
+        if not decided:
+            await until(lambda: cache.is_tripped(by.identity), within_s=10)
+            cache.accept(members.registry.activate("default", 1, who="ann"))
+    actions = [change.action for change in members.registry.history("default")]
+    assert actions == ["activate", "trip", "activate", "activate"]
+
+
 async def test_a_version_that_blocks_too_little(registry: PolicyRegistry) -> None:
     band = {"at_least": 0.1, "at_most": 1, "window_s": 60, "after": 20}
     registry.publish(PolicyDocument.model_validate({"name": "default", "block_rate": band}))
