@@ -126,7 +126,7 @@ class Lane:
             return parse(work.message)
         if work.crashes >= CRASHES:
             return ()
-        async with self._intake.quarantine.touching(work.message.source, work.crashes):
+        async with self._intake.quarantine.reading(work.message.source, work.crashes):
             return parse(work.message)
 
     async def _handle(self, work: _Work, entries: Sequence[Accepted | Rejected], turn: Turn) -> None:

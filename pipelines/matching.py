@@ -60,7 +60,7 @@ class Case:
     repeats: int
     """Ends too many that are like another one."""
     conflicting: int
-    """Ends too many that are like no other one."""
+    """Different ends too many; what repeats one of them is among the repeats."""
 
     @property
     def counted(self) -> int:

@@ -24,7 +24,7 @@ _BEAT_S: Final = 1.0
 _SILENT_S: Final = 4.0
 """A process that says nothing for this long is dead, or so slow that its messages deserve a closer look."""
 _REMEMBERED_S: Final = 86_400
-_COMPANY_S: Final = 60.0
+_COMPANY_S: Final = 20.0
 """What kills does so when it is touched. One that waits for longer, say for S3, does not hold up the others."""
 
 # Counts the crashes of the silent, says that this process is alive and which messages it has in hand, and adds those of
@@ -116,6 +116,12 @@ class Quarantine:
     def release(self, source: str) -> None:
         """The message is not worked on any more."""
         self._in_hand.discard(source)
+
+    @asynccontextmanager
+    async def reading(self, source: str, crashes: int) -> AsyncIterator[None]:
+        """Read a message. That is over at once, so one with a single crash does not wait for its company here."""
+        async with self._marked(source) if crashes < CRASHES - 1 else self.touching(source, crashes):
+            yield
 
     @asynccontextmanager
     async def touching(self, source: str, crashes: int) -> AsyncIterator[None]:

@@ -244,7 +244,6 @@ async def test_nodes_stop_answering_and_come_back(service: Service) -> None:
             node.thaw()
         await load.until("their end", lambda: not any(node.processes() for node in silent))
         await load.until("verdicts of the others", lambda: load.settled_of_those_sent_since(whole) > _SOME)
-        assert guards < load.guards(frozen)
         assert members < service.members()
 
 

@@ -74,7 +74,7 @@ async def test_whoever_has_been_in_two_crashes_is_worked_on_alone(valkey_url: st
         async def work(source: str, crashes: int) -> None:
             async with quarantine.touching(source, crashes):
                 at_work.add(source)
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
                 seen[source] = set(at_work)
                 at_work.remove(source)
 

@@ -51,10 +51,10 @@ def matched(occurrences: Sequence[Occurrence], ends: Sequence[End]) -> list[Case
 
 
 def fewest_conflicts(identities: Sequence[str], explained: int) -> int:
-    """Try every way to choose the ends that the occurrences explain; the others are like one of them, or conflict."""
+    """Try every way to choose the ends that the occurrences explain; what is unlike all of them conflicts, once."""
     return min(
-        sum(identities[other] not in {identities[each] for each in chosen} for other in range(len(identities)))
-        for chosen in itertools.combinations(range(len(identities)), min(explained, len(identities)))
+        len(set(identities) - set(chosen))
+        for chosen in itertools.combinations(identities, min(explained, len(identities)))
     )
 
 
@@ -94,6 +94,10 @@ class TestMatching:
         cases = matched([occurrence(*each) for each in submitted], ends)
         assert sum(len(case.lost) for case in cases) == 1
         assert {each.key for case in cases for each in case.lost} == {submitted[gone][0]}
+
+    def test_a_conflict_that_is_repeated(self) -> None:
+        (case,) = matched([occurrence(b"a", 0)], [end(b"a", identity) for identity in "xxyy"])
+        assert (case.conflicting, case.repeats) == (1, 2)
 
     def test_a_dead_letter_and_a_verdict(self) -> None:
         (case,) = matched([occurrence(b"a", 0)], [end(b"a", "verdict"), end(b"a", "dead letter")])
