@@ -28,17 +28,13 @@ _COMPANY_S: Final = 20.0
 """What kills does so when it is touched. One that waits for longer, say for S3, does not hold up the others."""
 
 # Counts the crashes of the silent, says that this process is alive and which messages it has in hand, and adds those of
-# the new messages that never were in a crash. Returns how many crashes each of the new ones was in. Where this process
-# is among the silent itself, it may have been Redis that stood still, so all get as much time again.
+# the new messages that never were in a crash. Returns how many crashes each of the new ones was in.
 _MARK: Final = """
 local alive, in_hand, prefix, me = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
-local own = tonumber(redis.call('ZSCORE', alive, me) or now)
 for _, silent in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ARGV[3])) do
-    if own <= now - ARGV[3] then
-        redis.call('ZADD', alive, now, silent)
-    else
+    if silent ~= me then
         for _, source in ipairs(redis.call('SMEMBERS', prefix .. 'in-hand:' .. silent)) do
             redis.call('INCR', prefix .. 'crashes:' .. source)
             redis.call('EXPIRE', prefix .. 'crashes:' .. source, ARGV[4])

@@ -175,10 +175,10 @@ class Settings(BaseSettings):
 
 def _checked(url: str, *schemes: str) -> str:
     """A URL, or several hosts in one, with one of these schemes and ports that can be; empty where none is named."""
-    parts = urlsplit(url)
-    if url and (parts.scheme not in schemes or not (parts.netloc or parts.scheme == "unix")):
-        raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}")
-    for host in parts.netloc.rpartition("@")[2].split(","):
+    begins = tuple(f"{scheme}://" for scheme in schemes)
+    if url and not url.startswith(begins):
+        raise ValueError(f"must begin with {' or '.join(begins)}")
+    for host in urlsplit(url).netloc.rpartition("@")[2].split(","):
         _ = urlsplit(f"//{host}").port  # a ValueError where it is none
     return url
 

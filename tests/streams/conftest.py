@@ -38,7 +38,7 @@ class Streams:
         options |= {name: overrides.pop(name) for name in tuple(overrides) if name in options}
         arguments: dict[str, Any] = {
             "stream_url": self.url,
-            "redis_url": self.url,
+            "redis_url": self.url if self.url.startswith("redis") else "",
             "s3_buckets": ("uploads",),
             "policy_bucket": "policies",
             "model": "tiny",
