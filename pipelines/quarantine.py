@@ -131,7 +131,7 @@ class Quarantine:
                 async with self._among_others(), self._marked(source):
                     yield
         else:
-            async with self._by_itself(source), self._marked(source):
+            async with self._by_itself(source):
                 yield
 
     @asynccontextmanager
@@ -151,10 +151,13 @@ class Quarantine:
 
         def admit_others() -> None:
             self._alone = None
+            self.release(source)  # what others do now convicts nobody
             self._tell()
 
         with _for_a_while(admit_others):
             await self._until(lambda: not self._working or self._alone != source)
+            if self._alone == source:
+                await self._announce(source)
             yield
 
     async def _until(self, holds: Callable[[], bool]) -> None:
@@ -167,13 +170,16 @@ class Quarantine:
 
     @asynccontextmanager
     async def _marked(self, source: str) -> AsyncIterator[None]:
-        self._in_hand.add(source)
         try:
-            if not self._away:
-                await self._mark()
+            await self._announce(source)
             yield
         finally:
             self.release(source)
+
+    async def _announce(self, source: str) -> None:
+        self._in_hand.add(source)
+        if not self._away:
+            await self._mark()
 
     async def _mark(self, new: Sequence[str] = ()) -> list[int]:
         async with self._marking:

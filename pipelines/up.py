@@ -178,7 +178,7 @@ def _check_reachable(settings: Settings) -> None:
             80 if urlsplit(settings.s3_endpoint or "").scheme == "http" else 443,
         ),
     ):
-        if url:
+        if url and urlsplit(url).netloc:
             hosts = [urlsplit(f"//{host}") for host in urlsplit(url).netloc.rpartition("@")[2].split(",")]
             _wait_for_any([(host.hostname or "localhost", host.port or default_port) for host in hosts], name)
 

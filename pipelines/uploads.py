@@ -2,7 +2,7 @@
 
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -10,9 +10,6 @@ from services.contracts import ObjectReference
 from services.errors import ConfigurationError, StoreUnavailable
 from services.s3 import s3_client
 from services.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 _FOLDER: Final = "submitted"
 

@@ -25,7 +25,8 @@ def s3_client(settings: Settings, **config: Any) -> "S3Client":
             endpoint_url=settings.s3_endpoint,
             config=Config(
                 s3={"addressing_style": "path" if settings.s3_endpoint else "auto"},
-                request_checksum_calculation="when_required",  # S3 servers other than AWS refuse the rest
+                # S3 servers other than AWS refuse the rest.
+                request_checksum_calculation="when_required" if settings.s3_endpoint else "when_supported",
                 response_checksum_validation="when_required",
                 **config,
             ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from services.errors import ConfigurationError
@@ -150,6 +150,14 @@ class Settings(BaseSettings):
         Path.home() / ".cache" / "sluice", description="staged checkpoints and engine logs; safe to delete"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_backfill(cls, values: Any) -> Any:
+        # Of the other variables an empty one is the same as none.
+        if isinstance(values, dict) and os.environ.get("SLUICE_BACKFILL_STREAM") == "":
+            values.setdefault("backfill_stream", "")
+        return values
+
     @field_validator("stream_url")
     @classmethod
     def _names_a_transport(cls, url: str) -> str:
@@ -178,8 +186,11 @@ def _checked(url: str, *schemes: str) -> str:
     begins = tuple(f"{scheme}://" for scheme in schemes)
     if url and not url.startswith(begins):
         raise ValueError(f"must begin with {' or '.join(begins)}")
-    for host in urlsplit(url).netloc.rpartition("@")[2].split(","):
-        _ = urlsplit(f"//{host}").port  # a ValueError where it is none
+    try:
+        for host in urlsplit(url).netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        raise ValueError("has a port that is none; write /, ? and # of a password as %2F, %3F and %23") from None
     return url
 
 
@@ -199,8 +210,6 @@ def load(*needed: str) -> Settings:
             for problem in error.errors(include_url=False)
         ]
         raise ConfigurationError("; ".join(problems)) from None
-    if os.environ.get("SLUICE_BACKFILL_STREAM") == "":  # of the others an empty variable is the same as none
-        settings = settings.model_copy(update={"backfill_stream": ""})
     require(settings, *needed)
     return settings
 

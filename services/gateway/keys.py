@@ -201,6 +201,8 @@ class KeyRing:
         self._refresh_s = refresh_s
         self._clock = clock
         self._keys: dict[str, ApiKey] = {}
+        self._refused: set[str] = set()
+        """What `get` has not, though it is there. Keys never change, so it need not be asked for again."""
         self._seen_at = float("-inf")
         self._tried_at = float("-inf")
         self._took_s = 0.0
@@ -279,8 +281,10 @@ class KeyRing:
         valid = {key_id for key_id, revoked in index.items() if not revoked}
         # First those that are gone: a new one that cannot be read must not keep them.
         self._keys = {key_id: key for key_id, key in self._keys.items() if key_id in valid}
-        new = await asyncio.to_thread(self._registry.get_each, sorted(valid - self._keys.keys()))
-        self._keys |= {key.id: key for key in new}
+        unknown = valid - self._keys.keys() - self._refused
+        new = {key.id: key for key in await asyncio.to_thread(self._registry.get_each, sorted(unknown))}
+        self._keys |= new
+        self._refused = (self._refused & valid) | (unknown - new.keys())
         self._seen_at, self._took_s = began, self._clock() - began
 
 

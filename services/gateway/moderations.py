@@ -134,7 +134,7 @@ def router(access: Access, bodies: Bodies, judge: Judge, remote: RemoteImages, p
                 problem = problem_of(verdict)
                 is_single = not isinstance(wanted.input, list)
                 field = "input.image_url.url" if is_single else f"input[{number}].image_url.url"
-                if problem.kind == "unknown_policy":
+                if problem.kind == "unknown-policy":
                     field = "policy"
                 raise problem.at(field) if problem.kind in IMAGE_KINDS | {"invalid"} else problem
             else:

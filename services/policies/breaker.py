@@ -92,6 +92,8 @@ class CircuitBreaker:
         watched = self._watched.get(policy.identity)
         if watched is None:
             watched = self._watched[policy.identity] = _Watched(policy.identity, policy.block_rate)
+        if not watched.counts:
+            watched.began_s = time.monotonic()
         watched.counts["judged"] += 1
         if action != "block":
             return True

@@ -104,7 +104,7 @@ def test_aws_settings_that_cannot_be_used(tmp_path: Path) -> None:
 def test_backfill_can_be_switched_off(value: str | None, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if value is not None:
         monkeypatch.setenv("SLUICE_BACKFILL_STREAM", value)
-    assert load("group").backfill_stream == stream
+    assert load("group").backfill_stream == Settings().backfill_stream == stream
 
 
 def test_up_with_a_model_that_nobody_knows(tmp_path: Path) -> None:

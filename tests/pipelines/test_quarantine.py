@@ -148,6 +148,7 @@ async def test_what_waits_does_not_hold_up_the_others(
             await began.acquire()
         for other in range(CRASHES):
             await touch("other", other, wait=False)
+    assert quarantine._in_hand.isdisjoint(f"waits-{number}" for number in range(9)) == (crashes > 1)
     for_ever.set()
     await asyncio.gather(*waiting)
     assert (quarantine._working, quarantine._alone, quarantine._in_hand) == (0, None, set())
