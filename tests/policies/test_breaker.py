@@ -136,29 +136,15 @@ async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegist
         await members.close()
 
 
-async def test_without_redis_an_old_calm_does_not_hide_a_raid(registry: PolicyRegistry) -> None:
+@pytest.mark.parametrize("with_redis", [True, False])
+async def test_an_old_calm_does_not_hide_a_raid(registry: PolicyRegistry, valkey_url: str, with_redis: bool) -> None:
     band = {"at_least": 0, "at_most": 0.3, "window_s": 1, "after": 20}
     registry.publish(GUARDED.model_copy(update={"block_rate": GUARDED.block_rate.model_validate(band)}))
     registry.activate("default", 1, who="ann")
-    members = Members(registry, None)
+    members = Members(registry, valkey_url if with_redis else None)
     try:
         cache, breaker = await members.join()
         judge(breaker, by := await policy(cache), blocked=0, of=10_000)
-        await asyncio.sleep(1.5)
-        judge(breaker, by, blocked=500, of=500)
-        await until(lambda: cache.is_tripped(by.identity))
-    finally:
-        await members.close()
-
-
-async def test_a_raid_after_a_pause_is_counted(registry: PolicyRegistry, valkey_url: str) -> None:
-    band = {"at_least": 0, "at_most": 0.3, "window_s": 1, "after": 20}
-    registry.publish(GUARDED.model_copy(update={"block_rate": GUARDED.block_rate.model_validate(band)}))
-    registry.activate("default", 1, who="ann")
-    members = Members(registry, valkey_url)
-    try:
-        cache, breaker = await members.join()
-        judge(breaker, by := await policy(cache), blocked=0, of=10)
         await asyncio.sleep(2.5)
         judge(breaker, by, blocked=500, of=500)
         await until(lambda: cache.is_tripped(by.identity))
