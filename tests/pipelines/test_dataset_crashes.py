@@ -169,8 +169,7 @@ def test_who_lives_on_changes_nothing(fuse: Fuse, order: Order, monkeypatch: pyt
 
     def kept_twice(run: Run, what: str, name: str, parquet: bytes) -> None:
         keep(run, what, name, parquet)
-        if what == "chunks":
-            (table,) = from_parquet(parquet)
+        for table in from_parquet(parquet) if what == "chunks" else ():
             scores = [None if score is None else 0.123 for score in table.column("score").to_pylist()]
             index = table.column_names.index("score")
             late.append((run, name, to_parquet(table.set_column(index, "score", [scores]))))
