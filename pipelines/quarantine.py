@@ -3,6 +3,7 @@
 Each message that a process touches is marked in Redis before it is touched. The marks of a process that fell silent
 are counted by the others as crashes of those messages. One with a crash is worked on among a few, one with two alone,
 and one that killed a process then, too, is not touched again: so the third crash convicts nobody who merely stood by.
+Neither company lasts for longer than `_COMPANY_S`; after that a message that waits, say for S3, is like any other.
 Nothing here is needed for delivery: while Redis is away, messages are worked on without marks.
 """
 
