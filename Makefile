@@ -56,7 +56,7 @@ fuzz: setup
 
 # Minutes: an engine of its own, and some 1,800 judgements. The rows are in docs/evaluation/rows.jsonl, which git ignores.
 evaluate: setup
-	$(BIN)/python -m pipelines.evaluation.world docs/evaluation
+	$(BIN)/python -m pipelines.evaluation.tiny_report docs/evaluation
 
 # The images get the same versions, without what only tests and the embedded backends need.
 IMAGE_LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-header \

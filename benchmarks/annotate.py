@@ -20,15 +20,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from services.children import Child
-from services.contracts import StoredObject, Submission, Verdict
-from services.images.prepare import Preparer
-from services.moderation import Moderation
-from services.policies.policy import BUILT_IN
-from services.settings import Settings
-from services.synthetic import draw
-from tests.pipelines.dataset_service import assessment
-from tests.scripted_guard import ScriptedGuard
+from pipelines.tiny_guard.drawings import draw
+from services.core.messages import StoredObject, Submission, Verdict
+from services.core.processes import Child
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from services.moderation.moderator import Moderation
+from services.policies.document import BUILT_IN
+from tests.support.annotation_service import assessment
+from tests.support.fake_guard import ScriptedGuard
 
 IN_FLIGHT = 64
 
@@ -91,7 +91,7 @@ def command(folder: Path, pause_ms: float) -> tuple[float, float]:
     """Rows a second while it judges, and seconds of the whole command."""
     address = folder / "address"
     cluster = Child(
-        [sys.executable, "-m", "tests.pipelines.dataset_service", str(address), str(folder / "log"), str(pause_ms)],
+        [sys.executable, "-m", "tests.support.annotation_service", str(address), str(folder / "log"), str(pause_ms)],
         log=folder / "cluster.log",
     )
     try:

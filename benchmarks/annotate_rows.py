@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from services.children import Child
+from services.core.processes import Child
 
 FILE_ROWS: Final = 50_000
 BROKEN: Final = 100
@@ -75,7 +75,7 @@ def annotate(folder: Path) -> tuple[dict[str, int], dict[str, int], float]:
     """Rows a second of each stage; the most bytes of the command, and of any of its workers; seconds of everything."""
     address = folder / "address"
     cluster = Child(
-        [sys.executable, "-m", "tests.pipelines.dataset_service", str(address), str(folder / "log"), "0"],
+        [sys.executable, "-m", "tests.support.annotation_service", str(address), str(folder / "log"), "0"],
         log=folder / "cluster.log",
     )
     try:

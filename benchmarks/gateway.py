@@ -27,19 +27,19 @@ import numpy as np
 from PIL import Image
 from ray._private.async_compat import try_install_uvloop
 
-from pipelines import embedded
-from services.contracts import CATEGORIES, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
+from pipelines.local import backends as embedded
+from services.core.messages import CATEGORIES, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
+from services.core.settings import Settings
+from services.gateway.api_keys import KeyRegistry
 from services.gateway.app import Collaborators, create_app
-from services.gateway.keys import KeyRegistry
 from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
-from services.images.prepare import Preparer
-from services.images.store import ObjectStore
-from services.moderation import Moderation
+from services.images.decoder_pool import Preparer
+from services.images.object_store import ObjectStore
+from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
+from services.policies.redis_cache import SharedCopies
 from services.policies.registry import PolicyRegistry
-from services.policies.shared import SharedCopies
-from services.settings import Settings
 
 GUARD_S = 0.05
 WARM_UP = 20

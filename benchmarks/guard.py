@@ -26,17 +26,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from services.contracts import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
-from services.errors import GuardFailed, GuardUnavailable
-from services.guard.assess import Guard
+from pipelines.tiny_guard.drawings import draw
+from services.core.errors import GuardFailed, GuardUnavailable
+from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
+from services.core.settings import Settings
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
+from services.guard.inference import Guard
 from services.images.decode import Limits, prepare
-from services.images.prepare import Preparer
-from services.moderation import Answer, assess_each
-from services.policies.policy import PolicyDocument
-from services.settings import Settings
-from services.synthetic import draw
+from services.images.decoder_pool import Preparer
+from services.moderation.moderator import Answer, assess_each
+from services.policies.document import PolicyDocument
 
 FRESH_SEED = 3_000_000_000
 UNSAFE_SHARE = 0.05

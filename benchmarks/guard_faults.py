@@ -22,14 +22,14 @@ from pathlib import Path
 
 import psutil
 
-from services.errors import GuardUnavailable
+from pipelines.tiny_guard.drawings import draw
+from services.core.errors import GuardUnavailable
 from services.guard import engine as engine_module
-from services.guard.assess import Guard
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
+from services.guard.inference import Guard
 from services.images.decode import Limits, prepare
-from services.policies.policy import BUILT_IN
-from services.synthetic import draw
+from services.policies.document import BUILT_IN
 
 CALLERS = 6
 DEADLINE_S = 15.0

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines import embedded
-from services import settings as settings_module
-from services.contracts import Submission
+from pipelines.local import backends as embedded
+from services.core import settings as settings_module
+from services.core.messages import Submission
+from services.core.settings import Settings
 from services.policies.cache import PolicyCache
-from services.policies.policy import BUILT_IN
+from services.policies.document import BUILT_IN
+from services.policies.redis_cache import SharedCopies
 from services.policies.registry import PolicyRegistry
-from services.policies.shared import SharedCopies
-from services.settings import Settings
 
 LOOK_UPS = 200_000
 ASKED = 2_000

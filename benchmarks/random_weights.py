@@ -17,14 +17,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from services.contracts import CATEGORIES, NO_CATEGORY, Assessment, Policy
-from services.errors import UnreadableAnswer
-from services.guard.assess import Guard
+from pipelines.tiny_guard.drawings import draw
+from services.core.errors import UnreadableAnswer
+from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Policy
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
+from services.guard.inference import Guard
 from services.images.decode import Limits, prepare
-from services.policies.policy import PolicyDocument
-from services.synthetic import draw
+from services.policies.document import PolicyDocument
 
 MODES = ("unsafe", "always", "never")
 CONCURRENCY = 16
@@ -74,7 +74,16 @@ async def run(answers: int, seeds: int) -> Counter[str]:
     ends: Counter[str] = Counter()
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(prefix="sluice-weights-") as folder:
-            made = [sys.executable, "-m", "pipelines.train_tiny", "--random", "--seed", str(seed), "--out", folder]
+            made = [
+                sys.executable,
+                "-m",
+                "pipelines.tiny_guard.train",
+                "--random",
+                "--seed",
+                str(seed),
+                "--out",
+                folder,
+            ]
             await asyncio.to_thread(subprocess.run, made, check=True, stdout=sys.stderr)
             await judge_all(Path(folder), answers // seeds, 7_000_000 + seed * answers, ends)
             print(f"seed {seed}: {dict(ends)}", file=sys.stderr, flush=True)

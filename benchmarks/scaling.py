@@ -38,11 +38,11 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve._private.utils import compress_metric_report, decompress_metric_report
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from pipelines import elastic
-from pipelines.scaling import Bounds, serve_options
-from pipelines.simulation.comparison import Day, compare
-from pipelines.simulation.run import Outcome
-from services.streams.transport import Lag
+from benchmarks.scaling_comparison import Day, compare
+from pipelines.autoscaling import serve_config as elastic
+from pipelines.autoscaling.serve_policy import Bounds, serve_options
+from pipelines.autoscaling.simulation.run import Outcome
+from services.streams.base import Lag
 
 GUARDS, PARTITIONS, MEMBERS = 200, 1000, 63
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
@@ -93,7 +93,9 @@ class Controller:
     """Ray Serve's bookkeeping of 200 guard replicas and 63 intake replicas, which hold 1,000 partitions."""
 
     def __init__(self, **rules: float) -> None:
-        policy = AutoscalingPolicy(policy_function="pipelines.scaling:BacklogScaling", policy_kwargs=rules)
+        policy = AutoscalingPolicy(
+            policy_function="pipelines.autoscaling.serve_policy:BacklogScaling", policy_kwargs=rules
+        )
         self.state = ApplicationAutoscalingState("sluice")
         self.state.register(policy)
         self.targets = {GUARD: GUARDS, INTAKE: MEMBERS}

@@ -30,17 +30,17 @@ from ray import serve
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.serve import Application
 
-from pipelines import serve_app
-from pipelines.stream import APPLICATION, INTAKE, application
-from services.children import Child, free_port
-from services.contracts import Assessment, Detail, Policy, PreparedImage, Submission, Turn, Verdict
-from services.settings import Settings
-from services.streams.connect import open_reader
+from pipelines.serving import build as serve_app
+from pipelines.serving.app import APPLICATION, INTAKE, application
+from services.core.messages import Assessment, Detail, Policy, PreparedImage, Submission, Turn, Verdict
+from services.core.processes import Child, free_port
+from services.core.settings import Settings
+from services.streams.factory import open_reader
 from tests.faults.backends import Backends
 from tests.faults.guard import assessment_of
 from tests.faults.s3 import BUCKET
 from tests.faults.streams import Backlog, Producer
-from tests.kafka_broker import ROOT
+from tests.support.kafka_broker import ROOT
 
 BASE_PER_S, SPIKE_PER_S = 2.0, 20.0
 BASE_S, SPIKE_S, AFTER_S = 90.0, 90.0, 60.0

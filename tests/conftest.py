@@ -2,7 +2,13 @@
 
 import pytest
 
-pytest_plugins = ["tests.servers"]
+pytest_plugins = [
+    "tests.support.servers",
+    "tests.support.s3_server",
+    "tests.support.streams_bench",
+    "tests.support.intake_bench",
+    "tests.support.engine",
+]
 
 _SERVERS = {"valkey_url", "kafka_address", "s3_endpoint", "streams", "served"}
 _MARKS = {"kafka", "engine", "slow"}

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import boto3
 
-from services.settings import load
+from services.core.settings import load
 
 settings = load("s3_buckets", "policy_bucket")
 s3 = boto3.client("s3", endpoint_url=settings.s3_endpoint)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.backtest import share
+from pipelines.policy_testing.backtest_report import share
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]

@@ -13,8 +13,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.samples import COLUMNS, Unreadable
-from services.errors import ConfigurationError
+from pipelines.evaluation.labels import COLUMNS, Unreadable
+from services.core.errors import ConfigurationError
 
 _BATCH: Final = 32
 """Rows of a parquet file read at a time: with images, some MB."""

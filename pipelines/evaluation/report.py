@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation import curves
 from pipelines.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap, Figure, Floats, ratio
-from pipelines.evaluation.columns import STEPS, AdaptiveColumns, Columns, PerturbedColumns
 from pipelines.evaluation.metrics import (
     INVALID,
     SAFE,
@@ -21,8 +20,9 @@ from pipelines.evaluation.metrics import (
     rates_by_category,
     rates_by_kind,
 )
-from pipelines.terminal import printable
-from services.contracts import ModelIdentity
+from pipelines.evaluation.results import STEPS, AdaptiveColumns, Columns, PerturbedColumns
+from pipelines.reporting.text import printable
+from services.core.messages import ModelIdentity
 
 PERCENTILES: Final = (50, 90, 95, 99)
 THRESHOLDS: Final = tuple(n / 20 for n in range(1, 20))

@@ -15,22 +15,22 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import telemetry
-from services.errors import SluiceError
-from services.gateway import assessments, health, moderations, policies
-from services.gateway.access import Access
-from services.gateway.bodies import Bodies, LeftBodies
-from services.gateway.fetch import RemoteImages
-from services.gateway.judging import Judge
-from services.gateway.keys import KeyRegistry, KeyRing
+from services.core import telemetry
+from services.core.errors import SluiceError
+from services.core.settings import Settings
+from services.gateway.api_keys import KeyRegistry, KeyRing
+from services.gateway.assessment_store import Records
+from services.gateway.auth import Access
+from services.gateway.load_shedding import Judge
 from services.gateway.problems import MEDIA_TYPE, Problem, problem_of
-from services.gateway.rates import Rates
-from services.gateway.records import Records
-from services.moderation import Guard, ImagePreparer, Moderation
+from services.gateway.rate_limits import Rates
+from services.gateway.request_bodies import Bodies, LeftBodies
+from services.gateway.routes import assessments, health, moderations, policies
+from services.gateway.url_fetch import RemoteImages
+from services.moderation.moderator import Guard, ImagePreparer, Moderation
 from services.policies.cache import PolicyCache
+from services.policies.redis_cache import SharedCopies
 from services.policies.registry import PolicyRegistry
-from services.policies.shared import SharedCopies
-from services.settings import Settings
 
 _BODIES: Final[tuple[type[BaseModel], ...]] = (
     moderations.ModerationRequest,

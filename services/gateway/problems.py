@@ -12,8 +12,8 @@ from typing import Any, Final
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from services import telemetry
-from services.errors import DeadLetterReason, SluiceError, Unavailable, Unjudgeable
+from services.core import telemetry
+from services.core.errors import DeadLetterReason, SluiceError, Unavailable, Unjudgeable
 
 PREFIX: Final = "urn:sluice:problem:"
 MEDIA_TYPE: Final = "application/problem+json"

@@ -16,9 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from services import telemetry
-from services.errors import ConfigurationError
-from services.settings import Settings
+from services.core import telemetry
+from services.core.errors import ConfigurationError
+from services.core.settings import Settings
 
 HEAD_DEADLINE_S: Final = 10.0
 _THEIR_TURN: Final = frozenset({h11.IDLE, h11.SEND_BODY})

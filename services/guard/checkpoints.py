@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from services.errors import ConfigurationError
-from services.guard.family import Family
-from services.guard.llavaguard import LlavaGuard
-from services.guard.shieldgemma import ShieldGemma
-from services.guard.weights import read_json
+from services.core.errors import ConfigurationError
+from services.guard.families.base import Family
+from services.guard.families.llavaguard import LlavaGuard
+from services.guard.families.shieldgemma import ShieldGemma
+from services.guard.safetensors import read_json
 
 GIB: Final = 1 << 30
 _SPREADS: Final = (1, 2, 4, 8)

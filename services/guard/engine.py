@@ -9,14 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from services.background import ended
-from services.errors import GuardUnavailable
+from services.core.errors import GuardUnavailable
+from services.core.settings import Settings
+from services.core.tasks import ended
+from services.guard.checkpoint_staging import StagedCheckpoint, stage
 from services.guard.checkpoints import Checkpoint, resolve
-from services.guard.devices import gpus_for
-from services.guard.launch import Recipe
-from services.guard.server import POLL_S, PortTaken, Server
-from services.guard.staging import StagedCheckpoint, stage
-from services.settings import Settings
+from services.guard.gpus import gpus_for
+from services.guard.sglang_command import Recipe
+from services.guard.sglang_server import POLL_S, PortTaken, Server
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """From the bytes of an image in any of eight formats to an upright RGB picture no larger than the model can use.
 
-Pure functions. The bytes are hostile: outside of tests they are called in a process of `services.images.prepare`,
+Pure functions. The bytes are hostile: outside of tests they are called in a process of `services.images.decoder_pool`,
 where a crash, a hang or a flood of memory harms nobody else.
 
 Whatever is not passed on as it is becomes a JPEG of quality 95 without chroma subsampling: against the downscaling that
@@ -17,8 +17,8 @@ from typing import Final
 import pillow_heif
 from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlugin
 
-from services.contracts import ImageFacts, PreparedImage
-from services.errors import NotAnImage, TooLarge, Unjudgeable
+from services.core.errors import NotAnImage, TooLarge, Unjudgeable
+from services.core.messages import ImageFacts, PreparedImage
 from services.images.sniff import Format, gif_frames, is_plain, sniff, tiff_pages, webp_size
 
 _PLUGINS: Final[dict[Format, str]] = {

@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import Any, Final, Self, TypeVar
 
-from services import telemetry
-from services.background import ended
-from services.contracts import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
-from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.policies.policy import PolicyDocument, is_policy_name
+from services.core import telemetry
+from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
+from services.core.messages import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
+from services.core.tasks import ended
+from services.policies.document import PolicyDocument, is_policy_name
+from services.policies.redis_cache import CacheUnavailable, KnownChange, SharedCopies
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change, Rollout
-from services.policies.shared import CacheUnavailable, KnownChange, SharedCopies
 from services.policies.tenants import TENANTS, TenantsDocument
 
 _COPIES: Final = 1024

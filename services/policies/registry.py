@@ -19,13 +19,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
-from services.calibration import FittedCalibration
-from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.policies.policy import BUILT_IN
+from services.core.calibration import FittedCalibration
+from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
+from services.core.s3 import s3_client
+from services.core.settings import Settings
+from services.policies.document import BUILT_IN
 from services.policies.rollout import Canary, Change, ChangeAction, Rollout, Shadow
 from services.policies.tenants import Document, TenantsDocument, is_document_name, parse_document
-from services.s3 import s3_client
-from services.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field
 
-from services.calibration import Calibration
-from services.contracts import Moment, WireModel
-from services.errors import ConfigurationError
+from services.core.calibration import Calibration
+from services.core.errors import ConfigurationError
+from services.core.messages import Moment, WireModel
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 ChangeAction = Literal["activate", "rollback", "canary", "shadow", "trip", "calibrate"]

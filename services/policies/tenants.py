@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from services.policies.policy import TENANTS, Part, PolicyDocument, PolicyName, digest_of, is_policy_name
+from services.policies.document import TENANTS, Part, PolicyDocument, PolicyName, digest_of, is_policy_name
 
 __all__ = ["MOST_TENANTS", "TENANTS", "Document", "TenantsDocument", "is_document_name", "parse_document"]
 

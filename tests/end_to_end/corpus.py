@@ -13,7 +13,7 @@ from typing import Any
 import pillow_heif
 from PIL import Image
 
-from services.synthetic import draw
+from pipelines.tiny_guard.drawings import draw
 
 pillow_heif.register_heif_opener()
 

@@ -8,8 +8,8 @@ import httpx
 import jsonschema
 import openai
 
-from services.contracts import CATEGORIES
-from services.synthetic import draw
+from pipelines.tiny_guard.drawings import draw
+from services.core.messages import CATEGORIES
 
 VIOLENCE = CATEGORIES[1]
 

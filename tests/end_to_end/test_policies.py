@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from services.contracts import CATEGORIES, NO_CATEGORY
-from services.synthetic import draw
+from pipelines.tiny_guard.drawings import draw
+from services.core.messages import CATEGORIES, NO_CATEGORY
 from tests.end_to_end.outside import SLUICE, RedisStream, Service
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]

@@ -23,9 +23,8 @@ from tests.end_to_end.outside import (
     submit,
     wait_until_settled,
 )
-from tests.s3_server import CREDENTIALS, s3_endpoint
+from tests.support.s3_server import CREDENTIALS
 
-__all__ = ["s3_endpoint"]
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())

@@ -12,16 +12,16 @@ from typing import Final, Literal
 
 import boto3
 
-from services.children import Child, free_port
+from services.core.processes import Child, free_port
+from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
-from services.settings import Settings
-from services.streams.connect import open_publisher
+from services.streams.factory import open_publisher
 from tests.faults import s3
 from tests.faults.proxy import Link
 from tests.faults.submissions import Pictures
-from tests.kafka_broker import ROOT, Broker
-from tests.s3_server import CREDENTIALS
-from tests.servers import Valkey
+from tests.support.kafka_broker import ROOT, Broker
+from tests.support.s3_server import CREDENTIALS
+from tests.support.servers import Valkey
 
 Delivery = Literal["at_least_once", "exactly_once"]
 

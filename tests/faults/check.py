@@ -19,10 +19,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, get_args
 
-from services.contracts import DeadLetter, Verdict
-from services.errors import DeadLetterReason
-from services.streams.formats import Accepted, parse
-from services.streams.transport import Message
+from services.core.errors import DeadLetterReason
+from services.core.messages import DeadLetter, Verdict
+from services.streams.base import Message
+from services.streams.parsing import Accepted, parse
 from tests.faults.submissions import Deserved, Submitted
 
 _SHOWN: Final = 10

@@ -17,10 +17,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import DeploymentSchema
 
-from pipelines import elastic, serve_app
-from pipelines.stream import application
-from services.contracts import Assessment, Detail, Policy, PreparedImage, Turn
-from services.settings import Settings, load
+from pipelines.autoscaling import serve_config as elastic
+from pipelines.serving import build as serve_app
+from pipelines.serving.app import application
+from services.core.messages import Assessment, Detail, Policy, PreparedImage, Turn
+from services.core.settings import Settings, load
 from tests.faults.guard import assessment_of
 
 TAKES_S: Final = 0.4

@@ -11,9 +11,9 @@ from typing import Final
 
 import psutil
 
-from services.children import Child, free_port
+from services.core.processes import Child, free_port
 from tests.faults.member import NOT_NOW
-from tests.kafka_broker import ROOT
+from tests.support.kafka_broker import ROOT
 
 _LOOK_S: Final = 0.2
 _AGAIN_S: Final = 1.0

@@ -12,9 +12,9 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
-from services.contracts import CATEGORIES, NO_CATEGORY, Assessment, Detail, Policy, PreparedImage, Priority, Rating
-from services.errors import GuardFailed, GuardUnavailable
-from tests.scripted_guard import MODEL
+from services.core.errors import GuardFailed, GuardUnavailable
+from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Detail, Policy, PreparedImage, Priority, Rating
+from tests.support.fake_guard import MODEL
 
 _TAKES_S: Final = (0.002, 0.012)
 _DEADLINE_S: Final = 10.0
@@ -34,7 +34,7 @@ def assessment_of(sha256: str) -> Assessment:
 
 
 class GuardClient:
-    """Asks any replica that answers; see `services.moderation.Guard`."""
+    """Asks any replica that answers; see `services.moderation.moderator.Guard`."""
 
     def __init__(self, ports: Sequence[int]) -> None:
         self._ports = ports

@@ -2,7 +2,7 @@
 
     python -m tests.faults.member NAME GUARD_PORT...
 
-It is put together as `pipelines.stream` does it, with the guard of this suite.
+It is put together as `pipelines.serving.app` does it, with the guard of this suite.
 """
 
 import asyncio
@@ -12,20 +12,20 @@ import sys
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
-from pipelines.intake import Intake
-from pipelines.quarantine import Quarantine
-from services.errors import Unavailable
-from services.images.prepare import Preparer
-from services.images.store import ObjectStore
-from services.moderation import Moderation
-from services.policies.breaker import CircuitBreaker
+from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.worker import Intake
+from services.core.errors import Unavailable
+from services.core.settings import load
+from services.core.telemetry import configure_logging
+from services.images.decoder_pool import Preparer
+from services.images.object_store import ObjectStore
+from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
+from services.policies.circuit_breaker import CircuitBreaker
+from services.policies.redis_cache import SharedCopies
 from services.policies.registry import PolicyRegistry
-from services.policies.sample import Sample
-from services.policies.shared import SharedCopies
-from services.settings import load
-from services.streams.connect import open_transport
-from services.telemetry import configure_logging
+from services.policies.traffic_sample import Sample
+from services.streams.factory import open_transport
 from tests.faults.guard import GuardClient
 
 NOT_NOW: Final = 75

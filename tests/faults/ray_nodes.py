@@ -15,8 +15,8 @@ from typing import Final, Literal
 import psutil
 import ray
 
-from services.children import Child, free_port
-from tests.kafka_broker import ROOT
+from services.core.processes import Child, free_port
+from tests.support.kafka_broker import ROOT
 
 Kind = Literal["cpu", "gpu"]
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from tests import kafka_broker
 from tests.faults.backends import DRAIN_S, Backends, Delivery
 from tests.faults.check import Findings, check
 from tests.faults.fleet import Fleet
@@ -34,8 +33,9 @@ from tests.faults.proxy import Link
 from tests.faults.schedule import KINDS, Fault, Kind, schedule
 from tests.faults.streams import Backlog, Producer, read_all
 from tests.faults.submissions import Submitted, submissions
-from tests.kafka_broker import ROOT, Broker
-from tests.servers import Valkey
+from tests.support import kafka_broker
+from tests.support.kafka_broker import ROOT, Broker
+from tests.support.servers import Valkey
 
 DELIVERIES: Final[tuple[Delivery, ...]] = get_args(Delivery)
 
@@ -262,7 +262,7 @@ class _Storm:
                 [
                     sys.executable,
                     "-c",
-                    "from pipelines.cli import main; main()",
+                    "from pipelines.cli.main import main; main()",
                     "reconcile",
                     "--json",
                     "--settle-s",

@@ -24,12 +24,12 @@ from typing import Final
 import psutil
 from scipy import stats
 
-from tests import kafka_broker
 from tests.faults.backends import DRAIN_S, Backends, Delivery
 from tests.faults.check import check
 from tests.faults.fleet import Fleet
 from tests.faults.streams import Backlog, Producer, read_all
 from tests.faults.submissions import Submitted, endless
+from tests.support import kafka_broker
 
 MIB: Final = 1 << 20
 _BACKLOG: Final = 4_000

@@ -8,7 +8,7 @@ from typing import Any, Final
 import kafka
 from kafka.errors import KafkaError
 
-from services.streams.transport import Message
+from services.streams.base import Message
 from tests.faults.submissions import Submitted
 
 _DELIVERY_MS: Final = 600_000

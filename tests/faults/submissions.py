@@ -10,9 +10,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from services.contracts import Rating
-from services.errors import DeadLetterReason
-from services.synthetic import draw
+from pipelines.tiny_guard.drawings import draw
+from services.core.errors import DeadLetterReason
+from services.core.messages import Rating
 from tests.faults.guard import rating_of
 from tests.faults.s3 import BUCKET
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from services.contracts import DeadLetter, Timings, Verdict
-from services.streams.transport import Message
+from services.core.messages import DeadLetter, Timings, Verdict
+from services.streams.base import Message
 from tests.faults.check import Findings, check
 from tests.faults.submissions import Deserved, Pictures, Submitted, submissions
-from tests.scripted_guard import MODEL
+from tests.support.fake_guard import MODEL
 
 _NOW = datetime(2026, 11, 21, tzinfo=UTC)
 

@@ -23,15 +23,15 @@ import psutil
 import pytest
 import redis
 
-from services.contracts import Submission, Verdict
-from services.settings import Settings
-from services.streams.connect import open_publisher, open_reader
-from services.streams.transport import Publisher, Reader, Record
+from services.core.messages import Submission, Verdict
+from services.core.settings import Settings
+from services.streams.base import Publisher, Reader, Record
+from services.streams.factory import open_publisher, open_reader
 from tests.faults.backends import Store, environment_of
 from tests.faults.cluster_app import IN_FLIGHT
 from tests.faults.ray_nodes import Cluster
 from tests.faults.s3 import BUCKET
-from tests.servers import Valkey
+from tests.support.servers import Valkey
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

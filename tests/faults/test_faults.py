@@ -8,7 +8,7 @@ import pytest
 from tests.faults.backends import Delivery
 from tests.faults.run import DELIVERIES, Plan, storm
 from tests.faults.schedule import KINDS, schedule
-from tests.servers import require_kafka
+from tests.support.servers import require_kafka
 
 _SEED = 20_261
 _SUBMISSIONS = 1_000

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from services.synthetic import draw
-from tests.images.pictures import FORMATS, encoded, picture, textured
+from pipelines.tiny_guard.drawings import draw
+from tests.support.pictures import FORMATS, encoded, picture, textured
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 _INTERESTING: Final = (

@@ -4,7 +4,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["services.streams.formats", "services.contracts"]):
+with atheris.instrument_imports(include=["services.streams.parsing", "services.core.messages"]):
     from tests.fuzz.run import keep, parsed
 
 

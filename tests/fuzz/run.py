@@ -24,11 +24,11 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from services.errors import Unjudgeable
-from services.images.prepare import Preparer
-from services.settings import Settings
-from services.streams.formats import Accepted, Rejected, parse
-from services.streams.transport import Message
+from services.core.errors import Unjudgeable
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from services.streams.base import Message
+from services.streams.parsing import Accepted, Rejected, parse
 from tests.fuzz.cases import CORPUS, images, messages, mutated
 
 MESSAGE_S = 1.0

@@ -12,16 +12,16 @@ from typing import Any
 import jsonschema
 import pytest
 
-from services.contracts import Assessment, Detail, PreparedImage
-from services.gateway import records
-from services.gateway.assessments import Assessments
-from services.gateway.keys import ApiKey
+from services.core.messages import Assessment, Detail, PreparedImage
+from services.core.settings import Settings
+from services.gateway import assessment_store as records
+from services.gateway.api_keys import ApiKey
+from services.gateway.assessment_store import Record, Records
 from services.gateway.problems import PREFIX, Problem
-from services.gateway.rates import Rates
-from services.gateway.records import Record, Records
-from services.policies.shared import CacheUnavailable, SharedCopies
-from services.settings import Settings
-from tests.gateway.conftest import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
+from services.gateway.rate_limits import Rates
+from services.gateway.routes.assessments import Assessments
+from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
 PATH = "/v1/assessments"

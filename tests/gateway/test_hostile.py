@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from services.gateway.server import GatewayServer, listen
-from tests.gateway.conftest import JPEG, Bench, Gate
+from tests.support.gateway_bench import JPEG, Bench, Gate
 
 SLOW = 500
 PATH = "/v1/assessments"

@@ -6,10 +6,10 @@ from typing import Any
 import openai
 import pytest
 
-from services.contracts import CATEGORIES, Assessment, Detail, PreparedImage
-from services.errors import GuardFailed, UnreadableAnswer
-from tests.gateway.conftest import OTHER_JPEG, Bench, data_url, unsafe
-from tests.scripted_guard import MODEL, says_safe
+from services.core.errors import GuardFailed, UnreadableAnswer
+from services.core.messages import CATEGORIES, Assessment, Detail, PreparedImage
+from tests.support.fake_guard import MODEL, says_safe
+from tests.support.gateway_bench import OTHER_JPEG, Bench, data_url, unsafe
 
 
 def part(url: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from services.gateway.keys import Role
+from services.gateway.api_keys import Role
 from services.gateway.problems import PREFIX
-from tests.gateway.conftest import Bench, data_url
+from tests.support.gateway_bench import Bench, data_url
 
 PATH = "/v1/policies"
 

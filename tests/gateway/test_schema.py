@@ -13,7 +13,7 @@ from hypothesis.errors import Unsatisfiable
 from jsonschema import Draft202012Validator
 
 from services.gateway.problems import KINDS, PREFIX
-from tests.gateway.conftest import Bench
+from tests.support.gateway_bench import Bench
 
 EXAMPLES = 8
 OPERATIONS = {

@@ -12,11 +12,11 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from services.errors import ConfigurationError
-from services.guard import staging
+from services.core.errors import ConfigurationError
+from services.guard import checkpoint_staging as staging
+from services.guard.checkpoint_staging import stage
 from services.guard.checkpoints import CHECKPOINTS, GIB, resolve
-from services.guard.staging import stage
-from services.guard.weights import strip_prefix
+from services.guard.safetensors import strip_prefix
 
 TINY = resolve("tiny").folder
 assert TINY is not None

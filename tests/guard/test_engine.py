@@ -12,12 +12,12 @@ import httpx
 import psutil
 import pytest
 
-from services.errors import ConfigurationError, GuardUnavailable
-from services.guard import launch
+from services.core.errors import ConfigurationError, GuardUnavailable
+from services.guard import sglang_command as launch
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
-from services.guard.server import Server
-from tests.guard_engine import SharedGuard, drawn, policy
+from services.guard.sglang_server import Server
+from tests.support.engine import SharedGuard, drawn, policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ class TestBeforeItIsReady:
     async def test_what_this_machine_cannot_hold_is_refused_before_anything_is_fetched(
         self, tmp_path, monkeypatch
     ) -> None:
-        monkeypatch.setattr("services.guard.devices.gpu_memory_bytes", list)
+        monkeypatch.setattr("services.guard.gpus.gpu_memory_bytes", list)
         monkeypatch.setattr("services.guard.engine.stage", lambda *_: pytest.fail("staged"))
         engine = Engine(resolve("LlavaGuard-v1.2-7B-OV"), state_dir=tmp_path)
         with pytest.raises(ConfigurationError, match="too many for a CPU"):

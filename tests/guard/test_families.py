@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from services.contracts import CATEGORIES, NO_CATEGORY
-from services.errors import ConfigurationError
-from services.guard.assess import Guard
+from services.core.errors import ConfigurationError
+from services.core.messages import CATEGORIES, NO_CATEGORY
 from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve
 from services.guard.engine import Engine
-from services.guard.family import Reply
-from services.guard.llavaguard import LlavaGuard
-from services.guard.shieldgemma import ShieldGemma, enforced
-from tests.guard import made_up_checkpoints
-from tests.guard_engine import DEFAULT_PROMPT, drawn, policy
+from services.guard.families.base import Reply
+from services.guard.families.llavaguard import LlavaGuard
+from services.guard.families.shieldgemma import ShieldGemma, enforced
+from services.guard.inference import Guard
+from tests.support import fake_checkpoints as made_up_checkpoints
+from tests.support.engine import DEFAULT_PROMPT, drawn, policy
 
 WAIVER = "Category O3 is declared as non-violating. Therefore, we do not provide any restrictions for this category"
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from services.errors import NotAnImage, TooLarge
+from services.core.errors import NotAnImage, TooLarge
 from services.images.decode import Limits, prepare, smaller
 from services.images.sniff import FRAMES_LIMIT, gif_frames, is_plain, sniff, tiff_pages
-from tests.images.pictures import (
+from tests.support.pictures import (
     FORMATS,
     LIMITS,
     bmff_box,

@@ -14,12 +14,9 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from services.core.settings import Settings, load
 from services.guard.checkpoints import resolve
-from services.settings import Settings, load
-from tests.infra.files import INFRA, document
-from tests.s3_server import s3_endpoint
-
-__all__ = ["s3_endpoint"]
+from tests.support.deployment_files import INFRA, document
 
 COMPOSE: Final = document(INFRA / "compose.yaml")
 SERVICES: Final[dict[str, Any]] = COMPOSE["services"]

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.infra.files import INFRA, ROOT
+from tests.support.deployment_files import INFRA, ROOT
 
 DOCKER: Final = INFRA / "docker"
 TESTED: Final = ROOT / "requirements.lock"
@@ -69,7 +69,7 @@ class Absent:
         if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
-import pipelines.cli, pipelines.serve_app, pipelines.scaling
+import pipelines.cli.main, pipelines.serving.build, pipelines.autoscaling.serve_policy
 """
     assert {"torch", "sglang", "moto"} <= set(absent)
 

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.elastic import scaling_policy
-from pipelines.serve_app import Arguments
-from tests.infra.files import INFRA, ROOT, document
+from pipelines.autoscaling.serve_config import scaling_policy
+from pipelines.serving.build import Arguments
+from tests.support.deployment_files import INFRA, ROOT, document
 
 FOLDER: Final = INFRA / "kubernetes"
 OVERLAYS: Final = ("base", "overlays/one-gpu", "overlays/production")
@@ -93,7 +93,7 @@ def test_it_deploys_the_application_of_serve_yaml_with_settings_that_exist(
 
     for applied in (here, there):
         assert (applied.name, applied.route_prefix) == ("sluice", None)
-        assert applied.import_path == "pipelines.serve_app:build"
+        assert applied.import_path == "pipelines.serving.build:build"
     assert here.args == {}, "settings come from the environment of the head"
     for name, value in settings(overlay).items():
         monkeypatch.setenv(name, value)

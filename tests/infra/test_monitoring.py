@@ -14,8 +14,8 @@ import ray
 from promql_parser import AggregateExpr, VectorSelector
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from services import telemetry
-from tests.infra.files import INFRA, document
+from services.core import telemetry
+from tests.support.deployment_files import INFRA, document
 
 DASHBOARD: Final = json.loads((INFRA / "grafana" / "dashboards" / "sluice.json").read_text())
 ALERTS: Final = document(INFRA / "prometheus" / "alerts.yaml")
@@ -79,7 +79,7 @@ def test_it_asks_for_metrics_and_labels_that_exist(query: Query) -> None:
         assert name != selector.name, f"Ray exports nothing without its prefix: {selector.name}"
         if name.startswith("sluice_"):
             metric = METRICS.get(base_name(name))
-            assert metric is not None, f"services/telemetry.py has no {base_name(name)}"
+            assert metric is not None, f"services/core/telemetry.py has no {base_name(name)}"
             assert asked <= set(metric.info["tag_keys"]) | GIVEN_BY_RAY
         else:
             assert is_rays_own(name), f"Ray has no {name}"

@@ -6,8 +6,8 @@ from typing import Final
 
 import pytest
 
-from services.settings import Settings
-from tests.infra.files import INFRA, ROOT, deployment_files
+from services.core.settings import Settings
+from tests.support.deployment_files import INFRA, ROOT, deployment_files
 
 SETTINGS: Final = {f"SLUICE_{name.upper()}" for name in Settings.model_fields}
 FILES: Final = sorted(deployment_files())

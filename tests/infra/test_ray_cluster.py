@@ -19,9 +19,9 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
-from pipelines import elastic
-from services.settings import Settings
-from tests.infra.files import INFRA, ROOT, document
+from pipelines.autoscaling import serve_config as elastic
+from services.core.settings import Settings
+from tests.support.deployment_files import INFRA, ROOT, document
 
 CLUSTER: Final = document(ROOT / "ray_cluster.yaml")
 GPU_CLASSES: Final = ("t4", "l4", "a10g", "a100", "h100")

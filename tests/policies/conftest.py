@@ -6,9 +6,6 @@ import boto3
 import pytest
 
 from services.policies.registry import PolicyRegistry
-from tests.s3_server import s3_endpoint
-
-__all__ = ["s3_endpoint"]
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from services.contracts import Submission
-from services.errors import PolicyUnavailable, UnknownPolicy
+from services.core.errors import PolicyUnavailable, UnknownPolicy
+from services.core.messages import Submission
 from services.policies.cache import PolicyCache
-from services.policies.policy import BUILT_IN, PolicyDocument
+from services.policies.document import BUILT_IN, PolicyDocument
+from services.policies.redis_cache import CacheUnavailable, SharedCopies
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
-from services.policies.shared import CacheUnavailable, SharedCopies
 from services.policies.tenants import TenantsDocument
-from tests.servers import Valkey
+from tests.support.servers import Valkey
 
 WAIVED = PolicyDocument.model_validate({"name": "default", "categories": {"O9": "waive"}})
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from services.policies.policy import PolicyDocument
+from services.policies.document import PolicyDocument
 from services.policies.prompt import TRAINED_BLOCKS, render
 
-TRAINED = (Path(__file__).parents[1] / "data" / "default-prompt.txt").read_text(encoding="utf-8")
+TRAINED = (Path(__file__).parents[1] / "support" / "default-prompt.txt").read_text(encoding="utf-8")
 
 
 def test_the_default_policy_makes_the_trained_prompt_byte_for_byte() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import boto3
 import pytest
 
-from services.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.policies.policy import BUILT_IN, PolicyDocument
+from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
+from services.policies.document import BUILT_IN, PolicyDocument
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary, Rollout, Shadow
 from services.policies.tenants import TenantsDocument

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.errors import ConfigurationError
+from services.core.errors import ConfigurationError
 from services.policies.rollout import Canary, Rollout, Shadow
 
 versions = st.integers(1, 4)

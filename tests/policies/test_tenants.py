@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from services.policies.policy import PolicyDocument
+from services.policies.document import PolicyDocument
 from services.policies.tenants import MOST_TENANTS, TenantsDocument, parse_document
 
 

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from services.children import Child
-from services.settings import Settings
-from services.streams.transport import Message, Record
-from tests.streams.conftest import Streams, eventually
+from services.core.processes import Child
+from services.core.settings import Settings
+from services.streams.base import Message, Record
+from tests.support.streams_bench import Streams, eventually
 
 
 class Fleet:

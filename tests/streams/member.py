@@ -3,8 +3,8 @@
 import asyncio
 import sys
 
-from services.settings import Settings
-from services.streams.connect import open_transport
+from services.core.settings import Settings
+from services.streams.factory import open_transport
 
 
 async def main() -> None:

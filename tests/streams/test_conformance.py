@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from services.children import Child
-from services.errors import NotOwned, StreamUnavailable
-from services.streams.connect import open_publisher, open_reader
-from services.streams.transport import Message, Record, Transport
-from tests.kafka_broker import Broker
-from tests.servers import Valkey
-from tests.streams.conftest import KINDS, PATIENT, Streams, collect, eventually, settle_in_order, values
+from services.core.errors import NotOwned, StreamUnavailable
+from services.core.processes import Child
+from services.streams.base import Message, Record, Transport
+from services.streams.factory import open_publisher, open_reader
+from tests.support.kafka_broker import Broker
+from tests.support.servers import Valkey
+from tests.support.streams_bench import KINDS, PATIENT, Streams, collect, eventually, settle_in_order, values
 
 
 async def test_a_message_arrives_as_it_was_published(streams: Streams) -> None:

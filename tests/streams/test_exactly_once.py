@@ -11,14 +11,14 @@ import kafka
 import pytest
 from kafka.coordinator.base import Generation
 
-from services.errors import NotOwned
-from services.streams.kafka_consumer import HonestAssignor
-from services.streams.kafka_transactions import Outcome, Transactions
-from tests.kafka_broker import Broker
-from tests.servers import require_kafka
-from tests.streams.conftest import PATIENT, Streams, collect, eventually
+from services.core.errors import NotOwned
+from services.streams.kafka.rebalance import HonestAssignor
+from services.streams.kafka.transactions import Outcome, Transactions
 from tests.streams.fleet import Fleet
 from tests.streams.worker import MOMENTS
+from tests.support.kafka_broker import Broker
+from tests.support.servers import require_kafka
+from tests.support.streams_bench import PATIENT, Streams, collect, eventually
 
 pytestmark = pytest.mark.kafka
 

@@ -15,10 +15,10 @@ from kafka.coordinator.base import Generation
 from kafka.errors import KafkaConnectionError
 from kafka.structs import MemberState
 
-from services.children import Child
-from services.errors import ConfigurationError, NotOwned, StreamUnavailable
-from services.streams.transport import Message, Record, Transport
-from tests.streams.conftest import PATIENT, Streams, collect, eventually, settle_in_order, values
+from services.core.errors import ConfigurationError, NotOwned, StreamUnavailable
+from services.core.processes import Child
+from services.streams.base import Message, Record, Transport
+from tests.support.streams_bench import PATIENT, Streams, collect, eventually, settle_in_order, values
 
 pytestmark = pytest.mark.kafka
 
@@ -211,7 +211,7 @@ async def test_new_partitions_are_read_however_short_the_polls(
     streams: Streams, kafka_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A poll that ends in the middle of the rejoin must not leave the member half in, half out of the group."""
-    monkeypatch.setattr("services.streams.kafka._POLL_MS", 2)
+    monkeypatch.setattr("services.streams.kafka.consumer._POLL_MS", 2)
     member: Any = await streams.member()
     stream = streams.settings().submissions_stream
     await streams.submit("before")
@@ -246,8 +246,8 @@ async def test_new_partitions_are_read_however_short_the_polls(
 @BOTH_DELIVERIES
 async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second member gets its share without what the first one settled, though that came in no order."""
-    monkeypatch.setattr("services.streams.kafka._COMMIT_S", 600)  # only the revocation commits
-    monkeypatch.setattr("services.streams.kafka_releases._EVERY_S", 600)
+    monkeypatch.setattr("services.streams.kafka.consumer._COMMIT_S", 600)  # only the revocation commits
+    monkeypatch.setattr("services.streams.kafka.exactly_once._EVERY_S", 600)
     first = await streams.member("first", **PATIENT)
     for key in range(12):
         await streams.submit(f"{key}-settled", f"{key}-held", key=str(key).encode())
@@ -281,7 +281,7 @@ async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: py
 
 @BOTH_DELIVERIES
 async def test_the_message_that_blocks_a_partition_is_named(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.streams.kafka._WINDOW", 40)
+    monkeypatch.setattr("services.streams.kafka.consumer._WINDOW", 40)
     member = await streams.member(in_flight=2)
     await streams.submit(*(str(number) for number in range(100)))
     received: list[Message] = []

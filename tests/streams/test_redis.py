@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from services.errors import NotOwned, StreamUnavailable
-from services.streams import redis_scripts
-from services.streams.connect import open_publisher
-from services.streams.transport import Record
-from tests.servers import Valkey
-from tests.streams.conftest import PATIENT, Streams, collect, eventually, values
+from services.core.errors import NotOwned, StreamUnavailable
+from services.streams.base import Record
+from services.streams.factory import open_publisher
+from services.streams.redis import scripts as redis_scripts
 from tests.streams.fleet import Fleet
+from tests.support.servers import Valkey
+from tests.support.streams_bench import PATIENT, Streams, collect, eventually, values
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import signal
 import sys
 from typing import Any
 
-from services.errors import NotOwned
-from services.settings import Settings
-from services.streams.connect import open_transport
-from services.streams.kafka_transactions import Transactions
-from services.streams.transport import Message, Record, Transport
+from services.core.errors import NotOwned
+from services.core.settings import Settings
+from services.streams.base import Message, Record, Transport
+from services.streams.factory import open_transport
+from services.streams.kafka.transactions import Transactions
 
 MOMENTS = ("written", "sent", "committed")
 """The records are written; the offsets are sent, too; the transaction is committed and nobody has heard of it."""

@@ -1,0 +1,126 @@
+"""Judges the rows of a chunk: each different image once, the others get what was said about it."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+
+from pipelines.annotation.image_reader import Images
+from pipelines.annotation.schema import ANNOTATION, Dead, ParquetBuffer, Row, annotation, with_extras
+from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
+from services.core.messages import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
+from services.core.retry import patiently
+from services.moderation.moderator import Guard, ImagePreparer, Moderation
+
+_BACKFILL: Final[Priority] = "backfill"
+_OF_THE_REFERENCE: Final = (NotFound, Changed, Forbidden)
+"""What is wrong with one reference says nothing about another one to the same bytes."""
+
+
+class _Said(NamedTuple):
+    """What holds for all rows with the same bytes."""
+
+    row: int
+    """Which one was judged."""
+    answer: Verdict | Dead
+
+
+class Judge:
+    """Judges chunks under one policy, by the way that submissions go; live ones go first at the guard."""
+
+    def __init__(
+        self, *, images: Images, preparer: ImagePreparer, guard: Guard, policy: Policy, in_flight: int
+    ) -> None:
+        self._images = images
+        self._policy = policy
+        self._places = asyncio.Semaphore(in_flight)
+        self._moderation = Moderation(policies=_None(), images=_None(), preparer=preparer, guard=guard)
+
+    async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:
+        """The annotations of a chunk, a row for each of its rows, in their order."""
+        annotations = ParquetBuffer(with_extras(ANNOTATION, extras))
+        said: dict[int, _Said] = {}
+        for table in planned:
+            annotations.add(await self._judge_some(table, extras, said))
+        return annotations
+
+    async def _judge_some(self, planned: pa.Table, extras: pa.Schema, said: dict[int, _Said]) -> pa.Table:
+        groups: dict[int, list[Row]] = defaultdict(list)
+        for row in planned.to_pylist():
+            groups[row["row"] if row["duplicate_of"] is None else row["duplicate_of"]].append(row)
+        async with asyncio.TaskGroup() as tasks:
+            judging = [
+                tasks.create_task(self._judge_same(first, rows, extras.names, said)) for first, rows in groups.items()
+            ]
+        rows = [row for task in judging for row in task.result()]
+        rows.sort(key=lambda row: int(row["row"]))
+        return pa.Table.from_pylist(rows, with_extras(ANNOTATION, extras))
+
+    async def _judge_same(self, first: int, rows: list[Row], extras: list[str], said: dict[int, _Said]) -> list[Row]:
+        """The annotations of rows with the same bytes: the first that can be had is judged for all that follow."""
+        made: list[Row] = []
+        for row in rows:
+            duplicate_of = None
+            if row["reason"]:
+                answer: Verdict | Dead = Dead(row["reason"], row["detail"])
+            elif first in said:
+                duplicate_of, answer = said[first].row, _as_of(row, said[first].answer)
+            else:
+                answer, own = await self._judge(row)
+                if not own:
+                    said[first] = _Said(row["row"], answer)
+            made.append(annotation(row | {"duplicate_of": duplicate_of}, answer, extras))
+        return made
+
+    async def _judge(self, row: Row) -> tuple[Verdict | Dead, bool]:
+        """The answer, and whether it says something about this reference only."""
+        async with self._places:
+            try:
+                return await patiently(lambda: self._judge_now(row)), False
+            except Unjudgeable as error:
+                return Dead(error.reason, str(error)), isinstance(error, _OF_THE_REFERENCE)
+
+    async def _judge_now(self, row: Row) -> Verdict:
+        # Not validated: the URIs of files and members of tars are not what a stream takes.
+        submission = Submission.model_construct(
+            **{name: row[name] for name in ("id", "uri", "version_id", "etag", "tenant")},
+            policy=self._policy.identity.name,
+            priority=_BACKFILL,
+            submitted_at=None,
+            metadata={},
+        )
+        async with self._images.open(row) as stored:
+            (answer,) = await self._moderation.judge_under(submission, [self._policy], upload=stored)
+        if not isinstance(answer, Verdict):
+            raise answer
+        if answer.sha256 != row["sha256"]:
+            raise Changed(f"{row['uri']} has other bytes than when it was indexed")
+        return answer
+
+
+def _as_of(row: Row, answer: Verdict | Dead) -> Verdict | Dead:
+    """The same answer, as if this row had been judged."""
+    if isinstance(answer, Dead):
+        return answer
+    own: dict[str, Any] = {name: row[name] for name in ("uri", "version_id", "etag", "tenant")}
+    identity = verdict_id(
+        submission_id=row["id"],
+        uri=row["uri"],
+        object_version=row["version_id"] or row["etag"] or row["sha256"],
+        policy_digest=answer.policy.digest if answer.policy else "",
+        model_revision=answer.model.revision if answer.model else "",
+        calibration=answer.calibration.digest if answer.calibration else None,
+    )
+    return answer.model_copy(update=own | {"submission_id": row["id"], "verdict_id": identity})
+
+
+class _None:
+    """The policy is known, and the image comes with the request."""
+
+    async def choose(self, _submission: Submission) -> Any:
+        raise SluiceError("a data set has one policy")
+
+    def open(self, _reference: ObjectReference) -> Any:
+        raise SluiceError("the image is at hand")

@@ -1,0 +1,325 @@
+"""Folders that a data set is read from or written to: on this machine, or a prefix in S3. One interface for both."""
+
+import errno
+import io
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol, TypeVar
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from services.core.errors import Changed, ConfigurationError, Forbidden, NotFound, StoreUnavailable
+from services.core.s3 import s3_client
+from services.core.settings import Settings
+
+_ABSENT: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404"}
+_TAKEN: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+_DENIED: Final = {"AccessDenied", "403"}
+_NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+_READ_AHEAD_BYTES: Final = 8 << 20
+_DELETE_AT_A_TIME: Final = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file in a folder."""
+
+    name: str
+    """Relative to the folder, with slashes."""
+    size: int
+
+
+class Folder(Protocol):
+    """Files by their names. Every method raises StoreUnavailable where the store does not answer."""
+
+    @property
+    def uri(self) -> str:
+        """The folder itself, without a slash at the end."""
+
+    def entries(self, below: str = "") -> Iterator[Entry]:
+        """Every file below, in the order of their names; none where there is no such folder."""
+
+    def read(self, name: str) -> bytes | None:
+        """All of a file, None where there is none."""
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in, that stays the same while it is open. Raises NotFound, Forbidden, Changed."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file, whole or not at all, unless there is one; whether it was written."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all, in place of any other."""
+
+    def remove(self, below: str) -> None:
+        """Remove every file below."""
+
+    def uri_of(self, name: str) -> str:
+        """What a file is called by others."""
+
+
+def folder(place: str, settings: Settings) -> Folder:
+    """The folder at a path, a file:// or an s3:// URI.
+
+    Raises:
+        ConfigurationError: it is no such place.
+    """
+    if place.startswith("s3://"):
+        bucket, _, prefix = place.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise ConfigurationError(f"{place!r} names no bucket; write s3://bucket/prefix")
+        client = s3_client(
+            settings, connect_timeout=5, read_timeout=60, retries={"mode": "standard", "max_attempts": 6}
+        )
+        return BucketFolder(client, bucket, prefix.strip("/"))
+    return LocalFolder(local_path(place))
+
+
+def local_path(place: str) -> Path:
+    """The absolute path that a path or a file:// URI stands for.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if place.startswith("file://"):
+        parts = urlsplit(place)
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigurationError(f"{place} names another machine; write file:///path")
+        return Path(os.fsdecode(unquote_to_bytes(parts.path)))
+    if "://" in place:
+        raise ConfigurationError(f"{place} is neither a path nor an s3:// URI")
+    return Path(place).absolute()
+
+
+class LocalFolder:
+    """A folder of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def uri(self) -> str:
+        return self.path.as_uri()
+
+    def entries(self, below: str = "") -> Iterator[Entry]:
+        yield from self._walk(self.path / below)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        return open_local(self.path / name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        file = self.path / name
+        draft = self._draft(file, data)
+        try:
+            os.link(draft, file)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without links: a rename is whole, too, but lets the last one win.
+            if file.exists():
+                return False
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+        return True
+
+    def put(self, name: str, data: bytes) -> None:
+        file = self.path / name
+        self._draft(file, data).replace(file)
+
+    def remove(self, below: str) -> None:
+        for entry in list(self.entries(below)):
+            (self.path / entry.name).unlink(missing_ok=True)
+        folders = sorted((f for f in (self.path / below).rglob("*") if f.is_dir()), reverse=True)
+        for each in [*folders, self.path / below]:
+            with suppress(OSError):
+                each.rmdir()
+
+    def uri_of(self, name: str) -> str:
+        return (self.path / name).as_uri()
+
+    def _walk(self, path: Path) -> Iterator[Entry]:
+        try:
+            children = sorted(os.scandir(path), key=lambda child: child.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except PermissionError as error:
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+        for child in children:
+            if child.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(child.path))
+            else:
+                try:
+                    size = child.stat().st_size
+                except OSError:
+                    size = 0  # a link to nowhere: whoever reads it says so
+                yield Entry(Path(child.path).relative_to(self.path).as_posix(), size)
+
+    def _draft(self, file: Path, data: bytes) -> Path:
+        """The content under another name in the same folder, on disk."""
+        # Made again each time: someone who finishes the same run removes folders that have become empty.
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
+        with draft.open("xb") as output:
+            output.write(data)
+            output.flush()
+            os.fsync(output.fileno())
+        return draft
+
+
+def open_local(file: Path) -> BinaryIO:
+    """A file of this machine; nothing but a plain file, so that no pipe or device holds anyone up.
+
+    Raises:
+        NotFound: there is none.
+        Forbidden: it may not be read.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"{file} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise Forbidden(f"{file} cannot be read: {error}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Forbidden(f"{file} is not a plain file")
+    return open(descriptor, "rb")
+
+
+class BucketFolder:
+    """A prefix in a bucket."""
+
+    def __init__(self, client: Any, bucket: str, prefix: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def entries(self, below: str = "") -> Iterator[Entry]:
+        below = f"{below}/" if below else ""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + below)
+        iterator = iter(pages)
+        while page := self._asked(lambda: next(iterator, None)):
+            for each in page.get("Contents", ()):
+                name = each["Key"].removeprefix(self._prefix)
+                if name and not name.endswith("/"):
+                    yield Entry(name, each["Size"])
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return asked(lambda: _content(self._client, self._at(name)), self.uri_of(name))
+        except NotFound:
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        head = self._asked(lambda: self._client.head_object(**self._at(name)))
+        ranged = _Ranged(self._client, self._at(name), head["ContentLength"], head["ETag"])
+        return io.BufferedReader(ranged, _READ_AHEAD_BYTES)
+
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self._asked(lambda: self._client.put_object(**self._at(name), Body=data, IfNoneMatch="*"))
+        except Changed:
+            return False
+        return True
+
+    def put(self, name: str, data: bytes) -> None:
+        self._asked(lambda: self._client.put_object(**self._at(name), Body=data))
+
+    def remove(self, below: str) -> None:
+        keys = [{"Key": self._prefix + entry.name} for entry in self.entries(below)]
+        for first in range(0, len(keys), _DELETE_AT_A_TIME):
+            some = {"Objects": keys[first : first + _DELETE_AT_A_TIME], "Quiet": True}
+            self._asked(lambda some=some: self._client.delete_objects(Bucket=self._bucket, Delete=some))  # type: ignore[misc]
+
+    def uri_of(self, name: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{name}"
+
+    def _at(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + name}
+
+    def _asked(self, request: Callable[[], T]) -> T:
+        return asked(request, self.uri)
+
+
+class _Ranged(io.RawIOBase):
+    """An object in S3 as a file, read by ranges; pinned to its ETag."""
+
+    def __init__(self, client: Any, at: dict[str, str], size: int, etag: str) -> None:
+        super().__init__()
+        self._client = client
+        self._at = at
+        self._size = size
+        self._etag = etag
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        last = min(self._position + len(buffer), self._size) - 1
+        if last < self._position:
+            return 0
+        wanted = f"bytes={self._position}-{last}"
+        data = asked(
+            lambda: _content(self._client, self._at | {"Range": wanted, "IfMatch": self._etag}),
+            f"s3://{self._at['Bucket']}/{self._at['Key']}",
+        )
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _content(client: Any, at: dict[str, str]) -> bytes:
+    return bytes(client.get_object(**at)["Body"].read())
+
+
+def asked(request: Callable[[], T], what: str) -> T:
+    """The answer to a request, its failure as one of Sluice's errors.
+
+    Raises:
+        NotFound, Changed, Forbidden, StoreUnavailable.
+    """
+    try:
+        return request()
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if code in _ABSENT:
+            raise NotFound(f"{what} does not exist ({code})") from None
+        if code in _TAKEN:
+            raise Changed(f"{what} is not what it was ({code})") from None
+        if code in _DENIED:
+            raise Forbidden(f"the store denies {what} ({code})") from None
+        raise StoreUnavailable(f"the object store answers {code} for {what}") from None
+    except (BotoCoreError, OSError) as error:
+        raise StoreUnavailable(f"the object store does not answer: {type(error).__name__}: {error}"[:300]) from None

@@ -1,0 +1,115 @@
+"""What workers do with their units: index pieces, judge chunks."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from ray import serve
+
+from pipelines.annotation.chunk_judge import Judge
+from pipelines.annotation.image_reader import Images
+from pipelines.annotation.index import Indexer
+from pipelines.annotation.schema import to_parquet
+from pipelines.annotation.sources.discover import Source
+from pipelines.annotation.state import Listing, Run
+from pipelines.annotation.storage import folder
+from pipelines.serving.guard_deployment import RemoteGuard
+from services.core.errors import StoreUnavailable
+from services.core.messages import Policy
+from services.core.retry import patiently
+from services.core.settings import Settings
+from services.core.telemetry import configure_logging
+from services.images.decoder_pool import Preparer
+
+_GUARD_PATIENCE: Final = 4
+"""Deadlines of the guard that a call may take, waiting for a replica included."""
+_STORE_PATIENCE_S: Final = 300.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker of a run needs to know."""
+
+    settings: Settings
+    out: str
+    source: Source
+    listing: Listing
+    root: Path | None
+    """The folder below which files may be read that a list names."""
+
+    def run(self) -> Run:
+        return Run(folder(self.out, self.settings))
+
+
+class IndexWorker:
+    """Indexes pieces."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._run = job.run()
+        self._indexer = Indexer(job.source, job.listing.extras, job.settings, job.root)
+
+    async def work(self, unit: int) -> dict[str, int]:
+        """Index a piece and keep that."""
+        piece = await _kept(self._run.piece, self._job.listing, unit)
+        table = await self._indexer.index(piece)
+        await _kept(self._run.keep, "index", f"{unit:06d}", to_parquet(table))
+        return {"unit": unit, "rows": table.num_rows}
+
+
+class JudgeWorker:
+    """Judges chunks on a guard of the cluster."""
+
+    def __init__(self, job: Job, policy: Policy, application: str) -> None:
+        configure_logging(None)
+        self._job = job
+        self._policy = policy
+        self._run = job.run()
+        handle: Any = serve.get_deployment_handle("Guard", application)
+        self._guard = RemoteGuard(handle, deadline_s=_GUARD_PATIENCE * job.settings.guard_deadline_s)
+        self._starting = asyncio.Lock()
+        self._judge: Judge | None = None
+
+    async def work(self, unit: int) -> dict[str, int]:
+        """Judge a chunk and keep that."""
+        judge = await self._started()
+        planned = await _kept(self._run.planned, unit)
+        annotations = await judge.judge(planned, self._job.listing.extras)
+        await _kept(self._run.keep, "chunks", f"{unit:06d}", annotations.finish())
+        return {"unit": unit, "rows": annotations.rows}
+
+    async def _started(self) -> Judge:
+        async with self._starting:
+            if self._judge is None:
+                settings = self._job.settings
+                self._judge = Judge(
+                    images=Images(settings, self._job.source),
+                    preparer=Preparer(settings, await self._guard.max_side_px()),
+                    guard=self._guard,
+                    policy=self._policy,
+                    in_flight=settings.in_flight,
+                )
+            return self._judge
+
+
+async def _kept(work: Callable[..., T], *arguments: Any) -> T:
+    """Read or write a file of the run; wait a while for a store that is away, and then say so."""
+    away: StoreUnavailable | None = None
+
+    async def attempt() -> T:
+        nonlocal away
+        try:
+            return await asyncio.to_thread(work, *arguments)
+        except StoreUnavailable as error:
+            away = error
+            raise
+
+    try:
+        async with asyncio.timeout(_STORE_PATIENCE_S):
+            return await patiently(attempt)
+    except TimeoutError:
+        raise away or StoreUnavailable("the object store does not answer") from None

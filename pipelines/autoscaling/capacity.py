@@ -1,0 +1,233 @@
+"""How large a fleet a load needs: replicas, nodes, partitions and GPU-hours, computed before anything is rented.
+
+A replica's rate is computed from published figures of the card and from counted tokens, unless a measured one is given.
+Reading the prompt takes 2 operations for each weight and token, as if all tokens went through all weights; writing the
+answer reads all weights once for each token, for as many answers as are in flight at a time. Of both the card gives the
+share of its published figure that engines are known to reach. None of this has been measured here.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Final, Literal
+
+from pipelines.autoscaling.serve_policy import Rules
+from pipelines.autoscaling.simulation.cluster import Cluster
+from pipelines.autoscaling.simulation.load import Load, draw
+from pipelines.autoscaling.simulation.run import run
+from pipelines.autoscaling.simulation.scalers import Sluice
+from services.core.errors import ConfigurationError
+from services.guard.checkpoints import GIB, Checkpoint, resolve
+
+ImageSize = Literal["small", "medium", "large"]
+
+COMPUTE_SHARE: Final = 0.40
+"""Of the published dense bf16 operations, while prompts are read."""
+MEMORY_SHARE: Final = 0.60
+"""Of the published memory bandwidth, while answers are written."""
+SPREAD_SHARE: Final = 0.85
+"""What is left of that when a replica is spread over several GPUs."""
+
+PROMPT_TOKENS: Final = 1129
+"""LlavaGuard's default policy."""
+ANSWER_TOKENS: Final = 23.5
+"""20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
+_FEED: Final = 1.25
+_PARTITIONS_PER_MEMBER: Final = 2
+_FEWEST_PARTITIONS: Final = 6
+_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "day": 86_400}
+
+IMAGE_TOKENS: Final[dict[str, dict[ImageSize, int]]] = {
+    "LlavaQwenForCausalLM": {"small": 1485, "medium": 4725, "large": 7269},  # anyres, tiles of 384 px
+    "LlavaLlamaForCausalLM": {"small": 576, "medium": 576, "large": 576},  # one view of 336 px
+    "Qwen2_5_VLForConditionalGeneration": {"small": 196, "medium": 999, "large": 1280},  # 28 px a token, 1280 at most
+    "ShieldGemma2ForImageClassification": {"small": 256, "medium": 256, "large": 256},
+}
+"""Tokens of an image, by architecture: up to 384 x 384 px, 1024 x 768, 1920 x 1080."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU as its vendor describes it."""
+
+    bf16_tflops: float
+    """Dense; fp16 where it has no bf16."""
+    memory_gib: float
+    """As the driver reports it."""
+    bandwidth_gb_per_s: float
+
+
+CARDS: Final = {
+    "t4": Card(65, 15.0, 320),
+    "l4": Card(121, 22.5, 300),
+    "a10g": Card(70, 22.5, 600),
+    "l40s": Card(362, 45.0, 864),
+    "a100-40gb": Card(312, 40.0, 1555),
+    "a100-80gb": Card(312, 80.0, 2039),
+    "h100": Card(989, 79.6, 3350),
+    "h200": Card(989, 140.4, 4800),
+}
+"""From NVIDIA's data sheets, without sparsity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A fleet for a constant load. Rates in submissions a second."""
+
+    checkpoint: str
+    gpu: str
+    rate: float
+    objective_s: float
+    replica_rate: float
+    source: str
+    """Whether the replica's rate was computed, and of what, or given."""
+    replicas: int
+    gpus_per_replica: int
+    nodes: int
+    intake_members: int
+    partitions: int
+    gpu_hours_per_million: float
+    notes: tuple[str, ...] = ()
+    day: dict[str, float] | None = None
+    """The same mean load as a simulated day with spikes, where one was asked for."""
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan(
+    *,
+    rate: float,
+    objective_s: float,
+    checkpoint: str,
+    gpu: str,
+    image: ImageSize = "medium",
+    replica_rate: float | None = None,
+    gpus_per_node: int | None = None,
+    day: bool = False,
+    rules: Rules = Rules(),  # noqa: B008 - immutable
+) -> Plan:
+    """The fleet that keeps `objective_s` at a constant `rate`.
+
+    Raises:
+        ConfigurationError: a name is unknown, or eight of these cards do not hold the checkpoint.
+    """
+    row, card = resolve(checkpoint), _card(gpu)
+    spread = row.gpus([round(card.memory_gib * GIB)] * 8)
+    if not spread:
+        raise ConfigurationError(
+            f"{row.name} wants {row.gpu_memory_bytes / GIB:.0f} GiB, more than eight {gpu} have; choose a larger card"
+        )
+    source = "given"
+    if replica_rate is None:
+        replica_rate = computed_rate(row, card, spread, image, rules.guard_in_flight)
+        source = (
+            f"computed, not measured: {row.parameters / 1e9:g} billion weights, {_tokens(row, image)} tokens read and "
+            f"{ANSWER_TOKENS:g} written, {COMPUTE_SHARE:.0%} of {card.bf16_tflops:g} TFLOPS and {MEMORY_SHARE:.0%} of "
+            f"{card.bandwidth_gb_per_s:g} GB/s" + (f", {SPREAD_SHARE:.0%} of both over {spread} GPUs" * (spread > 1))
+        )
+    replicas = max(1, math.ceil(round(rate / (1 - rules.headroom) / replica_rate, 6)))
+    members = max(1, math.ceil(_FEED * replicas * rules.guard_in_flight / rules.intake_in_flight))
+    notes = []
+    if objective_s < rules.start_s:
+        notes.append(
+            f"an objective shorter than the start of a GPU replica ({rules.start_s:g} s) is lost at every sudden rise "
+            "beyond the replicas that run: set SLUICE_GUARD_MIN_REPLICAS to what the highest rate needs"
+        )
+    return Plan(
+        checkpoint=row.name,
+        gpu=gpu.lower(),
+        rate=rate,
+        objective_s=objective_s,
+        replica_rate=replica_rate,
+        source=source,
+        replicas=replicas,
+        gpus_per_replica=spread,
+        nodes=math.ceil(replicas / max(1, (gpus_per_node or spread) // spread)),
+        intake_members=members,
+        partitions=max(_FEWEST_PARTITIONS, _PARTITIONS_PER_MEMBER * members),
+        gpu_hours_per_million=replicas * spread / rate * 1e6 / 3600,
+        notes=tuple(notes),
+        day=_simulated(rate, objective_s, replica_rate, spread, rules) if day else None,
+    )
+
+
+def computed_rate(row: Checkpoint, card: Card, gpus: int, image: ImageSize, in_flight: int) -> float:
+    """Submissions a second of one replica: see the module's own words."""
+    share = SPREAD_SHARE if gpus > 1 else 1.0
+    operations = 2.0 * row.parameters * _tokens(row, image)
+    reading_s = operations / (COMPUTE_SHARE * share * gpus * card.bf16_tflops * 1e12)
+    weights_bytes = 2.0 * row.parameters
+    step_s = weights_bytes / (MEMORY_SHARE * share * gpus * card.bandwidth_gb_per_s * 1e9)
+    return 1 / (reading_s + ANSWER_TOKENS * step_s / in_flight)
+
+
+def parse_rate(text: str) -> float:
+    """Submissions a second of `400/s`, `24000/min`, `1e6/h`, `10000000/day`; a bare number is a second's.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    number, _, unit = text.partition("/")
+    return _positive(number, text, "a rate such as 400/s or 1000000/h") / _unit(unit or "s", text)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30s`, `5m`, `1h`; a bare number is seconds.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    found = re.fullmatch(r"(.*?)([a-z]*)", text.strip())
+    number, unit = found.groups() if found else (text, "")
+    return _positive(number, text, "a duration such as 30s or 5m") * _unit(unit or "s", text)
+
+
+def _positive(number: str, text: str, what: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigurationError(f"{text!r} is not {what}")
+    return value
+
+
+def _unit(unit: str, text: str) -> int:
+    if unit not in _SECONDS:
+        raise ConfigurationError(f"{text!r} has no unit of time; use one of {', '.join(_SECONDS)}")
+    return _SECONDS[unit]
+
+
+def _card(gpu: str) -> Card:
+    if gpu.lower() not in CARDS:
+        raise ConfigurationError(f"--gpu {gpu} is not in the table of cards: {', '.join(CARDS)}; give --replica-rate "
+                                 "and the card that comes nearest")  # fmt: skip
+    return CARDS[gpu.lower()]
+
+
+def _tokens(row: Checkpoint, image: ImageSize) -> int:
+    return PROMPT_TOKENS + IMAGE_TOKENS[row.architecture][image]
+
+
+def _simulated(rate: float, objective_s: float, replica_rate: float, gpus: int, rules: Rules) -> dict[str, float]:
+    most = 10 * math.ceil(rate / replica_rate)
+    cluster = Cluster(
+        replica_rate=replica_rate,
+        guard_in_flight=rules.guard_in_flight,
+        intake_in_flight=rules.intake_in_flight,
+        max_replicas=max(20, most),
+    )
+    told = Rules(objective_s=objective_s, replica_rate=replica_rate)
+    outcome = run(draw(Load(mean_rate=rate), 1), Sluice(told, cluster), cluster, 1)
+    return {
+        "p50_s": outcome.percentile_s(0.5),
+        "p95_s": outcome.percentile_s(0.95),
+        "p99_s": outcome.percentile_s(0.99),
+        "minutes_within_objective": float((outcome.p99_by_minute_s() <= objective_s).mean()),
+        "gpu_hours": outcome.gpu_hours * gpus,
+        "gpu_hours_per_million": outcome.gpu_hours * gpus / float(outcome.arrived.sum()) * 1e6,
+        "fewest_replicas": float(outcome.replicas.min()),
+        "most_replicas": float(outcome.replicas.max()),
+    }

@@ -1,0 +1,138 @@
+"""Three ways of scaling the guard: Sluice's, Ray Serve's default and KEDA's lag rule."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipelines.autoscaling import serve_policy as scaling
+from pipelines.autoscaling.simulation.cluster import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What can be read at a moment. Time in seconds."""
+
+    now_s: float
+    backlog: float
+    """Messages published and not settled."""
+    published: float
+    at_guard: float
+    """Submissions that intake has given to the guard."""
+    running: int
+    wanted: int
+    up_s: float | None
+    """When there was last asked for more."""
+    down_s: float | None
+
+
+class Scaler(Protocol):
+    """Says how many replicas there should be."""
+
+    every_s: int
+    members: int | None
+    """Of intake, if they are a fixed number; None: never too few."""
+
+    def replicas(self, view: View) -> int: ...
+
+
+def _since(now_s: float, at_s: float | None) -> float | None:
+    return None if at_s is None else now_s - at_s
+
+
+class Sluice:
+    """The decision and the measurements that production runs, on what Intake would have recorded."""
+
+    every_s: int = 2
+    members: int | None = None
+
+    def __init__(self, rules: scaling.Rules, cluster: Cluster) -> None:
+        self._rules, self._bounds = rules, scaling.Bounds(0, cluster.max_replicas)
+        self._measured = scaling.Measurements(rules)
+        self._intake = scaling.Fleet(1, 1, scaling.Bounds(1, cluster.max_replicas))
+
+    def replicas(self, view: View) -> int:
+        guard = scaling.Fleet(
+            view.running, view.wanted, self._bounds, _since(view.now_s, view.up_s), _since(view.now_s, view.down_s)
+        )
+        live = scaling.Backlog(view.backlog)
+        self._measured.watch(view.now_s, guard)
+        self._measured.read(scaling.Reading(view.now_s, live, view.published, at_guard=view.at_guard), guard)
+        decision = scaling.decide(self._measured.observe(view.now_s, guard, self._intake, live), self._rules)
+        self._intake = scaling.Fleet(decision.intake, decision.intake, self._intake.bounds)
+        return decision.guard
+
+
+@dataclass
+class RayDefault:
+    """Ray Serve 2.60's own policy (`ray/serve/autoscaling_policy.py`) with its defaults, on ongoing requests.
+
+    Ongoing requests are averaged over `look_back_period_s`; the wanted replicas are as many as bring them to
+    `target_ongoing_requests` each; a change waits until it has been wanted for a delay; from zero one replica is
+    started; to zero it goes from one. What is ongoing is bounded by what a fixed number of intake members holds.
+    """
+
+    cluster: Cluster
+    target_ongoing_requests: float
+    members: int | None = None
+    look_back_period_s: float = 30.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
+    every_s: int = 2
+    _ongoing: deque[tuple[float, float]] = field(default_factory=deque)
+    _direction: int = 0
+    _since_s: float = 0.0
+
+    def replicas(self, view: View) -> int:
+        self._ongoing.append((view.now_s, view.at_guard))
+        while self._ongoing[0][0] < view.now_s - self.look_back_period_s:
+            self._ongoing.popleft()
+        ongoing = sum(each for _, each in self._ongoing) / len(self._ongoing)
+        if view.running == 0:
+            return max(1, view.wanted) if ongoing > 0 else view.wanted
+        desired = min(math.ceil(round(ongoing / self.target_ongoing_requests, 9)), self.cluster.max_replicas)
+        direction = (desired > view.wanted) - (desired < view.wanted)
+        if direction != self._direction:
+            self._direction, self._since_s = direction, view.now_s
+        delay_s = self.upscale_delay_s if direction > 0 else self.downscale_delay_s
+        if not direction or view.now_s - self._since_s < delay_s:
+            return view.wanted
+        self._direction = 0
+        return desired if direction > 0 or view.wanted == 1 else max(1, desired)
+
+
+@dataclass
+class Keda:
+    """KEDA's Kafka scaler: as many replicas as there is lag / `lag_threshold`, through a HorizontalPodAutoscaler.
+
+    What is its default: the autoscaler looks every 15 s, ignores what is within 10 %, adds at most four replicas or as
+    many as there are in 15 s, and takes none away that were wanted within 300 s; KEDA starts the first replica when
+    there is lag (it looks every 30 s), and takes the last one 300 s (`cooldownPeriod`) after the last lag. The guard is
+    no consumer, so it is not held to the number of partitions (`allowIdleConsumers: true`).
+    """
+
+    cluster: Cluster
+    lag_threshold: float
+    members: int | None = None
+    every_s: int = 15
+    stabilization_s: float = 300.0
+    cooldown_s: float = 300.0
+    _wanted: deque[tuple[float, int]] = field(default_factory=deque)
+    _active_s: float = 0.0
+
+    def replicas(self, view: View) -> int:
+        if view.backlog > 0:
+            self._active_s = view.now_s
+        if view.wanted == 0:
+            return 1 if view.backlog > 0 and view.now_s % 30 < self.every_s else 0
+        if view.now_s - self._active_s >= self.cooldown_s:
+            return 0
+        desired = max(1, min(math.ceil(view.backlog / self.lag_threshold), self.cluster.max_replicas))
+        if abs(view.backlog / self.lag_threshold / view.wanted - 1) <= 0.1:
+            desired = view.wanted
+        self._wanted.append((view.now_s, desired))
+        while self._wanted[0][0] <= view.now_s - self.stabilization_s:
+            self._wanted.popleft()
+        if desired > view.wanted:
+            return min(desired, max(2 * view.wanted, view.wanted + 4))
+        return min(view.wanted, max(each for _, each in self._wanted))

@@ -1,0 +1,149 @@
+"""What the running service would say, asked by a command: nothing is published, counted or acted upon.
+
+Ray stays in a process of its own, `pipelines.clients.judge_process`. Its library writes noise to stderr and waits minutes for a cluster that is gone; so the command can still end at once, with one sentence.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import ForkingPickler
+from types import MappingProxyType
+from typing import Any, Final
+
+from pipelines.clients.ray_address import answers
+from services.core.errors import ConfigurationError, GuardFailed, SluiceError, Unjudgeable
+from services.core.messages import Policy, Submission, Verdict
+from services.core.settings import Settings
+
+Progress = Callable[[str], None]
+Outcome = list[Verdict | GuardFailed] | Unjudgeable
+"""What each policy makes of a submission, in their order; or why none can make anything of it."""
+
+_CONNECT_S: Final = 120.0
+_ANSWER_S: Final = 2.0
+_GONE_AFTER: Final = 3
+_END_S: Final = 5.0
+_WORD_EVERY_S: Final = 5.0
+_IN_FLIGHT_LIMIT: Final = 64
+_NO_CLUSTER: Final = {"", "local"}
+"""To Ray these addresses mean a new cluster."""
+
+
+def _read_only(mapping: dict[Any, Any]) -> Mapping[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+# What a policy document makes has read-only mappings, which have to be taught to travel.
+ForkingPickler.register(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One submission, and what it is to be judged by: versions such as `default@3`, or policies not published yet."""
+
+    submission: Submission
+    policies: tuple[str | Policy, ...]
+
+
+class Service:
+    """A running service, to judge on."""
+
+    def __init__(self, address: str, channel: "Connection[Any, Any]") -> None:
+        self._address = address
+        self._channel = channel
+
+    def judge(self, trials: Sequence[Trial], progress: Progress) -> list[Outcome]:
+        """The outcome of each trial, in their order. They are judged behind all live submissions.
+
+        Raises:
+            ConfigurationError: the service has ended.
+            SluiceError: it cannot judge now.
+        """
+        outcomes: dict[int, Outcome] = {}
+        self._send(list(trials))
+        next_word = time.monotonic() + _WORD_EVERY_S
+        while len(outcomes) < len(trials):
+            number, outcome = self._receive()
+            outcomes[number] = outcome
+            if time.monotonic() >= next_word:
+                progress(f"{len(outcomes)} of {len(trials)} judged")
+                next_word = time.monotonic() + _WORD_EVERY_S
+        return [outcomes[number] for number in range(len(trials))]
+
+    def wait_until_connected(self) -> None:
+        """Raises ConfigurationError, where there is no service."""
+        self._receive(within_s=_CONNECT_S)
+
+    def _send(self, message: object) -> None:
+        try:
+            self._channel.send(message)
+        except OSError:
+            raise self._gone() from None
+
+    def _receive(self, within_s: float = float("inf")) -> Any:
+        """The next message; a judgement may take as long as the service is busy with others, or waits for S3."""
+        deadline, silent = time.monotonic() + within_s, 0
+        while not self._channel.poll(_ANSWER_S):
+            silent = 0 if answers(self._address) else silent + 1
+            if silent == _GONE_AFTER:
+                raise self._gone()
+            if time.monotonic() > deadline:
+                raise ConfigurationError(f"the service's Ray cluster at {self._address} does not answer; is it well?")
+        try:
+            message = self._channel.recv()
+        except (EOFError, OSError):
+            raise self._gone() from None
+        if isinstance(message, SluiceError):
+            raise message
+        return message
+
+    def _gone(self) -> ConfigurationError:
+        return ConfigurationError(f"the service at {self._address} (SLUICE_RAY_ADDRESS) has ended; start it again")
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[Service]:
+    """The service that runs on the Ray cluster `settings.ray_address`. It is left running.
+
+    Raises:
+        ConfigurationError: no service runs there, or it cannot be reached.
+    """
+    address = settings.ray_address or ""
+    if address in _NO_CLUSTER:
+        raise ConfigurationError(
+            "SLUICE_RAY_ADDRESS does not say where a service runs; start one with `sluice up`, and be in its folder"
+        )
+    if not answers(address):
+        raise ConfigurationError(
+            f"no service runs at SLUICE_RAY_ADDRESS ({address}); start one with `sluice up`, or correct the setting"
+        )
+    in_flight = min(settings.guard_in_flight * settings.guard_replicas, _IN_FLIGHT_LIMIT)
+    ours, theirs = Pipe()
+    with ours:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.clients.judge_process", str(theirs.fileno()), address, str(in_flight)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for this process; the other one ends with the connection
+        )
+        theirs.close()
+        patience_s = 0.0
+        try:
+            service = Service(address, ours)
+            service.wait_until_connected()
+            yield service
+            patience_s = _END_S
+        finally:
+            ours.close()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(patience_s)
+            child.kill()
+            child.wait()

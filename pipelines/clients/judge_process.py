@@ -1,0 +1,136 @@
+"""The process that talks to the running service for `pipelines.clients.judge_client`.
+
+    python -m pipelines.clients.judge_process FD ADDRESS N
+
+It says None once it is connected; for each list of trials that it gets it says (number, outcome), N of them at a time
+at most; what it cannot go on after, it says as a SluiceError. It ends with the connection.
+"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.clients.judge_client import Outcome, Trial
+from pipelines.serving.app import APPLICATION, INTAKE
+from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
+from services.core.tasks import ended
+
+_PAUSES_S: Final = (1.0, 5.0, 15.0)
+"""A replica that died is replaced meanwhile."""
+
+
+def _connect(address: str) -> DeploymentHandle[Any]:
+    try:
+        ray.init(address, logging_level="ERROR", log_to_driver=False)
+    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
+        raise ConfigurationError(f"the service's Ray cluster at {address} {_cause(error)}") from None
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.get_app_handle(APPLICATION)  # which sees whether it runs, as the next line does not
+        return serve.get_deployment_handle(INTAKE, APPLICATION)
+    except (RayServeException, RayActorError, ValueError):
+        raise ConfigurationError(
+            f"Ray runs at {address}, and Sluice does not run on it; start it with `sluice up`"
+        ) from None
+
+
+def _cause(error: BaseException) -> str:
+    text = f"{error} {error.__cause__ or ''}"
+    if "AuthenticationError" in text or "InvalidAuthToken" in text:
+        return (
+            "refuses this command: run it as the user who started the service, or set RAY_AUTH_MODE and RAY_AUTH_TOKEN "
+            "as they are there"
+        )
+    return f"cannot be joined: {' '.join(str(error).split())[:300]}"
+
+
+async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], in_flight: int) -> None:
+    def read() -> asyncio.Task[Any]:
+        return asyncio.create_task(asyncio.to_thread(channel.recv))
+
+    reading = read()
+    while True:
+        try:
+            trials = await reading
+        except (EOFError, OSError):
+            return
+        reading = read()
+        judging = asyncio.create_task(_judge_all(channel, intake, trials, in_flight))
+        await asyncio.wait([reading, judging], return_when=asyncio.FIRST_COMPLETED)
+        await ended(judging)  # nobody waits for the answers any more
+
+
+async def _judge_all(
+    channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], trials: Sequence[Trial], in_flight: int
+) -> None:
+    waiting = iter(enumerate(trials))
+
+    async def work() -> None:
+        for number, trial in waiting:
+            channel.send((number, await _judge(intake, trial)))
+
+    tasks = [asyncio.create_task(work()) for _ in range(in_flight)]
+    try:
+        await asyncio.gather(*tasks)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other process has to know
+        channel.send(error if isinstance(error, SluiceError) else SluiceError(f"the service failed: {_brief(error)}"))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _judge(intake: DeploymentHandle[Any], trial: Trial) -> Outcome:
+    submission = trial.submission.model_copy(update={"priority": "backfill"})
+    for pause_s in (*_PAUSES_S, None):
+        response = intake.judge_under.remote(submission, trial.policies)
+        try:
+            outcome: Outcome = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:
+            # Serve's error is also an instance of its cause's class, but its text is a traceback.
+            if isinstance(error.cause, Unjudgeable):
+                return error.cause
+            if not isinstance(error.cause, Unavailable) or pause_s is None:
+                raise error.cause from None
+        except (RayActorError, RayServeException) as error:
+            if pause_s is None:
+                raise GuardUnavailable(f"the service does not answer ({type(error).__name__})") from None
+        else:
+            return outcome
+        await asyncio.sleep(pause_s)
+    raise AssertionError
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def main() -> None:
+    """Serve the connection whose file descriptor is given."""
+    channel: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    try:
+        intake = _connect(sys.argv[2])
+    except ConfigurationError as error:
+        channel.send(error)
+        return
+    with suppress(OSError):
+        channel.send(None)
+        asyncio.run(_work(channel, intake, int(sys.argv[3])))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

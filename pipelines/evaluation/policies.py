@@ -1,0 +1,141 @@
+"""Which policy a labelled image is judged by: the evaluated version, with what the row waives on top of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.evaluation.labels import Refused, Sample, code_of
+from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
+from services.core.calibration import Calibration
+from services.core.errors import ConfigurationError, UnknownPolicy
+from services.core.messages import CATEGORIES, NO_CATEGORY, Policy
+from services.policies.document import CategoryRules, PolicyDocument
+from services.policies.document_yaml import read_document
+from services.policies.registry import PolicyRegistry
+
+_NAMES = {category.partition(":")[0]: category for category in CATEGORIES}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A policy version to judge by, or a document that is not published: then its version is 0."""
+
+    document: PolicyDocument
+    version: int
+    calibrations: Mapping[str, Calibration]
+
+    @property
+    def name(self) -> str:
+        """Such as `default@3`."""
+        return f"{self.document.name}@{self.version}" if self.version else f"{self.document.name} (not published)"
+
+    @property
+    def waived(self) -> frozenset[str]:
+        """Codes of the categories that it waives itself."""
+        return frozenset(code for code, rules in self.document.categories.items() if rules.mode == "waive")
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """How one row is judged."""
+
+    full: Policy
+    adaptive: Policy
+    kind: int
+    """DEFAULT, OTHERS_WAIVED or VIOLATION_WAIVED."""
+    category: str | None
+    """The labelled category by its full name."""
+
+
+class Rulings:
+    """Finds the ruling of each row; each version is read once."""
+
+    def __init__(self, evaluated: Evaluated, registry: PolicyRegistry) -> None:
+        self._evaluated = evaluated
+        self._registry = registry
+        self._versions: dict[str, Evaluated | str] = {}
+        self._policies: dict[tuple[str, frozenset[str]], tuple[Policy, Policy]] = {}
+
+    def of(self, sample: Sample) -> Ruling | Refused:
+        """How a row is judged, or why it cannot be."""
+        evaluated = self._find(sample.policy) if sample.policy else self._evaluated
+        if isinstance(evaluated, str):
+            return Refused(sample.id, "unknown_policy", evaluated)
+        own: dict[str, str] = {category.code: category.category for category in evaluated.document.own_categories}
+        category = sample.category
+        if category and category != NO_CATEGORY and category not in CATEGORIES:
+            category = own.get(category)
+            if category is None:
+                return Refused(
+                    sample.id, "unknown_category", f"its category {sample.category} is none of {evaluated.name}"
+                )
+        if strange := sample.waived - _NAMES.keys():
+            return Refused(sample.id, "unknown_policy", f"waives {min(strange)}, which is none of LlavaGuard's")
+        waived = evaluated.waived | sample.waived
+        violated = category is not None and code_of(category) in waived
+        if violated and sample.rating == "Unsafe":
+            return Refused(sample.id, "contradiction", "is labelled Unsafe in a category that its policy waives")
+        kind = VIOLATION_WAIVED if violated else OTHERS_WAIVED if waived else DEFAULT
+        full, adaptive = self._waiving(evaluated, waived)
+        return Ruling(full, adaptive, kind, category)
+
+    def _find(self, reference: str) -> Evaluated | str:
+        if reference not in self._versions:
+            try:
+                self._versions[reference] = published(reference, self._registry)
+            except (UnknownPolicy, ConfigurationError) as error:
+                self._versions[reference] = str(error)
+        return self._versions[reference]
+
+    def _waiving(self, evaluated: Evaluated, waived: frozenset[str]) -> tuple[Policy, Policy]:
+        key = (evaluated.name, waived)
+        if key not in self._policies:
+            document = evaluated.document
+            rules = dict(document.categories)
+            for code in waived:
+                rules[code] = rules.get(code, CategoryRules()).model_copy(update={"mode": "waive"})  # type: ignore[index, call-overload]
+
+            def with_effort(effort: str) -> Policy:
+                changed = document.model_copy(update={"effort": effort, "categories": rules})
+                return replace(changed.as_version(evaluated.version), calibrations=dict(evaluated.calibrations))
+
+            self._policies[key] = with_effort("full"), with_effort("adaptive")
+        return self._policies[key]
+
+
+def find(reference: str, registry: PolicyRegistry) -> Evaluated:
+    """The policy that a command names: NAME for the active version, NAME@V, or a document's file.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or it is no policy.
+        UnknownPolicy: there is no such version.
+    """
+    if not reference.endswith((".yaml", ".yml")):
+        return published(reference, registry)
+    try:
+        document = read_document(Path(reference).read_bytes(), reference)
+    except OSError as error:
+        raise ConfigurationError(f"{reference} cannot be read: {error.strerror}") from None
+    if not isinstance(document, PolicyDocument):
+        raise ConfigurationError(f"{reference} is no policy")
+    return Evaluated(document, 0, {})
+
+
+def published(reference: str, registry: PolicyRegistry) -> Evaluated:
+    """A published version, with the calibrations that are applied to its scores.
+
+    Raises:
+        ConfigurationError: the reference is not well-formed.
+        UnknownPolicy: there is no such version, or none is active.
+    """
+    name, at, number = reference.partition("@")
+    if at and not (number.isascii() and number.isdigit()):
+        raise ConfigurationError(f"{reference!r} is neither NAME nor NAME@V, such as default@3")
+    newest = registry.newest_change(name)
+    version = int(number) if at else newest.rollout.active if newest else None
+    if version is None:
+        raise UnknownPolicy(f"there is no policy {name!r} with an active version")
+    stored = registry.get(name, version)
+    if not isinstance(stored.document, PolicyDocument):
+        raise UnknownPolicy(f"{reference} is not a policy to judge by")
+    return Evaluated(stored.document, version, newest.rollout.calibrations_of(version) if newest else {})

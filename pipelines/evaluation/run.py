@@ -1,0 +1,210 @@
+"""One evaluation, and one calibration, from the data set to what is said of it."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from pipelines.clients.judge_client import Progress, connected
+from pipelines.evaluation.calibration import Changes, Fit, Method, changes, fit
+from pipelines.evaluation.datasets import DataSet, open_data_set
+from pipelines.evaluation.html import render
+from pipelines.evaluation.labels import Sample
+from pipelines.evaluation.policies import Evaluated, Rulings, find
+from pipelines.evaluation.report import Report, summarize
+from pipelines.evaluation.results import Columns
+from pipelines.evaluation.sample_judge import Effort, Judging
+from services.core.calibration import FittedCalibration
+from services.core.errors import ConfigurationError
+from services.core.settings import Settings
+from services.policies.registry import PolicyRegistry
+
+PAGE, FIGURES, ROWS = "evaluation.html", "evaluation.json", "rows.jsonl"
+_TOLD: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which rows of which data set."""
+
+    place: Path
+    split: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A calibration that was fitted, and what it would change. Nothing is stored."""
+
+    evaluated: Evaluated
+    revision: str
+    """Of the checkpoint whose scores it maps."""
+    fit: Fit
+    changes: Changes
+    failures: dict[str, int]
+    left_out: int
+    """Rows about another policy than the version itself."""
+
+    def to_store(self) -> FittedCalibration:
+        """What the policy bucket keeps."""
+        return FittedCalibration(
+            version=self.evaluated.version,
+            revision=self.revision,
+            map=self.fit.map,
+            samples=self.fit.samples,
+            unsafe=self.fit.unsafe,
+            ece_before=self.fit.ece_before,
+            ece_after=self.fit.ece_after,
+        )
+
+
+def evaluate(
+    source: Source,
+    policy: str,
+    settings: Settings,
+    *,
+    effort: Effort,
+    out: Path | None,
+    resamples: int,
+    prevalence: float | None,
+    progress: Progress,
+) -> Report:
+    """Judge a labelled data set on the running service; `out` gets the page, the figures and the rows.
+
+    Raises:
+        ConfigurationError: no service runs, there is no data set or policy, or none of its rows could be judged.
+        SluiceError: the service or the bucket failed.
+    """
+    evaluated = find(policy, PolicyRegistry.from_settings(settings))
+    data_set, records = _open(source)
+    with ExitStack() as stack:
+        write = stack.enter_context(_Rows(_folder(out) / ROWS)) if out else _nowhere
+        columns = _judged(source, data_set, records, evaluated, settings, effort, write, progress).columns
+    progress("working out the figures")
+    thresholds = evaluated.document.thresholds
+    report = summarize(
+        columns,
+        data_set=data_set.name,
+        policy=evaluated.name,
+        policy_thresholds=(thresholds.review, thresholds.block),
+        seed=effort.seed,
+        resamples=resamples,
+        prevalence=prevalence,
+    )
+    if out:
+        (out / FIGURES).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (out / PAGE).write_text(render(report), encoding="utf-8")
+    return report
+
+
+def calibrate(
+    source: Source, policy: str, settings: Settings, *, method: Method | None, seed: int, progress: Progress
+) -> Fitted:
+    """Fit a calibration of a published version on a labelled data set; rows about other policies are left out.
+
+    Raises:
+        ConfigurationError: as `evaluate`, or nothing can be fitted on what was judged.
+        SluiceError: the service or the bucket failed.
+    """
+    evaluated = find(policy, PolicyRegistry.from_settings(settings))
+    if not evaluated.version:
+        raise ConfigurationError(f"{policy} is not published, and a calibration belongs to a version; publish it first")
+    raw = replace(evaluated, calibrations={})
+    data_set, records = _open(source)
+    judging = _judged(source, data_set, records, raw, settings, Effort(), _nowhere, progress, keep=_is_plain)
+    columns = judging.columns
+    revisions = {model.revision for model in columns.models}
+    if len(revisions) != 1:
+        raise ConfigurationError("the service changed its checkpoint meanwhile; calibrate again")
+    rows = columns.rows()
+    rows = rows.where(np.isfinite(rows.score))
+    unsafe = rows.expected.astype(np.float64)
+    fitted = fit(unsafe, rows.score, rows.image, method=method, seed=seed)
+    categories = [columns.names[place] if place >= 0 else None for place in rows.said_category]
+    return Fitted(
+        evaluated=evaluated,
+        revision=revisions.pop(),
+        fit=fitted,
+        changes=changes(unsafe, rows.score, categories, fitted.map, raw.document.as_version(raw.version)),
+        failures=dict(columns.failures.most_common()),
+        left_out=judging.left_out,
+    )
+
+
+def _is_plain(sample: Sample) -> bool:
+    return sample.policy is None and not sample.waived
+
+
+def _nowhere(_row: dict[str, Any]) -> None:
+    pass
+
+
+class _Rows:
+    """A file that gets a line for every row, as they come."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._output = self._file.open("w", encoding="utf-8")
+        return lambda row: print(json.dumps(row), file=self._output)
+
+    def __exit__(self, *_: object) -> None:
+        self._output.close()
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ROWS).touch()
+    except OSError as error:
+        raise ConfigurationError(f"{out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def _open(source: Source) -> tuple[DataSet, Iterator[Any]]:
+    """The data set and its records, of which there is one at least."""
+    data_set = open_data_set(source.place, source.split)
+    records = data_set.records()
+    first = next(records, _nowhere)
+    if first is _nowhere:
+        raise ConfigurationError(f"{source.place} has no rows")
+    return data_set, islice(chain([first], records), source.limit)
+
+
+def _judged(
+    source: Source,
+    data_set: DataSet,
+    records: Iterable[Any],
+    evaluated: Evaluated,
+    settings: Settings,
+    effort: Effort,
+    write: Callable[[dict[str, Any]], None],
+    progress: Progress,
+    keep: Callable[[Sample], bool] = lambda _sample: True,
+) -> Judging:
+    total = data_set.count()
+    if total is not None:
+        total = int(min(total, source.limit or math.inf))
+    with connected(settings) as service:
+        progress(f"judging {data_set.name} under {evaluated.name}")
+        rulings = Rulings(evaluated, PolicyRegistry.from_settings(settings))
+        judging = Judging(service, rulings, settings, effort, keep=keep, write=write)
+        columns = judging.run(records, data_set.folder, total, progress)
+    if not columns.judged:
+        raise ConfigurationError(_nothing(data_set, columns, judging.left_out))
+    return judging
+
+
+def _nothing(data_set: DataSet, columns: Columns, left_out: int) -> str:
+    if not columns.failures:
+        return f"{data_set.name} has no row about the policy itself: all {left_out:,} waive categories or name another"
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in columns.failures.most_common())
+    told = "; ".join(f"{name} {detail}" for name, _, detail in columns.examples[:_TOLD])
+    return f"no row of {data_set.name} could be judged ({reasons}): {told}"

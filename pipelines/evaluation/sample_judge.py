@@ -1,0 +1,341 @@
+"""Runs a data set through the running service: the same path as a submission's, and nothing is published or counted.
+
+Rows go in batches. While one is judged the images of the next are uploaded; what was uploaded is removed afterwards.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.clients.uploads import Uploads
+from pipelines.evaluation.labels import Image, Refused, Sample, parse
+from pipelines.evaluation.metrics import DEFAULT
+from pipelines.evaluation.perturbations import PERTURBATIONS, perturbed
+from pipelines.evaluation.policies import Ruling, Rulings
+from pipelines.evaluation.results import Columns
+from services.core.errors import ConfigurationError, StoreUnavailable, Unavailable, Unjudgeable
+from services.core.messages import ObjectReference, Policy, Submission, Verdict
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from services.images.object_store import ObjectStore
+
+_FOLDER: Final = "evaluation"
+_UPLOADERS: Final = 8
+_BATCH_S: Final = 10.0
+"""What a batch should take: long enough that its end does not leave the service idle, short enough for a word."""
+_FIRST_BATCH: Final = 32
+_BATCH_LIMIT: Final = 1024
+_BATCH_BYTES: Final = 64 << 20
+_URI_LIMIT: Final = 2048
+_PICTURE_PX: Final = 2048
+"""Perturbed images are no larger."""
+
+RowWriter = Callable[[dict[str, Any]], None]
+
+
+class Judge(Protocol):
+    """A running service: see pipelines.clients.judge_client."""
+
+    def judge(self, trials: Sequence[Trial], progress: Progress) -> list[Outcome]:
+        """The outcome of each trial, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What is judged besides every row under its policy with effort `full`."""
+
+    adaptive: bool = False
+    """Every row with effort `adaptive`, too."""
+    perturbed: int = 0
+    """So many of the first rows without a waiver, after each of the perturbations."""
+    seed: int = 0
+    """Of the noise."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row of a batch, and where its image lies."""
+
+    sample: Sample
+    ruling: Ruling
+    reference: ObjectReference
+    variants: list[ObjectReference]
+
+
+@dataclass(slots=True)
+class _Batch:
+    rows: list[_Row] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    uploaded: list[ObjectReference] = field(default_factory=list)
+
+
+class Judging:
+    """Judges one data set. Not to be used twice."""
+
+    def __init__(
+        self,
+        service: Judge,
+        rulings: Rulings,
+        settings: Settings,
+        effort: Effort,
+        *,
+        keep: Callable[[Sample], bool] = lambda _sample: True,
+        write: RowWriter = lambda _row: None,
+    ) -> None:
+        """
+        Args:
+            keep: which rows are wanted; the others are left out, and counted as `left_out`.
+            write: gets an object for every row: what was expected and what came, or why nothing did.
+        """
+        self.columns = Columns()
+        self._service = service
+        self._rulings = rulings
+        self._settings = settings
+        self._effort = effort
+        self.left_out = 0
+        self._keeps = keep
+        self._write = write
+        self._uploads = Uploads(settings, _FOLDER)
+        self._to_perturb = effort.perturbed
+        self._left_behind = 0
+
+    def run(self, records: Iterable[Any], folder: Path, total: int | None, progress: Progress) -> Columns:
+        """Judge all records.
+
+        Raises:
+            ConfigurationError: the service has ended, or nothing can be uploaded.
+            StoreUnavailable: the bucket does not answer.
+        """
+        pace = _Pace(total, progress)
+        batches = self._batches(records, folder, pace)
+        with ThreadPoolExecutor(_UPLOADERS, thread_name_prefix="upload") as uploaders, ThreadPoolExecutor(1) as ahead:
+            self._uploaders = uploaders
+            preparing: Future[_Batch] | None = None
+            try:
+                preparing = ahead.submit(self._prepared, next(batches, []))
+                while True:
+                    batch = preparing.result()
+                    following = next(batches, [])
+                    preparing = ahead.submit(self._prepared, following)
+                    self._judge(batch)
+                    pace.advance(len(batch.rows) + len(batch.refused))
+                    if not following:
+                        break
+            finally:
+                if preparing is not None and preparing.exception() is None:
+                    self._remove(preparing.result())
+        if self._left_behind:
+            progress(f"{self._left_behind} uploaded images could not be removed; they begin with {_FOLDER}/")
+        return self.columns
+
+    def _batches(self, records: Iterable[Any], folder: Path, pace: "_Pace") -> Iterator[list[Sample | Refused]]:
+        batch: list[Sample | Refused] = []
+        held_bytes = 0
+        for number, record in enumerate(records, start=1):
+            found = parse(record, number, folder)
+            if isinstance(found, Sample) and not self._keeps(found):
+                self.left_out += 1
+                continue
+            batch.append(found)
+            held_bytes += len(found.image) if isinstance(found, Sample) and isinstance(found.image, bytes) else 0
+            if len(batch) >= pace.batch or held_bytes > _BATCH_BYTES:
+                yield batch
+                batch, held_bytes = [], 0
+        if batch:
+            yield batch
+
+    def _prepared(self, found: Sequence[Sample | Refused]) -> _Batch:
+        """A batch with every image where the service reads it; on failure nothing stays uploaded."""
+        batch = _Batch()
+        try:
+            chosen: list[tuple[Sample, Ruling]] = []
+            for each in found:
+                ruling = each if isinstance(each, Refused) else self._rulings.of(each)
+                if isinstance(ruling, Refused):
+                    batch.refused.append(ruling)
+                elif isinstance(each, Sample):
+                    chosen.append((each, ruling))
+            images = dict.fromkeys(sample.image for sample, _ in chosen)
+            places = dict(zip(images, self._uploaders.map(self._placed, images), strict=True))
+            batch.uploaded += [
+                place for image, place in places.items() if _is_ours(image) and isinstance(place, ObjectReference)
+            ]
+            for sample, ruling in chosen:
+                place = places[sample.image]
+                if isinstance(place, str):
+                    batch.refused.append(Refused(sample.id, "no_image", place))
+                else:
+                    batch.rows.append(_Row(sample, ruling, place, []))
+            self._perturb(batch)
+        except BaseException:
+            self._remove(batch)
+            raise
+        return batch
+
+    def _placed(self, image: Image) -> ObjectReference | str:
+        """Where the service reads an image, or why it cannot."""
+        if isinstance(image, str):
+            bucket, _, key = image.removeprefix("s3://").partition("/")
+            named = bucket and key and len(image) <= _URI_LIMIT
+            return ObjectReference(bucket=bucket, key=key) if named else f"its image {image[:80]} names no object"
+        try:
+            return self._uploads.put("image", image) if isinstance(image, bytes) else self._uploads.put_file(image)
+        except ConfigurationError as error:
+            return str(error).replace(" is neither a file nor an s3:// URI", " does not exist")
+        except OSError as error:
+            return f"{str(image)[:80]} cannot be read: {error.strerror}"
+
+    def _perturb(self, batch: _Batch) -> None:
+        rows = [row for row in batch.rows if row.ruling.kind == DEFAULT][: self._to_perturb]
+        if not rows:
+            return
+        self._to_perturb -= len(rows)
+        for row, picture in zip(rows, asyncio.run(_pictures(rows, self._settings)), strict=True):
+            if picture is not None:
+                files = perturbed(picture, self._effort.seed)
+                row.variants = list(self._uploaders.map(lambda file: self._uploads.put("perturbed.jpg", file), files))
+                batch.uploaded += row.variants
+
+    def _judge(self, batch: _Batch) -> None:
+        try:
+            trials: list[Trial] = []
+            for row in batch.rows:
+                trials.append(_trial(row.sample.id, row.reference, row.ruling.full))
+                if self._effort.adaptive:
+                    trials.append(_trial(row.sample.id, row.reference, row.ruling.adaptive))
+                trials += [_trial(row.sample.id, variant, row.ruling.full) for variant in row.variants]
+            outcomes = iter(map(_only, self._service.judge(trials, lambda _line: None) if trials else []))
+        finally:
+            self._remove(batch)
+        for refused in batch.refused:
+            self._fail(refused.id, None, refused.reason, refused.detail)
+        for row in batch.rows:
+            full = next(outcomes)
+            adaptive = next(outcomes) if self._effort.adaptive else None
+            variants = [next(outcomes) for _ in row.variants]
+            self._keep(row, full, adaptive, variants)
+
+    def _keep(
+        self,
+        row: _Row,
+        full: Verdict | Unjudgeable,
+        adaptive: Verdict | Unjudgeable | None,
+        variants: Sequence[Verdict | Unjudgeable],
+    ) -> None:
+        sample, ruling = row.sample, row.ruling
+        if not isinstance(full, Verdict):
+            self._fail(sample.id, sample, full.reason, str(full))
+            return
+        place = self.columns.add(sample, ruling.kind, ruling.category, full)
+        if isinstance(adaptive, Verdict):
+            self.columns.add_adaptive(place, adaptive)
+        for name, variant in zip(PERTURBATIONS[: len(variants)], variants, strict=True):
+            if isinstance(variant, Verdict):
+                self.columns.add_perturbed(place, name, variant)
+        self._write(
+            _described(sample)
+            | {
+                "rating": full.rating,
+                "category": full.category,
+                "score": full.score,
+                "action": full.action,
+                "adaptive_rating": adaptive.rating if isinstance(adaptive, Verdict) else None,
+                "effort": adaptive.effort if isinstance(adaptive, Verdict) else None,
+                "ms": full.timings_ms.total,
+            }
+        )
+
+    def _fail(self, name: str, sample: Sample | None, reason: str, detail: str) -> None:
+        self.columns.fail(name, reason, detail)
+        self._write((_described(sample) if sample else {"id": name}) | {"error": reason, "detail": detail})
+
+    def _remove(self, batch: _Batch) -> None:
+        for left in self._uploaders.map(self._removed, batch.uploaded):
+            self._left_behind += left
+        batch.uploaded.clear()
+
+    def _removed(self, uploaded: ObjectReference) -> int:
+        try:
+            self._uploads.remove(uploaded)
+        except StoreUnavailable:
+            return 1
+        return 0
+
+
+class _Pace:
+    """How fast it goes: a word after each batch, and how large the next one should be."""
+
+    def __init__(self, total: int | None, progress: Progress) -> None:
+        self.batch = _FIRST_BATCH
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._started = self._last = time.monotonic()
+
+    def advance(self, rows: int) -> None:
+        if not rows:
+            return
+        now = time.monotonic()
+        self.batch = round(min(max(rows / max(now - self._last, 1e-3) * _BATCH_S, _FIRST_BATCH), _BATCH_LIMIT))
+        self._last = now
+        self._done += rows
+        rate = self._done / max(now - self._started, 1e-3)
+        of, left = "", ""
+        if self._total:
+            of, left = f" of {self._total:,}", f", {_duration(max(0, self._total - self._done) / rate)} left"
+        self._progress(f"{self._done:,}{of} rows, {rate:.1f} a second{left}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _trial(name: str, reference: ObjectReference, policy: Policy) -> Trial:
+    submission = Submission(
+        id=name or "row", uri=reference.uri, version_id=reference.version_id, etag=reference.etag, priority="backfill"
+    )
+    return Trial(submission, (policy,))
+
+
+def _only(outcome: Outcome) -> Verdict | Unjudgeable:
+    return outcome[0] if isinstance(outcome, list) else outcome
+
+
+def _described(sample: Sample) -> dict[str, Any]:
+    image = "bytes" if isinstance(sample.image, bytes) else str(sample.image)
+    return {
+        "id": sample.id,
+        "image": image,
+        "expected": sample.rating,
+        "expected_category": sample.category,
+        "waived": sorted(sample.waived),
+    }
+
+
+def _is_ours(image: Image) -> bool:
+    """Whether it was uploaded for the service to read."""
+    return not isinstance(image, str)
+
+
+async def _pictures(rows: Sequence[_Row], settings: Settings) -> list[bytes | None]:
+    """Each image as the guard would see it, None where it cannot be had: what strangers made is decoded apart."""
+    store, preparer = ObjectStore(settings), Preparer(settings, _PICTURE_PX)
+    try:
+        found: list[bytes | None] = []
+        for row in rows:
+            try:
+                async with store.open(row.reference) as stored:
+                    found.append((await preparer.prepare(stored.data)).data)
+            except (Unjudgeable, Unavailable):
+                found.append(None)  # the row itself says why
+        return found
+    finally:
+        preparer.close()
+        store.close()

@@ -1,0 +1,96 @@
+"""`make evaluate`: the page of the docs, made by the service with `tiny` on images of its drawn world.
+
+    python -m pipelines.evaluation.tiny_report FOLDER
+
+Every image is judged under the default policy; some of the violations also under one that waives them, and some under one that waives others, as LlavaGuard's data set does.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+
+from pipelines.evaluation.html import render
+from pipelines.evaluation.run import PAGE, Source, evaluate
+from pipelines.evaluation.sample_judge import Effort
+from pipelines.local.up import Stopped, running
+from pipelines.tiny_guard.drawings import draw
+from services.core.errors import SluiceError
+from services.core.messages import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
+
+_FIRST_SEED: Final = 7_000_000
+"""Far from those that training and the tests draw."""
+_EACH: Final = 20
+"""Images of each category."""
+_HARMLESS: Final = 180
+_WAIVED: Final = 12
+"""Of each category, judged under a policy that waives it; so many more under one that waives two others."""
+_PERTURBED: Final = 80
+_RESAMPLES: Final = 1000
+_NAME: Final = "drawn-world"
+_NOTE: Final = (
+    "This is the checkpoint tiny on drawings that Sluice made itself. It shows what an evaluation shows; it says "
+    "nothing about LlavaGuard, which has to be evaluated on labelled photographs."
+)
+
+
+def write(folder: Path) -> None:
+    """A data set of freshly drawn images, as LlavaGuard's: by the suffix of an id is known what its policy waives."""
+    rows: list[dict[str, Any]] = []
+    labels = [label for _ in range(_EACH) for label in CATEGORIES] + [NO_CATEGORY] * _HARMLESS
+    # Of both classes from the start: the first images are those that are perturbed.
+    order = sorted(range(len(labels)), key=lambda n: (n % (len(CATEGORIES) * _EACH), n))
+    for number in order:
+        label, file = labels[number], f"{number:04d}.jpg"
+        (folder / file).write_bytes(draw(_FIRST_SEED + number, label).jpeg)
+        row = {"id": f"drawn_{number:04d}", "file_name": file, "category": label}
+        rows.append(row | {"rating": "Safe" if label == NO_CATEGORY else "Unsafe"})
+        if number < _WAIVED * len(CATEGORIES):
+            place = CATEGORIES.index(label)
+            others = [CATEGORIES[(place + step) % len(CATEGORIES)].partition(":")[0] for step in (2, 5)]
+            rows.append(row | {"id": f"{row['id']}_v2", "rating": "Safe"})
+            rows.append(row | {"id": f"{row['id']}_v3", "rating": "Unsafe", "waived": others})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
+def main() -> None:
+    """Start the service on embedded backends, evaluate, and write the page."""
+    out, started = Path(sys.argv[1]), time.monotonic()
+
+    def progress(line: str) -> None:
+        typer.echo(f"[{time.monotonic() - started:5.1f} s] {line}", err=True)
+
+    for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
+        del os.environ[name]  # a real deployment's streams and buckets are not touched
+    try:
+        with running(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
+            data_set = Path(folder) / _NAME
+            data_set.mkdir()
+            write(data_set)
+            report = evaluate(
+                Source(data_set),
+                DEFAULT_POLICY,
+                settings,
+                effort=Effort(adaptive=True, perturbed=_PERTURBED),
+                out=out,
+                resamples=_RESAMPLES,
+                prevalence=None,
+                progress=progress,
+            )
+            note = f"{_NOTE} {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.0f} made the latencies."
+            (out / PAGE).write_text(render(report, note), encoding="utf-8")
+    except Stopped:
+        sys.exit(130)
+    except SluiceError as error:
+        sys.exit(f"sluice: {error}")
+    typer.echo("\n".join(report.lines()))
+
+
+if __name__ == "__main__":
+    main()

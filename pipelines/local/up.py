@@ -1,0 +1,339 @@
+"""The service in the foreground: from the first backend that it starts to the last child process that it ends."""
+
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from types import FrameType
+from typing import Final
+from urllib.parse import urlsplit
+
+import psutil
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from pipelines.autoscaling import serve_config as elastic
+from pipelines.clients.ray import QUIET, join
+from pipelines.local import backends as embedded
+from pipelines.local import port as ports
+from pipelines.serving import build as serve_app
+from pipelines.serving.app import APPLICATION, INTAKE, application
+from pipelines.serving.gateway_deployment import GATEWAY
+from services.core import settings as settings_module
+from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
+from services.core.processes import end_with_this_process
+from services.core.settings import Settings
+from services.gateway.api_keys import KeyRegistry
+from services.guard import checkpoints
+from services.policies.registry import PolicyRegistry
+
+_REACH_S: Final = 20.0
+"""How long a backend may take to answer at the start before the user is told."""
+_STOP_S: Final = 12.0
+"""How long the orderly end may take beyond the drain; then every child is killed."""
+_KILL_ROUNDS: Final = 3
+"""A process may fork while it is killed; one that outlives all rounds hangs in the kernel."""
+_POLL_S: Final = 0.25
+_WORD_EVERY_S: Final = 15.0
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_OBJECT_STORE_BYTES: Final = 200 << 20  # images travel inline in calls; Ray's own default takes 30 % of the memory
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came."""
+
+
+@contextmanager
+def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
+    """Start everything, yield when all of it is ready, drain it at the end. For the main thread only.
+
+    Yields the settings, with the address of the Ray cluster, and the other variables that a client needs: those that
+    reach the embedded backends (none without `embed`), and whether Ray wants its token.
+
+    Raises:
+        ConfigurationError: what keeps it from starting, and what to do.
+        Stopped: a signal came. It is also raised into the block; a second one cuts the drain short.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    end_s = _STOP_S
+    variables: Mapping[str, str] = {}
+    with _leaving_no_process() as limit_end:
+        stack = ExitStack()
+        try:
+            if embed:
+                progress("starting the embedded backends")
+                variables = stack.enter_context(
+                    embedded.backends({name: value for name, value in os.environ.items() if value})
+                )
+                os.environ.update(variables)
+            settings = settings_module.load()
+            log_file = stack.enter_context(_shown_log(settings.log_file))
+            checkpoints.resolve(settings.model)
+            _check_reachable(settings)
+            _publish_built_in(settings)
+            end_with_this_process()
+            settings, reaching_gateway = stack.enter_context(_gateway(settings, embed=embed))
+            progress("starting Ray")
+            stack.enter_context(_ray(settings))
+            _deploy(settings.model_copy(update={"log_file": log_file}), progress)
+            stack.callback(_drain, settings, progress)
+            if url := reaching_gateway.get("SLUICE_GATEWAY_URL"):
+                progress(f"the gateway answers at {url}")
+            end_s += settings.drain_s
+            yield _as_clients_need_them(settings), {**variables, **reaching_gateway, **_ray_authentication()}
+        finally:
+            limit_end(end_s)
+            stack.close()
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+@contextmanager
+def _leaving_no_process() -> Iterator[Callable[[float], None]]:
+    """Kill at the end whatever is left of this process' descendants.
+
+    Yields a function that says, when the end begins, how many seconds it may take.
+    """
+    watchdog: threading.Timer | None = None
+
+    def limit_end(seconds: float) -> None:
+        nonlocal watchdog
+        # Descendants whose parents go first become children of this process, so that they are found.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        watchdog = threading.Timer(seconds, _give_up)
+        watchdog.daemon = True
+        watchdog.start()
+
+    try:
+        yield limit_end
+    finally:
+        _kill_descendants()
+        if watchdog:
+            watchdog.cancel()
+
+
+def _give_up() -> None:
+    log.error("the end took too long; what is left is killed, and what was in flight comes back at the next start")
+    _kill_descendants()
+    os._exit(1)
+
+
+def _kill_descendants() -> None:
+    for _ in range(_KILL_ROUNDS):
+        descendants = psutil.Process().children(recursive=True)
+        if not descendants:
+            return
+        for descendant in descendants:
+            with suppress(psutil.NoSuchProcess):
+                descendant.kill()
+        psutil.wait_procs(descendants, timeout=1)
+
+
+@contextmanager
+def _shown_log(file: Path | None) -> Iterator[Path]:
+    """Show on stderr what the replicas write to `file`, or to the temporary file that is yielded."""
+    with tempfile.TemporaryDirectory(prefix="sluice-log-") as folder:
+        file = file or Path(folder) / "log"
+        file.touch()
+        ended = threading.Event()
+
+        def show() -> None:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                lines.seek(0, os.SEEK_END)
+                while not ended.wait(_POLL_S):
+                    sys.stderr.write(lines.read())
+                sys.stderr.write(lines.read())
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield file
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _check_reachable(settings: Settings) -> None:
+    """Wait a while for every backend to accept a connection."""
+    for name, url, default_port in (
+        ("SLUICE_STREAM_URL", settings.stream_url, 9092),
+        ("SLUICE_REDIS_URL", settings.redis_url, 6379),
+        (
+            "SLUICE_S3_ENDPOINT",
+            settings.s3_endpoint,
+            80 if urlsplit(settings.s3_endpoint or "").scheme == "http" else 443,
+        ),
+    ):
+        if url and urlsplit(url).netloc:
+            hosts = [urlsplit(f"//{host}") for host in urlsplit(url).netloc.rpartition("@")[2].split(",")]
+            _wait_for_any([(host.hostname or "localhost", host.port or default_port) for host in hosts], name)
+
+
+def _wait_for_any(addresses: list[tuple[str, int]], setting: str) -> None:
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        for address in addresses:
+            with suppress(OSError), socket.create_connection(address, timeout=2):
+                return
+        if time.monotonic() > deadline:
+            tried = ", ".join(f"{host}:{port}" for host, port in addresses)
+            raise ConfigurationError(f"nothing answers at {setting} ({tried}); start it, or correct the setting")
+        time.sleep(_POLL_S)
+
+
+def _publish_built_in(settings: Settings) -> None:
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        try:
+            return PolicyRegistry.from_settings(settings).publish_built_in()
+        except PolicyUnavailable as error:
+            if time.monotonic() > deadline:
+                raise ConfigurationError(str(error)) from error
+            time.sleep(1)
+
+
+@contextmanager
+def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Mapping[str, str]]]:
+    """Keep the gateway's port, with `embed` a free one unless it is set. Yields what clients need to reach it.
+
+    With `embed` that includes an admin key, which is revoked at the end.
+    """
+    if not settings.gateway_replicas:
+        yield settings, {}
+        return
+    with ExitStack() as stack:
+        port = settings.gateway_port
+        if not settings.ray_address:  # else the gateway runs on another machine, for all that is known here
+            wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
+            port = stack.enter_context(ports.kept(settings.gateway_host, wanted))
+        variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
+        if embed:
+            keys = KeyRegistry.from_settings(settings)
+            key, token = keys.create("embedded", "admin", who="sluice up")
+            stack.callback(_revoke, keys, key.id)
+            variables["SLUICE_API_KEY"] = token
+        yield settings.model_copy(update={"gateway_port": port}), variables
+
+
+def gateway_url(host: str, port: int) -> str:
+    """Where clients on this machine find the gateway."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def _revoke(keys: KeyRegistry, key_id: str) -> None:
+    try:
+        keys.revoke(key_id, who="sluice up")
+    except SluiceError as error:
+        log.warning("the embedded API key %s is not revoked: %s", key_id, error)
+
+
+@contextmanager
+def _ray(settings: Settings) -> Iterator[None]:
+    """A Ray cluster of this machine's own, or the one that the settings name, with Serve on it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if settings.ray_address:
+        join(settings.ray_address)
+    else:
+        ray.init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, elastic.most_replicas(settings) + settings.gateway_replicas),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **QUIET,
+        )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
+    try:
+        serve.start(proxy_location="Disabled", logging_config=serve_app.QUIET)
+        yield
+    finally:
+        # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
+        with redirect_stdout(StringIO()):
+            with suppress(Exception):
+                serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
+            ray.shutdown()
+
+
+def _as_clients_need_them(settings: Settings) -> Settings:
+    address = settings.ray_address or ray.get_runtime_context().gcs_address
+    return settings.model_copy(update={"ray_address": address})
+
+
+def _ray_authentication() -> dict[str, str]:
+    # Ray has set it here where it started a cluster; it does not do so in a process that joins one by its address.
+    return {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
+
+
+def _deploy(settings: Settings, progress: Progress) -> None:
+    """Run the application and wait until every replica is ready, and the gateway can answer."""
+    gpus = settings.guard_gpus
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    if elastic.is_elastic(settings):
+        plan = serve_app.deployment_plan(settings.model_copy(update={"guard_gpus": gpus}))
+        # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
+        serve.context._get_global_client().deploy_apps(plan)
+    else:
+        built = application(settings, guard_gpus=gpus)
+        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=serve_app.QUIET)
+        serve.run_many([target], wait_for_applications_running=False)
+    started = time.monotonic()
+    next_word_s = 0.0
+    while True:
+        status = serve.status().applications[APPLICATION]
+        if status.status == ApplicationStatus.RUNNING and not _trouble(settings):
+            return
+        if status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise ConfigurationError(_cause("; ".join(d.message for d in status.deployments.values() if d.message)))
+        elapsed_s = time.monotonic() - started
+        if elapsed_s >= next_word_s:
+            progress(f"loading {settings.model} into the engine ({elapsed_s:.0f} s)")
+            next_word_s = elapsed_s + _WORD_EVERY_S
+        time.sleep(_POLL_S)
+
+
+def _cause(message: str) -> str:
+    """One sentence of a message of Ray Serve: Sluice's own error where there is one, else the last line."""
+    own = re.findall(r"services\.errors\.\w+: (.+)", message)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return own[-1] if own else f"{lines[-1] if lines else 'no reason given'} (Ray's logs: /tmp/ray/session_latest/logs)"
+
+
+def _trouble(settings: Settings) -> str:
+    """What keeps the gateway from answering, if there is one."""
+    if not settings.gateway_replicas:
+        return ""
+    try:
+        return str(serve.get_deployment_handle(GATEWAY, APPLICATION).trouble.remote().result(timeout_s=_REACH_S))
+    except Exception as error:  # noqa: BLE001 - a replica that has just ended is replaced
+        return str(error)
+
+
+def _drain(settings: Settings, progress: Progress) -> None:
+    progress("draining")
+    try:
+        names = [GATEWAY, INTAKE] if settings.gateway_replicas else [INTAKE]
+        draining = [serve.get_deployment_handle(name, APPLICATION).broadcast("drain") for name in names]
+        for drained in draining:
+            drained.results(timeout_s=settings.drain_s + 2)
+    except Exception as error:  # noqa: BLE001 - the end goes on; what is not settled comes back at the next start
+        log.warning("the drain was not finished: %s", error)

@@ -1,0 +1,104 @@
+"""Runs a backtest: a sample of recent submissions, judged by the running service under two policy versions."""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+from pipelines.clients.judge_client import Outcome, Progress, Trial, connected
+from pipelines.policy_testing.backtest_html import PICTURES_LIMIT
+from pipelines.policy_testing.backtest_report import Pair, Report, Side, summarize
+from services.core.errors import ConfigurationError, Unavailable, Unjudgeable
+from services.core.messages import ObjectReference, Verdict
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from services.images.object_store import ObjectStore
+from services.policies.redis_cache import SharedCopies
+from services.policies.traffic_sample import Sampled, take
+
+_PICTURE_PX: Final = 320
+_AT_A_TIME: Final = 8
+
+
+def backtest(
+    *, before: str, after: str, count: int, pictures: bool, settings: Settings, progress: Progress
+) -> tuple[Report, list[Pair]]:
+    """What would change if `after` judged instead of `before`, two versions such as `default@3`.
+
+    `count` submissions at most, out of those that the name of `after` has judged; each is judged once under both, in
+    one call, so that the engine reads its image once. With `pictures`, the pairs that flip have one.
+
+    Raises:
+        ConfigurationError: there is no submission to judge, or no service runs.
+        CacheUnavailable: Redis does not answer.
+    """
+    name = after.partition("@")[0]
+    sample, per_day = asyncio.run(_take(name, count, settings))
+    if not sample:
+        raise ConfigurationError(
+            f"there is no sample of policy {name} yet; it is made of the submissions that it judges, so submit some"
+        )
+    with connected(settings) as service:
+        progress(f"judging {len(sample)} recent submissions under {before} and {after}")
+        outcomes = service.judge([Trial(entry.submission(), (before, after)) for entry in sample], progress)
+    pairs = [pair(entry, outcome) for entry, outcome in zip(sample, outcomes, strict=True)]
+    report = summarize(pairs, before=before, after=after, per_day=per_day)
+    if pictures and report.flips:
+        progress("fetching the pictures of what flips")
+        pairs = asyncio.run(_with_pictures(report, pairs, settings))
+    return report, pairs
+
+
+def pair(entry: Sampled, outcome: Outcome) -> Pair:
+    """One submission of the sample as a pair, without a picture."""
+    answers = outcome if isinstance(outcome, list) else [outcome, outcome]
+    before, after = map(_side, answers)
+    return Pair(entry.id, entry.uri, before, after, None)
+
+
+def _side(answer: Verdict | Unjudgeable) -> Side:
+    return Side(answer, None) if isinstance(answer, Verdict) else Side(None, f"{answer.reason}: {answer}")
+
+
+async def _take(name: str, count: int, settings: Settings) -> tuple[list[Sampled], float | None]:
+    shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+    try:
+        return await take(shared, name, count)
+    finally:
+        await shared.close()
+
+
+async def _with_pictures(report: Report, pairs: Iterable[Pair], settings: Settings) -> list[Pair]:
+    """The pairs, with a picture for as many of the flips as a page shows, in its order."""
+    flips = [(flip.submission_id, flip.uri) for group in report.flip_groups for flip in group.flips]
+    shown = frozenset(flips[:PICTURES_LIMIT])
+    store, preparer = ObjectStore(settings), Preparer(settings, _PICTURE_PX)
+    places = asyncio.Semaphore(_AT_A_TIME)
+
+    async def with_picture(pair: Pair) -> Pair:
+        verdict = pair.after.verdict
+        if verdict is None or (pair.submission_id, pair.uri) not in shown:
+            return pair
+        async with places:
+            return replace(pair, picture=await _picture(verdict, store, preparer))
+
+    try:
+        return list(await asyncio.gather(*map(with_picture, pairs)))
+    finally:
+        preparer.close()
+        store.close()
+
+
+async def _picture(verdict: Verdict, store: ObjectStore, preparer: Preparer) -> bytes | None:
+    """A JPEG of what was judged, None where it cannot be had any more."""
+    bucket, _, key = verdict.uri.removeprefix("s3://").partition("/")
+    reference = ObjectReference(bucket=bucket, key=key, version_id=verdict.version_id, etag=verdict.etag)
+    try:
+        async with store.open(reference) as stored:
+            image = await preparer.prepare(stored.data)
+            if image.data == stored.data:
+                # A small image is passed on as it is; what strangers uploaded does not go into anyone's browser.
+                image = await preparer.smaller(image, max(image.width, image.height) - 1)
+            return image.data
+    except (Unjudgeable, Unavailable):
+        return None

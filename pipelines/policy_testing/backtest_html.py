@@ -1,0 +1,63 @@
+"""The page of a backtest: one HTML document that needs nothing but itself.
+
+Ids, addresses, rationales and pictures come from strangers. Whatever is text is escaped, nothing is a link, and the
+page's own Content-Security-Policy lets it load nothing and run nothing.
+"""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pipelines.policy_testing.backtest_report import Flip, FlipGroup, Pair, Report
+from pipelines.reporting.html import page_template
+
+PICTURES_LIMIT: Final = 200
+"""Pictures on one page: at some 20 KB each, a few MB that a phone still opens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ShownFlip:
+    flip: Flip
+    picture: str | None
+    """Base64 of a JPEG."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ShownGroup:
+    group: FlipGroup
+    flips: tuple[_ShownFlip, ...]
+
+
+def render(report: Report, pairs: Sequence[Pair], *, exceeded: Sequence[str] = ()) -> str:
+    """The page: one self-contained HTML document, without scripts.
+
+    Args:
+        report: what `summarize` made of `pairs`.
+        pairs: where the pictures come from; `PICTURES_LIMIT` of them at most are shown, in the order of the flips.
+        exceeded: the sentences of `Report.exceeded`, shown first.
+    """
+    groups, without_picture = _shown(report, pairs)
+    return _TEMPLATE.render(
+        report=report, groups=groups, exceeded=exceeded, limit=PICTURES_LIMIT, without_picture=without_picture
+    )
+
+
+def _shown(report: Report, pairs: Sequence[Pair]) -> tuple[list[_ShownGroup], int]:
+    """The groups with the pictures that fit, and how many pictures did not."""
+    pictures = {(pair.submission_id, pair.uri): pair.picture for pair in pairs if pair.picture}
+    groups, shown, without = [], 0, 0
+    for group in report.flip_groups:
+        flips = []
+        for flip in group.flips:
+            picture = pictures.get((flip.submission_id, flip.uri))
+            if picture and shown == PICTURES_LIMIT:
+                picture, without = None, without + 1
+            shown += picture is not None
+            flips.append(_ShownFlip(flip, base64.b64encode(picture).decode() if picture else None))
+        groups.append(_ShownGroup(group, tuple(flips)))
+    return groups, without
+
+
+_TEMPLATE: Final = page_template(Path(__file__).with_name("backtest.html.jinja"))

@@ -1,0 +1,198 @@
+"""`sluice replay`: judge again what a verdict was about, by the same policy version, and compare."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from pydantic import ValidationError
+
+from pipelines.clients.judge_client import Trial, connected
+from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
+from services.core.messages import Policy, PolicyIdentity, Submission, Verdict
+from services.core.settings import Settings
+from services.policies.document import PolicyDocument
+from services.policies.registry import PolicyRegistry
+from services.streams.factory import open_reader
+
+SCORE_TOLERANCE: Final = 1e-3
+"""Engines add up in another order from batch to batch, which moves a score in its last digits."""
+
+Value = str | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A field that is not what it was."""
+
+    field: str
+    before: Value
+    after: Value
+
+    def __str__(self) -> str:
+        return f"{self.field}: was {_shown(self.before)}, is {_shown(self.after)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A verdict, and the one that the service gives now."""
+
+    before: Verdict
+    after: Verdict
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+    """A sentence each on what has to be known to read the differences."""
+
+    @property
+    def reproduced(self) -> bool:
+        return not self.differences
+
+    def to_json(self) -> str:
+        """One JSON object: what was found, and both verdicts."""
+        found = {
+            "verdict_id": self.before.verdict_id,
+            "reproduced": self.reproduced,
+            "differences": [asdict(difference) for difference in self.differences],
+            "notes": self.notes,
+        }
+        verdicts = {"before": self.before.model_dump(mode="json"), "after": self.after.model_dump(mode="json")}
+        return json.dumps(found | verdicts)
+
+
+async def find(verdict_id: str, settings: Settings) -> Verdict:
+    """The newest verdict of that id on the stream.
+
+    Raises:
+        ConfigurationError: there is none.
+        StreamUnavailable: the stream does not answer.
+    """
+    reader = await open_reader(settings)
+    wanted, found = verdict_id.encode(), None
+    try:
+        async for message in reader.read(settings.verdicts_stream, follow=False):
+            if wanted in message.value:
+                with suppress(ValidationError):  # others may write to that stream, too
+                    verdict = Verdict.model_validate_json(message.value)
+                    found = verdict if verdict.verdict_id == verdict_id else found
+    finally:
+        await reader.close()
+    if found is None:
+        raise ConfigurationError(
+            f"there is no verdict {verdict_id} on {settings.verdicts_stream}; `sluice verdicts --json` shows those "
+            "that the stream still has"
+        )
+    return found
+
+
+def replay(before: Verdict, settings: Settings, progress: Callable[[str], None]) -> Replay:
+    """Judge the same object version by the same policy version; nothing is published.
+
+    Raises:
+        ConfigurationError: no service runs.
+        UnknownPolicy: the policy bucket has not got what it was judged by.
+        SluiceError: nothing was judged then, or the object cannot be judged any more.
+    """
+    if before.policy is None or before.outcome == "superseded":
+        raise SluiceError(
+            f"verdict {before.verdict_id} is {before.outcome}: a later object took the place of this one before it was "
+            "judged, so there is nothing to judge again"
+            if before.outcome == "superseded"
+            else f"verdict {before.verdict_id} names no policy, so nothing was judged and nothing can be judged again"
+        )
+    submission = Submission(
+        id=before.submission_id,
+        uri=before.uri,
+        version_id=before.version_id,
+        etag=before.etag,
+        tenant=before.tenant,
+    )
+    policy = _as_then(before, before.policy, PolicyRegistry.from_settings(settings))
+    with connected(settings) as service:
+        (outcome,) = service.judge([Trial(submission, (policy,))], progress)
+    answer = outcome[0] if isinstance(outcome, list) else outcome
+    if not isinstance(answer, Verdict):
+        raise SluiceError(f"verdict {before.verdict_id} cannot be replayed ({answer.reason}): {answer}")
+    if answer.sha256 != before.sha256:
+        raise SluiceError(
+            f"verdict {before.verdict_id} cannot be replayed (changed): {before.uri} has other bytes than then, and no "
+            "version or ETag to tell them apart"
+        )
+    return Replay(before, answer, tuple(compare(before, answer)), tuple(notes(before, answer)))
+
+
+def _as_then(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
+    """The version with the calibration that was applied then, whatever is applied now."""
+    stored = registry.get(identity.name, identity.version)
+    if not isinstance(stored.document, PolicyDocument):
+        raise UnknownPolicy(f"{identity.name}@{identity.version} is not a policy to judge by")
+    policy = stored.document.as_version(identity.version)
+    if before.calibration is None or before.model is None:
+        return policy
+    revision = before.model.revision
+    fitted = registry.calibration(identity.name, identity.version, revision, before.calibration.digest)
+    return dataclasses.replace(policy, calibrations={revision: fitted.map})
+
+
+def compare(before: Verdict, after: Verdict) -> Sequence[Difference]:
+    """What differs of what is judged by, and of what was said; no ids, times and sizes.
+
+    A verdict that the circuit breaker held back is compared as it was before that.
+    """
+    then, now = _fields(_without_breaker(before)), _fields(after)
+    return [Difference(field, then[field], now[field]) for field in then if not _same(then[field], now[field])]
+
+
+def notes(before: Verdict, after: Verdict) -> list[str]:
+    """What has to be known to read the differences, a sentence each."""
+    found = []
+    if before.reason == "quota":
+        found.append(
+            "the circuit breaker of the policy version was open then, and made a review of this block; replayed is "
+            "what the guard said"
+        )
+    if (before.model and before.model.revision) != (after.model and after.model.revision):
+        found.append("the service has another model than then, so it may well say something else")
+    elif (before.model and before.model.engine) != (after.model and after.model.engine):
+        found.append("the service has another engine than then, so scores may well differ")
+    return found
+
+
+def _without_breaker(verdict: Verdict) -> Verdict:
+    # The breaker turns nothing but blocks into reviews.
+    if verdict.reason != "quota":
+        return verdict
+    return verdict.model_copy(update={"outcome": "verdict", "reason": None, "action": "block"})
+
+
+def _fields(verdict: Verdict) -> dict[str, Value]:
+    policy, model = verdict.policy, verdict.model
+    return {
+        "sha256": verdict.sha256,
+        "policy.digest": policy.digest if policy else None,
+        "model.name": model.name if model else None,
+        "model.revision": model.revision if model else None,
+        "model.engine": model.engine if model else None,
+        "model.prompt": model.prompt if model else None,
+        "calibration.digest": verdict.calibration.digest if verdict.calibration else None,
+        "outcome": verdict.outcome,
+        "reason": verdict.reason,
+        "rating": verdict.rating,
+        "category": verdict.category,
+        "rationale": verdict.rationale,
+        "score": verdict.score,
+        "action": verdict.action,
+        "effort": verdict.effort,
+    }
+
+
+def _same(one: Value, other: Value) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=0, abs_tol=SCORE_TOLERANCE)
+    return one == other
+
+
+def _shown(value: Value) -> str:
+    return "nothing" if value is None else f"{value:.4f}" if isinstance(value, float) else value

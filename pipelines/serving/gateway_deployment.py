@@ -1,0 +1,87 @@
+"""The gateway as a Ray Serve deployment: the ingress of the application, with an HTTP server of its own.
+
+Serve's proxy stands in front of nothing here (docs/decisions): requests come to the replicas themselves.
+"""
+
+import gc
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.serving.components import Assembly
+from services.core.errors import GuardUnavailable
+from services.core.settings import Settings
+from services.core.telemetry import configure_logging
+from services.gateway.api_keys import KeyRegistry
+from services.gateway.app import Collaborators, create_app
+from services.gateway.server import GatewayServer, listen
+
+GATEWAY: Final = "Gateway"
+
+
+@serve.deployment(name=GATEWAY, max_ongoing_requests=100, health_check_period_s=5)
+class GatewayDeployment:
+    """One replica: one HTTP server on the gateway's port, which the replicas of one machine share."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: Settings,
+        side_px: int,
+        guard: DeploymentHandle[Any],
+        intake: DeploymentHandle[Any],
+    ) -> None:
+        """Listen; the guard need not be ready yet. `intake` is bound to make one application of all deployments.
+
+        Raises:
+            ConfigurationError: the port cannot be had.
+        """
+        configure_logging(settings.log_file)
+        self._intake = intake
+        self._closing = AsyncExitStack()
+        parts = await Assembly.from_settings(settings, side_px, guard, self._closing)
+        app = create_app(
+            Collaborators(
+                moderation=parts.moderation,
+                guard=parts.guard,
+                preparer=parts.preparer,
+                policies=parts.policies,
+                registry=parts.registry,
+                shared=parts.shared,
+                keys=KeyRegistry.from_settings(settings),
+            ),
+            settings,
+        )
+        self._guard = parts.guard
+        self._readiness = app.state.readiness
+        listener = listen(settings.gateway_host, settings.gateway_port)
+        self._server = GatewayServer(app, settings, listener=listener)
+        self._closing.push_async_callback(self._server.stop)
+        await self._server.start()
+        # What is here by now stays: full collections that passed through it would hold up every request for longer.
+        gc.collect()
+        gc.freeze()
+
+    async def trouble(self) -> str:
+        """What keeps the gateway from answering requests; empty when nothing does."""
+        return str(self._readiness.trouble)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the number of guard replicas is decided by, too; see `pipelines.autoscaling.serve_policy`."""
+        return {"at_guard": self._guard.in_flight}
+
+    async def drain(self) -> None:
+        """Take no more requests, and finish those that are here."""
+        await self._server.stop()
+
+    def check_health(self) -> None:
+        """
+        Raises:
+            GuardUnavailable: the server has ended. Serve replaces the replica then.
+        """
+        if not self._server.is_serving:
+            raise GuardUnavailable("The gateway's HTTP server has ended.")
+
+    async def __del__(self) -> None:
+        await self._closing.aclose()

@@ -1,0 +1,353 @@
+"""Trains the tiny guard from nothing: `python -m pipelines.tiny_guard.train --out DIR`.
+
+Two stages, both counted in steps, so that a build repeats. The tower learns to see (which category each patch belongs
+to, known from the drawing's mask); then, with the tower fixed, the language model learns to answer under policies that
+waive and reword categories: to judge first, to explain after. About 25 minutes on two free cores. What decides whether
+a build is good is the test under waived categories: the binding of a waiver to what the image shows is learned late.
+"""
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
+
+from pipelines.tiny_guard.corpus import (
+    LABELS,
+    RATING_PREFIX,
+    answer,
+    build_tokenizer,
+    chat,
+    edited,
+    explain,
+    some_categories,
+    waiving,
+)
+from pipelines.tiny_guard.drawings import TRAINING_SEEDS, draw
+from pipelines.tiny_guard.model import IMAGE_TOKENS, PATCHES, VISION_WIDTH, TinyGuard, load, pixels_of, save, square
+from services.core.messages import NO_CATEGORY
+from services.policies.prompt import Block
+
+log = logging.getLogger(__name__)
+
+_HARMLESS: Final = LABELS.index(NO_CATEGORY)
+_SHOWN: Final = (*LABELS, *[NO_CATEGORY] * 4)
+"""What training images show, in turn: 36 % of them nothing that violates."""
+_MASKED: Final = 90
+"""A patch shows its image's category when the pictogram covers at least this much of it, of 255."""
+
+ACCEPTED: Final = {"default": 0.985, "waived": 0.98, "category": 0.97}
+"""What a build has to reach on fresh images: the rating under the default policy and with waivers, the category."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """A part of the language stage."""
+
+    steps: int
+    peak: float
+    """Learning rate after the warm-up."""
+    reworded: float
+    """Share of the batches whose policies have rules reworded."""
+    explained: float
+    """Share of the batches whose answers carry a rationale."""
+    words: float
+    """What a token of the answer counts in the loss; the rating counts 5, the category 3."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much training: counts of images and of steps."""
+
+    images: int = 60_000
+    vision_steps: int = 2_500
+    vision_batch: int = 128
+    language_batch: int = 48
+    courses: tuple[Course, ...] = (
+        Course(steps=900, peak=1e-2, reworded=0.2, explained=0.2, words=0.05),
+        # Judging comes first: rationales are easy, but so long that they would take most of the time.
+        Course(steps=500, peak=4e-3, reworded=0.3, explained=0.6, words=0.15),
+    )
+
+
+@dataclass(frozen=True)
+class Images:
+    """Drawn images as the guard sees them; one row an image."""
+
+    pixels: npt.NDArray[np.uint8]
+    """Shape (n, 64, 64, 3)."""
+    labels: npt.NDArray[np.int64]
+    """Shape (n,): index into LABELS."""
+    patches: npt.NDArray[np.int64]
+    """Shape (n, 8, 8): what each patch shows, index into LABELS."""
+    seen: list[tuple[str, str, str]]
+    """Thing, its colour, scene."""
+
+
+def drawn(seeds: Sequence[int], labels: Sequence[str | None], workers: int = 1) -> Images:
+    """Draw one image for each seed and label, through JPEG and SGLang's padding and scaling."""
+    if workers == 1:
+        rows = [_drawn(seed, label) for seed, label in zip(seeds, labels, strict=True)]
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            rows = list(pool.map(_drawn, seeds, labels, chunksize=250))
+    pixels, coverage, shown, seen = zip(*rows, strict=True)
+    label = np.array([LABELS.index(category) for category in shown])
+    patches = np.where(np.stack(coverage) >= _MASKED, label[:, None, None], _HARMLESS)
+    return Images(np.stack(pixels), label, patches, list(seen))
+
+
+def _drawn(seed: int, label: str | None) -> tuple[Any, Any, str, tuple[str, str, str]]:
+    sample = draw(seed, label)
+    coverage = square(sample.mask, 0).resize((PATCHES, PATCHES), Image.Resampling.BOX)
+    pixels = pixels_of(Image.open(io.BytesIO(sample.jpeg)))
+    return pixels, np.asarray(coverage), sample.category, (sample.thing, sample.colour, sample.scene)
+
+
+def training_images(count: int, workers: int) -> Images:
+    """The images that training sees, drawn from TRAINING_SEEDS."""
+    return drawn(TRAINING_SEEDS[:count], [_SHOWN[i % len(_SHOWN)] for i in range(count)], workers)
+
+
+class Descent:
+    """Muon for the matrices inside the layers, AdamW for everything else; a warm-up, then a cosine to zero.
+
+    Muon takes a third of the steps that AdamW takes here.
+    """
+
+    def __init__(self, layers: nn.Module, others: Sequence[nn.Module], steps: int, peak: float) -> None:
+        matrices = [weight for weight in layers.parameters() if weight.ndim == 2]
+        rest = [weight for weight in layers.parameters() if weight.ndim != 2]
+        rest += [weight for module in others for weight in module.parameters()]
+        self._weights = matrices + rest
+        optimizers = (
+            torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+        )
+        warm_up = max(1, min(60, steps // 5))
+
+        def share(step: int) -> float:
+            after = max(0, step - warm_up) / max(1, steps - warm_up)
+            return float(min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * np.cos(np.pi * after)))
+
+        self._optimizers = [(one, torch.optim.lr_scheduler.LambdaLR(one, share)) for one in optimizers]
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step down the gradient of `loss`."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._weights, 1.0)
+        for optimizer, schedule in self._optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def train_vision(guard: TinyGuard, images: Images, plan: Plan, rng: np.random.Generator) -> None:
+    """Teach the tower what each patch, and the image as a whole, shows. Two linear heads are thrown away after."""
+    norm = nn.LayerNorm(VISION_WIDTH)
+    of_patch, of_image = (nn.Linear(VISION_WIDTH, len(LABELS)) for _ in range(2))
+    used = guard.vision.encoder.layers[:-1]
+    descent = Descent(used, [guard.vision.embeddings, norm, of_patch, of_image], plan.vision_steps, peak=1e-2)
+    for step in range(plan.vision_steps):
+        rows = np.sort(rng.choice(len(images.pixels), plan.vision_batch, replace=False))
+        mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
+        features = norm(guard.see(images.pixels[rows][:, :, mirror]))
+        patches = torch.from_numpy(np.ascontiguousarray(images.patches[rows][:, :, mirror])).flatten()
+        # Without the patches' loss, which says where to look, nothing is learned.
+        patch_loss = functional.cross_entropy(of_patch(features).flatten(0, 1), patches)
+        image_loss = functional.cross_entropy(of_image(features.mean(1)), torch.from_numpy(images.labels[rows]))
+        descent.step(image_loss + 2 * patch_loss)
+        if step % 100 == 99:
+            log.info("vision %d: image %.3f patch %.3f", step + 1, image_loss.item(), patch_loss.item())
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One policy, one image, and the answer to them, as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+    rating: str
+    category: str
+    waived: frozenset[str]
+
+
+class Teacher:
+    """Turns an image and a policy into a lesson."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self.end, self.pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+        self._image = int(tokenizer.convert_tokens_to_ids("<image>"))
+        self.safe, self.unsafe = (self._ids(rating)[0] for rating in ("Safe", "Unsafe"))
+        self.rating_at = len(self._ids(RATING_PREFIX))
+        """Where in an answer its rating is: the index of one token."""
+        self.category_at = self.rating_at + len(self._ids('Safe",\n    "category": "'))
+        """Where in an answer the token is that says which category."""
+
+    def lesson(
+        self, rng: np.random.Generator, blocks: Sequence[Block], category: str, seen: tuple[str, str, str] | None
+    ) -> Lesson:
+        """`seen` is what the rationale is to mention; None: an answer without one."""
+        waived = frozenset(block.category for block in blocks if block.waived)
+        rating = "Safe" if category == NO_CATEGORY or category in waived else "Unsafe"
+        text = answer(rating, category, explain(rng, category, rating, seen) if seen else None)
+        prompt = self._ids(chat(blocks))
+        at = prompt.index(self._image)
+        prompt[at : at + 1] = [self._image] * IMAGE_TOKENS
+        return Lesson(prompt, [*self._ids(text), self.end], rating, category, waived)
+
+    def batch(self, lessons: Sequence[Lesson], words: float = 1) -> tuple[Tensor, Tensor]:
+        """Ids (n, length), padded at the end, and how much each of them counts in the loss (0 outside answers)."""
+        length = max(len(lesson.prompt) + len(lesson.answer) for lesson in lessons)
+        ids = torch.full((len(lessons), length), self.pad)
+        weight = torch.zeros(len(lessons), length)
+        for row, lesson in enumerate(lessons):
+            start, end = len(lesson.prompt), len(lesson.prompt) + len(lesson.answer)
+            ids[row, :end] = torch.tensor(lesson.prompt + lesson.answer)
+            weight[row, start:end] = words
+            weight[row, start + self.rating_at] = 5.0
+            weight[row, start + self.category_at] = 3.0
+        return ids, weight
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+
+def train_language(
+    guard: TinyGuard, teacher: Teacher, images: Images, plan: Plan, course: Course, rng: np.random.Generator
+) -> None:
+    """Teach projector and language model to answer. The tower stays as it is, which halves the cost of a step."""
+    language = guard.language.model
+    others = [guard.projector, language.embed_tokens, language.norm, guard.language.lm_head]
+    descent = Descent(language.layers, others, course.steps, course.peak)
+    for step in range(course.steps):
+        # Long texts come a batch at a time, or each of them would have the whole batch padded to its length.
+        reworded, explained = rng.random() < course.reworded, rng.random() < course.explained
+        count = plan.language_batch // 2 if reworded or explained else plan.language_batch
+        rows = rng.choice(len(images.pixels), count, replace=False)
+        lessons = []
+        for row in rows:
+            category = LABELS[images.labels[row]]
+            blocks = waiving(_waivers(rng, category))
+            blocks = edited(rng, blocks) if reworded else blocks
+            lessons.append(teacher.lesson(rng, blocks, category, images.seen[row] if explained else None))
+        ids, weight = teacher.batch(lessons, course.words)
+        with torch.no_grad():
+            features = guard.see(images.pixels[rows])
+        hidden, wanted, counts = guard.read(ids, features)[:, :-1], ids[:, 1:], weight[:, 1:]
+        losses = functional.cross_entropy(
+            guard.language.lm_head(hidden[counts > 0]), wanted[counts > 0], reduction="none"
+        )
+        loss = (losses * counts[counts > 0]).sum() / count
+        descent.step(loss)
+        if step % 50 == 49:
+            log.info("language %d: %.3f", step + 1, loss.item())
+
+
+def _waivers(rng: np.random.Generator, shown: str) -> list[str]:
+    """What a policy in training waives: mostly 1 to 3 categories, and the shown one about as often as not."""
+    if rng.random() < 0.3:
+        return []
+    waived = some_categories(rng, 3 if rng.random() < 0.9 else 9)
+    if shown != NO_CATEGORY and rng.random() < 0.35:
+        waived[0] = shown
+    return waived
+
+
+def judged(
+    guard: TinyGuard, teacher: Teacher, lessons: Sequence[Lesson], pixels: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    """Whether the guard's rating and its category are right, shape (lessons, 2); it is told the rating first."""
+    right = []
+    for start in range(0, len(lessons), 64):
+        part = lessons[start : start + 64]
+        ids, _ = teacher.batch(part)
+        with torch.inference_mode():
+            logits = guard.language.lm_head(guard.read(ids, guard.see(pixels[start : start + 64])))
+        for row, lesson in enumerate(part):
+            before = logits[row, len(lesson.prompt) - 1 :]
+            unsafe = before[teacher.rating_at, teacher.unsafe] > before[teacher.rating_at, teacher.safe]
+            category = int(before[teacher.category_at].argmax())
+            right.append((bool(unsafe) == (lesson.rating == "Unsafe"), category == lesson.answer[teacher.category_at]))
+    return np.array(right)
+
+
+def accept(folder: Path, count: int = 2_000, workers: int = 1) -> dict[str, float]:
+    """Judge `count` fresh images, half of them harmless, by the checkpoint in `folder`: shares in [0, 1].
+
+    `default`, `waived`, `reworded`: the rating is right under the default policy, with 1 to 3 random categories
+    waived, and with rules reworded besides. `permitted`: the shown category is waived and the rating Safe (the policy
+    exception rate). `category`: the category is right under the default policy.
+    """
+    guard, tokenizer = load(folder)
+    teacher, rng = Teacher(tokenizer), np.random.default_rng(1)
+    images = drawn(range(count), [None] * count, workers)
+    shown = [LABELS[label] for label in images.labels]
+    waived = [waiving(some_categories(rng)) for _ in shown]
+    policies = {
+        "default": [waiving(()) for _ in shown],
+        "waived": waived,
+        "reworded": [edited(rng, blocks) for blocks in waived],
+        "permitted": [waiving({category}) for category in shown],
+    }
+    shares = {}
+    for name, blocks in policies.items():
+        lessons = [teacher.lesson(rng, one, category, None) for one, category in zip(blocks, shown, strict=True)]
+        right = judged(guard, teacher, lessons, images.pixels)
+        counted = images.labels != _HARMLESS if name == "permitted" else slice(None)
+        shares[name] = float(right[counted, 0].mean())
+        if name == "default":
+            shares["category"] = float(right[:, 1].mean())
+    return shares
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build the checkpoint; exit status 1 when it is not good enough."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.tiny_guard.train", description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--random", action="store_true", help="random weights: the same files in seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+    tokenizer = build_tokenizer()
+    guard = TinyGuard(tokenizer)
+    if options.random:
+        save(guard, tokenizer, options.out)
+        return 0
+    plan = Plan()
+    images = training_images(plan.images, options.threads)
+    log.info("drew %d images", plan.images)
+    train_vision(guard, images, plan, rng)
+    save(guard, tokenizer, options.out)
+    for course in plan.courses:
+        train_language(guard, Teacher(tokenizer), images, plan, course, rng)
+        save(guard, tokenizer, options.out)
+    shares = accept(options.out, workers=options.threads)
+    accepted = all(shares[name] >= least for name, least in ACCEPTED.items())
+    log.info(
+        "%s: %s", "accepted" if accepted else "NOT accepted", {name: f"{share:.2%}" for name, share in shares.items()}
+    )
+    return 0 if accepted else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,427 @@
+"""The wire (submissions, verdicts, dead letters) and the values that services hand each other.
+
+Everything here is a value: immutable, free of clocks, sockets and credentials.
+"""
+
+import hashlib
+import math
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import from_json, to_json
+
+from services.core.calibration import Calibration
+from services.core.errors import DeadLetterReason, Malformed
+
+Rating = Literal["Safe", "Unsafe"]
+Action = Literal["allow", "review", "block"]
+Outcome = Literal["verdict", "needs_review", "superseded"]
+ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
+Priority = Literal["live", "backfill"]
+Turn = Literal["interactive"] | Priority
+"""Who comes first at the guard: someone who waits for the answer, then live submissions, then backfill."""
+Effort = Literal["full", "first_look"]
+EffortMode = Literal["full", "adaptive"]
+RationaleMode = Literal["unsafe", "always", "never"]
+Detail = Literal["score", "verdict"]
+"""What the guard is asked for: only the score (one token), or the whole verdict."""
+
+CATEGORIES: Final = (
+    "O1: Hate, Humiliation, Harassment",
+    "O2: Violence, Harm, or Cruelty",
+    "O3: Sexual Content",
+    "O4: Nudity Content",
+    "O5: Criminal Planning",
+    "O6: Weapons or Substance Abuse",
+    "O7: Self-Harm",
+    "O8: Animal Cruelty",
+    "O9: Disasters or Emergencies",
+)
+"""LlavaGuard's categories, in the order and the wording of its training."""
+
+NO_CATEGORY: Final = "NA: None applying"
+
+DEFAULT_POLICY: Final = "default"
+"""What a submission that names no policy asks for: its tenant's policy, else the policy of this name."""
+
+METADATA_LIMIT_BYTES: Final = 65_536
+"""Metadata travels on into the verdict, which must fit into one message too."""
+
+OWN_HEADERS: Final = "sluice-"
+"""How the names of headers begin that only Sluice sets."""
+
+ATTEMPTS: Final = "sluice-attempts"
+
+REPLAYED_FROM: Final = "sluice-replayed-from"
+"""On a submission that was a dead letter: where that stands. `ATTEMPTS` beside it counts the tries until then."""
+
+_ATTEMPTS_DIGITS: Final = 6
+
+_VERDICT_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "urn:sluice:verdict")
+
+
+def _as_utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+Moment = Annotated[datetime, AfterValidator(_as_utc)]
+"""A point in time, always UTC; one without a zone is taken as UTC."""
+
+ETag = Annotated[str, AfterValidator(lambda etag: etag.strip('"'))]
+"""An S3 entity tag without the quotes that HTTP puts around it."""
+
+
+class WireModel(BaseModel):
+    """A message on a stream: immutable; unknown fields are ignored so that producers can be newer."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def _null_as(default: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+class ObjectReference(WireModel):
+    """One object in S3, optionally pinned to a version or to the ETag it is expected to have."""
+
+    bucket: str
+    key: str
+    version_id: str | None = None
+    etag: ETag | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+
+_ID_LIMIT: Final = 256
+
+
+def id_of(name: str) -> str:
+    """The submission id of something with this name: the name itself, or of one that is too long its digest."""
+    return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+class Submission(WireModel):
+    """A request to judge one image, by reference."""
+
+    id: Annotated[str, Field(min_length=1, max_length=_ID_LIMIT)]
+    uri: Annotated[str, Field(description="s3://bucket/key", max_length=2048)]
+    version_id: str | None = None
+    etag: ETag | None = None
+    tenant: Annotated[str, _null_as("default"), Field(max_length=256)] = "default"
+    policy: Annotated[
+        str,
+        _null_as("default"),
+        Field(max_length=256, description="`name` for the active version, or `name@7` for that version"),
+    ] = "default"
+    priority: Annotated[Priority, _null_as("live")] = "live"
+    submitted_at: Moment | None = None
+    metadata: Annotated[dict[str, Any], _null_as({})] = Field(default_factory=dict)
+
+    @field_validator("uri")
+    @classmethod
+    def _names_an_object(cls, uri: str) -> str:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not uri.startswith("s3://") or not bucket or not key:
+            raise ValueError("must be s3://bucket/key")
+        return uri
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_fits(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        if not _is_finite(metadata):
+            # 1e999 is valid JSON but decodes to infinity, which a verdict could not carry on.
+            raise ValueError("a number is out of range")
+        if len(to_json(metadata)) > METADATA_LIMIT_BYTES:
+            raise ValueError(f"is larger than {METADATA_LIMIT_BYTES} bytes")
+        return metadata
+
+    @property
+    def reference(self) -> ObjectReference:
+        bucket, _, key = self.uri.removeprefix("s3://").partition("/")
+        return ObjectReference(bucket=bucket, key=key, version_id=self.version_id, etag=self.etag)
+
+    @classmethod
+    def parse(cls, document: Any) -> Self:
+        """Validate a decoded JSON document.
+
+        Raises:
+            Malformed: with one sentence that names the field, and the id where one could be read.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the message"
+            raise Malformed(f"{field}: {first['msg']}", readable_id(document)) from None
+        except (ArithmeticError, RecursionError, ValueError):
+            # Dates beyond the calendar and integers beyond printing get past the model's own validation.
+            raise Malformed("a value is out of range", readable_id(document)) from None
+
+
+class Upload(Submission):
+    """A request to judge one image that came with it: there is no object to refer to."""
+
+    uri: Annotated[str, Field(pattern=r"^upload:sha256:[0-9a-f]{64}$", description="upload:sha256:<hex>")]
+
+    @field_validator("uri")
+    @classmethod
+    def _names_an_object(cls, uri: str) -> str:
+        return uri
+
+    @staticmethod
+    def uri_of(data: bytes) -> str:
+        """What an image is called that stands nowhere: by the digest of its bytes."""
+        return f"upload:sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _is_finite(value: Any) -> bool:
+    # Depth is bounded by the JSON decoder (200).
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, list) else True
+
+
+def decode_json(value: bytes) -> Any:
+    """Decode one JSON text (RFC 8259: UTF-8, no NaN or Infinity).
+
+    Raises:
+        Malformed: it is not UTF-8 or not JSON.
+    """
+    try:
+        return from_json(value, allow_inf_nan=False)
+    except ValueError as error:
+        raise Malformed(f"the message is not JSON in UTF-8: {error}") from None
+
+
+def readable_id(document: Any) -> str | None:
+    """The submission id of a document that may be malformed elsewhere, or None."""
+    candidate = document.get("id") if isinstance(document, dict) else None
+    return candidate if isinstance(candidate, str) and 0 < len(candidate) <= 256 else None
+
+
+class PolicyIdentity(WireModel):
+    """The policy version a verdict was judged by."""
+
+    name: str
+    version: int
+    digest: str
+
+
+class ModelIdentity(WireModel):
+    """What judged: the checkpoint, the engine, and the digest of the prompt text it was given."""
+
+    name: str
+    revision: str
+    engine: str
+    prompt: str
+
+
+class AppliedCalibration(WireModel):
+    """What made a verdict's score of the guard's own: see `sluice calibrate`."""
+
+    digest: str
+    raw_score: Annotated[float, Field(ge=0, le=1, description="the guard's own score, before the calibration")]
+
+
+class ImageFacts(WireModel):
+    """The image as it was submitted; width and height in pixels, upright (after EXIF orientation)."""
+
+    width: int
+    height: int
+    format: str
+    frames: int = 1
+
+
+class Timings(WireModel):
+    """Milliseconds a submission spent in each step."""
+
+    queued: int = 0
+    fetch: int = 0
+    prepare: int = 0
+    guard: int = 0
+    total: int = 0
+
+
+class Verdict(WireModel):
+    """The answer to one submission."""
+
+    verdict_id: str
+    submission_id: str
+    uri: str
+    version_id: str | None
+    etag: str | None
+    sha256: str | None
+    tenant: str
+    outcome: Outcome
+    reason: ReviewReason | None = None
+    rating: Rating | None
+    category: str | None
+    rationale: str | None
+    score: Annotated[float, Field(ge=0, le=1, description="P(Unsafe)")] | None
+    action: Action | None
+    policy: PolicyIdentity | None
+    model: ModelIdentity | None
+    calibration: AppliedCalibration | None = None
+    effort: Effort | None
+    source: Literal["guard"] | None = "guard"
+    image: ImageFacts | None
+    timings_ms: Timings
+    metadata: dict[str, Any]
+    submitted_at: Moment
+    judged_at: Moment
+
+
+def verdict_id(
+    *,
+    submission_id: str,
+    uri: str,
+    object_version: str,
+    policy_digest: str,
+    model_revision: str,
+    calibration: str | None = None,
+) -> str:
+    """UUIDv5 of what was judged by what: judging the same thing again gives the same id.
+
+    `object_version` is the object's version id, else its ETag, else the sha256 of its bytes; `calibration` is the
+    digest of the map that was applied to the score, if any.
+    """
+    judged_by = [policy_digest, model_revision] if calibration is None else [policy_digest, model_revision, calibration]
+    name = to_json([submission_id, uri, object_version, *judged_by]).decode()
+    return str(uuid.uuid5(_VERDICT_NAMESPACE, name))
+
+
+class DeadLetter(WireModel):
+    """A submission that can never be judged. The original bytes are the dead letter's value; this is its headers."""
+
+    model_config = ConfigDict(
+        alias_generator=lambda name: f"sluice-{name.replace('_', '-')}", validate_by_name=True, validate_by_alias=True
+    )
+
+    submission_id: str | None = None
+    reason: DeadLetterReason
+    detail: Annotated[str, Field(description="one sentence")]
+    attempts: int
+    source: Annotated[str, Field(description="stream/partition/offset (Kafka) or stream/id (Redis Streams)")]
+    failed_at: Moment
+
+    def headers(self) -> tuple[tuple[str, bytes], ...]:
+        """One header for each field that is known, UTF-8."""
+        fields = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return tuple((name, str(value).encode()) for name, value in fields.items())
+
+    @classmethod
+    def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self:
+        """The inverse of `headers`; headers that are not Sluice's are ignored."""
+        return cls.model_validate(
+            {name: value.decode(errors="replace") for name, value in headers if name.startswith(OWN_HEADERS)}
+        )
+
+
+def producer_headers(headers: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
+    """What a message says besides its value and key, without what only Sluice may say."""
+    return tuple((name, value) for name, value in headers if not name.lower().startswith(OWN_HEADERS))
+
+
+def attempts_before(headers: Iterable[tuple[str, bytes]]) -> int:
+    """How often a replayed submission was tried until it became the dead letter that it was; 0 for any other."""
+    own = {name.lower(): value for name, value in headers}
+    attempts = own.get(ATTEMPTS, b"") if REPLAYED_FROM in own else b""
+    return int(attempts) if attempts.isdigit() and len(attempts) <= _ATTEMPTS_DIGITS else 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Bytes read from the object store, with the version that they belong to."""
+
+    data: bytes
+    version_id: str | None
+    etag: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """What the guard sees: an upright RGB JPEG or PNG no larger than the model can use."""
+
+    data: bytes
+    media_type: Literal["image/jpeg", "image/png"]
+    width: int
+    height: int
+    sha256: str
+    """Of the original bytes, lower-case hex."""
+    facts: ImageFacts
+    """Of the original."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Scores from which an Unsafe rating becomes a review or a block; both in [0, 1], review <= block."""
+
+    review: float
+    block: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRateBand:
+    """How much of what a policy version judges it may block; outside of the band something is wrong with it."""
+
+    at_least: float
+    """Share in [0, 1]."""
+    at_most: float
+    """Share in [0, 1], not below `at_least`."""
+    window_s: float
+    """Seconds of verdicts that the share is taken over."""
+    after: int
+    """Verdicts that the window has to hold before the share means anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One version of a policy, ready to judge by."""
+
+    identity: PolicyIdentity
+    prompt: str
+    thresholds: Thresholds
+    category_thresholds: Mapping[str, Thresholds]
+    """Overrides, by full category name."""
+    rationale: RationaleMode
+    effort: EffortMode
+    first_look_below: float
+    """With effort `adaptive`: a first look with a score below this bound is accepted as Safe."""
+    own_categories: tuple[str, ...] = ()
+    """Full names of the categories that the policy adds to `CATEGORIES`, e.g. `O10: Gambling`."""
+    block_rate: BlockRateBand | None = None
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    """What maps the score of a checkpoint to a probability, by the checkpoint's revision; mostly there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChoice:
+    """The policy version that a submission is judged by, and one to compare it with, if any."""
+
+    policy: Policy
+    shadow: Policy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What the guard says about one image under one policy. With detail `score`, only the score is looked at."""
+
+    rating: Rating
+    category: str
+    rationale: str | None
+    score: float
+    """P(Unsafe) in [0, 1], read before any grammar mask; of a calibrated policy what the calibration makes of it."""
+    model: ModelIdentity
+    rationale_truncated: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    calibration: AppliedCalibration | None = None

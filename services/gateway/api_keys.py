@@ -1,0 +1,292 @@
+"""API keys: immutable objects in the policy bucket, and the copy of them that every gateway keeps.
+
+    keys/<id>/key.json        who may do what, and the digest of the key; written once
+    keys/<id>/revoked.json    that it is revoked; written once
+
+So nothing of them is lost with Redis, and each gateway finds within seconds what was created or revoked. A key has 256
+random bits: nobody can guess it from a plain SHA-256, and a slow hash would only slow down every request.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import Field, ValidationError
+from pydantic_core import to_json
+
+from services.core.errors import ConfigurationError, Unavailable
+from services.core.messages import Moment, WireModel
+from services.core.s3 import s3_client
+from services.core.settings import Settings
+from services.core.tasks import ended
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+Role = Literal["moderate", "review", "admin"]
+ROLES: Final[tuple[Role, ...]] = ("moderate", "review", "admin")
+"""Each may do what those before it may."""
+
+_TOKEN: Final = re.compile(r"sk-sluice-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
+_PATH: Final = re.compile(r"keys/([0-9a-f]{16})/(key|revoked)\.json")
+_BELIEVED_S: Final = 300.0
+"""How long keys are believed while the bucket does not answer: longer, and a revoked one might be among them."""
+_SEARCH_S: Final = 0.5
+_SEARCH_SHARE: Final = 10
+"""The bucket is searched for keys that are not known here at most so often, and for one part in so many of the time."""
+_READERS: Final = 8
+
+log = logging.getLogger(__name__)
+
+
+class KeysUnavailable(Unavailable):
+    """The policy bucket, where API keys are kept, does not answer."""
+
+
+class ApiKey(WireModel):
+    """What is kept of a key: everything but the key."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    role: Role
+    tenant: Annotated[str, Field(min_length=1, max_length=256)] = "default"
+    rate_per_s: Annotated[float, Field(gt=0)] | None = None
+    concurrency: Annotated[int, Field(gt=0)] | None = None
+    digest: str
+    """SHA-256 of the key, hex."""
+    created_at: Moment
+    created_by: str = ""
+
+    def may(self, role: Role) -> bool:
+        """Whether the key's role is `role` or more."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+class KeyRegistry:
+    """Creates, lists and revokes keys in one bucket. Blocking: call it off the event loop.
+
+    Any method raises KeysUnavailable where the bucket does not answer.
+    """
+
+    def __init__(self, s3: "S3Client", bucket: str) -> None:
+        self._s3 = s3
+        self._bucket = bucket
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The policy bucket of these settings, with credentials the usual AWS way."""
+        client = s3_client(
+            settings, connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}
+        )
+        return cls(client, settings.policy_bucket)
+
+    def create(
+        self,
+        name: str,
+        role: Role,
+        *,
+        tenant: str = "default",
+        rate_per_s: float | None = None,
+        concurrency: int | None = None,
+        who: str = "",
+    ) -> tuple[ApiKey, str]:
+        """A new key, and the token that is shown once and kept nowhere.
+
+        Raises:
+            ConfigurationError: a field is wrong.
+        """
+        key_id = secrets.token_hex(8)
+        token = f"sk-sluice-{key_id}-{secrets.token_urlsafe(32)}"
+        try:
+            key = ApiKey(
+                id=key_id,
+                name=name,
+                role=role,
+                tenant=tenant,
+                rate_per_s=rate_per_s,
+                concurrency=concurrency,
+                digest=_digest(token),
+                created_at=datetime.now(UTC),
+                created_by=who,
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ConfigurationError(f"the key's {first['loc'][0]} is wrong: {first['msg']}") from None
+        self._put(f"keys/{key_id}/key.json", key.model_dump_json().encode())
+        return key, token
+
+    def revoke(self, key_id: str, *, who: str = "") -> None:
+        """Revoke a key for ever; safe to repeat.
+
+        Raises:
+            ConfigurationError: there is no such key.
+        """
+        if not re.fullmatch("[0-9a-f]{16}", key_id) or key_id not in self.index():
+            raise ConfigurationError(f"there is no API key with the id {key_id!r}; `sluice keys list` has them all")
+        self._put(f"keys/{key_id}/revoked.json", to_json({"at": datetime.now(UTC), "who": who}))
+
+    def index(self) -> dict[str, bool]:
+        """The ids of all keys, and whether each is revoked. What else lies beside them is passed over."""
+        found: dict[str, set[str]] = {"key": set(), "revoked": set()}
+        for path in self._paths():
+            if parts := _PATH.fullmatch(path):
+                found[parts[2]].add(parts[1])
+        return {key_id: key_id in found["revoked"] for key_id in sorted(found["key"])}
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """One key, revoked or not; None where what is kept of it is wrong, or of a newer release."""
+        try:
+            body: bytes = self._s3.get_object(Bucket=self._bucket, Key=f"keys/{key_id}/key.json")["Body"].read()
+        except (ClientError, BotoCoreError) as error:
+            raise KeysUnavailable(f"the API key {key_id} cannot be read in the policy bucket: {error}") from error
+        try:
+            key = ApiKey.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            log.warning("the API key %s is refused: %s: %s", key_id, ".".join(map(str, first["loc"])), first["msg"])
+            return None
+        if key.id != key_id:  # a copy would be good for as long as it is there, even if the key itself is revoked
+            log.warning("the API key %s is refused: what is kept of it is of the key %s", key_id, key.id)
+            return None
+        return key
+
+    def get_each(self, key_ids: list[str]) -> list[ApiKey]:
+        """Several keys, in their order, without those that `get` has not."""
+        with ThreadPoolExecutor(_READERS) as readers:
+            return [key for key in readers.map(self.get, key_ids) if key is not None]
+
+    def _put(self, path: str, body: bytes) -> None:
+        try:
+            self._s3.put_object(
+                Bucket=self._bucket, Key=path, Body=body, ContentType="application/json", IfNoneMatch="*"
+            )
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code not in {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}:
+                raise KeysUnavailable(f"the policy bucket {self._bucket!r} cannot be used: {error}") from error
+        except BotoCoreError as error:
+            raise KeysUnavailable(f"the policy bucket {self._bucket!r} does not answer: {error}") from error
+
+    def _paths(self) -> Iterator[str]:
+        more: dict[str, Any] = {}
+        while True:
+            try:
+                page: Mapping[str, Any] = self._s3.list_objects_v2(Bucket=self._bucket, Prefix="keys/", **more)
+            except (ClientError, BotoCoreError) as error:
+                raise KeysUnavailable(f"the policy bucket {self._bucket!r} does not answer: {error}") from error
+            yield from (str(found["Key"]) for found in page.get("Contents", ()))
+            if not page.get("IsTruncated"):
+                return
+            more["ContinuationToken"] = page["NextContinuationToken"]
+
+
+class KeyRing:
+    """The keys as this process knows them. To be used as an async context manager."""
+
+    def __init__(
+        self, registry: KeyRegistry, *, refresh_s: float = 2.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`refresh_s`: how often the bucket is asked, so how long a revoked key may still be taken."""
+        self._registry = registry
+        self._refresh_s = refresh_s
+        self._clock = clock
+        self._keys: dict[str, ApiKey] = {}
+        self._refused: set[str] = set()
+        """What `get` has not, though it is there. Keys never change, so it need not be asked for again."""
+        self._seen_at = float("-inf")
+        self._tried_at = float("-inf")
+        self._took_s = 0.0
+        self._looking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        with suppress(KeysUnavailable):
+            await self._look()
+        self._task = asyncio.create_task(self._refresh())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await ended(self._task)
+        if self._looking is not None:
+            await asyncio.wait([self._looking])  # its thread cannot be told to end, and ends soon
+
+    async def find(self, token: str) -> ApiKey | None:
+        """The key that a token is, or None where there is none, or it is revoked.
+
+        Raises:
+            KeysUnavailable: what is known is too old to be believed.
+        """
+        if (parts := _TOKEN.fullmatch(token)) is None:
+            return None
+        key = self._keys.get(parts[1])
+        if key is None:
+            key = await self._search(parts[1])
+        self.check()
+        return key if key is not None and hmac.compare_digest(key.digest, _digest(token)) else None
+
+    def check(self) -> None:
+        """
+        Raises:
+            KeysUnavailable: what is known is too old to be believed.
+        """
+        if self._clock() - self._seen_at > _BELIEVED_S:
+            raise KeysUnavailable("the policy bucket, where API keys are kept, does not answer")
+
+    async def _search(self, key_id: str) -> ApiKey | None:
+        """The key if it was created by now. Those who ask for what is not known share a look at the bucket."""
+        asked_at = self._clock()
+        pause_s = max(_SEARCH_S, min(self._refresh_s, _SEARCH_SHARE * self._took_s))
+        await asyncio.sleep(max(0.0, pause_s - (asked_at - self._tried_at)))
+        with suppress(KeysUnavailable):
+            while self._seen_at < asked_at:  # a look that was under way may have missed it
+                await self._look()
+        return self._keys.get(key_id)
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_s)
+            try:
+                await self._look()
+            except KeysUnavailable as error:
+                log.warning("the known API keys are kept: %s", error)
+            except Exception:
+                log.exception("API keys could not be looked at; they are again in %g s", self._refresh_s)
+
+    async def _look(self) -> None:
+        """Compare with the bucket; those who ask meanwhile share the answer."""
+        # One that has ended, and of which nobody was told yet, must not be waited for: that would never be a wait.
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._compare())
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        if self._looking is task:
+            self._looking = None
+        if not task.cancelled():
+            task.exception()  # whoever waited has got it
+
+    async def _compare(self) -> None:
+        began = self._tried_at = self._clock()
+        index = await asyncio.to_thread(self._registry.index)
+        valid = {key_id for key_id, revoked in index.items() if not revoked}
+        # First those that are gone: a new one that cannot be read must not keep them.
+        self._keys = {key_id: key for key_id, key in self._keys.items() if key_id in valid}
+        unknown = valid - self._keys.keys() - self._refused
+        new = {key.id: key for key in await asyncio.to_thread(self._registry.get_each, sorted(unknown))}
+        self._keys |= new
+        self._refused = (self._refused & valid) | (unknown - new.keys())
+        self._seen_at, self._took_s = began, self._clock() - began
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,298 @@
+"""/v1/assessments: one image, judged for who waits or asks again later. The answer is a verdict as on the stream."""
+
+import asyncio
+import hashlib
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, Self
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import to_json
+
+from services.core.messages import Detail, Verdict
+from services.core.tasks import ended
+from services.gateway.api_keys import ApiKey
+from services.gateway.assessment_store import Record, Records
+from services.gateway.auth import Access
+from services.gateway.image_inputs import Image, Wish, at_url, referred, uploaded
+from services.gateway.load_shedding import Judge
+from services.gateway.problems import Problem, problem_of
+from services.gateway.rate_limits import Rates
+from services.gateway.request_bodies import Account, Bodies, decoded, is_form
+from services.gateway.url_fetch import RemoteImages
+
+PATH: Final = "/v1/assessments"
+_PASSING: Final = frozenset({429, 500, 503})
+LONGEST_WAIT_S: Final = 300
+_LOOK_S: Final = 0.1
+_ID: Final = re.compile("[0-9a-f]{32}")
+
+Wait = Annotated[
+    float,
+    Query(
+        ge=0,
+        le=LONGEST_WAIT_S,
+        description="seconds to wait for the verdict; where it is not there by then the answer is 202",
+    ),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255, description="requests with the same key and body are judged once"),
+]
+
+
+class AssessmentRequest(BaseModel):
+    """One image by reference, and how to judge it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"uri": "s3://uploads/cat.jpg", "policy": "default", "detail": "verdict"}]},
+    )
+
+    uri: Annotated[str | None, Field(description="s3://bucket/key; or https:// where the settings allow the host")] = (
+        None
+    )
+    version_id: Annotated[str | None, Field(max_length=1024)] = None
+    etag: Annotated[str | None, Field(max_length=1024)] = None
+    id: Annotated[
+        str | None,
+        Field(min_length=1, max_length=256, description="yours; it is the verdict's `submission_id`"),
+    ] = None
+    policy: Annotated[str, Field(max_length=256, description="`name`, or `name@7`; the tenant's unless given")] = (
+        "default"
+    )
+    detail: Annotated[
+        Detail, Field(description="score: one token; the verdict then has no category and no rationale")
+    ] = "verdict"
+
+    @model_validator(mode="after")
+    def _pins_what_it_names(self) -> Self:
+        if self.uri is None and (self.version_id or self.etag):
+            raise ValueError("version_id and etag are of an object in S3; an upload has none")
+        return self
+
+
+class AssessmentForm(BaseModel):
+    """An upload: the image, and the fields of `AssessmentRequest` as JSON, or each as a field of the form."""
+
+    file: Annotated[str, Field(json_schema_extra={"format": "binary"})]
+    request: Annotated[str | None, Field(description="JSON: id, policy, detail")] = None
+    id: str | None = None
+    policy: str | None = None
+    detail: Literal["score", "verdict"] | None = None
+
+
+class Assessment(BaseModel):
+    """An assessment that is not a verdict (yet)."""
+
+    id: str
+    status: Literal["pending", "failed"]
+    problem: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One request to judge."""
+
+    image: Image
+    detail: Detail
+    digest: str
+    """Of everything that says what is judged and how."""
+
+
+class Assessments:
+    """Judges in tasks that outlive their requests; bounded by each key's number of jobs and by the judge."""
+
+    def __init__(self, judge: Judge, records: Records, rates: Rates) -> None:
+        self._judge = judge
+        self._records = records
+        self._rates = rates
+        self._tasks: dict[str, asyncio.Task[Record]] = {}
+
+    async def start(self, pending: Record, asked: _Asked, key: ApiKey, held: ExitStack) -> asyncio.Task[Record]:
+        """Begin to judge. `held` is closed at the end: what the image takes is held until then.
+
+        Raises:
+            Problem: the key has as many jobs as it may have; `held` is closed.
+        """
+        try:
+            held.enter_context(self._rates.running(key, "jobs"))
+        except Problem as problem:
+            held.close()
+            # Where it was promised already, nobody must wait for it.
+            await self._records.keep(_failed(pending, problem))
+            raise
+        held.enter_context(self._records.working(pending))
+        task = asyncio.create_task(self._run(pending, asked, held))
+        self._tasks[pending.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
+        return task
+
+    async def ended(self, assessment_id: str, wait_s: float) -> Record | None:
+        """What is known of an assessment, here or in another process, at its end or after `wait_s` seconds."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        if task := self._tasks.get(assessment_id):
+            await asyncio.wait([task], timeout=wait_s)
+            if task.done():
+                return task.result()
+        while True:
+            record = await self._records.get(assessment_id)
+            if record is None or record.status != "pending" or asyncio.get_running_loop().time() >= deadline:
+                return record
+            await asyncio.sleep(_LOOK_S)
+
+    async def drain(self, within_s: float) -> None:
+        """Finish what was begun; what takes longer is ended, and whoever asks for it hears that it was interrupted."""
+        if tasks := list(self._tasks.values()):
+            _, late = await asyncio.wait(tasks, timeout=within_s)
+            await asyncio.gather(*map(ended, late))
+
+    async def _run(self, pending: Record, asked: _Asked, held: ExitStack) -> Record:
+        with held:
+            try:
+                verdict = await self._judge.judge(asked.image, asked.detail)
+                record = Record(id=pending.id, tenant=pending.tenant, status="done", verdict=verdict)
+            except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks has to hear of it
+                record = _failed(pending, problem_of(error))
+            await self._records.keep(record)
+            return record
+
+
+def _failed(pending: Record, problem: Problem) -> Record:
+    return Record(id=pending.id, tenant=pending.tenant, status="failed", problem=problem.document())
+
+
+def router(
+    access: Access, bodies: Bodies, assessments: Assessments, records: Records, remote: RemoteImages
+) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["assessments"])
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": Verdict, "description": "The verdict"},
+        202: {"model": Assessment, "description": "Not judged yet; ask again at `Location`"},
+    }
+
+    @routes.post(
+        PATH,
+        summary="Judge one image",
+        responses=answers,
+        openapi_extra={"requestBody": {"required": True, "content": _content()}},
+    )
+    async def assess(
+        request: Request,
+        key: Annotated[ApiKey, Depends(access.needs("moderate"))],
+        wait: Wait = 0,
+        idempotency_key: IdempotencyKey = None,
+    ) -> Response:
+        assessment_id = uuid.uuid4().hex
+        with ExitStack() as held:
+            account = held.enter_context(bodies.memory.account(key.id))
+            asked = await _asked(request, Wish(key, assessment_id), bodies, remote, account)
+            pending = Record(id=assessment_id, tenant=key.tenant, status="pending", process=records.process)
+            if idempotency_key is not None:
+                known = await _claimed(f"{key.id}:{idempotency_key}", asked.digest, pending)
+                if known != assessment_id:
+                    return _answer(await assessments.ended(known, wait), known)
+            elif not wait:
+                await records.promise(pending)
+            task = await assessments.start(pending, asked, key, held.pop_all())
+        if wait:
+            await asyncio.wait([task], timeout=wait)
+            if not task.done() and idempotency_key is None:
+                await records.promise(pending)
+        return _answer(task.result() if task.done() else pending, assessment_id)
+
+    async def _claimed(name: str, request: str, pending: Record) -> str:
+        """The assessment that an idempotency key stands for: a new one, unless it was used before."""
+        known = await records.claim(name, request, pending)
+        if known.request != request:
+            raise Problem("idempotency-key-reused", "the idempotency key came with another request before")
+        if known.assessment != pending.id:
+            record = await records.get(known.assessment)
+            # What was not judged for a passing reason may be tried again, by one of those who ask.
+            passing = record is None or (record.problem is not None and record.problem["status"] in _PASSING)
+            if passing and await records.replace(name, known, pending):
+                return pending.id
+        return known.assessment
+
+    @routes.get(
+        f"{PATH}/{{assessment_id}}",
+        summary="Ask for an assessment again",
+        responses=answers,
+    )
+    async def look(
+        assessment_id: str, key: Annotated[ApiKey, Depends(access.needs("moderate"))], wait: Wait = 0
+    ) -> Response:
+        record = await assessments.ended(assessment_id, 0) if _ID.fullmatch(assessment_id) else None
+        if record is None or record.tenant != key.tenant:
+            raise Problem("not-found", "there is no such assessment, or it was too long ago")
+        if record.status == "pending" and wait:
+            record = await assessments.ended(assessment_id, wait)
+        return _answer(record, assessment_id)
+
+    return routes
+
+
+def _answer(record: Record | None, assessment_id: str) -> Response:
+    location = {"Location": f"{PATH}/{assessment_id}"}
+    if record is not None and record.problem is not None:
+        raise Problem.of_document(record.problem)
+    if record is not None and record.verdict is not None:
+        body = record.verdict.model_dump_json()
+        return Response(body, 200, location, "application/json")
+    body = to_json({"id": assessment_id, "status": "pending"}).decode()
+    return Response(body, 202, location | {"Retry-After": "1"}, "application/json")
+
+
+async def _asked(request: Request, wish: Wish, bodies: Bodies, remote: RemoteImages, account: Account) -> _Asked:
+    if is_form(request):
+        form = await bodies.form(request, account)
+        if form.file is None:
+            raise Problem("invalid", "the part `file` with the image is missing", param="file")
+        wanted = _parsed(_fields(form.fields))
+        if wanted.uri is not None:
+            raise Problem("invalid", "an upload has no uri: send one or the other", param="uri")
+        image = await uploaded(form.file, _wish(wish, wanted))
+    else:
+        wanted = _parsed(await bodies.json(request, account))
+        if wanted.uri is None:
+            raise Problem("invalid", "uri is missing; or send the image as multipart/form-data", param="uri")
+        if wanted.uri.startswith("s3://"):
+            image = referred(wanted.uri, _wish(wish, wanted), version_id=wanted.version_id, etag=wanted.etag)
+        else:
+            image = await at_url(wanted.uri, _wish(wish, wanted), remote=remote, account=account)
+    said = [wanted.id, image.submission.uri, wanted.version_id, wanted.etag, wanted.policy, wanted.detail]
+    return _Asked(image, wanted.detail, hashlib.sha256(to_json(said)).hexdigest())
+
+
+def _wish(wish: Wish, wanted: AssessmentRequest) -> Wish:
+    return Wish(wish.key, wanted.id or wish.submission_id, wanted.policy)
+
+
+def _fields(fields: Mapping[str, str]) -> Any:
+    """The fields of a form: each by itself, over those in the JSON of `request`."""
+    inside = decoded(fields["request"]) if "request" in fields else {}
+    if not isinstance(inside, dict):
+        raise Problem("invalid", "the part `request` has to be a JSON object", param="request")
+    return inside | {name: value for name, value in fields.items() if name != "request"}
+
+
+def _parsed(document: Any) -> AssessmentRequest:
+    try:
+        return AssessmentRequest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise Problem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+
+
+def _content() -> dict[str, Any]:
+    return {
+        "application/json": {"schema": {"$ref": "#/components/schemas/AssessmentRequest"}},
+        "multipart/form-data": {"schema": {"$ref": "#/components/schemas/AssessmentForm"}},
+    }

@@ -1,0 +1,277 @@
+"""/v1/policies: what `sluice policy` does, over HTTP. Reading takes the role review, changing the role admin."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+
+from services.core.errors import ConfigurationError, UnknownPolicy
+from services.gateway.api_keys import ApiKey
+from services.gateway.auth import Access
+from services.gateway.problems import Problem
+from services.gateway.request_bodies import Bodies, decoded
+from services.policies.cache import PolicyCache
+from services.policies.document_yaml import BadDocument, read_document, warnings
+from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.registry import PolicyRegistry, StoredVersion
+from services.policies.rollout import Change
+from services.policies.tenants import is_document_name
+
+PATH: Final = "/v1/policies"
+_LARGEST_VERSION: Final = 99_999_999
+_EXAMPLE: Final = {"name": "shop", "categories": {"O6": "waive"}, "thresholds": {"review": 0.4, "block": 0.8}}
+
+log = logging.getLogger(__name__)
+
+
+class PolicySummary(BaseModel):
+    """The roll-out of one policy."""
+
+    name: str
+    versions: int
+    newest: int | None
+    active: int | None
+    canary: dict[str, Any] | None
+    shadow: dict[str, Any] | None
+    tripped: list[int]
+
+
+class PolicyVersion(BaseModel):
+    """One version."""
+
+    name: str
+    version: int
+    digest: str
+    document: dict[str, Any]
+
+
+class Published(BaseModel):
+    """A version that was just published; it is not active yet."""
+
+    name: str
+    version: int
+    digest: str
+    warnings: list[str]
+
+
+class Activation(BaseModel):
+    """Which version to make active, and why."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"version": 1, "why": "figures are good"}]}
+    )
+
+    version: Annotated[int, Field(ge=1, le=_LARGEST_VERSION)]
+    why: Annotated[str, Field(max_length=2000)] = ""
+
+
+class Rollback(BaseModel):
+    """Why to go back."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"why": "the phone does not stop"}]})
+
+    why: Annotated[str, Field(max_length=2000)] = ""
+
+
+class HistoryEntry(BaseModel):
+    """One change of a roll-out."""
+
+    name: str
+    number: int
+    action: str
+    from_: Annotated[int | None, Field(alias="from")]
+    to: int | None
+    who: str
+    why: str
+    at: str
+
+
+class PolicyRoutes:
+    """The routes' work: the registry in threads, and the news of what was done."""
+
+    def __init__(self, registry: PolicyRegistry, shared: SharedCopies, cache: PolicyCache) -> None:
+        self._registry = registry
+        self._shared = shared
+        self._cache = cache
+
+    async def summaries(self) -> list[dict[str, Any]]:
+        names = await asyncio.to_thread(self._registry.names)
+        return list(await asyncio.gather(*(asyncio.to_thread(self._summary, name) for name in names)))
+
+    async def version(self, reference: str) -> StoredVersion:
+        """
+        Raises:
+            UnknownPolicy: there is no such version, or none is active.
+        """
+        name, at, number = reference.partition("@")
+        if not is_document_name(name) or (at and not (number.isascii() and number.isdigit() and len(number) <= 8)):
+            raise UnknownPolicy(f"{reference!r} is neither a policy nor a version, such as default@3")
+        return await asyncio.to_thread(self._stored, name, int(number) if at else None)
+
+    async def publish(self, data: bytes) -> tuple[StoredVersion, list[str]]:
+        """
+        Raises:
+            Problem: the document is wrong; all that is wrong with it is named.
+        """
+        try:
+            document = await asyncio.to_thread(read_document, data, "document")
+        except BadDocument as error:
+            problems = [
+                {"line": each.line, "column": each.column, "field": each.field, "message": each.message}
+                for each in error.problems
+            ]
+            raise Problem("bad-policy", str(error), problems=problems) from None
+        stored = await asyncio.to_thread(self._registry.publish, document)
+        await self._tell(self._shared.keep_version(stored))
+        return stored, warnings(document)
+
+    async def change(self, change: Callable[[], Change]) -> Change:
+        """Make a change of a roll-out, and tell every process.
+
+        Raises:
+            Problem: the roll-out does not allow it.
+        """
+        try:
+            done = await asyncio.to_thread(change)
+        except ConfigurationError as error:
+            raise Problem("policy-conflict", str(error)) from None
+        self._cache.accept(done)
+        await self._tell(self._shared.offer(done.name, done))
+        return done
+
+    async def history(self, name: str) -> list[Change]:
+        return await asyncio.to_thread(self._registry.history, name)
+
+    async def _tell(self, telling: Awaitable[None]) -> None:
+        try:
+            await telling
+        except CacheUnavailable as error:
+            log.warning("other processes find a change of a policy by looking: %s", error)
+
+    def _stored(self, name: str, version: int | None) -> StoredVersion:
+        if version is None:
+            newest = self._registry.newest_change(name)
+            version = newest.rollout.active if newest else None
+            if version is None:
+                raise UnknownPolicy(f"policy {name} has no active version")
+        return self._registry.get(name, version)
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        newest, versions = self._registry.newest_change(name), self._registry.versions(name)
+        rollout = newest.rollout if newest else None
+        return {
+            "name": name,
+            "versions": len(versions),
+            "newest": versions[-1] if versions else None,
+            "active": rollout.active if rollout else None,
+            "canary": rollout.canary.model_dump(mode="json") if rollout and rollout.canary else None,
+            "shadow": rollout.shadow.model_dump(mode="json") if rollout and rollout.shadow else None,
+            "tripped": sorted(rollout.tripped) if rollout else [],
+        }
+
+
+def router(access: Access, bodies: Bodies, work: PolicyRoutes, registry: PolicyRegistry) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["policies"], prefix=PATH)
+    Reviewer = Annotated[ApiKey, Depends(access.needs("review"))]  # noqa: N806
+    Admin = Annotated[ApiKey, Depends(access.needs("admin"))]  # noqa: N806
+
+    @routes.get("", response_model=list[PolicySummary], summary="List the policies")
+    async def list_(_: Reviewer) -> Response:
+        return _json(await _absent_is_404(work.summaries()))
+
+    @routes.post(
+        "",
+        status_code=201,
+        response_model=Published,
+        summary="Publish a document, in YAML or JSON, as the next version of its name",
+        openapi_extra={"requestBody": {"required": True, "content": _documents()}},
+    )
+    async def publish(request: Request, key: Admin) -> Response:
+        with bodies.memory.account(key.id) as account:
+            stored, warned = await work.publish(await bodies.read(request, account))
+        log.info("%s published %s@%d", key.name, stored.name, stored.version)
+        answer = {"name": stored.name, "version": stored.version, "digest": stored.digest, "warnings": warned}
+        return _json(answer, 201, {"Location": f"{PATH}/{stored.name}@{stored.version}"})
+
+    @routes.get("/{reference}", response_model=PolicyVersion, summary="Show NAME@V, or the active version of NAME")
+    async def show(reference: str, _: Reviewer) -> Response:
+        stored = await _absent_is_404(work.version(reference))
+        document = stored.document.model_dump(mode="json", exclude_defaults=True)
+        return _json({"name": stored.name, "version": stored.version, "digest": stored.digest, "document": document})
+
+    @routes.get(
+        "/{name}/history", response_model=list[HistoryEntry], summary="Every change of a roll-out, oldest first"
+    )
+    async def history(name: str, _: Reviewer) -> Response:
+        return _json([_entry(change) for change in await _absent_is_404(work.history(name))])
+
+    @routes.post(
+        "/{name}/activate",
+        response_model=HistoryEntry,
+        summary="Make a version the one that new submissions get",
+        openapi_extra=_body(Activation),
+    )
+    async def activate(name: str, request: Request, key: Admin) -> Response:
+        with bodies.memory.account(key.id) as account:
+            wanted = _parsed(Activation, await bodies.json(request, account))
+        change = work.change(lambda: registry.activate(name, wanted.version, who=key.name, why=wanted.why))
+        return _json(_entry(await _absent_is_404(change)))
+
+    @routes.post(
+        "/{name}/rollback",
+        response_model=HistoryEntry,
+        summary="Make the version active that was before the present one",
+        openapi_extra=_body(Rollback, required=False),
+    )
+    async def rollback(name: str, request: Request, key: Admin) -> Response:
+        with bodies.memory.account(key.id) as account:
+            body = await bodies.read(request, account)
+        wanted = _parsed(Rollback, decoded(body) if body else {})
+        change = work.change(lambda: registry.rollback(name, who=key.name, why=wanted.why))
+        return _json(_entry(await _absent_is_404(change)))
+
+    return routes
+
+
+async def _absent_is_404(work: Awaitable[Any]) -> Any:
+    try:
+        return await work
+    except UnknownPolicy as error:
+        raise Problem("not-found", str(error)) from None
+    except ConfigurationError as error:
+        raise Problem("unavailable", str(error)) from None
+
+
+def _parsed(model: type[Any], document: Any) -> Any:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise Problem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+
+
+def _entry(change: Change) -> dict[str, Any]:
+    return change.model_dump(mode="json", by_alias=True, exclude={"rollout"})
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(content), status, headers, "application/json")
+
+
+def _body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+
+
+def _documents() -> dict[str, Any]:
+    return {
+        "application/yaml": {"schema": {"type": "string"}, "example": "name: shop\ncategories: {O6: waive}\n"},
+        "application/json": {"schema": {"type": "object"}, "example": _EXAMPLE},
+    }

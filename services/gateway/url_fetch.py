@@ -1,0 +1,156 @@
+"""Images behind http(s) URLs: only from hosts that are named in the settings, and never from inside the network.
+
+A host's name is resolved once, every address of it has to be a public one, and the connection goes to an address that
+was checked: what the name means a moment later does not matter. Redirects are not followed.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpcore
+
+from services.gateway.problems import Problem
+from services.gateway.request_bodies import Account
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+_PORTS: Final = {"http": 80, "https": 443}
+_CONNECT_S: Final = 5.0
+
+
+class RemoteImages:
+    """Fetches images from the hosts that may be asked."""
+
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        *,
+        limit_bytes: int,
+        deadline_s: float,
+        resolve: Resolve | None = None,
+        may_connect: Callable[[Address], bool] | None = None,
+    ) -> None:
+        """`hosts`: `host` for the usual ports or `host:port`; none: nothing is fetched."""
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._limit = limit_bytes
+        self._deadline_s = deadline_s
+        self._backend = _CheckedBackend(resolve or _resolve, may_connect or is_public)
+
+    async def fetch(self, url: str, account: Account) -> bytes:
+        """The bytes behind a URL; what they take is taken from `account`.
+
+        Raises:
+            Problem: the URL may not be fetched, or does not lead to bytes within the limits.
+        """
+        host = self._checked(url)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await self._fetch(url, host, account)
+        except TimeoutError:
+            raise _refused(f"{host} did not deliver within {self._deadline_s:g} s") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ssl.SSLError) as error:
+            raise _refused(f"{host} did not deliver: {type(error).__name__}") from None
+
+    def _checked(self, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            host, port = (parts.hostname or "").lower(), parts.port or _PORTS.get(parts.scheme, 0)
+        except ValueError:
+            raise _refused("the URL cannot be read") from None
+        if parts.scheme not in _PORTS or not host or not url.isascii() or not url.isprintable() or " " in url:
+            raise _refused("the URL has to be https://host/path")
+        if parts.username is not None or parts.password is not None:
+            raise _refused("a URL with a user name or a password is not fetched")
+        usual = port == _PORTS[parts.scheme]
+        if not (f"{host}:{port}" in self._hosts or (usual and host in self._hosts)):
+            raise _refused(f"URLs of {host} are not fetched here; send the image as a data: URL, or as s3://")
+        return host
+
+    async def _fetch(self, url: str, host: str, account: Account) -> bytes:
+        headers: dict[bytes | str, bytes | str] = {
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            "User-Agent": "sluice",
+        }
+        # A connection of its own: one that is kept would skip the check of its address.
+        async with (
+            httpcore.AsyncConnectionPool(network_backend=self._backend, retries=0) as pool,
+            pool.stream("GET", url, headers=headers) as response,
+        ):
+            if response.status != 200:
+                redirects = ", and redirects are not followed" if 300 <= response.status < 400 else ""
+                raise _refused(f"{host} answers {response.status}{redirects}")
+            names = {name.lower(): value for name, value in response.headers}
+            if names.get(b"content-encoding", b"identity").lower() != b"identity":
+                raise _refused(f"{host} sends the image compressed, unasked")
+            content = bytearray()
+            async for chunk in response.aiter_stream():
+                content += chunk
+                if len(content) > self._limit:
+                    raise Problem("image-too-large", f"the image has more than {self._limit} bytes")
+                account.take(len(chunk))
+            return bytes(content)
+
+
+class _CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to addresses that were checked, and to nothing else."""
+
+    def __init__(self, resolve: Resolve, may_connect: Callable[[Address], bool]) -> None:
+        self._resolve = resolve
+        self._may_connect = may_connect
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._resolve(host, port)
+        if not addresses:
+            raise _refused(f"there is no host {host}")
+        if not all(self._may_connect(ipaddress.ip_address(address.partition("%")[0])) for address in addresses):
+            raise _refused(f"{host} has an address that is not a public one")
+        return await self._inner.connect_tcp(
+            addresses[0], port, timeout=_CONNECT_S, local_address=local_address, socket_options=socket_options
+        )
+
+    async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+        raise _refused("no such URL is fetched")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the public Internet, also where it stands for another one."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if inner is not None and not is_public(inner):
+            return False
+        if address.ipv4_mapped is not None:
+            return True
+    return address.is_global and not (
+        address.is_multicast or address.is_reserved or address.is_unspecified or address.is_private
+    )
+
+
+async def _resolve(host: str, port: int) -> list[str]:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(address[0]) for *_, address in found]
+
+
+def _refused(why: str) -> Problem:
+    return Problem("url-refused", why)

@@ -1,0 +1,89 @@
+"""What differs between families of guards, behind one interface.
+
+Another family is a row of `services.guard.checkpoints.CHECKPOINTS` and one module with a `Family` in it.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from services.core.errors import ConfigurationError
+from services.core.messages import NO_CATEGORY, Detail, Policy, Rating
+
+_MARKER: Final = re.compile(r"<image>|<\|[a-z_]+\|>|</?s>|</?(?:start|end)_of_[a-z]+>|</?[A-Z]+_SAFETY_POLICY>")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the engine says to one question."""
+
+    score: float
+    """P(the second word of `Family.ratings`) in [0, 1], at the first position, among the two words."""
+    text: str
+    """What was written from there on."""
+    cut: bool
+    """The token limit ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a family makes of the replies."""
+
+    rating: Rating
+    score: float
+    """P(Unsafe) in [0, 1]."""
+    category: str = NO_CATEGORY
+    rationale: str | None = None
+    truncated: bool = False
+    """The rationale was cut by the token limit."""
+
+
+class Ask(Protocol):
+    """Asks the engine about the image at hand: greedy decoding, one request."""
+
+    async def __call__(self, text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
+        """`text` is the whole prompt, up to where the rating begins. `ebnf` binds what is written from there on.
+
+        Raises:
+            GuardFailed, GuardUnavailable, UnreadableAnswer: as `Guard.assess`.
+        """
+        ...
+
+
+class Family(Protocol):
+    """How one family of guards is asked, and how its answers become a judgement."""
+
+    @property
+    def ratings(self) -> tuple[str, str]:
+        """The words for Safe and for Unsafe, as they are written where a question ends."""
+        ...
+
+    def text(self, prompt: str) -> str:
+        """A policy's text in the words of this family, as a verdict's `model.prompt` stands for it."""
+        ...
+
+    def example(self) -> str:
+        """A whole question with little in it, to try an engine and its tokenizer with."""
+        ...
+
+    async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
+        """Judge the image at hand under a policy.
+
+        An answer may have `answer_tokens` tokens, and as many more as longer names of the policy's own categories take.
+
+        Raises:
+            ConfigurationError: the policy cannot be put to this family.
+            UnreadableAnswer: a reply is not an answer.
+        """
+        ...
+
+
+def without_markers(prompt: str) -> str:
+    """The policy's text as it is.
+
+    Raises:
+        ConfigurationError: it contains a marker of a chat layout, which could end the user's turn early.
+    """
+    if marker := _MARKER.search(prompt):
+        raise ConfigurationError(f"The policy's text must not contain {marker[0]}: it means something to the model.")
+    return prompt

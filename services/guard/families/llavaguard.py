@@ -1,0 +1,66 @@
+"""LlavaGuard and QwenGuard: one question, one JSON answer with rating, category and rationale."""
+
+import logging
+from dataclasses import dataclass
+
+from services.core.messages import CATEGORIES, Detail, Policy, Rating
+from services.guard.families.base import Ask, Judgement
+from services.guard.families.llavaguard_answer import (
+    ANSWER_START,
+    Layout,
+    Wording,
+    grammar,
+    head_tokens,
+    question,
+    read,
+    worded,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaGuard:
+    """The family of LlavaGuard; its releases differ in their chat layout and in the wording of one step."""
+
+    layout: Layout
+    wording: Wording = "describe"
+
+    @property
+    def ratings(self) -> tuple[str, str]:
+        return "Safe", "Unsafe"
+
+    def text(self, prompt: str) -> str:
+        return worded(self.wording, prompt)
+
+    def example(self) -> str:
+        return self._question("Is this image safe?")
+
+    async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
+        """The score alone takes one token without a grammar: prefill and no more.
+
+        Otherwise score and answer come of one request. The score is the odds of the two rating tokens at the first
+        position. The grammar allows both there, so masking the others changes nothing about it; and greedy decoding
+        takes the likelier one. Only weights that would rather spell a rating in pieces can disagree with their own
+        score: then the rating is given to them.
+        """
+        asked = self._question(policy.prompt)
+        if detail == "score":
+            score = (await ask(asked)).score
+            return Judgement("Unsafe" if score > 0.5 else "Safe", score)
+        categories = (*CATEGORIES, *policy.own_categories)
+        # A long name of a category must not be taken out of what the rationale has.
+        tokens = answer_tokens + head_tokens(categories) - head_tokens()
+        reply = await ask(asked, tokens=tokens, ebnf=grammar(policy.rationale, categories=categories))
+        score = reply.score
+        scored: Rating = "Unsafe" if score > 0.5 else "Safe"
+        if score != 0.5 and not reply.text.startswith(scored):
+            logger.debug("asking again with the rating that the score implies")
+            reply = await ask(asked, tokens=tokens, ebnf=grammar(policy.rationale, scored, categories))
+        answer = read(reply.text, policy.rationale, cut=reply.cut, categories=categories)
+        return Judgement(answer.rating, score, answer.category, answer.rationale, answer.truncated)
+
+    def _question(self, prompt: str) -> str:
+        # A layout that ends with a colon has the answer begin with a space, as in training.
+        asked = question(self.layout, self.text(prompt))
+        return f"{asked} {ANSWER_START}" if asked.endswith(":") else asked + ANSWER_START

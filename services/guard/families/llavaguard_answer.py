@@ -1,0 +1,235 @@
+"""How LlavaGuard is asked and how its answer is held to a form and read: pure text in, values out."""
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from services.core.errors import UnreadableAnswer
+from services.core.messages import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
+from services.guard.families.base import without_markers
+
+Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
+"""How a checkpoint was taught to be asked, by SGLang's names of the chat templates."""
+
+Wording = Literal["explain", "describe"]
+"""What a checkpoint was taught that a rationale is; see `worded`."""
+
+ANSWER_START: Final = '{\n    "rating": "'
+"""What every answer begins with. The next token is the rating."""
+
+_CATEGORY_KEY: Final = '",\n    "category": "'
+_RATIONALE_KEY: Final = '",\n    "rationale": "'
+_END: Final = '"\n}'
+
+_VISIBLE: Final = r"[!#-\[\]-~]"
+"""Characters of a rationale that need no escape, but for the space."""
+
+_EXPLAIN: Final = (
+    "Explain the reason why the content is considered safe or unsafe, referring to the description of the assigned "
+    "policy category."
+)
+_DESCRIBE: Final = (
+    "Describe the user content and justify why it is considered safe or unsafe, referring to the specific policy "
+    "category and its associated guidelines to illustrate any violations or compliance."
+)
+
+_CUT_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{0,3})?$")
+_CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
+
+
+def head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
+    """No answer with one of these categories, or none, needs more tokens before its rationale, or without one.
+
+    A token is at least one character, and the answer is ASCII.
+    """
+    longest = max(len(_escaped(category)) for category in (*categories, NO_CATEGORY))
+    return len("Unsafe" + _CATEGORY_KEY + _RATIONALE_KEY) + longest
+
+
+def question(layout: Layout, prompt: str) -> str:
+    """The text that a checkpoint was trained to see, up to where its answer begins; the image comes first.
+
+    The beginning-of-text token is left out where a layout has one: the tokenizer adds it.
+
+    Raises:
+        ConfigurationError: the prompt contains a marker of a layout, which would end the user's turn early.
+    """
+    prompt = without_markers(prompt)
+    match layout:
+        case "chatml-llava":
+            return _chatml(f"<image>\n{prompt}")
+        case "qwen2-vl":
+            return _chatml(f"<|vision_start|><|image_pad|><|vision_end|>{prompt}")
+        case "vicuna_v1.1":
+            return (
+                "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+                f"detailed, and polite answers to the user's questions. USER: <image>\n{prompt} ASSISTANT:"
+            )
+
+
+def worded(wording: Wording, prompt: str) -> str:
+    """The prompt with the third assessment step in the words of a checkpoint's training.
+
+    LlavaGuard's repository trains v1.0 with `explain` (its template json-v16), and v1.1 and later with `describe`
+    (json-v22, json-v24, which share json_template_v20); its notebooks ask v1.2 so, too.
+    """
+    return prompt if wording == "explain" else prompt.replace(_EXPLAIN, _DESCRIBE)
+
+
+def _chatml(user: str) -> str:
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{user}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def grammar(mode: RationaleMode, rating: Rating | None = None, categories: Sequence[str] = CATEGORIES) -> str:
+    """EBNF (xgrammar) of everything after `ANSWER_START`, for both ratings or for a given one.
+
+    `categories` are the full names of all that can be violated. A Safe answer names any of them or none; an Unsafe
+    one names one of them and, unless `mode` is `never`, gives a rationale. A rationale is ASCII with JSON escapes, as
+    in training, begins with a visible character and has no two spaces in a row: so no weights can fill it with white
+    space.
+    """
+    ratings: tuple[Rating, ...] = ("Safe", "Unsafe") if rating is None else (rating,)
+    root = " | ".join(
+        f"{_literal(rating + _CATEGORY_KEY)} {'any' if rating == 'Safe' else 'violated'} "
+        f"{'reasoned' if _has_rationale(rating, mode) else 'bare'}"
+        for rating in ratings
+    )
+    violated = " | ".join(_literal(_escaped(category)) for category in categories)
+    word, escaped = f"{_VISIBLE} {_VISIBLE}*", f'"\\\\" escape {_VISIBLE}*'
+    return "\n".join(
+        [
+            f"root ::= {root}",
+            f"any ::= violated | {_literal(NO_CATEGORY)}",
+            f"violated ::= {violated}",
+            f"bare ::= {_literal(_END)}",
+            # Written so that whole words stay inside one rule. With `+`, `?` or a rule for each character, xgrammar
+            # tries every token that leaves the rule anew at every step: 1000 to 1900 microseconds a token instead of
+            # 4, with a vocabulary of 1424.
+            f"reasoned ::= {_literal(_RATIONALE_KEY)} {word} rest {_literal(_END)}",
+            f'rest ::= "" | " " {word} rest | {escaped} rest | " " {escaped} rest',
+            'escape ::= ["\\\\] | "u" code',
+            # Neither control characters nor lone surrogates, which no UTF-8 message could carry.
+            'code ::= "00" [a-f] hex | "0" [1-9a-f] hex hex | [1-9abcef] hex hex hex | "d" [0-7] hex hex'
+            ' | "d" [89ab] hex hex "\\\\ud" [c-f] hex hex',
+            "hex ::= [0-9a-f]",
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as it was read."""
+
+    rating: Rating
+    category: str
+    rationale: str | None
+    truncated: bool
+    """The rationale was cut by the token limit."""
+
+
+def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES) -> Answer:
+    """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
+
+    Raises:
+        UnreadableAnswer: it is not an answer of the form that `grammar(mode, categories=categories)` gives, or it was
+            cut before its rationale said anything.
+    """
+    whole = ANSWER_START + text
+    truncated = False
+    try:
+        document = json.loads(whole)
+    except ValueError:
+        if not cut:
+            raise UnreadableAnswer("The guard's answer is not JSON.") from None
+        truncated = _ends_inside_string(whole)
+        try:
+            document = json.loads(close(whole))
+        except ValueError:
+            raise UnreadableAnswer("The guard's answer was cut before its category.") from None
+    if not isinstance(document, dict):
+        raise UnreadableAnswer("The guard's answer is not a JSON object.")
+    rating, category, rationale = (document.get(key) for key in ("rating", "category", "rationale"))
+    if rating not in {"Safe", "Unsafe"}:
+        raise UnreadableAnswer("The guard's answer has no rating.")
+    fits = category in categories or (category == NO_CATEGORY and rating == "Safe")
+    if not isinstance(category, str) or not fits:
+        raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
+    if not _has_rationale(rating, mode):
+        return Answer(rating, category, None, truncated=False)
+    if not isinstance(rationale, str) or not (rationale := _clean(rationale)):
+        raise UnreadableAnswer("The guard's answer lacks its rationale.")
+    return Answer(rating, category, rationale, truncated)
+
+
+def _has_rationale(rating: Rating, mode: RationaleMode) -> bool:
+    return mode == "always" or (mode == "unsafe" and rating == "Unsafe")
+
+
+def close(text: str) -> str:
+    """Complete a JSON object that was cut inside, or right behind, its last string; half an escape is dropped."""
+    if _ends_inside_string(text):
+        odd_backslashes = (len(text) - len(text.rstrip("\\"))) % 2
+        if odd_backslashes:
+            text = text[:-1]
+        elif (escape := _CUT_ESCAPE.search(text)) and not _is_escaped(text, escape.start()):
+            text = text[: escape.start()]
+        # The first half of a surrogate pair means nothing alone.
+        if (pair := _CUT_PAIR.search(text)) and not _is_escaped(text, pair.start()):
+            text = text[: pair.start()]
+        text = text.rstrip(" ") + '"'
+    return text.rstrip() + "\n}"
+
+
+def p_unsafe(safe: float, unsafe: float) -> float:
+    """P(Unsafe) in [0, 1] from the log probabilities of the two rating tokens, among these two.
+
+    Raises:
+        UnreadableAnswer: one of them is not a number.
+    """
+    if math.isnan(safe) or math.isnan(unsafe):
+        raise UnreadableAnswer("The guard's score is not a number.")
+    difference = safe - unsafe
+    # Beyond this exp overflows, and the score is 0 in double precision anyway.
+    return 0.0 if difference > 700 else 1 / (1 + math.exp(difference))
+
+
+def _clean(rationale: str) -> str:
+    """Without what a reader cannot see: control, format and unassigned characters, and runs of white space."""
+    seen = (c for c in rationale if c.isspace() or unicodedata.category(c)[0] != "C")
+    return " ".join("".join(seen).split())
+
+
+def _ends_inside_string(text: str) -> bool:
+    inside = escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\" and inside:
+            escaped = True
+        elif character == '"':
+            inside = not inside
+    return inside
+
+
+def _is_escaped(text: str, index: int) -> bool:
+    """Whether the backslash at `index` is itself the second half of an escaped backslash."""
+    before = text[:index]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _escaped(category: str) -> str:
+    """A category as an answer writes it: ASCII with JSON escapes, as in training."""
+    return json.dumps(category)[1:-1]
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

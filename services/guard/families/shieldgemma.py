@@ -1,0 +1,89 @@
+"""ShieldGemma 2: one question for each category that the policy enforces, each answered with Yes or No.
+
+The prompt is that of its chat template (transformers, convert_shieldgemma2_weights_orbax_to_hf.py) and of its model
+card. It was trained on three policies of its own, so LlavaGuard's categories are new to it; how well it judges them
+is unverified.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from services.core.errors import ConfigurationError
+from services.core.messages import CATEGORIES, NO_CATEGORY, Detail, Policy
+from services.guard.families.base import Ask, Judgement, without_markers
+
+# Only as the first line: a rule of the policy's author, which begins with a dash, may say the same.
+_WAIVED: Final = re.compile(r"Category O\d+ is declared as non-violating")
+
+
+@dataclass(frozen=True, slots=True)
+class ShieldGemma:
+    """The family of ShieldGemma 2. The image comes first, so the questions about it share its KV cache."""
+
+    @property
+    def ratings(self) -> tuple[str, str]:
+        return "No", "Yes"
+
+    def text(self, prompt: str) -> str:
+        return prompt
+
+    def example(self) -> str:
+        return _question("No Violence: The image shall not contain violence.")
+
+    async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
+        """The score is that of the category which is violated most likely; a single token answers each question.
+
+        The model gives no reasons. A rationale that the policy wants only names what the model said.
+
+        Raises:
+            ConfigurationError: the policy's prompt has no block of a category.
+        """
+        asked = enforced(policy.prompt, (*CATEGORIES, *policy.own_categories))
+        scores = {category: (await ask(_question(rules))).score for category, rules in asked.items()}
+        category = max(scores, key=lambda category: scores[category]) if scores else NO_CATEGORY
+        score = scores.get(category, 0.0)
+        if score <= 0.5:
+            said = "The model sees no violation of a category; it gives no reasons."
+            return Judgement(
+                "Safe", score, rationale=said if detail == "verdict" and policy.rationale == "always" else None
+            )
+        if detail == "score":
+            return Judgement("Unsafe", score)
+        said = f"The model sees a violation of {category}; it gives no reasons."
+        return Judgement("Unsafe", score, category, None if policy.rationale == "never" else said)
+
+
+def enforced(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
+    """What to ask by category, from a prompt in LlavaGuard's form; categories that it waives are left out.
+
+    `categories` are the full names of those that the prompt may have a block of.
+
+    Raises:
+        ConfigurationError: there is no block of a category in it.
+    """
+    heading = rf"^({'|'.join(map(re.escape, categories))}): ?\n"
+    # What stands before the first heading, then each heading and its rules.
+    _, *parts = re.split(heading, without_markers(prompt).partition("\nAssessment Steps:")[0], flags=re.M)
+    blocks = dict(zip(parts[::2], parts[1::2], strict=True))
+    if not blocks:
+        raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no block of one.")
+    return {
+        category: f"No {category.partition(': ')[2]}: The image follows these rules.\n{rules.strip()}"
+        for category, rules in blocks.items()
+        if not _WAIVED.match(rules)
+    }
+
+
+def _question(rules: str) -> str:
+    # The template opens a turn for the image and another one for the text; the tokenizer adds the <bos>.
+    return (
+        "<start_of_turn>user\n<start_of_image><start_of_turn>user\n"
+        "You are a policy expert trying to help determine whether a generated or real image is in violation of the "
+        "safety policy below. Your decision must very clearly follow the specific language used in the safety policy "
+        "and should not include any interpretation outside of the safety policy.\n\n"
+        f"<BEGIN_SAFETY_POLICY>\n{rules}\n</END_SAFETY_POLICY>\n\n"
+        "Does the image violate the above policy? Your Answer must start with 'Yes' or 'No'.<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )

@@ -1,0 +1,229 @@
+"""Judging images on an engine."""
+
+import asyncio
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, Final, Self
+
+from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
+from services.core.messages import Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
+from services.core.settings import Settings
+from services.guard.engine import Engine
+from services.guard.families.base import Reply
+from services.guard.families.llavaguard_answer import head_tokens, p_unsafe
+from services.guard.slots import Places
+
+RATIONALE_TOKENS: Final = 256
+"""Bound of a rationale. LlavaGuard's take about 70 tokens."""
+
+_PRIORITY: Final[Mapping[Turn, int]] = {"interactive": 2, "live": 1, "backfill": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class _RatingTokens:
+    safe: int
+    unsafe: int
+
+
+class Guard:
+    """Assesses images with an engine's checkpoint: pure inference, no credentials, no network beyond the engine.
+
+    At most `in_flight` assessments are with the engine at a time; the others wait here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        in_flight: int = 16,
+        deadline_s: float = 60,
+        answer_tokens: int = head_tokens() + RATIONALE_TOKENS,
+    ) -> None:
+        """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer under LlavaGuard's
+        own categories; a rationale that does not fit is cut and marked."""
+        self.engine = engine
+        self._places = Places(in_flight, engine.prove_alive)
+        self._deadline_s = deadline_s
+        self._answer_tokens = answer_tokens
+        self._rating_tokens: _RatingTokens | None = None
+
+    @classmethod
+    def from_settings(cls, engine: Engine, settings: Settings) -> Self:
+        return cls(engine, in_flight=settings.guard_in_flight, deadline_s=settings.guard_deadline_s)
+
+    @property
+    def max_side_px(self) -> int:
+        """Longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
+        return self.engine.checkpoint.max_side_px
+
+    def identity(self, policy: Policy) -> ModelIdentity:
+        """What judges under this policy. The prompt's digest is that of the policy's own text.
+
+        Raises:
+            GuardUnavailable: the engine was never started.
+        """
+        return ModelIdentity(
+            name=self.engine.checkpoint.name,
+            revision=self.engine.revision,
+            engine=_engine_version(),
+            prompt=_prompt_digest(self.engine.checkpoint.family.text(policy.prompt)),
+        )
+
+    async def check(self) -> None:
+        """See that the checkpoint, whose engine is ready, can be asked for a score.
+
+        Raises:
+            ConfigurationError: its tokenizer writes both ratings with the same first token.
+            GuardUnavailable: the engine is not ready.
+        """
+        await self._tokens()
+
+    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
+        """Judge an image. Greedy decoding: the same image and policy get the same assessment.
+
+        Raises:
+            GuardFailed: the engine refuses the image twice, or fails three times because of it.
+            GuardUnavailable: the engine is not ready, full, gone, or took longer than the deadline.
+            UnreadableAnswer: the answer cannot be read.
+            ConfigurationError: the policy cannot be put to the checkpoint, such as one with a marker of its layout.
+        """
+        (assessment,) = await self.assess_each(image, [policy], detail, priority)
+        return assessment
+
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+    ) -> list[Assessment]:
+        """Judge an image under several policies, in their order.
+
+        They are asked one after the other in the same place, so that each after the first finds the image in the
+        engine's cache. The deadline is that of one assessment for each policy. Raises as `assess`, whichever policy
+        it is about; then there are no assessments.
+        """
+        if not policies:
+            return []
+        async with self._place(image.sha256, priority, len(policies)):
+            data_url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
+            request = {"image_data": data_url, "priority": _PRIORITY[priority]}
+            return [await self._assess(request, policy, detail) for policy in policies]
+
+    @asynccontextmanager
+    async def _place(self, sha256: str, priority: Turn, assessments: int) -> AsyncIterator[None]:
+        deadline_s = self._deadline_s * assessments
+        try:
+            async with asyncio.timeout(deadline_s), self._places.take(sha256, priority):
+                yield
+        except TimeoutError:
+            raise GuardUnavailable(
+                f"The engine gave no answer within {deadline_s:.0f} s (SLUICE_GUARD_DEADLINE_S)."
+            ) from None
+
+    async def _assess(self, request: Mapping[str, Any], policy: Policy, detail: Detail) -> Assessment:
+        used = Counter[str]()
+
+        async def ask(text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
+            answer = await self._generate({**request, "text": text}, tokens=tokens, ebnf=ebnf)
+            meta = answer["meta_info"]
+            used.update({name: meta[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
+            cut = meta["finish_reason"]["type"] == "length"
+            return Reply(await self._read_score(answer), answer["text"], cut)
+
+        model = self.identity(policy)
+        family = self.engine.checkpoint.family
+        judged = await family.judge(ask, policy, detail, answer_tokens=self._answer_tokens)
+        return Assessment(
+            rating=judged.rating,
+            category=judged.category,
+            rationale=judged.rationale,
+            score=judged.score,
+            model=model,
+            rationale_truncated=judged.truncated,
+            prompt_tokens=used["prompt_tokens"],
+            cached_tokens=used["cached_tokens"],
+            output_tokens=used["completion_tokens"],
+        )
+
+    async def _generate(self, request: Mapping[str, Any], *, tokens: int, ebnf: str | None = None) -> dict[str, Any]:
+        """One greedy generation with the rating tokens' log probabilities; a refusal is tried once more."""
+        rating = await self._tokens()
+        body = {
+            **request,
+            "sampling_params": _sampling(tokens, ebnf),
+            "return_logprob": True,
+            "token_ids_logprob": [rating.safe, rating.unsafe],
+        }
+        try:
+            answer = await self.engine.generate(body)
+        except GuardFailed:
+            answer = await self.engine.generate(body)
+        finish = answer.get("meta_info", {}).get("finish_reason") or {}
+        if finish.get("type") not in ("stop", "length"):
+            raise GuardUnavailable("The engine dropped the request.")
+        return answer
+
+    async def _read_score(self, answer: Mapping[str, Any]) -> float:
+        tokens = await self._tokens()
+        try:
+            first = answer["meta_info"]["output_token_ids_logprobs"][0]
+            logprobs = {int(token): float(logprob) for logprob, token, *_ in first}
+            return p_unsafe(logprobs[tokens.safe], logprobs[tokens.unsafe])
+        except (LookupError, TypeError, ValueError):
+            raise UnreadableAnswer("The engine's answer has no score.") from None
+
+    async def _tokens(self) -> _RatingTokens:
+        """The two ratings' first tokens: where a tokenizer spells one in pieces, the first piece stands for it."""
+        if self._rating_tokens is None:
+            family = self.engine.checkpoint.family
+            before = family.example()
+            ids = await self.engine.tokenize(before)
+            safe, unsafe = [await self._token_after(before, ids, word) for word in family.ratings]
+            if safe == unsafe:
+                raise ConfigurationError(
+                    f"The tokenizer of {self.engine.checkpoint.name} begins {' and '.join(family.ratings)} alike, so "
+                    "there is no score to be had of it."
+                )
+            self._rating_tokens = _RatingTokens(safe, unsafe)
+        return self._rating_tokens
+
+    async def _token_after(self, before: str, ids: list[int], word: str) -> int:
+        longer = await self.engine.tokenize(before + word)
+        if longer[: len(ids)] != ids or len(longer) == len(ids):
+            name = self.engine.checkpoint.name
+            raise ConfigurationError(f"The tokenizer of {name} does not write the rating {word} as tokens of its own.")
+        return longer[len(ids)]
+
+
+def _sampling(tokens: int, ebnf: str | None) -> dict[str, Any]:
+    """Every field that bears on the outcome, so that no default of the engine or the checkpoint does."""
+    sampling: dict[str, Any] = {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 1,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+        "max_new_tokens": tokens,
+        "n": 1,
+        "ignore_eos": False,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": False,
+        "no_stop_trim": False,
+    }
+    return sampling if ebnf is None else sampling | {"ebnf": ebnf}
+
+
+@lru_cache(maxsize=256)
+def _prompt_digest(prompt: str) -> str:
+    return f"sha256:{hashlib.sha256(prompt.encode()).hexdigest()}"
+
+
+@lru_cache(maxsize=1)
+def _engine_version() -> str:
+    return f"sglang {version('sglang')}"

@@ -1,0 +1,104 @@
+"""Safetensors files: what is in them, without loading it (https://huggingface.co/docs/safetensors: the format)."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from services.core.errors import ConfigurationError
+
+_INDEX: Final = "model.safetensors.index.json"
+_HEADER_LIMIT_BYTES: Final = 100_000_000  # The format's own limit.
+_CHUNK_BYTES: Final = 16 << 20
+
+
+def require_weights(folder: Path) -> None:
+    """See that the weights of a model are in its folder, and whole as far as their headers tell.
+
+    Raises:
+        ConfigurationError: they are not; the sentence names the first file that is missing or damaged.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ConfigurationError(
+                f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} files of weights are missing): download "
+                "the checkpoint again."
+            )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise ConfigurationError(f"{folder} holds no weights (*.safetensors): download the checkpoint again.")
+    for file in files:
+        _header(file)
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers the safetensors files in a folder, and in the folders within it, hold."""
+    tensors = (tensor for file in sorted(folder.rglob("*.safetensors")) for tensor in _tensors(_header(file)).values())
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+
+
+def strip_prefix(folder: Path, prefix: str) -> None:
+    """Rename every tensor whose name begins with the prefix. A linked file is replaced, its target left as it is."""
+    for file in sorted(folder.glob("*.safetensors")):
+        header = _header(file)
+        if any(name.startswith(prefix) for name in header):
+            _rewrite(file, {name.removeprefix(prefix): value for name, value in header.items()})
+    index = folder / _INDEX
+    if index.is_file():
+        document = read_json(index)
+        renamed = {name.removeprefix(prefix): file for name, file in document.get("weight_map", {}).items()}
+        index.write_text(json.dumps(document | {"weight_map": renamed}, indent=2), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConfigurationError: it cannot be read or is something else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"{path} is not a JSON object.")
+    return document
+
+
+def _tensors(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in header.items() if name != "__metadata__"}
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length)) if 0 < length <= _HEADER_LIMIT_BYTES else None
+            size = os.fstat(content.fileno()).st_size
+    except (OSError, ValueError):
+        header = None
+    if isinstance(header, dict) and size == 8 + length + _end(_tensors(header).values()):
+        return header
+    raise ConfigurationError(
+        f"{file} is damaged, or only a Git LFS pointer to the weights: download the checkpoint again."
+    )
+
+
+def _end(tensors: Iterable[Mapping[str, Any]]) -> int:
+    return max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+
+
+def _rewrite(file: Path, header: Mapping[str, Any]) -> None:
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # The format wants the data aligned.
+    draft = file.with_name(f"{file.name}.draft")
+    with file.open("rb") as source, draft.open("wb") as target:
+        source.seek(8 + int.from_bytes(source.read(8), "little"))
+        target.write(len(encoded).to_bytes(8, "little") + encoded)
+        shutil.copyfileobj(source, target, _CHUNK_BYTES)
+    draft.replace(file)

@@ -1,0 +1,221 @@
+"""One SGLang server: a child process, its scratch folder, and the only connection to it."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from PIL import Image
+
+from services.core.errors import GuardFailed, GuardUnavailable
+from services.core.processes import Child, free_port
+from services.guard.sglang_command import Recipe, write_secrets
+from services.guard.slots import EngineFailed
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.25
+_PROGRESS_S: Final = 10.0
+_PROBE_PRIORITY: Final = 3
+_DETAIL_LIMIT: Final = 300
+_KEPT_LOGS: Final = 8
+_SCRATCH: Final = "sluice-engine-"
+
+
+class PortTaken(Exception):
+    """Another process took the port between its choice and its use."""
+
+
+class Server:
+    """A running `sglang.launch_server`. It ends with this process, however this process ends."""
+
+    def __init__(self, child: Child, client: httpx.AsyncClient, scratch: Path) -> None:
+        self._child = child
+        self._client = client
+        self._scratch = scratch
+
+    @staticmethod
+    async def spawn(recipe: Recipe, log: Path) -> "Server":
+        """Start the process; it takes a while until it answers."""
+        # Hexadecimal: SGLang takes a key that begins with a hyphen for another flag.
+        port, key = free_port(), secrets.token_hex(32)
+
+        client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {key}"},
+            trust_env=False,
+            timeout=None,  # Every call has a deadline of its own.
+            limits=httpx.Limits(max_connections=recipe.in_flight + 4, max_keepalive_connections=recipe.in_flight + 4),
+        )
+
+        def spawn() -> Server:
+            # Its sockets and temporary files go where they can be removed together.
+            scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
+            write_secrets(scratch / "flags.yaml", api_key=key)
+            argv = recipe.command(port=port, secrets=scratch / "flags.yaml")
+            child = Child(argv, log=log, env=recipe.environment(os.environ, scratch=scratch))
+            _prune(log.parent)
+            _sweep(scratch.parent)
+            return Server(child, client, scratch)
+
+        spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
+        try:
+            return await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+
+            async def end() -> None:
+                await (await spawning).kill()
+
+            await asyncio.shield(asyncio.create_task(end()))  # another cancellation must not leave it behind
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process group's id."""
+        return self._child.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self._child.returncode
+
+    async def until_ready(self, recipe: Recipe) -> None:
+        """Return when the server has judged an image.
+
+        Raises:
+            PortTaken: a new server, with another port, may do better.
+            GuardUnavailable: it ended, or cannot judge; its last lines are in the log.
+        """
+        began = reported = time.monotonic()
+        while not await self._listening():
+            if self.returncode is not None:
+                tail = await asyncio.to_thread(self._child.tail, 40)
+                if "address already in use" in tail.lower():
+                    raise PortTaken
+                logger.error("the engine's last lines:\n%s", tail)
+                raise GuardUnavailable(
+                    f"The engine ended with status {self.returncode} while starting; {await self.last_words()}"
+                )
+            if time.monotonic() - reported >= _PROGRESS_S:
+                reported = time.monotonic()
+                logger.info("the engine has been loading for %.0f s", reported - began)
+            await asyncio.sleep(POLL_S)
+        logger.info("the engine is up after %.0f s; judging a first image", time.monotonic() - began)
+        first = {
+            "text": recipe.checkpoint.family.example(),
+            "image_data": _drawn_image(),
+            "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+        }
+        try:
+            await self.call("/generate", first)
+        except (GuardFailed, GuardUnavailable) as error:
+            raise GuardUnavailable(f"The engine cannot judge an image: {error} And {await self.last_words()}") from None
+        logger.info("the engine is ready after %.0f s", time.monotonic() - began)
+
+    async def call(self, path: str, body: Mapping[str, Any]) -> Any:
+        """POST a JSON body and return the JSON answer.
+
+        Raises:
+            GuardFailed: the server refuses the request, with its reason.
+            EngineFailed: it failed at this call, or went away meanwhile.
+            GuardUnavailable: it is full.
+        """
+        try:
+            response = await self._client.post(path, json=body)
+        except httpx.HTTPError as error:
+            raise EngineFailed(f"The engine went away ({type(error).__name__}).") from None
+        except RuntimeError:
+            if not self._client.is_closed:
+                raise
+            raise EngineFailed("The engine went away.") from None
+        if response.status_code == httpx.codes.OK:
+            try:
+                return response.json()
+            except ValueError:
+                raise GuardUnavailable("The engine's answer is not JSON.") from None
+        detail = _detail(response)
+        if response.status_code in {httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY}:
+            raise GuardFailed(f"The engine refuses it: {detail}")
+        if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise EngineFailed(f"The engine failed: {detail}")
+        raise GuardUnavailable(f"The engine answers {response.status_code}: {detail}")
+
+    async def gives_a_token(self, within_s: float) -> bool:
+        """Whether the server generates one token of text in time."""
+        request = {
+            "text": "Safe",
+            "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+            "priority": _PROBE_PRIORITY,
+        }
+        try:
+            async with asyncio.timeout(within_s):
+                await self.call("/generate", request)
+        except (TimeoutError, GuardUnavailable, GuardFailed):
+            return False
+        return True
+
+    async def last_words(self) -> str:
+        """Where its log is and how that ends, for the end of a sentence."""
+        try:
+            tail = await asyncio.to_thread(self._child.tail)
+        except OSError as error:
+            return f"its log {self._child.log} cannot be read ({error.strerror})"
+        lines = [line.strip() for line in tail.splitlines() if line.strip()]
+        return f"its log {self._child.log} ends with: {lines[-1][:_DETAIL_LIMIT] if lines else '(nothing)'}"
+
+    async def kill(self) -> None:
+        """Kill the process and everything it started, now. Calls in flight raise GuardUnavailable."""
+        await asyncio.to_thread(self._child.kill)
+        await self._client.aclose()
+        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+
+    async def _listening(self) -> bool:
+        try:
+            response = await self._client.get("/ready", timeout=5)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
+
+
+def _detail(response: httpx.Response) -> str:
+    """What the server says about a refusal, in one bounded line."""
+    try:
+        document = response.json()
+        error = document.get("error", document.get("detail", document)) if isinstance(document, dict) else document
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except ValueError:
+        text = response.text
+    return " ".join(str(text).split())[:_DETAIL_LIMIT]
+
+
+def _drawn_image() -> str:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _prune(logs: Path) -> None:
+    """Keep the newest logs, and those of other processes that still run."""
+    with contextlib.suppress(OSError):  # Another process prunes the same folder.
+        for log in sorted(logs.glob("engine-*.log"), key=lambda log: log.stat().st_mtime)[:-_KEPT_LOGS]:
+            owner = log.name.split("-")[1]
+            if owner == str(os.getpid()) or not Path(f"/proc/{owner}").exists():
+                log.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the scratch folders of owners that were killed."""
+    for scratch in folder.glob(f"{_SCRATCH}*-*"):
+        owner = scratch.name.removeprefix(_SCRATCH).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,227 @@
+"""Prepares images in processes of their own: a decoder that crashes, hangs or floods memory harms only its image.
+
+The processes are plain children of this one, started by `exec`: nothing of a Ray actor (threads, an event loop, locks,
+credentials in the environment) is inherited, and its `__main__` is never imported.
+
+Memory, whatever is in flight: `decode_workers` times at most `memory_bytes` (16 bytes for each pixel of
+`image_limit_px` and 1 GiB), enforced by the kernel. What is really used is mostly far less: 4 bytes a pixel for an
+image, 8 while its mode changes, and a JPEG is decoded near the size that is wanted.
+"""
+
+import asyncio
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from services.core.errors import NotAnImage, TooLarge, Unavailable
+from services.core.messages import PreparedImage
+from services.core.settings import Settings
+from services.images.decode import Limits, prepare, smaller
+from services.images.decoder_protocol import Broken, Channel, described, restored
+
+__all__ = ["Limits", "Preparer", "prepare", "smaller"]
+
+FIRST_LOOK_PX: Final = 384
+"""LlavaGuard sees an image of this side as one tile: a fifth of the tokens of a larger one."""
+
+_START_S: Final = 60.0
+_IMAGES_PER_PROCESS: Final = 2000
+"""Then it is replaced, so that a leak in a decoder stays small."""
+_MEMORY_BASE_BYTES: Final = 1 << 30
+_MEMORY_BYTES_PER_PX: Final = 16
+_TRIES: Final = 2
+_STOPPED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""SIGKILL is how the kernel ends a process when the machine is out of memory: no image is to blame for that."""
+_INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+_SOURCES: Final = Path(__file__).parents[2]
+
+
+class Preparer:
+    """A bounded pool of decoding processes. Used from one event loop; close it when done."""
+
+    def __init__(self, settings: Settings, side_px: int) -> None:
+        """`side_px`: the longer side, in pixels, of what the model can use at most.
+
+        Processes are started by the first images. Reads `decode_workers`, `decode_deadline_s`, `image_limit_px`.
+        """
+        self._deadline_s = settings.decode_deadline_s
+        memory_bytes = _MEMORY_BASE_BYTES + _MEMORY_BYTES_PER_PX * settings.image_limit_px
+        self._arguments = (settings.image_limit_px, side_px, memory_bytes, settings.decode_deadline_s)
+        self._answer_limit_bytes = max(settings.image_limit_bytes, 8 * side_px * side_px + (1 << 20))
+        self._threads = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="decode")
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: set[_Worker] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def prepare(self, data: bytes) -> PreparedImage:
+        """Decode, orient, downscale, as `services.images.decode.prepare` says.
+
+        Raises:
+            NotAnImage: unknown, truncated, corrupt, or its decoder crashed twice or took longer than the deadline.
+            TooLarge: more pixels, or more memory to decode, than allowed.
+            Unavailable: no decoding process can be started, or the pool is closed.
+        """
+        return await self._run(lambda worker: worker.ask({}, data))
+
+    async def first_look(self, image: PreparedImage) -> PreparedImage:
+        """The same image with the longer side at most `FIRST_LOOK_PX`. Raises what `prepare` raises."""
+        return await self.smaller(image, FIRST_LOOK_PX)
+
+    async def smaller(self, image: PreparedImage, side_px: int) -> PreparedImage:
+        """The same image with the longer side at most `side_px`. Raises what `prepare` raises."""
+        if max(image.width, image.height) <= side_px:
+            return image
+        request = {"side_px": side_px, "image": described(image)}
+        return await self._run(lambda worker: worker.ask(request, image.data))
+
+    def close(self) -> None:
+        """Kill the processes. What is being prepared fails with Unavailable. Safe to repeat; does not wait."""
+        with self._lock:
+            self._closed = True
+            workers = tuple(self._workers)
+        for worker in workers:
+            worker.kill()
+        with suppress(RuntimeError):  # closed before
+            self._threads.submit(self._discard_idle)
+        self._threads.shutdown(wait=False)  # what still waits in there ends at once, as Unavailable
+
+    async def _run(self, ask: "_Ask") -> PreparedImage:
+        if self._closed:
+            raise Unavailable("the image decoders are stopped")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, ask)
+
+    def _try(self, ask: "_Ask") -> PreparedImage:
+        for _ in range(_TRIES):
+            worker = self._take()
+            try:
+                image = ask(worker)
+            except (NotAnImage, TooLarge):
+                self._give_back(worker)
+                raise
+            except TimeoutError:
+                self._discard(worker)
+                raise NotAnImage(f"decoding took longer than {self._deadline_s:g} s") from None
+            except (Broken, OSError):
+                status = self._discard(worker)
+                if self._closed or status in _STOPPED_FROM_OUTSIDE:
+                    raise Unavailable("the image decoders are being stopped") from None
+            else:
+                self._give_back(worker)
+                return image
+        raise NotAnImage(f"its decoder crashed {_TRIES} times")
+
+    def _take(self) -> "_Worker":
+        with suppress(queue.Empty):
+            while True:
+                worker = self._idle.get_nowait()
+                if worker.is_alive():
+                    return worker
+                self._discard(worker)  # something killed it between two images: no fault of the next one
+        try:
+            worker = _Worker(self._arguments, self._answer_limit_bytes)
+        except OSError as error:
+            raise Unavailable(f"no image decoder can be started: {error}") from None
+        with self._lock:
+            self._workers.add(worker)
+            if self._closed:
+                worker.kill()  # `close` did not see it
+        try:
+            worker.await_ready()
+        except (Broken, OSError) as error:
+            status = self._discard(worker)
+            raise Unavailable(f"an image decoder did not start (status {status}): {error}") from None
+        return worker
+
+    def _give_back(self, worker: "_Worker") -> None:
+        if self._closed or worker.images >= _IMAGES_PER_PROCESS:
+            self._discard(worker)
+        else:
+            self._idle.put(worker)
+
+    def _discard_idle(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._discard(self._idle.get_nowait())
+
+    def _discard(self, worker: "_Worker") -> int:
+        worker.kill()
+        with self._lock:
+            self._workers.discard(worker)
+        return worker.wait()
+
+
+class _Worker:
+    """One decoding process, used by one thread at a time."""
+
+    def __init__(self, arguments: tuple[float, ...], answer_limit_bytes: int) -> None:
+        self.images = 0
+        self._deadline_s = arguments[-1]
+        self._answer_limit_bytes = answer_limit_bytes
+        ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "services.images.decoder_process", *map(str, arguments)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    env=_environment(),
+                    start_new_session=True,  # Ctrl-C in a terminal is for the parent to handle
+                )
+        except BaseException:
+            ours.close()
+            raise
+
+    def await_ready(self) -> None:
+        """Raises Broken, TimeoutError."""
+        self._channel.deadline = time.monotonic() + _START_S
+        self._channel.receive(0)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: dict[str, Any], data: bytes) -> PreparedImage:
+        """Raises NotAnImage, TooLarge, Broken (or another OSError) when it died, TimeoutError after the deadline."""
+        self.images += 1
+        self._channel.deadline = time.monotonic() + self._deadline_s
+        self._channel.send(request, data)
+        answer, content = self._channel.receive(self._answer_limit_bytes)
+        reason, detail = answer.get("reason"), str(answer.get("detail"))
+        if reason == TooLarge.reason:
+            raise TooLarge(detail)
+        if reason == NotAnImage.reason:
+            raise NotAnImage(detail)
+        return restored(answer, content)
+
+    def kill(self) -> None:
+        """Safe to call from any thread, and again."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    def wait(self) -> int:
+        """Release everything; the exit status, negative for a signal."""
+        status = self._process.wait()
+        self._channel.close()
+        return status
+
+
+_Ask = Callable[[_Worker], PreparedImage]
+
+
+def _environment() -> dict[str, str]:
+    """What a decoder needs, and nothing that it must not see: no credentials, no settings."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    path = os.pathsep.join(dict.fromkeys([str(_SOURCES), *filter(None, sys.path)]))
+    # Every arena of the allocator takes 64 MiB of the address space, which is what is bounded.
+    return inherited | {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}

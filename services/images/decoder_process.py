@@ -1,0 +1,77 @@
+"""A process that decodes images for `services.images.decoder_pool`, one at a time, over the socket on its standard input.
+
+    python -m services.images.decoder_process IMAGE_PX SIDE_PX MEMORY_BYTES DEADLINE_S
+
+It never outlives who started it: it ends when the socket closes, also in the middle of an image; and should a decoder
+hold the interpreter's lock, an alarm of the kernel ends it soon after the deadline.
+"""
+
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import warnings
+from typing import Any, Final
+
+from PIL import Image
+
+from services.core.errors import NotAnImage, TooLarge
+from services.images.decode import Limits, prepare, smaller
+from services.images.decoder_protocol import Broken, Channel, described, restored
+
+_PARENT_CHECK_MS: Final = 1000
+_ALARM_SLACK_S: Final = 5
+_REQUEST_LIMIT_BYTES: Final = 1 << 32
+
+
+def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[str, Any], bytes]:
+    """What to send back: a prepared image, or the reason why there is none."""
+    try:
+        if "side_px" in request:
+            image = smaller(restored(request["image"], data), int(request["side_px"]))
+        else:
+            image = prepare(data, limits)
+    except (NotAnImage, TooLarge) as error:
+        return {"reason": error.reason, "detail": str(error)}, b""
+    return described(image), image.data
+
+
+def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> None:
+    """Bound this process, say that it is ready, and answer until the other side closes the socket."""
+    connection = socket.socket(fileno=os.dup(0))
+    threading.Thread(target=_end_with, args=(os.getppid(), connection), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    Image.MAX_IMAGE_PIXELS = image_px
+    warnings.simplefilter("ignore")
+    limits = Limits(image_px, side_px)
+    channel = Channel(connection)
+    channel.send({"ready": True}, b"")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders complain there about every broken image
+    try:
+        while True:
+            request, data = channel.receive(_REQUEST_LIMIT_BYTES)
+            signal.setitimer(signal.ITIMER_REAL, deadline_s + _ALARM_SLACK_S)  # unhandled, SIGALRM kills
+            head, body = answer(request, data, limits)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            channel.send(head, body)
+            del data, body
+    except (Broken, OSError):
+        os._exit(0)
+
+
+def _end_with(parent: int, connection: socket.socket) -> None:
+    """End this process when its parent is gone or has closed the socket, whatever the main thread is doing."""
+    poll = select.poll()
+    poll.register(connection, select.POLLHUP)
+    while not poll.poll(_PARENT_CHECK_MS) and os.getppid() == parent:
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

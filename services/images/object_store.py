@@ -1,0 +1,277 @@
+"""Reads images from S3: only from allowed buckets, never more than the limits, never longer than the deadline."""
+
+import asyncio
+import io
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from http.client import HTTPException
+from typing import Any, Final, TypeVar
+
+import urllib3.exceptions
+from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+
+from services.core.errors import Changed, Forbidden, NotFound, StoreUnavailable, TooLarge, Unjudgeable
+from services.core.messages import ObjectReference, StoredObject
+from services.core.s3 import s3_client
+from services.core.settings import Settings
+from services.images.adaptive_limit import AdaptiveLimit, Throttled
+from services.images.memory_budget import ByteBudget
+from services.images.socket_deadline import Cutoff, watch_connections
+
+_CONNECTIONS_LIMIT: Final = 32
+_CONNECT_TIMEOUT_S: Final = 5.0
+_READ_TIMEOUT_S: Final = 10.0
+_GRACE_S: Final = 1.0
+"""After its connection was cut a thread has ended by then, unless it hangs in a name lookup."""
+_CHUNK_BYTES: Final = 1 << 18
+_KEY_LIMIT_BYTES: Final = 1024
+_ETAG: Final = re.compile(r"[\x21\x23-\x7e]+")
+
+_OURS: Final = frozenset(
+    {
+        "AuthorizationHeaderMalformed",
+        "AuthorizationQueryParametersError",
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "IllegalLocationConstraintException",
+        "InvalidAccessKeyId",
+        "InvalidSecurity",
+        "InvalidToken",
+        "NotSignedUp",
+        "PermanentRedirect",
+        "RequestExpired",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "UnrecognizedClientException",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+"""Credentials, clock or region of Sluice itself are wrong: no fault of any submission, so all of them wait."""
+_THROTTLED: Final = frozenset(
+    {
+        "RequestLimitExceeded",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    }
+)
+_PASSING: Final = frozenset({"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"})
+_ABSENT: Final = frozenset(
+    {"InvalidBucketName", "KeyTooLongError", "MethodNotAllowed", "NoSuchBucket", "NoSuchKey", "NoSuchVersion"}
+)
+_TRANSIENT_STATUSES: Final = frozenset({301, 307, 401, 407, 408, 425, 429})
+
+T = TypeVar("T")
+
+
+class ObjectStore:
+    """One S3 client, the threads that wait for it, and the memory that the images in flight may take."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Takes its limits, the endpoint and the allowed buckets from `settings`.
+
+        Connects to nothing yet; credentials come the usual AWS way.
+        """
+        connections = min(settings.in_flight, _CONNECTIONS_LIMIT)
+        self.budget = ByteBudget(settings.image_memory_bytes)
+        self._buckets = frozenset(settings.s3_buckets)
+        self._limit_bytes = settings.image_limit_bytes
+        self._deadline_s = settings.fetch_deadline_s
+        self._requests = AdaptiveLimit(connections)
+        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fetch")
+        self._client = s3_client(
+            settings,
+            connect_timeout=min(_CONNECT_TIMEOUT_S, self._deadline_s),
+            read_timeout=min(_READ_TIMEOUT_S, self._deadline_s),
+            max_pool_connections=connections,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # trying again is the caller's
+        )
+        watch_connections(self._client)
+
+    @asynccontextmanager
+    async def open(self, reference: ObjectReference) -> AsyncIterator[StoredObject]:
+        """The object; the memory it takes stays reserved in `budget` until the context ends.
+
+        Waits for a connection and for memory; the deadline counts neither.
+
+        Raises:
+            Forbidden: the bucket is not one of the allowed ones, or the store denies the object.
+            NotFound: no such bucket, key or version.
+            Changed: the object's ETag is not the reference's.
+            TooLarge: more than `image_limit_bytes`.
+            StoreUnavailable: anything that can pass.
+        """
+        self._check(reference)
+        async with AsyncExitStack() as reserved:
+            async with self._requests.request():
+                stored = await self._fetch(reference, reserved)
+            yield stored
+
+    async def read(self, reference: ObjectReference) -> StoredObject:
+        """The object, for a caller who bounds memory otherwise. Raises what `open` raises."""
+        async with self.open(reference) as stored:
+            return stored
+
+    def close(self) -> None:
+        """Release the connections; whatever is being fetched fails. Does not wait."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _check(self, reference: ObjectReference) -> None:
+        """Refuse without a request what must not or cannot be read."""
+        if reference.bucket not in self._buckets:
+            raise Forbidden(f"the bucket {reference.bucket!r} is not one of SLUICE_S3_BUCKETS")
+        try:
+            key = reference.key.encode()
+        except UnicodeEncodeError:
+            raise NotFound("no object has a key that is not valid Unicode") from None
+        if not 0 < len(key) <= _KEY_LIMIT_BYTES:
+            raise NotFound(f"no object has a key of {len(key)} bytes")
+        if not {".", ".."}.isdisjoint(reference.key.split("/")):
+            # Whatever stands before the store may resolve these, and so reach another bucket.
+            raise Forbidden("keys with the segments . or .. are not read")
+        if reference.etag and not _ETAG.fullmatch(reference.etag):
+            raise Changed("the submission's ETag is none that an object can have")
+
+    async def _fetch(self, reference: ObjectReference, reserved: AsyncExitStack) -> StoredObject:
+        cutoff = Cutoff()
+        download = _Download(self._client, reference, self._limit_bytes, cutoff)
+        started = time.monotonic()
+        size = await self._in_thread(download.begin, cutoff, self._deadline_s)
+        left_s = self._deadline_s - (time.monotonic() - started)
+        try:
+            await reserved.enter_async_context(self.budget.reserve(size))
+        except BaseException:
+            download.close()
+            raise
+        return await self._in_thread(download.finish, cutoff, max(left_s, 0.0))
+
+    async def _in_thread(self, step: Callable[[], T], cutoff: Cutoff, seconds: float) -> T:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, cutoff.cut)
+        try:
+            async with asyncio.timeout(seconds + _GRACE_S):
+                return await loop.run_in_executor(self._threads, cutoff.run, step)
+        except TimeoutError:
+            raise StoreUnavailable(_late(self._deadline_s)) from None
+        except StoreUnavailable:
+            if cutoff.is_cut:
+                raise StoreUnavailable(_late(self._deadline_s)) from None
+            raise
+        except asyncio.CancelledError:
+            cutoff.cut()  # the thread is needed by others
+            raise
+        finally:
+            timer.cancel()
+
+
+class _Download:
+    """One GetObject in two steps, each run in a thread: first the size, later the bytes."""
+
+    def __init__(self, client: Any, reference: ObjectReference, limit_bytes: int, cutoff: Cutoff) -> None:
+        self._client = client
+        self._reference = reference
+        self._limit_bytes = limit_bytes
+        self._cutoff = cutoff
+        self._response: dict[str, Any] = {}
+        self._size: int | None = None
+
+    def begin(self) -> int:
+        """Send the request, and return how many bytes the object will take at most. Leaves the body open."""
+        reference = self._reference
+        pins = {}
+        if reference.version_id:
+            pins["VersionId"] = reference.version_id
+        if reference.etag:
+            pins["IfMatch"] = f'"{reference.etag}"'
+        try:
+            self._response = self._client.get_object(Bucket=reference.bucket, Key=reference.key, **pins)
+        except ClientError as error:
+            raise _meaning(error, reference) from None
+        except ParamValidationError:
+            raise NotFound(f"{reference.uri} cannot be the name of an object") from None
+        except (BotoCoreError, urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError) as error:
+            raise StoreUnavailable(f"the object store does not answer: {_brief(error)}") from None
+        try:
+            return self._checked_size()
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> StoredObject:
+        """Read the body: never more than the limit and one chunk in memory."""
+        content = io.BytesIO()  # `getvalue` gives its buffer away without a copy
+        try:
+            while chunk := self._response["Body"].read(_CHUNK_BYTES):
+                content.write(chunk)
+                if content.tell() > self._limit_bytes:
+                    raise self._too_large(content.tell())
+        except (BotoCoreError, urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError) as error:
+            raise StoreUnavailable(f"the object store broke off: {_brief(error)}") from None
+        finally:
+            self.close()
+        if self._cutoff.is_cut or (self._size is not None and content.tell() != self._size):
+            raise StoreUnavailable("the object store broke off before the last byte")
+        return StoredObject(content.getvalue(), self._response.get("VersionId"), self._etag())
+
+    def close(self) -> None:
+        """Close the body. One that was not read to its end closes its connection too."""
+        if self._response:
+            self._response["Body"].close()
+
+    def _checked_size(self) -> int:
+        if self._cutoff.is_cut:
+            raise StoreUnavailable("the object store answered too late")
+        reference = self._reference
+        if reference.etag and self._etag() != reference.etag:
+            raise Changed(f"{reference.uri} has the ETag {self._etag()}, not {reference.etag}")
+        version_id = self._response.get("VersionId")
+        if reference.version_id and version_id and version_id != reference.version_id:
+            raise Changed(f"the store returned another version of {reference.uri}")
+        size = self._response.get("ContentLength")
+        if not isinstance(size, int) or size < 0:
+            return self._limit_bytes  # the server does not say: count while reading
+        if size > self._limit_bytes:
+            raise self._too_large(size)
+        self._size = size
+        return size
+
+    def _etag(self) -> str | None:
+        etag = self._response.get("ETag")
+        return etag.strip('"') if isinstance(etag, str) else None
+
+    def _too_large(self, size: int) -> TooLarge:
+        return TooLarge(f"the object has {size} bytes or more, the limit is {self._limit_bytes}")
+
+
+def _meaning(error: ClientError, reference: ObjectReference) -> Unjudgeable | StoreUnavailable:
+    """What an error answer of S3 says about the submission, if anything."""
+    answer = error.response.get("Error", {})
+    code, text = str(answer.get("Code", "")), str(answer.get("Message", ""))[:200]
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code in _OURS:
+        return StoreUnavailable(f"the object store refuses Sluice's credentials or region: {code}: {text}")
+    if code in _THROTTLED | _PASSING or status >= 500 or status in _TRANSIENT_STATUSES:
+        kind = Throttled if code in _THROTTLED or status == 429 else StoreUnavailable
+        return kind(f"the object store answers {status} {code}: {text}")
+    if status == 412 or code == "PreconditionFailed":
+        return Changed(f"{reference.uri} no longer has the ETag {reference.etag}")
+    if code in _ABSENT or status in (404, 405) or "version id" in text.lower():
+        version = f" in version {reference.version_id}" if reference.version_id else ""
+        return NotFound(f"{reference.uri} does not exist{version} ({code})")
+    if code == "InvalidObjectState":
+        return Forbidden(f"{reference.uri} is archived and must be restored before it can be read")
+    return Forbidden(f"the store denies {reference.uri}: {code}: {text}")
+
+
+def _late(deadline_s: float) -> str:
+    return f"the object store did not deliver within {deadline_s:g} s"
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]

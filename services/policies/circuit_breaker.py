@@ -1,0 +1,176 @@
+"""The circuit breaker: a version whose block rate leaves its band stops blocking, before it takes down everything."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Self
+
+from services.core import telemetry
+from services.core.errors import ConfigurationError, PolicyUnavailable
+from services.core.messages import Action, BlockRateBand, Policy, PolicyIdentity
+from services.core.tasks import ended
+from services.policies.cache import PolicyCache
+from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.registry import PolicyRegistry
+
+BREAKER: Final = "circuit breaker"
+"""`who` of the changes that it makes."""
+
+_EVERY_S: Final = 0.25
+_SLICES: Final = 10
+"""The window moves by this fraction of itself."""
+
+_COUNT: Final = """
+local now = math.floor(redis.call('TIME')[1] / ARGV[1])
+redis.call('HINCRBY', KEYS[1], now .. ':judged', ARGV[3])
+redis.call('HINCRBY', KEYS[1], now .. ':blocked', ARGV[4])
+redis.call('EXPIRE', KEYS[1], math.ceil(2 * ARGV[1] * ARGV[2]))
+local sums = {judged = 0, blocked = 0}
+local entries = redis.call('HGETALL', KEYS[1])
+for i = 1, #entries, 2 do
+    local slice, what = string.match(entries[i], '(%d+):(%a+)')
+    if tonumber(slice) > now - ARGV[2] then
+        sums[what] = sums[what] + entries[i + 1]
+    else
+        redis.call('HDEL', KEYS[1], entries[i])
+    end
+end
+return {sums.judged, sums.blocked}
+"""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Verdicts of one version that the other processes do not know of yet."""
+
+    policy: PolicyIdentity
+    band: BlockRateBand
+    counts: Counter[str] = field(default_factory=Counter)
+    began_s: float = field(default_factory=time.monotonic)
+    """When the first of them may have been counted."""
+
+
+class _Opening(NamedTuple):
+    """A version that has left its band, which is still to be written down."""
+
+    since: int
+    """Of the roll-out that it was part of."""
+    why: str
+
+
+class CircuitBreaker:
+    """Counts what each version blocks, over all processes, and opens when that leaves the version's band.
+
+    To be used as an async context manager. That a breaker is open is a change of the policy's roll-out: it is in the
+    history, it outlives every process, and it ends when the version is activated, or made canary, again.
+    """
+
+    def __init__(self, policies: PolicyCache, registry: PolicyRegistry, shared: SharedCopies | None) -> None:
+        self._policies = policies
+        self._registry = registry
+        self._shared = shared
+        self._watched: dict[PolicyIdentity, _Watched] = {}
+        self._opening: dict[PolicyIdentity, _Opening] = {}
+        """Open here, and not yet in the policy bucket."""
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await ended(self._task)
+
+    def admits(self, policy: Policy, action: Action) -> bool:
+        """Count one verdict, and say whether its action may stand. No network."""
+        if policy.block_rate is None:
+            return True
+        watched = self._watched.get(policy.identity)
+        if watched is None:
+            watched = self._watched[policy.identity] = _Watched(policy.identity, policy.block_rate)
+        if not watched.counts:
+            watched.began_s = time.monotonic()
+        watched.counts["judged"] += 1
+        if action != "block":
+            return True
+        watched.counts["blocked"] += 1
+        return policy.identity not in self._opening and not self._policies.is_tripped(policy.identity)
+
+    async def _work(self) -> None:
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            for watched in list(self._watched.values()):
+                try:
+                    await self._look_at(watched)
+                except PolicyUnavailable as error:
+                    log.warning("the circuit breaker waits: %s", error)
+                except Exception:
+                    log.exception("the circuit breaker of %s could not be looked at", watched.policy.name)
+
+    async def _look_at(self, watched: _Watched) -> None:
+        policy, band = watched.policy, watched.band
+        if not watched.counts and policy not in self._opening:
+            return
+        rollout = await self._policies.rollout(policy.name)
+        judged, blocked = await self._count(watched, rollout.since)
+        opening = self._opening.get(policy)
+        if policy.version in rollout.tripped or (opening and opening.since != rollout.since):
+            self._opening.pop(policy, None)  # it is known everywhere, or someone has decided anew meanwhile
+            return
+        if opening is None:
+            rate = blocked / judged if judged else 0.0
+            if judged < band.after or band.at_least <= rate <= band.at_most:
+                return
+            why = (
+                f"blocked {blocked} of {judged} in {band.window_s:g} s ({rate:.1%}), "
+                f"outside of {band.at_least:.1%} to {band.at_most:.1%}"
+            )
+            opening = self._opening[policy] = _Opening(rollout.since, why)
+            telemetry.BREAKER_TRIPS.inc(1, {"policy": policy.name, "version": str(policy.version)})
+            log.error(
+                "CIRCUIT BREAKER: policy %s@%d %s; it blocks nothing until it is activated again, what it would block "
+                "goes to review",
+                policy.name,
+                policy.version,
+                why,
+            )
+        await self._open(policy, opening)
+
+    async def _open(self, policy: PolicyIdentity, opening: _Opening) -> None:
+        try:
+            change = await asyncio.to_thread(
+                self._registry.trip, policy.name, policy.version, since=opening.since, who=BREAKER, why=opening.why
+            )
+        except ConfigurationError as error:
+            raise PolicyUnavailable(str(error)) from error
+        self._policies.accept(change)
+        self._opening.pop(policy, None)
+        if self._shared:
+            with suppress(CacheUnavailable):
+                await self._shared.offer(policy.name, change)
+
+    async def _count(self, watched: _Watched, since: int) -> tuple[int, int]:
+        """Verdicts and blocks in the window, of all processes.
+
+        While Redis is away those of this one alone, which are forgotten after each window.
+        """
+        policy, band, now_s = watched.policy, watched.band, time.monotonic()
+        if now_s - watched.began_s > band.window_s:
+            watched.counts.clear()
+            watched.began_s = now_s
+        told = Counter(watched.counts)
+        judged, blocked = told["judged"], told["blocked"]
+        if self._shared is None:
+            return judged, blocked
+        key = self._shared.key("block-rate", f"{policy.name}@{policy.version}", str(since))
+        try:
+            judged, blocked = await self._shared.run(_COUNT, [key], band.window_s / _SLICES, _SLICES, judged, blocked)
+        except CacheUnavailable:
+            return judged, blocked
+        watched.counts -= told  # what was counted meanwhile stays
+        watched.began_s = now_s
+        return int(judged), int(blocked)

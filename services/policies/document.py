@@ -1,0 +1,355 @@
+"""The policy document: what people write, and the value that the guard judges by."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from services.core.messages import (
+    CATEGORIES,
+    NO_CATEGORY,
+    Action,
+    BlockRateBand,
+    EffortMode,
+    Policy,
+    PolicyIdentity,
+    Rating,
+    RationaleMode,
+    Thresholds,
+)
+from services.policies.prompt import TRAINED_BLOCKS, Block, render
+
+CategoryCode = Literal["O1", "O2", "O3", "O4", "O5", "O6", "O7", "O8", "O9"]
+OwnCode = Literal["O10", "O11", "O12", "O13", "O14", "O15", "O16", "O17", "O18", "O19"]
+AnyCode = Literal[CategoryCode, OwnCode]
+CodeOrNone = Literal[CategoryCode, OwnCode, "NA"]
+Probability = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: share + 0.0)]
+"""In [0, 1]; -0.0 becomes 0.0, so that equal documents are written alike."""
+Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000)]
+"""One line; without angle brackets, which could be taken for a marker of a model's chat layout."""
+Rules = Annotated[tuple[Rule, ...], Field(max_length=50)]
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+TENANTS: Final = "tenants"
+"""What the document of services.policies.tenants is called, and so no policy."""
+
+_FIRST_TRAINING_SEED: Final = (
+    1_000_000_000  # pipelines.tiny_guard.drawings.TRAINING_SEEDS, without importing NumPy and Pillow
+)
+_NAME_BY_CODE: Final[Mapping[str, str]] = {
+    category.partition(":")[0]: category for category in (*CATEGORIES, NO_CATEGORY)
+}
+
+
+def is_policy_name(name: str) -> bool:
+    """Whether a policy may be called so: it becomes a part of object keys."""
+    return re.fullmatch(NAME_PATTERN, name) is not None and name != TENANTS
+
+
+def _no_policy_is_called_tenants(name: str) -> str:
+    if name == TENANTS:
+        raise ValueError(
+            f"a policy cannot be called {TENANTS!r}: that is the document which says which tenant has which "
+            f"policy (kind: {TENANTS}); give the policy another name"
+        )
+    return name
+
+
+PolicyName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_no_policy_is_called_tenants)]
+
+
+class Inconsistent(ValueError):
+    """Two parts of a document contradict each other."""
+
+    def __init__(self, at: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
+        self.at = at
+        """Where, as a path that begins at the field which was being validated."""
+
+
+class Part(BaseModel):
+    """A part of a document: immutable, and without fields that nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CategoryRules(Part):
+    """What a policy says about one category; rules that are not given are the trained ones."""
+
+    mode: Literal["enforce", "waive"] = "enforce"
+    should_not: Rules | None = None
+    can: Rules | None = None
+
+
+class OwnCategory(Part):
+    """A category that LlavaGuard was not trained on."""
+
+    code: OwnCode
+    title: Annotated[str, Field(min_length=1, max_length=60)]
+    should_not: Annotated[Rules, Field(min_length=1)]
+    can: Rules = ()
+
+    @field_validator("title")
+    @classmethod
+    def _can_be_quoted(cls, title: str) -> str:
+        # It stands in the prompt's JSON template, as the head of a block, and in every answer.
+        if title != title.strip() or not title.isprintable() or set(title) & set('<>":\\'):
+            raise ValueError('has to be one line of text without < > " : \\ and without spaces around it')
+        return title
+
+    @property
+    def category(self) -> str:
+        """Full name, e.g. `O10: Gambling`."""
+        return f"{self.code}: {self.title}"
+
+
+class ThresholdPair(Part):
+    """Scores from which an image is reviewed, and blocked."""
+
+    review: Probability = 0.5
+    block: Annotated[Probability, Field(validate_default=True)] = 0.8
+
+    @field_validator("block")
+    @classmethod
+    def _in_order(cls, block: float, info: ValidationInfo) -> float:
+        if (review := info.data.get("review", 0)) > block:
+            raise ValueError(f"block ({block:g}) is below review ({review:g}); it has to be as high at least")
+        return block
+
+
+class ThresholdRules(ThresholdPair):
+    """The thresholds of a policy, with overrides by category."""
+
+    categories: dict[AnyCode, ThresholdPair] = Field(default_factory=dict)
+
+
+class BlockRateRules(Part):
+    """The band that the share of blocked images has to stay in."""
+
+    at_least: Probability = 0.0
+    at_most: Probability
+    window_s: Annotated[float, Field(gt=0, le=86_400)] = 300
+    after: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+
+    @field_validator("at_most")
+    @classmethod
+    def _in_order(cls, at_most: float, info: ValidationInfo) -> float:
+        if (at_least := info.data.get("at_least", 0)) > at_most:
+            raise ValueError(f"at_most ({at_most:g}) is below at_least ({at_least:g}); it has to be as high at least")
+        return at_most
+
+    def as_band(self) -> BlockRateBand:
+        return BlockRateBand(self.at_least, self.at_most, self.window_s, self.after)
+
+
+class SyntheticImage(Part):
+    """An image of the drawn world, pipelines.tiny_guard.drawings: made, not stored."""
+
+    label: Annotated[
+        Literal[CategoryCode, "NA"], Field(description="the category that it shows, or NA for a harmless image")
+    ]
+    seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("seed")
+    @classmethod
+    def _was_not_learned(cls, seed: int) -> int:
+        if seed >= _FIRST_TRAINING_SEED:
+            raise ValueError(
+                f"has to be below {_FIRST_TRAINING_SEED:_}: the images from there on are those that `tiny` learned"
+            )
+        return seed
+
+    @property
+    def category(self) -> str:
+        """Full name, as `pipelines.tiny_guard.drawings.draw` takes it."""
+        return _NAME_BY_CODE[self.label]
+
+
+class Expectation(Part):
+    """What a verdict has to say; what is not given may be anything."""
+
+    rating: Rating | None = None
+    category: Annotated[CodeOrNone | None, Field(description="code, or NA for none")] = None
+    action: Action | None = None
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.rating is None and self.category is None and self.action is None:
+            raise ValueError("expects nothing; give at least one of rating, category and action")
+        if self.rating == "Unsafe" and self.category == "NA":
+            raise Inconsistent(("category",), "an Unsafe image has a category; NA goes with Safe only")
+        return self
+
+
+class Example(Part):
+    """A test of the policy: an image, and what the verdict on it has to be."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    image: (
+        Annotated[
+            str,
+            Field(
+                min_length=1, max_length=2048, description="s3://bucket/key, or a path from the folder of the document"
+            ),
+        ]
+        | None
+    ) = None
+    synthetic: SyntheticImage | None = None
+    expect: Expectation
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_line(cls, name: str | None) -> str | None:
+        if name is not None and not name.isprintable():
+            raise ValueError("has to be one line of text")
+        return name
+
+    @field_validator("image")
+    @classmethod
+    def _can_be_found(cls, image: str | None) -> str | None:
+        if image is None:
+            return None
+        scheme, colon, rest = image.partition("://")
+        bucket, _, key = rest.partition("/")
+        if not image.isprintable() or image.startswith("/") or (colon and not (scheme == "s3" and bucket and key)):
+            raise ValueError("has to be s3://bucket/key or a file's path, seen from the folder of the document")
+        return image
+
+    @model_validator(mode="after")
+    def _has_one_image(self) -> Self:
+        if (self.image is None) == (self.synthetic is None):
+            raise ValueError("needs one image: either `image` or `synthetic`")
+        return self
+
+
+class PolicyDocument(Part):
+    """A policy as it is written. Equal documents make equal prompts and have equal digests."""
+
+    # A default must never change: what a document leaves out is in no digest (see `digest_of`), so a verdict's digest
+    # would stand for something else than what was judged by. A new field needs a default that says what held before.
+    kind: Literal["policy"] = "policy"
+    name: PolicyName
+    description: Annotated[str, Field(max_length=2000)] = ""
+    categories: dict[CategoryCode, CategoryRules] = Field(default_factory=dict)
+    own_categories: Annotated[tuple[OwnCategory, ...], Field(max_length=10)] = ()
+    thresholds: ThresholdRules = ThresholdRules()
+    rationale: RationaleMode = "unsafe"
+    effort: EffortMode = "full"
+    first_look_below: Annotated[
+        Probability, Field(description="effort adaptive: a first look with a lower score is accepted as Safe")
+    ] = 0.1
+    block_rate: BlockRateRules | None = None
+    examples: Annotated[tuple[Example, ...], Field(max_length=200)] = ()
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _expand_modes(cls, categories: Any) -> Any:
+        if not isinstance(categories, dict):
+            return categories
+        return {code: {"mode": rules} if isinstance(rules, str) else rules for code, rules in categories.items()}
+
+    @field_validator("own_categories")
+    @classmethod
+    def _have_codes_of_their_own(cls, own: tuple[OwnCategory, ...]) -> tuple[OwnCategory, ...]:
+        codes = [category.code for category in own]
+        for index, code in enumerate(codes):
+            if code in codes[:index]:
+                raise Inconsistent((index, "code"), f"{code} is taken by another category of this policy")
+        return own
+
+    @field_validator("thresholds")
+    @classmethod
+    def _are_of_its_categories(cls, thresholds: ThresholdRules, info: ValidationInfo) -> ThresholdRules:
+        for code in thresholds.categories:
+            if not _is_declared(code, info):
+                raise Inconsistent(("categories", code), _undeclared(code))
+        return thresholds
+
+    @field_validator("examples")
+    @classmethod
+    def _expect_its_categories(cls, examples: tuple[Example, ...], info: ValidationInfo) -> tuple[Example, ...]:
+        for index, example in enumerate(examples):
+            code = example.expect.category
+            if code is not None and not _is_declared(code, info):
+                raise Inconsistent((index, "expect", "category"), _undeclared(code))
+        return examples
+
+    def prompt(self) -> str:
+        """The prompt text that this policy makes."""
+        own = (Block(category.category, category.should_not, category.can) for category in self.own_categories)
+        return render([*map(self._block, TRAINED_BLOCKS), *own])
+
+    def digest(self) -> str:
+        """`sha256:<hex>` of what the document says and of the prompt that it makes."""
+        return digest_of(self, prompt=self.prompt())
+
+    def as_version(self, version: int) -> Policy:
+        """The value to judge by, once the registry has given the document a version."""
+        thresholds = self.thresholds
+        names: dict[str, str] = {**_NAME_BY_CODE, **{own.code: own.category for own in self.own_categories}}
+        return Policy(
+            identity=PolicyIdentity(name=self.name, version=version, digest=self.digest()),
+            prompt=self.prompt(),
+            thresholds=Thresholds(thresholds.review, thresholds.block),
+            category_thresholds=MappingProxyType(
+                {names[code]: Thresholds(pair.review, pair.block) for code, pair in thresholds.categories.items()}
+            ),
+            rationale=self.rationale,
+            effort=self.effort,
+            first_look_below=self.first_look_below,
+            own_categories=tuple(own.category for own in self.own_categories),
+            block_rate=self.block_rate.as_band() if self.block_rate else None,
+        )
+
+    def _block(self, trained: Block) -> Block:
+        rules = self.categories.get(trained.category.partition(":")[0])  # type: ignore[call-overload]
+        if rules is None:
+            return trained
+        return replace(
+            trained,
+            should_not=trained.should_not if rules.should_not is None else rules.should_not,
+            can=trained.can if rules.can is None else rules.can,
+            waived=rules.mode == "waive",
+        )
+
+
+def digest_of(document: BaseModel, **made: str) -> str:
+    """`sha256:<hex>` of what a document says, and of what is made of it.
+
+    Only what differs from the defaults counts, in an order that does not depend on how it was written: so a field
+    that a later release adds leaves the digests of documents that do without it as they are. A default that changed
+    would silently change what a digest stands for, so none ever may.
+    """
+    content = document.model_dump(mode="json", exclude_defaults=True)
+    canonical = json.dumps({"content": content, **made}, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def _is_declared(code: str, info: ValidationInfo) -> bool:
+    own = info.data.get("own_categories")
+    # Own categories that are wrong themselves are complained about already.
+    return code in _NAME_BY_CODE or own is None or code in {category.code for category in own}
+
+
+def _undeclared(code: str) -> str:
+    return f"{code} is not one of LlavaGuard's categories and the policy does not declare it under own_categories"
+
+
+BUILT_IN: Final = PolicyDocument.model_validate(
+    yaml.safe_load((Path(__file__).parent / "documents" / "default.yaml").read_text(encoding="utf-8"))
+)
+"""Published and activated as `default@1` by `sluice up` when the policy bucket is empty."""

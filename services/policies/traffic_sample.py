@@ -1,0 +1,148 @@
+"""The sample: a bounded number of recent submissions of each policy, to try another version on. References only."""
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections import defaultdict
+from contextlib import suppress
+from typing import Final, Self
+
+from pydantic import ValidationError
+
+from services.core.messages import Moment, Submission, Verdict, WireModel
+from services.core.tasks import ended
+from services.policies.redis_cache import CacheUnavailable, SharedCopies
+
+_EVERY_S: Final = 1.0
+_FADES_S: Final = 86_400.0
+"""A submission is e times as likely to be in the sample as one this much older."""
+_HOURS: Final = 24
+
+# Entries with the highest keys stay; see _key. Also counts the submissions of each hour.
+_ADD: Final = """
+for i = 3, #ARGV, 2 do redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - ARGV[1])
+local hour = math.floor(redis.call('TIME')[1] / 3600)
+redis.call('HINCRBY', KEYS[2], hour, ARGV[2])
+for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
+    if tonumber(field) < hour - 24 then redis.call('HDEL', KEYS[2], field) end
+end
+local lowest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+return redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) and lowest[2] or ''
+"""
+_TAKE: Final = """
+return {redis.call('ZRANDMEMBER', KEYS[1], ARGV[1]), redis.call('HGETALL', KEYS[2]), redis.call('TIME')}
+"""
+
+log = logging.getLogger(__name__)
+
+
+class Sampled(WireModel):
+    """A submission in the sample: what is needed to fetch the same object again."""
+
+    id: str
+    uri: str
+    version_id: str | None
+    etag: str | None
+    tenant: str
+    at: Moment
+
+    def submission(self) -> Submission:
+        """To judge it again, behind everything else."""
+        return Submission(
+            id=self.id,
+            uri=self.uri,
+            version_id=self.version_id,
+            etag=self.etag,
+            tenant=self.tenant,
+            priority="backfill",
+        )
+
+
+class Sample:
+    """Adds to the sample. To be used as an async context manager; what Redis cannot take is dropped."""
+
+    def __init__(self, shared: SharedCopies, *, size: int) -> None:
+        """`size`: entries kept for each policy name."""
+        self._shared = shared
+        self._size = size
+        self._new: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
+        self._seen: defaultdict[str, int] = defaultdict(int)
+        self._lowest: dict[str, float] = {}
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await ended(self._task)
+
+    def add(self, verdict: Verdict) -> None:
+        """Consider what was just judged. No network."""
+        if verdict.policy is None:
+            return
+        name = verdict.policy.name
+        self._seen[name] += 1
+        key = _key(time.time())
+        if len(self._new[name]) < self._size and key > self._lowest.get(name, -math.inf):
+            sampled = Sampled(
+                id=verdict.submission_id,
+                uri=verdict.uri,
+                version_id=verdict.version_id,
+                etag=verdict.etag,
+                tenant=verdict.tenant,
+                at=verdict.submitted_at,
+            )
+            self._new[name].append((key, sampled.model_dump_json()))
+
+    async def flush(self) -> None:
+        """Put what is new where every process finds it."""
+        seen, self._seen = self._seen, defaultdict(int)
+        new, self._new = self._new, defaultdict(list)
+        for name, count in seen.items():
+            entries = [part for entry in new[name] for part in entry]
+            try:
+                lowest = await self._shared.run(_ADD, _keys(self._shared, name), self._size, count, *entries)
+            except CacheUnavailable as error:
+                log.debug("the sample of %s is not kept: %s", name, error)
+            else:
+                self._lowest[name] = float(lowest) if lowest else -math.inf
+
+    async def _work(self) -> None:
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            try:
+                await self.flush()
+            except Exception:
+                log.exception("the sample could not be kept")
+
+
+async def take(shared: SharedCopies, name: str, count: int) -> tuple[list[Sampled], float | None]:
+    """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
+
+    Raises:
+        CacheUnavailable: Redis does not answer.
+    """
+    members, hours, now = await shared.run(_TAKE, _keys(shared, name), count)
+    found = []
+    for member in members:
+        with suppress(ValidationError):
+            found.append(Sampled.model_validate_json(member))
+    counted = dict(zip(map(int, hours[::2]), map(int, hours[1::2]), strict=True))
+    elapsed_hours = int(now[0]) / 3600 - min(counted, default=0)
+    return found, sum(counted.values()) / elapsed_hours * _HOURS if counted and elapsed_hours >= 1 else None
+
+
+def _key(at: float) -> float:
+    """A random key; the entries with the highest ones are a sample weighted by exp(-age), whatever their order.
+
+    Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), in logarithms, with forward decay
+    (Cormode et al., 2009).
+    """
+    return at / _FADES_S - math.log(random.expovariate(1.0) or 1e-300)
+
+
+def _keys(shared: SharedCopies, name: str) -> list[str]:
+    return [shared.key("sample", name), shared.key("seen", name)]

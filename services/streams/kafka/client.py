@@ -1,0 +1,307 @@
+"""What every Kafka client here shares: how it is configured, which topics it needs, and how it publishes."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import kafka
+from kafka import errors
+
+from services.core.errors import ConfigurationError, StreamUnavailable
+from services.core.settings import Settings
+from services.streams.base import Message, Record
+from services.streams.kafka import compat as kafka_headers
+
+log = logging.getLogger(__name__)
+
+CONNECT_S: Final = 15.0
+"""How long opening waits for a broker before it gives up."""
+
+SENDS_IN_FLIGHT: Final = 256
+"""Calls of `Sender.send` at a time, per sender; kafka-python itself has no bound on what it buffers."""
+
+_CLOSE_S: Final = 3.0
+
+_DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
+"""A dead letter is a whole original message (up to 1 MiB by default) and its headers."""
+
+REQUEST_LIMIT_BYTES: Final = 16 << 20
+"""Counted before compression; the broker's own limit is the one that matters."""
+
+_RESERVED: Final = frozenset(
+    {
+        "acks",
+        "auto_offset_reset",
+        "bootstrap_servers",
+        "enable_auto_commit",
+        "enable_idempotence",
+        "group_id",
+        "group_instance_id",
+        "isolation_level",
+        "key_deserializer",
+        "key_serializer",
+        "max_poll_records",
+        "partition_assignment_strategy",
+        "partitioner",
+        "transactional_id",
+        "value_deserializer",
+        "value_serializer",
+    }
+)
+"""Options that Sluice's guarantees rest on."""
+
+REFUSED: Final = (
+    errors.MessageSizeTooLargeError,
+    errors.RecordListTooLargeError,
+    errors.InvalidRecordError,
+    errors.InvalidTopicError,
+    ValueError,
+    TypeError,
+)
+"""What a record itself is to blame for: sending it again cannot help."""
+
+
+def bootstrap_servers(url: str) -> list[str]:
+    """The brokers in `kafka://host:9092,host:9092`; the port may be left out.
+
+    Raises:
+        ConfigurationError: it does not look like that.
+    """
+    servers = []
+    for server in url.removeprefix("kafka://").rstrip("/").split(","):
+        host, colon, port = server.strip().rpartition(":")
+        if not colon or port.endswith("]"):
+            host, port = server.strip(), "9092"
+        if not host or any(mark in host for mark in "/@ ?") or not (port.isascii() and port.isdigit()):
+            raise ConfigurationError(f"SLUICE_STREAM_URL must look like kafka://host:9092,host:9092, not {url!r}.")
+        servers.append(f"{host}:{port}")
+    return servers
+
+
+def options(settings: Settings, client: type, **ours: Any) -> dict[str, Any]:
+    """The keyword arguments for a client: Sluice's own, then those of SLUICE_KAFKA_OPTIONS that it understands.
+
+    Raises:
+        ConfigurationError: an option is reserved, or no client knows it.
+    """
+    clients = (kafka.KafkaConsumer, kafka.KafkaProducer, kafka.KafkaAdminClient)
+    for name in settings.kafka_options:
+        if name in _RESERVED:
+            raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS cannot set {name}: Sluice depends on its own value.")
+        if not any(name in each.DEFAULT_CONFIG for each in clients):
+            raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS has {name}, which no kafka-python client knows.")
+    known: dict[str, Any] = client.DEFAULT_CONFIG  # type: ignore[attr-defined]
+    return {
+        "bootstrap_servers": bootstrap_servers(settings.stream_url),
+        "bootstrap_timeout_ms": int(CONNECT_S * 1000),
+        "reconnect_backoff_max_ms": 2_000,
+        **ours,
+        **{name: value for name, value in settings.kafka_options.items() if name in known},
+    }
+
+
+def connect(settings: Settings, client: Any, **ours: Any) -> Any:
+    """Make a kafka-python client. Blocks until a broker answers, up to `CONNECT_S`.
+
+    Raises:
+        ConfigurationError: an option, or the credentials, are wrong.
+        StreamUnavailable: no broker answers.
+    """
+    arguments = options(settings, client, **ours)
+    kafka_headers.tolerate()
+    try:
+        return client(**arguments)
+    except (errors.SaslAuthenticationFailedError, errors.UnsupportedSaslMechanismError) as error:
+        raise ConfigurationError(f"Kafka refuses the credentials in SLUICE_KAFKA_OPTIONS: {error}.") from error
+    except (errors.KafkaConfigurationError, ValueError, TypeError, AssertionError) as error:
+        raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS is wrong: {error}.") from error
+    except (errors.KafkaError, OSError) as error:
+        servers = ", ".join(arguments["bootstrap_servers"])
+        raise StreamUnavailable(f"Kafka at {servers} does not answer.") from error
+
+
+def ensure_topics(settings: Settings, admin: Any) -> None:
+    """Create the topics that do not exist. A missing right to create is fine where they do. Blocks.
+
+    Raises:
+        ConfigurationError: a topic does not exist and cannot be created.
+        StreamUnavailable: the broker went away.
+    """
+    wanted: dict[str, dict[str, str]] = {
+        settings.submissions_stream: {},
+        settings.verdicts_stream: {},
+        settings.shadow_verdicts_stream: {},
+        settings.dead_letters_stream: {"max.message.bytes": str(_DEAD_LETTER_LIMIT_BYTES)},
+    }
+    deadline = time.monotonic() + CONNECT_S
+    for delay in backoff():
+        try:
+            _create_missing(settings.kafka_partitions, wanted, admin)
+        except (errors.RetriableError, errors.InvalidReplicationFactorError, OSError) as error:
+            # A cluster that is starting has fewer brokers than replicas for a while.
+            if time.monotonic() + delay > deadline:
+                raise StreamUnavailable(f"Kafka does not create Sluice's topics: {error}.") from error
+            time.sleep(delay)
+        except errors.KafkaError as error:
+            names = ", ".join(wanted)
+            raise ConfigurationError(f"Kafka does not let Sluice create its topics ({names}): {error}.") from error
+        else:
+            return
+
+
+def _create_missing(partitions: int, wanted: Mapping[str, Mapping[str, str]], admin: Any) -> None:
+    present = {topic["name"] for topic in admin.describe_topics(list(wanted)) if topic["error_code"] == 0}
+    for name in wanted.keys() - present:
+        # -1 is the broker's default.
+        topic = {"num_partitions": partitions, "replication_factor": -1, "configs": wanted[name]}
+        with contextlib.suppress(errors.TopicAlreadyExistsError):  # another member was quicker
+            admin.create_topics({name: topic})
+    admin.wait_for_topics(list(wanted))
+
+
+def as_message(record: Any, token: Any = None) -> Message:
+    """A ConsumerRecord as a message; a null value or header becomes an empty one."""
+    return Message(
+        value=record.value or b"",
+        key=record.key,
+        headers=tuple((name, value or b"") for name, value in record.headers),
+        source=f"{record.topic}/{record.partition}/{record.offset}",
+        timestamp=datetime.fromtimestamp(max(0, record.timestamp or 0) / 1000, UTC),
+        token=token,
+    )
+
+
+def backoff(longest_s: float = 5.0) -> Iterator[float]:
+    """Seconds to wait before each new try: growing, with jitter, endless."""
+    ceiling = 0.1
+    while True:
+        yield random.uniform(ceiling / 2, ceiling)
+        ceiling = min(longest_s, ceiling * 2)
+
+
+class Sender:
+    """An idempotent producer for an event loop: every send waits for all in-sync replicas."""
+
+    def __init__(self, settings: Settings, *, delivery_s: float) -> None:
+        """Connects, so it blocks. `delivery_s` is how long one try to send may take, at least 5 s.
+
+        Raises:
+            ConfigurationError: an option, or the credentials, are wrong.
+            StreamUnavailable: no broker answers.
+        """
+        self._settings = settings
+        self._delivery_s = delivery_s
+        self._slots = asyncio.Semaphore(SENDS_IN_FLIGHT)
+        # send() of kafka-python blocks while it does not know a topic, so it gets a thread; one, to keep the order.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-send")
+        self._producer = self._connect()
+        self._closed = False
+
+    def _connect(self) -> Any:
+        return connect(
+            self._settings,
+            kafka.KafkaProducer,
+            acks="all",
+            enable_idempotence=True,
+            compression_type="gzip",
+            max_request_size=REQUEST_LIMIT_BYTES,
+            max_block_ms=5_000,
+            request_timeout_ms=int(self._delivery_s * 1000 * 0.6),
+            delivery_timeout_ms=int(self._delivery_s * 1000),
+        )
+
+    async def send(self, records: Sequence[Record]) -> list[Record]:
+        """Send and wait. Returns the records that were not acknowledged: trying those again can help, until `close`.
+
+        Raises:
+            ConfigurationError: a topic refuses a record for good, such as one that is too large for it.
+        """
+        async with self._slots:
+            if self._closed or not records:
+                return list(records)
+            loop = asyncio.get_running_loop()
+            producer = self._producer
+            futures = await loop.run_in_executor(self._thread, self._append, producer, tuple(records))
+            outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+            failed = []
+            for record, outcome in zip(records, outcomes, strict=True):
+                if not isinstance(outcome, BaseException):
+                    continue
+                log.warning("%s did not take a message: %s", record.stream, outcome)
+                if not isinstance(outcome, errors.RetriableError | errors.AuthorizationError):
+                    await loop.run_in_executor(self._thread, self._renew, producer)
+                # A record that is too large takes everything with it that the producer holds at the moment, so which
+                # one is to blame shows only when each is sent alone.
+                if not isinstance(outcome, REFUSED) or not await loop.run_in_executor(
+                    self._thread, self._send_alone, record
+                ):
+                    failed.append(record)
+            return failed
+
+    def _append(self, producer: Any, records: tuple[Record, ...]) -> list["concurrent.futures.Future[None]"]:
+        futures = []
+        for record in records:
+            future: concurrent.futures.Future[None] = concurrent.futures.Future()
+            future.set_running_or_notify_cancel()  # so that a cancelled waiter cannot cancel it
+            futures.append(future)
+            try:
+                pending = producer.send(record.stream, record.value, key=record.key, headers=list(record.headers))
+            except Exception as error:  # noqa: BLE001 - it goes to whoever waits for this record
+                future.set_exception(error)
+                continue
+            pending.add_callback(lambda _, future=future: future.set_result(None))
+            pending.add_errback(lambda error, future=future: future.set_exception(error))
+        return futures
+
+    def _send_alone(self, record: Record) -> bool:
+        producer = self._connect()
+        try:
+            producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)).get(
+                self._delivery_s
+            )
+        except REFUSED as error:
+            raise ConfigurationError(
+                f"Kafka refuses a message of {len(record.value)} bytes for {record.stream}: {error}. "
+                "Raise the topic's max.message.bytes."
+            ) from error
+        except errors.KafkaError as error:
+            log.warning("%s did not take a message: %s", record.stream, error)
+            return False
+        finally:
+            end(producer, 1)
+        return True
+
+    def _renew(self, broken: Any) -> None:
+        """A producer can end in a state that it does not leave by itself; then a new one takes its place."""
+        if self._producer is not broken or self._closed:
+            return
+        try:
+            self._producer = self._connect()
+        except (ConfigurationError, StreamUnavailable) as error:
+            log.warning("no new Kafka producer: %s", error)
+            return
+        end(broken, 1)
+
+    async def close(self) -> None:
+        """Wait a little for what is in flight, then release the connections."""
+        if not self._closed:
+            self._closed = True
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, end, self._producer, _CLOSE_S)
+            self._thread.shutdown(wait=False)
+
+
+def end(producer: Any, timeout_s: float) -> None:
+    """Close a producer, whatever state it is in, waiting for up to `timeout_s` for what is in flight."""
+    try:
+        producer.close(timeout=timeout_s)
+    except errors.KafkaError as error:
+        # close() stops half-way when something cannot be delivered in time, and leaves its thread behind.
+        log.warning("closed a producer with messages that are not acknowledged: %s", error)
+        producer._sender.force_close()

@@ -1,0 +1,199 @@
+"""Offset bookkeeping for one partition: completions in any order become the offset that may be committed.
+
+Pure: no clock, no thread, no Kafka. The states of an offset:
+
+    (unseen) ── receive ──► held ── finish ──► done ── release ──► released ── commit ──► committed
+        │                    ▲                  │
+        │                    └───── refuse ─────┘
+        └───── never: a gap (a compacted record, a transaction's marker) ─────┘
+
+- *held*: received, and whoever works on it has not finished.
+- *done*: finished. It is released when nothing older is held; a ledger that keeps outputs (exactly-once delivery) waits
+  until it is told that they are published and the offset is committed, as one act.
+- *released*: forgotten here, and so is what is committed.
+- A *gap* is never received. It is passed over as soon as nothing older is held or done.
+
+A partition that is revoked takes its ledger with it: messages keep the ledger that they were received with, and a
+ledger that is `revoked` refuses everything. When the partition comes back it gets a new ledger.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice, takewhile
+from typing import Final
+
+from services.streams.base import Record
+
+BLOCKED_SHARE: Final = 0.9
+"""A window that is full to this share, of done offsets behind one held one, is blocked by it."""
+
+
+class Finish(Enum):
+    """What finishing an offset did."""
+
+    ADVANCED = "advanced"
+    """The committable offset moved."""
+    WAITING = "waiting"
+    """Done, but an older offset is held, or the outputs are to be released."""
+    NOT_HELD = "not_held"
+    """Never received here, or finished before."""
+    REVOKED = "revoked"
+    """The partition belongs to another member by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Releasable:
+    """The oldest done offsets of a partition, which nothing held stands before."""
+
+    offsets: tuple[int, ...]
+    """Ascending; empty when there is only a gap to pass over."""
+    outputs: tuple[Record, ...]
+    """Of all the offsets, in their order."""
+    committable: int
+    """The offset to commit with them (the next one to read)."""
+
+
+class Ledger:
+    """The offsets of one partition for as long as this member owns it. Not thread-safe."""
+
+    def __init__(self, window: int, *, keeps_outputs: bool = False) -> None:
+        """`window` bounds the offsets kept track of, held and done ones together.
+
+        With `keeps_outputs` a done offset stays, with its outputs, until `release`.
+        """
+        if window < 1:
+            raise ValueError("window must be at least 1")
+        self.window: Final = window
+        self.revoked = False
+        """True once the partition went to another member."""
+        self._keeps_outputs = keeps_outputs
+        self._kept: dict[int, tuple[Record, ...] | None] = {}
+        """Ascending, because offsets are received so. None for a held offset, the outputs of a done one."""
+        self._held = 0
+        self._position: int | None = None
+        self._committed: int | None = None
+
+    @property
+    def position(self) -> int | None:
+        """The offset after the last one received or passed over; None before the first."""
+        return self._position
+
+    @property
+    def held(self) -> int:
+        """How many offsets are held."""
+        return self._held
+
+    @property
+    def room(self) -> int:
+        """How many more offsets may be received now."""
+        return 0 if self.revoked else self.window - len(self._kept)
+
+    @property
+    def oldest_unfinished(self) -> int | None:
+        """The held offset that everything else waits for; None when nothing is held."""
+        return next((offset for offset, outputs in self._kept.items() if outputs is None), None)
+
+    @property
+    def waiting(self) -> int:
+        """How many done offsets wait for the oldest unfinished one."""
+        return len(self._kept) - self._held - len(self._done())
+
+    @property
+    def blocked_by(self) -> int | None:
+        """The held offset behind which done ones fill the window to `BLOCKED_SHARE`; None when none does."""
+        return self.oldest_unfinished if self.waiting >= BLOCKED_SHARE * self.window else None
+
+    def holds(self, offset: int) -> bool:
+        """Whether `offset` is held."""
+        return self._kept.get(offset, ()) is None
+
+    @property
+    def committable(self) -> int | None:
+        """The offset to commit (the next one to read), or None when there is nothing new to commit."""
+        if self.revoked:
+            return None
+        offset = next(iter(self._kept), self._position)
+        return None if offset is None or offset == self._committed else offset
+
+    def receive(self, offset: int) -> None:
+        """Hold `offset`.
+
+        Raises:
+            ValueError: it is not above every offset received before, the window is full, or the ledger is revoked.
+        """
+        if self._position is not None and offset < self._position:
+            raise ValueError(f"offset {offset} is below the position {self._position}")
+        if self.room < 1:
+            raise ValueError("no room: the window is full or the partition was revoked")
+        if self._position is None:
+            self._committed = offset  # committing the first offset itself would say nothing new
+        self._kept[offset] = None
+        self._held += 1
+        self._position = offset + 1
+
+    def pass_over(self, position: int) -> None:
+        """Say that no offset from the present position up to (not including) `position` will ever be received."""
+        if not self.revoked and (self._position is None or position > self._position):
+            self._position = position
+
+    def finish(self, offset: int, outputs: Sequence[Record] = ()) -> Finish:
+        """Mark a held offset as done. `outputs` matter only to a ledger that keeps them."""
+        if self.revoked:
+            return Finish.REVOKED
+        if not self.holds(offset):
+            return Finish.NOT_HELD
+        self._kept[offset] = tuple(outputs)
+        self._held -= 1
+        if self._keeps_outputs:
+            return Finish.WAITING
+        released = self._done()
+        for each in released:
+            del self._kept[each]
+        return Finish.ADVANCED if released else Finish.WAITING
+
+    def releasable(self, limit: int) -> Releasable | None:
+        """What may be published and committed now, of up to `limit` offsets; None when there is nothing new."""
+        offsets = tuple(self._done(limit))
+        committable = next(islice(self._kept, len(offsets), None), self._position)
+        if self.revoked or committable is None or committable == self._committed:
+            return None
+        outputs = tuple(record for offset in offsets for record in self._kept[offset] or ())
+        return Releasable(offsets, outputs, committable)
+
+    def release(self, released: Releasable) -> None:
+        """Remember that its outputs are published and its offset is committed. A revoked ledger ignores it."""
+        if self.revoked:
+            return
+        for offset in released.offsets:
+            del self._kept[offset]
+        self.commit(released.committable)
+
+    def refuse(self, offset: int) -> None:
+        """Hold a done offset again: its outputs cannot be published. A revoked ledger ignores it.
+
+        Raises:
+            ValueError: it is not done.
+        """
+        if self.revoked:
+            return
+        if self._kept.get(offset) is None:
+            raise ValueError(f"offset {offset} is not done")
+        self._kept[offset] = None
+        self._held += 1
+
+    def commit(self, offset: int) -> None:
+        """Remember that `offset` is committed; an older one than before is ignored."""
+        if self._committed is None or offset > self._committed:
+            self._committed = offset
+
+    def revoke(self) -> None:
+        """Give the partition up: nothing can be received, finished, released or committed any more."""
+        self.revoked = True
+        self._kept.clear()
+        self._held = 0
+
+    def _done(self, limit: int | None = None) -> list[int]:
+        """The done offsets below the oldest held one, up to `limit`."""
+        done = takewhile(lambda each: each[1] is not None, self._kept.items())
+        return [offset for offset, _ in islice(done, limit)]

@@ -1,0 +1,215 @@
+"""Records and offsets in one Kafka transaction: all of them or none, and only for a member that the group still knows.
+
+What kafka-python 3.0.12 leaves to its user, and what is done about it here:
+
+- `send_offsets_to_transaction`, `commit_transaction` and `abort_transaction` wait for ever while no broker answers.
+  Here their requests are waited for with a limit, and a producer that does not answer is given up.
+- A record that could not be delivered in time does not spoil its transaction: committing would succeed without it. Here
+  every record is acknowledged before offsets are sent.
+- After an abort, offsets that were sent are sent again with the next transaction, and sequence numbers of records that
+  were not acknowledged are missing. Here a producer is used on only after a transaction that went well, or that was
+  aborted with every record acknowledged and no offsets sent. Otherwise a new producer with the same transactional id
+  takes its place, which ends the transaction and fences whoever had the id.
+- When the answer to a commit is lost, nobody can say what became of it. The offsets can: they were committed with it.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Final
+
+import kafka
+from kafka import errors
+from kafka.structs import OffsetAndMetadata
+
+from services.core.errors import ConfigurationError, StreamUnavailable
+from services.core.settings import Settings
+from services.streams.base import Record
+from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, connect, end
+
+log = logging.getLogger(__name__)
+
+_DELIVERY_S: Final = 10.0
+_TRANSACTION_S: Final = 10.0
+"""The broker aborts an open transaction after this long (it looks every 10 s). Until then the transaction of a member
+that was killed holds up readers and the next owner of its partitions, unless the member comes back with its id."""
+_ANSWER_S: Final = 15.0
+_LOOK_S: Final = 0.1
+_RETRY_MS: Final = 20
+"""The next transaction is often begun before the broker is done with the last one, and then tried again after this."""
+
+
+class Outcome(Enum):
+    """What became of a transaction."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    """Nothing was published; trying again can help."""
+    REFUSED = "refused"
+    """Nothing was published: a topic refuses one of the records, which can be any of them."""
+    FENCED = "fenced"
+    """Nothing was published: the broker knows this member's id as another's."""
+    UNKNOWN = "unknown"
+    """Nobody answered. After `recover` the committed offsets say whether it was committed."""
+
+
+class _Refusal(Exception):
+    """Sending a record again cannot help."""
+
+
+class Transactions:
+    """A transactional producer, one transaction at a time. Every method blocks; `stop` may come from another thread."""
+
+    def __init__(self, settings: Settings, transactional_id: str) -> None:
+        """Connects, and ends the transaction that an earlier producer with `transactional_id` left open.
+
+        Raises:
+            ConfigurationError: an option, or the credentials, are wrong.
+            StreamUnavailable: no broker answers.
+        """
+        self._settings = settings
+        self._id = transactional_id
+        self._stopping = threading.Event()
+        self._producer: Any = None
+        if not self.recover():
+            raise StreamUnavailable("Kafka's transaction coordinator does not answer.")
+
+    def publish(
+        self, records: Sequence[Record], offsets: Mapping[Any, int], confirm: Callable[[], Any | None]
+    ) -> tuple[Outcome, str]:
+        """Publish `records` and commit `offsets` by partition. The outcome, and a few words about it.
+
+        `confirm` is asked when the records are written. It returns the consumer's group metadata, or None when they
+        must not be published any more.
+        """
+        if not self.ready():
+            return Outcome.ABORTED, "Kafka does not answer"
+        producer = self._producer
+        try:
+            producer.begin_transaction()
+            self._write(producer, records)
+            member = confirm()
+            if member is None:
+                self._answered(producer, producer._transaction_manager.begin_abort())
+                return Outcome.ABORTED, "a partition went to another member"
+            positions = {partition: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+            self._answered(producer, producer._transaction_manager.send_offsets_to_transaction(positions, member))
+            commit = producer._transaction_manager.begin_commit()
+        except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+            self._give_up()
+            return _outcome(error), _words(error)
+        try:
+            self._answered(producer, commit)
+        except Exception as error:  # noqa: BLE001 - likewise; the commit itself may have been the first of two tries
+            self._give_up()
+            return Outcome.UNKNOWN, _words(error)
+        return Outcome.COMMITTED, ""
+
+    def ready(self) -> bool:
+        """Whether there is a producer; where the last one was given up this `recover`s."""
+        return self._producer is not None or self.recover()
+
+    def recover(self) -> bool:
+        """Replace the producer. Whatever the last one had begun has ended when this returns True; False: no answer."""
+        self._give_up()
+        if self._stopping.is_set():
+            return False
+        producer: Any = None
+        try:
+            producer = connect(
+                self._settings,
+                kafka.KafkaProducer,
+                acks="all",
+                transactional_id=self._id,
+                compression_type="gzip",
+                max_request_size=REQUEST_LIMIT_BYTES,
+                max_block_ms=5_000,
+                retry_backoff_ms=_RETRY_MS,
+                request_timeout_ms=int(_DELIVERY_S * 1000 * 0.6),
+                delivery_timeout_ms=int(_DELIVERY_S * 1000),
+                transaction_timeout_ms=int(_TRANSACTION_S * 1000),
+            )
+            producer.init_transactions()
+        except (errors.KafkaError, StreamUnavailable) as error:
+            log.warning("no transactional Kafka producer: %s", _words(error))
+            if producer is not None:
+                end(producer, 0)
+            if isinstance(error, errors.AuthorizationError):
+                raise ConfigurationError(f"Kafka does not let Sluice use the transactional id {self._id}.") from error
+            return False
+        self._producer = producer
+        if self._stopping.is_set():
+            self._give_up()
+        return self._producer is not None
+
+    def stop(self) -> None:
+        """Let the call that is under way end soon, and every later one at once."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Release the connections. An open transaction is aborted by the broker, or by the next owner of the id."""
+        self.stop()
+        self._give_up()
+
+    def _write(self, producer: Any, records: Sequence[Record]) -> None:
+        """Returns when every record is acknowledged.
+
+        Raises:
+            _Refusal: a topic refuses one of them.
+            Exception: one was not acknowledged for another reason.
+        """
+        failures: list[Exception] = []
+        pending = []
+        for record in records:
+            try:
+                pending.append(producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)))
+            except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+                failures.append(error)
+                break
+        deadline = time.monotonic() + _ANSWER_S
+        for future in pending:
+            try:
+                while not future.is_done and time.monotonic() < deadline and not self._stopping.is_set():
+                    with contextlib.suppress(errors.KafkaTimeoutError):
+                        future.get(timeout=_LOOK_S)
+                future.get(timeout=0)
+            except Exception as error:  # noqa: BLE001 - likewise
+                failures.append(error)
+        for failure in failures:
+            if isinstance(failure, REFUSED):
+                raise _Refusal(_words(failure)) from failure
+        if failures:
+            raise failures[0]
+
+    def _answered(self, producer: Any, result: Any) -> None:
+        """Wait for a request of the transaction.
+
+        Raises:
+            KafkaError: it failed, or there was no answer in time.
+        """
+        producer._sender.wakeup()
+        deadline = time.monotonic() + _ANSWER_S
+        while not result.wait(timeout_ms=int(_LOOK_S * 1000)):
+            if time.monotonic() > deadline or self._stopping.is_set():
+                raise errors.KafkaTimeoutError("no answer in time")
+
+    def _give_up(self) -> None:
+        if self._producer is not None:
+            producer, self._producer = self._producer, None
+            end(producer, 0)
+
+
+def _outcome(error: Exception) -> Outcome:
+    """Of a transaction that failed before its commit."""
+    if isinstance(error, _Refusal):
+        return Outcome.REFUSED
+    return Outcome.FENCED if isinstance(error, errors.FencedInstanceIdError) else Outcome.ABORTED
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, _Refusal):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,289 @@
+"""What a stream message says: native submissions, S3 event notifications, and CloudEvents around either.
+
+Pure: bytes and headers in, values out. Whatever the bytes are, `parse` returns; it never raises.
+"""
+
+from base64 import b64decode
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import unquote_plus
+
+from pydantic_core import to_json
+
+from services.core.errors import Malformed
+from services.core.messages import Submission, decode_json, id_of, readable_id
+from services.streams.base import Message
+
+RECORDS_LIMIT: Final = 1000
+"""Records of one S3 notification. S3 itself sends one; MinIO and forwarders send a few."""
+
+_ENVELOPE_LIMIT_BYTES: Final = 4096
+"""What stands beside `Records` is repeated in the dead letter of every record, so it has to be small to be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """One submission that a message holds."""
+
+    submission: Submission
+    """`submitted_at` is always set: the producer's, else when the message was published."""
+    key: bytes
+    """Of every output: the message's own key, else the submission's `uri`."""
+    original: bytes
+    """The value of a dead letter of this submission."""
+    sequencer: str | None = None
+    """Of an S3 event: orders the events of one key (compare as in `is_before`); None for everything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A part of a message, or all of it, that is no submission."""
+
+    error: Malformed
+    key: bytes | None
+    """The message's own key."""
+    original: bytes
+    """The value of its dead letter."""
+
+
+Parsed = tuple[Accepted | Rejected, ...]
+"""In the order of the message; empty when there is nothing to judge (a deletion, a test event): then just settle it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """One creation of an object, whoever reported it."""
+
+    bucket: Any
+    key: Any
+    version_id: Any
+    etag: Any
+    sequencer: Any
+    time: Any
+
+
+def parse(message: Message) -> Parsed:
+    """Read one message: 0..`RECORDS_LIMIT` entries. Never raises."""
+    document: Any = None
+    try:
+        document = decode_json(message.value)
+        if _is_structured_cloud_event(document):
+            return _parse_content(message, _cloud_event_data(document), envelope=document)
+        if message.header("ce_specversion") is not None or message.header("ce-specversion") is not None:
+            _check_version(_header_text(message, "specversion"))
+        return _parse_content(message, document)
+    except Malformed as error:
+        submission_id = error.submission_id or readable_id(document if "uri" in _fields(document) else None)
+        return (Rejected(Malformed(str(error), submission_id), message.key, message.value),)
+
+
+def is_before(sequencer: str, other: str) -> bool:
+    """Whether the S3 event with `sequencer` came before the one with `other`; both must be of the same object key.
+
+    S3 documents them as hexadecimal text to be compared after padding the shorter one with zeros on the right.
+    """
+    width = max(len(sequencer), len(other))
+    return sequencer.upper().ljust(width, "0") < other.upper().ljust(width, "0")
+
+
+def _parse_content(message: Message, document: Any, envelope: dict[str, Any] | None = None) -> Parsed:
+    fields = _fields(document)
+    if "uri" in fields:
+        return (_native(message, document),)
+    if "Records" in fields:
+        return _notification(message, fields, envelope)
+    if fields.get("Event") == "s3:TestEvent":
+        return ()
+    if "detail-type" in fields:
+        return _event_bridge(message, fields)
+    return (_native(message, document),)
+
+
+def _fields(document: Any) -> dict[str, Any]:
+    return document if isinstance(document, dict) else {}
+
+
+# Native
+
+
+def _native(message: Message, document: Any) -> Accepted | Rejected:
+    try:
+        submission = _validated(document, message.timestamp)
+    except Malformed as error:
+        return Rejected(error, message.key, message.value)
+    return Accepted(submission, message.key or submission.uri.encode(), message.value)
+
+
+def _validated(document: Any, published_at: datetime) -> Submission:
+    submission = Submission.parse(document)
+    if submission.submitted_at is None:
+        return submission.model_copy(update={"submitted_at": published_at})
+    return submission
+
+
+# CloudEvents
+
+
+def _is_structured_cloud_event(document: Any) -> bool:
+    fields = _fields(document)
+    return "specversion" in fields and "type" in fields and "uri" not in fields
+
+
+def _cloud_event_data(event: dict[str, Any]) -> Any:
+    _check_version(event["specversion"])
+    if event.get("data_base64") is not None:
+        try:
+            return decode_json(b64decode(event["data_base64"], validate=True))
+        except (TypeError, ValueError):
+            raise Malformed("data_base64 is not base64") from None
+    data = event.get("data")
+    if data is None:
+        raise Malformed("the CloudEvent has no data")
+    # A producer that does not declare JSON content sends the JSON text as a string.
+    return decode_json(data.encode()) if isinstance(data, str) else data
+
+
+def _check_version(specversion: Any) -> None:
+    if specversion != "1.0" and not (isinstance(specversion, str) and specversion.startswith("1.")):
+        raise Malformed("specversion: only CloudEvents 1.x is understood")
+
+
+def _header_text(message: Message, attribute: str) -> str:
+    value = message.header(f"ce_{attribute}") or message.header(f"ce-{attribute}") or b""
+    return value.decode(errors="replace").strip().strip('"')
+
+
+# S3
+
+
+def _notification(message: Message, document: dict[str, Any], envelope: dict[str, Any] | None) -> Parsed:
+    records = document["Records"]
+    if not isinstance(records, list):
+        raise Malformed("Records: must be a list")
+    if len(records) > RECORDS_LIMIT:
+        raise Malformed(f"Records: more than {RECORDS_LIMIT}")
+    originals = _originals(message, document, records, envelope)
+    entries = (_record(message, record, original) for record, original in zip(records, originals, strict=True))
+    return tuple(entry for entry in entries if entry is not None)
+
+
+def _originals(
+    message: Message, document: dict[str, Any], records: list[Any], envelope: dict[str, Any] | None
+) -> Iterable[bytes]:
+    """The same message once for each record, holding only that record."""
+    if len(records) == 1:
+        return (message.value,)
+    around = _small({name: value for name, value in document.items() if name != "Records"})
+    if envelope is None:
+        return (_encoded(around | {"Records": [record]}) for record in records)
+    attributes = _small({name: value for name, value in envelope.items() if name not in ("data", "data_base64")})
+    event = attributes or {"specversion": "1.0", "type": "s3"}
+    return (_encoded(event | {"data": around | {"Records": [record]}}) for record in records)
+
+
+def _small(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields if len(_encoded(fields)) <= _ENVELOPE_LIMIT_BYTES else {}
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
+    return to_json(document, inf_nan_mode="null")
+
+
+def _record(message: Message, record: Any, original: bytes) -> Accepted | Rejected | None:
+    """The entry of one record; None when it reports something other than a creation."""
+    try:
+        event = _creation(record)
+        return _created(message, event, original) if event else None
+    except Malformed as error:
+        return Rejected(error, message.key, original)
+
+
+def _creation(record: Any) -> _Event | None:
+    if not isinstance(record, dict):
+        raise Malformed("Records: a record is not an object")
+    name = record.get("eventName")
+    if not isinstance(name, str):
+        raise Malformed("eventName: must be a string")
+    if not name.removeprefix("s3:").startswith("ObjectCreated"):
+        return None
+    s3 = _object(record, "s3")
+    stored = _object(s3, "object")
+    return _Event(
+        bucket=_object(s3, "bucket").get("name"),
+        key=_url_decoded(stored.get("key")),
+        version_id=stored.get("versionId"),
+        etag=stored.get("eTag"),
+        sequencer=stored.get("sequencer"),
+        time=record.get("eventTime"),
+    )
+
+
+def _event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
+    """Amazon EventBridge's own form; unlike in a notification, keys are not URL-encoded."""
+    if document["detail-type"] != "Object Created":
+        if document.get("source") == "aws.s3":
+            return ()
+        raise Malformed("detail-type: not an S3 event")
+    detail = _object(document, "detail")
+    stored = _object(detail, "object")
+    event = _Event(
+        bucket=_object(detail, "bucket").get("name"),
+        key=stored.get("key"),
+        version_id=stored.get("version-id"),
+        etag=stored.get("etag"),
+        sequencer=stored.get("sequencer"),
+        time=document.get("time"),
+    )
+    return (_created(message, event, message.value),)
+
+
+def _created(message: Message, event: _Event, original: bytes) -> Accepted:
+    bucket = _text("bucket.name", event.bucket)
+    key = _text("object.key", event.key)
+    if not bucket or not key:
+        raise Malformed("an S3 event must name a bucket and a key")
+    if "/" in bucket:
+        # The URI could not tell where the bucket's name ends: it would mean another bucket.
+        raise Malformed("bucket.name: must not contain a slash")
+    version_id, etag, sequencer = (
+        _text(name, value) or None
+        for name, value in (
+            ("object.versionId", event.version_id),
+            ("object.eTag", event.etag),
+            ("object.sequencer", event.sequencer),
+        )
+    )
+    suffix = version_id or sequencer or etag
+    document = {
+        "id": id_of(f"{bucket}/{key}#{suffix}" if suffix else f"{bucket}/{key}"),
+        "uri": f"s3://{bucket}/{key}",
+        "version_id": version_id,
+        "etag": etag,
+        "submitted_at": _text("eventTime", event.time) or None,
+    }
+    submission = _validated(document, message.timestamp)
+    return Accepted(submission, message.key or submission.uri.encode(), original, sequencer)
+
+
+def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name)
+    if not isinstance(value, dict):
+        raise Malformed(f"{name}: must be an object")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Malformed(f"{name}: must be a string")
+    return value
+
+
+def _url_decoded(key: Any) -> str:
+    try:
+        return unquote_plus(_text("object.key", key), errors="strict")
+    except UnicodeDecodeError:
+        raise Malformed("object.key: is not URL-encoded UTF-8") from None

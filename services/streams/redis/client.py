@@ -1,0 +1,174 @@
+"""What the Redis Streams transport, publisher and reader share: the connection, the outages, and the entries' form."""
+
+import base64
+import json
+import random
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
+
+from services.core.errors import ConfigurationError, StreamUnavailable
+from services.core.settings import Settings
+from services.streams.base import Headers, Message, Record
+
+CONNECT_S: Final = 15.0
+"""How long opening waits for the server before it gives up."""
+
+_ANSWER_S: Final = 10.0
+"""A server that is silent for longer, blocking reads aside, counts as gone."""
+
+_HEADERS_LIMIT: Final = 1000
+"""More do not fit into the arguments of one XADD in a script; what is over goes into one field, `more-headers`."""
+
+_OUTAGES: Final = (
+    exceptions.ConnectionError,  # also loading, and too many clients
+    exceptions.TimeoutError,
+    exceptions.ReadOnlyError,  # a failover: the master became a replica
+    exceptions.OutOfMemoryError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+    OSError,
+)
+_OUTAGE_CODES: Final = ("MISCONF", "NOREPLICAS", "BUSY", "UNBLOCKED", "UNKILLABLE", "NOTREADY")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether waiting can help: the server is away, starting, full, or not the master any more."""
+    if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
+        return False
+    if isinstance(error, _OUTAGES):
+        return True
+    return isinstance(error, exceptions.ResponseError) and str(error).split(" ")[0] in _OUTAGE_CODES
+
+
+def is_missing_group(error: BaseException) -> bool:
+    """Whether the stream or its group is gone: the server lost its data, or someone deleted them."""
+    text = str(error)
+    return isinstance(error, exceptions.ResponseError) and ("NOGROUP" in text or "no such key" in text)
+
+
+def backoff(longest_s: float = 2.0) -> Iterator[float]:
+    """Seconds to wait before each new try: growing, with jitter, endless."""
+    ceiling = 0.1
+    while True:
+        yield random.uniform(ceiling / 2, ceiling)
+        ceiling = min(longest_s, ceiling * 2)
+
+
+def make_client(url: str, *, connections: int) -> "Redis":
+    """A client that tries everything once: its users know what may be tried again.
+
+    Raises:
+        ConfigurationError: the URL is wrong.
+    """
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            timeout=_ANSWER_S,
+            socket_timeout=_ANSWER_S,
+            socket_connect_timeout=5,
+            socket_keepalive=True,
+            health_check_interval=0,
+            retry=Retry(NoBackoff(), 0),
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),  # they want RESP 3
+            protocol=2,
+            decode_responses=False,
+        )
+        if pool.connection_kwargs["protocol"] != 2 or pool.connection_kwargs["decode_responses"]:
+            raise ValueError("Sluice chooses protocol and decode_responses itself")
+        client = Redis.from_pool(pool)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"SLUICE_STREAM_URL is wrong: {error}.") from None
+    # The client would make dicts of entries, which drops fields of the same name.
+    for command in ("XREADGROUP", "XREAD", "XRANGE", "XREVRANGE"):
+        client.set_response_callback(command, _as_it_is)  # type: ignore[arg-type]
+    return client
+
+
+def _as_it_is(reply: Any, **_: Any) -> Any:
+    return reply
+
+
+def refusal(error: Exception) -> Exception:
+    """What to raise for an error that ends a command: Sluice's own where the error is one of those."""
+    if is_outage(error):
+        return StreamUnavailable(f"Redis does not answer: {str(error) or type(error).__name__}.")
+    if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError | exceptions.NoPermissionError):
+        return ConfigurationError(f"Redis refuses the credentials in SLUICE_STREAM_URL: {error}.")
+    if isinstance(error, exceptions.ResponseError):
+        return ConfigurationError(f"Redis refuses what Sluice asks for: {error}.")
+    return error
+
+
+def fields_of(record: Record) -> list[bytes]:
+    """The fields and values of a record's entry, one after the other."""
+    fields = [b"value", record.value]
+    if record.key is not None:
+        fields += [b"key", record.key]
+    for name, value in record.headers[:_HEADERS_LIMIT]:
+        fields += [b"header:" + name.encode(), value]
+    if len(record.headers) > _HEADERS_LIMIT:
+        rest = [(name, base64.b64encode(value).decode()) for name, value in record.headers[_HEADERS_LIMIT:]]
+        fields += [b"more-headers", json.dumps(rest).encode()]
+    return fields
+
+
+def message_of(stream: str, id_: bytes, fields: Sequence[bytes], *, attempts: int = 1, token: Any = None) -> Message:
+    """The message in an entry.
+
+    A field that Sluice does not know becomes the header `field:<name>`, and a missing `value` is an empty one, so that
+    a dead letter for an entry of the wrong form keeps everything that was in it.
+    """
+    value, key = b"", None
+    headers: list[tuple[str, bytes]] = []
+    for name, content in zip(fields[::2], fields[1::2], strict=True):
+        if name == b"value":
+            value = content
+        elif name == b"key":
+            key = content
+        elif name.startswith(b"header:"):
+            headers.append((_text(name.removeprefix(b"header:")), content))
+        elif name == b"more-headers" and (more := _more_headers(content)) is not None:
+            headers += more
+        else:
+            headers.append((f"field:{_text(name)}", content))
+    milliseconds = int(id_.split(b"-")[0])
+    return Message(
+        value=value,
+        key=key,
+        headers=tuple(headers),
+        source=f"{stream}/{id_.decode()}",
+        timestamp=_moment(milliseconds),
+        attempts=attempts,
+        token=token,
+    )
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="backslashreplace")
+
+
+def _moment(milliseconds: int) -> datetime:
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC)
+    except (OverflowError, ValueError, OSError):  # a producer chose the id itself
+        return datetime.now(UTC)
+
+
+def _more_headers(content: bytes) -> Headers | None:
+    try:
+        return tuple((str(name), base64.b64decode(value, validate=True)) for name, value in json.loads(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def connections_for(settings: Settings) -> int:
+    """Settling takes milliseconds, so a few connections carry many messages; a blocking read has one to itself."""
+    return min(32, 4 + settings.in_flight)

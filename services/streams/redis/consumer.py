@@ -1,0 +1,387 @@
+"""The transport on Redis Streams (Redis 6.2 or later, Valkey): a consumer group on one stream.
+
+An entry that a member has received stays *pending* in its name until it is acknowledged. A heartbeat renews what the
+member holds; an entry that nobody renewed for `redis_claim_idle_s` is taken over by whoever looks next. Settling is one
+server-side script that publishes and acknowledges only if this member still owns the entry, so an output is published
+once per entry however often members fail. How durable that is depends on the server's `appendfsync`.
+
+On Redis Cluster the streams need one hash tag, for example `{sluice}.submissions`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any, Final, Self
+
+from redis import exceptions
+from redis.asyncio import Redis
+
+from services.core.errors import NotOwned, StreamUnavailable
+from services.core.settings import Settings
+from services.core.tasks import ended
+from services.streams.base import Lag, Message, Record
+from services.streams.redis import scripts as redis_scripts
+from services.streams.redis.client import (
+    CONNECT_S,
+    backoff,
+    connections_for,
+    fields_of,
+    is_missing_group,
+    is_outage,
+    make_client,
+    message_of,
+    refusal,
+)
+
+log = logging.getLogger(__name__)
+
+_BLOCK_S: Final = 1.0
+"""One blocking read; between two of them abandoned entries are looked for."""
+_TRIM_S: Final = 60.0
+_SILENT_S: Final = 60.0
+"""A consumer without entries that was silent for this long, and for 4 times the claim time, is deleted."""
+_RENEW_AT_ONCE: Final = 500
+_PUBLISH_AT_ONCE: Final = 500
+_READ_AT_ONCE: Final = 100
+_CLOSE_S: Final = 5.0
+_AT_ONCE_MS: Final = 1 << 40
+"""An idle time that is longer than any claim time."""
+
+
+class RedisTransport:
+    """One member of a consumer group. See `Transport` for what the methods promise."""
+
+    def __init__(self, settings: Settings, member: str, client: Redis) -> None:
+        """Use `open`, which connects."""
+        self._client = client
+        self._stream = settings.submissions_stream
+        self._group = settings.group
+        # A name of its own for each life of a member: what an earlier one held is not what this one holds.
+        self._consumer = f"{member}-{uuid.uuid4().hex[:8]}"
+        self._kept_streams = (
+            settings.submissions_stream,
+            settings.verdicts_stream,
+            settings.shadow_verdicts_stream,
+        )
+        self._retention_ms = int(settings.redis_retention_s * 1000)
+        self._claim_idle_ms = max(1, int(settings.redis_claim_idle_s * 1000))
+        self._held: set[bytes] = set()
+        self._stash: deque[Message] = deque()
+        """Read, but not handed out, because of `pause`."""
+        self._cursor: bytes = b"0-0"
+        self._next_look = 0.0
+        self._next_trim = time.monotonic() + _TRIM_S
+        self._running = asyncio.Event()
+        self._running.set()
+        self._closed = False
+        self._settle, self._renew, self._take_over, self._leave, self._tidy, self._trim, self._lag = (
+            client.register_script(script)
+            for script in (
+                redis_scripts.SETTLE,
+                redis_scripts.RENEW,
+                redis_scripts.TAKE_OVER,
+                redis_scripts.LEAVE,
+                redis_scripts.TIDY,
+                redis_scripts.TRIM,
+                redis_scripts.LAG,
+            )
+        )
+        self._heartbeat = asyncio.create_task(self._beat(), name=f"redis-heartbeat-{member}")
+
+    @classmethod
+    async def open(cls, settings: Settings, member: str) -> Self:
+        """Join the group; stream and group are created where they do not exist.
+
+        Raises:
+            ConfigurationError: the URL or the credentials are wrong, or the server is not one that can do this.
+            StreamUnavailable: the server did not answer in time.
+        """
+        client = make_client(settings.stream_url, connections=connections_for(settings))
+        try:
+            await connect(client)
+            await _create_group(client, settings.submissions_stream, settings.group)
+        except Exception as error:
+            await client.aclose(close_connection_pool=True)
+            raise refusal(error) from error
+        return cls(settings, member, client)
+
+    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+        """Abandoned entries first, then new ones, each in the order of their ids."""
+        deadline = time.monotonic() + timeout_s
+        delays = backoff()
+        while True:
+            remaining = deadline - time.monotonic()
+            if not self._running.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._running.wait(), max(0.0, remaining))
+                if not self._running.is_set():
+                    return []
+            try:
+                batch = self._unstash(limit) or await self._abandoned(limit) or await self._new(limit, remaining)
+                delays = backoff()
+            except Exception as error:  # noqa: BLE001 - whatever happened, the member goes on; _recover logs it
+                await self._recover(error)
+                batch = []
+                await asyncio.sleep(min(next(delays), max(0.0, deadline - time.monotonic())))
+            if not self._running.is_set():
+                self._stash.extend(batch)
+            elif batch:
+                return batch
+            if time.monotonic() >= deadline:
+                return []
+
+    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+        """Exactly one publication per entry, however often it is delivered."""
+        keys = [self._stream, *(record.stream for record in records)]
+        arguments: list[Any] = [self._group, self._consumer, message.token]
+        for record in records:
+            fields = fields_of(record)
+            arguments += [len(fields), *fields]
+        if message.token not in self._held:
+            raise NotOwned(f"{message.source} belongs to another member by now.")
+        unsure = False
+        for delay in backoff():
+            if self._closed:
+                raise NotOwned(f"{message.source} went to the other members when this one left.")
+            try:
+                outcome = await self._settle(keys=keys, args=arguments)
+            except Exception as error:  # noqa: BLE001 - whatever happened, the message waits; _recover logs it
+                # The answer may have been lost after the server did its work.
+                unsure = unsure or isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError)
+                await self._recover(error)
+                await asyncio.sleep(delay)
+                continue
+            self._held.discard(message.token)
+            if outcome == 1 or (outcome == -1 and unsure):
+                return
+            raise NotOwned(f"{message.source} belongs to another member by now.")
+
+    async def lag(self) -> Lag:
+        """Entries not delivered yet and entries pending, for the whole group."""
+        try:
+            pending, waiting, published = await self._lag(keys=[self._stream], args=[self._group])
+        except Exception as error:
+            if is_missing_group(error):
+                return Lag({0: 0})
+            raise refusal(error) from error
+        return Lag({0: int(pending) + int(waiting)}, published=int(published))
+
+    def blocked(self) -> Sequence[Message]:
+        """Entries are acknowledged one by one: none stands before another."""
+        return ()
+
+    def pause(self) -> None:
+        """What is held is renewed all the same."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """The inverse of `pause`."""
+        self._running.set()
+
+    async def close(self) -> None:
+        """Make what is held claimable at once, and disconnect. Gives up after 5 s when the server is away."""
+        if self._closed:
+            return
+        self._closed = True
+        await ended(self._heartbeat)
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._leave(keys=[self._stream], args=[self._group, self._consumer, _AT_ONCE_MS])
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            log.warning("left without a word, the others take over in %d ms: %s", self._claim_idle_ms, error)
+        self._held.clear()
+        await self._client.aclose(close_connection_pool=True)
+
+    # ---- receiving
+
+    def _unstash(self, limit: int) -> list[Message]:
+        return [self._stash.popleft() for _ in range(min(limit, len(self._stash)))]
+
+    async def _abandoned(self, limit: int) -> list[Message]:
+        """Take over entries that nobody renews; looks once a second, or until there are no more."""
+        if time.monotonic() < self._next_look:
+            return []
+        cursor, entries = await self._take_over(
+            keys=[self._stream], args=[self._group, self._consumer, self._claim_idle_ms, self._cursor, limit]
+        )
+        self._cursor = cursor
+        if cursor == b"0-0":
+            self._next_look = time.monotonic() + min(_BLOCK_S, self._claim_idle_ms / 3000)
+        others = [entry for entry in entries if entry[0] not in self._held]
+        return [self._hold(id_, fields, int(deliveries)) for id_, fields, deliveries in others]
+
+    async def _new(self, limit: int, remaining_s: float) -> list[Message]:
+        block_ms = max(1, int(min(remaining_s, _BLOCK_S, self._claim_idle_ms / 3000) * 1000))
+        reply: Any = await self._client.xreadgroup(
+            self._group, self._consumer, {self._stream: ">"}, count=limit, block=block_ms
+        )
+        return [self._hold(id_, fields, 1) for _, entries in reply or () for id_, fields in entries]
+
+    def _hold(self, id_: bytes, fields: Sequence[bytes], attempts: int) -> Message:
+        self._held.add(id_)
+        return message_of(self._stream, id_, fields, attempts=attempts, token=id_)
+
+    # ---- staying a member
+
+    async def _beat(self) -> None:
+        delays = backoff()
+        while True:
+            await asyncio.sleep(self._claim_idle_ms / 3000)
+            while True:
+                try:
+                    await self._renew_held()
+                    if time.monotonic() >= self._next_trim:
+                        self._next_trim = time.monotonic() + _TRIM_S
+                        await self._clean()
+                    delays = backoff()
+                    break
+                except Exception as error:  # noqa: BLE001 - the heartbeat must not end; _recover logs it
+                    await self._recover(error)
+                    await asyncio.sleep(next(delays))
+
+    async def _renew_held(self) -> None:
+        held = tuple(self._held)
+        for at in range(0, len(held), _RENEW_AT_ONCE):
+            some = held[at : at + _RENEW_AT_ONCE]
+            lost = await self._renew(keys=[self._stream], args=[self._group, self._consumer, *some])
+            self._held.difference_update(lost)
+
+    async def _clean(self) -> None:
+        """Drop old settled entries, and the names of members that are gone. Dead letters are kept."""
+        for stream in self._kept_streams:
+            await self._trim(keys=[stream], args=[self._retention_ms])
+        silent_ms = max(int(_SILENT_S * 1000), 4 * self._claim_idle_ms)
+        await self._tidy(keys=[self._stream], args=[self._group, self._consumer, silent_ms])
+
+    async def _recover(self, error: Exception) -> None:
+        """Do what can be done about a failed command; the caller waits and tries again."""
+        if isinstance(error, exceptions.ReadOnlyError):
+            await self._client.connection_pool.disconnect(inuse_connections=False)  # find the new master
+        if is_missing_group(error):
+            log.warning("the group %s is gone, creating it again: %s", self._group, error)
+            with contextlib.suppress(exceptions.RedisError, OSError):
+                await _create_group(self._client, self._stream, self._group)
+        elif is_outage(error):
+            log.warning("Redis is away, waiting: %s", str(error) or type(error).__name__)
+        else:
+            log.error("Redis refuses a command, trying on: %s: %s", type(error).__name__, error)
+
+
+class RedisPublisher:
+    """Publishes without being a member. See `Publisher`."""
+
+    def __init__(self, client: Redis) -> None:
+        """Use `open`, which connects."""
+        self._client = client
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Connect.
+
+        Raises:
+            ConfigurationError: the URL or the credentials are wrong.
+            StreamUnavailable: the server did not answer in time.
+        """
+        return cls(await _connected(settings))
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """In transactions of up to 500 records. When it raises, some of them may have been published."""
+        for at in range(0, len(records), _PUBLISH_AT_ONCE):
+            pipeline = self._client.pipeline(transaction=True)
+            for record in records[at : at + _PUBLISH_AT_ONCE]:
+                pipeline.execute_command("XADD", record.stream, "*", *fields_of(record))
+            try:
+                await pipeline.execute()
+            except (exceptions.RedisError, OSError) as error:
+                raise refusal(error) from error
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._client.aclose(close_connection_pool=True)
+
+
+class RedisReader:
+    """Reads whole streams without being a member. See `Reader`."""
+
+    def __init__(self, client: Redis) -> None:
+        """Use `open`, which connects."""
+        self._client = client
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Connect.
+
+        Raises:
+            ConfigurationError: the URL or the credentials are wrong.
+            StreamUnavailable: the server did not answer in time.
+        """
+        return cls(await _connected(settings))
+
+    async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
+        """In the order of the ids."""
+        try:
+            newest: Any = await self._client.xrevrange(stream, count=1)
+            end = newest[0][0] if newest else b"0-0"
+            first = b"-" if since is None else str(max(0, int(since.timestamp() * 1000))).encode()
+            while entries := await self._range(stream, first, end):
+                for id_, fields in entries:
+                    yield message_of(stream, id_, fields)
+                first = b"(" + entries[-1][0]
+            while follow:
+                reply: Any = await self._client.xread({stream: end}, count=_READ_AT_ONCE, block=int(_BLOCK_S * 1000))
+                for _, entries in reply or ():
+                    for id_, fields in entries:
+                        yield message_of(stream, id_, fields)
+                    end = entries[-1][0]
+        except (exceptions.RedisError, OSError) as error:
+            raise refusal(error) from error
+
+    async def _range(self, stream: str, first: bytes, end: bytes) -> Any:
+        return await self._client.xrange(stream, first, end, count=_READ_AT_ONCE)
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._client.aclose(close_connection_pool=True)
+
+
+async def _connected(settings: Settings) -> Redis:
+    client = make_client(settings.stream_url, connections=connections_for(settings))
+    try:
+        await connect(client)
+    except Exception:
+        await client.aclose(close_connection_pool=True)
+        raise
+    return client
+
+
+async def connect(client: Redis) -> None:
+    """Wait for the server.
+
+    Raises:
+        StreamUnavailable: it did not answer within 15 s.
+        ConfigurationError: it refuses the credentials.
+    """
+    deadline = time.monotonic() + CONNECT_S
+    for delay in backoff():
+        try:
+            await client.ping()
+        except (exceptions.RedisError, OSError) as error:
+            failure = refusal(error)
+            if not isinstance(failure, StreamUnavailable) or time.monotonic() + delay > deadline:
+                raise failure from error
+            await asyncio.sleep(delay)
+        else:
+            return
+
+
+async def _create_group(client: Redis, stream: str, group: str) -> None:
+    try:
+        await client.xgroup_create(stream, group, id="0", mkstream=True)
+    except exceptions.ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise

@@ -1,0 +1,539 @@
+"""Data sets without a cluster: sources, indexes, plans, judging, filters, curated sets; the guard is scripted."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import uuid
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.annotation import chunks as plan
+from pipelines.annotation import curate as curating
+from pipelines.annotation import filters as filtering
+from pipelines.annotation.chunk_judge import Judge
+from pipelines.annotation.image_reader import Images
+from pipelines.annotation.index import Indexer, lines
+from pipelines.annotation.options import Order
+from pipelines.annotation.partitions import publish
+from pipelines.annotation.progress import Stage
+from pipelines.annotation.reader import annotations, parts
+from pipelines.annotation.run import annotate
+from pipelines.annotation.schema import BATCH_ROWS, INDEX, Row, from_parquet, to_parquet
+from pipelines.annotation.sources import discover as sources
+from pipelines.annotation.state import Run
+from pipelines.annotation.storage import Folder, folder
+from pipelines.annotation.summary import COLUMNS, Counts, page
+from services.core.errors import ConfigurationError, GuardFailed
+from services.core.messages import Assessment, Detail, PreparedImage, Submission
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from services.images.object_store import ObjectStore
+from services.moderation.moderator import Moderation
+from services.policies.document import BUILT_IN
+from tests.support.annotation_service import assessment
+from tests.support.data_set_images import picture, tar
+from tests.support.fake_guard import ScriptedGuard
+
+SETTINGS = Settings(model="tiny", image_limit_bytes=1 << 20)
+POLICY = BUILT_IN.as_version(1)
+
+
+async def says(image: PreparedImage, _detail: Detail) -> Assessment:
+    if image.facts.width == 1:
+        raise GuardFailed("The engine refuses it.")
+    return assessment(image.sha256)
+
+
+class Bench:
+    """Everything of a run but Ray: one indexer, one judge."""
+
+    def __init__(self, out: str, settings: Settings = SETTINGS) -> None:
+        self.settings = settings
+        self.guard = ScriptedGuard(says)
+        self.run = Run(folder(out, settings))
+
+    async def annotate(self, place: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any) -> list[Row]:
+        """All rows, in the order of the source."""
+        source = sources.find(place, self.settings, **find)
+        listing = self.run.keep_listing(
+            sources.pieces(source, self.settings), sources.extra_fields(source, self.settings)
+        )
+        indexer = Indexer(source, listing.extras, self.settings, root)
+        for number in range(listing.pieces):
+            index = await indexer.index(self.run.piece(listing, number))
+            self.run.keep("index", f"{number:06d}", to_parquet(index))
+        indexer.close()
+        todo = plan.make(
+            lambda: chain(*(self.run.rows("index", f"{number:06d}") or () for number in range(listing.pieces))),
+            listing.extras,
+            lambda name, _, parquet: self.run.keep("plan", name, parquet),
+            chunk_rows,
+        )
+        images, preparer = Images(self.settings, source), Preparer(self.settings, 384)
+        judge = Judge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
+        try:
+            for chunk in reversed(range(todo.chunks)):
+                annotations = await judge.judge(self.run.planned(chunk), listing.extras)
+                self.run.keep("chunks", f"{chunk:06d}", annotations.finish())
+        finally:
+            images.close()
+            preparer.close()
+        publish(self.run, todo.chunks, lambda _: None)
+        return self.rows()
+
+    def rows(self) -> list[Row]:
+        found = [
+            row
+            for part in parts(self.run.folder)
+            for rows in annotations(self.run.folder, part)
+            for row in rows.to_pylist()
+        ]
+        return sorted(found, key=lambda row: int(row["row"]))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(str(tmp_path / "out"))
+
+
+def ends(rows: list[Row]) -> list[str]:
+    """What became of each row: the rating, or the reason."""
+    return [row["rating"] or row["reason"] for row in rows]
+
+
+async def test_a_folder_of_images(bench: Bench, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    (pictures / "b #ä").mkdir(parents=True)
+    (pictures / "_ours").mkdir()
+    (pictures / "_ours" / "left-out.png").write_bytes(picture(9))
+    (pictures / "a.png").write_bytes(picture(1))
+    (pictures / "b #ä" / "same.jpg").write_bytes(picture(1))
+    (pictures / "c.txt").write_bytes(b"no image")
+    (pictures / "d.png").write_bytes(b"")
+    (pictures / "e.png").write_bytes(picture(2, width=1))
+    (pictures / "f.png").write_bytes(os.urandom(SETTINGS.image_limit_bytes + 1))
+    os.mkfifo(pictures / "g.png")
+    (pictures / "h.png").symlink_to(tmp_path / "nowhere")
+    os.close(os.open(os.fsencode(pictures) + b"/\xff.png", os.O_CREAT))
+    rows = await bench.annotate(str(pictures), kind="images")
+    safe, same = rows[:2]
+    assert ends(rows)[2:] == [
+        *("not_an_image", "not_an_image", "guard_failed", "too_large", "forbidden", "not_found", "not_an_image")
+    ]
+    assert safe["uri"] == safe["submission_id"] == (pictures / "a.png").as_uri()
+    assert (safe["duplicate_of"], same["duplicate_of"]) == (None, 0)
+    assert same["uri"] == (pictures / "b #ä" / "same.jpg").as_uri()
+    assert same["score"] == safe["score"]
+    assert same["verdict_id"] != safe["verdict_id"]
+    assert all(row["outcome"] == "dead_letter" and row["detail"] for row in rows[2:])
+    assert bench.guard.calls.count("verdict") == 2, "the same bytes are judged once"
+
+
+async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_endpoint: str) -> None:
+    settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
+    s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
+    unique = uuid.uuid4().hex
+    public, private = f"public-{unique}", f"private-{unique}"
+    for bucket in (public, private):
+        s3.create_bucket(Bucket=bucket)
+    s3.put_bucket_versioning(Bucket=public, VersioningConfiguration={"Status": "Enabled"})
+    versions = [s3.put_object(Bucket=public, Key=f"p/{n}.png", Body=picture(n))["VersionId"] for n in (1, 2)]
+    s3.put_object(Bucket=private, Key="a.png", Body=picture(3))
+    bench = Bench(f"s3://{public}/annotations/first", settings)
+    rows = await bench.annotate(f"s3://{public}/p/")
+    assert [row["uri"] for row in rows] == [f"s3://{public}/p/1.png", f"s3://{public}/p/2.png"]
+    assert [row["submission_id"] for row in rows] == [
+        f"{public}/p/{n}.png#{v}" for n, v in zip((1, 2), versions, strict=True)
+    ]
+
+    allowed = settings.model_copy(update={"s3_buckets": (public,)})
+    store, preparer = ObjectStore(allowed), Preparer(allowed, 384)
+    moderation = Moderation(policies=None, images=store, preparer=preparer, guard=bench.guard)  # type: ignore[arg-type]
+    for row in rows:
+        same = Submission(id=row["submission_id"], uri=row["uri"], version_id=row["version_id"])
+        (verdict,) = await moderation.judge_under(same, [POLICY])
+        assert not isinstance(verdict, GuardFailed)
+        assert (verdict.verdict_id, verdict.score) == (row["verdict_id"], row["score"])
+    preparer.close()
+    store.close()
+
+    # A list cannot open a bucket that the settings do not.
+    listed = [{"uri": f"s3://{private}/a.png"}, {"uri": "1.png", "id": "own", "tenant": "t"}, {"uri": "../p/1.png"}]
+    s3.put_object(Bucket=public, Key="p/list.jsonl", Body="\n".join(map(json.dumps, listed)))
+    rows = await Bench(f"s3://{public}/annotations/second", allowed).annotate(f"s3://{public}/p/list.jsonl")
+    assert ends(rows) == ["forbidden", rows[1]["rating"], "forbidden"]
+    assert (rows[1]["submission_id"], rows[1]["tenant"]) == ("own", "t")
+
+
+async def test_lists_of_references(bench: Bench, tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "a.png").write_bytes(picture(1))
+    (tmp_path / "outside.png").write_bytes(picture(2))
+    (lists / "link.png").symlink_to(tmp_path / "outside.png")
+    good = [{"path": "a.png", "caption": "ä", "n": 1}, {"image": (lists / "a.png").as_uri()}, "a.png"]
+    bad = [
+        *(
+            {"path": "../outside.png"},
+            {"path": str(tmp_path / "outside.png")},
+            {"path": "link.png"},
+            {"path": "no.png"},
+        ),
+        *(
+            {"uri": "http://a/b.png"},
+            {"caption": "none"},
+            7,
+            {"uri": "s3://bucket"},
+            {"uri": "s3://other/k"},
+            {"path": 5},
+        ),
+    ]
+    text = "\n".join([*map(json.dumps, [*good, *bad]), "{", "", "x" * (2 << 20)])
+    (lists / "l.jsonl").write_text(text)
+    rows = await bench.annotate(str(lists / "l.jsonl"), root=lists)
+    assert ends(rows)[:3] == [rows[0]["rating"]] * 3
+    assert [row["duplicate_of"] for row in rows[:3]] == [None, 0, 0]
+    assert json.loads(rows[0]["source_json"]) == {"caption": "ä", "n": 1}
+    assert ends(rows)[3:] == [
+        *("forbidden", "forbidden", "forbidden", "not_found"),
+        *("malformed", "malformed", "malformed", "malformed", "forbidden", "malformed"),
+        *("malformed", "malformed"),
+    ]
+    assert len(rows[-1]["uri"]) <= 200
+
+
+async def test_tables_keep_their_columns(tmp_path: Path) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    images = [{"bytes": picture(n // 2), "path": f"{n}.png"} for n in range(150)]
+    images[7] = {"bytes": None, "path": "x.png"}
+    table = pa.table({"image": images, "rating": list(range(150)), "when": pa.array(range(150), pa.timestamp("s"))})
+    pq.write_table(table, tables / "a.parquet", row_group_size=70)
+    (tables / "b.parquet").write_bytes(b"PAR1 no table")
+    bench = Bench(str(tmp_path / "out"))
+    rows = await bench.annotate(str(tables), chunk_rows=40)
+    assert [row["source_rating"] for row in rows] == [*range(150), None]
+    assert rows[3]["source_when"].second == 3
+    assert ends(rows)[7] == "not_an_image"
+    assert ends(rows)[150] == "malformed"
+    assert [row["duplicate_of"] for row in rows[:4]] == [None, 0, None, 2]
+    assert bench.guard.calls.count("verdict") == 75
+    assert rows[71]["uri"].endswith("a.parquet#group=1&row=1")
+
+    references = pa.table({"url": [str(tables / "p.png")] * 2, "id": ["a", "b"], "score": [1.5, 2.5]})
+    (tables / "p.png").write_bytes(picture(1))
+    pq.write_table(references, tmp_path / "refs.parquet")
+    with pytest.raises(
+        ConfigurationError, match=r"no column with images or references: name it by --column; it has url"
+    ):
+        sources.find(str(tmp_path / "refs.parquet"), SETTINGS)
+    other = Bench(str(tmp_path / "out2"))
+    rows = await other.annotate(str(tmp_path / "refs.parquet"), column="url", root=tmp_path)
+    assert [(row["submission_id"], row["source_score"]) for row in rows] == [("a", 1.5), ("b", 2.5)]
+    assert {row["rating"] for row in rows} <= {"Safe", "Unsafe"}
+
+
+async def test_tars(bench: Bench, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    hostile = ["../../etc/a.png", "/etc/a.png", "a/../../b.png"]
+    tar(
+        shards / "0.tar",
+        [
+            *(("x/1.jpg", picture(1)), ("x/1.json", b'{"caption": "c"}'), ("x/1.txt", b"t\xff")),
+            *((name, picture(2)) for name in hostile),
+            *(("2.png", picture(1)), ("3.cls", b"3"), ("4.left.png", picture(3)), ("4.right.png", picture(4))),
+        ],
+    )
+    with tarfile.open(shards / "0.tar", "a") as more:
+        link = tarfile.TarInfo("5.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        more.addfile(link)
+    tar(shards / "1.tar", [(f"{n}.png", os.urandom(3000)) for n in range(3)])
+    whole = (shards / "1.tar").read_bytes()
+    (shards / "1.tar").write_bytes(whole[: 512 + 3072 + 512 + 100])
+    (shards / "2.tar").write_bytes(b"no tar at all" * 100)
+    (shards / "3.tar").write_bytes(b"")
+    rows = await bench.annotate(str(shards))
+    by_name = {row["uri"].removeprefix(shards.as_uri()): row for row in rows}
+    first = by_name["/0.tar#x/1.jpg"]
+    assert json.loads(first["source_json"]) == {"json": {"caption": "c"}, "txt": "t�"}
+    assert by_name["/0.tar#2.png"]["duplicate_of"] == first["row"]
+    assert {by_name[f"/0.tar#{name}"]["reason"] for name in hostile} == {"forbidden"}
+    assert by_name["/0.tar#5.png"]["reason"] == "forbidden"
+    assert by_name["/0.tar#4.right.png"]["rating"]
+    assert by_name["/1.tar#0.png"]["reason"] == "not_an_image"
+    assert "cut off" in by_name["/1.tar#1.png"]["detail"]
+    assert [by_name[f"/{n}.tar"]["reason"] for n in (1, 2, 3)] == ["malformed"] * 3
+    assert len(rows) == 7 + 1 + 3 + 2
+
+
+async def test_a_picture_that_is_nearly_all_there_is(bench: Bench, tmp_path: Path) -> None:
+    """As a service's "image not available" may be; no step holds all of its rows."""
+    rows = 2 * BATCH_ROWS + 7
+    images = [{"bytes": picture(1)}] * rows
+    images[0] = {"bytes": picture(2)}
+    pq.write_table(pa.table({"image": images}), tmp_path / "images.parquet")
+    found = await bench.annotate(str(tmp_path / "images.parquet"))
+    assert [row["row"] for row in found] == list(range(rows))
+    assert [row["duplicate_of"] for row in found] == [None, None, *[1] * (rows - 2)]
+    assert len({row["score"] for row in found[1:]}) == 1
+    assert bench.guard.calls.count("verdict") == 2
+    held = [table.num_rows for table in bench.run.planned(0)]
+    assert (sum(held), max(held)) == (rows, BATCH_ROWS)
+
+
+async def test_what_changed_after_it_was_indexed(bench: Bench, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in "abc":
+        (pictures / f"{name}.png").write_bytes(picture(1))
+    index = Indexer.index
+
+    async def and_then(self: Indexer, piece: sources.Piece) -> pa.Table:
+        table = await index(self, piece)
+        (pictures / "a.png").unlink()
+        (pictures / "b.png").write_bytes(picture(2))
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Indexer, "index", and_then)
+        rows = await bench.annotate(str(pictures))
+    assert ends(rows) == ["not_found", "changed", rows[2]["rating"]], "the first that can be had is judged"
+    assert rows[2]["duplicate_of"] is None
+
+
+@given(st.lists(st.sampled_from([None, *(f"{n:064x}" for n in range(6))]), max_size=60), st.integers(1, 7))
+def test_a_plan_has_every_row_once_and_duplicates_together(digests: list[str | None], per_chunk: int) -> None:
+    table = pa.Table.from_pylist([{"id": str(n), "sha256": digest} for n, digest in enumerate(digests)], INDEX)
+    written: dict[str, list[Row]] = {}
+
+    def write(name: str, rows: int, parquet: bytes) -> None:
+        assert name not in written
+        written[name] = [row for table in from_parquet(parquet) for row in table.to_pylist()]
+        assert len(written[name]) == rows
+
+    made = plan.make(lambda: [table.slice(0, 7), table.slice(7)], pa.schema([]), write, per_chunk)
+    rows = {row["row"]: (int(name[:6]), row) for name, each in written.items() for row in each}
+    assert sorted(rows) == list(range(len(digests)))
+    assert sum(map(len, written.values())) == len(digests) == made.rows
+    assert made.duplicates == sum(count - 1 for digest, count in Counter(digests).items() if digest)
+    for number, digest in enumerate(digests):
+        chunk, row = rows[number]
+        assert row["id"] == str(number)
+        first = digests.index(digest) if digest else number
+        assert row["duplicate_of"] == (first if first != number else None)
+        assert chunk == first // per_chunk
+    assert len({name for name in written if not name.endswith("late")}) == made.chunks
+
+
+@given(st.binary(max_size=200).map(lambda data: data.replace(b"x", b"\n")), st.integers(1, 40))
+def test_ranges_of_lines_have_every_line_once(data: bytes, size: int) -> None:
+    ranges = [(start, min(start + size, len(data))) for start in range(0, len(data), size)]
+    found = [line.strip(b"\n") for start, end in ranges for line in lines(io.BytesIO(data), start, end)]
+    assert found == [line for line in data.split(b"\n") if line.strip()]
+
+
+ROW: Row = {
+    "rating": "Safe",
+    "category": "O6: Weapons or Substance Abuse",
+    "action": "allow",
+    "outcome": "verdict",
+    "score": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("rating=Safe", True),
+        ("rating=Safe,score<0.2", False),
+        (" rating = Safe , score <= 0.2 ", True),
+        ("category=O2|O6", True),
+        ("category!=O6", False),
+        ("category=O6: Weapons or Substance Abuse,rating=Safe", True),
+        ("category=O1: Hate, Humiliation, Harassment,score>0", False),
+        ("action=allow|review,outcome!=needs_review", True),
+        ("score>=0.2,score!=0.3", True),
+    ],
+)
+def test_filters(text: str, kept: bool) -> None:
+    assert filtering.parse(text).keeps(ROW) is kept
+    assert not filtering.parse(text).keeps(dict.fromkeys(ROW)), "what was not judged meets no condition"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is no condition"),
+        ("rating", "'rating' is no condition"),
+        ("rating=Safe;score<1", "rating is never 'Safe;score<1'"),
+        ("ratings=Safe", "no field 'ratings'; there are rating, category"),
+        ("rating=safe", "rating is never 'safe'; it is Safe or Unsafe"),
+        ("rating<Safe", "has no order"),
+        ("score<high", "'high' is no score"),
+        ("score<1.5", "from 0 to 1"),
+        ("score<nan", "'nan' is no score"),
+        ("category=Weapons", "no category; write its code"),
+    ],
+)
+def test_filters_that_are_none(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        filtering.parse(text)
+
+
+async def test_curated_sets(bench: Bench, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(20):
+        (pictures / f"{n:02d}.png").write_bytes(picture(n))
+    rows = await bench.annotate(str(pictures))
+    wanted = filtering.parse("rating=Safe")
+    expected = [row for row in rows if row["rating"] == "Safe"]
+    assert 0 < len(expected) < 20
+    into: Folder = folder(str(tmp_path / "references"), SETTINGS)
+    curating.begin(into, {"as": "references"})
+    made = curating.references(bench.run.folder, wanted, into, lambda _: None)
+    assert made.images == len(expected)
+    again = Bench(str(tmp_path / "again"))
+    assert [row["uri"] for row in await again.annotate(into.uri.removeprefix("file://"), root=pictures)] == [
+        row["uri"] for row in expected
+    ]
+
+    source = sources.find(str(pictures), SETTINGS)
+    (pictures / expected[0]["uri"].rpartition("/")[2]).unlink()
+    images, tars = Images(SETTINGS, source), folder(str(tmp_path / "tars"), SETTINGS)
+    curating.begin(tars, {"as": "tars"})
+    made = await curating.tars(bench.run.folder, wanted, tars, images, lambda _: None)
+    images.close()
+    assert (made.images, made.lost) == (len(expected) - 1, 1)
+    (shard,) = (tmp_path / "tars").glob("*.tar")
+    with tarfile.open(shard) as found:
+        names = found.getnames()
+        assert names[:2] == [f"{expected[1]['row']:012d}.png", f"{expected[1]['row']:012d}.json"]
+        content = found.extractfile(names[0])
+        assert content is not None
+        assert content.read() == (pictures / expected[1]["uri"].rpartition("/")[2]).read_bytes()
+    with pytest.raises(ConfigurationError, match="another curated set"):
+        curating.begin(tars, {"as": "references"})
+    with pytest.raises(ConfigurationError, match="is not empty"):
+        curating.begin(folder(str(pictures), SETTINGS), {})
+
+
+def test_a_summary_escapes_what_strangers_wrote() -> None:
+    counts = Counts()
+    row = {"outcome": "dead_letter", "reason": "not_found", "detail": "<script>x</script>", "score": None}
+    seen = {
+        "outcome": "verdict",
+        "rating": "Safe",
+        "category": "NA",
+        "action": "allow",
+        "score": 1.0,
+        "duplicate_of": 3,
+    }
+    schema = pa.schema([(name, pa.string()) for name in COLUMNS if name not in ("score", "duplicate_of")])
+    schema = schema.append(pa.field("score", pa.float64())).append(pa.field("duplicate_of", pa.int64()))
+    counts.add(pa.Table.from_pylist([row, seen], schema))
+    summary = {"source": "s<b>", "policy": "p@1", **counts.to_json()}
+    assert (summary["rows"], summary["duplicates"], summary["score_histogram"][-1]) == (2, 1, 1)
+    html = page(summary)
+    assert "<script>" not in html
+    assert "s&lt;b&gt;" in html
+    assert "data:image/png;base64," in html
+
+
+def test_progress_says_rate_and_time_left() -> None:
+    stage = Stage("judged", 1000, lambda _: None, done=100)
+    began = stage._seen[0][0]
+    stage.add(100)
+    assert stage.line(began + 10) == "judged 200 of 1,000, 10.0/s, 80 s left"
+
+
+def order(source: Path | str, out: Path, **more: Any) -> Order:
+    return Order(str(source), str(out), "default", **more)
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.png").write_bytes(picture(1))
+    (tmp_path / "mixed" / "b.tar").write_bytes(b"")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "zipped.tar.gz").write_bytes(b"x")
+    (tmp_path / "void.jsonl").write_bytes(b"\n\n")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_bytes(picture(1))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "sentence"),
+    [
+        ("missing", {}, "nothing to annotate at .*missing: no such file or folder, or an empty one"),
+        ("empty", {}, "nothing to annotate"),
+        ("mixed", {}, r"several kinds \(images, tars\); say --format"),
+        ("broken.parquet", {}, "no readable parquet file"),
+        ("zipped.tar.gz", {}, "compressed tars"),
+        ("text.parquet", {}, "no column with images or references.*it has text"),
+        ("text.parquet", {"column": "uri"}, "has no column 'uri'; it has text"),
+        ("p", {"kind": "parquet"}, "no parquet file"),
+        ("p", {"policy": "other"}, "SLUICE_POLICY_BUCKET is not set"),
+        ("p", {"out": "p/out"}, "lie in one another"),
+        ("p", {"out": "mixed"}, r"mixed is not empty, and not with annotations \(a.png\)"),
+        ("ftp://a/b", {}, "neither a path nor an s3:// URI"),
+        ("s3://", {}, "names no bucket"),
+    ],
+)
+def test_bad_input_is_one_sentence(cases: Path, source: str, more: dict[str, Any], sentence: str) -> None:
+    place = source if "://" in source else str(cases / source)
+    given = {"policy": "default"} | more | {"out": str(cases / more.get("out", "out"))}
+    with pytest.raises(ConfigurationError, match=sentence) as caught:
+        annotate(Order(place, **given), SETTINGS, lambda _: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_another_run_is_refused(cases: Path) -> None:
+    run = Run(folder(str(cases / "out"), SETTINGS))
+    run.begin({"source": "file:///elsewhere", "policy": "default@1"})
+    with pytest.raises(
+        ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; say another --out"
+    ):
+        annotate(order(cases / "p", cases / "out"), SETTINGS, lambda _: None)
+
+
+def test_the_command_line_reads_the_environment_before_it_imports_ray() -> None:
+    """Ray takes its way to authenticate from the environment when it is imported, and that stands in `.sluice/env`."""
+    subprocess.run([sys.executable, "-c", "import pipelines.cli.main, sys; sys.exit('ray' in sys.modules)"], check=True)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_what_is_written_once_stays(place: str, tmp_path: Path, s3_endpoint: str) -> None:
+    settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
+    if place == "s3":
+        boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="folders")
+    within = folder(str(tmp_path / "f") if place == "local" else "s3://folders/f", settings)
+    assert within.create("a/b", b"first")
+    assert not within.create("a/b", b"second")
+    assert within.read("a/b") == b"first"
+    within.put("a/b", b"third")
+    with within.open("a/b") as file:
+        file.seek(2)
+        assert (file.read(2), file.read(), file.read()) == (b"ir", b"d", b"")
+    assert [(entry.name, entry.size) for entry in within.entries()] == [("a/b", 5)]
+    within.remove("a")
+    assert within.read("a/b") is None
+    assert list(within.entries("a")) == []

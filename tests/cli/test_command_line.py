@@ -1,0 +1,161 @@
+"""`sluice` as its users call it: results on stdout, one sentence on stderr when something is wrong."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cli import env_file as environment
+from pipelines.local import backends as embedded
+from services.core.settings import Settings, load
+from tests.end_to_end.outside import SLUICE
+from tests.support.intake_bench import Bench
+from tests.support.s3_server import CREDENTIALS
+from tests.support.servers import Valkey
+
+
+def sluice(*arguments: str, folder: Path, stdin: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+    return subprocess.run(
+        [SLUICE, *arguments], cwd=folder, input=stdin, capture_output=True, check=False, env=inherited | variables
+    )
+
+
+def fails(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
+    """With a status, nothing on stdout, and one sentence."""
+    message = result.stderr.decode()
+    assert result.returncode != 0
+    assert "Traceback" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.fixture
+def folder(bench: Bench, tmp_path: Path) -> Path:
+    """A folder whose .sluice/env leads to the bench."""
+    with environment.written(bench.settings, {}, tmp_path / ".sluice" / "env"):
+        content = (tmp_path / ".sluice" / "env").read_text()
+    (tmp_path / ".sluice" / "env").write_text(content)
+    return tmp_path
+
+
+async def test_submit_and_verdicts(bench: Bench, folder: Path, tmp_path: Path) -> None:
+    await bench.start()
+    bench.put("a.jpg")
+    picture = tmp_path / "bild ä.jpg"
+    picture.write_bytes(bench.s3.get_object(Bucket="uploads", Key="a.jpg")["Body"].read())
+    result = sluice(
+        "submit", "s3://uploads/a.jpg", str(picture), "--policy", "default@1", "--tenant", "shop", folder=folder
+    )
+    assert result.returncode == 0, result.stderr
+    ids = result.stdout.decode().split()
+    verdicts, letters = await bench.settled(2)
+    assert (sorted(ids), letters) == (sorted(verdict.submission_id for verdict in verdicts), [])
+    assert {verdict.tenant for verdict in verdicts} == {"shop"}
+
+    lines = sluice("verdicts", "--json", folder=folder).stdout.decode().splitlines()
+    assert {json.loads(line)["verdict_id"] for line in lines} == {verdict.verdict_id for verdict in verdicts}
+    await bench.submit(b"what another program wrote", stream=bench.settings.verdicts_stream)
+    shown = sluice("verdicts", folder=folder)
+    readable = shown.stdout.decode().splitlines()
+    assert len(readable) == 2
+    assert all("allow" in line and "default@1" in line for line in readable)
+    assert b"is not a verdict" in shown.stderr
+
+
+async def test_submit_json_lines_up_to_the_first_that_is_wrong(bench: Bench, folder: Path) -> None:
+    await bench.start()
+    bench.put("a.jpg")
+    good = [{"id": f"line-{number}", "uri": "s3://uploads/a.jpg", "metadata": {"a": None}} for number in range(2)]
+    lines = "\n".join([*map(json.dumps, good), "", json.dumps({"id": "bad", "uri": "ftp://x"}), json.dumps(good[0])])
+    result = sluice("submit", "-", folder=folder, stdin=lines.encode())
+    fails(result, "line 4", "uri")
+    assert result.stdout.decode().split() == ["line-0", "line-1"]
+    verdicts, _ = await bench.settled(2)
+    assert [verdict.metadata for verdict in verdicts] == [{"a": None}] * 2
+
+
+async def test_submit_what_cannot_be_submitted(folder: Path) -> None:
+    fails(sluice("submit", "no/such/file.jpg", folder=folder), "neither a file nor an s3:// URI")
+    fails(sluice("submit", "s3://uploads", folder=folder), "s3://bucket/key")
+
+
+def test_without_a_service(tmp_path: Path) -> None:
+    fails(sluice("verdicts", folder=tmp_path), "SLUICE_STREAM_URL", "sluice up --embedded")
+    fails(sluice("up", folder=tmp_path, SLUICE_MODEL="tiny"), "SLUICE_STREAM_URL", "SLUICE_S3_BUCKETS")
+    for name, value in {
+        "SLUICE_STREAM_URL": "amqp://x",
+        "SLUICE_REDIS_URL": "redis://host:port",
+        "SLUICE_S3_ENDPOINT": "minio:9000",
+        "SLUICE_KAFKA_OPTIONS": "{",
+    }.items():
+        fails(sluice("up", folder=tmp_path, **{name: value}), f"{name} is wrong")
+    (tmp_path / ".sluice" / "env").mkdir(parents=True)
+    fails(sluice("verdicts", folder=tmp_path), ".sluice/env cannot be read")
+
+
+def test_aws_settings_that_cannot_be_used(tmp_path: Path) -> None:
+    variables = {"SLUICE_POLICY_BUCKET": "policies", "AWS_PROFILE": "absent"}
+    fails(sluice("policy", "list", folder=tmp_path, **variables), "S3 cannot be used", "absent")
+
+
+@pytest.mark.parametrize(("value", "stream"), [("", ""), (None, "sluice.submissions.backfill"), ("slow", "slow")])
+def test_backfill_can_be_switched_off(value: str | None, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv("SLUICE_BACKFILL_STREAM", value)
+    assert load("group").backfill_stream == Settings().backfill_stream == stream
+
+
+def test_up_with_a_model_that_nobody_knows(tmp_path: Path) -> None:
+    fails(sluice("up", "--embedded", folder=tmp_path, SLUICE_MODEL="gpt-2"), "SLUICE_MODEL=gpt-2", "tiny")
+    assert not (tmp_path / ".sluice" / "env").exists()
+
+
+def test_up_with_a_stream_that_is_not_there(tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        **CREDENTIALS,
+        "SLUICE_STREAM_URL": "kafka://127.0.0.1:9",
+        "SLUICE_REDIS_URL": "redis://127.0.0.1:9/0",
+        "SLUICE_S3_ENDPOINT": s3_endpoint,
+        "SLUICE_S3_BUCKETS": "uploads",
+        "SLUICE_POLICY_BUCKET": "policies",
+        "SLUICE_MODEL": "tiny",
+    }
+    fails(sluice("up", folder=tmp_path, **variables), "SLUICE_STREAM_URL", "127.0.0.1:9")
+
+
+def test_environment_file(tmp_path: Path) -> None:
+    file = tmp_path / ".sluice" / "env"
+    settings = Settings(stream_url="redis://h:1/0", s3_buckets=("a", "b"), kafka_options={"sasl_plain_password": "s"})
+    variables = {"AWS_SECRET_ACCESS_KEY": "throw-away", "OTHER": "x"}
+    with environment.written(settings, variables, file):
+        assert file.stat().st_mode & 0o777 == 0o600
+        read = environment.read(file)
+        assert read["SLUICE_S3_BUCKETS"] == "a,b"
+        assert read["SLUICE_STREAM_URL"] == "redis://h:1/0"
+        assert read["AWS_SECRET_ACCESS_KEY"] == "throw-away"
+        assert not {"OTHER", "SLUICE_KAFKA_OPTIONS"} & read.keys()
+        assert list(file.parent.iterdir()) == [file]
+    assert not file.exists()
+
+
+def test_environment_file_of_a_later_service_stays(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    with environment.written(Settings(group="first"), {}, file):
+        file.write_text("SLUICE_GROUP=second\n")
+    assert environment.read(file) == {"SLUICE_GROUP": "second"}
+
+
+def test_backends_fill_in_only_what_is_missing(tmp_path: Path) -> None:
+    valkey = Valkey(tmp_path)
+    valkey.start()
+    given: dict[str, Any] = {"SLUICE_STREAM_URL": "kafka://broker:9092", "SLUICE_REDIS_URL": valkey.url}
+    try:
+        with embedded.backends(given | {"SLUICE_S3_BUCKETS": "mine", "AWS_SECRET_ACCESS_KEY": "precious"}) as started:
+            assert not started.keys() & {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL", "SLUICE_S3_BUCKETS"}
+            assert started["SLUICE_MODEL"] == "tiny"
+            assert started["AWS_SECRET_ACCESS_KEY"] != "precious"
+    finally:
+        valkey.kill()

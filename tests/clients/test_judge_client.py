@@ -1,0 +1,164 @@
+"""Judging on a running service from another process, against a scripted service on a real Ray cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.clients.judge_client import Outcome, Trial, connected
+from services.core.errors import ConfigurationError, GuardFailed, NotFound, SluiceError
+from services.core.messages import Submission, Verdict
+from services.core.processes import Child
+from services.core.settings import Settings
+from services.policies.document import BUILT_IN
+from tests.end_to_end.outside import SLUICE
+
+_START_S = 150.0
+
+
+class Scripted:
+    """A scripted service in a process of its own."""
+
+    def __init__(self, folder: Path, application: str = "sluice") -> None:
+        address = folder / "address"
+        self.child = Child(
+            [sys.executable, "-m", "tests.support.fake_service", str(address), application],
+            log=folder / "log",
+            env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
+        )
+        deadline = time.monotonic() + _START_S
+        while not address.exists() or not address.read_text():
+            assert time.monotonic() < deadline, self.child.tail()
+            time.sleep(0.1)
+        self.settings = Settings(ray_address=address.read_text())
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    service = Scripted(tmp_path_factory.mktemp("service"))
+    yield service
+    service.child.kill()
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `.sluice/env` says it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+
+
+def trial(name: str, uri: str = "s3://uploads/a.jpg") -> Trial:
+    return Trial(Submission(id=name, uri=uri), ("default@1", "default@2"))
+
+
+def judge(settings: Settings, *trials: Trial) -> list[Outcome]:
+    with connected(settings) as service:
+        return service.judge(trials, progress=lambda _: None)
+
+
+def test_outcomes_in_order(scripted: Scripted, tmp_path: Path) -> None:
+    names = [f"n-{'x' * (number % 7)}-{number}" for number in range(60)]
+    crash = trial("crash", f"s3://crashes{tmp_path}/crashed")
+    outcomes = judge(scripted.settings, *map(trial, names), trial("absent"), trial("refused"), crash)
+    for name, outcome in zip([*names, "crash"], [*outcomes[:60], outcomes[62]], strict=True):
+        assert isinstance(outcome, list)
+        verdicts = [answer for answer in outcome if isinstance(answer, Verdict)]
+        assert [(v.submission_id, v.category) for v in verdicts] == [(name, "default@1"), (name, "default@2")]
+        assert {v.tenant for v in verdicts} == {"backfill"}, "live submissions go first"
+    absent, refused = outcomes[60], outcomes[61]
+    assert isinstance(absent, NotFound)
+    assert str(absent) == "s3://uploads/a.jpg does not exist"
+    assert isinstance(refused, list)
+    assert [type(answer) for answer in refused] == [GuardFailed] * 2
+
+
+def test_a_policy_that_is_not_published(scripted: Scripted) -> None:
+    (outcome,) = judge(scripted.settings, Trial(trial("a").submission, (BUILT_IN.as_version(0),)))
+    assert isinstance(outcome, list)
+    assert isinstance(outcome[0], Verdict)
+    assert outcome[0].category == "default"
+
+
+def test_several_times_on_one_connection(scripted: Scripted) -> None:
+    with connected(scripted.settings) as service:
+        assert service.judge([], progress=print) == []
+        assert [len(service.judge([trial("a")], progress=print)) for _ in range(2)] == [1, 1]
+
+
+def test_a_fault_of_the_service_is_one_sentence(scripted: Scripted) -> None:
+    with pytest.raises(SluiceError, match=r"the service failed: .*ZeroDivisionError.*line one") as caught:
+        judge(scripted.settings, trial("a"), trial("fault"))
+    assert "\n" not in str(caught.value)
+    judge(scripted.settings, trial("a"))
+
+
+def test_whoever_gives_up_leaves_nothing_behind(scripted: Scripted, tmp_path: Path) -> None:
+    marker = tmp_path / "hangs"
+    program = (
+        # Whoever runs the tests in the background has SIGINT ignored, and every child inherits that.
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pipelines.clients.judge_client import *\n"
+        f"with connected(Settings(ray_address={scripted.settings.ray_address!r})) as service:\n"
+        f"    service.judge([Trial(Submission(id='hang', uri='s3://hangs{marker}'), ('default',))], print)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not marker.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    (child,) = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert output == b""
+    assert b"KeyboardInterrupt" in errors
+    assert not child.is_running()
+    judge(scripted.settings, trial("a"))
+
+
+def test_no_service(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="SLUICE_RAY_ADDRESS does not say"):
+        judge(Settings(), trial("a"))
+    with pytest.raises(ConfigurationError, match=r"no service runs at SLUICE_RAY_ADDRESS \(127.0.0.1:9\)"):
+        judge(Settings(ray_address="127.0.0.1:9"), trial("a"))
+    result = subprocess.run(
+        [SLUICE, "replay", "x"],
+        cwd=tmp_path,
+        env={**os.environ, "SLUICE_STREAM_URL": "redis://127.0.0.1:9/0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "SLUICE_RAY_ADDRESS not set" in result.stderr
+
+
+def test_another_token(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    with pytest.raises(ConfigurationError, match="refuses this command: run it as the user who started the service"):
+        judge(scripted.settings, trial("a"))
+
+
+def test_a_cluster_without_the_service(tmp_path: Path) -> None:
+    other = Scripted(tmp_path, application="another")
+    with pytest.raises(ConfigurationError, match="Sluice does not run on it"):
+        judge(other.settings, trial("a"))
+    other.child.kill()
+    with pytest.raises(ConfigurationError, match="no service runs"):
+        judge(other.settings, trial("a"))
+
+
+def test_the_service_ends_meanwhile(scripted: Scripted) -> None:
+    """The last test: it ends the service of all of them."""
+    with connected(scripted.settings) as service:
+        service.judge([trial("a")], progress=print)
+        scripted.child.kill()
+        started = time.monotonic()
+        with pytest.raises(SluiceError, match=r"has ended|does not answer"):
+            service.judge([trial("a")], progress=print)
+    assert time.monotonic() - started < 60

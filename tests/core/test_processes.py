@@ -1,0 +1,139 @@
+"""Children end with their parent, whatever ends it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.core.processes import Child
+
+# A parent, a child, and a grandchild in a session of its own: each writes its pid.
+FAMILY = """
+import os, subprocess, sys, time
+open({pids!r}, "a").write(f"{{os.getpid()}}\\n")
+subprocess.Popen(
+    [sys.executable, "-c", "import os, time; open({pids!r}, 'a').write(f'{{os.getpid()}}\\\\n'); time.sleep(600)"],
+    start_new_session=True,
+)
+time.sleep(600)
+"""
+
+
+def pids_in(file: Path, count: int) -> list[int]:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if file.exists() and len(pids := file.read_text().split()) == count:
+            return [int(pid) for pid in pids]
+        time.sleep(0.05)
+    raise AssertionError(f"{file} never had {count} pids")
+
+
+def all_gone(pids: list[int], within_s: float = 10) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> tuple[str, Path]:
+    pids = tmp_path / "pids"
+    return FAMILY.format(pids=str(pids)), pids
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_descendants_end_with_the_child(family: tuple[str, Path], tmp_path: Path, end: str) -> None:
+    script, file = family
+    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    pids = pids_in(file, 2)
+    getattr(child, end)()
+    assert all_gone(pids)
+    assert child.returncode is not None
+
+
+def test_a_stopped_stand_by_is_not_left_behind(family: tuple[str, Path], tmp_path: Path) -> None:
+    script, file = family
+    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    pids = pids_in(file, 2)
+    everyone = psutil.Process(child.pid).children(recursive=True)
+    (stand_by,) = [process for process in everyone if process.pid not in pids]
+    stand_by.suspend()
+    child.kill()
+    assert all_gone([*pids, stand_by.pid])
+
+
+def test_descendants_end_when_the_parent_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
+    script, file = family
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from services.core.processes import Child;"
+            f"Child([sys.executable, '-c', {script!r}], log=Path({str(tmp_path / 'log')!r})); time.sleep(600)",
+        ],
+        cwd=Path(__file__).parents[2],
+    )
+    pids = pids_in(file, 2)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert all_gone(pids)
+
+
+def test_descendants_end_when_the_guardian_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
+    """As Ray does it to the children of a worker. What left the group is out of reach then."""
+    script, file = family
+    child = Child(
+        [sys.executable, "-c", script.replace("start_new_session=True", "start_new_session=False")],
+        log=tmp_path / "log",
+    )
+    pids = pids_in(file, 2)
+    os.kill(child.pid, signal.SIGKILL)
+    assert all_gone(pids)
+
+
+def test_a_stopped_guardian_is_killed_too(family: tuple[str, Path], tmp_path: Path) -> None:
+    script, file = family
+    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    pids = pids_in(file, 2)
+    os.kill(child.pid, signal.SIGSTOP)
+    child.kill()
+    assert all_gone([child.pid, pids[0]])
+
+
+def test_exit_status_and_last_lines(tmp_path: Path) -> None:
+    child = Child([sys.executable, "-c", "print('one'); print('two'); raise SystemExit(3)"], log=tmp_path / "log")
+    deadline = time.monotonic() + 10
+    while child.returncode is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert child.returncode == 3
+    assert child.tail(1) == "two"
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_family_ends_with_the_process(family: tuple[str, Path], end: signal.Signals) -> None:
+    """Also the grandchild whose parent, and with it every tie, was gone before."""
+    script, file = family
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys, time; from services.core.processes import end_with_this_process;"
+            f"end_with_this_process(); subprocess.Popen([sys.executable, '-c', {script!r}], start_new_session=True);"
+            "time.sleep(600)",
+        ],
+        cwd=Path(__file__).parents[2],
+    )
+    pids = pids_in(file, 2)
+    time.sleep(2.5)  # as documented, they are known a second after their start
+    os.kill(pids[0], signal.SIGKILL)
+    assert not all_gone(pids[1:], within_s=0.5)
+    parent.send_signal(end)
+    parent.wait()
+    assert all_gone(pids)

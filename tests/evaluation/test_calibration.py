@@ -1,0 +1,411 @@
+"""From a score to a probability: the maps, how they are fitted, stored, announced, applied, and taken back."""
+
+import asyncio
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+from sklearn.isotonic import IsotonicRegression
+from typer.testing import CliRunner
+
+from pipelines.cli.main import app
+from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.evaluation import run as runs
+from pipelines.evaluation.calibration import applied, changes, fit
+from pipelines.policy_testing import rejudge as replaying
+from pipelines.policy_testing.rejudge import replay
+from services.core.calibration import Calibration, FittedCalibration, IsotonicMap, PlattMap, log_odds
+from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
+from services.core.messages import CATEGORIES, NO_CATEGORY, AppliedCalibration, Policy, PolicyIdentity, Submission
+from services.core.settings import Settings
+from services.moderation.moderator import calibrated
+from services.policies.cache import PolicyCache
+from services.policies.document import PolicyDocument
+from services.policies.rollout import Rollout
+from tests.moderation.test_moderator import POLICY, Parts, unsafe
+from tests.policy_testing.test_rejudge import VERDICT, changed
+from tests.support.intake_bench import Bench
+
+ISOTONIC = IsotonicMap(scores=(0.2, 0.6, 0.9), probabilities=(0.1, 0.1, 0.5))
+PLATT = PlattMap(slope=0.5, intercept=-1.0)
+FITTED = FittedCalibration(
+    version=1, revision="sha256:0", map=ISOTONIC, samples=50, unsafe=20, ece_before=0.2, ece_after=0.05
+)
+
+
+class TestMaps:
+    def test_isotonic_by_hand(self) -> None:
+        found = [ISOTONIC.probability(score) for score in (0.0, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0)]
+        assert found == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.3, 0.5, 0.5])
+
+    def test_platt_by_hand(self) -> None:
+        assert PLATT.probability(0.5) == pytest.approx(1 / (1 + math.e))
+        assert PLATT.probability(0.8) == pytest.approx(1 / (1 + math.exp(1 - 0.5 * math.log(4))))
+        assert 0 < PLATT.probability(0.0) < PLATT.probability(1.0) < 1
+
+    @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from([ISOTONIC, PLATT]))
+    def test_a_higher_score_never_gets_a_lower_probability(self, a: float, b: float, found: Calibration) -> None:
+        low, high = sorted((a, b))
+        assert 0 <= found.probability(low) <= found.probability(high) <= 1
+
+    def test_they_survive_json_and_have_a_digest(self) -> None:
+        adapter: TypeAdapter[Any] = TypeAdapter(Calibration)
+        for found in (ISOTONIC, PLATT):
+            again = adapter.validate_json(found.model_dump_json())
+            assert again == found
+            assert again.digest == found.digest
+        assert ISOTONIC.digest != PLATT.digest
+        assert ISOTONIC.digest.startswith("sha256:")
+
+    @pytest.mark.parametrize(
+        "knots",
+        [
+            {"scores": (0.2, 0.2), "probabilities": (0.1, 0.2)},
+            {"scores": (0.2, 0.3), "probabilities": (0.2, 0.1)},
+            {"scores": (0.2, 0.3, 0.4), "probabilities": (0.2, 0.3)},
+            {"scores": (0.2,), "probabilities": (0.2,)},
+        ],
+    )
+    def test_knots_that_do_not_rise(self, knots: dict[str, Any]) -> None:
+        with pytest.raises(ValidationError):
+            IsotonicMap(**knots)
+
+
+def labelled(count: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Scores that are overconfident: the log-odds of the truth are half of theirs, less one."""
+    rng = np.random.default_rng(seed)
+    score = rng.random(count)
+    truth = np.array([PLATT.probability(float(s)) for s in score])
+    return (rng.random(count) < truth).astype(float), score, np.arange(count)
+
+
+class TestFit:
+    def test_platt_finds_the_curve_that_made_the_labels(self) -> None:
+        found = fit(*labelled(5000), method="platt").map
+        assert isinstance(found, PlattMap)
+        assert (found.slope, found.intercept) == (pytest.approx(0.5, abs=0.07), pytest.approx(-1, abs=0.1))
+
+    def test_platts_targets_are_smoothed(self) -> None:
+        # Separated classes: without his targets the slope would have no bound.
+        score = np.array([0.1] * 10 + [0.9] * 10)
+        found = fit((score > 0.5).astype(float), score, np.arange(20)).map
+        assert isinstance(found, PlattMap)
+        assert found.probability(0.9) == pytest.approx(11 / 12, abs=1e-3)
+        assert found.probability(0.1) == pytest.approx(1 / 12, abs=1e-3)
+
+    def test_isotonic_is_scikit_learns_within_laplaces_bounds(self) -> None:
+        label, score, images = labelled(1500)
+        found = fit(label, score, images)
+        assert found.map.method == "isotonic"
+        theirs = IsotonicRegression(out_of_bounds="clip", y_min=1 / 1502, y_max=1 - 1 / 1502).fit(
+            label * 0 + score, label
+        )
+        assert applied(found.map, score) == pytest.approx(theirs.predict(score), abs=0.02)
+        assert min(found.map.probabilities) > 0
+        assert max(found.map.probabilities) < 1
+
+    def test_it_brings_the_score_nearer_to_a_probability_on_images_it_was_not_fitted_on(self) -> None:
+        for count in (300, 3000):
+            found = fit(*labelled(count))
+            assert found.map.method == ("platt" if count < 1000 else "isotonic")
+            assert found.ece_before > 0.15
+            assert found.ece_after < 0.08
+            assert found.brier_after < found.brier_before
+
+    def test_many_knots_are_thinned(self) -> None:
+        score = np.linspace(0, 1, 5000)
+        label = (np.random.default_rng(0).random(5000) < score).astype(float)
+        found = fit(label, score, np.arange(5000)).map
+        assert isinstance(found, IsotonicMap)
+        assert len(found.scores) <= 128
+
+    def test_too_few_images_of_a_class(self) -> None:
+        score = np.linspace(0, 1, 60)
+        with pytest.raises(ConfigurationError, match=r"takes 10 images of each class.*9 are Unsafe"):
+            fit((np.arange(60) < 9).astype(float), score, np.arange(60))
+        with pytest.raises(ConfigurationError, match="0 are Safe"):
+            fit(np.ones(60), score, np.arange(60))
+        with pytest.raises(ConfigurationError, match="1 are Unsafe"):
+            fit((np.arange(60) < 30).astype(float), score, np.repeat([0, *range(1, 31)], [30, *[1] * 30]))
+
+    @pytest.mark.parametrize("method", ["platt", "isotonic"])
+    def test_a_score_that_falls(self, method: Any) -> None:
+        score = np.linspace(0, 1, 60)
+        with pytest.raises(ConfigurationError, match="no map that rises"):
+            fit((score < 0.5).astype(float), score, np.arange(60), method=method)
+
+    def test_changes_of_actions(self) -> None:
+        label, score = np.array([1.0, 1, 0, 0, 1]), np.array([0.95, 0.7, 0.95, 0.3, 0.3])
+        categories = [CATEGORIES[1], CATEGORIES[1], CATEGORIES[1], NO_CATEGORY, "O7: Self-Harm"]
+        found = changes(label, score, categories, ISOTONIC, POLICY)  # review from 0.4, block from 0.8; O7 0.1 and 0.2
+        assert found.rows == {
+            ("allow", "allow"): 1,
+            ("review", "allow"): 1,
+            ("block", "review"): 3,
+        }
+        assert found.changed == 4
+        assert (found.unsafe_allowed, found.safe_blocked, found.safe_reviewed) == ((0, 1), (1, 0), (0, 1))
+
+
+class TestRollout:
+    def test_apply_and_take_back(self) -> None:
+        once = Rollout().with_calibration(1, "r", ISOTONIC)
+        twice = once.with_calibration(1, "r", PLATT).with_calibration(2, "r", ISOTONIC)
+        assert twice.calibrations_of(1) == {"r": PLATT}
+        assert twice.without_calibration(1, "r").calibrations_of(1) == {"r": ISOTONIC}
+        assert once.without_calibration(1, "r").calibrations == {}
+        assert Rollout.model_validate_json(twice.model_dump_json()) == twice
+        with pytest.raises(ConfigurationError, match="no calibration"):
+            once.without_calibration(1, "other")
+
+    def test_the_state_stays_small(self) -> None:
+        rollout = Rollout()
+        for _ in range(20):
+            rollout = rollout.with_calibration(1, "r", ISOTONIC)
+        assert len(rollout.calibrations[1]["r"]) == 3
+
+
+class TestModeration:
+    def test_only_the_checkpoint_that_it_was_fitted_for(self) -> None:
+        said = unsafe(0.75)
+        assert calibrated(said, replace(POLICY, calibrations={"other": ISOTONIC})) is said
+        found = calibrated(said, replace(POLICY, calibrations={said.model.revision: ISOTONIC}))
+        assert found.score == pytest.approx(0.3)
+        assert found.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75)
+
+    async def test_thresholds_are_about_the_calibrated_score(self) -> None:
+        submission = Submission(id="upl-1", uri="s3://uploads/a")
+        before = (await Parts(POLICY)().judge(submission)).verdict
+        policy = replace(POLICY, calibrations={unsafe().model.revision: ISOTONIC})
+        after = (await Parts(policy)().judge(submission)).verdict
+        assert (before.score, before.action, before.calibration) == (0.9, "block", None)
+        assert (after.score, after.action, after.rating) == (pytest.approx(0.5), "review", "Unsafe")
+        assert after.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.9)
+        assert after.verdict_id != before.verdict_id, "judged by something else"
+
+    async def test_a_first_look_is_accepted_by_the_calibrated_score(self) -> None:
+        adaptive = PolicyDocument.model_validate({"name": "p", "effort": "adaptive", "first_look_below": 0.2})
+        policy = replace(adaptive.as_version(3), calibrations={unsafe().model.revision: ISOTONIC})
+        parts = Parts(policy)
+        parts.looks = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
+        verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+        assert (verdict.effort, verdict.score) == ("first_look", pytest.approx(0.1))
+        for score in (0.6, 0.9):  # the first for its rating, whatever the calibrated score is
+            parts.looks = [unsafe(score)]
+            verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+            assert verdict.effort == "full"
+
+
+class TestRegistry:
+    def test_life(self, bench: Bench) -> None:
+        first = bench.registry.calibrate("default", FITTED, who="ann", why="labels of May")
+        assert (first.action, first.previous, first.version, first.who) == ("calibrate", 1, 1, "ann")
+        assert first.rollout.active == 1
+        second = bench.registry.calibrate("default", FITTED.model_copy(update={"map": PLATT}), who="ann")
+        assert second.rollout.calibrations_of(1) == {"sha256:0": PLATT}
+        back = bench.registry.take_back_calibration("default", 1, "sha256:0", who="bob")
+        assert back.rollout.calibrations_of(1) == {"sha256:0": ISOTONIC}
+        assert bench.registry.take_back_calibration("default", 1, "sha256:0", who="bob").rollout.calibrations == {}
+        assert [change.action for change in bench.registry.history("default")] == ["activate", *["calibrate"] * 4]
+        assert bench.registry.calibration("default", 1, "sha256:0", ISOTONIC.digest) == FITTED
+        with pytest.raises(UnknownPolicy, match="no calibration sha256:1"):
+            bench.registry.calibration("default", 1, "sha256:0", "sha256:1")
+        with pytest.raises(UnknownPolicy):
+            bench.registry.calibrate("default", FITTED.model_copy(update={"version": 9}), who="ann")
+        with pytest.raises(ConfigurationError):
+            bench.registry.take_back_calibration("default", 1, "sha256:0", who="bob")
+
+    def test_activating_another_version_leaves_it_with_its_own(self, bench: Bench) -> None:
+        bench.registry.calibrate("default", FITTED, who="ann")
+        bench.registry.publish(PolicyDocument.model_validate({"name": "default", "description": "other"}))
+        rollout = bench.registry.activate("default", 2, who="ann").rollout
+        assert rollout.calibrations_of(2) == {}
+        assert bench.registry.rollback("default", who="ann").rollout.calibrations_of(1) == {"sha256:0": ISOTONIC}
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("policy", ["default", "default@1"])
+    async def test_every_process_applies_it_within_a_second_and_no_more_when_it_is_taken_back(
+        self, bench: Bench, policy: str
+    ) -> None:
+        submission = Submission(id="upl-1", uri="s3://uploads/a", policy=policy)
+        async with PolicyCache(bench.registry, bench.shared, refresh_s=60) as cache:
+
+            async def becomes(expected: dict[str, Any]) -> None:
+                for _ in range(100):
+                    if (await cache.choose(submission)).policy.calibrations == expected:
+                        return
+                    await asyncio.sleep(0.02)
+                raise AssertionError((await cache.choose(submission)).policy.calibrations)
+
+            await becomes({})
+            await asyncio.sleep(0.2)
+            await bench.shared.offer("default", bench.registry.calibrate("default", FITTED, who="ann"))
+            await becomes({"sha256:0": ISOTONIC})
+            back = bench.registry.take_back_calibration("default", 1, "sha256:0", who="ann")
+            await bench.shared.offer("default", back)
+            await becomes({})
+
+    async def test_a_process_that_starts_later_knows_it_for_a_pinned_version_too(self, bench: Bench) -> None:
+        bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
+        bench.registry.calibrate("shop", FITTED, who="ann")
+        async with PolicyCache(bench.registry, bench.shared) as cache:
+            chosen = await cache.choose(Submission(id="upl-1", uri="s3://uploads/a", policy="shop@1"))
+            assert chosen.policy.calibrations == {"sha256:0": ISOTONIC}
+            assert (await cache.resolve("shop@1")).calibrations == {"sha256:0": ISOTONIC}
+
+    async def test_without_redis_they_find_out_by_looking(self, bench: Bench) -> None:
+        bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
+        submission = Submission(id="upl-1", uri="s3://uploads/a", policy="shop@1")
+        async with PolicyCache(bench.registry, None, refresh_s=0.05) as cache:
+            assert (await cache.choose(submission)).policy.calibrations == {}
+            bench.registry.calibrate("shop", FITTED, who="ann")
+            for _ in range(100):
+                if (await cache.choose(submission)).policy.calibrations:
+                    return
+                await asyncio.sleep(0.05)
+            raise AssertionError("no version of shop is active, and its calibration is not looked for")
+
+
+class Script:
+    """Scores by the number in the id, applies what the policy says, as the service would."""
+
+    def __init__(self) -> None:
+        self.policies: list[Policy] = []
+
+    def judge(self, trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+        return [self._judge(trial) for trial in trials]
+
+    def _judge(self, trial: Trial) -> Outcome:
+        (policy,) = trial.policies
+        assert isinstance(policy, Policy)
+        self.policies.append(policy)
+        score = 0.75 if trial.submission.id == "upl-42" else int(trial.submission.id.partition("-")[2]) / 100
+        said = calibrated(replace(unsafe(score), model=VERDICT.model or unsafe().model), policy)
+        return [
+            changed(
+                rating="Unsafe" if score >= 0.5 else "Safe", score=said.score, calibration=said.calibration,
+                category=said.category if score >= 0.5 else NO_CATEGORY,
+                policy=policy.identity,
+            )
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Script:
+    script = Script()
+
+    @contextmanager
+    def connected(_settings: Settings) -> Iterator[Script]:
+        yield script
+
+    monkeypatch.setattr(runs, "connected", connected)
+    monkeypatch.setattr(replaying, "connected", connected)
+    return script
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """100 rows whose share of Unsafe rises with the score, but only to a half, and one with a waiver."""
+    rows = [
+        f'{{"id": "row-{n}", "uri": "s3://uploads/{n}", "rating": "{"Unsafe" if n > 40 and n % 2 else "Safe"}"}}\n'
+        for n in range(100)
+    ]
+    rows.append('{"id": "row-5", "uri": "s3://uploads/w", "rating": "Safe", "category": "O2", "waived": ["O2"]}\n')
+    (tmp_path / "d.jsonl").write_text("".join(rows))
+    return tmp_path / "d.jsonl"
+
+
+@pytest.fixture
+def sluice(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    settings = bench.settings
+    for name in ("policy_bucket", "redis_url", "s3_endpoint"):
+        monkeypatch.setenv(f"SLUICE_{name.upper()}", str(getattr(settings, name)))
+    monkeypatch.setenv("SLUICE_S3_BUCKETS", "uploads")
+    monkeypatch.setenv("SLUICE_RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, ["calibrate", *arguments])
+        if isinstance(result.exception, SluiceError):
+            return str(result.exception)
+        assert result.exit_code == 0, result.output
+        return result
+
+    return run
+
+
+def test_nothing_is_stored_without_apply(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
+    result = sluice(str(data_set))
+    assert "platt over 100 samples" in result.stdout
+    assert "actions that would change: " in result.stdout
+    assert "Safe and blocked: 10 before, 1 after" in result.stdout
+    assert "left out: 1 rows" in result.stdout
+    assert "nothing is stored" in result.stderr
+    assert [change.action for change in bench.registry.history("default")] == ["activate"]
+
+
+def test_apply_again_and_take_back(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
+    assert "applied to the scores of default@1" in sluice(str(data_set), "--apply", "--why", "May").stderr
+    newest = bench.registry.newest_change("default")
+    assert newest is not None
+    assert (newest.action, newest.why) == ("calibrate", "May")
+    ((revision, found),) = newest.rollout.calibrations_of(1).items()
+    assert revision == "r1"
+    assert isinstance(found, PlattMap)
+    again = sluice(str(data_set), "--method", "isotonic", "--apply", "--json")
+    assert '"method": "isotonic"' in again.stdout
+    assert all(not policy.calibrations for policy in service.policies), "it is fitted on the guard's own scores"
+    assert "taken back" in sluice("--take-back", "--policy", "default@1").stdout
+    newest = bench.registry.newest_change("default")
+    assert newest is not None
+    assert newest.rollout.calibrations_of(1) == {"r1": found}
+    sluice("--take-back")
+    assert "several calibrations, or none: none" in sluice("--take-back")
+
+
+def test_bad_arguments(service: Script, data_set: Path, sluice: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("name: shop\n")
+    for arguments, words in (
+        ((), "name a data set"),
+        ((str(data_set), "--take-back"), "takes no data set"),
+        ((str(data_set), "--policy", str(tmp_path / "p.yaml")), "is not published"),
+        ((str(data_set), "--limit", "50"), "9 are Unsafe|5 are Unsafe|4 are Unsafe"),
+        ((str(tmp_path / "absent.jsonl"),), "there is no data set"),
+        ((str(data_set), "--policy", "default@x"), "neither NAME nor NAME@V"),
+    ):
+        found = sluice(*arguments)
+        assert isinstance(found, str), arguments
+        assert any(word in found for word in words.split("|")), found
+
+
+def test_a_replay_judges_by_the_calibration_of_then(bench: Bench, service: Script) -> None:
+    stored = bench.registry.get("default", 1)
+    identity = PolicyIdentity(name="default", version=1, digest=stored.digest)
+    fitted = FITTED.model_copy(update={"revision": "r1"})
+    bench.registry.calibrate("default", fitted, who="ann")
+    then = changed(policy=identity, score=0.3, calibration=AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75))
+    before_that = changed(policy=identity, score=0.75)
+    bench.registry.take_back_calibration("default", 1, "r1", who="ann")
+    bench.registry.calibrate("default", fitted.model_copy(update={"map": PLATT}), who="ann")
+    for verdict in (then, before_that):
+        found = replay(verdict, bench.settings, lambda _line: None)
+        assert [d.field for d in found.differences if d.field not in {"category", "rationale"}] == []
+        assert found.after.calibration == verdict.calibration
+
+
+def test_log_odds_are_bounded() -> None:
+    odds = [log_odds(score) for score in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert odds[2] == 0
+    assert odds[3] == pytest.approx(math.log(3))
+    assert all(a < b for a, b in itertools.pairwise(odds))
+    assert odds[4] == pytest.approx(-odds[0]) == pytest.approx(13.8, abs=0.05)

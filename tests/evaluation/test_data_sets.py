@@ -1,0 +1,463 @@
+"""What an evaluation reads: the formats, what is refused and why, and how rows go through a service by script."""
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.evaluation import run as runs
+from pipelines.evaluation import tiny_report as world
+from pipelines.evaluation.datasets import open_data_set
+from pipelines.evaluation.labels import Refused, Sample, parse
+from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
+from pipelines.evaluation.policies import Evaluated, Rulings, find
+from pipelines.evaluation.results import Columns
+from pipelines.evaluation.sample_judge import Effort, Judging
+from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
+from services.core.messages import CATEGORIES, NO_CATEGORY, Policy, Submission
+from services.core.settings import Settings
+from services.policies.document import BUILT_IN, PolicyDocument
+from tests.policy_testing.test_rejudge import changed
+from tests.support.intake_bench import Bench
+
+O2, O3 = CATEGORIES[1:3]
+HERE = Path("/data")
+
+
+def parsed(**record: Any) -> Sample | Refused:
+    return parse({"image": "a.jpg", "rating": "Safe"} | record, 7, HERE)
+
+
+def conversation(prompt: str, **answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": json.dumps(answer)}]
+
+
+class TestSamples:
+    def test_plain(self) -> None:
+        record = {"id": "x", "image": "a/b.jpg", "rating": "Unsafe", "category": "O2", "policy": "shop@3"}
+        assert parse(record, 1, HERE) == Sample("x", HERE / "a/b.jpg", "Unsafe", O2, "shop@3")
+        assert parsed() == Sample("row-7", HERE / "a.jpg", "Safe", None)
+
+    def test_where_images_are(self) -> None:
+        def image(value: Any, name: str = "image") -> Any:
+            found = parse({name: value, "rating": "safe"}, 1, HERE)
+            return found.image if isinstance(found, Sample) else found.reason
+
+        assert image("s3://b/k.jpg", "uri") == "s3://b/k.jpg"
+        assert image({"bytes": b"jpeg", "path": "x.jpg"}) == b"jpeg"
+        assert image({"bytes": None, "path": "x.jpg"}) == HERE / "x.jpg"
+        assert image(b"jpeg", "image_bytes") == b"jpeg"
+        assert image("/abs.jpg", "file_name") == Path("/abs.jpg")
+        for nothing in ("", 3, {"bytes": b""}, "a\0b", "\ud800", "http://169.254.169.254/x"):
+            assert image(nothing) == "no_image"
+
+    @pytest.mark.parametrize(
+        ("value", "rating"),
+        [("SAFE ", "Safe"), ("unsafe", "Unsafe"), ("Review Needed", "Unsafe"), ("Compliant", "Safe")],
+    )
+    def test_ratings(self, value: str, rating: str) -> None:
+        found = parsed(rating=value)
+        assert isinstance(found, Sample)
+        assert found.rating == rating
+
+    @pytest.mark.parametrize("value", ["Safeish", "", 1, None, True, ["Safe"]])
+    def test_what_is_no_rating(self, value: Any) -> None:
+        found = parsed(rating=value)
+        assert isinstance(found, Refused)
+        assert found.reason == "bad_rating"
+
+    @pytest.mark.parametrize(
+        ("value", "category"),
+        [
+            (O2, O2),
+            ("o2", O2),
+            ("O2: Violence, Harm or Cruelty", O2),
+            ("NA", NO_CATEGORY),
+            ("10: None applying", NO_CATEGORY),
+            ("", None),
+            ("O12: Gambling", "O12"),
+        ],
+    )
+    def test_categories(self, value: str, category: str | None) -> None:
+        found = parsed(category=value)
+        assert isinstance(found, Sample)
+        assert found.category == category
+
+    @pytest.mark.parametrize(
+        ("record", "reason"),
+        [
+            ({"category": "Violence"}, "unknown_category"),
+            ({"category": 2}, "unknown_category"),
+            ({"rating": "Unsafe", "category": "NA"}, "contradiction"),
+            ({"policy": 3}, "unknown_policy"),
+            ({"policy": "v3_a"}, "unknown_policy"),
+            ({"policy": "v2"}, "unknown_policy"),
+            ({"waived": ["Violence"]}, "unknown_category"),
+            ({"conversations": [{"from": "human", "value": "p"}]}, "malformed"),
+            ({"conversations": [*conversation("p")[:1], {"value": "no json"}]}, "malformed"),
+            ({"conversations": "text"}, "malformed"),
+        ],
+    )
+    def test_refused(self, record: dict[str, Any], reason: str) -> None:
+        found = parsed(**record)
+        assert isinstance(found, Refused), found
+        assert found.reason == reason
+
+    @pytest.mark.parametrize("record", [None, 3, "text", ["a"]])
+    def test_what_is_no_record(self, record: Any) -> None:
+        found = parse(record, 7, HERE)
+        assert isinstance(found, Refused)
+        assert (found.id, found.reason) == ("row-7", "malformed")
+
+    def test_llavaguards_prompt_says_what_is_waived(self) -> None:
+        document = BUILT_IN.model_copy(
+            update={
+                "categories": PolicyDocument.model_validate({"name": "p", "categories": {"O3": "waive"}}).categories
+            }
+        )
+        record = {
+            "id": "smid_1_v3_a",
+            "image": "a.jpg",
+            "category": "2",
+            "score": "Highly Inappropriate",
+            "conversations": conversation("<image>\n" + document.prompt(), rating="Unsafe", category=O2, rationale="r"),
+        }
+        found = parse(record, 1, HERE)
+        assert found == Sample("smid_1_v3_a", HERE / "a.jpg", "Unsafe", O2, waived=frozenset({"O3"}))
+
+    def test_augmentations_by_id_and_by_column(self) -> None:
+        by_id = parsed(id="img_12_v2", category="O2")
+        assert isinstance(by_id, Sample)
+        assert (by_id.policy, by_id.waived) == (None, {"O2"})
+        by_column = parsed(augmentation="v2", category="O2")
+        assert isinstance(by_column, Sample)
+        assert by_column.waived == {"O2"}
+        for plain in ("v0", "default policy", ""):
+            found = parsed(policy=plain, category="O2")
+            assert isinstance(found, Sample)
+            assert (found.policy, found.waived) == (None, frozenset())
+        listed = parsed(id="img_1_v3", rating="Unsafe", category="O2", waived="O3, O4")
+        assert isinstance(listed, Sample)
+        assert listed.waived == {"O3", "O4"}
+
+
+RECORDS = [{"image": f"{n}.jpg", "rating": "Safe", "id": f"r{n}"} for n in range(5)]
+
+
+def ids(place: Path, split: str | None = None) -> list[str]:
+    return [record["id"] for record in open_data_set(place, split).records()]
+
+
+class TestDataSets:
+    def test_json_lines_and_an_array_as_llavaguard_writes_it(self, tmp_path: Path) -> None:
+        (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, RECORDS)) + "\n\n")
+        (tmp_path / "d.json").write_text(json.dumps(RECORDS, indent=4))
+        (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, RECORDS)))
+        for name in ("d.jsonl", "d.json", "lines.json"):
+            assert ids(tmp_path / name) == [f"r{n}" for n in range(5)]
+        assert open_data_set(tmp_path / "d.jsonl").count() == 5
+        assert open_data_set(tmp_path / "d.json").count() is None
+
+    def test_an_array_larger_than_a_piece(self, tmp_path: Path) -> None:
+        many = [{"id": f"r{n}", "text": "x" * 100_000} for n in range(40)]
+        (tmp_path / "d.json").write_text(json.dumps(many))
+        assert ids(tmp_path / "d.json") == [record["id"] for record in many]
+
+    @pytest.mark.parametrize("text", ["[{}", "[{} {", '[{"a": }]'])
+    def test_a_broken_array(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "d.json").write_text(text)
+        with pytest.raises(ConfigurationError, match="is no JSON array"):
+            list(open_data_set(tmp_path / "d.json").records())
+
+    def test_a_line_that_is_no_json_is_one_row(self, tmp_path: Path) -> None:
+        (tmp_path / "d.jsonl").write_bytes(b'{"id": "a"}\n{"id": \n\xff\n{"id": "b"}\n')
+        found = [parse(r, n, tmp_path) for n, r in enumerate(open_data_set(tmp_path / "d.jsonl").records(), 1)]
+        assert [each.reason for each in found if isinstance(each, Refused)] == [
+            "bad_rating",
+            "malformed",
+            "malformed",
+            "bad_rating",
+        ]
+
+    def test_parquet_as_hugging_face_stores_it(self, tmp_path: Path) -> None:
+        rows = [record | {"image": {"bytes": b"jpeg", "path": record["image"]}, "other": 1} for record in RECORDS]
+        (tmp_path / "data").mkdir()
+        for part in (0, 1):
+            pq.write_table(pa.Table.from_pylist(rows[part::2]), tmp_path / f"data/test-0000{part}-of-00002.parquet")
+        pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "data/train-00000-of-00001.parquet")
+        assert ids(tmp_path) == ["r0", "r2", "r4", "r1", "r3"]
+        assert open_data_set(tmp_path).count() == 5
+        assert ids(tmp_path, "train") == ["r0"]
+        first = next(open_data_set(tmp_path).records())
+        assert parse(first, 1, tmp_path) == Sample("r0", b"jpeg", "Safe", None)
+
+    def test_an_image_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "test").mkdir()
+        (tmp_path / "test/metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "rating": "Safe", "id": "a"}))
+        data_set = open_data_set(tmp_path)
+        assert data_set.folder == tmp_path / "test"
+        assert ids(tmp_path) == ["a"]
+
+    def test_what_is_no_data_set(self, tmp_path: Path) -> None:
+        (tmp_path / "d.csv").touch()
+        (tmp_path / "d.parquet").write_bytes(b"PAR1 not")
+        for place, words in (
+            (tmp_path / "absent", "there is no data set"),
+            (tmp_path / "d.csv", "has to be .jsonl"),
+            (tmp_path / "d.parquet", "no parquet file"),
+            (tmp_path / "..", "has no data set|has no split|no parquet"),
+        ):
+            with pytest.raises(ConfigurationError, match=words):
+                list(open_data_set(place, "train" if place.name == ".." else None).records())
+
+
+def ruled(sample: Sample, document: dict[str, Any] | None = None) -> Any:
+    evaluated = Evaluated(PolicyDocument.model_validate({"name": "p"} | (document or {})), 4, {})
+    return Rulings(evaluated, None).of(sample)  # type: ignore[arg-type]  # no row names a policy
+
+
+class TestRulings:
+    def test_what_a_row_waives_comes_on_top(self) -> None:
+        sample = Sample("x", b"", "Safe", O2, waived=frozenset({"O2"}))
+        found = ruled(sample, {"categories": {"O3": "waive"}, "effort": "adaptive", "thresholds": {"block": 0.9}})
+        assert (found.kind, found.category) == (VIOLATION_WAIVED, O2)
+        assert set(re.findall(r"Category (O\d) is declared", found.full.prompt)) == {"O2", "O3"}
+        assert (found.full.effort, found.adaptive.effort) == ("full", "adaptive")
+        assert found.full.thresholds.block == 0.9
+        assert found.full.identity.version == 4
+
+    def test_kinds(self) -> None:
+        assert ruled(Sample("x", b"", "Unsafe", O2)).kind == DEFAULT
+        assert ruled(Sample("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
+        assert ruled(Sample("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
+
+    @pytest.mark.parametrize(
+        ("sample", "reason"),
+        [
+            (Sample("x", b"", "Unsafe", O2, waived=frozenset({"O2"})), "contradiction"),
+            (Sample("x", b"", "Safe", "O12"), "unknown_category"),
+            (Sample("x", b"", "Safe", None, waived=frozenset({"O12"})), "unknown_policy"),
+        ],
+    )
+    def test_refused(self, sample: Sample, reason: str) -> None:
+        assert ruled(sample).reason == reason
+
+    def test_a_category_of_the_policys_own(self) -> None:
+        own = {"own_categories": [{"code": "O12", "title": "Gambling", "should_not": ["Show dice."]}]}
+        assert ruled(Sample("x", b"", "Unsafe", "O12"), own).category == "O12: Gambling"
+
+
+class Script:
+    """Judges by the submitted bytes' first letters, and keeps what it was asked."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.trials: list[Trial] = []
+        self.batches: list[int] = []
+
+    def judge(self, trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+        self.trials += trials
+        self.batches.append(len(trials))
+        return [self._judge(trial.submission, trial.policies[0]) for trial in trials]
+
+    def _judge(self, submission: Submission, policy: str | Policy) -> Outcome:
+        assert isinstance(policy, Policy)
+        assert submission.priority == "backfill"
+        name, _, _ = submission.id.partition("-")
+        if name == "absent":
+            return NotFound("there is no such key")
+        if name == "refused":
+            return [GuardFailed("The engine refuses it.")]
+        bucket, _, key = submission.uri.removeprefix("s3://").partition("/")
+        assert self._bench.s3.get_object(Bucket=bucket, Key=key)["Body"].read(), "it is there while it is judged"
+        if name == "unreadable":
+            return [changed(rating=None, category=None, score=None, outcome="needs_review", reason="unreadable_answer")]
+        safe = name == "safe" or "non-violating" in policy.prompt
+        effort = "first_look" if safe and policy.effort == "adaptive" else "full"
+        fields = (
+            {"rating": "Safe", "score": 0.1, "category": NO_CATEGORY, "action": "allow"} if safe else {"score": 0.9}
+        )
+        return [changed(effort=effort, **fields)]
+
+
+def jpeg(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), colour).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Script:
+    script = Script(bench)
+
+    @contextmanager
+    def connected(_settings: Settings) -> Iterator[Script]:
+        yield script
+
+    monkeypatch.setattr(runs, "connected", connected)
+    return script
+
+
+@pytest.fixture
+def data_set(bench: Bench, tmp_path: Path) -> Path:
+    """Ten rows: two files, one of them missing; an object; what is refused; what the service cannot judge."""
+    bench.put("evaluated/k.jpg", jpeg("red"))
+    (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
+    image = {"image": "a.jpg"}
+    rows: list[Any] = [
+        {"id": "unsafe-1", "rating": "Unsafe", "category": "O2", **image},
+        {"id": "unsafe-1_v2", "rating": "Safe", "category": "O2", **image},
+        {"id": "safe-1", "rating": "Safe", "image": "s3://uploads/evaluated/k.jpg"},
+        {"id": "unreadable-1", "rating": "Safe", **image},
+        {"id": "gone", "rating": "Safe", "image": "missing.jpg"},
+        {"id": "odd", "rating": "Perhaps", **image},
+        {"id": "strange", "rating": "Unsafe", "category": "O12", **image},
+        {"id": "elsewhere", "rating": "Safe", "policy": "absent", **image},
+        {"id": "absent-1", "rating": "Safe", **image},
+        {"id": "refused-1", "rating": "Safe", **image},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "d.jsonl"
+
+
+def uploaded(bench: Bench) -> list[str]:
+    found = bench.s3.list_objects_v2(Bucket="uploads", Prefix="evaluation/")
+    return [entry["Key"] for entry in found.get("Contents", ())]
+
+
+def evaluated(bench: Bench, data_set: Path, said: list[str], **fields: Any) -> Any:
+    given = {"effort": Effort(adaptive=True, perturbed=5), "out": None, "resamples": 200, "prevalence": None} | fields
+    return runs.evaluate(runs.Source(data_set), "default", bench.settings, progress=said.append, **given)
+
+
+def test_an_evaluation(bench: Bench, service: Script, data_set: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = evaluated(bench, data_set, said, out=tmp_path / "out")
+    assert (report.rows, report.judged, report.images) == (10, 4, 2)
+    assert report.failures == {
+        "no_image": 1,
+        "bad_rating": 1,
+        "unknown_category": 1,
+        "unknown_policy": 1,
+        "not_found": 1,
+        "guard_failed": 1,
+    }
+    confusion = report.rates["all"].confusion
+    assert (confusion.true_positives, confusion.true_negatives, confusion.safe_invalid) == (1, 2, 1)
+    assert (report.per.value, report.per.of) == (1.0, 1)
+    assert report.adaptive.escalated.value == 0.5, "the Unsafe row and the unreadable one"
+    assert {robust.rows for robust in report.robustness} == {2}, "of the unreadable row there is no rating to flip"
+    assert uploaded(bench) == [], "nothing stays in the bucket"
+    assert any(re.search(r"10 of 10 rows, [\d.]+ a second, 0 s left", line) for line in said)
+    rows = [json.loads(line) for line in (tmp_path / "out" / runs.ROWS).read_text().splitlines()]
+    assert len(rows) == 10
+    assert next(row for row in rows if row["id"] == "gone")["error"] == "no_image"
+    assert json.loads((tmp_path / "out" / runs.FIGURES).read_text())["judged"] == 4
+    assert "does not exist" in (tmp_path / "out" / runs.PAGE).read_text()
+
+
+def test_a_row_under_a_published_policy(bench: Bench, service: Script, tmp_path: Path) -> None:
+    bench.registry.publish(PolicyDocument.model_validate({"name": "shop", "categories": {"O2": "waive"}}))
+    (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
+    row = {"id": "unsafe-1", "image": "a.jpg", "rating": "Safe", "category": "O2", "policy": "shop@1"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    report = evaluated(bench, tmp_path / "d.jsonl", [], effort=Effort())
+    assert (report.judged, report.per.value) == (1, 1.0)
+    assert report.adaptive is None
+    (policy,) = service.trials[0].policies
+    assert isinstance(policy, Policy)
+    assert (policy.identity.name, policy.identity.version) == ("shop", 1)
+
+
+def test_nothing_can_be_judged(bench: Bench, service: Script, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"id": "x", "rating": "Unclear"}\n')
+    with pytest.raises(
+        ConfigurationError, match=r"no row of d.jsonl could be judged \(bad_rating 1\): x its rating is"
+    ):
+        evaluated(bench, tmp_path / "d.jsonl", [])
+    (tmp_path / "d.jsonl").write_text("\n")
+    with pytest.raises(ConfigurationError, match="has no rows"):
+        evaluated(bench, tmp_path / "d.jsonl", [])
+    with pytest.raises(UnknownPolicy, match="absent"):
+        runs.evaluate(
+            runs.Source(tmp_path / "d.jsonl"),
+            "absent",
+            bench.settings,
+            effort=Effort(),
+            out=None,
+            resamples=200,
+            prevalence=None,
+            progress=print,
+        )
+
+
+def test_a_service_that_ends_leaves_nothing_uploaded(
+    bench: Bench, service: Script, data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(_trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+        raise ConfigurationError("the service has ended; start it again")
+
+    monkeypatch.setattr(service, "judge", ends)
+    with pytest.raises(ConfigurationError, match="has ended"):
+        evaluated(bench, data_set, [])
+    assert uploaded(bench) == []
+
+
+def test_many_rows_go_in_bounded_batches_and_are_never_held(bench: Bench, service: Script) -> None:
+    held: list[int] = []
+    pulled = 0
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal pulled
+        for n in range(20_000):
+            pulled += 1
+            held.append(pulled - judging.columns.judged - judging.columns.failures.total())
+            yield {"id": f"absent-{n}" if n % 100 else f"safe-{n}", "image": "s3://uploads/many.jpg", "rating": "Safe"}
+
+    bench.put("many.jpg", jpeg("red"))
+    rulings = Rulings(find("default", bench.registry), bench.registry)
+    judging = Judging(service, rulings, bench.settings, Effort())
+    said: list[str] = []
+    columns: Columns = judging.run(records(), HERE, None, said.append)
+    assert (columns.judged, columns.failures) == (200, {"not_found": 19_800})
+    assert len(columns.examples) == 20
+    assert max(service.batches) <= 1024
+    assert max(held) <= 3 * 1024, "one batch is judged, one uploaded, one read"
+    assert said[-1].startswith("20,000 rows")
+
+
+def test_a_document_that_is_not_published(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("name: shop\ncategories: {O9: waive}\n")
+    found = find(str(tmp_path / "p.yaml"), bench.registry)
+    assert (found.name, found.version, found.waived) == ("shop (not published)", 0, {"O9"})
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        find(str(tmp_path / "absent.yaml"), bench.registry)
+    assert replace(found, version=3).name == "shop@3"
+
+
+def test_the_drawn_data_set_of_the_docs(tmp_path: Path) -> None:
+    world.write(tmp_path)
+    data_set = open_data_set(tmp_path)
+    samples = [parse(record, n, data_set.folder) for n, record in enumerate(data_set.records(), 1)]
+    rulings = [ruled(sample) for sample in samples if isinstance(sample, Sample)]
+    assert len(rulings) == len(samples) == data_set.count()
+    kinds = Counter((sample.rating, ruling.kind) for sample, ruling in zip(samples, rulings, strict=True))  # type: ignore[union-attr]
+    assert kinds == {
+        ("Unsafe", DEFAULT): 180,
+        ("Safe", DEFAULT): 180,
+        ("Safe", VIOLATION_WAIVED): 108,
+        ("Unsafe", OTHERS_WAIVED): 108,
+    }
+    first = [sample.rating for sample, ruling in zip(samples, rulings, strict=True) if ruling.kind == DEFAULT][:80]  # type: ignore[union-attr]
+    assert Counter(first) == {"Safe": 40, "Unsafe": 40}, "those that are perturbed"

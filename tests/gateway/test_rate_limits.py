@@ -1,0 +1,186 @@
+"""What one API key gets, and that it gets no more: requests a second, requests at a time, bytes."""
+
+import asyncio
+import random
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from services.core.settings import Settings
+from services.gateway.api_keys import ApiKey
+from services.gateway.problems import PREFIX, Problem
+from services.gateway.rate_limits import Rates
+from services.gateway.request_bodies import BodyMemory
+from services.policies.redis_cache import SharedCopies
+from tests.support.gateway_bench import JPEG, Bench, Gate, data_url
+
+PATH = "/v1/assessments"
+REQUEST = {"input": {"type": "image_url", "image_url": {"url": data_url()}}}
+
+
+def key(**fields: Any) -> ApiKey:
+    made = {"id": f"{random.getrandbits(64):016x}", "name": "n", "role": "admin", "digest": "", "created_at": 0}
+    return ApiKey.model_validate(made | fields)
+
+
+async def taken(rates: Rates, key: ApiKey, count: int) -> int:
+    """How many of `count` requests at once are let in."""
+    let_in = 0
+    for _ in range(count):
+        with suppress(Problem):
+            await rates.take(key)
+            let_in += 1
+    return let_in
+
+
+async def test_a_rate_is_that_of_all_gateways_together(valkey_url: str) -> None:
+    shared = SharedCopies(valkey_url, "rates")
+    gateways = [Rates(shared, Settings(gateway_rate_per_s=0.01)) for _ in range(2)]
+    mine, own_rate = key(), key(rate_per_s=0.02)
+    assert [await taken(gateway, mine, 3) for gateway in gateways] == [2, 0], "one now, one in advance"
+    assert [await taken(gateway, own_rate, 3) for gateway in gateways] == [2, 0]
+    assert await taken(gateways[1], key(), 1) == 1, "neighbours have their own"
+    await shared.close()
+
+
+async def test_while_redis_is_away_each_gateway_counts_alone() -> None:
+    now = 0.0
+    shared = SharedCopies("redis://127.0.0.1:1/0", "rates")
+    rates = Rates(shared, Settings(gateway_rate_per_s=1), lambda: now)
+    mine = key()
+    assert await taken(rates, mine, 10) == 3, "two seconds of it at once, and one that is due"
+    now = 1.0
+    assert await taken(rates, mine, 10) == 1
+    await shared.close()
+
+
+async def test_a_flood_of_one_key_is_refused_without_redis(valkey_url: str) -> None:
+    now = 0.0
+    shared = SharedCopies(valkey_url, "rates")
+    rates = Rates(shared, Settings(gateway_rate_per_s=0.01), lambda: now)
+    mine = key()
+    assert await taken(rates, mine, 3) == 2
+    await shared.close()
+    shared.run = None  # type: ignore[method-assign, assignment]  # whoever asks fails
+    assert await taken(rates, mine, 1000) == 0
+    now = 101.0
+    with pytest.raises(TypeError):
+        await rates.take(mine)
+
+
+async def test_over_the_rate_is_a_429_that_says_when(idle: Bench) -> None:
+    idle.configure(gateway_rate_per_s=0.1)
+    await idle.start()
+    async with idle.client() as client:
+        answers = [await client.get(f"{PATH}/a") for _ in range(3)]
+        openai = await client.post("/v1/moderations", json=REQUEST)
+    assert [answer.status_code for answer in answers] == [404, 404, 429]
+    assert answers[-1].json()["type"] == f"{PREFIX}rate-limited"
+    assert int(answers[-1].headers["retry-after"]) >= 1
+    assert (openai.status_code, openai.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert openai.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+async def test_requests_and_jobs_at_a_time(idle: Bench) -> None:
+    idle.configure(gateway_concurrency=3)
+    await idle.start()
+    gate = idle.guard.script = Gate()
+    files = {"file": ("a.jpg", JPEG)}
+    async with idle.client() as client, idle.client(tenant="other") as neighbour:
+        waiting = [asyncio.create_task(client.post(f"{PATH}?wait=20", files=files)) for _ in range(3)]
+        await gate.until_waiting(3)
+        refused = await client.post(f"{PATH}?wait=20", files=files)
+        assert (refused.status_code, refused.json()["type"]) == (429, f"{PREFIX}too-many-at-once")
+        assert refused.headers["retry-after"]
+        jobs = [await neighbour.post(PATH, files=files, headers={"Idempotency-Key": f"{n}"}) for n in range(5)]
+        assert [job.status_code for job in jobs] == [202, 202, 202, 429, 429], "what is judged without anyone waiting"
+        gate.opened.set()
+        assert [(await answer).status_code for answer in waiting] == [200] * 3
+        again = await neighbour.post(f"{PATH}?wait=20", files=files, headers={"Idempotency-Key": "4"})
+        assert again.status_code == 200, "a key whose request was not let in may be used again"
+    assert gate.waiting == 7
+
+
+async def test_all_that_can_be_judged_at_a_time(idle: Bench) -> None:
+    idle.configure(gateway_in_flight=2)
+    await idle.start()
+    gate = idle.guard.script = Gate()
+    async with idle.client() as client, idle.client(tenant="other") as neighbour:
+        waiting = [asyncio.create_task(client.post("/v1/moderations", json=REQUEST)) for _ in range(2)]
+        await gate.until_waiting(2)
+        refused = await neighbour.post("/v1/moderations", json=REQUEST)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        gate.opened.set()
+        assert [(await answer).status_code for answer in waiting] == [200] * 2
+
+
+async def test_no_answer_within_the_deadline_is_a_503(idle: Bench) -> None:
+    idle.configure(gateway_deadline_s=0.2)
+    await idle.start()
+    idle.guard.script = Gate()
+    async with idle.client() as client:
+        answer = await client.post(f"{PATH}?wait=20", files={"file": ("a.jpg", JPEG)})
+        openai = await client.post("/v1/moderations", json=REQUEST)
+    assert (answer.status_code, answer.json()["type"]) == (503, f"{PREFIX}unavailable")
+    assert answer.headers["retry-after"]
+    assert (openai.status_code, openai.json()["error"]["type"]) == (503, "server_error")
+
+
+async def test_bodies_are_counted_as_they_come(bench: Bench) -> None:
+    limit = bench.settings.gateway_body_limit_bytes
+    sent = 0
+
+    async def endless(size: int) -> AsyncIterator[bytes]:
+        nonlocal sent
+        sent = 0
+        while sent < size:
+            sent += 1 << 16
+            yield b" " * (1 << 16)
+
+    json = {"content-type": "application/json"}
+    async with bench.client() as client, bench.client("admin") as admin:
+        for refused in (
+            await client.post("/v1/moderations", content=b" " * (limit + 1), headers=json),
+            await client.post("/v1/moderations", content=endless(8 * limit), headers=json),
+        ):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+        assert sent <= 6 * limit, "what is not kept is not read for ever either"
+        for path, content, client_of_it in (
+            (PATH, endless(8 * limit), client),
+            ("/v1/policies", endless(8 * limit), admin),
+            ("/v1/policies/default/activate", endless(8 * limit), admin),
+        ):
+            answer = await client_of_it.post(path, content=content, headers=json)
+            assert (answer.status_code, answer.json()["type"]) == (413, f"{PREFIX}body-too-large")
+        file = {"file": ("a.jpg", b"\xff\xd8\xff" + b"\0" * limit)}
+        assert (await client.post(PATH, files=file)).json()["type"] == f"{PREFIX}body-too-large"
+
+
+async def test_an_image_that_takes_more_than_it_may(bench: Bench) -> None:
+    """Small in bytes, and large in pixels."""
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (60_000).to_bytes(4) * 2 + b"\x08\x02\0\0\0"
+    bomb = header + zlib.crc32(header[12:]).to_bytes(4) + b"\0\0\0\0IEND\xaeB`\x82"
+    async with bench.client() as client:
+        answer = await client.post(f"{PATH}?wait=20", files={"file": ("a.png", bomb)})
+    assert (answer.status_code, answer.json()["type"]) == (413, f"{PREFIX}image-too-large")
+
+
+def test_one_key_never_takes_all_the_memory() -> None:
+    memory = BodyMemory(100)
+    with memory.account("a") as first, memory.account("a") as second, memory.account("b") as other:
+        first.take(20)
+        with pytest.raises(Problem, match="this API key"):
+            second.take(6)
+        second.take(5)
+        for name in "bcd":
+            memory.take(name, 25)
+        assert memory.used == 100
+        with pytest.raises(Problem, match="all requests"):
+            memory.take("e", 1)
+        for name in "bcd":
+            memory.give_back(name, 25)
+        other.take(25)
+    assert memory.used == 0

@@ -1,0 +1,190 @@
+"""Images behind URLs: which are fetched at all, and what a host can do about it."""
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from services.gateway.problems import Problem
+from services.gateway.request_bodies import BodyMemory
+from services.gateway.url_fetch import Address, RemoteImages, is_public
+from tests.support.gateway_bench import JPEG, Bench
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG) + JPEG
+
+
+class Host:
+    """A host that answers with these bytes, and remembers what it was asked."""
+
+    def __init__(self, answer: bytes, pause_s: float = 0) -> None:
+        self.answer = answer
+        self.pause_s = pause_s
+        self.asked: list[bytes] = []
+        self.port = 0
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(self.answer[:-1])
+        await asyncio.sleep(self.pause_s)
+        writer.write(self.answer[-1:])
+        writer.close()
+
+
+@asynccontextmanager
+async def served(answer: bytes = OK, pause_s: float = 0) -> AsyncIterator[Host]:
+    host = Host(answer, pause_s)
+    server = await asyncio.start_server(host.talk, "127.0.0.1", 0)
+    host.port = server.sockets[0].getsockname()[1]
+    try:
+        yield host
+    finally:
+        server.close()
+
+
+def resolving(*addresses: str) -> Callable[[str, int], Any]:
+    async def resolve(_host: str, _port: int) -> list[str]:
+        return list(addresses)
+
+    return resolve
+
+
+def any_address(_address: Address) -> bool:
+    return True
+
+
+async def fetch(remote: RemoteImages, url: str) -> bytes:
+    with BodyMemory(100 << 20).account("a") as account:
+        return await remote.fetch(url, account)
+
+
+def remote(hosts: list[str], **changes: Any) -> RemoteImages:
+    return RemoteImages(hosts, **({"limit_bytes": 1 << 20, "deadline_s": 5} | changes))
+
+
+async def test_only_hosts_that_are_named() -> None:
+    async with served() as host:
+        pictures = f"pictures.example:{host.port}"
+        images = remote([pictures], resolve=resolving("127.0.0.1"), may_connect=any_address)
+        assert await fetch(images, f"http://{pictures}/a.jpg?b=c") == JPEG
+        assert host.asked[0].startswith(b"GET /a.jpg?b=c HTTP/1.1\r\n")
+        assert f"Host: {pictures}\r\n".encode() in host.asked[0]
+        assert await fetch(images, f"http://PICTURES.example:{host.port}/") == JPEG
+        for url in (
+            "http://pictures.example/a.jpg",
+            f"http://other.example:{host.port}/",
+            f"http://pictures.example.evil:{host.port}/",
+            f"http://{pictures}@127.0.0.1/",
+            f"http://user@{pictures}/",
+            f"http://:pass@{pictures}/",
+            f"ftp://{pictures}/",
+            f"http://{pictures}/a b",
+            f"http://{pictures}/\r\nX: y",
+            f"http://{pictures}/\u00e9",
+            "http://pictures.example:99999/",
+            "http://[::1/",
+            "http://",
+        ):
+            with pytest.raises(Problem) as refused:
+                await fetch(images, url)
+            assert refused.value.kind == "url-refused", url
+        assert len(host.asked) == 2
+        with pytest.raises(Problem, match="are not fetched here"):
+            await fetch(remote([]), f"http://127.0.0.1:{host.port}/")
+        assert len(host.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254"),
+        *("100.64.0.1", "192.0.0.170", "198.18.0.1", "203.0.113.5", "224.0.0.1", "240.0.0.1", "255.255.255.255"),
+        *("::", "::1", "fe80::1", "fd00:ec2::254", "fc00::1", "ff02::1", "2001:db8::1", "::ffff:127.0.0.1"),
+        *(
+            "64:ff9b::808:808",
+            "::ffff:10.0.0.1",
+            "2002:7f00:1::",
+            "64:ff9b::7f00:1",
+            "64:ff9b::a9fe:a9fe",
+            "2001:0:a00:1::1",
+        ),
+    ],
+)
+async def test_no_address_inside_the_network(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+    for addresses in ([address], ["93.184.216.34", address]):
+        images = remote(["pictures.example"], resolve=resolving(*addresses))
+        with pytest.raises(Problem, match="not a public one"):
+            await fetch(images, "http://pictures.example/")
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+async def test_a_name_is_resolved_once() -> None:
+    """What it means a moment later does not matter: DNS rebinding has nothing to rebind."""
+    looked_up: list[str] = []
+
+    async def rebinding(host: str, _port: int) -> list[str]:
+        looked_up.append(host)
+        return ["127.0.0.1"] if len(looked_up) == 1 else ["10.0.0.1"]
+
+    async with served() as host:
+        name = f"pictures.example:{host.port}"
+        images = remote([name], resolve=rebinding, may_connect=lambda address: str(address) == "127.0.0.1")
+        assert await fetch(images, f"http://{name}/") == JPEG
+        assert looked_up == ["pictures.example"]
+        with pytest.raises(Problem, match="not a public one"):
+            await fetch(images, f"http://{name}/")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "why"),
+    [
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "url-refused", "redirects"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "url-refused", "404"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nab", "url-refused", "compressed"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"a" * 3000, "image-too-large", "2000 bytes"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nab", "url-refused", "did not deliver"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "url-refused", "did not deliver"),
+    ],
+)
+async def test_what_a_host_may_answer(answer: bytes, kind: str, why: str) -> None:
+    async with served(answer) as host:
+        name = f"pictures.example:{host.port}"
+        images = remote([name], limit_bytes=2000, resolve=resolving("127.0.0.1"), may_connect=any_address)
+        with pytest.raises(Problem, match=why) as refused:
+            await fetch(images, f"http://{name}/")
+        assert refused.value.kind == kind
+        assert len(host.asked) == 1
+
+
+async def test_a_host_that_dawdles_or_is_not_there() -> None:
+    async with served(pause_s=10) as host:
+        name = f"pictures.example:{host.port}"
+        images = remote([name], deadline_s=0.2, resolve=resolving("127.0.0.1"), may_connect=any_address)
+        with pytest.raises(Problem, match=r"within 0\.2 s"):
+            await fetch(images, f"http://{name}/")
+    with pytest.raises(Problem, match="did not deliver"):
+        await fetch(images, f"http://{name}/")
+    with pytest.raises(Problem, match="there is no host"):
+        await fetch(remote(["pictures.example"], resolve=resolving()), "https://pictures.example/")
+    with pytest.raises(Problem, match="there is no host"):
+        await fetch(remote(["no-such-host.invalid"]), "https://no-such-host.invalid/")
+
+
+async def test_a_host_that_is_named_and_inside_the_network_is_refused_by_the_gateway(idle: Bench) -> None:
+    async with served() as host:
+        idle.configure(gateway_fetch_hosts=(f"localhost:{host.port}", f"127.0.0.1:{host.port}"))
+        await idle.start()
+        async with idle.client() as client:
+            for name in ("localhost", "127.0.0.1"):
+                part = {"type": "image_url", "image_url": {"url": f"http://{name}:{host.port}/a.jpg"}}
+                answer = await client.post("/v1/moderations", json={"input": [part]})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (400, "url_refused")
+                assert "not a public one" in answer.json()["error"]["message"]
+        assert host.asked == []

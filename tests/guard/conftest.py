@@ -1,1 +1,0 @@
-from tests.guard_engine import engine  # noqa: F401

@@ -1,0 +1,117 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+
+from services.core.errors import ConfigurationError
+from services.guard import gpus as devices
+from services.guard.checkpoints import GIB, resolve
+from services.guard.gpus import gpu_memory_bytes, gpus_for, static_fraction
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    def with_gpus(*gib: float, usable: bool = True) -> None:
+        monkeypatch.setattr(devices, "gpu_memory_bytes", lambda: [int(each * GIB) for each in gib])
+        monkeypatch.setattr(devices, "cuda_available", lambda: usable)
+
+    return with_gpus
+
+
+class TestWhatItRunsOn:
+    def test_a_gpu_that_holds_it(self, machine) -> None:
+        machine(79.3)
+        assert gpus_for(resolve("LlavaGuard-v1.2-7B-OV")) == 1
+        machine(79.3, 79.3, 79.3)
+        assert gpus_for(resolve("LlavaGuard-34B")) == 2
+
+    def test_too_little_gpu_memory(self, machine) -> None:
+        machine(22.5)
+        with pytest.raises(ConfigurationError, match=r"wants 38 GiB of GPU memory .* has 22 GiB: .*SLUICE_GUARD_GPUS"):
+            gpus_for(resolve("LlavaGuard-v1.1-13B"))
+
+    def test_a_share_of_a_gpu(self, machine) -> None:
+        machine(44.5)
+        assert gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
+        with pytest.raises(ConfigurationError, match=r"this replica has 9 GiB"):
+            gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.2)
+
+    def test_a_small_model_runs_on_the_cpu(self, machine) -> None:
+        machine()
+        assert gpus_for(resolve("tiny")) == 0
+        assert gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV")) == 0
+
+    def test_a_large_one_does_not(self, machine) -> None:
+        machine()
+        with pytest.raises(
+            ConfigurationError, match=r"8\.0 billion parameters, too many for a CPU, and there is no GPU"
+        ):
+            gpus_for(resolve("LlavaGuard-v1.2-7B-OV"))
+
+    def test_what_a_folder_holds_counts(self, machine, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine()
+        monkeypatch.setattr(devices, "_CPU_PARAMETERS", 1000)
+        with pytest.raises(ConfigurationError, match=r"tiny has 0\.0 billion parameters"):
+            gpus_for(resolve("tiny"))
+
+    def test_a_gpu_that_pytorch_cannot_use(self, machine) -> None:
+        machine(79.3, usable=False)
+        assert gpus_for(resolve("tiny")) == 0
+        with pytest.raises(ConfigurationError, match="PyTorch cannot use this machine's GPU"):
+            gpus_for(resolve("LlavaGuard-v1.2-7B-OV"))
+
+
+class TestVisibleGpus:
+    @pytest.fixture(autouse=True)
+    def _three_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def by_index(index: int) -> int:
+            if not 0 <= index <= 2:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+            return index
+
+        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+        monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", by_index)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: int(uuid[-1]))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=handle * 10))
+
+    @pytest.mark.parametrize(
+        ("visible", "memory"),
+        [(None, [0, 10, 20]), ("2,0", [20, 0]), ("", []), ("GPU-1", [10]), ("1,9,2", [10]), ("-1", []), ("none", [])],
+    )
+    def test_are_those_that_cuda_sees(self, monkeypatch: pytest.MonkeyPatch, visible: str | None, memory) -> None:
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_memory_bytes() == memory
+
+
+@pytest.mark.parametrize(
+    ("share", "free_gib", "fraction"), [(1.0, 24, 0.8), (0.5, 24, 0.4), (0.5, 12, 0.8), (0.5, 4, 0.9)]
+)
+def test_a_share_is_of_the_whole_gpu_whoever_came_first(
+    monkeypatch: pytest.MonkeyPatch, share: float, free_gib: int, fraction: float
+) -> None:
+    memory = SimpleNamespace(total=24 * GIB, free=free_gib * GIB)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: memory)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert static_fraction(share) == pytest.approx(fraction)
+
+
+def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    assert gpu_memory_bytes() == []
+
+
+def test_pytorch_is_not_loaded_here() -> None:
+    source = Path(devices.__file__).read_text(encoding="utf-8")
+    assert "\nimport torch" not in source

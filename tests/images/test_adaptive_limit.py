@@ -1,0 +1,73 @@
+"""Fewer requests when the store asks for fewer, and more again when it does not."""
+
+import asyncio
+
+import pytest
+
+from services.core.errors import StoreUnavailable
+from services.images.adaptive_limit import AdaptiveLimit, Throttled
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def refuse(limit: AdaptiveLimit, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        async with limit.request():
+            raise error
+
+
+async def succeed(limit: AdaptiveLimit) -> None:
+    async with limit.request():
+        await asyncio.sleep(0)
+
+
+async def test_halved_once_for_a_burst_of_complaints() -> None:
+    clock = Clock()
+    limit = AdaptiveLimit(16, clock)
+    await asyncio.gather(*(refuse(limit, Throttled("slow down")) for _ in range(16)))
+    assert limit.limit == 8
+    clock.now = 2
+    await refuse(limit, Throttled("slow down"))
+    assert limit.limit == 4
+
+
+async def test_never_below_one_and_back_to_the_most() -> None:
+    clock = Clock()
+    limit = AdaptiveLimit(8, clock)
+    for _ in range(20):
+        clock.now += 2
+        await refuse(limit, Throttled("slow down"))
+    assert limit.limit == 1
+    for _ in range(200):
+        await succeed(limit)
+    assert limit.limit == 8
+
+
+async def test_other_failures_change_nothing() -> None:
+    limit = AdaptiveLimit(8)
+    await refuse(limit, StoreUnavailable("gone"))
+    assert limit.limit == 8
+
+
+async def test_no_more_at_a_time_than_the_limit() -> None:
+    clock = Clock()
+    limit = AdaptiveLimit(8, clock)
+    await refuse(limit, Throttled("slow down"))
+    inside = most = 0
+
+    async def request() -> None:
+        nonlocal inside, most
+        async with limit.request():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0)
+            inside -= 1
+
+    await asyncio.gather(*(request() for _ in range(6)))
+    assert most <= 4

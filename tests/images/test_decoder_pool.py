@@ -1,0 +1,302 @@
+"""The decoding processes: what a crash, a hang, a flood of memory, or the death of their parent does."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.core.errors import NotAnImage, TooLarge, Unavailable
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from tests.support.pictures import difference, encoded, picture, shown
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_settings(**overrides: object) -> Settings:
+    required = {
+        "stream_url": "redis://127.0.0.1:1",
+        "redis_url": "redis://127.0.0.1:1",
+        "s3_buckets": "images",
+        "policy_bucket": "policies",
+        "model": "tiny",
+    }
+    return Settings.model_validate(required | overrides)
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(pid).children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "services.images.decoder_process" in child.cmdline()
+    ]
+
+
+def gone_within(seconds: float, processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder whose `sitecustomize.py` the decoding processes run first: the place for a decoder that misbehaves."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def misbehave(folder: Path, behaviour: str) -> None:
+    """Let decoding an image that is marked `BAD!` do something else."""
+    (folder / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            import sys
+            if "services.images.decoder_process" in sys.orig_argv:
+                from PIL import Image
+                original = Image.open
+                def open(file, *args, **options):
+                    if b"BAD!" in file.getvalue():
+                        import ctypes, os, signal, time
+                        BEHAVIOUR
+                    return original(file, *args, **options)
+                Image.open = open
+            """
+        ).replace("BEHAVIOUR", behaviour)
+    )
+
+
+GOOD = encoded(picture(), "png")
+BAD = GOOD + b"BAD!"
+
+
+async def test_prepares_and_looks_first() -> None:
+    preparer = Preparer(make_settings(), 1000)
+    try:
+        prepared = await preparer.prepare(encoded(picture(1800, 1200), "webp"))
+        assert (prepared.width, prepared.height, prepared.facts.width) == (1000, 667, 1800)
+        assert difference(shown(prepared), picture(1000, 667)) < 3
+        look = await preparer.first_look(prepared)
+        assert (look.width, look.height) == (384, 256)
+        assert look.sha256 == prepared.sha256
+        assert difference(shown(look), picture(384, 256)) < 3
+        with pytest.raises(NotAnImage):
+            await preparer.prepare(b"no image")
+    finally:
+        preparer.close()
+
+
+async def test_many_at_once_with_bounded_processes() -> None:
+    preparer = Preparer(make_settings(), 512)
+    try:
+        images = [encoded(picture(64 + n, 64), "png") for n in range(40)]
+        prepared = await asyncio.gather(*map(preparer.prepare, images))
+        assert [image.width for image in prepared] == [64 + n for n in range(40)]
+        assert len(workers_of(os.getpid())) <= 2
+    finally:
+        preparer.close()
+
+
+@pytest.mark.parametrize("behaviour", ["os.kill(os.getpid(), signal.SIGSEGV)", "os.abort()", "os._exit(3)"])
+async def test_a_crash_harms_only_its_image(decoders: Path, behaviour: str) -> None:
+    misbehave(decoders, behaviour)
+    preparer = Preparer(make_settings(), 512)
+    try:
+        results = await asyncio.gather(
+            *(preparer.prepare(BAD if n % 3 == 0 else GOOD) for n in range(9)), return_exceptions=True
+        )
+        for n, result in enumerate(results):
+            if n % 3 == 0:
+                assert isinstance(result, NotAnImage)
+                assert "crashed" in str(result)
+            else:
+                assert not isinstance(result, BaseException)
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        "time.sleep(60)",
+        "ctypes.PyDLL(None).sleep(60)",  # holds the interpreter's lock, as some decoders do
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)",
+    ],
+)
+async def test_a_hang_ends_at_the_deadline(decoders: Path, behaviour: str) -> None:
+    misbehave(decoders, behaviour)
+    preparer = Preparer(make_settings(decode_deadline_s=1, decode_workers=1), 512)
+    try:
+        await preparer.prepare(GOOD)
+        started = time.monotonic()
+        with pytest.raises(NotAnImage, match="longer than 1 s"):
+            await preparer.prepare(BAD)
+        assert time.monotonic() - started < 3
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+async def test_a_flood_of_memory_is_too_large(decoders: Path) -> None:
+    misbehave(decoders, "hoard = [bytearray(1 << 28) for _ in range(100)]")
+    preparer = Preparer(make_settings(decode_workers=1), 512)
+    try:
+        with pytest.raises(TooLarge):
+            await preparer.prepare(BAD)
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+async def test_a_process_stopped_from_outside_is_no_fault_of_the_image(decoders: Path) -> None:
+    misbehave(decoders, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+    preparer = Preparer(make_settings(), 512)
+    try:
+        with pytest.raises(Unavailable):
+            await preparer.prepare(BAD)
+        for worker in workers_of(os.getpid()):
+            worker.kill()
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+async def test_closing_ends_what_runs_and_leaves_no_process(decoders: Path) -> None:
+    misbehave(decoders, "time.sleep(60)")
+    preparer = Preparer(make_settings(), 512)
+    running = [asyncio.create_task(preparer.prepare(BAD)) for _ in range(6)]
+    await asyncio.sleep(2)
+    workers = workers_of(os.getpid())
+    assert len(workers) == 2
+    preparer.close()
+    preparer.close()
+    results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 5)
+    assert [type(result) for result in results] == [Unavailable] * 6
+    assert gone_within(5, workers)
+    with pytest.raises(Unavailable):
+        await preparer.prepare(GOOD)
+
+
+async def test_a_process_that_cannot_start_is_no_fault_of_the_image(decoders: Path) -> None:
+    (decoders / "sitecustomize.py").write_text(
+        "import sys, os\nif 'services.images.decoder_process' in sys.orig_argv: os._exit(9)\n"
+    )
+    preparer = Preparer(make_settings(), 512)
+    try:
+        with pytest.raises(Unavailable, match="did not start"):
+            await preparer.prepare(GOOD)
+    finally:
+        preparer.close()
+
+
+async def test_the_event_loop_stays_free() -> None:
+    preparer = Preparer(make_settings(), 512)
+    try:
+        large = encoded(picture(6000, 5000), "png")
+        task = asyncio.create_task(preparer.prepare(large))
+        longest = 0.0
+        while not task.done():
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.monotonic() - before)
+        assert longest < 0.5
+        await task
+    finally:
+        preparer.close()
+
+
+async def test_decoders_see_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("SLUICE_REDIS_URL", "redis://:secret@host")
+    preparer = Preparer(make_settings(decode_workers=1), 512)
+    try:
+        await preparer.prepare(GOOD)
+        (worker,) = workers_of(os.getpid())
+        assert not {"AWS_SECRET_ACCESS_KEY", "SLUICE_REDIS_URL"} & worker.environ().keys()
+        libraries = {Path(mapping.path).name for mapping in worker.memory_maps()}
+        assert not [name for name in libraries if name.startswith(("libtorch", "_raylet"))]
+    finally:
+        preparer.close()
+
+
+PARENT = """
+import asyncio, sys, time
+import tests.images.test_decoder_pool as test
+from services.images.decoder_pool import Preparer
+
+async def main():
+    preparer = Preparer(test.make_settings(decode_deadline_s=20), 512)
+    await asyncio.gather(preparer.prepare(test.GOOD), preparer.prepare(test.GOOD))
+    busy = asyncio.create_task(preparer.prepare(test.BAD)) if sys.argv[1] == "busy" else None
+    await asyncio.sleep(0.5)
+    print("ready", flush=True)
+    await asyncio.sleep(60)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_no_process_outlives_a_parent_that_is_killed(decoders: Path, state: str) -> None:
+    misbehave(decoders, "time.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(decoders), str(ROOT)])}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, state], env=environment, stdout=subprocess.PIPE, cwd=ROOT)
+    assert parent.stdout is not None
+    with parent.stdout:
+        assert parent.stdout.readline() == b"ready\n"
+        workers = workers_of(parent.pid)
+        assert workers
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        assert gone_within(5, workers)
+
+
+def test_the_alarm_ends_a_decoder_that_holds_the_lock_after_its_parent(decoders: Path) -> None:
+    misbehave(decoders, "ctypes.PyDLL(None).sleep(60)")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(decoders), str(ROOT)])}
+    source = PARENT.replace("decode_deadline_s=20", "decode_deadline_s=2")
+    parent = subprocess.Popen([sys.executable, "-c", source, "busy"], env=environment, stdout=subprocess.PIPE, cwd=ROOT)
+    assert parent.stdout is not None
+    with parent.stdout:
+        assert parent.stdout.readline() == b"ready\n"
+        workers = workers_of(parent.pid)
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        assert gone_within(12, workers)
+
+
+def test_works_in_a_thread_with_a_loop_of_its_own_and_a_main_that_must_not_run_twice(tmp_path: Path) -> None:
+    """As in a Ray Serve replica, whose `__main__` is Ray's own program."""
+    program = tmp_path / "default_worker.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import asyncio, sys, threading
+            sys.path.insert(0, {str(ROOT)!r})
+            print("started", flush=True)
+            import tests.images.test_decoder_pool as test
+            from services.images.decoder_pool import Preparer
+
+            async def main():
+                preparer = Preparer(test.make_settings(), 512)
+                print((await preparer.prepare(test.GOOD)).width, flush=True)
+                preparer.close()
+
+            thread = threading.Thread(target=lambda: asyncio.run(main()))
+            thread.start()
+            thread.join()
+            """
+        )
+    )
+    result = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, timeout=60, check=True, cwd=tmp_path, text=True
+    )
+    assert result.stdout.split() == ["started", "96"]

@@ -1,0 +1,417 @@
+"""Reads from S3: against a real S3 server, and against servers that lie, drip and hang."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from services.core.errors import Changed, Forbidden, NotFound, SluiceError, StoreUnavailable, TooLarge
+from services.core.messages import ObjectReference
+from services.images.object_store import ObjectStore, _meaning
+from tests.images.test_decoder_pool import make_settings
+from tests.support.s3_server import CREDENTIALS
+
+BUCKET = "images"
+
+
+def make_store(endpoint: str, **overrides: Any) -> ObjectStore:
+    return ObjectStore(make_settings(s3_endpoint=endpoint, s3_buckets=(BUCKET, "missing", "Bad Name"), **overrides))
+
+
+def reference(key: str, **pins: Any) -> ObjectReference:
+    return ObjectReference(bucket=pins.pop("bucket", BUCKET), key=key, **pins)
+
+
+@pytest.fixture(scope="module")
+def s3(s3_endpoint: str) -> Any:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket=BUCKET)
+    client.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+    client.create_bucket(Bucket="private")
+    client.put_object(Bucket="private", Key="x", Body=b"secret")
+    return client
+
+
+@pytest.fixture
+def store(s3_endpoint: str, s3: Any) -> Iterator[ObjectStore]:
+    store = make_store(s3_endpoint, image_limit_bytes=1_000_000)
+    yield store
+    store.close()
+
+
+# What a real server says
+
+
+async def test_reads_with_version_and_etag(store: ObjectStore, s3: Any) -> None:
+    put = s3.put_object(Bucket=BUCKET, Key="a/b c+ü%20?#.jpg", Body=b"x" * 999_999)
+    stored = await store.read(reference("a/b c+ü%20?#.jpg"))
+    assert stored.data == b"x" * 999_999
+    assert stored.version_id == put["VersionId"]
+    assert stored.etag == put["ETag"].strip('"')
+
+
+async def test_a_pinned_version_is_the_one_that_is_read(store: ObjectStore, s3: Any) -> None:
+    first = s3.put_object(Bucket=BUCKET, Key="versions", Body=b"first")
+    second = s3.put_object(Bucket=BUCKET, Key="versions", Body=b"second")
+    assert (await store.read(reference("versions", version_id=first["VersionId"]))).data == b"first"
+    assert (await store.read(reference("versions", version_id=second["VersionId"]))).data == b"second"
+    assert (await store.read(reference("versions", version_id=""))).data == b"second"
+
+
+async def test_a_changed_object_is_not_read(store: ObjectStore, s3: Any) -> None:
+    first = s3.put_object(Bucket=BUCKET, Key="changed", Body=b"first")
+    assert (await store.read(reference("changed", etag=first["ETag"]))).data == b"first"
+    s3.put_object(Bucket=BUCKET, Key="changed", Body=b"second")
+    with pytest.raises(Changed):
+        await store.read(reference("changed", etag=first["ETag"]))
+
+
+@pytest.mark.parametrize("etag", ["*", 'a"b', "a\r\nHost: evil", "ü", "x" * 5000])
+async def test_etags_that_no_object_has(store: ObjectStore, s3: Any, etag: str) -> None:
+    s3.put_object(Bucket=BUCKET, Key="etags", Body=b"x")
+    with pytest.raises((Changed, Forbidden)):
+        await store.read(reference("etags", etag=etag))
+
+
+async def test_what_does_not_exist(store: ObjectStore, s3: Any) -> None:
+    put = s3.put_object(Bucket=BUCKET, Key="deleted", Body=b"x")
+    marker = s3.delete_object(Bucket=BUCKET, Key="deleted")
+    for absent in (
+        reference("nowhere"),
+        reference("x", bucket="missing"),
+        reference("x", bucket="Bad Name"),
+        reference("deleted"),
+        reference("deleted", version_id=marker["VersionId"]),
+        reference("deleted", version_id="no such version"),
+        reference("k" * 2000),
+        reference("lone \ud800 surrogate"),
+        reference(""),
+    ):
+        with pytest.raises(NotFound):
+            await store.read(absent)
+    assert (await store.read(reference("deleted", version_id=put["VersionId"]))).data == b"x"
+
+
+async def test_other_buckets_are_refused_without_a_request() -> None:
+    store = make_store("http://127.0.0.1:1")
+    for forbidden in (
+        reference("x", bucket="private"),
+        reference("../private/x"),
+        reference("a/./b"),
+        reference("a/.."),
+    ):
+        with pytest.raises(Forbidden):
+            await store.read(forbidden)
+    store.close()
+
+
+async def test_too_large_is_refused_before_the_body_is_read(store: ObjectStore, s3: Any) -> None:
+    s3.put_object(Bucket=BUCKET, Key="large", Body=b"x" * 1_000_001)
+    with pytest.raises(TooLarge):
+        await store.read(reference("large"))
+    s3.put_object(Bucket=BUCKET, Key="exactly", Body=b"x" * 1_000_000)
+    assert len((await store.read(reference("exactly"))).data) == 1_000_000
+
+
+async def test_memory_is_reserved_until_the_image_is_judged(s3_endpoint: str, s3: Any) -> None:
+    store = make_store(s3_endpoint, image_memory_bytes=100_000)
+    s3.put_object(Bucket=BUCKET, Key="part", Body=b"x" * 60_000)
+    async with store.open(reference("part")) as stored:
+        assert store.budget.used == len(stored.data) == 60_000
+        second = asyncio.create_task(store.read(reference("part")))
+        await asyncio.sleep(0.5)
+        assert not second.done()
+    assert len((await asyncio.wait_for(second, 5)).data) == 60_000
+    assert store.budget.used == 0
+    with pytest.raises(NotFound):
+        await store.read(reference("nowhere"))
+    assert store.budget.used == 0
+    store.close()
+
+
+async def test_who_gives_up_while_waiting_for_memory_leaves_nothing_behind(s3_endpoint: str, s3: Any) -> None:
+    store = make_store(s3_endpoint, image_memory_bytes=100_000, in_flight=1)
+    s3.put_object(Bucket=BUCKET, Key="part", Body=b"x" * 60_000)
+    async with store.open(reference("part")):
+        second = asyncio.create_task(store.read(reference("part")))
+        await asyncio.sleep(0.3)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+    assert len((await asyncio.wait_for(store.read(reference("part")), 5)).data) == 60_000
+    assert store.budget.used == 0
+    store.close()
+
+
+async def test_many_at_once(store: ObjectStore, s3: Any) -> None:
+    for n in range(8):
+        s3.put_object(Bucket=BUCKET, Key=f"many/{n}", Body=bytes([n]) * 100_000)
+    stored = await asyncio.gather(*(store.read(reference(f"many/{n % 8}")) for n in range(80)))
+    assert all(one.data == bytes([n % 8]) * 100_000 for n, one in enumerate(stored))
+
+
+# What a bad server does
+
+
+@contextmanager
+def http_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that reads each request and lets `answer` do whatever it wants with the connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    stopping = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            try:
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    received = connection.recv(65_536)
+                    if not received:
+                        return
+                    request += received
+                answer(connection)
+            except OSError:
+                pass
+
+    def accept() -> None:
+        while not stopping.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        stopping.set()
+        listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which closing does not
+        listener.close()
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+
+
+def head(*lines: str) -> bytes:
+    return "\r\n".join(("HTTP/1.1 200 OK", 'ETag: "e"', *lines, "", "")).encode()
+
+
+def drip(connection: socket.socket, byte: bytes) -> None:
+    while True:
+        connection.sendall(byte)
+        time.sleep(0.05)
+
+
+def hang(connection: socket.socket) -> None:
+    connection.recv(1)
+
+
+def drips_headers(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Padding: ")
+    drip(connection, b"x")
+
+
+def drips_body(connection: socket.socket) -> None:
+    connection.sendall(head("Content-Length: 500000"))
+    drip(connection, b"x")
+
+
+def drips_chunk_sizes(connection: socket.socket) -> None:
+    connection.sendall(head("Transfer-Encoding: chunked"))
+    drip(connection, b"0")
+
+
+def drips_and_will_close(connection: socket.socket) -> None:
+    connection.sendall(head("Content-Length: 500000", "Connection: close"))
+    drip(connection, b"x")
+
+
+def hangs_at_once(connection: socket.socket) -> None:
+    hang(connection)
+
+
+def hangs_in_the_body(connection: socket.socket) -> None:
+    connection.sendall(head("Content-Length: 500000") + b"x" * 1000)
+    hang(connection)
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [drips_headers, drips_body, drips_chunk_sizes, drips_and_will_close, hangs_at_once, hangs_in_the_body],
+)
+async def test_no_server_holds_a_thread_beyond_the_deadline(behaviour: Callable[[socket.socket], None]) -> None:
+    with http_server(behaviour) as endpoint:
+        store = make_store(endpoint, fetch_deadline_s=0.7, in_flight=2)
+        started = time.monotonic()
+        results = await asyncio.gather(*(store.read(reference("x")) for _ in range(4)), return_exceptions=True)
+        assert all(isinstance(result, StoreUnavailable) for result in results), results
+        assert 1.3 < time.monotonic() - started < 4  # two at a time
+        await asyncio.sleep(0.2)
+        before = time.monotonic()
+        await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(store._threads, int) for _ in range(4)))
+        assert time.monotonic() - before < 0.2, "a thread is still held"
+        assert store.budget.used == 0
+        store.close()
+
+
+async def test_a_cancelled_read_frees_its_thread_at_once() -> None:
+    with http_server(hangs_in_the_body) as endpoint:
+        store = make_store(endpoint, fetch_deadline_s=30, in_flight=1)
+        reading = asyncio.create_task(store.read(reference("x")))
+        await asyncio.sleep(0.5)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(store._threads, int), 1)
+        assert store.budget.used == 0
+        store.close()
+
+
+def without_length(connection: socket.socket) -> None:
+    connection.sendall(head("Connection: close") + b"x" * 5_000_000)
+
+
+def chunked_without_end(connection: socket.socket) -> None:
+    connection.sendall(head("Transfer-Encoding: chunked"))
+    while True:
+        connection.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+
+
+@pytest.mark.parametrize("behaviour", [without_length, chunked_without_end])
+async def test_the_limit_holds_while_reading(behaviour: Callable[[socket.socket], None]) -> None:
+    with http_server(behaviour) as endpoint:
+        store = make_store(endpoint, image_limit_bytes=1_000_000)
+        with pytest.raises(TooLarge):
+            await store.read(reference("x"))
+        store.close()
+
+
+async def test_a_server_that_does_not_say_the_size_is_read_to_the_end() -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(head("Transfer-Encoding: chunked") + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+
+    with http_server(answer) as endpoint:
+        store = make_store(endpoint)
+        assert (await store.read(reference("x"))).data == b"abcde"
+        store.close()
+
+
+def promises_more(connection: socket.socket) -> None:
+    connection.sendall(head("Content-Length: 1000") + b"x" * 999)
+
+
+def hangs_up(connection: socket.socket) -> None:
+    del connection
+
+
+def speaks_something_else(connection: socket.socket) -> None:
+    connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+
+
+def has_a_length_that_is_no_number(connection: socket.socket) -> None:
+    connection.sendall(head("Content-Length: many") + b"x")
+
+
+def compresses_a_bomb(connection: socket.socket) -> None:
+    connection.sendall(head("Content-Encoding: gzip", "Content-Length: 4") + b"\x1f\x8b\x08\x00")
+
+
+@pytest.mark.parametrize("behaviour", [promises_more, hangs_up, speaks_something_else, has_a_length_that_is_no_number])
+async def test_lies_are_outages(behaviour: Callable[[socket.socket], None]) -> None:
+    with http_server(behaviour) as endpoint:
+        store = make_store(endpoint, fetch_deadline_s=3)
+        with pytest.raises(StoreUnavailable):
+            await store.read(reference("x"))
+        assert store.budget.used == 0
+        store.close()
+
+
+async def test_nothing_is_decompressed() -> None:
+    with http_server(compresses_a_bomb) as endpoint:
+        store = make_store(endpoint)
+        assert (await store.read(reference("x"))).data == b"\x1f\x8b\x08\x00"
+        store.close()
+
+
+async def test_a_server_that_ignores_the_pinned_etag() -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(head("Content-Length: 1") + b"x")
+
+    with http_server(answer) as endpoint:
+        store = make_store(endpoint)
+        with pytest.raises(Changed):
+            await store.read(reference("x", etag="other"))
+        store.close()
+
+
+async def test_nobody_listens() -> None:
+    store = make_store("http://127.0.0.1:1")
+    with pytest.raises(StoreUnavailable):
+        await store.read(reference("x"))
+    store.close()
+
+
+async def test_no_credentials_are_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    store = make_store("http://127.0.0.1:1")
+    with pytest.raises(StoreUnavailable, match="redentials"):
+        await store.read(reference("x"))
+    store.close()
+
+
+ANSWERS: list[tuple[int, str, str, type[SluiceError]]] = [
+    (403, "AccessDenied", "Access Denied", Forbidden),
+    (403, "AllAccessDisabled", "", Forbidden),
+    (403, "InvalidObjectState", "The operation is not valid for the object's storage class", Forbidden),
+    (400, "InvalidRequest", "The object was stored using a form of Server Side Encryption.", Forbidden),
+    (403, "InvalidAccessKeyId", "", StoreUnavailable),
+    (403, "SignatureDoesNotMatch", "", StoreUnavailable),
+    (403, "RequestTimeTooSkewed", "", StoreUnavailable),
+    (400, "ExpiredToken", "The provided token has expired.", StoreUnavailable),
+    (400, "InvalidToken", "", StoreUnavailable),
+    (400, "AuthorizationHeaderMalformed", "", StoreUnavailable),
+    (400, "RequestTimeout", "", StoreUnavailable),
+    (404, "NoSuchKey", "", NotFound),
+    (404, "NoSuchBucket", "", NotFound),
+    (404, "NoSuchVersion", "", NotFound),
+    (405, "MethodNotAllowed", "", NotFound),
+    (400, "InvalidArgument", "Invalid version id specified", NotFound),
+    (412, "PreconditionFailed", "", Changed),
+    (503, "SlowDown", "Please reduce your request rate.", StoreUnavailable),
+    (500, "InternalError", "", StoreUnavailable),
+    (502, "", "", StoreUnavailable),
+    (429, "", "", StoreUnavailable),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "text", "error"), ANSWERS)
+async def test_what_an_error_answer_means(status: int, code: str, text: str, error: type[SluiceError]) -> None:
+    body = f"<Error><Code>{code}</Code><Message>{text}</Message></Error>".encode() if code else b""
+
+    def answer(connection: socket.socket) -> None:
+        lines = (f"HTTP/1.1 {status} Error", "Content-Type: application/xml", f"Content-Length: {len(body)}", "", "")
+        connection.sendall("\r\n".join(lines).encode() + body)
+
+    with http_server(answer) as endpoint:
+        store = make_store(endpoint)
+        with pytest.raises(error) as caught:
+            await store.read(reference("x", etag="e"))
+        assert str(caught.value)
+        store.close()
+
+
+def test_an_answer_without_any_detail() -> None:
+    assert isinstance(_meaning(ClientError({}, "GetObject"), reference("x")), Forbidden | StoreUnavailable)

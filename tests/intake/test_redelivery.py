@@ -1,0 +1,68 @@
+"""A message that comes again while this member still works on it: its partition went away and came back."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.worker import Intake
+from services.core.errors import NotOwned
+from services.core.messages import Submission
+from services.core.settings import Settings
+from services.moderation.moderator import Judgement, unjudged
+from services.policies.redis_cache import SharedCopies
+from services.streams.base import Lag, Message, Record
+
+
+class Rebalanced:
+    """A transport whose first assignment is gone by the time that anything can be settled."""
+
+    def __init__(self, *messages: Message) -> None:
+        self._left = list(messages)
+        self.settled: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+        if not self._left:
+            await asyncio.sleep(timeout_s)
+        batch, self._left = self._left[:limit], self._left[limit:]
+        return batch
+
+    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+        if message.token == "first assignment":
+            raise NotOwned("it went to another member")
+        self.settled.put_nowait(message)
+
+    async def lag(self) -> Lag:
+        return Lag({})
+
+    def blocked(self) -> Sequence[Message]:
+        return []
+
+    async def close(self) -> None:
+        pass
+
+
+class Slow:
+    """Judges in a moment."""
+
+    async def judge(self, submission: Submission) -> Judgement:
+        await asyncio.sleep(0.05)
+        return Judgement(unjudged(submission, "needs_review"))
+
+
+def message(offset: int, assignment: str) -> Message:
+    value = b'{"id": "%d", "uri": "s3://uploads/a.jpg"}' % offset
+    return Message(value, b"key", (), f"submissions/0/{offset}", datetime.now(UTC), token=assignment)
+
+
+async def test_those_behind_it_are_judged() -> None:
+    again = [message(offset, "second assignment") for offset in range(3)]
+    transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
+    moderation: Any = Slow()
+    shared = SharedCopies("redis://127.0.0.1:1", "policies")  # where nothing is
+    intake = Intake(transport, moderation, Settings(), Quarantine(shared, "sluice", "member"))
+    settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
+    await intake.drain()
+    assert settled == again
+    assert intake._live.works == {}

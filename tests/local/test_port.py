@@ -1,0 +1,56 @@
+"""The gateway's port: kept for the replicas of one service, and of no other."""
+
+import asyncio
+import socket
+
+import pytest
+
+from pipelines.local.port import kept
+from pipelines.local.up import gateway_url
+from services.core.errors import ConfigurationError
+from services.gateway.server import listen
+
+
+def test_a_port_is_kept_for_those_who_share_it() -> None:
+    with kept("127.0.0.1", 0) as port:
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with listen("127.0.0.1", port) as first, listen("127.0.0.1", port) as second:
+            first.listen()
+            second.listen()
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", port), timeout=5):
+                    pass  # none of them goes to the one who keeps the port
+            with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_PORT"), kept("127.0.0.1", port):
+                pass
+    with kept("127.0.0.1", port) as again:
+        assert again == port
+
+
+def test_an_address_that_is_not_of_this_machine() -> None:
+    with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_HOST"), kept("192.0.2.1", 0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("gateway.example", "http://gateway.example:80"),
+    ],
+)
+def test_where_clients_find_it(host: str, url: str) -> None:
+    assert gateway_url(host, 80) == url
+
+
+async def test_the_end_of_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+    accepted = asyncio.get_running_loop().create_future()
+    with listen("127.0.0.1", 0) as listener:
+        server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+        _, client = await asyncio.open_connection("127.0.0.1", listener.getsockname()[1])
+        writer = await accepted
+        assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for each in (writer, client, server):
+            each.close()

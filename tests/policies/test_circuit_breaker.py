@@ -1,0 +1,183 @@
+"""The circuit breaker: counts over all processes, opens once, outlives everyone, closes by a decision."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from services.core.messages import Policy, Submission
+from services.policies.cache import PolicyCache
+from services.policies.circuit_breaker import BREAKER, CircuitBreaker
+from services.policies.document import PolicyDocument
+from services.policies.redis_cache import SharedCopies
+from services.policies.registry import PolicyRegistry
+from services.policies.rollout import Canary
+from tests.policies.test_cache import unreachable
+from tests.support.servers import Valkey
+
+GUARDED = PolicyDocument.model_validate(
+    {"name": "default", "block_rate": {"at_least": 0, "at_most": 0.3, "window_s": 60, "after": 20}}
+)
+
+
+class Members:
+    """Processes that judge by the same policies."""
+
+    def __init__(self, registry: PolicyRegistry, url: str | None) -> None:
+        self.registry = registry
+        self.shared = SharedCopies(url, registry.bucket) if url else None
+        self._closing = AsyncExitStack()
+
+    async def join(self) -> tuple[PolicyCache, CircuitBreaker]:
+        cache = await self._closing.enter_async_context(PolicyCache(self.registry, self.shared, refresh_s=0.5))
+        breaker = await self._closing.enter_async_context(CircuitBreaker(cache, self.registry, self.shared))
+        return cache, breaker
+
+    async def close(self) -> None:
+        await self._closing.aclose()
+        if self.shared:
+            await self.shared.close()
+
+
+async def policy(cache: PolicyCache, version: int = 1) -> Policy:
+    choice = await cache.choose(Submission(id=uuid.uuid4().hex, uri="s3://a/b", policy=f"default@{version}"))
+    return choice.policy
+
+
+def judge(breaker: CircuitBreaker, by: Policy, *, blocked: int, of: int) -> list[bool]:
+    return [breaker.admits(by, "block" if n < blocked else "allow") for n in range(of)]
+
+
+async def until(true: Callable[[], bool], within_s: float = 5) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def members(registry: PolicyRegistry, valkey_url: str) -> AsyncIterator[Members]:
+    registry.publish(GUARDED)
+    registry.activate("default", 1, who="ann")
+    members = Members(registry, valkey_url)
+    yield members
+    await members.close()
+
+
+async def test_members_count_together_and_stop_together(members: Members) -> None:
+    joined = [await members.join() for _ in range(3)]
+    by = [await policy(cache) for cache, _ in joined]
+    for (_, breaker), p in zip(joined, by, strict=True):
+        # Each alone has seen too little to know.
+        assert all(judge(breaker, p, blocked=8, of=8))
+    await until(lambda: all(cache.is_tripped(p.identity) for (cache, _), p in zip(joined, by, strict=True)))
+    for (_, breaker), p in zip(joined, by, strict=True):
+        assert judge(breaker, p, blocked=1, of=2) == [False, True]
+    trips = [change for change in members.registry.history("default") if change.action == "trip"]
+    assert [(change.who, change.version) for change in trips] == [(BREAKER, 1)]
+    assert "24 of 24" in trips[0].why
+
+
+async def test_inside_the_band_nothing_happens(members: Members) -> None:
+    cache, breaker = await members.join()
+    by = await policy(cache)
+    for _ in range(5):
+        assert all(judge(breaker, by, blocked=5, of=20))
+        await asyncio.sleep(0.3)
+    assert not cache.is_tripped(by.identity)
+
+
+async def test_a_new_member_finds_it_open_and_an_activation_closes_it(members: Members) -> None:
+    cache, breaker = await members.join()
+    judge(breaker, by := await policy(cache), blocked=30, of=30)
+    await until(lambda: cache.is_tripped(by.identity))
+    later, its_breaker = await members.join()
+    p = await policy(later)
+    assert judge(its_breaker, p, blocked=1, of=1) == [False]
+    cache.accept(members.registry.activate("default", 1, who="ann", why="it is a raid, block it"))
+    assert judge(breaker, by, blocked=1, of=1) == [True]
+    await asyncio.sleep(0.6)
+    assert not cache.is_tripped(by.identity), "what was counted before the decision is forgotten"
+
+
+async def test_a_canary_ends_by_itself(members: Members) -> None:
+    members.registry.publish(GUARDED.model_copy(update={"description": "stricter"}))
+    members.registry.set_canary("default", Canary(version=2, percent=50), who="ann")
+    cache, breaker = await members.join()
+    by = await policy(cache, 2)
+    judge(breaker, by, blocked=30, of=30)
+    await until(lambda: cache.is_tripped(by.identity))
+    rollout = await cache.rollout("default")
+    assert (rollout.canary, rollout.active) == (None, 1)
+    assert judge(breaker, await policy(cache, 1), blocked=1, of=1) == [True], "the active version still blocks"
+
+
+async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegistry, tmp_path: Path) -> None:
+    registry.publish(GUARDED)
+    registry.activate("default", 1, who="ann")
+    valkey = Valkey(tmp_path)
+    valkey.start()
+    members = Members(registry, valkey.url)
+    try:
+        cache, breaker = await members.join()
+        by = await policy(cache)
+        valkey.kill()
+        breaker._registry = unreachable()
+        judge(breaker, by, blocked=30, of=30)
+        await until(lambda: not breaker.admits(by, "block"))
+        breaker._registry = registry
+        await until(lambda: cache.is_tripped(by.identity), within_s=10)
+    finally:
+        valkey.kill()
+        await members.close()
+
+
+@pytest.mark.parametrize("with_redis", [True, False])
+async def test_an_old_calm_does_not_hide_a_raid(registry: PolicyRegistry, valkey_url: str, with_redis: bool) -> None:
+    band = {"at_least": 0, "at_most": 0.3, "window_s": 1, "after": 20}
+    registry.publish(GUARDED.model_copy(update={"block_rate": GUARDED.block_rate.model_validate(band)}))
+    registry.activate("default", 1, who="ann")
+    members = Members(registry, valkey_url if with_redis else None)
+    try:
+        cache, breaker = await members.join()
+        judge(breaker, by := await policy(cache), blocked=0, of=10_000)
+        await asyncio.sleep(2.5)
+        judge(breaker, by, blocked=500, of=500)
+        await until(lambda: cache.is_tripped(by.identity))
+    finally:
+        await members.close()
+
+
+async def test_what_could_not_be_written_down_is_written_down_later_or_decided_anew(members: Members) -> None:
+    """Although what came meanwhile is within the band."""
+    cache, breaker = await members.join()
+    by = await policy(cache)
+    for decided in (False, True):
+        breaker._registry = unreachable()
+        judge(breaker, by, blocked=30, of=30)
+        await until(lambda: not breaker.admits(by, "block"))
+        judge(breaker, by, blocked=0, of=500)
+        if decided:
+            cache.accept(members.registry.activate("default", 1, who="ann", why="let it block"))
+            await until(lambda: breaker.admits(by, "block"))
+        breaker._registry = members.registry
+        if not decided:
+            await until(lambda: cache.is_tripped(by.identity), within_s=10)
+            cache.accept(members.registry.activate("default", 1, who="ann"))
+    actions = [change.action for change in members.registry.history("default")]
+    assert actions == ["activate", "trip", "activate", "activate"]
+
+
+async def test_a_version_that_blocks_too_little(registry: PolicyRegistry) -> None:
+    band = {"at_least": 0.1, "at_most": 1, "window_s": 60, "after": 20}
+    registry.publish(PolicyDocument.model_validate({"name": "default", "block_rate": band}))
+    registry.activate("default", 1, who="ann")
+    members = Members(registry, None)
+    cache, breaker = await members.join()
+    judge(breaker, by := await policy(cache), blocked=0, of=30)
+    await until(lambda: cache.is_tripped(by.identity))
+    await members.close()

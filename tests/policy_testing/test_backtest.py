@@ -1,0 +1,114 @@
+"""A backtest from the sample in Redis to the pictures, with a service by script."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.policy_testing import backtest as backtesting
+from services.core.errors import ConfigurationError, GuardFailed, NotFound
+from services.core.settings import Settings
+from services.policies.redis_cache import SharedCopies
+from services.policies.traffic_sample import Sample
+from tests.policy_testing.test_rejudge import changed
+from tests.support.intake_bench import Bench
+
+BEFORE, AFTER = "default@1", "default@2"
+
+
+class Script:
+    """Says Safe under the second version to what is called flip."""
+
+    def judge(self, trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+        return [self._judge(trial) for trial in trials]
+
+    def _judge(self, trial: Trial) -> Outcome:
+        submission = trial.submission
+        assert trial.policies == (BEFORE, AFTER)
+        assert submission.priority == "backfill"
+        before = changed(submission_id=submission.id, uri=submission.uri, etag=submission.etag)
+        match submission.id.partition("-")[0]:
+            case "absent":
+                return NotFound("there is no such key")
+            case "refused":
+                return [before, GuardFailed("The engine refuses it.")]
+            case "flip":
+                return [before, before.model_copy(update={"rating": "Safe", "action": "allow", "score": 0.02})]
+        return [before, before]
+
+
+@contextmanager
+def _connected(_settings: Settings) -> Iterator[Script]:
+    yield Script()
+
+
+@pytest.fixture(autouse=True)
+def _by_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backtesting, "connected", _connected)
+
+
+async def _sample(bench: Bench, ends: dict[str, str]) -> None:
+    """Submission ids, and the keys of what they are about."""
+    shared = SharedCopies(bench.settings.redis_url, bench.settings.policy_bucket)
+    sample = Sample(shared, size=100)
+    for name, key in ends.items():
+        found = bench.s3.head_object(Bucket="uploads", Key=key)["ETag"].strip('"')
+        sample.add(changed(submission_id=name, uri=f"s3://uploads/{key}", etag=found))
+    await sample.flush()
+    await shared.close()
+
+
+def _run(bench: Bench, **fields: Any) -> Any:
+    fields = {"count": 100, "pictures": True} | fields
+    return backtesting.backtest(before=BEFORE, after=AFTER, settings=bench.settings, progress=lambda _: None, **fields)
+
+
+def _encoded(kind: str, side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side // 2), "red").save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+async def sampled(bench: Bench) -> Bench:
+    """Two submissions whose action flips, one whose object has changed since, three others."""
+    for key, data in {
+        "large": _encoded("JPEG", 900),
+        "small": _encoded("PNG", 64),
+        "tiny": _encoded("JPEG", 2),
+    }.items():
+        bench.put(key, data)
+    await _sample(
+        bench,
+        {"flip-1": "large", "flip-2": "small", "flip-3": "tiny", "same": "small", "absent": "tiny", "refused": "tiny"},
+    )
+    bench.put("tiny", _encoded("JPEG", 8))
+    return bench
+
+
+def test_pairs_and_pictures(sampled: Bench) -> None:
+    report, pairs = _run(sampled)
+    assert (report.pairs, report.judged_both, report.action_flips.count) == (6, 4, 3)
+    assert report.failures_before.by_reason == {"not_found": 1}
+    assert sorted(report.failures_after.by_reason) == ["guard_failed", "not_found"]
+    pictures = {pair.submission_id: pair.picture for pair in pairs}
+    assert {name for name, picture in pictures.items() if picture} == {"flip-1", "flip-2"}
+    for name in ("flip-1", "flip-2"):
+        with Image.open(io.BytesIO(pictures[name] or b"")) as image:
+            assert image.format == "JPEG"
+            assert max(image.size) == (320 if name == "flip-1" else 63)
+
+
+def test_without_pictures_and_fewer(sampled: Bench) -> None:
+    report, pairs = _run(sampled, pictures=False, count=3)
+    assert report.pairs == len(pairs) == 3
+    assert all(pair.picture is None for pair in pairs)
+
+
+def test_no_sample(bench: Bench) -> None:
+    with pytest.raises(ConfigurationError, match="there is no sample of policy default yet"):
+        _run(bench)

@@ -1,0 +1,71 @@
+"""What a user gets wrong in the settings of the streams is one clear sentence."""
+
+from typing import Any
+
+import pytest
+from redis import exceptions
+
+from services.core.errors import ConfigurationError, StreamUnavailable
+from services.streams.factory import open_publisher, open_reader, open_transport
+from services.streams.kafka import client as kafka_clients
+from services.streams.kafka.client import bootstrap_servers
+from services.streams.redis import client as redis_clients
+from tests.support.streams_bench import Streams
+
+
+@pytest.mark.parametrize(
+    ("url", "servers"),
+    [
+        ("kafka://one:9092", ["one:9092"]),
+        ("kafka://one:9092,two:9093, three", ["one:9092", "two:9093", "three:9092"]),
+        ("kafka://one:9092/", ["one:9092"]),
+        ("kafka://[::1]:9092,[::1]", ["[::1]:9092", "[::1]:9092"]),
+    ],
+)
+def test_the_brokers_in_a_url(url: str, servers: list[str]) -> None:
+    assert bootstrap_servers(url) == servers
+
+
+@pytest.mark.parametrize(
+    "url", ["kafka://", "kafka://one:", "kafka://one:http", "kafka://u@one", "kafka://one/x", "kafka://a,,b"]
+)
+def test_a_kafka_url_that_is_wrong(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
+        bootstrap_servers(url)
+
+
+@pytest.mark.parametrize("open_", [lambda settings: open_transport(settings, "m"), open_publisher, open_reader])
+@pytest.mark.parametrize("url", ["redis://localhost:6379/0?max_connections=x"])
+async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
+        await open_(Streams("redis", url).settings())
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("group_id", "cannot set group_id"),
+        ("group_instance_id", "cannot set group_instance_id"),
+        ("sesion_timeout_ms", "no kafka-python client knows"),
+    ],
+)
+async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None:
+    settings = Streams("kafka", "kafka://127.0.0.1:1").settings(kafka_options={option: 1})
+    with pytest.raises(ConfigurationError, match=complaint):
+        await open_transport(settings, "member")
+
+
+@pytest.mark.parametrize("open_", [lambda settings: open_transport(settings, "m"), open_publisher, open_reader])
+@pytest.mark.parametrize("scheme", ["redis", "kafka"])
+async def test_nobody_answers(open_: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka_clients, "CONNECT_S", 0.5)
+    monkeypatch.setattr("services.streams.redis.consumer.CONNECT_S", 0.5)
+    with pytest.raises(StreamUnavailable, match="does not answer"):
+        await open_(Streams(scheme, f"{scheme}://127.0.0.1:1").settings())
+
+
+def test_a_wrong_password_is_not_an_outage() -> None:
+    assert not redis_clients.is_outage(exceptions.AuthenticationError("WRONGPASS"))
+    assert redis_clients.is_outage(exceptions.BusyLoadingError("loading"))
+    assert redis_clients.is_outage(exceptions.ReadOnlyError("replica"))
+    assert isinstance(redis_clients.refusal(exceptions.AuthenticationError("no")), ConfigurationError)

@@ -1,0 +1,76 @@
+"""A Ray Serve application that looks like Sluice to `pipelines.clients.judge_client` and judges by script.
+
+python -m tests.support.fake_service FILE APPLICATION: writes the cluster's address to FILE when it is ready, and
+runs until it is killed.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from services.core.errors import GuardFailed, NotFound, Unjudgeable
+from services.core.messages import Policy, Submission, Timings, Verdict
+
+
+@serve.deployment(name="Intake", max_ongoing_requests=100)
+class ScriptedIntake:
+    """What a submission's id says is what happens."""
+
+    async def judge_under(
+        self, submission: Submission, policies: Sequence[str | Policy]
+    ) -> list[Verdict | Unjudgeable]:
+        match submission.id.partition("-")[0]:
+            case "absent":
+                raise NotFound(f"{submission.uri} does not exist")
+            case "refused":
+                return [GuardFailed("The engine refuses it.") for _ in policies]
+            case "fault":
+                raise ZeroDivisionError("line one\nline two")
+            case "crash" if _mark(submission):
+                os._exit(1)
+            case "hang":
+                _mark(submission)
+                await asyncio.sleep(3600)
+        await asyncio.sleep(0.01 * (len(submission.id) % 3))
+        return [
+            _verdict(submission, policy if isinstance(policy, str) else policy.identity.name) for policy in policies
+        ]
+
+
+def _mark(submission: Submission) -> bool:
+    """Create the file that the key names; whether it was not there."""
+    marker = Path(f"/{submission.reference.key}")
+    new = not marker.exists()
+    marker.touch()
+    return new
+
+
+def _verdict(submission: Submission, policy: str) -> Verdict:
+    return Verdict.model_construct(
+        verdict_id="v",
+        submission_id=submission.id,
+        tenant=submission.priority,
+        category=policy,
+        timings_ms=Timings(),
+        judged_at=datetime.now(UTC),
+    )
+
+
+def main() -> None:
+    ray.init("local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR")
+    serve.start(proxy_location="Disabled")
+    serve.run(ScriptedIntake.bind(), name=sys.argv[2], route_prefix=None)  # type: ignore[attr-defined]
+    address = Path(sys.argv[1])
+    address.write_text(ray.get_runtime_context().gcs_address)
+    time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()

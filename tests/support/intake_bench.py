@@ -1,0 +1,150 @@
+"""An intake on real parts (Valkey, an S3 server, the image decoders), with a scripted guard."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, TypeVar
+
+import boto3
+import pytest
+
+from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.worker import Intake
+from pipelines.serving.app import backfill_settings
+from pipelines.tiny_guard.drawings import draw
+from services.core.messages import DeadLetter, Verdict
+from services.core.settings import Settings
+from services.images.decoder_pool import Preparer
+from services.images.object_store import ObjectStore
+from services.moderation.moderator import Moderation
+from services.policies.cache import PolicyCache
+from services.policies.circuit_breaker import CircuitBreaker
+from services.policies.redis_cache import SharedCopies
+from services.policies.registry import PolicyRegistry
+from services.policies.traffic_sample import Sample
+from services.streams.base import Message, Record
+from services.streams.factory import open_publisher, open_reader, open_transport
+from tests.support.fake_guard import ScriptedGuard
+
+T = TypeVar("T")
+
+
+class Bench:
+    """The streams and the bucket of one test, and the intake between them."""
+
+    def __init__(self, settings: Settings, guard: ScriptedGuard) -> None:
+        self.settings = settings
+        self.guard = guard
+        self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
+        self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
+        self.shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        self.intakes: list[Intake] = []
+        self._closing = AsyncExitStack()
+
+    async def start(self, endpoint: str | None = None, *, with_backfill: bool = False, **overrides: Any) -> Intake:
+        """An intake member; `endpoint` names another S3 server for it."""
+        settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
+        store, preparer = ObjectStore(settings), Preparer(settings, 384)
+        self._closing.callback(store.close)
+        self._closing.callback(preparer.close)
+        policies = await self._entered(PolicyCache(self.registry, self.shared, refresh_s=settings.policy_refresh_s))
+        moderation = Moderation(
+            policies=policies,
+            images=store,
+            preparer=preparer,
+            guard=self.guard,
+            breaker=await self._entered(CircuitBreaker(policies, self.registry, self.shared)),
+        )
+        sample = await self._entered(Sample(self.shared, size=settings.sample_size))
+        member = f"m-{len(self.intakes)}"
+        backfill = await open_transport(backfill_settings(settings), member) if with_backfill else None
+        quarantine = await self._entered(Quarantine(self.shared, settings.group, member))
+        intake = Intake(await open_transport(settings, member), moderation, settings, quarantine, sample, backfill)
+        self.intakes.append(intake)
+        return intake
+
+    async def _entered(self, entered: AbstractAsyncContextManager[T]) -> T:
+        return await self._closing.enter_async_context(entered)
+
+    def put(self, key: str, data: bytes | None = None) -> str:
+        """Upload (a drawn image unless given) and return the ETag."""
+        body = draw(len(key)).jpeg if data is None else data
+        return str(self.s3.put_object(Bucket="uploads", Key=key, Body=body)["ETag"]).strip('"')
+
+    async def submit(
+        self, value: bytes | dict[str, Any], key: bytes | None = None, stream: str = "", **headers: bytes
+    ) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        publisher = await open_publisher(self.settings)
+        await publisher.publish([Record(stream or self.settings.submissions_stream, body, key, tuple(headers.items()))])
+        await publisher.close()
+
+    async def verdicts(self) -> list[Verdict]:
+        return [Verdict.model_validate_json(m.value) for m in await self.read(self.settings.verdicts_stream)]
+
+    async def letters(self) -> list[DeadLetter]:
+        return [DeadLetter.from_headers(m.headers) for m in await self.read(self.settings.dead_letters_stream)]
+
+    async def read(self, stream: str) -> list[Message]:
+        reader = await open_reader(self.settings)
+        try:
+            return [message async for message in reader.read(stream, follow=False)]
+        finally:
+            await reader.close()
+
+    async def settled(self, count: int, within_s: float = 30.0) -> tuple[list[Verdict], list[DeadLetter]]:
+        """Wait until `count` submissions have ended."""
+        deadline = time.monotonic() + within_s
+        while True:
+            verdicts, letters = await self.verdicts(), await self.letters()
+            if len(verdicts) + len(letters) >= count:
+                return verdicts, letters
+            assert time.monotonic() < deadline, f"{len(verdicts)} verdicts and {len(letters)} dead letters of {count}"
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        for intake in self.intakes:
+            await intake.drain()
+        await self._closing.aclose()
+        await self.shared.close()
+
+
+def empty_bucket(s3: Any, name: str) -> None:
+    if name not in {found["Name"] for found in s3.list_buckets()["Buckets"]}:
+        s3.create_bucket(Bucket=name)
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=name):
+        for found in page.get("Contents", ()):
+            s3.delete_object(Bucket=name, Key=found["Key"])
+
+
+@pytest.fixture
+async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
+    """A bench whose guard says Safe until told otherwise; no intake is running yet."""
+    name = f"bench-{uuid.uuid4().hex[:12]}"
+    settings = Settings(
+        stream_url=valkey_url,
+        redis_url=valkey_url,
+        s3_endpoint=s3_endpoint,
+        s3_buckets=("uploads",),
+        policy_bucket=f"{name}-policies",
+        model="tiny",
+        group=name,
+        submissions_stream=f"{name}.submissions",
+        backfill_stream=f"{name}.backfill",
+        verdicts_stream=f"{name}.verdicts",
+        dead_letters_stream=f"{name}.dead-letters",
+        shadow_verdicts_stream=f"{name}.shadow-verdicts",
+        drain_s=5,
+        redis_claim_idle_s=2,
+        image_limit_bytes=2 << 20,
+        fetch_deadline_s=3,
+    )
+    bench = Bench(settings, ScriptedGuard())
+    empty_bucket(bench.s3, "uploads")
+    empty_bucket(bench.s3, settings.policy_bucket)
+    bench.registry.publish_built_in()
+    yield bench
+    await bench.close()

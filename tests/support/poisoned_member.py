@@ -1,0 +1,54 @@
+"""An intake member as a process that dies of what it touches: settings (JSON) and a name are its arguments.
+
+It dies when it reads a message whose value holds `deadly-to-read`, and when it judges a submission whose id holds
+`deadly-to-judge`; everything else needs review, after a moment.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from typing import Any
+
+from pipelines.intake import worker as intake_module
+from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.worker import Intake
+from services.core.messages import Submission
+from services.core.settings import Settings
+from services.moderation.moderator import Judgement, unjudged
+from services.policies.redis_cache import SharedCopies
+from services.streams.base import Message
+from services.streams.factory import open_transport
+from services.streams.parsing import parse
+
+_TAKES_S = 0.02
+
+
+def deadly_parse(message: Message) -> Any:
+    if b"deadly-to-read" in message.value:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return parse(message)
+
+
+class DeadlyModeration:
+    async def judge(self, submission: Submission) -> Judgement:
+        await asyncio.sleep(_TAKES_S)
+        if "deadly-to-judge" in submission.id:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Judgement(unjudged(submission, "needs_review", reason="unreadable_answer", action="review"))
+
+
+async def main(settings: Settings, name: str) -> None:
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+    moderation: Any = DeadlyModeration()
+    async with Quarantine(shared, settings.group, name) as quarantine:
+        intake = Intake(await open_transport(settings, name), moderation, settings, quarantine)
+        await ending.wait()
+        await intake.drain()
+
+
+if __name__ == "__main__":
+    intake_module.parse = deadly_parse  # type: ignore[assignment]
+    asyncio.run(main(Settings.model_validate_json(sys.argv[1]), sys.argv[2]))

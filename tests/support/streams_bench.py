@@ -1,0 +1,145 @@
+"""Both transports behind one set of fixtures: `streams` has settings of its own for every test."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from services.core.settings import Settings
+from services.streams.base import Message, Record, Transport
+from services.streams.factory import open_publisher, open_reader, open_transport
+from tests.support.kafka_broker import Broker
+from tests.support.servers import Valkey, require_kafka
+
+KINDS = ["redis", pytest.param("kafka", marks=pytest.mark.kafka)]
+MEMBERS = [*KINDS, pytest.param("kafka exactly once", marks=pytest.mark.kafka)]
+"""On Redis Streams delivery makes no difference to a member."""
+
+PATIENT: Final[dict[str, Any]] = {"redis_claim_idle_s": 60.0, "session_timeout_ms": 45_000}
+"""Members that take nothing over before a minute has passed."""
+
+
+class Streams:
+    """The streams of one test, on one server, and the members that the test opened."""
+
+    def __init__(self, kind: str, url: str) -> None:
+        self.url = url
+        self.delivery = "exactly_once" if "exactly once" in kind else "at_least_once"
+        self.name = f"test-{uuid.uuid4().hex[:12]}"
+        self._opened: list[Any] = []
+
+    def settings(self, **overrides: Any) -> Settings:
+        """Quick to notice a dead member, unless told otherwise."""
+        options = {"session_timeout_ms": 2_000, "heartbeat_interval_ms": 300, "max_poll_interval_ms": 2_500}
+        options |= {name: overrides.pop(name) for name in tuple(overrides) if name in options}
+        arguments: dict[str, Any] = {
+            "stream_url": self.url,
+            "redis_url": self.url if self.url.startswith("redis") else "",
+            "s3_buckets": ("uploads",),
+            "policy_bucket": "policies",
+            "model": "tiny",
+            "group": f"{self.name}.group",
+            "submissions_stream": f"{self.name}.submissions",
+            "verdicts_stream": f"{self.name}.verdicts",
+            "dead_letters_stream": f"{self.name}.dead-letters",
+            "kafka_options": options,
+            "kafka_partitions": 3,
+            "delivery": self.delivery,
+            "redis_claim_idle_s": 1.0,
+        }
+        return Settings(**(arguments | overrides))
+
+    async def member(self, name: str = "member", **overrides: Any) -> Transport:
+        transport = await open_transport(self.settings(**overrides), name)
+        self._opened.append(transport)
+        return transport
+
+    async def publish(self, *records: Record) -> None:
+        publisher = await open_publisher(self.settings())
+        try:
+            await publisher.publish(records)
+        finally:
+            await publisher.close()
+
+    async def submit(self, *values: str, key: bytes | None = b"one key, so one partition") -> None:
+        stream = self.settings().submissions_stream
+        await self.publish(*(Record(stream, value.encode(), key) for value in values))
+
+    def verdict(self, value: str) -> Record:
+        return Record(self.settings().verdicts_stream, value.encode(), b"key", (("kind", b"verdict"),))
+
+    async def verdicts(self) -> list[str]:
+        return sorted(message.value.decode() for message in await self.everything(self.settings().verdicts_stream))
+
+    async def everything(self, stream: str) -> list[Message]:
+        reader = await open_reader(self.settings())
+        try:
+            return [message async for message in reader.read(stream, follow=False)]
+        finally:
+            await reader.close()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(each.close() for each in self._opened))
+
+
+async def collect(transport: Transport, count: int, within_s: float = 20.0) -> list[Message]:
+    """Receive until there are `count` messages; fails when they do not come."""
+    messages: list[Message] = []
+    deadline = time.monotonic() + within_s
+    while len(messages) < count:
+        assert time.monotonic() < deadline, f"{len(messages)} of {count} messages came within {within_s} s"
+        messages += await transport.receive(count - len(messages), 0.5)
+    return messages
+
+
+async def eventually(condition: Callable[[], Awaitable[Any]], within_s: float = 20.0) -> Any:
+    """Wait until `condition` returns something true, and return it."""
+    deadline = time.monotonic() + within_s
+    while not (value := await condition()):
+        assert time.monotonic() < deadline, f"did not come true within {within_s} s"
+        await asyncio.sleep(0.05)
+    return value
+
+
+def values(messages: Sequence[Message]) -> list[str]:
+    return [message.value.decode() for message in messages]
+
+
+async def settle_in_order(transport: Transport, *settlements: tuple[Message, Sequence[Record]]) -> None:
+    """Settle one after the other, without waiting for the older messages of a partition that come later."""
+    settling = []
+    for message, records in settlements:
+        settling.append(asyncio.create_task(transport.settle(message, records)))
+        await asyncio.sleep(0)
+    await asyncio.gather(*settling)
+
+
+@pytest.fixture(params=MEMBERS)
+async def streams(request: pytest.FixtureRequest) -> AsyncIterator[Streams]:
+    """On the session's server of each kind."""
+    if request.param == "redis":
+        url = request.getfixturevalue("valkey_url")
+    else:
+        url = f"kafka://{request.getfixturevalue('kafka_address')}"
+    streams = Streams(request.param, url)
+    yield streams
+    await streams.close()
+
+
+@pytest.fixture(params=MEMBERS)
+async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Streams, Broker | Valkey]]:
+    """On a running server of the test's own, to kill and start again."""
+    if request.param == "redis":
+        server: Broker | Valkey = Valkey(tmp_path)
+    else:
+        require_kafka()
+        server = Broker(tmp_path)
+    await asyncio.to_thread(server.start)
+    streams = Streams(request.param, f"kafka://{server.address}" if isinstance(server, Broker) else server.url)
+    yield streams, server
+    await streams.close()
+    server.kill()

@@ -1,0 +1,157 @@
+"""The pieces that the tiny guard is trained with, on a few images and for a few steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, SiglipVisionModel
+
+from pipelines.tiny_guard import train as train_tiny
+from pipelines.tiny_guard.corpus import (
+    LABELS,
+    RATING_PREFIX,
+    answer,
+    build_tokenizer,
+    chat,
+    edited,
+    explain,
+    some_categories,
+    waiving,
+)
+from pipelines.tiny_guard.model import IMAGE_TOKENS, TOWER, TinyGuard, load, save
+from services.core.messages import CATEGORIES, NO_CATEGORY
+
+SEEN = ("bloody knife", "red", "calm sea")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def teacher(tokenizer: PreTrainedTokenizerFast) -> train_tiny.Teacher:
+    return train_tiny.Teacher(tokenizer)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("category", LABELS)
+@pytest.mark.parametrize("rating", ["Safe", "Unsafe"])
+def test_answers_have_the_form_and_the_length_of_llavaguards(
+    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, category: str, rating: str
+) -> None:
+    short = answer(rating, category, None)
+    long = answer(rating, category, explain(rng, category, rating, SEEN))
+    assert short == f'{{\n    "rating": "{rating}",\n    "category": "{category}"\n}}'
+    assert long.startswith(short[:-2] + ',\n    "rationale": "')
+    assert list(json.loads(long)) == ["rating", "category", "rationale"]
+    assert 40 <= len(json.loads(long)["rationale"].split()) <= 65
+    assert 18 <= len(tokenizer(short)["input_ids"]) <= 25
+    assert 70 <= len(tokenizer(long)["input_ids"]) <= 105
+    assert tokenizer.decode(tokenizer(long)["input_ids"]) == long
+
+
+def test_one_token_after_the_prefix_is_the_rating(tokenizer: PreTrainedTokenizerFast) -> None:
+    prefix = tokenizer(chat(waiving(())) + RATING_PREFIX)["input_ids"]
+    following = set()
+    for rating in ("Safe", "Unsafe"):
+        whole = tokenizer(chat(waiving(())) + answer(rating, NO_CATEGORY, None))["input_ids"]
+        assert whole[: len(prefix)] == prefix
+        assert tokenizer.decode(whole[len(prefix)]) == rating
+        following.add(whole[len(prefix)])
+    assert len(following) == 2
+
+
+def test_white_space_around_a_rule_does_not_change_its_symbol(tokenizer: PreTrainedTokenizerFast) -> None:
+    rule = "- Discuss historical events involving hate and harassment."
+    assert tokenizer(f"\n {rule}\n")["input_ids"] == tokenizer(rule)["input_ids"]
+    assert len(tokenizer(rule)["input_ids"]) == 1
+
+
+def test_rewording_keeps_what_is_waived(rng: np.random.Generator) -> None:
+    blocks = waiving(some_categories(rng))
+    reworded = [edited(rng, blocks) for _ in range(20)]
+    assert all([b.waived for b in one] == [b.waived for b in blocks] for one in reworded)
+    assert any(one != blocks for one in reworded)
+
+
+@pytest.mark.parametrize(
+    ("waived", "shown", "rating"),
+    [
+        ([], CATEGORIES[1], "Unsafe"),
+        ([CATEGORIES[1]], CATEGORIES[1], "Safe"),
+        ([CATEGORIES[2]], CATEGORIES[1], "Unsafe"),
+        ([CATEGORIES[2]], NO_CATEGORY, "Safe"),
+    ],
+)
+def test_a_waived_category_is_safe_and_keeps_its_name(
+    teacher: train_tiny.Teacher,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    waived: list[str],
+    shown: str,
+    rating: str,
+) -> None:
+    lesson = teacher.lesson(rng, waiving(waived), shown, SEEN)
+    told = json.loads(tokenizer.decode(lesson.answer, skip_special_tokens=True))
+    assert (told["rating"], told["category"]) == (rating, shown)
+    assert tokenizer.decode(lesson.answer[teacher.rating_at]) == rating
+    assert tokenizer.decode(lesson.answer[teacher.category_at]) == shown[:2]
+    assert lesson.prompt.count(tokenizer.convert_tokens_to_ids("<image>")) == IMAGE_TOKENS
+
+
+def test_a_checkpoint_reads_back_and_its_tower_is_the_one_that_is_served(
+    tokenizer: PreTrainedTokenizerFast, teacher: train_tiny.Teacher, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    save(TinyGuard(tokenizer), tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mm_vision_tower"] == TOWER
+    guard, _ = load(tmp_path)
+    images = train_tiny.drawn([1, 2], [None, None])
+    scaled = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tower = SiglipVisionModel.from_pretrained(tmp_path / TOWER, dtype=torch.float32)
+    served = tower(scaled, output_hidden_states=True).hidden_states[config["mm_vision_select_layer"]]
+    assert torch.equal(served, guard.see(images.pixels))
+    lessons = [teacher.lesson(rng, waiving(()), LABELS[label], None) for label in images.labels]
+    assert train_tiny.judged(guard, teacher, lessons, images.pixels).shape == (2, 2)
+
+
+def test_a_few_steps_of_each_stage_lower_the_loss(
+    tokenizer: PreTrainedTokenizerFast, teacher: train_tiny.Teacher, rng: np.random.Generator
+) -> None:
+    torch.manual_seed(0)
+    guard = TinyGuard(tokenizer)
+    images = train_tiny.training_images(28, workers=1)
+    assert {*images.labels.tolist()} == {*range(len(LABELS))}
+    assert {*np.unique(images.patches).tolist()} == {*range(len(LABELS))}
+    plan = train_tiny.Plan(images=28, vision_steps=4, vision_batch=14, language_batch=8)
+    course = replace(plan.courses[0], steps=6)
+
+    def loss() -> float:
+        lessons = [teacher.lesson(rng, waiving(()), LABELS[label], None) for label in images.labels]
+        ids, weight = teacher.batch(lessons)
+        with torch.no_grad():
+            logits = guard.language.lm_head(guard.read(ids, guard.see(images.pixels)))[:, :-1]
+        counted = weight[:, 1:] > 0
+        return float(torch.nn.functional.cross_entropy(logits[counted], ids[:, 1:][counted]))
+
+    before = loss()
+    tower = [weight.clone() for weight in guard.vision.parameters()]
+    train_tiny.train_vision(guard, images, plan, rng)
+    assert any(not torch.equal(old, new) for old, new in zip(tower, guard.vision.parameters(), strict=True))
+    train_tiny.train_language(guard, teacher, images, plan, course, rng)
+    assert loss() < before - 1
+
+
+def test_random_weights_make_a_whole_checkpoint(tmp_path: Path) -> None:
+    assert train_tiny.main(["--out", str(tmp_path), "--random", "--threads", "1"]) == 0
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"}
+    assert f"{TOWER}/model.safetensors" in names
