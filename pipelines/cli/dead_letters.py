@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from pipelines.cli.times import moment
+from pipelines.cli.times import parse_time
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, DeadLetterReason, SluiceError
 
 if TYPE_CHECKING:
-    from pipelines.dead_letters.replay import Found, Selection
+    from pipelines.dead_letters.replay import Selection, StoredDeadLetter
 
 # Kafka's client takes a while to import, and every command imports this module.
 # ruff: noqa: PLC0415
@@ -92,7 +92,9 @@ def reconcile(
     from pipelines.reconciliation import reconcile as reconciliation
 
     now = datetime.now(UTC)
-    span = reconciliation.Span(since=moment(since, now) if since else None, until=moment(until, now) if until else None)
+    span = reconciliation.Span(
+        since=parse_time(since, now) if since else None, until=parse_time(until, now) if until else None
+    )
     settings = settings_module.load("stream_url")
     account = _run(
         reconciliation.reconcile(
@@ -120,13 +122,13 @@ def _selection(
     return Selection(
         reasons=[reason for reason in known if reason in (reasons or ())],
         tenant=tenant,
-        older_than=moment(older, now) if older else None,
-        newer_than=moment(newer, now) if newer else None,
+        older_than=parse_time(older, now) if older else None,
+        newer_than=parse_time(newer, now) if newer else None,
         ids=frozenset(ids or ()),
     )
 
 
-def _shown(found: "Found", as_json: bool) -> str:
+def _shown(found: "StoredDeadLetter", as_json: bool) -> str:
     return found.to_json() if as_json else found.line()
 
 

@@ -18,7 +18,7 @@ _NOT_WRITTEN: Final = {"kafka_options"}
 """A shell that reads the file would take the quotes out of JSON. Who runs the commands has it in the environment."""
 
 
-def read(file: Path = ENV_FILE) -> dict[str, str]:
+def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
     """The variables in the file; none when there is no file.
 
     Raises:
@@ -36,7 +36,7 @@ def read(file: Path = ENV_FILE) -> dict[str, str]:
 
 
 @contextmanager
-def written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
+def env_file_written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
     """Keep the settings in `file`, readable by its owner only, for as long as the block runs.
 
     `others` are the variables that reach the embedded backends, the gateway and Ray: the credentials of the backends,

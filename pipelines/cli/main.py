@@ -11,11 +11,11 @@ import typer
 
 from pipelines.cli import annotate as dataset_commands
 from pipelines.cli import dead_letters as dead_letter_commands
-from pipelines.cli import env_file as environment
 from pipelines.cli import evaluate as evaluation_commands
 from pipelines.cli import keys as key_commands
 from pipelines.cli import plan as plan_command
 from pipelines.cli import policy as policy_commands
+from pipelines.cli.env_file import env_file_written, read_env_file
 from services.core import settings as settings_module
 from services.core.errors import SluiceError
 
@@ -57,7 +57,7 @@ app.command()(dataset_commands.annotate)
 @app.callback()
 def _read_environment_file(context: typer.Context) -> None:
     if context.invoked_subcommand not in {"up", "demo"}:
-        for name, value in environment.read().items():
+        for name, value in read_env_file().items():
             os.environ.setdefault(name, value)
 
 
@@ -65,11 +65,11 @@ def _read_environment_file(context: typer.Context) -> None:
 def demo() -> None:
     """Judge a handful of drawn images from submission to verdict, on embedded backends."""
     from pipelines.local.demo import demonstrate
-    from pipelines.local.up import Stopped
+    from pipelines.local.up import ShutdownRequested
 
     try:
         settled = demonstrate(_Progress())
-    except Stopped:
+    except ShutdownRequested:
         raise typer.Exit(130) from None
     raise typer.Exit(0 if settled else 1)
 
@@ -81,18 +81,18 @@ def up(
     ] = False,
 ) -> None:
     """Run the service in the foreground until SIGINT or SIGTERM, then drain."""
-    from pipelines.local.up import Stopped, running
+    from pipelines.local.up import ShutdownRequested, running_service
 
     progress = _Progress()
     try:
         with (
-            running(embed=embedded, progress=progress) as (settings, variables),
-            environment.written(settings, variables),
+            running_service(embed=embedded, progress=progress) as (settings, variables),
+            env_file_written(settings, variables),
         ):
             progress(f"ready: reading {settings.submissions_stream}; other commands in this folder find the service")
             while True:
                 time.sleep(3600)
-    except Stopped:
+    except ShutdownRequested:
         progress("stopped")
 
 

@@ -10,7 +10,7 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w":
 _DURATION: Final = re.compile(r"(?:\d{1,9}[smhdw])+")
 
 
-def moment(text: str, now: datetime) -> datetime:
+def parse_time(text: str, now: datetime) -> datetime:
     """A duration before `now` (`90s`, `15m`, `1h30m`, `7d`, `2w`), or an ISO 8601 time; UTC where it names no zone.
 
     Raises:

@@ -1,6 +1,7 @@
-"""What the running service would say, asked by a command: nothing is published, counted or acted upon.
+"""A client that lets a command judge submissions on the running service. Nothing is published, counted or acted upon.
 
-Ray stays in a process of its own, `pipelines.clients.judge_process`. Its library writes noise to stderr and waits minutes for a cluster that is gone; so the command can still end at once, with one sentence.
+Ray runs in a child process, `pipelines.clients.judge_process`, for two reasons: Ray's library writes noise to stderr,
+and it waits minutes for a cluster that has ended. The command can therefore end at once, with one sentence.
 """
 
 import os
@@ -21,14 +22,14 @@ from services.core.messages import Policy, Submission, Verdict
 from services.core.settings import Settings
 
 Progress = Callable[[str], None]
-Outcome = list[Verdict | GuardFailed] | Unjudgeable
+JudgeResult = list[Verdict | GuardFailed] | Unjudgeable
 """What each policy makes of a submission, in their order; or why none can make anything of it."""
 
 _CONNECT_S: Final = 120.0
 _ANSWER_S: Final = 2.0
 _GONE_AFTER: Final = 3
 _END_S: Final = 5.0
-_WORD_EVERY_S: Final = 5.0
+_PROGRESS_LOG_S: Final = 5.0
 _IN_FLIGHT_LIMIT: Final = 64
 _NO_CLUSTER: Final = {"", "local"}
 """To Ray these addresses mean a new cluster."""
@@ -43,36 +44,36 @@ ForkingPickler.register(MappingProxyType, lambda mapping: (_read_only, (dict(map
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class JudgeRequest:
     """One submission, and what it is to be judged by: versions such as `default@3`, or policies not published yet."""
 
     submission: Submission
     policies: tuple[str | Policy, ...]
 
 
-class Service:
+class JudgeClient:
     """A running service, to judge on."""
 
     def __init__(self, address: str, channel: "Connection[Any, Any]") -> None:
         self._address = address
         self._channel = channel
 
-    def judge(self, trials: Sequence[Trial], progress: Progress) -> list[Outcome]:
+    def judge(self, trials: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
         """The outcome of each trial, in their order. They are judged behind all live submissions.
 
         Raises:
             ConfigurationError: the service has ended.
             SluiceError: it cannot judge now.
         """
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, JudgeResult] = {}
         self._send(list(trials))
-        next_word = time.monotonic() + _WORD_EVERY_S
+        next_progress = time.monotonic() + _PROGRESS_LOG_S
         while len(outcomes) < len(trials):
             number, outcome = self._receive()
             outcomes[number] = outcome
-            if time.monotonic() >= next_word:
+            if time.monotonic() >= next_progress:
                 progress(f"{len(outcomes)} of {len(trials)} judged")
-                next_word = time.monotonic() + _WORD_EVERY_S
+                next_progress = time.monotonic() + _PROGRESS_LOG_S
         return [outcomes[number] for number in range(len(trials))]
 
     def wait_until_connected(self) -> None:
@@ -107,7 +108,7 @@ class Service:
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[Service]:
+def open_client(settings: Settings) -> Iterator[JudgeClient]:
     """The service that runs on the Ray cluster `settings.ray_address`. It is left running.
 
     Raises:
@@ -137,7 +138,7 @@ def connected(settings: Settings) -> Iterator[Service]:
         theirs.close()
         patience_s = 0.0
         try:
-            service = Service(address, ours)
+            service = JudgeClient(address, ours)
             service.wait_until_connected()
             yield service
             patience_s = _END_S

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.clients.judge_client import Outcome, Trial
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult
 from pipelines.serving.app import APPLICATION, INTAKE
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 from services.core.tasks import ended
@@ -71,7 +71,7 @@ async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], 
 
 
 async def _judge_all(
-    channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], trials: Sequence[Trial], in_flight: int
+    channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], trials: Sequence[JudgeRequest], in_flight: int
 ) -> None:
     waiting = iter(enumerate(trials))
 
@@ -90,12 +90,12 @@ async def _judge_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _judge(intake: DeploymentHandle[Any], trial: Trial) -> Outcome:
+async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeResult:
     submission = trial.submission.model_copy(update={"priority": "backfill"})
     for pause_s in (*_PAUSES_S, None):
         response = intake.judge_under.remote(submission, trial.policies)
         try:
-            outcome: Outcome = await response
+            outcome: JudgeResult = await response
         except asyncio.CancelledError:
             response.cancel()
             raise

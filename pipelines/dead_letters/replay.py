@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
-from pipelines.dead_letters.replay_log import Journal
+from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.reporting.text import printable
 from services.core.errors import ConfigurationError, DeadLetterReason
 from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, producer_headers
@@ -39,7 +39,7 @@ _CLOCKS: Final = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredDeadLetter:
     """A dead letter on its stream."""
 
     letter: DeadLetter
@@ -103,7 +103,7 @@ class Selection:
     newer_than: datetime | None = None
     ids: Collection[str] = ()
 
-    def takes(self, found: Found) -> bool:
+    def takes(self, found: StoredDeadLetter) -> bool:
         """Whether every condition holds."""
         failed_at = found.letter.failed_at
         return (
@@ -126,7 +126,7 @@ class Replayed:
     """The stream does not take them."""
 
 
-def read_letter(message: Message) -> Found | None:
+def read_letter(message: Message) -> StoredDeadLetter | None:
     """The dead letter in a message of its stream, or None when Sluice did not write it. Never raises."""
     try:
         letter = DeadLetter.from_headers(message.headers)
@@ -139,12 +139,12 @@ def read_letter(message: Message) -> Found | None:
         source=letter.source,
         timestamp=message.timestamp,
     )
-    return Found(letter, message, parse(original))
+    return StoredDeadLetter(letter, message, parse(original))
 
 
 async def select(
     reader: Reader, settings: Settings, selection: Selection, on_foreign: Callable[[Message], None] = lambda _: None
-) -> AsyncIterator[Found]:
+) -> AsyncIterator[StoredDeadLetter]:
     """The selected dead letters on the stream, oldest first; `on_foreign` gets the messages that are none.
 
     Raises:
@@ -159,7 +159,11 @@ async def select(
 
 
 async def print_letters(
-    settings: Settings, selection: Selection, *, write: Callable[[Found], None], progress: Callable[[str], None]
+    settings: Settings,
+    selection: Selection,
+    *,
+    write: Callable[[StoredDeadLetter], None],
+    progress: Callable[[str], None],
 ) -> None:
     """Write the selected dead letters, oldest first.
 
@@ -188,7 +192,7 @@ async def replay(
     *,
     limit: int | None,
     dry_run: bool,
-    write: Callable[[Found], None],
+    write: Callable[[StoredDeadLetter], None],
     progress: Callable[[str], None],
 ) -> Replayed:
     """Put the selected dead letters back, oldest first, at most `limit`; `write` gets each that is durably back.
@@ -203,33 +207,33 @@ async def replay(
     async with AsyncExitStack() as closing:
         reader = await open_reader(settings)
         closing.push_async_callback(reader.close)
-        journal = await closing.enter_async_context(Journal(settings, lease=not dry_run, progress=progress))
+        replay_log = await closing.enter_async_context(ReplayLog(settings, lease=not dry_run, progress=progress))
         candidates = await _candidates(reader, settings, selection)
-        known = await journal.known(candidates.marks.values())
+        known = await replay_log.contains(candidates.marks.values())
         if len(known) < len(set(candidates.marks.values())):
             progress("looking for what was replayed before")
-            known |= await _echoes(reader, settings, candidates)
+            known |= await _already_replayed(reader, settings, candidates)
         done = Replayed()
         publisher: Publisher | None = None
         if not dry_run:
             publisher = await open_publisher(settings)
             closing.push_async_callback(publisher.close)
-            await journal.keep(known)
-        async with aclosing(_due(reader, settings, selection, candidates, known, done, limit)) as due:
+            await replay_log.add(known)
+        async with aclosing(_not_yet_replayed(reader, settings, selection, candidates, known, done, limit)) as due:
             async for batch in _batched(due):
                 if publisher:
-                    await journal.hold()
+                    await replay_log.renew()
                     if not await _publish(publisher, batch, settings, progress):
                         done.refused += 1
                         continue
-                    await journal.keep(mark_of(found) for found in batch)
+                    await replay_log.add(replay_id(found) for found in batch)
                 done.replayed += len(batch)
                 for found in batch:
                     write(found)
         return done
 
 
-def record_of(found: Found, settings: Settings) -> Record:
+def record_of(found: StoredDeadLetter, settings: Settings) -> Record:
     """The original submission again, saying where it was and how often it was tried."""
     letter = found.letter
     came_from = letter.source.partition("/")[0]
@@ -242,7 +246,7 @@ def record_of(found: Found, settings: Settings) -> Record:
     )
 
 
-def mark_of(found: Found) -> bytes:
+def replay_id(found: StoredDeadLetter) -> bytes:
     """What Redis remembers of a dead letter. A stream that is made anew uses its positions again, hence the time."""
     return _digest(found.message.source, found.letter.failed_at.isoformat(), value=found.message.value)
 
@@ -264,7 +268,7 @@ async def _candidates(reader: Reader, settings: Settings, selection: Selection) 
     async for found in select(reader, settings, selection):
         message = found.message
         missing.discard(found.submission_id or "")
-        candidates.marks[_digest(message.source, value=message.value)] = mark_of(found)
+        candidates.marks[_digest(message.source, value=message.value)] = replay_id(found)
         candidates.oldest = min(candidates.oldest or message.timestamp, message.timestamp)
     if missing:
         names = ", ".join(printable(each) for each in sorted(missing))
@@ -275,7 +279,7 @@ async def _candidates(reader: Reader, settings: Settings, selection: Selection) 
     return candidates
 
 
-async def _echoes(reader: Reader, settings: Settings, candidates: _Candidates) -> set[bytes]:
+async def _already_replayed(reader: Reader, settings: Settings, candidates: _Candidates) -> set[bytes]:
     """The marks of those candidates whose replay is on a stream of submissions."""
     found: set[bytes] = set()
     since = candidates.oldest - _CLOCKS if candidates.oldest else None
@@ -293,7 +297,7 @@ def submission_streams(settings: Settings) -> Sequence[str]:
     return [stream for stream in (settings.submissions_stream, settings.backfill_stream) if stream]
 
 
-async def _due(
+async def _not_yet_replayed(
     reader: Reader,
     settings: Settings,
     selection: Selection,
@@ -301,12 +305,12 @@ async def _due(
     known: Collection[bytes],
     done: Replayed,
     limit: int | None,
-) -> AsyncGenerator[Found, None]:
+) -> AsyncGenerator[StoredDeadLetter, None]:
     """Those candidates that were not replayed, at most `limit`. A dead letter newer than the look-up is none."""
     wanted = set(candidates.marks.values())
     left = limit
     async for found in select(reader, settings, selection):
-        mark = mark_of(found)
+        mark = replay_id(found)
         if mark in known:
             done.before += 1
         elif mark in wanted and left != 0:
@@ -314,8 +318,8 @@ async def _due(
             yield found
 
 
-async def _batched(due: AsyncIterator[Found]) -> AsyncIterator[list[Found]]:
-    batch: list[Found] = []
+async def _batched(due: AsyncIterator[StoredDeadLetter]) -> AsyncIterator[list[StoredDeadLetter]]:
+    batch: list[StoredDeadLetter] = []
     size = 0
     async for found in due:
         more = len(found.message.value)
@@ -329,7 +333,7 @@ async def _batched(due: AsyncIterator[Found]) -> AsyncIterator[list[Found]]:
 
 
 async def _publish(
-    publisher: Publisher, batch: Sequence[Found], settings: Settings, progress: Callable[[str], None]
+    publisher: Publisher, batch: Sequence[StoredDeadLetter], settings: Settings, progress: Callable[[str], None]
 ) -> bool:
     """Whether the batch is on its stream; False when that refuses its only record."""
     try:

@@ -21,7 +21,7 @@ _RENEW_S: Final = _LEASE_S / 4
 _AT_ONCE: Final = 1000
 
 
-class Journal:
+class ReplayLog:
     """To be used as an async context manager. With `lease`, no other command replays until it ends.
 
     Every method raises Unavailable where Redis does not answer.
@@ -60,7 +60,7 @@ class Journal:
                 await self._lock.release()
         await self._redis.aclose()
 
-    async def known(self, marks: Iterable[bytes]) -> set[bytes]:
+    async def contains(self, marks: Iterable[bytes]) -> set[bytes]:
         """Those of `marks` that are kept."""
         found: set[bytes] = set()
         for some in _chunks(marks):
@@ -68,12 +68,12 @@ class Journal:
             found |= {mark for mark, is_member in zip(some, answers, strict=True) if is_member}
         return found
 
-    async def keep(self, marks: Iterable[bytes]) -> None:
+    async def add(self, marks: Iterable[bytes]) -> None:
         """Remember `marks` for good."""
         for some in _chunks(marks):
             await _answer(self._redis.sadd(self._key, *some))
 
-    async def hold(self) -> None:
+    async def renew(self) -> None:
         """Make sure that no other command has begun to replay.
 
         Raises:
@@ -96,12 +96,12 @@ class Journal:
             self._progress(f"another replay is running, or was killed: waiting for up to {_LEASE_S + _RENEW_S:g} s")
             if not await _answer(lock.acquire(blocking_timeout=_LEASE_S + _RENEW_S)):
                 raise SluiceError("another replay is running; nothing was replayed, try again when it has ended")
-        self._renewing = asyncio.create_task(self._renew(lock))
+        self._renewing = asyncio.create_task(self._renew_periodically(lock))
 
-    async def _renew(self, lock: Lock) -> None:
+    async def _renew_periodically(self, lock: Lock) -> None:
         while True:
             await asyncio.sleep(_RENEW_S)
-            with suppress(RedisError, OSError):  # `hold` finds out
+            with suppress(RedisError, OSError):  # `renew` finds out
                 await lock.reacquire()
 
 

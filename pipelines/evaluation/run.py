@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipelines.clients.judge_client import Progress, connected
+from pipelines.clients.judge_client import Progress, open_client
 from pipelines.evaluation.calibration import Changes, Fit, Method, changes, fit
 from pipelines.evaluation.datasets import DataSet, open_data_set
 from pipelines.evaluation.html import render
@@ -192,7 +192,7 @@ def _judged(
     total = data_set.count()
     if total is not None:
         total = int(min(total, source.limit or math.inf))
-    with connected(settings) as service:
+    with open_client(settings) as service:
         progress(f"judging {data_set.name} under {evaluated.name}")
         rulings = Rulings(evaluated, PolicyRegistry.from_settings(settings))
         judging = Judging(service, rulings, settings, effort, keep=keep, write=write)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.clients.uploads import Uploads
 from pipelines.evaluation.labels import Image, Refused, Sample, parse
 from pipelines.evaluation.metrics import DEFAULT
@@ -41,7 +41,7 @@ RowWriter = Callable[[dict[str, Any]], None]
 class Judge(Protocol):
     """A running service: see pipelines.clients.judge_client."""
 
-    def judge(self, trials: Sequence[Trial], progress: Progress) -> list[Outcome]:
+    def judge(self, trials: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
         """The outcome of each trial, in their order."""
 
 
@@ -203,7 +203,7 @@ class Judging:
 
     def _judge(self, batch: _Batch) -> None:
         try:
-            trials: list[Trial] = []
+            trials: list[JudgeRequest] = []
             for row in batch.rows:
                 trials.append(_trial(row.sample.id, row.reference, row.ruling.full))
                 if self._effort.adaptive:
@@ -297,14 +297,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _trial(name: str, reference: ObjectReference, policy: Policy) -> Trial:
+def _trial(name: str, reference: ObjectReference, policy: Policy) -> JudgeRequest:
     submission = Submission(
         id=name or "row", uri=reference.uri, version_id=reference.version_id, etag=reference.etag, priority="backfill"
     )
-    return Trial(submission, (policy,))
+    return JudgeRequest(submission, (policy,))
 
 
-def _only(outcome: Outcome) -> Verdict | Unjudgeable:
+def _only(outcome: JudgeResult) -> Verdict | Unjudgeable:
     return outcome[0] if isinstance(outcome, list) else outcome
 
 

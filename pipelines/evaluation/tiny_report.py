@@ -18,7 +18,7 @@ import typer
 from pipelines.evaluation.html import render
 from pipelines.evaluation.run import PAGE, Source, evaluate
 from pipelines.evaluation.sample_judge import Effort
-from pipelines.local.up import Stopped, running
+from pipelines.local.up import ShutdownRequested, running_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import SluiceError
 from services.core.messages import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
@@ -69,7 +69,7 @@ def main() -> None:
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
         del os.environ[name]  # a real deployment's streams and buckets are not touched
     try:
-        with running(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
+        with running_service(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
             data_set = Path(folder) / _NAME
             data_set.mkdir()
             write(data_set)
@@ -85,7 +85,7 @@ def main() -> None:
             )
             note = f"{_NOTE} {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.0f} made the latencies."
             (out / PAGE).write_text(render(report, note), encoding="utf-8")
-    except Stopped:
+    except ShutdownRequested:
         sys.exit(130)
     except SluiceError as error:
         sys.exit(f"sluice: {error}")

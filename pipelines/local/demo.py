@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.clients import streams as client
-from pipelines.local.up import Progress, running
+from pipelines.local.up import Progress, running_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import CATEGORIES, NO_CATEGORY, DeadLetter, Submission, Verdict
 from services.core.s3 import s3_client
@@ -48,7 +48,7 @@ def demonstrate(progress: Progress) -> bool:
     """Run the demo; True when every submission was settled. Its table goes to stdout."""
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
         del os.environ[name]  # a demo never touches the streams and buckets of a real deployment
-    with running(embed=True, progress=progress) as (settings, _):
+    with running_service(embed=True, progress=progress) as (settings, _):
         uploads = _samples()
         progress(f"submitting {len(uploads)} drawn images")
         ends = asyncio.run(_judge(uploads, settings, progress))

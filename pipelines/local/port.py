@@ -9,7 +9,7 @@ from services.gateway.server import listen
 
 
 @contextmanager
-def kept(host: str, port: int) -> Iterator[int]:
+def reserve_port(host: str, port: int) -> Iterator[int]:
     """Keep a port for the processes of this user that listen on it with `services.gateway.server.listen`.
 
     Port 0 is a free one. The socket that keeps it never listens, so it takes no connections from them.
@@ -18,12 +18,12 @@ def kept(host: str, port: int) -> Iterator[int]:
         ConfigurationError: another service listens there already.
     """
     if port:
-        _see_that_it_is_free(host, port)
+        _check_free(host, port)
     with listen(host, port) as keeper:
         yield int(keeper.getsockname()[1])
 
 
-def _see_that_it_is_free(host: str, port: int) -> None:
+def _check_free(host: str, port: int) -> None:
     """Alone, which `listen` does not ask for: two services must not share the connections by mistake."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -45,7 +45,7 @@ _STOP_S: Final = 12.0
 _KILL_ROUNDS: Final = 3
 """A process may fork while it is killed; one that outlives all rounds hangs in the kernel."""
 _POLL_S: Final = 0.25
-_WORD_EVERY_S: Final = 15.0
+_PROGRESS_LOG_S: Final = 15.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _OBJECT_STORE_BYTES: Final = 200 << 20  # images travel inline in calls; Ray's own default takes 30 % of the memory
 
@@ -53,12 +53,12 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 
-class Stopped(BaseException):
+class ShutdownRequested(BaseException):
     """SIGINT or SIGTERM came."""
 
 
 @contextmanager
-def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
+def running_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
     """Start everything, yield when all of it is ready, drain it at the end. For the main thread only.
 
     Yields the settings, with the address of the Ray cluster, and the other variables that a client needs: those that
@@ -66,13 +66,13 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
 
     Raises:
         ConfigurationError: what keeps it from starting, and what to do.
-        Stopped: a signal came. It is also raised into the block; a second one cuts the drain short.
+        ShutdownRequested: a signal came. It is also raised into the block; a second one cuts the drain short.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     end_s = _STOP_S
     variables: Mapping[str, str] = {}
-    with _leaving_no_process() as limit_end:
+    with _killing_descendants() as limit_end:
         stack = ExitStack()
         try:
             if embed:
@@ -95,18 +95,18 @@ def running(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapp
             if url := reaching_gateway.get("SLUICE_GATEWAY_URL"):
                 progress(f"the gateway answers at {url}")
             end_s += settings.drain_s
-            yield _as_clients_need_them(settings), {**variables, **reaching_gateway, **_ray_authentication()}
+            yield _client_settings(settings), {**variables, **reaching_gateway, **_ray_authentication()}
         finally:
             limit_end(end_s)
             stack.close()
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise Stopped
+    raise ShutdownRequested
 
 
 @contextmanager
-def _leaving_no_process() -> Iterator[Callable[[float], None]]:
+def _killing_descendants() -> Iterator[Callable[[float], None]]:
     """Kill at the end whatever is left of this process' descendants.
 
     Yields a function that says, when the end begins, how many seconds it may take.
@@ -117,7 +117,7 @@ def _leaving_no_process() -> Iterator[Callable[[float], None]]:
         nonlocal watchdog
         # Descendants whose parents go first become children of this process, so that they are found.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        watchdog = threading.Timer(seconds, _give_up)
+        watchdog = threading.Timer(seconds, _shutdown_timed_out)
         watchdog.daemon = True
         watchdog.start()
 
@@ -129,7 +129,7 @@ def _leaving_no_process() -> Iterator[Callable[[float], None]]:
             watchdog.cancel()
 
 
-def _give_up() -> None:
+def _shutdown_timed_out() -> None:
     log.error("the end took too long; what is left is killed, and what was in flight comes back at the next start")
     _kill_descendants()
     os._exit(1)
@@ -222,7 +222,7 @@ def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Map
         port = settings.gateway_port
         if not settings.ray_address:  # else the gateway runs on another machine, for all that is known here
             wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
-            port = stack.enter_context(ports.kept(settings.gateway_host, wanted))
+            port = stack.enter_context(ports.reserve_port(settings.gateway_host, wanted))
         variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
         if embed:
             keys = KeyRegistry.from_settings(settings)
@@ -273,7 +273,7 @@ def _ray(settings: Settings) -> Iterator[None]:
             ray.shutdown()
 
 
-def _as_clients_need_them(settings: Settings) -> Settings:
+def _client_settings(settings: Settings) -> Settings:
     address = settings.ray_address or ray.get_runtime_context().gcs_address
     return settings.model_copy(update={"ray_address": address})
 
@@ -300,14 +300,14 @@ def _deploy(settings: Settings, progress: Progress) -> None:
     next_word_s = 0.0
     while True:
         status = serve.status().applications[APPLICATION]
-        if status.status == ApplicationStatus.RUNNING and not _trouble(settings):
+        if status.status == ApplicationStatus.RUNNING and not _deploy_error(settings):
             return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise ConfigurationError(_cause("; ".join(d.message for d in status.deployments.values() if d.message)))
         elapsed_s = time.monotonic() - started
         if elapsed_s >= next_word_s:
             progress(f"loading {settings.model} into the engine ({elapsed_s:.0f} s)")
-            next_word_s = elapsed_s + _WORD_EVERY_S
+            next_word_s = elapsed_s + _PROGRESS_LOG_S
         time.sleep(_POLL_S)
 
 
@@ -318,7 +318,7 @@ def _cause(message: str) -> str:
     return own[-1] if own else f"{lines[-1] if lines else 'no reason given'} (Ray's logs: /tmp/ray/session_latest/logs)"
 
 
-def _trouble(settings: Settings) -> str:
+def _deploy_error(settings: Settings) -> str:
     """What keeps the gateway from answering, if there is one."""
     if not settings.gateway_replicas:
         return ""

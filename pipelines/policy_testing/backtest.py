@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from pipelines.clients.judge_client import Outcome, Progress, Trial, connected
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress, open_client
 from pipelines.policy_testing.backtest_html import PICTURES_LIMIT
 from pipelines.policy_testing.backtest_report import Pair, Report, Side, summarize
 from services.core.errors import ConfigurationError, Unavailable, Unjudgeable
@@ -38,9 +38,9 @@ def backtest(
         raise ConfigurationError(
             f"there is no sample of policy {name} yet; it is made of the submissions that it judges, so submit some"
         )
-    with connected(settings) as service:
+    with open_client(settings) as service:
         progress(f"judging {len(sample)} recent submissions under {before} and {after}")
-        outcomes = service.judge([Trial(entry.submission(), (before, after)) for entry in sample], progress)
+        outcomes = service.judge([JudgeRequest(entry.submission(), (before, after)) for entry in sample], progress)
     pairs = [pair(entry, outcome) for entry, outcome in zip(sample, outcomes, strict=True)]
     report = summarize(pairs, before=before, after=after, per_day=per_day)
     if pictures and report.flips:
@@ -49,7 +49,7 @@ def backtest(
     return report, pairs
 
 
-def pair(entry: Sampled, outcome: Outcome) -> Pair:
+def pair(entry: Sampled, outcome: JudgeResult) -> Pair:
     """One submission of the sample as a pair, without a picture."""
     answers = outcome if isinstance(outcome, list) else [outcome, outcome]
     before, after = map(_side, answers)

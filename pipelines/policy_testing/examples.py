@@ -7,7 +7,7 @@ from typing import Final
 
 import typer
 
-from pipelines.clients.judge_client import Outcome, Trial, connected
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, open_client
 from pipelines.clients.uploads import Uploads
 from services.core.errors import ConfigurationError
 from services.core.messages import ObjectReference, Submission, Verdict
@@ -33,10 +33,10 @@ def run_examples(document: PolicyDocument, folder: Path, settings: Settings, wri
     for example in examples:
         if (file := _file(example, folder)) and not file.is_file():
             raise ConfigurationError(f"{name_of(example)}: there is no file {file}")
-    with connected(settings) as service, _stored(examples, folder, settings) as references:
+    with open_client(settings) as service, _stored(examples, folder, settings) as references:
         policy = document.as_version(0)
         trials = [
-            Trial(
+            JudgeRequest(
                 Submission(
                     id=f"example-{number}",
                     uri=reference.uri,
@@ -55,7 +55,7 @@ def run_examples(document: PolicyDocument, folder: Path, settings: Settings, wri
     return sum(wrong is not None for wrong in problems)
 
 
-def problem(expected: Expectation, outcome: Outcome) -> str | None:
+def problem(expected: Expectation, outcome: JudgeResult) -> str | None:
     """What came instead of what was expected, None where it is what was expected."""
     if not isinstance(outcome, list):
         return f"it cannot be judged ({outcome.reason}): {outcome}"

@@ -10,7 +10,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from pipelines.clients.judge_client import Trial, connected
+from pipelines.clients.judge_client import JudgeRequest, open_client
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Policy, PolicyIdentity, Submission, Verdict
 from services.core.settings import Settings
@@ -110,8 +110,8 @@ def replay(before: Verdict, settings: Settings, progress: Callable[[str], None])
         tenant=before.tenant,
     )
     policy = _as_then(before, before.policy, PolicyRegistry.from_settings(settings))
-    with connected(settings) as service:
-        (outcome,) = service.judge([Trial(submission, (policy,))], progress)
+    with open_client(settings) as service:
+        (outcome,) = service.judge([JudgeRequest(submission, (policy,))], progress)
     answer = outcome[0] if isinstance(outcome, list) else outcome
     if not isinstance(answer, Verdict):
         raise SluiceError(f"verdict {before.verdict_id} cannot be replayed ({answer.reason}): {answer}")

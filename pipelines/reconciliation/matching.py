@@ -11,7 +11,7 @@ from operator import attrgetter
 
 
 @dataclass(frozen=True, slots=True)
-class Occurrence:
+class SeenSubmission:
     """A submission on the stream. The same one may stand there several times, and each of them has an end."""
 
     key: bytes
@@ -25,7 +25,7 @@ class Occurrence:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class SubmissionOutcome:
     """A verdict or a dead letter."""
 
     key: bytes
@@ -36,7 +36,7 @@ class End:
     """A verdict's outcome, a dead letter's reason."""
     dead: bool
     at: float
-    early: bool
+    read_first: bool
     """It was there before the submissions were read, so the submission that it belongs to is among them."""
     submission_id: str | None
     uri: str | None
@@ -47,13 +47,13 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ReconciledSubmission:
     """All occurrences of one submission, and all its ends."""
 
-    occurrences: tuple[Occurrence, ...]
-    ends: tuple[End, ...]
+    occurrences: tuple[SeenSubmission, ...]
+    ends: tuple[SubmissionOutcome, ...]
     """Those that count: late ones only where an occurrence had none yet."""
-    lost: tuple[Occurrence, ...]
+    lost: tuple[SeenSubmission, ...]
     """Counted, without an end, and old enough to have one."""
     in_flight: int
     """Counted, without an end, but too young for one."""
@@ -67,7 +67,9 @@ class Case:
         return sum(occurrence.counted for occurrence in self.occurrences)
 
 
-def match(occurrences: Iterable[Occurrence], ends: Iterable[End], settled_before: float) -> Iterator[Case]:
+def match(
+    occurrences: Iterable[SeenSubmission], ends: Iterable[SubmissionOutcome], settled_before: float
+) -> Iterator[ReconciledSubmission]:
     """One case per key; both arguments in the order of their keys.
 
     Occurrences of one submission cannot be told apart by a verdict, so its ends go to the oldest ones. Of n occurrences
@@ -77,15 +79,15 @@ def match(occurrences: Iterable[Occurrence], ends: Iterable[End], settled_before
     Args:
         settled_before: seconds since 1970; an occurrence after that need not have an end yet.
     """
-    both: Iterator[Occurrence | End] = heapq.merge(occurrences, ends, key=attrgetter("key"))
+    both: Iterator[SeenSubmission | SubmissionOutcome] = heapq.merge(occurrences, ends, key=attrgetter("key"))
     for _, group in itertools.groupby(both, key=attrgetter("key")):
         yield _case(list(group), settled_before)
 
 
-def _case(group: list[Occurrence | End], settled_before: float) -> Case:
-    occurrences = sorted((each for each in group if isinstance(each, Occurrence)), key=attrgetter("at"))
-    ends = [each for each in group if isinstance(each, End) and each.early]
-    late = [each for each in group if isinstance(each, End) and not each.early]
+def _case(group: list[SeenSubmission | SubmissionOutcome], settled_before: float) -> ReconciledSubmission:
+    occurrences = sorted((each for each in group if isinstance(each, SeenSubmission)), key=attrgetter("at"))
+    ends = [each for each in group if isinstance(each, SubmissionOutcome) and each.read_first]
+    late = [each for each in group if isinstance(each, SubmissionOutcome) and not each.read_first]
     ends += late[: max(0, len(occurrences) - len(ends))]
     without = [occurrence for occurrence in occurrences[len(ends) :] if occurrence.counted]
     lost = tuple(occurrence for occurrence in without if occurrence.at < settled_before)
@@ -94,4 +96,4 @@ def _case(group: list[Occurrence | End], settled_before: float) -> Case:
         different = len({end.identity for end in ends})
         conflicting = max(0, different - len(occurrences))
         repeats = max(0, len(ends) - len(occurrences)) - conflicting
-    return Case(tuple(occurrences), tuple(ends), lost, len(without) - len(lost), repeats, conflicting)
+    return ReconciledSubmission(tuple(occurrences), tuple(ends), lost, len(without) - len(lost), repeats, conflicting)

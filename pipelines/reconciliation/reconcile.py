@@ -14,8 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pipelines.dead_letters.replay import read_letter, submission_streams
-from pipelines.reconciliation.matching import Case, End, Occurrence, match
-from pipelines.reconciliation.spool import Books
+from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
+from pipelines.reconciliation.spool import SpoolDatabase
 from pipelines.reporting.text import printable
 from services.core.errors import Malformed, SluiceError
 from services.core.messages import decode_json
@@ -74,7 +74,7 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Account:
+class ReconciliationReport:
     """What there is in the range, in numbers."""
 
     submissions: int = 0
@@ -128,7 +128,7 @@ async def reconcile(
     settle_s: float,
     write: Callable[[Finding], None],
     progress: Callable[[str], None],
-) -> Account:
+) -> ReconciliationReport:
     """Match every submission of a time range with its ends; `write` gets each finding.
 
     Args:
@@ -138,18 +138,18 @@ async def reconcile(
         StreamUnavailable: the stream does not answer.
         SluiceError: there is no room for the temporary file.
     """
-    account = Account()
+    account = ReconciliationReport()
     settled_before = datetime.now(UTC).timestamp() - settle_s
     reader = await open_reader(settings)
     try:
-        with Books() as books:
+        with SpoolDatabase() as books:
             reading = _Reading(reader, settings, span, books, account, write)
             progress("reading verdicts and dead letters")
-            await reading.read_ends(early=True)
+            await reading.read_ends(read_first=True)
             progress("reading submissions")
             await reading.read_submissions()
             progress("reading what came in the meantime")
-            await reading.read_ends(early=False)
+            await reading.read_ends(read_first=False)
             progress("matching")
             for case in match(books.occurrences(), books.ends(), settled_before):
                 for finding in _settle(case, account, reading.is_outside):
@@ -161,7 +161,9 @@ async def reconcile(
     return account
 
 
-def _settle(case: Case, account: Account, is_outside: Callable[[End], bool]) -> Iterator[Finding]:
+def _settle(
+    case: ReconciledSubmission, account: ReconciliationReport, is_outside: Callable[[SubmissionOutcome], bool]
+) -> Iterator[Finding]:
     """Add a case to the account; yield what is wrong with it."""
     if not case.occurrences:
         for end in case.ends:
@@ -197,8 +199,8 @@ class _Reading:
         reader: Reader,
         settings: Settings,
         span: Span,
-        books: Books,
-        account: Account,
+        books: SpoolDatabase,
+        account: ReconciliationReport,
         write: Callable[[Finding], None],
     ) -> None:
         self._reader = reader
@@ -232,14 +234,14 @@ class _Reading:
                 for entry in entries:
                     self._books.add_occurrence(_occurrence(entry, message, counted))
 
-    async def read_ends(self, *, early: bool) -> None:
+    async def read_ends(self, *, read_first: bool) -> None:
         """Verdicts and dead letters; the second time those that came since the first."""
         for stream, read_end in (
             (self._settings.verdicts_stream, self._verdict),
             (self._settings.dead_letters_stream, self._dead_letter),
         ):
             async for message in self._new(stream):
-                for end in read_end(message, early):
+                for end in read_end(message, read_first):
                     self._books.add_end(end)
 
     async def _new(self, stream: str) -> AsyncIterator[Message]:
@@ -253,31 +255,31 @@ class _Reading:
                 self._newest[stream] = max(self._newest.get(stream, message.timestamp), message.timestamp)
                 yield message
 
-    def _verdict(self, message: Message, early: bool) -> Iterator[End]:
+    def _verdict(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
         try:
             verdict = decode_json(message.value)
         except Malformed:
             verdict = None
         fields = {name: text for name, text in _fields(verdict) if isinstance(text, str)}
         if not fields.keys() >= _NEEDED:
-            if early and self._span.holds(message.timestamp):
+            if read_first and self._span.holds(message.timestamp):
                 self._account.unexplained += 1
                 self._write(Finding("unreadable", None, None, message.source, _iso(message.timestamp.timestamp()), 1))
             return
-        yield End(
+        yield SubmissionOutcome(
             key=_key(fields["submission_id"], fields["uri"]),
             identity=fields["verdict_id"],
             kind=fields["outcome"],
             dead=False,
             at=message.timestamp.timestamp(),
-            early=early,
+            read_first=read_first,
             submission_id=fields["submission_id"],
             uri=fields["uri"],
             source=message.source,
             submitted_at=fields.get("submitted_at"),
         )
 
-    def _dead_letter(self, message: Message, early: bool) -> Iterator[End]:
+    def _dead_letter(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
         found = read_letter(message)
         if found is None:
             return
@@ -285,23 +287,23 @@ class _Reading:
         # A malformed one ends what stands where it stood, whatever it says; nothing is known of one without entries.
         for entry in found.entries if letter.reason != "malformed" and found.entries else (None,):
             submission = entry.submission if isinstance(entry, Accepted) else None
-            yield End(
+            yield SubmissionOutcome(
                 key=_key(submission.id, submission.uri) if submission else _position_key(letter.source),
                 identity=f"{letter.source} {letter.reason}",
                 kind=letter.reason,
                 dead=True,
                 at=message.timestamp.timestamp(),
-                early=early,
+                read_first=read_first,
                 submission_id=submission.id if submission else found.submission_id,
                 uri=submission.uri if submission else found.uri,
                 source=letter.source,
                 submitted_at=None,
             )
 
-    def is_outside(self, end: End) -> bool:
+    def is_outside(self, end: SubmissionOutcome) -> bool:
         """Whether the submission of an end that explains nothing may lie outside of what was read."""
         begin = max(filter(None, (self._span.since, self._begin)), default=None)
-        if begin is None or not end.early or end.at < begin.timestamp():
+        if begin is None or not end.read_first or end.at < begin.timestamp():
             return True
         if self._span.until and end.at > self._span.until.timestamp():
             return True
@@ -315,9 +317,9 @@ class _Reading:
             return False
 
 
-def _occurrence(entry: Accepted | Rejected, message: Message, counted: bool) -> Occurrence:
+def _occurrence(entry: Accepted | Rejected, message: Message, counted: bool) -> SeenSubmission:
     accepted = entry.submission if isinstance(entry, Accepted) else None
-    return Occurrence(
+    return SeenSubmission(
         key=_key(accepted.id, accepted.uri) if accepted else _position_key(message.source),
         at=message.timestamp.timestamp(),
         counted=counted,
@@ -352,7 +354,7 @@ def _place(source: str) -> tuple[str, tuple[int, ...]] | None:
     return (line, tuple(map(int, numbers))) if is_position else None
 
 
-def _named(end: End) -> str:
+def _named(end: SubmissionOutcome) -> str:
     return f"dead letter {end.kind} of {end.source}" if end.dead else f"{end.kind} {end.identity}"
 
 

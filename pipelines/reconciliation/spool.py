@@ -8,20 +8,20 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final, Self
 
-from pipelines.reconciliation.matching import End, Occurrence
+from pipelines.reconciliation.matching import SeenSubmission, SubmissionOutcome
 
 _BATCH: Final = 5_000
 _CACHE_KIB: Final = 32_768
 
 
-class Books:
+class SpoolDatabase:
     """Occurrences and ends, in any order in, in the order of their keys out. To be used as a context manager.
 
     Every method raises sqlite3.Error where the file cannot be written.
     """
 
-    _OCCURRENCES: Final = tuple(Occurrence.__slots__)
-    _ENDS: Final = tuple(End.__slots__)
+    _OCCURRENCES: Final = tuple(SeenSubmission.__slots__)
+    _ENDS: Final = tuple(SubmissionOutcome.__slots__)
 
     def __enter__(self) -> Self:
         self._database = sqlite3.connect("", isolation_level=None)
@@ -40,23 +40,23 @@ class Books:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def add_occurrence(self, occurrence: Occurrence) -> None:
+    def add_occurrence(self, occurrence: SeenSubmission) -> None:
         """Keep a submission."""
         self._add("occurrences", tuple(getattr(occurrence, name) for name in self._OCCURRENCES))
 
-    def add_end(self, end: End) -> None:
+    def add_end(self, end: SubmissionOutcome) -> None:
         """Keep a verdict or a dead letter."""
         self._add("ends", tuple(getattr(end, name) for name in self._ENDS))
 
-    def occurrences(self) -> Iterator[Occurrence]:
+    def occurrences(self) -> Iterator[SeenSubmission]:
         """In the order of their keys."""
         for row in self._sorted("occurrences"):
-            yield Occurrence(*row)
+            yield SeenSubmission(*row)
 
-    def ends(self) -> Iterator[End]:
+    def ends(self) -> Iterator[SubmissionOutcome]:
         """In the order of their keys."""
         for row in self._sorted("ends"):
-            yield End(*row)
+            yield SubmissionOutcome(*row)
 
     def _add(self, table: str, row: tuple[Any, ...]) -> None:
         self._new[table].append(row)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.cli import env_file as environment
+from pipelines.cli.env_file import env_file_written, read_env_file
 from pipelines.local import backends as embedded
 from services.core.settings import Settings, load
 from tests.end_to_end.outside import SLUICE
@@ -35,7 +35,7 @@ def fails(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
 @pytest.fixture
 def folder(bench: Bench, tmp_path: Path) -> Path:
     """A folder whose .sluice/env leads to the bench."""
-    with environment.written(bench.settings, {}, tmp_path / ".sluice" / "env"):
+    with env_file_written(bench.settings, {}, tmp_path / ".sluice" / "env"):
         content = (tmp_path / ".sluice" / "env").read_text()
     (tmp_path / ".sluice" / "env").write_text(content)
     return tmp_path
@@ -130,9 +130,9 @@ def test_environment_file(tmp_path: Path) -> None:
     file = tmp_path / ".sluice" / "env"
     settings = Settings(stream_url="redis://h:1/0", s3_buckets=("a", "b"), kafka_options={"sasl_plain_password": "s"})
     variables = {"AWS_SECRET_ACCESS_KEY": "throw-away", "OTHER": "x"}
-    with environment.written(settings, variables, file):
+    with env_file_written(settings, variables, file):
         assert file.stat().st_mode & 0o777 == 0o600
-        read = environment.read(file)
+        read = read_env_file(file)
         assert read["SLUICE_S3_BUCKETS"] == "a,b"
         assert read["SLUICE_STREAM_URL"] == "redis://h:1/0"
         assert read["AWS_SECRET_ACCESS_KEY"] == "throw-away"
@@ -143,9 +143,9 @@ def test_environment_file(tmp_path: Path) -> None:
 
 def test_environment_file_of_a_later_service_stays(tmp_path: Path) -> None:
     file = tmp_path / "env"
-    with environment.written(Settings(group="first"), {}, file):
+    with env_file_written(Settings(group="first"), {}, file):
         file.write_text("SLUICE_GROUP=second\n")
-    assert environment.read(file) == {"SLUICE_GROUP": "second"}
+    assert read_env_file(file) == {"SLUICE_GROUP": "second"}
 
 
 def test_backends_fill_in_only_what_is_missing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.clients.judge_client import Outcome, Trial, connected
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, open_client
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, SluiceError
 from services.core.messages import Submission, Verdict
 from services.core.processes import Child
@@ -52,12 +52,12 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
 
 
-def trial(name: str, uri: str = "s3://uploads/a.jpg") -> Trial:
-    return Trial(Submission(id=name, uri=uri), ("default@1", "default@2"))
+def trial(name: str, uri: str = "s3://uploads/a.jpg") -> JudgeRequest:
+    return JudgeRequest(Submission(id=name, uri=uri), ("default@1", "default@2"))
 
 
-def judge(settings: Settings, *trials: Trial) -> list[Outcome]:
-    with connected(settings) as service:
+def judge(settings: Settings, *trials: JudgeRequest) -> list[JudgeResult]:
+    with open_client(settings) as service:
         return service.judge(trials, progress=lambda _: None)
 
 
@@ -78,14 +78,14 @@ def test_outcomes_in_order(scripted: Scripted, tmp_path: Path) -> None:
 
 
 def test_a_policy_that_is_not_published(scripted: Scripted) -> None:
-    (outcome,) = judge(scripted.settings, Trial(trial("a").submission, (BUILT_IN.as_version(0),)))
+    (outcome,) = judge(scripted.settings, JudgeRequest(trial("a").submission, (BUILT_IN.as_version(0),)))
     assert isinstance(outcome, list)
     assert isinstance(outcome[0], Verdict)
     assert outcome[0].category == "default"
 
 
 def test_several_times_on_one_connection(scripted: Scripted) -> None:
-    with connected(scripted.settings) as service:
+    with open_client(scripted.settings) as service:
         assert service.judge([], progress=print) == []
         assert [len(service.judge([trial("a")], progress=print)) for _ in range(2)] == [1, 1]
 
@@ -104,8 +104,8 @@ def test_whoever_gives_up_leaves_nothing_behind(scripted: Scripted, tmp_path: Pa
         "import signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pipelines.clients.judge_client import *\n"
-        f"with connected(Settings(ray_address={scripted.settings.ray_address!r})) as service:\n"
-        f"    service.judge([Trial(Submission(id='hang', uri='s3://hangs{marker}'), ('default',))], print)\n"
+        f"with open_client(Settings(ray_address={scripted.settings.ray_address!r})) as service:\n"
+        f"    service.judge([JudgeRequest(Submission(id='hang', uri='s3://hangs{marker}'), ('default',))], print)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not marker.exists():
@@ -155,7 +155,7 @@ def test_a_cluster_without_the_service(tmp_path: Path) -> None:
 
 def test_the_service_ends_meanwhile(scripted: Scripted) -> None:
     """The last test: it ends the service of all of them."""
-    with connected(scripted.settings) as service:
+    with open_client(scripted.settings) as service:
         service.judge([trial("a")], progress=print)
         scripted.child.kill()
         started = time.monotonic()

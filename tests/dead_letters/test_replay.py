@@ -13,10 +13,10 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.cli.times import moment
+from pipelines.cli.times import parse_time
 from pipelines.dead_letters import replay as dead_letters
-from pipelines.dead_letters.replay import Found, Replayed, Selection, read_letter
-from pipelines.dead_letters.replay_log import Journal
+from pipelines.dead_letters.replay import Replayed, Selection, StoredDeadLetter, read_letter
+from pipelines.dead_letters.replay_log import ReplayLog
 from services.core.errors import ConfigurationError, StreamUnavailable, Unavailable
 from services.core.messages import DeadLetter, attempts_before, producer_headers
 from services.core.settings import Settings
@@ -42,7 +42,7 @@ def message(value: bytes, dead: DeadLetter | None, *headers: tuple[str, bytes]) 
     return Message(value, b"key", (*own, *headers), "sluice.dead-letters/0/7", NOW)
 
 
-def found(value: bytes | dict[str, Any], **fields: Any) -> Found:
+def found(value: bytes | dict[str, Any], **fields: Any) -> StoredDeadLetter:
     result = read_letter(message(value if isinstance(value, bytes) else json.dumps(value).encode(), letter(**fields)))
     assert result is not None
     return result
@@ -50,8 +50,8 @@ def found(value: bytes | dict[str, Any], **fields: Any) -> Found:
 
 async def replay(
     settings: Settings, selection: Selection | None = None, **options: Any
-) -> tuple[Replayed, list[Found]]:
-    back: list[Found] = []
+) -> tuple[Replayed, list[StoredDeadLetter]]:
+    back: list[StoredDeadLetter] = []
     arguments: dict[str, Any] = {"limit": None, "dry_run": False, "progress": lambda _: None} | options
     done = await dead_letters.replay(settings, selection or Selection(), write=back.append, **arguments)
     return done, back
@@ -132,13 +132,13 @@ class TestSelection:
     ],
 )
 def test_moments(text: str, expected: datetime) -> None:
-    assert moment(text, NOW) == expected
+    assert parse_time(text, NOW) == expected
 
 
 @pytest.mark.parametrize("text", ["", "soon", "5", "h", "-2h", "999999999w", "2026-13-01", "0001-01-01T00:00:00+23:00"])
 def test_no_moments(text: str) -> None:
     with pytest.raises(ConfigurationError, match="neither a duration"):
-        moment(text, NOW)
+        parse_time(text, NOW)
 
 
 def test_attempts_of_submissions_that_were_replayed() -> None:
@@ -214,16 +214,16 @@ async def test_bytes_that_are_no_submission_go_back_as_they_are(bench: Bench) ->
 
 async def test_killed_between_publication_and_mark(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     await bury(bench, "a", "b")
-    keep = Journal.keep
+    keep = ReplayLog.add
 
-    async def die(self: Journal, marks: Any) -> None:
+    async def die(self: ReplayLog, marks: Any) -> None:
         if list(marks):
             raise Unavailable("killed")
 
-    monkeypatch.setattr(Journal, "keep", die)
+    monkeypatch.setattr(ReplayLog, "add", die)
     with pytest.raises(Unavailable):
         await replay(bench.settings)
-    monkeypatch.setattr(Journal, "keep", keep)
+    monkeypatch.setattr(ReplayLog, "add", keep)
     assert len(await bench.read(bench.settings.submissions_stream)) == 2
     assert (await replay(bench.settings))[0] == Replayed(before=2)
     assert len(await bench.read(bench.settings.submissions_stream)) == 2
@@ -283,7 +283,7 @@ async def test_only_the_half_that_was_not_published(bench: Bench, monkeypatch: p
         return publisher
 
     monkeypatch.setattr(dead_letters, "open_publisher", failing)
-    back: list[Found] = []
+    back: list[StoredDeadLetter] = []
     with pytest.raises(StreamUnavailable):
         await dead_letters.replay(
             bench.settings, Selection(), limit=None, dry_run=False, write=back.append, progress=print

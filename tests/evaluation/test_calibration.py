@@ -18,7 +18,7 @@ from sklearn.isotonic import IsotonicRegression
 from typer.testing import CliRunner
 
 from pipelines.cli.main import app
-from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
 from pipelines.evaluation.calibration import applied, changes, fit
 from pipelines.policy_testing import rejudge as replaying
@@ -282,10 +282,10 @@ class Script:
     def __init__(self) -> None:
         self.policies: list[Policy] = []
 
-    def judge(self, trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+    def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         return [self._judge(trial) for trial in trials]
 
-    def _judge(self, trial: Trial) -> Outcome:
+    def _judge(self, trial: JudgeRequest) -> JudgeResult:
         (policy,) = trial.policies
         assert isinstance(policy, Policy)
         self.policies.append(policy)
@@ -305,11 +305,11 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script()
 
     @contextmanager
-    def connected(_settings: Settings) -> Iterator[Script]:
+    def open_client(_settings: Settings) -> Iterator[Script]:
         yield script
 
-    monkeypatch.setattr(runs, "connected", connected)
-    monkeypatch.setattr(replaying, "connected", connected)
+    monkeypatch.setattr(runs, "open_client", open_client)
+    monkeypatch.setattr(replaying, "open_client", open_client)
     return script
 
 

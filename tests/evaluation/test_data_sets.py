@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
 from pipelines.evaluation import tiny_report as world
 from pipelines.evaluation.datasets import open_data_set
@@ -263,15 +263,15 @@ class Script:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self.trials: list[Trial] = []
+        self.trials: list[JudgeRequest] = []
         self.batches: list[int] = []
 
-    def judge(self, trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+    def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         self.trials += trials
         self.batches.append(len(trials))
         return [self._judge(trial.submission, trial.policies[0]) for trial in trials]
 
-    def _judge(self, submission: Submission, policy: str | Policy) -> Outcome:
+    def _judge(self, submission: Submission, policy: str | Policy) -> JudgeResult:
         assert isinstance(policy, Policy)
         assert submission.priority == "backfill"
         name, _, _ = submission.id.partition("-")
@@ -302,10 +302,10 @@ def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script(bench)
 
     @contextmanager
-    def connected(_settings: Settings) -> Iterator[Script]:
+    def open_client(_settings: Settings) -> Iterator[Script]:
         yield script
 
-    monkeypatch.setattr(runs, "connected", connected)
+    monkeypatch.setattr(runs, "open_client", open_client)
     return script
 
 
@@ -405,7 +405,7 @@ def test_nothing_can_be_judged(bench: Bench, service: Script, tmp_path: Path) ->
 def test_a_service_that_ends_leaves_nothing_uploaded(
     bench: Bench, service: Script, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ends(_trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+    def ends(_trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         raise ConfigurationError("the service has ended; start it again")
 
     monkeypatch.setattr(service, "judge", ends)

@@ -5,14 +5,14 @@ import socket
 
 import pytest
 
-from pipelines.local.port import kept
+from pipelines.local.port import reserve_port
 from pipelines.local.up import gateway_url
 from services.core.errors import ConfigurationError
 from services.gateway.server import listen
 
 
 def test_a_port_is_kept_for_those_who_share_it() -> None:
-    with kept("127.0.0.1", 0) as port:
+    with reserve_port("127.0.0.1", 0) as port:
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
         with listen("127.0.0.1", port) as first, listen("127.0.0.1", port) as second:
@@ -21,14 +21,14 @@ def test_a_port_is_kept_for_those_who_share_it() -> None:
             for _ in range(20):
                 with socket.create_connection(("127.0.0.1", port), timeout=5):
                     pass  # none of them goes to the one who keeps the port
-            with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_PORT"), kept("127.0.0.1", port):
+            with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_PORT"), reserve_port("127.0.0.1", port):
                 pass
-    with kept("127.0.0.1", port) as again:
+    with reserve_port("127.0.0.1", port) as again:
         assert again == port
 
 
 def test_an_address_that_is_not_of_this_machine() -> None:
-    with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_HOST"), kept("192.0.2.1", 0):
+    with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_HOST"), reserve_port("192.0.2.1", 0):
         pass
 
 

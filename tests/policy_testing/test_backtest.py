@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipelines.clients.judge_client import Outcome, Progress, Trial
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.policy_testing import backtest as backtesting
 from services.core.errors import ConfigurationError, GuardFailed, NotFound
 from services.core.settings import Settings
@@ -23,10 +23,10 @@ BEFORE, AFTER = "default@1", "default@2"
 class Script:
     """Says Safe under the second version to what is called flip."""
 
-    def judge(self, trials: Sequence[Trial], _progress: Progress) -> list[Outcome]:
+    def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         return [self._judge(trial) for trial in trials]
 
-    def _judge(self, trial: Trial) -> Outcome:
+    def _judge(self, trial: JudgeRequest) -> JudgeResult:
         submission = trial.submission
         assert trial.policies == (BEFORE, AFTER)
         assert submission.priority == "backfill"
@@ -48,7 +48,7 @@ def _connected(_settings: Settings) -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def _by_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backtesting, "connected", _connected)
+    monkeypatch.setattr(backtesting, "open_client", _connected)
 
 
 async def _sample(bench: Bench, ends: dict[str, str]) -> None:

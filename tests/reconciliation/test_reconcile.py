@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pipelines.dead_letters.replay import Selection, replay
 from pipelines.intake.crash_isolation import CRASHES
 from pipelines.reconciliation import reconcile as reconciliation
-from pipelines.reconciliation.matching import Case, End, Occurrence, match
-from pipelines.reconciliation.reconcile import Account, Finding, Span, reconcile
+from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
+from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, Span, reconcile
 from services.core.messages import Assessment, DeadLetter, Detail, PreparedImage
 from services.core.settings import Settings
 from services.streams.base import Record
@@ -32,12 +32,12 @@ __all__ = ["folder"]
 SETTLED_BEFORE = 5.0
 
 
-def occurrence(key: bytes, at: float, counted: bool = True) -> Occurrence:
-    return Occurrence(key, at, counted, "id", "uri", f"s/{at}")
+def occurrence(key: bytes, at: float, counted: bool = True) -> SeenSubmission:
+    return SeenSubmission(key, at, counted, "id", "uri", f"s/{at}")
 
 
-def end(key: bytes, identity: str, early: bool = True) -> End:
-    return End(key, identity, "verdict", False, 0.0, early, "id", "uri", "v/0/1", None)
+def end(key: bytes, identity: str, read_first: bool = True) -> SubmissionOutcome:
+    return SubmissionOutcome(key, identity, "verdict", False, 0.0, read_first, "id", "uri", "v/0/1", None)
 
 
 KEYS = st.sampled_from([b"a", b"b", b"c"])
@@ -45,7 +45,7 @@ OCCURRENCES = st.lists(st.builds(occurrence, KEYS, st.integers(0, 9).map(float),
 ENDS = st.lists(st.builds(end, KEYS, st.sampled_from("xyz"), st.booleans()), max_size=8)
 
 
-def matched(occurrences: Sequence[Occurrence], ends: Sequence[End]) -> list[Case]:
+def matched(occurrences: Sequence[SeenSubmission], ends: Sequence[SubmissionOutcome]) -> list[ReconciledSubmission]:
     in_order = (sorted(each, key=lambda one: one.key) for each in (occurrences, ends))
     return list(match(*in_order, SETTLED_BEFORE))  # type: ignore[arg-type]
 
@@ -60,20 +60,20 @@ def fewest_conflicts(identities: Sequence[str], explained: int) -> int:
 
 class TestMatching:
     @given(OCCURRENCES, ENDS)
-    def test_as_the_model_has_it(self, occurrences: list[Occurrence], ends: list[End]) -> None:
+    def test_as_the_model_has_it(self, occurrences: list[SeenSubmission], ends: list[SubmissionOutcome]) -> None:
         cases = matched(occurrences, ends)
         assert len(cases) == len({each.key for each in [*occurrences, *ends]})
         for case in cases:
             key = (*case.occurrences, *[each for each in ends if each.key not in {o.key for o in occurrences}])[0].key
             mine = sorted((each for each in occurrences if each.key == key), key=lambda each: each.at)
-            early = [each.identity for each in ends if each.key == key and each.early]
-            late = [each.identity for each in ends if each.key == key and not each.early]
+            read_first = [each.identity for each in ends if each.key == key and each.read_first]
+            late = [each.identity for each in ends if each.key == key and not each.read_first]
             assert list(case.occurrences) == mine
-            without = mine[len(early) + len(late) :]
+            without = mine[len(read_first) + len(late) :]
             counted = [each for each in without if each.counted]
             assert list(case.lost) == [each for each in counted if each.at < SETTLED_BEFORE]
             assert case.in_flight == len(counted) - len(case.lost)
-            known = early + late[: max(0, len(mine) - len(early))]
+            known = read_first + late[: max(0, len(mine) - len(read_first))]
             assert sorted(each.identity for each in case.ends) == sorted(known) or not mine
             if any(each.counted for each in mine):
                 assert case.conflicting == fewest_conflicts(known, len(mine))
@@ -106,15 +106,15 @@ class TestMatching:
         assert (case.conflicting, case.repeats) == (0, 0), "submitted again, a dead letter may well become a verdict"
 
     def test_what_came_while_reading_fills_gaps_but_is_never_too_much(self) -> None:
-        (case,) = matched([occurrence(b"a", 0)], [end(b"a", "x", early=False), end(b"a", "y", early=False)])
+        (case,) = matched([occurrence(b"a", 0)], [end(b"a", "x", read_first=False), end(b"a", "y", read_first=False)])
         assert (case.lost, case.repeats, case.conflicting) == ((), 0, 0)
 
 
 def test_the_sentence() -> None:
-    assert Account().wrong(exactly_once=True) is None
-    assert Account(repeats=2, unexplained=1, in_flight=4).wrong(exactly_once=False) is None
-    assert "2 ends are repeated" in str(Account(repeats=2).wrong(exactly_once=True))
-    assert Account(lost=1200, conflicting=1).wrong(exactly_once=False) == (
+    assert ReconciliationReport().wrong(exactly_once=True) is None
+    assert ReconciliationReport(repeats=2, unexplained=1, in_flight=4).wrong(exactly_once=False) is None
+    assert "2 ends are repeated" in str(ReconciliationReport(repeats=2).wrong(exactly_once=True))
+    assert ReconciliationReport(lost=1200, conflicting=1).wrong(exactly_once=False) == (
         "1,200 submissions have no end, and 1 ends contradict another end of the same submission"
     )
 
@@ -129,7 +129,9 @@ def test_places_are_in_order() -> None:
     assert sorted(sources, key=lambda each: reconciliation._place(each) or ("", ())) == sources
 
 
-async def account(settings: Settings, span: Span | None = None, settle_s: float = 0) -> tuple[Account, list[Finding]]:
+async def account(
+    settings: Settings, span: Span | None = None, settle_s: float = 0
+) -> tuple[ReconciliationReport, list[Finding]]:
     findings: list[Finding] = []
     result = await reconcile(
         settings, span or Span(), settle_s=settle_s, write=findings.append, progress=lambda _: None
@@ -191,7 +193,7 @@ async def test_everything_that_can_come_of_a_submission(bench: Bench) -> None:
     await bench.settled(17)
     result, findings = await account(bench.settings)
     assert findings == []
-    assert result == Account(
+    assert result == ReconciliationReport(
         submissions=17,
         verdicts=Counter(verdict=4),
         dead_letters=Counter(malformed=10, not_found=3),
@@ -215,7 +217,7 @@ async def test_a_message_that_was_given_up_whole_ends_all_of_its_submissions(ben
     await bench.settled(1)
     result, findings = await account(bench.settings)
     assert findings == []
-    assert result == Account(submissions=3, dead_letters=Counter(guard_failed=3))
+    assert result == ReconciliationReport(submissions=3, dead_letters=Counter(guard_failed=3))
 
 
 async def test_lost_and_in_flight(bench: Bench) -> None:
@@ -229,7 +231,7 @@ async def test_lost_and_in_flight(bench: Bench) -> None:
     await bench.start()
     bench.put("held.jpg")
     await bench.submit({"id": "held", "uri": "s3://uploads/held.jpg"})
-    assert (await account(bench.settings, settle_s=60))[0] == Account(submissions=1, in_flight=1)
+    assert (await account(bench.settings, settle_s=60))[0] == ReconciliationReport(submissions=1, in_flight=1)
     result, (finding,) = await account(bench.settings)
     assert (result.lost, finding.finding, finding.submission_id) == (1, "lost", "held")
     assert finding.source is not None
@@ -285,7 +287,7 @@ async def test_a_range(bench: Bench) -> None:
     result, findings = await account(settings, Span(since, until))
     assert (result.submissions, result.verdicts, result.outside) == (3, Counter(verdict=2), 2)
     assert kinds(findings) == {("lost", "lost"): 1}
-    assert (await account(settings, Span(since=datetime.now(UTC) + timedelta(hours=2))))[0] == Account()
+    assert (await account(settings, Span(since=datetime.now(UTC) + timedelta(hours=2))))[0] == ReconciliationReport()
     everything, _ = await account(settings)
     assert (everything.submissions, everything.lost, everything.unexplained) == (6, 3, 1)
 
@@ -314,7 +316,7 @@ async def test_a_service_that_goes_on_while_it_is_read(bench: Bench, monkeypatch
 
     monkeypatch.setattr(reconciliation._Reading, "read_submissions", meanwhile)
     result, findings = await account(settings)
-    assert (result, findings) == (Account(submissions=3, verdicts=Counter(verdict=3)), [])
+    assert (result, findings) == (ReconciliationReport(submissions=3, verdicts=Counter(verdict=3)), [])
 
 
 async def test_from_outside(bench: Bench, folder: Path) -> None:
@@ -363,7 +365,7 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
             "backfill_stream": f"{name}.backfill",
         }
     )
-    assert (await account(settings))[0] == Account()
+    assert (await account(settings))[0] == ReconciliationReport()
     names = [f"n-{number}" for number in range(30)]
     await publish(settings, *(submission(settings, each) for each in names))
     await publish(settings, Record(settings.submissions_stream, b"not json", b"k"))
@@ -371,7 +373,10 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
     await bench.settled(31, within_s=90)
     await intake.drain()
     result, findings = await account(settings)
-    assert (result, findings) == (Account(submissions=31, dead_letters=Counter(not_found=30, malformed=1)), [])
+    assert (result, findings) == (
+        ReconciliationReport(submissions=31, dead_letters=Counter(not_found=30, malformed=1)),
+        [],
+    )
     await publish(settings, dead_letter(settings, "n-3"), submission(settings, "lost"), verdict(settings, "stray"))
     _, findings = await account(settings)
     assert kinds(findings) == {("conflicting", "n-3"): 1, ("lost", "lost"): 1, ("unexplained", "stray"): 1}
