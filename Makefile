@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults soak fuzz evaluate lint lock schemas clean
+.PHONY: help setup demo test faults soak fuzz evaluate lint lock schemas docs clean
 
 help:
 	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
@@ -16,6 +16,7 @@ help:
 	@echo 'make setup     make .venv from requirements.lock'
 	@echo 'make lock      compile requirements.lock, and those of the images, from pyproject.toml'
 	@echo 'make schemas   export the JSON Schemas of the wire to infra/schemas'
+	@echo 'make docs      write the reference pages from the code and build the site into site/; a dead link fails it'
 
 setup: .venv/.complete
 
@@ -70,5 +71,10 @@ lock:
 schemas: setup
 	$(BIN)/sluice schemas infra/schemas
 
+# In strict mode a dead link or anchor fails the build.
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .kafka .sluice .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site .venv .kafka .sluice .mypy_cache .ruff_cache .pytest_cache .hypothesis

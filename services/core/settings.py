@@ -26,30 +26,43 @@ class Settings(BaseSettings):
 
     # Where things are
     stream_url: str = Field("", description="kafka://host:9092,host:9092 or redis://host:6379/0")
-    redis_url: str = Field("", description="Redis or Valkey: the cache")
-    s3_endpoint: str | None = Field(None, description="an S3 server; AWS when unset")
-    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field((), description="the only buckets that are read")
-    policy_bucket: str = Field("", description="where policy versions live")
-    model: str = Field("", description="checkpoint: a path, a hub id, or `tiny`")
+    redis_url: str = Field("", description="URL of Redis or Valkey, which is used as a cache")
+    s3_endpoint: str | None = Field(None, description="URL of an S3 server other than AWS")
+    s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="the only buckets that Sluice reads, separated by commas"
+    )
+    policy_bucket: str = Field("", description="bucket of the policy versions and API keys")
+    model: str = Field(
+        "",
+        description="checkpoint: a name (`LlavaGuard-v1.2-7B-OV`; a wrong name lists all), a hub id, a folder, or "
+        "`tiny`",
+    )
 
     # Streams
     group: str = Field("sluice", description="consumer group")
     member_id: str = Field(
         "",
         pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,248})?$",
-        description="Kafka: this member's own name, so that it gets its partitions back when it restarts; empty: none",
+        description="Kafka: a name of this member's own; after a restart it gets its partitions back without a "
+        "rebalance",
     )
-    delivery: Literal["at_least_once", "exactly_once"] = "at_least_once"
-    submissions_stream: str = "sluice.submissions"
-    verdicts_stream: str = "sluice.verdicts"
-    dead_letters_stream: str = "sluice.dead-letters"
+    delivery: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once", description="Kafka: whether outputs and offsets are committed as one transaction"
+    )
+    submissions_stream: str = Field("sluice.submissions", description="stream of live submissions")
+    verdicts_stream: str = Field("sluice.verdicts", description="stream of verdicts")
+    dead_letters_stream: str = Field("sluice.dead-letters", description="stream of dead letters")
     backfill_stream: str = Field(
-        "sluice.submissions.backfill", description="submissions that wait for live ones; empty: none are read"
+        "sluice.submissions.backfill",
+        description="stream of submissions that wait for live ones, read by the group `<SLUICE_GROUP>.backfill`; "
+        "empty: no backfill stream is read",
     )
-    shadow_verdicts_stream: str = "sluice.shadow-verdicts"
+    shadow_verdicts_stream: str = Field(
+        "sluice.shadow-verdicts", description="stream of the verdicts of shadow versions"
+    )
     kafka_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="JSON object handed to every kafka-python client, e.g. for TLS and SASL",
+        description='JSON object for every kafka-python client, for example `{"security_protocol": "SASL_SSL"}`',
     )
     kafka_partitions: Positive = Field(6, description="partitions of a Kafka topic that Sluice has to create")
     redis_claim_idle_s: PositiveSeconds = Field(
@@ -61,41 +74,51 @@ class Settings(BaseSettings):
 
     # Policies
     policy_refresh_s: PositiveSeconds = Field(
-        5, description="how long a policy is believed to be unchanged where Redis does not announce changes"
+        5, description="interval at which policies are read again while Redis announces no changes"
     )
     sample_size: Positive = Field(
-        10_000, description="recent submissions of each policy that are remembered, by reference, for backtests"
+        10_000, description="recent submissions of each policy that Redis keeps, by reference, for backtests"
     )
 
     # Ray
-    ray_address: str | None = Field(None, description="Ray cluster to run on; unset: one of this machine's own")
+    ray_address: str | None = Field(None, description="Ray cluster to run on; unset: Sluice starts one on this machine")
 
-    log_file: Path | None = Field(None, description="also collects the log of every replica on this machine")
+    log_file: Path | None = Field(None, description="file that also collects the log of every replica on this machine")
 
     # Work in flight
-    intake_replicas: Positive = Field(1, description="the fewest, where intake_max_replicas is set")
+    intake_replicas: Positive = Field(
+        1, description="number of intake replicas; the minimum if SLUICE_INTAKE_MAX_REPLICAS is set"
+    )
     in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")
     image_memory_bytes: Positive = Field(1 << 30, description="memory for images in flight, per intake replica")
     judge_deadline_s: PositiveSeconds = Field(
         3600, description="a submission that cannot be judged for this long, while others are, is a dead letter"
     )
     blocked_deadline_s: PositiveSeconds = Field(
-        600, description="Kafka: a submission that holds up a full window for this long ends as blocked_as says"
+        600,
+        description="Kafka: a submission that holds up a full window of its partition for this long ends as "
+        "SLUICE_BLOCKED_AS says",
     )
-    blocked_as: Literal["needs_review", "dead_letter"] = "needs_review"
+    blocked_as: Literal["needs_review", "dead_letter"] = Field(
+        "needs_review", description="outcome of a submission after SLUICE_BLOCKED_DEADLINE_S"
+    )
     drain_s: Annotated[float, Field(ge=0)] = Field(30, description="time for work in flight after SIGTERM")
 
     # Images
-    image_limit_bytes: Positive = 64 << 20
-    image_limit_px: Positive = Field(100_000_000, description="width x height, checked before decoding")
+    image_limit_bytes: Positive = Field(64 << 20, description="largest image file that is judged")
+    image_limit_px: Positive = Field(
+        100_000_000, description="largest image, width x height in pixels; checked before decoding"
+    )
     fetch_deadline_s: PositiveSeconds = Field(30, description="for one object, from the request to the last byte")
     decode_workers: Positive = Field(2, description="processes that decode images, per intake replica")
     decode_deadline_s: PositiveSeconds = Field(30, description="for one image; a decoder that hangs is killed")
 
     # Guard
-    guard_replicas: Positive = Field(1, description="as many, unless guard_max_replicas is set")
+    guard_replicas: Positive = Field(1, description="number of guard replicas, unless SLUICE_GUARD_MAX_REPLICAS is set")
     guard_gpus: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="GPUs of one guard replica; unset: 1 where Ray has GPUs, else 0 (the engine runs on the CPU)"
+        None,
+        description="GPUs of one guard replica. Unset: 1 if Ray has GPUs, else 0 (the engine runs on the CPU). 2 or "
+        "more for a checkpoint too large for one GPU; 0.5 for two replicas of a small checkpoint on one GPU",
     )
     guard_in_flight: Positive = Field(
         16, description="assessments that one guard replica gives to its engine at a time"
@@ -105,29 +128,33 @@ class Settings(BaseSettings):
 
     # Replicas that follow the backlog
     guard_max_replicas: Positive | None = Field(
-        None, description="the most guard replicas; where it is set their number follows the backlog"
+        None, description="maximum of guard replicas; if set, their number follows the backlog"
     )
     guard_min_replicas: Annotated[int, Field(ge=0)] = Field(
-        0, description="the fewest guard replicas, where their number follows the backlog; with a gateway 1 at least"
+        0, description="minimum of guard replicas if their number follows the backlog; with a gateway at least 1"
     )
-    intake_max_replicas: Positive | None = Field(None, description="the most intake replicas; unset: intake_replicas")
-    objective_s: PositiveSeconds = Field(300, description="from submission to verdict, for live submissions")
-    backfill_objective_s: PositiveSeconds = Field(6 * 3600, description="in which a backfill is to be done")
+    intake_max_replicas: Positive | None = Field(
+        None, description="maximum of intake replicas; unset: always SLUICE_INTAKE_REPLICAS"
+    )
+    objective_s: PositiveSeconds = Field(
+        300, description="aim for the time from submission to verdict, for live submissions"
+    )
+    backfill_objective_s: PositiveSeconds = Field(6 * 3600, description="aim for the time in which a backfill is done")
     idle_s: PositiveSeconds = Field(600, description="with nothing to do for this long, guard replicas may go to zero")
     scale_down_s: PositiveSeconds = Field(240, description="for how long fewer replicas must have been enough")
     replica_rate: Annotated[float, Field(gt=0)] = Field(
         5, description="submissions a second that a guard replica judges, until it is measured"
     )
     replica_start_s: PositiveSeconds = Field(
-        300, description="from the wish for a guard replica until it judges, until it is measured"
+        300, description="time from requesting a guard replica until it judges, until it is measured"
     )
 
     # Gateway
-    gateway_host: str = Field("127.0.0.1", description="where it listens; plain HTTP, so put TLS before any other")
+    gateway_host: str = Field("127.0.0.1", description="address to listen on; plain HTTP, so put TLS in front of it")
     gateway_port: Annotated[int, Field(ge=0, le=65_535)] = Field(
-        8080, description="replicas on one machine share it; `up --embedded` takes a free one unless it is set"
+        8080, description="port, shared by replicas on one machine; `up --embedded` takes a free one unless it is set"
     )
-    gateway_replicas: Annotated[int, Field(ge=0)] = Field(1, description="0: no gateway")
+    gateway_replicas: Annotated[int, Field(ge=0)] = Field(1, description="number of gateway replicas; 0: no gateway")
     gateway_connections: Positive = Field(1024, description="open at a time, per gateway replica")
     gateway_in_flight: Positive = Field(128, description="images that one gateway replica works on at a time")
     gateway_rate_per_s: Annotated[float, Field(gt=0)] = Field(
@@ -146,6 +173,7 @@ class Settings(BaseSettings):
         (), description="hosts (host or host:port) whose http(s) URLs are fetched; none are unless they are named"
     )
 
+    # Files on this machine
     state_dir: Path = Field(
         Path.home() / ".cache" / "sluice", description="staged checkpoints and engine logs; safe to delete"
     )

@@ -1,0 +1,55 @@
+"""The documentation: generated pages are current, and every link and anchor leads somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from services.core.settings import Settings
+
+ROOT: Final = Path(__file__).parents[2]
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_generated_pages_are_current() -> None:
+    checked = _run("docs/generate.py", "--check")
+
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_every_setting_has_a_description() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    built = _run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"))
+
+    assert built.returncode == 0, built.stderr
+
+
+@pytest.mark.parametrize("target", ["nowhere.md", "glossary.md#nowhere"])
+def test_dead_link_fails_the_build(tmp_path: Path, target: str) -> None:
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    (pages / "index.md").write_text(f"# Page\n\n[link]({target}) [glossary](glossary.md)\n")
+    (pages / "glossary.md").write_text("# Glossary\n")
+    configuration = (ROOT / "mkdocs.yml").read_text().partition("nav:\n  - Overview")[0]
+    (tmp_path / "mkdocs.yml").write_text(configuration)
+
+    built = _run("-m", "mkdocs", "build", "--strict", "--config-file", str(tmp_path / "mkdocs.yml"))
+
+    assert built.returncode != 0
+    assert "nowhere" in built.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_file_that_a_page_of_the_root_links_to_exists(name: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
