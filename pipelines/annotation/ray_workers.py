@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from pipelines.clients.ray import QUIET, join, last_line, silent
+from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, join, last_line, own_error, silent, wait_until_running
+from pipelines.clients.ray_address import NO_CLUSTER
 from pipelines.serving.app import APPLICATION
 from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError, SluiceError
@@ -26,13 +26,9 @@ from services.core.settings import Settings
 from services.guard import checkpoints
 
 _GUARD: Final = "Guard"
-_OBJECT_STORE_BYTES: Final = 200 << 20
-_POLL_S: Final = 0.25
-_WORD_EVERY_S: Final = 15.0
 _STOP_S: Final = 10.0
 _CALLS: Final = 2
 """Units that a worker is at: the next one is under way while the last images of one are judged."""
-_NO_CLUSTER: Final = {"", "local"}
 
 Progress = Callable[[str], None]
 
@@ -69,11 +65,11 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }.items():
         os.environ.setdefault(name, value)
-    if address in _NO_CLUSTER:
+    if address in NO_CLUSTER:
         progress("starting Ray on this machine")
         end_with_this_process()
         with silent():
-            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **QUIET)
+            ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     else:
         join(address)
     for name in ("ray.serve", "ray.data"):
@@ -142,7 +138,7 @@ def run_units(
             for values in zip(*batch.values(), strict=True):
                 yield {name: int(value) for name, value in zip(names, values, strict=True)}
     except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        raise _own(error) or SluiceError(f"a worker failed: {last_line(error)}") from None
+        raise own_error(error) or SluiceError(f"a worker failed: {last_line(error)}") from None
 
 
 def run_here(worker: type[Any], arguments: Mapping[str, Any], units: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -208,25 +204,9 @@ def _deploy(settings: Settings, name: str, replicas: int, progress: Progress) ->
     ).bind(settings)
     target = serve.RunTarget(application, name=name, route_prefix=None, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
-    started, next_word_s = time.monotonic(), 0.0
-    while True:
-        status = serve.status().applications[name]
-        if status.status == ApplicationStatus.RUNNING:
-            return
-        if status.status == ApplicationStatus.DEPLOY_FAILED:
-            messages = [d.message for d in status.deployments.values() if d.message]
-            raise ConfigurationError(f"the guard did not start: {last_line('; '.join(messages))}")
-        elapsed_s = time.monotonic() - started
-        if elapsed_s >= next_word_s:
-            progress(f"loading {settings.model} into {replicas} engines of its own ({elapsed_s:.0f} s)")
-            next_word_s = elapsed_s + _WORD_EVERY_S
-        time.sleep(_POLL_S)
-
-
-def _own(error: BaseException | None) -> SluiceError | None:
-    """Sluice's own error among the causes, if there is one."""
-    while error is not None:
-        if isinstance(error, SluiceError) and not isinstance(error, RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    wait_until_running(
+        name,
+        loading=f"loading {settings.model} into {replicas} engines of its own",
+        progress=progress,
+        explain=lambda messages: f"the guard did not start: {last_line(messages)}",
+    )

@@ -7,7 +7,6 @@ share of its published figure that engines are known to reach. None of this has 
 """
 
 import math
-import re
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
@@ -171,17 +170,6 @@ def parse_rate(text: str) -> float:
     """
     number, _, unit = text.partition("/")
     return _positive(number, text, "a rate such as 400/s or 1000000/h") / _unit(unit or "s", text)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of `30s`, `5m`, `1h`; a bare number is seconds.
-
-    Raises:
-        ConfigurationError: it is none of these.
-    """
-    found = re.fullmatch(r"(.*?)([a-z]*)", text.strip())
-    number, unit = found.groups() if found else (text, "")
-    return _positive(number, text, "a duration such as 30s or 5m") * _unit(unit or "s", text)
 
 
 def _positive(number: str, text: str, what: str) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
+from pipelines.cli.output import print_progress
 from pipelines.cli.times import parse_time
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, DeadLetterReason, SluiceError
@@ -41,7 +42,11 @@ def list_(
 
     selection = _selection(reason, tenant, older_than, newer_than)
     settings = settings_module.load("stream_url")
-    _run(print_letters(settings, selection, write=lambda found: typer.echo(_shown(found, as_json)), progress=_say))
+    _run(
+        print_letters(
+            settings, selection, write=lambda found: typer.echo(_shown(found, as_json)), progress=print_progress
+        )
+    )
 
 
 @app.command()
@@ -71,11 +76,11 @@ def replay(
             limit=limit,
             dry_run=dry_run,
             write=lambda found: typer.echo(_shown(found, as_json)),
-            progress=_say,
+            progress=print_progress,
         )
     )
     before = f"; {done.before} that were replayed before are left alone" if done.before else ""
-    _say(f"{done.replayed} {'would be replayed' if dry_run else 'replayed'}{before}")
+    print_progress(f"{done.replayed} {'would be replayed' if dry_run else 'replayed'}{before}")
     if done.refused:
         raise SluiceError(f"{done.refused} dead letters were not replayed, because their stream refuses them")
 
@@ -102,7 +107,7 @@ def reconcile(
             span,
             settle_s=settle_s,
             write=lambda finding: typer.echo(finding.to_json() if as_json else finding.line()),
-            progress=_say,
+            progress=print_progress,
         )
     )
     typer.echo(account.to_json() if as_json else "\n".join(account.lines()))
@@ -137,7 +142,3 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

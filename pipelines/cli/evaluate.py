@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipelines.cli.output import print_progress
 from pipelines.clients.policy_changes import announce
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
@@ -60,11 +61,11 @@ def evaluate(
         out=out,
         resamples=resamples,
         prevalence=prevalence,
-        progress=_say,
+        progress=print_progress,
     )
     typer.echo(report.model_dump_json() if as_json else "\n".join(report.lines()))
     if out:
-        _say(f"{out / runs.PAGE} shows it")
+        print_progress(f"{out / runs.PAGE} shows it")
 
 
 def calibrate(
@@ -75,13 +76,14 @@ def calibrate(
         DEFAULT_POLICY
     ),
     apply: Annotated[bool, typer.Option("--apply", help="Store it, and apply it to scores from now on.")] = False,
-    take_back: Annotated[
-        bool, typer.Option("--take-back", help="Apply what was applied before, or nothing; takes no data set.")
+    revert: Annotated[
+        bool, typer.Option("--revert", help="Apply the calibration before this one, or none; takes no data set.")
     ] = False,
+    take_back: Annotated[bool, typer.Option("--take-back", hidden=True, help="The former name of --revert.")] = False,
     method: Annotated[
         Literal["isotonic", "platt"] | None, typer.Option(help="By the number of samples unless given.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="With --take-back: of the checkpoint, if there are several.")] = (
+    revision: Annotated[str | None, typer.Option(help="With --revert: of the checkpoint, if there are several.")] = (
         None
     ),
     split: Split = None,
@@ -97,31 +99,31 @@ def calibrate(
     and checkpoint, so thresholds mean something else.
     """
     by = who or user()
-    if take_back:
+    if revert or take_back:
         if data_set or apply:
-            raise ConfigurationError("--take-back takes no data set and no --apply")
-        change = _taken_back(policy, revision, by, why)
+            raise ConfigurationError("--revert takes no data set and no --apply; leave them out")
+        change = _revert_calibration(policy, revision, by, why)
         typer.echo(change.model_dump_json(by_alias=True) if as_json else f"{change.name}: taken back by {by}")
         return
     if data_set is None:
-        raise ConfigurationError("name a data set of labelled images, or --take-back")
+        raise ConfigurationError("a data set is missing; name one with labelled images, or give --revert")
     from pipelines.evaluation import run as runs
 
     settings = settings_module.load(*_SETTINGS)
     fitted = runs.calibrate(
-        runs.Source(data_set, split, limit), policy, settings, method=method, seed=seed, progress=_say
+        runs.Source(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
     )
     typer.echo(json.dumps(_as_json(fitted, apply)) if as_json else "\n".join(_lines(fitted)))
     if not apply:
-        _say("nothing is stored; --apply applies it from now on, and --take-back takes it back")
+        print_progress("nothing is stored; --apply applies it from now on, and --revert undoes that")
         return
     name = fitted.evaluated.document.name
     change = PolicyRegistry.from_settings(settings).calibrate(name, fitted.to_store(), who=by, why=why)
     announce(settings, lambda shared: shared.offer(name, change))
-    _say(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")
+    print_progress(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")
 
 
-def _taken_back(policy: str, revision: str | None, by: str, why: str) -> Change:
+def _revert_calibration(policy: str, revision: str | None, by: str, why: str) -> Change:
     from pipelines.evaluation.policies import published
 
     settings = settings_module.load("policy_bucket")
@@ -179,7 +181,3 @@ def _as_json(fitted: "Fitted", applied: bool) -> dict[str, object]:
         "failures": fitted.failures,
         "applied": applied,
     }
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

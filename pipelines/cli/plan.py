@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipelines.cli.times import parse_duration
+
 
 def plan(
     rate: Annotated[str, typer.Option(help="Submissions: 400/s, 24000/min, 1000000/h.")],
@@ -23,11 +25,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The plan as one JSON object.")] = False,
 ) -> None:
     """Compute the replicas, nodes, partitions and GPU-hours that a load needs."""
-    from pipelines.autoscaling import capacity as planning  # noqa: PLC0415 - the others need not wait for it
+    from pipelines.autoscaling import capacity  # noqa: PLC0415 - the others need not wait for it
 
-    found = planning.plan(
-        rate=planning.parse_rate(rate),
-        objective_s=planning.parse_duration(objective),
+    found = capacity.plan(
+        rate=capacity.parse_rate(rate),
+        objective_s=parse_duration(objective),
         checkpoint=checkpoint,
         gpu=gpu,
         image=image,

@@ -16,7 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 from types import MappingProxyType
 from typing import Any, Final
 
-from pipelines.clients.ray_address import answers
+from pipelines.clients.ray_address import NO_CLUSTER, answers
 from services.core.errors import ConfigurationError, GuardFailed, SluiceError, Unjudgeable
 from services.core.messages import Policy, Submission, Verdict
 from services.core.settings import Settings
@@ -31,8 +31,6 @@ _GONE_AFTER: Final = 3
 _END_S: Final = 5.0
 _PROGRESS_LOG_S: Final = 5.0
 _IN_FLIGHT_LIMIT: Final = 64
-_NO_CLUSTER: Final = {"", "local"}
-"""To Ray these addresses mean a new cluster."""
 
 
 def _read_only(mapping: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -115,7 +113,7 @@ def open_client(settings: Settings) -> Iterator[JudgeClient]:
         ConfigurationError: no service runs there, or it cannot be reached.
     """
     address = settings.ray_address or ""
-    if address in _NO_CLUSTER:
+    if address in NO_CLUSTER:
         raise ConfigurationError(
             "SLUICE_RAY_ADDRESS does not say where a service runs; start one with `sluice up`, and be in its folder"
         )

@@ -4,6 +4,8 @@ import socket
 from typing import Final
 from urllib.parse import urlsplit
 
+NO_CLUSTER: Final = {"", "local"}
+"""Addresses with which Ray starts a new cluster instead of joining one."""
 _ANSWER_S: Final = 3.0
 
 

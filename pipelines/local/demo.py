@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.clients import streams as client
+from pipelines.clients import streams
 from pipelines.local.up import Progress, running_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import CATEGORIES, NO_CATEGORY, DeadLetter, Submission, Verdict
@@ -78,7 +78,7 @@ async def _judge(uploads: list[_Upload], settings: Settings, progress: Progress)
     bucket = settings.s3_buckets[0]
     for upload in uploads:
         await asyncio.to_thread(s3.put_object, Bucket=bucket, Key=upload.name, Body=upload.data)
-    await client.submit(
+    await streams.submit(
         [Submission(id=upload.name, uri=f"s3://{bucket}/{upload.name}") for upload in uploads], settings
     )
     ends: dict[str, Verdict | DeadLetter] = {}

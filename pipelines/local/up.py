@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -18,21 +17,19 @@ from types import FrameType
 from typing import Final
 from urllib.parse import urlsplit
 
-import psutil
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
 
-from pipelines.autoscaling import serve_config as elastic
-from pipelines.clients.ray import QUIET, join
-from pipelines.local import backends as embedded
-from pipelines.local import port as ports
-from pipelines.serving import build as serve_app
+from pipelines.autoscaling import serve_config
+from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, deploy_failure_cause, join, wait_until_running
+from pipelines.local.backends import backends
+from pipelines.local.port import reserve_port
+from pipelines.serving import build
 from pipelines.serving.app import APPLICATION, INTAKE, application
 from pipelines.serving.gateway_deployment import GATEWAY
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
-from services.core.processes import end_with_this_process
+from services.core.processes import end_with_this_process, kill_descendants
 from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry
 from services.guard import checkpoints
@@ -42,19 +39,17 @@ _REACH_S: Final = 20.0
 """How long a backend may take to answer at the start before the user is told."""
 _STOP_S: Final = 12.0
 """How long the orderly end may take beyond the drain; then every child is killed."""
-_KILL_ROUNDS: Final = 3
-"""A process may fork while it is killed; one that outlives all rounds hangs in the kernel."""
+_KILL_S: Final = 3.0
+"""How long killed processes may take to disappear. A process that takes longer hangs in the kernel."""
 _POLL_S: Final = 0.25
-_PROGRESS_LOG_S: Final = 15.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
-_OBJECT_STORE_BYTES: Final = 200 << 20  # images travel inline in calls; Ray's own default takes 30 % of the memory
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 
 class ShutdownRequested(BaseException):
-    """SIGINT or SIGTERM came."""
+    """SIGINT or SIGTERM arrived."""
 
 
 @contextmanager
@@ -77,9 +72,7 @@ def running_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settin
         try:
             if embed:
                 progress("starting the embedded backends")
-                variables = stack.enter_context(
-                    embedded.backends({name: value for name, value in os.environ.items() if value})
-                )
+                variables = stack.enter_context(backends({name: value for name, value in os.environ.items() if value}))
                 os.environ.update(variables)
             settings = settings_module.load()
             log_file = stack.enter_context(_shown_log(settings.log_file))
@@ -124,26 +117,15 @@ def _killing_descendants() -> Iterator[Callable[[float], None]]:
     try:
         yield limit_end
     finally:
-        _kill_descendants()
+        kill_descendants(within_s=_KILL_S)
         if watchdog:
             watchdog.cancel()
 
 
 def _shutdown_timed_out() -> None:
-    log.error("the end took too long; what is left is killed, and what was in flight comes back at the next start")
-    _kill_descendants()
+    log.error("shutdown timed out; killing remaining processes. Unfinished messages are redelivered on the next start")
+    kill_descendants(within_s=_KILL_S)
     os._exit(1)
-
-
-def _kill_descendants() -> None:
-    for _ in range(_KILL_ROUNDS):
-        descendants = psutil.Process().children(recursive=True)
-        if not descendants:
-            return
-        for descendant in descendants:
-            with suppress(psutil.NoSuchProcess):
-                descendant.kill()
-        psutil.wait_procs(descendants, timeout=1)
 
 
 @contextmanager
@@ -222,7 +204,7 @@ def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Map
         port = settings.gateway_port
         if not settings.ray_address:  # else the gateway runs on another machine, for all that is known here
             wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
-            port = stack.enter_context(ports.reserve_port(settings.gateway_host, wanted))
+            port = stack.enter_context(reserve_port(settings.gateway_host, wanted))
         variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
         if embed:
             keys = KeyRegistry.from_settings(settings)
@@ -255,15 +237,15 @@ def _ray(settings: Settings) -> Iterator[None]:
     else:
         ray.init(
             "local",
-            num_cpus=max(os.cpu_count() or 1, elastic.most_replicas(settings) + settings.gateway_replicas),
-            object_store_memory=_OBJECT_STORE_BYTES,
+            num_cpus=max(os.cpu_count() or 1, serve_config.most_replicas(settings) + settings.gateway_replicas),
+            object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             **QUIET,
         )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
     try:
-        serve.start(proxy_location="Disabled", logging_config=serve_app.QUIET)
+        serve.start(proxy_location="Disabled", logging_config=build.QUIET)
         yield
     finally:
         # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
@@ -288,34 +270,21 @@ def _deploy(settings: Settings, progress: Progress) -> None:
     gpus = settings.guard_gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    if elastic.is_elastic(settings):
-        plan = serve_app.deployment_plan(settings.model_copy(update={"guard_gpus": gpus}))
+    if serve_config.is_elastic(settings):
+        plan = build.deployment_plan(settings.model_copy(update={"guard_gpus": gpus}))
         # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
         serve.context._get_global_client().deploy_apps(plan)
     else:
         built = application(settings, guard_gpus=gpus)
-        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=serve_app.QUIET)
+        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=build.QUIET)
         serve.run_many([target], wait_for_applications_running=False)
-    started = time.monotonic()
-    next_word_s = 0.0
-    while True:
-        status = serve.status().applications[APPLICATION]
-        if status.status == ApplicationStatus.RUNNING and not _deploy_error(settings):
-            return
-        if status.status == ApplicationStatus.DEPLOY_FAILED:
-            raise ConfigurationError(_cause("; ".join(d.message for d in status.deployments.values() if d.message)))
-        elapsed_s = time.monotonic() - started
-        if elapsed_s >= next_word_s:
-            progress(f"loading {settings.model} into the engine ({elapsed_s:.0f} s)")
-            next_word_s = elapsed_s + _PROGRESS_LOG_S
-        time.sleep(_POLL_S)
-
-
-def _cause(message: str) -> str:
-    """One sentence of a message of Ray Serve: Sluice's own error where there is one, else the last line."""
-    own = re.findall(r"services\.errors\.\w+: (.+)", message)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return own[-1] if own else f"{lines[-1] if lines else 'no reason given'} (Ray's logs: /tmp/ray/session_latest/logs)"
+    wait_until_running(
+        APPLICATION,
+        is_ready=lambda: not _deploy_error(settings),
+        loading=f"loading {settings.model} into the engine",
+        progress=progress,
+        explain=deploy_failure_cause,
+    )
 
 
 def _deploy_error(settings: Settings) -> str:

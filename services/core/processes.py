@@ -8,6 +8,7 @@ Ray kills the children of a worker that ends, and would leave theirs behind.
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
@@ -102,18 +103,29 @@ def _guard(parent: int, argv: list[str]) -> int:
     signal.signal(signal.SIGUSR1, kill)
     while child.poll() is None and os.getppid() == parent and not killed:
         time.sleep(_PARENT_CHECK_S)
-    # Again until none is left: one of them may have forked meanwhile.
-    while descendants := [each for each in psutil.Process().children(recursive=True) if _lives(each, standby)]:
-        for descendant in descendants:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                descendant.kill()
-        time.sleep(0.01)
+    kill_descendants(spare=standby)
     os.kill(standby, signal.SIGKILL)  # it would end by itself, unless someone has stopped it
     os.waitpid(standby, 0)
     return child.wait()
 
 
-def _lives(process: psutil.Process, standby: int) -> bool:
+def kill_descendants(*, spare: int | None = None, within_s: float = math.inf) -> None:
+    """Kill all descendants of this process, except the process with the id `spare`.
+
+    It repeats until none is left, because a process may fork while it is killed. It gives up after `within_s` seconds,
+    because a process may hang in the kernel.
+    """
+    deadline = time.monotonic() + within_s
+    while descendants := [each for each in psutil.Process().children(recursive=True) if _lives(each, spare)]:
+        for descendant in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
+
+
+def _lives(process: psutil.Process, standby: int | None) -> bool:
     try:
         return process.pid != standby and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.autoscaling import capacity as planning
-from pipelines.autoscaling.capacity import CARDS, IMAGE_TOKENS, computed_rate, parse_duration, parse_rate, plan
+from pipelines.autoscaling.capacity import CARDS, IMAGE_TOKENS, computed_rate, parse_rate, plan
 from pipelines.cli.main import app
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import CHECKPOINTS, resolve
@@ -58,21 +58,10 @@ def test_rates(text: str, per_s: float) -> None:
     assert parse_rate(text) == pytest.approx(per_s)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("5m", 300), ("1.5h", 5400), ("45", 45)])
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
-
-
 @pytest.mark.parametrize("text", ["", "x/s", "-1/s", "0", "nan", "4/fortnight", "inf/s"])
 def test_what_is_no_rate(text: str) -> None:
     with pytest.raises(ConfigurationError):
         parse_rate(text)
-
-
-@pytest.mark.parametrize("text", ["", "s", "5x", "0s"])
-def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(ConfigurationError):
-        parse_duration(text)
 
 
 def test_what_does_not_fit_is_said() -> None:

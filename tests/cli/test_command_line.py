@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.cli.env_file import env_file_written, read_env_file
-from pipelines.local import backends as embedded
+from pipelines.local.backends import backends
 from services.core.settings import Settings, load
 from tests.end_to_end.outside import SLUICE
 from tests.support.intake_bench import Bench
@@ -153,9 +153,17 @@ def test_backends_fill_in_only_what_is_missing(tmp_path: Path) -> None:
     valkey.start()
     given: dict[str, Any] = {"SLUICE_STREAM_URL": "kafka://broker:9092", "SLUICE_REDIS_URL": valkey.url}
     try:
-        with embedded.backends(given | {"SLUICE_S3_BUCKETS": "mine", "AWS_SECRET_ACCESS_KEY": "precious"}) as started:
+        with backends(given | {"SLUICE_S3_BUCKETS": "mine", "AWS_SECRET_ACCESS_KEY": "precious"}) as started:
             assert not started.keys() & {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL", "SLUICE_S3_BUCKETS"}
             assert started["SLUICE_MODEL"] == "tiny"
             assert started["AWS_SECRET_ACCESS_KEY"] != "precious"
     finally:
         valkey.kill()
+
+
+def test_calibrate_revert_replaces_take_back(tmp_path: Path) -> None:
+    shown = sluice("calibrate", "--help", folder=tmp_path, COLUMNS="200", NO_COLOR="1").stdout.decode()
+    assert "--revert" in shown
+    assert "--take-back" not in shown
+    for option in ("--revert", "--take-back"):
+        fails(sluice("calibrate", "images", option, folder=tmp_path), "--revert takes no data set")

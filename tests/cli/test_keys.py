@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.cli import keys as key_commands
+from pipelines.cli import keys
 from services.core.errors import ConfigurationError
 from tests.support.gateway_bench import Bench
 
@@ -15,7 +15,7 @@ def test_from_creation_to_revocation(idle: Bench, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SLUICE_S3_ENDPOINT", idle.settings.s3_endpoint or "")
 
     def sluice(*arguments: str) -> list[str]:
-        done = CliRunner().invoke(key_commands.app, arguments, catch_exceptions=False)
+        done = CliRunner().invoke(keys.app, arguments, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return done.stdout.splitlines()
 

@@ -153,11 +153,11 @@ def test_a_cluster_without_the_service(tmp_path: Path) -> None:
         judge(other.settings, trial("a"))
 
 
-def test_the_service_ends_meanwhile(scripted: Scripted) -> None:
-    """The last test: it ends the service of all of them."""
-    with open_client(scripted.settings) as service:
+def test_service_ends_while_connected_error_follows(tmp_path: Path) -> None:
+    own = Scripted(tmp_path)
+    with open_client(own.settings) as service:
         service.judge([trial("a")], progress=print)
-        scripted.child.kill()
+        own.child.kill()
         started = time.monotonic()
         with pytest.raises(SluiceError, match=r"has ended|does not answer"):
             service.judge([trial("a")], progress=print)

@@ -137,3 +137,23 @@ def test_a_family_ends_with_the_process(family: tuple[str, Path], end: signal.Si
     parent.send_signal(end)
     parent.wait()
     assert all_gone(pids)
+
+
+def test_kill_descendants_spares_one_and_kills_orphans() -> None:
+    """The descendant whose parent has ended is found, because the killing process is its subreaper."""
+    program = (
+        "import ctypes, subprocess, sys, time\n"
+        "from services.core.processes import kill_descendants\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
+        "spared = subprocess.Popen(['sleep', '600'])\n"
+        "subprocess.run(['sh', '-c', 'setsid sleep 600 & setsid sleep 600 &'])\n"
+        "import psutil\n"
+        "others = [p for p in psutil.Process().children(recursive=True) if p.pid != spared.pid]\n"
+        "assert len(others) == 2, others\n"
+        "kill_descendants(spare=spared.pid, within_s=5)\n"
+        "alive = [p for p in others if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]\n"
+        "print(len(alive), spared.poll())\n"
+        "spared.kill()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == ["0", "None"]

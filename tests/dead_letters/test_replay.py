@@ -13,7 +13,6 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.cli.times import parse_time
 from pipelines.dead_letters import replay as dead_letters
 from pipelines.dead_letters.replay import Replayed, Selection, StoredDeadLetter, read_letter
 from pipelines.dead_letters.replay_log import ReplayLog
@@ -118,27 +117,6 @@ class TestSelection:
     )
     def test_conditions(self, selection: Selection, taken: bool) -> None:
         assert selection.takes(found({"id": "a", "uri": "s3://b/k", "tenant": "shop"})) is taken
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90s", NOW - timedelta(seconds=90)),
-        ("1h30m", NOW - timedelta(minutes=90)),
-        ("2w", NOW - timedelta(weeks=2)),
-        ("2026-11-20", NOW - timedelta(hours=34)),
-        ("2026-11-21T11:00:00+01:00", NOW),
-        ("2026-11-21T10:00:00Z", NOW),
-    ],
-)
-def test_moments(text: str, expected: datetime) -> None:
-    assert parse_time(text, NOW) == expected
-
-
-@pytest.mark.parametrize("text", ["", "soon", "5", "h", "-2h", "999999999w", "2026-13-01", "0001-01-01T00:00:00+23:00"])
-def test_no_moments(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="neither a duration"):
-        parse_time(text, NOW)
 
 
 def test_attempts_of_submissions_that_were_replayed() -> None:

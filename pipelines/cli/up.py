@@ -1,0 +1,45 @@
+"""`sluice up` and `sluice demo`: run the service on this machine."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.env_file import env_file_written
+from pipelines.cli.output import TimedProgress
+
+# Each command imports what it runs: `sluice submit` need not wait for Ray.
+# ruff: noqa: PLC0415
+
+
+def up(
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Start a stream, a cache and an S3 server too, where none is set.")
+    ] = False,
+) -> None:
+    """Run the service in the foreground until SIGINT or SIGTERM, then drain."""
+    from pipelines.local.up import ShutdownRequested, running_service
+
+    progress = TimedProgress()
+    try:
+        with (
+            running_service(embed=embedded, progress=progress) as (settings, variables),
+            env_file_written(settings, variables),
+        ):
+            progress(f"ready: reading {settings.submissions_stream}; other commands in this folder find the service")
+            while True:
+                time.sleep(3600)
+    except ShutdownRequested:
+        progress("stopped")
+
+
+def demo() -> None:
+    """Judge a handful of drawn images from submission to verdict, on embedded backends."""
+    from pipelines.local.demo import demonstrate
+    from pipelines.local.up import ShutdownRequested
+
+    try:
+        settled = demonstrate(TimedProgress())
+    except ShutdownRequested:
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if settled else 1)

@@ -1,0 +1,47 @@
+"""Durations and points in time as people type them."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from pipelines.cli.times import parse_duration, parse_time
+from services.core.errors import ConfigurationError
+
+NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30s", 30), ("5m", 300), ("5min", 300), ("1.5h", 5400), ("1h30m", 5400), ("45", 45), ("2w", 1_209_600)],
+)
+def test_duration_is_parsed_to_seconds(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "5x", "0s", "0", "-5m", "nan", "inf", "1e3s", "5m 3"])
+def test_wrong_duration_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", NOW - timedelta(seconds=90)),
+        ("1h30m", NOW - timedelta(minutes=90)),
+        ("1.5h", NOW - timedelta(minutes=90)),
+        ("2w", NOW - timedelta(weeks=2)),
+        ("0s", NOW),
+        ("2026-11-20", NOW - timedelta(hours=34)),
+        ("2026-11-21T11:00:00+01:00", NOW),
+        ("2026-11-21T10:00:00Z", NOW),
+    ],
+)
+def test_time_is_parsed(text: str, expected: datetime) -> None:
+    assert parse_time(text, NOW) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5", "h", "-2h", "999999999w", "2026-13-01", "0001-01-01T00:00:00+23:00"])
+def test_wrong_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="neither a duration"):
+        parse_time(text, NOW)
