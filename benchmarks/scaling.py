@@ -38,11 +38,13 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve._private.utils import compress_metric_report, decompress_metric_report
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from benchmarks.scaling_comparison import Day, compare
 from pipelines.autoscaling import serve_config as elastic
 from pipelines.autoscaling.serve_policy import Bounds, serve_options
 from pipelines.autoscaling.simulation.run import Outcome
 from services.streams.base import Lag
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks in benchmarks/ only
+from benchmarks.scaling_comparison import Day, compare
 
 GUARDS, PARTITIONS, MEMBERS = 200, 1000, 63
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
@@ -184,7 +186,6 @@ def time_decision() -> dict[str, float]:
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.cluster:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         from benchmarks import scaling_cluster  # noqa: PLC0415 - it needs what only the tests' backends need
 
         return scaling_cluster.main(arguments.chart)

@@ -26,7 +26,8 @@ second. While Guard has no replica, Intake keeps what it holds and goes on recor
 
 **What the deployments have to set**: an `autoscaling_config` on both (see `serve_options`), without which Serve neither
 records nor scales, and an `AutoscalingPolicy` for the application with
-`policy_function="pipelines.autoscaling.serve_policy:BacklogScaling"` and the fields of `Rules` as `policy_kwargs`. Serve's own delays are 0: waiting is decided here.
+`policy_function="pipelines.autoscaling.serve_policy:BacklogScaling"` and the fields of `Rules` as `policy_kwargs`.
+Serve's own delays are 0: waiting is decided here.
 """
 
 import logging

@@ -2,7 +2,8 @@
 
     python -m pipelines.evaluation.tiny_report FOLDER
 
-Every image is judged under the default policy; some of the violations also under one that waives them, and some under one that waives others, as LlavaGuard's data set does.
+Every image is judged under the default policy; some of the violations also under one that waives them, and some under
+one that waives others, as LlavaGuard's data set does.
 """
 
 import json

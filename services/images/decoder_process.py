@@ -1,4 +1,4 @@
-"""A process that decodes images for `services.images.decoder_pool`, one at a time, over the socket on its standard input.
+"""A process that decodes images for `services.images.decoder_pool`, one at a time, over the socket on its stdin.
 
     python -m services.images.decoder_process IMAGE_PX SIDE_PX MEMORY_BYTES DEADLINE_S
 
