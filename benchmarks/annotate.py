@@ -24,11 +24,11 @@ from pipelines.tiny_guard.drawings import draw
 from services.core.messages import StoredObject, Submission, Verdict
 from services.core.processes import Child
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.moderation.moderator import Moderation
 from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
-from tests.support.fake_guard import ScriptedGuard
+from tests.support.fake_guard import FakeGuard
 
 IN_FLIGHT = 64
 
@@ -56,8 +56,8 @@ async def plain(folder: Path, pause_s: float) -> float:
         return assessment(image.sha256)
 
     settings, policy = Settings(model="tiny"), BUILT_IN.as_version(1)
-    preparer = Preparer(settings, 384)
-    moderation = Moderation(policies=None, images=None, preparer=preparer, guard=ScriptedGuard(says))  # type: ignore[arg-type]
+    preparer = DecoderPool(settings, 384)
+    moderation = Moderation(policies=None, images=None, preparer=preparer, guard=FakeGuard(says))  # type: ignore[arg-type]
     places = asyncio.Semaphore(IN_FLIGHT)
 
     async def judge(file: Path) -> Verdict:

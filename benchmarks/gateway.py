@@ -34,11 +34,11 @@ from services.gateway.api_keys import KeyRegistry
 from services.gateway.app import Collaborators, create_app
 from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
 GUARD_S = 0.05
@@ -129,9 +129,9 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
         )
         registry, keys = PolicyRegistry.from_settings(settings), KeyRegistry.from_settings(settings)
         registry.publish_built_in()
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
-        preparer, store = Preparer(settings, resolve(model).max_side_px), ObjectStore(settings)
+        preparer, store = DecoderPool(settings, resolve(model).max_side_px), ObjectStore(settings)
         closing.callback(preparer.close)
         closing.callback(store.close)
         policies = await closing.enter_async_context(PolicyCache(registry, shared))

@@ -32,9 +32,9 @@ from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Policy, 
 from services.core.settings import Settings
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
-from services.guard.inference import Guard
+from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.moderation.moderator import Answer, assess_each
 from services.policies.document import PolicyDocument
 
@@ -87,7 +87,7 @@ async def gather(concurrency: int, work: Sequence[Callable[[], Awaitable[Any]]])
     return await asyncio.gather(*(one(call) for call in work))
 
 
-async def accuracy(guard: Guard, images: Sequence[Image], concurrency: int) -> dict[str, float]:
+async def accuracy(guard: GuardInference, images: Sequence[Image], concurrency: int) -> dict[str, float]:
     rng = random.Random(FRESH_SEED)
     default = policy()
 
@@ -139,9 +139,11 @@ async def timed(engine: Engine, concurrency: int, calls: Sequence[Callable[[], A
     return Timed(len(calls) / (time.perf_counter() - started), statistics.mean(tokens))
 
 
-async def speed(guard: Guard, engine: Engine, images: Sequence[Image], concurrency: int) -> dict[str, list[Timed]]:
+async def speed(
+    guard: GuardInference, engine: Engine, images: Sequence[Image], concurrency: int
+) -> dict[str, list[Timed]]:
     settings = Settings(model="tiny")
-    preparer = Preparer(settings, guard.max_side_px)
+    preparer = DecoderPool(settings, guard.max_side_px)
 
     async def chat(image: Image) -> int:
         url = f"data:{image.prepared.media_type};base64,{base64.b64encode(image.prepared.data).decode()}"
@@ -188,7 +190,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, float]:
         engine = Engine(checkpoint, state_dir=Path(folder), in_flight=arguments.concurrency)
         say("starting the engine")
         async with engine:
-            guard = Guard(engine, in_flight=arguments.concurrency)
+            guard = GuardInference(engine, in_flight=arguments.concurrency)
             images = drawn(arguments.images, guard.max_side_px, lambda _: None)
             figures = await accuracy(guard, images, arguments.concurrency)
             for name, value in figures.items():

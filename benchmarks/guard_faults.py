@@ -27,7 +27,7 @@ from services.core.errors import GuardUnavailable
 from services.guard import engine as engine_module
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
-from services.guard.inference import Guard
+from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
 from services.policies.document import BUILT_IN
 
@@ -37,7 +37,7 @@ GRACE_S = 3.0
 """What a loaded machine may take to deliver an answer that is there."""
 
 
-async def call_for_ever(guard: Guard, number: int, ends: Counter[str]) -> None:
+async def call_for_ever(guard: GuardInference, number: int, ends: Counter[str]) -> None:
     policy = BUILT_IN.as_version(1)
     image = prepare(draw(number).jpeg, Limits(image_px=1_000_000, side_px=guard.max_side_px))
     while True:
@@ -80,7 +80,7 @@ async def run(faults: int, seed: int) -> dict[str, int]:
         )
         engine_module._LONGEST_PAUSE_S = 1.0  # the pauses are for machines that are broken, here they only take time
         async with engine:
-            guard = Guard(engine, deadline_s=DEADLINE_S)
+            guard = GuardInference(engine, deadline_s=DEADLINE_S)
             callers = [asyncio.create_task(call_for_ever(guard, number, ends)) for number in range(CALLERS)]
             known: set[psutil.Process] = set()
             recovered = 0

@@ -25,7 +25,7 @@ from services.core.messages import Submission
 from services.core.settings import Settings
 from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
 LOOK_UPS = 200_000
@@ -34,8 +34,8 @@ EVERY_S = 0.3
 CHOOSE_EVERY_S = 0.002
 
 
-def parts(settings: Settings) -> tuple[PolicyRegistry, SharedCopies]:
-    return PolicyRegistry.from_settings(settings), SharedCopies(settings.redis_url, settings.policy_bucket)
+def parts(settings: Settings) -> tuple[PolicyRegistry, PolicyRedisCache]:
+    return PolicyRegistry.from_settings(settings), PolicyRedisCache(settings.redis_url, settings.policy_bucket)
 
 
 async def look_ups(settings: Settings) -> dict[str, float]:
@@ -93,7 +93,7 @@ async def changes(settings: Settings, count: int, processes: int) -> dict[str, f
     for number in range(count):
         change = await asyncio.to_thread(registry.activate, "default", number + 2, who="benchmark")
         done[number + 2] = time.monotonic()
-        await shared.offer("default", change)
+        await shared.publish_change("default", change)
         await asyncio.sleep(EVERY_S)
     outputs = await asyncio.gather(*(asyncio.to_thread(child.communicate) for child in children))
     lines = [[json.loads(line) for line in output.splitlines()] for output, _ in outputs]

@@ -22,7 +22,7 @@ from services.core.errors import UnreadableAnswer
 from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Policy
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
-from services.guard.inference import Guard
+from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
 from services.policies.document import PolicyDocument
 
@@ -48,7 +48,10 @@ async def judge_all(checkpoint: Path, count: int, first: int, ends: Counter[str]
     policies: list[Policy] = [PolicyDocument(name="random", rationale=mode).as_version(1) for mode in MODES]
     with tempfile.TemporaryDirectory(prefix="sluice-random-") as folder:
         async with Engine(resolve(str(checkpoint)), state_dir=Path(folder), in_flight=CONCURRENCY) as engine:
-            guard, places = Guard(engine, in_flight=CONCURRENCY, deadline_s=300), asyncio.Semaphore(CONCURRENCY)
+            guard, places = (
+                GuardInference(engine, in_flight=CONCURRENCY, deadline_s=300),
+                asyncio.Semaphore(CONCURRENCY),
+            )
 
             async def judge(number: int) -> None:
                 async with places:  # the deadline is for one answer, not for all of them

@@ -21,7 +21,7 @@ from services.core.messages import Policy
 from services.core.retry import patiently
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 
 _GUARD_PATIENCE: Final = 4
 """Deadlines of the guard that a call may take, waiting for a replica included."""
@@ -88,7 +88,7 @@ class JudgeWorker:
                 settings = self._job.settings
                 self._judge = Judge(
                     images=Images(settings, self._job.source),
-                    preparer=Preparer(settings, await self._guard.max_side_px()),
+                    preparer=DecoderPool(settings, await self._guard.max_side_px()),
                     guard=self._guard,
                     policy=self._policy,
                     in_flight=settings.in_flight,

@@ -113,7 +113,7 @@ def plan(
         ConfigurationError: a name is unknown, or eight of these cards do not hold the checkpoint.
     """
     row, card = resolve(checkpoint), _card(gpu)
-    spread = row.gpus([round(card.memory_gib * GIB)] * 8)
+    spread = row.tensor_parallel_size([round(card.memory_gib * GIB)] * 8)
     if not spread:
         raise ConfigurationError(
             f"{row.name} wants {row.gpu_memory_bytes / GIB:.0f} GiB, more than eight {gpu} have; choose a larger card"

@@ -119,7 +119,7 @@ def calibrate(
         return
     name = fitted.evaluated.document.name
     change = PolicyRegistry.from_settings(settings).calibrate(name, fitted.to_store(), who=by, why=why)
-    announce(settings, lambda shared: shared.offer(name, change))
+    announce(settings, lambda shared: shared.publish_change(name, change))
     print_progress(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")
 
 
@@ -135,7 +135,7 @@ def _revert_calibration(policy: str, revision: str | None, by: str, why: str) ->
         raise ConfigurationError(f"{evaluated.name} has several calibrations, or none: {found}")
     name = evaluated.document.name
     change = registry.take_back_calibration(name, evaluated.version, revisions[0], who=by, why=why)
-    announce(settings, lambda shared: shared.offer(name, change))
+    announce(settings, lambda shared: shared.publish_change(name, change))
     return change
 
 

@@ -64,7 +64,7 @@ def publish(file: File, as_json: AsJson = False) -> None:
     for warning in warnings(document):
         typer.echo(f"{file}: warning: {warning}", err=True)
     stored = PolicyRegistry.from_settings(settings).publish(document)
-    announce(settings, lambda shared: shared.keep_version(stored))
+    announce(settings, lambda shared: shared.cache_version(stored))
     identity = {"name": stored.name, "version": stored.version, "digest": stored.digest}
     typer.echo(json.dumps(identity) if as_json else f"{stored.name}@{stored.version} {stored.digest}")
 
@@ -243,7 +243,7 @@ def _settings() -> Settings:
 def _change(change: Callable[[PolicyRegistry, str], Change], who: str | None, as_json: bool) -> None:
     settings = _settings()
     done = change(PolicyRegistry.from_settings(settings), who or user())
-    announce(settings, lambda shared: shared.offer(done.name, done))
+    announce(settings, lambda shared: shared.publish_change(done.name, done))
     typer.echo(_change_json(done) if as_json else _change_line(done))
 
 

@@ -8,16 +8,16 @@ import typer
 
 from services.core.errors import Unavailable
 from services.core.settings import Settings
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 
 
-def announce(settings: Settings, what: Callable[[SharedCopies], Any]) -> None:
+def announce(settings: Settings, what: Callable[[PolicyRedisCache], Any]) -> None:
     """Do `what` with the copies that processes share; that Redis does not answer is said, and no failure."""
     if not settings.redis_url:
         return
 
     async def tell() -> None:
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         try:
             await what(shared)
         finally:

@@ -21,7 +21,7 @@ from pipelines.evaluation.results import Columns
 from services.core.errors import ConfigurationError, StoreUnavailable, Unavailable, Unjudgeable
 from services.core.messages import ObjectReference, Policy, Submission, Verdict
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 
 _FOLDER: Final = "evaluation"
@@ -326,7 +326,7 @@ def _is_ours(image: Image) -> bool:
 
 async def _pictures(rows: Sequence[_Row], settings: Settings) -> list[bytes | None]:
     """Each image as the guard would see it, None where it cannot be had: what strangers made is decoded apart."""
-    store, preparer = ObjectStore(settings), Preparer(settings, _PICTURE_PX)
+    store, preparer = ObjectStore(settings), DecoderPool(settings, _PICTURE_PX)
     try:
         found: list[bytes | None] = []
         for row in rows:

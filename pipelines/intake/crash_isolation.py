@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from services.core.errors import GuardFailed
 from services.core.tasks import ended
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 CRASHES: Final = 3
 """What one message may cost."""
@@ -79,7 +79,7 @@ def _for_a_while(let_go: Callable[[], None]) -> Iterator[None]:
 class Quarantine:
     """What one intake process may touch at a time. To be used as an async context manager."""
 
-    def __init__(self, shared: SharedCopies, group: str, member: str) -> None:
+    def __init__(self, shared: PolicyRedisCache, group: str, member: str) -> None:
         """`member` names this process, and no earlier life of it."""
         self._shared = shared
         self._prefix = f"sluice:{group}:"

@@ -29,7 +29,7 @@ from services.core.retry import GiveUps
 from services.core.settings import Settings
 from services.core.tasks import ended
 from services.moderation.moderator import Judgement, Moderation, unjudged
-from services.policies.traffic_sample import Sample
+from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Lag, Message, Record, Transport
 from services.streams.parsing import Accepted, Rejected, parse
 
@@ -209,7 +209,7 @@ class Intake:
         moderation: Moderation,
         settings: Settings,
         quarantine: Quarantine,
-        sample: Sample | None = None,
+        sample: TrafficSample | None = None,
         backfill: Transport | None = None,
     ) -> None:
         self.quarantine = quarantine

@@ -11,10 +11,10 @@ from pipelines.policy_testing.backtest_report import Pair, Report, Side, summari
 from services.core.errors import ConfigurationError, Unavailable, Unjudgeable
 from services.core.messages import ObjectReference, Verdict
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.policies.redis_cache import SharedCopies
-from services.policies.traffic_sample import Sampled, take
+from services.policies.redis_cache import PolicyRedisCache
+from services.policies.traffic_sample import Sampled, draw
 
 _PICTURE_PX: Final = 320
 _AT_A_TIME: Final = 8
@@ -61,9 +61,9 @@ def _side(answer: Verdict | Unjudgeable) -> Side:
 
 
 async def _take(name: str, count: int, settings: Settings) -> tuple[list[Sampled], float | None]:
-    shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+    shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     try:
-        return await take(shared, name, count)
+        return await draw(shared, name, count)
     finally:
         await shared.close()
 
@@ -72,7 +72,7 @@ async def _with_pictures(report: Report, pairs: Iterable[Pair], settings: Settin
     """The pairs, with a picture for as many of the flips as a page shows, in its order."""
     flips = [(flip.submission_id, flip.uri) for group in report.flip_groups for flip in group.flips]
     shown = frozenset(flips[:PICTURES_LIMIT])
-    store, preparer = ObjectStore(settings), Preparer(settings, _PICTURE_PX)
+    store, preparer = ObjectStore(settings), DecoderPool(settings, _PICTURE_PX)
     places = asyncio.Semaphore(_AT_A_TIME)
 
     async def with_picture(pair: Pair) -> Pair:
@@ -89,7 +89,7 @@ async def _with_pictures(report: Report, pairs: Iterable[Pair], settings: Settin
         store.close()
 
 
-async def _picture(verdict: Verdict, store: ObjectStore, preparer: Preparer) -> bytes | None:
+async def _picture(verdict: Verdict, store: ObjectStore, preparer: DecoderPool) -> bytes | None:
     """A JPEG of what was judged, None where it cannot be had any more."""
     bucket, _, key = verdict.uri.removeprefix("s3://").partition("/")
     reference = ObjectReference(bucket=bucket, key=key, version_id=verdict.version_id, etag=verdict.etag)

@@ -24,7 +24,7 @@ from services.core.messages import Policy, Submission, Verdict
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.guard.checkpoints import resolve
-from services.policies.traffic_sample import Sample
+from services.policies.traffic_sample import TrafficSample
 from services.streams.factory import open_transport
 
 APPLICATION: Final = "sluice"
@@ -45,7 +45,7 @@ class IntakeDeployment:
         self._policies, self._moderation, shared = parts.policies, parts.moderation, parts.shared
         self._guard = parts.guard
         enter = self._closing.enter_async_context
-        sample = await enter(Sample(shared, size=settings.sample_size))
+        sample = await enter(TrafficSample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
         quarantine = await enter(Quarantine(shared, settings.group, member))
         backfill = await open_transport(backfill_settings(settings), member) if settings.backfill_stream else None

@@ -8,12 +8,12 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.serving.guard_deployment import RemoteGuard
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
 _GUARD_PATIENCE: Final = 4
@@ -26,21 +26,21 @@ class Assembly:
 
     moderation: Moderation
     guard: RemoteGuard
-    preparer: Preparer
+    preparer: DecoderPool
     policies: PolicyCache
     registry: PolicyRegistry
-    shared: SharedCopies
+    shared: PolicyRedisCache
 
     @classmethod
     async def from_settings(
         cls, settings: Settings, side_px: int, guard: DeploymentHandle[Any], closing: AsyncExitStack
     ) -> Self:
         """All of it, started; `closing` ends it. `side_px`: what the model can use. The guard need not be ready yet."""
-        preparer, store = Preparer(settings, side_px), ObjectStore(settings)
+        preparer, store = DecoderPool(settings, side_px), ObjectStore(settings)
         closing.callback(preparer.close)
         closing.callback(store.close)
         registry = PolicyRegistry.from_settings(settings)
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))

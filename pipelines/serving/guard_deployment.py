@@ -14,7 +14,7 @@ from services.core.messages import Assessment, Detail, Policy, PreparedImage, Tu
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.guard.engine import Engine
-from services.guard.inference import Guard
+from services.guard.inference import GuardInference
 
 _ADJUSTABLE = frozenset({"guard_in_flight", "guard_deadline_s"})
 
@@ -37,7 +37,7 @@ class GuardDeployment:
         configure_logging(settings.log_file)
         self._settings = settings
         self._engine = Engine.from_settings(settings)
-        self._guard = Guard.from_settings(self._engine, settings)
+        self._guard = GuardInference.from_settings(self._engine, settings)
         await self._engine.start()
         try:
             await self._guard.check()
@@ -46,13 +46,13 @@ class GuardDeployment:
             raise
 
     async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
-        """As `Guard.assess`."""
+        """As `GuardInference.assess`."""
         return await self._guard.assess(image, policy, detail, priority)
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
     ) -> list[Assessment]:
-        """As `Guard.assess_each`."""
+        """As `GuardInference.assess_each`."""
         return await self._guard.assess_each(image, policies, detail, priority)
 
     async def max_side_px(self) -> int:
@@ -68,7 +68,7 @@ class GuardDeployment:
         if unknown := config.keys() - _ADJUSTABLE:
             raise ConfigurationError(f"The guard cannot change {', '.join(sorted(unknown))} while it runs.")
         self._settings = self._settings.model_copy(update=dict(config))
-        self._guard = Guard.from_settings(self._engine, self._settings)
+        self._guard = GuardInference.from_settings(self._engine, self._settings)
 
     async def check_health(self) -> None:
         """
@@ -83,7 +83,7 @@ class GuardDeployment:
 
 
 class RemoteGuard:
-    """A guard behind a Serve handle: assesses and raises as `Guard` does."""
+    """A guard behind a Serve handle: assesses and raises as `GuardInference` does."""
 
     def __init__(self, handle: DeploymentHandle[Any], *, deadline_s: float) -> None:
         """`deadline_s` holds for one call, waiting for a replica included; it is longer than the guard's own."""
@@ -93,14 +93,14 @@ class RemoteGuard:
         """Calls that have no answer yet, also those that wait for a replica."""
 
     async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
-        """As `Guard.assess`; a replica that dies meanwhile, or none to be had, is GuardUnavailable."""
+        """As `GuardInference.assess`; a replica that dies meanwhile, or none to be had, is GuardUnavailable."""
         assessment: Assessment = await self._call("assess", image, policy, detail, priority)
         return assessment
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
     ) -> list[Assessment]:
-        """As `Guard.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
+        """As `GuardInference.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
         if not policies:
             return []
         assessments: list[Assessment] = await self._call(

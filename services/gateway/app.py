@@ -29,7 +29,7 @@ from services.gateway.routes import assessments, health, moderations, policies
 from services.gateway.url_fetch import RemoteImages
 from services.moderation.moderator import Guard, ImagePreparer, Moderation
 from services.policies.cache import PolicyCache
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
 _BODIES: Final[tuple[type[BaseModel], ...]] = (
@@ -66,7 +66,7 @@ class Collaborators:
     preparer: ImagePreparer
     policies: PolicyCache
     registry: PolicyRegistry
-    shared: SharedCopies
+    shared: PolicyRedisCache
     keys: KeyRegistry
 
 

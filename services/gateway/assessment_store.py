@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from services.core.messages import Verdict, WireModel
 from services.core.tasks import ended
 from services.gateway.problems import Problem
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _ALIVE_S: Final = 10
 _BEAT_S: Final = 3.0
@@ -81,7 +81,7 @@ class Records:
     Any method but `keep` raises CacheUnavailable where Redis does not answer.
     """
 
-    def __init__(self, shared: SharedCopies, *, keep_s: int) -> None:
+    def __init__(self, shared: PolicyRedisCache, *, keep_s: int) -> None:
         """`keep_s`: how long an assessment and an idempotency key are remembered."""
         self._shared = shared
         self._keep_s = keep_s

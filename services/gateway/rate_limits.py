@@ -13,7 +13,7 @@ from typing import Final
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKey
 from services.gateway.problems import Problem
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _BURST_S: Final = 2.0
 """Seconds of its rate that a key may use at once."""
@@ -36,7 +36,9 @@ return '0'
 class Rates:
     """The limits of all keys. A key over one of them gets a Problem that says when to come again."""
 
-    def __init__(self, shared: SharedCopies, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, shared: PolicyRedisCache, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._shared = shared
         self._rate_per_s = settings.gateway_rate_per_s
         self._concurrency = settings.gateway_concurrency

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.core.errors import ConfigurationError
-from services.guard.families.base import Family
+from services.guard.families.base import ModelFamily
 from services.guard.families.llavaguard import LlavaGuard
 from services.guard.families.shieldgemma import ShieldGemma
 from services.guard.safetensors import read_json
 
 GIB: Final = 1 << 30
-_SPREADS: Final = (1, 2, 4, 8)
+_TENSOR_PARALLEL_SIZES: Final = (1, 2, 4, 8)
 _FLOAT16: Final = ("--dtype", "float16")
 _BFLOAT16: Final = ("--dtype", "bfloat16")
 _SIGLIP: Final = "google/siglip-so400m-patch14-384"
@@ -43,7 +43,7 @@ class Checkpoint:
     name: str
     hub_id: str | None
     architecture: str
-    family: Family
+    family: ModelFamily
     """How it is asked and its answers are read."""
     max_side_px: int
     """Longest side of an image, in pixels, beyond which this model sees nothing more."""
@@ -71,9 +71,9 @@ class Checkpoint:
     folder: Path | None = None
     """Where the weights are, for one that is on this machine already."""
 
-    def gpus(self, memory_bytes: Sequence[int]) -> int:
+    def tensor_parallel_size(self, memory_bytes: Sequence[int]) -> int:
         """Over how many of these GPUs (their memory in bytes) a replica is spread: as few as hold it; 0 if none do."""
-        for count in _SPREADS:
+        for count in _TENSOR_PARALLEL_SIZES:
             if count <= len(memory_bytes) and count * min(memory_bytes) >= self.gpu_memory_bytes:
                 return count
         return 0

@@ -15,7 +15,7 @@ from services.core.tasks import ended
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
 from services.guard.checkpoints import Checkpoint, resolve
 from services.guard.gpus import gpus_for
-from services.guard.sglang_command import Recipe
+from services.guard.sglang_command import LaunchConfig
 from services.guard.sglang_server import POLL_S, PortTaken, Server
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _PORT_TRIES: Final = 3
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _LAST_TRY_S: Final = 3.0
-_SIGN_OF_LIFE_S: Final = 5.0
+_HEALTH_CHECK_S: Final = 5.0
 
 
 class Engine:
@@ -62,7 +62,7 @@ class Engine:
         self._state: EngineState = "stopped"
         self._down_since = time.monotonic()
         self._staged: StagedCheckpoint | None = None
-        self._recipe: Recipe | None = None
+        self._launch_config: LaunchConfig | None = None
         self._server: Server | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._last_answer = 0.0
@@ -131,7 +131,7 @@ class Engine:
             # First, since it is known without the gigabytes that staging may download.
             gpus = await asyncio.to_thread(gpus_for, self.checkpoint, self._gpu_share)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir)
-            self._recipe = Recipe(
+            self._launch_config = LaunchConfig(
                 checkpoint=self.checkpoint,
                 folder=self._staged.folder,
                 gpus=gpus,
@@ -140,12 +140,12 @@ class Engine:
                 tokenizer=self._staged.tokenizer,
                 gpu_share=self._gpu_share,
             )
-            await self._launch(self._recipe)
+            await self._launch(self._launch_config)
         except BaseException:
             self._enter("stopped")
             await asyncio.shield(self._discard())
             raise
-        self._supervisor = asyncio.create_task(self._supervise(self._recipe), name="guard-engine-supervisor")
+        self._supervisor = asyncio.create_task(self._supervise(self._launch_config), name="guard-engine-supervisor")
 
     async def stop(self) -> None:
         """Kill the server and everything it started. Calls in flight raise GuardUnavailable. May be called again."""
@@ -167,14 +167,14 @@ class Engine:
         self._last_answer = time.monotonic()
         return answer
 
-    async def prove_alive(self) -> None:
+    async def health_check(self) -> None:
         """
         Raises:
             GuardUnavailable: the engine is not ready, or does not generate a token of text in time.
         """
         if self._state != "ready" or self._server is None:
             raise GuardUnavailable(f"The engine is {self._state}.")
-        if not await self._server.gives_a_token(_SIGN_OF_LIFE_S):
+        if not await self._server.can_generate(_HEALTH_CHECK_S):
             raise GuardUnavailable("The engine gives no sign of life.")
 
     async def tokenize(self, text: str) -> list[int]:
@@ -196,7 +196,7 @@ class Engine:
         self._state = state
         logger.info("engine %s", state)
 
-    async def _supervise(self, recipe: Recipe) -> None:
+    async def _supervise(self, launch_config: LaunchConfig) -> None:
         """Replace the server whenever it is in trouble, until cancelled."""
         pause_s = _FIRST_PAUSE_S
         while self._server is not None:
@@ -214,7 +214,7 @@ class Engine:
                     await self._discard()
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                    await self._launch(recipe)
+                    await self._launch(launch_config)
                     trouble = ""
                 except Exception as error:  # noqa: BLE001  # as above
                     trouble = f"did not come back ({error})"
@@ -233,7 +233,7 @@ class Engine:
     async def _until_exit(self, server: Server) -> str:
         while server.returncode is None:  # noqa: ASYNC110  # nothing tells when a process ends
             await asyncio.sleep(POLL_S)
-        return f"ended with status {server.returncode}, {await server.last_words()}"
+        return f"ended with status {server.returncode}, {await server.log_tail()}"
 
     async def _until_hang(self, server: Server) -> str:
         while True:
@@ -241,14 +241,14 @@ class Engine:
             began = time.monotonic()
             left = self._hang_s
             # Any answer is a sign of life: a probe may wait its turn behind long prompts.
-            while not await server.gives_a_token(within_s=left) and self._last_answer < began:
+            while not await server.can_generate(within_s=left) and self._last_answer < began:
                 left = began + self._hang_s - time.monotonic()
                 # A last try, since it may have been this process that stood still.
-                if left <= 0 and not await server.gives_a_token(within_s=_LAST_TRY_S):
+                if left <= 0 and not await server.can_generate(within_s=_LAST_TRY_S):
                     return f"gave no token for {self._hang_s:.0f} s"
                 await asyncio.sleep(POLL_S)
 
-    async def _launch(self, recipe: Recipe) -> None:
+    async def _launch(self, launch_config: LaunchConfig) -> None:
         """Start a server and wait until it has judged an image.
 
         Raises:
@@ -257,18 +257,18 @@ class Engine:
         for attempt in range(1, _PORT_TRIES + 1):
             self._launches += 1
             log = self._state_dir / "logs" / f"engine-{os.getpid()}-{id(self):x}-{self._launches}.log"
-            device = f"{recipe.gpus} GPU(s)" if recipe.gpus else "the CPU"
+            device = f"{launch_config.gpus} GPU(s)" if launch_config.gpus else "the CPU"
             logger.info("starting SGLang with %s on %s; its log is %s", self.checkpoint.name, device, log)
             try:
                 async with asyncio.timeout(self._start_s):
-                    self._server = server = await Server.spawn(recipe, log)
-                    await server.until_ready(recipe)
+                    self._server = server = await Server.spawn(launch_config, log)
+                    await server.until_ready(launch_config)
             except PortTaken:
                 logger.warning("the engine's port was taken meanwhile; choosing another (%d)", attempt)
                 await self._discard()
                 continue
             except TimeoutError:
-                words = await self._server.last_words() if self._server else "it was never there"
+                words = await self._server.log_tail() if self._server else "it was never there"
                 raise GuardUnavailable(
                     f"The engine was not ready after {self._start_s:.0f} s (SLUICE_GUARD_START_S); {words}"
                 ) from None

@@ -31,7 +31,7 @@ def gpus_for(checkpoint: Checkpoint, share: float = 1.0) -> int:
     memory = gpu_memory_bytes()
     if memory and cuda_available():
         mine = [int(each * share) for each in memory]
-        if gpus := checkpoint.gpus(mine):
+        if gpus := checkpoint.tensor_parallel_size(mine):
             return gpus
         have = " + ".join(f"{each / GIB:.0f}" for each in mine)
         raise ConfigurationError(
@@ -69,7 +69,7 @@ def gpu_memory_bytes() -> list[int]:
         pynvml.nvmlShutdown()
 
 
-def static_fraction(share: float = 1.0) -> float:
+def mem_fraction_static(share: float = 1.0) -> float:
     """SGLang's `--mem-fraction-static` for a replica with this share of a GPU.
 
     SGLang means a part of what is free when it starts, which is less than all where another replica came first.

@@ -17,7 +17,7 @@ from services.core.settings import Settings
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
 from services.guard.families.llavaguard_answer import head_tokens, p_unsafe
-from services.guard.slots import Places
+from services.guard.slots import EngineSlots
 
 RATIONALE_TOKENS: Final = 256
 """Bound of a rationale. LlavaGuard's take about 70 tokens."""
@@ -31,7 +31,7 @@ class _RatingTokens:
     unsafe: int
 
 
-class Guard:
+class GuardInference:
     """Assesses images with an engine's checkpoint: pure inference, no credentials, no network beyond the engine.
 
     At most `in_flight` assessments are with the engine at a time; the others wait here.
@@ -48,7 +48,7 @@ class Guard:
         """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer under LlavaGuard's
         own categories; a rationale that does not fit is cut and marked."""
         self.engine = engine
-        self._places = Places(in_flight, engine.prove_alive)
+        self._slots = EngineSlots(in_flight, engine.health_check)
         self._deadline_s = deadline_s
         self._answer_tokens = answer_tokens
         self._rating_tokens: _RatingTokens | None = None
@@ -107,16 +107,16 @@ class Guard:
         """
         if not policies:
             return []
-        async with self._place(image.sha256, priority, len(policies)):
+        async with self._slot(image.sha256, priority, len(policies)):
             data_url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
             request = {"image_data": data_url, "priority": _PRIORITY[priority]}
             return [await self._assess(request, policy, detail) for policy in policies]
 
     @asynccontextmanager
-    async def _place(self, sha256: str, priority: Turn, assessments: int) -> AsyncIterator[None]:
+    async def _slot(self, sha256: str, priority: Turn, assessments: int) -> AsyncIterator[None]:
         deadline_s = self._deadline_s * assessments
         try:
-            async with asyncio.timeout(deadline_s), self._places.take(sha256, priority):
+            async with asyncio.timeout(deadline_s), self._slots.acquire(sha256, priority):
                 yield
         except TimeoutError:
             raise GuardUnavailable(
@@ -126,7 +126,7 @@ class Guard:
     async def _assess(self, request: Mapping[str, Any], policy: Policy, detail: Detail) -> Assessment:
         used = Counter[str]()
 
-        async def ask(text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
+        async def generate(text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
             answer = await self._generate({**request, "text": text}, tokens=tokens, ebnf=ebnf)
             meta = answer["meta_info"]
             used.update({name: meta[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
@@ -135,7 +135,7 @@ class Guard:
 
         model = self.identity(policy)
         family = self.engine.checkpoint.family
-        judged = await family.judge(ask, policy, detail, answer_tokens=self._answer_tokens)
+        judged = await family.judge(generate, policy, detail, answer_tokens=self._answer_tokens)
         return Assessment(
             rating=judged.rating,
             category=judged.category,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from services.guard.checkpoints import Checkpoint
-from services.guard.gpus import static_fraction
+from services.guard.gpus import mem_fraction_static
 
 _CPU_FLAGS: Final = (
     *("--device", "cpu"),
@@ -52,7 +52,7 @@ _WITHHELD: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class LaunchConfig:
     """All that a server is started from, but for what is new each time: port, key and scratch folder."""
 
     checkpoint: Checkpoint
@@ -86,7 +86,7 @@ class Recipe:
         ]
 
     def _cuda_flags(self) -> tuple[str, ...]:
-        fraction = static_fraction(self.gpu_share)
+        fraction = mem_fraction_static(self.gpu_share)
         return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
     def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:

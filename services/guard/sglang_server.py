@@ -19,7 +19,7 @@ from PIL import Image
 
 from services.core.errors import GuardFailed, GuardUnavailable
 from services.core.processes import Child, free_port
-from services.guard.sglang_command import Recipe, write_secrets
+from services.guard.sglang_command import LaunchConfig, write_secrets
 from services.guard.slots import EngineFailed
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Server:
         self._scratch = scratch
 
     @staticmethod
-    async def spawn(recipe: Recipe, log: Path) -> "Server":
+    async def spawn(launch_config: LaunchConfig, log: Path) -> "Server":
         """Start the process; it takes a while until it answers."""
         # Hexadecimal: SGLang takes a key that begins with a hyphen for another flag.
         port, key = free_port(), secrets.token_hex(32)
@@ -55,17 +55,19 @@ class Server:
             headers={"Authorization": f"Bearer {key}"},
             trust_env=False,
             timeout=None,  # Every call has a deadline of its own.
-            limits=httpx.Limits(max_connections=recipe.in_flight + 4, max_keepalive_connections=recipe.in_flight + 4),
+            limits=httpx.Limits(
+                max_connections=launch_config.in_flight + 4, max_keepalive_connections=launch_config.in_flight + 4
+            ),
         )
 
         def spawn() -> Server:
             # Its sockets and temporary files go where they can be removed together.
             scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
             write_secrets(scratch / "flags.yaml", api_key=key)
-            argv = recipe.command(port=port, secrets=scratch / "flags.yaml")
-            child = Child(argv, log=log, env=recipe.environment(os.environ, scratch=scratch))
-            _prune(log.parent)
-            _sweep(scratch.parent)
+            argv = launch_config.command(port=port, secrets=scratch / "flags.yaml")
+            child = Child(argv, log=log, env=launch_config.environment(os.environ, scratch=scratch))
+            _delete_old_logs(log.parent)
+            _delete_orphaned_scratch(scratch.parent)
             return Server(child, client, scratch)
 
         spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
@@ -89,7 +91,7 @@ class Server:
         """The exit status, or None while it runs."""
         return self._child.returncode
 
-    async def until_ready(self, recipe: Recipe) -> None:
+    async def until_ready(self, launch_config: LaunchConfig) -> None:
         """Return when the server has judged an image.
 
         Raises:
@@ -104,7 +106,7 @@ class Server:
                     raise PortTaken
                 logger.error("the engine's last lines:\n%s", tail)
                 raise GuardUnavailable(
-                    f"The engine ended with status {self.returncode} while starting; {await self.last_words()}"
+                    f"The engine ended with status {self.returncode} while starting; {await self.log_tail()}"
                 )
             if time.monotonic() - reported >= _PROGRESS_S:
                 reported = time.monotonic()
@@ -112,14 +114,14 @@ class Server:
             await asyncio.sleep(POLL_S)
         logger.info("the engine is up after %.0f s; judging a first image", time.monotonic() - began)
         first = {
-            "text": recipe.checkpoint.family.example(),
+            "text": launch_config.checkpoint.family.example(),
             "image_data": _drawn_image(),
             "sampling_params": {"temperature": 0, "max_new_tokens": 1},
         }
         try:
             await self.call("/generate", first)
         except (GuardFailed, GuardUnavailable) as error:
-            raise GuardUnavailable(f"The engine cannot judge an image: {error} And {await self.last_words()}") from None
+            raise GuardUnavailable(f"The engine cannot judge an image: {error} And {await self.log_tail()}") from None
         logger.info("the engine is ready after %.0f s", time.monotonic() - began)
 
     async def call(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -150,7 +152,7 @@ class Server:
             raise EngineFailed(f"The engine failed: {detail}")
         raise GuardUnavailable(f"The engine answers {response.status_code}: {detail}")
 
-    async def gives_a_token(self, within_s: float) -> bool:
+    async def can_generate(self, within_s: float) -> bool:
         """Whether the server generates one token of text in time."""
         request = {
             "text": "Safe",
@@ -164,7 +166,7 @@ class Server:
             return False
         return True
 
-    async def last_words(self) -> str:
+    async def log_tail(self) -> str:
         """Where its log is and how that ends, for the end of a sentence."""
         try:
             tail = await asyncio.to_thread(self._child.tail)
@@ -204,7 +206,7 @@ def _drawn_image() -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _prune(logs: Path) -> None:
+def _delete_old_logs(logs: Path) -> None:
     """Keep the newest logs, and those of other processes that still run."""
     with contextlib.suppress(OSError):  # Another process prunes the same folder.
         for log in sorted(logs.glob("engine-*.log"), key=lambda log: log.stat().st_mtime)[:-_KEPT_LOGS]:
@@ -213,7 +215,7 @@ def _prune(logs: Path) -> None:
                 log.unlink(missing_ok=True)
 
 
-def _sweep(folder: Path) -> None:
+def _delete_orphaned_scratch(folder: Path) -> None:
     """Remove the scratch folders of owners that were killed."""
     for scratch in folder.glob(f"{_SCRATCH}*-*"):
         owner = scratch.name.removeprefix(_SCRATCH).split("-")[0]

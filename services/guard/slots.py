@@ -1,4 +1,8 @@
-"""Places at the engine: how many calls it gets at a time, who comes first, and who has to come alone."""
+"""Slots for calls to the engine: concurrency, priority, and isolation of images that may crash it.
+
+`pipelines.intake.crash_isolation` does the same for messages and worker processes, and uses the same three words:
+suspected, isolated, confirmed poison.
+"""
 
 import asyncio
 from collections import Counter, OrderedDict
@@ -15,45 +19,45 @@ _ORDER: Final[tuple[Turn, ...]] = ("interactive", "live", "backfill")
 
 
 class EngineFailed(GuardUnavailable):
-    """The engine failed, or went away, in the middle of a call."""
+    """The engine failed, or stopped, during a call."""
 
 
-class Places:
+class EngineSlots:
     """Up to `count` calls at a time; `interactive` before `live` before `backfill`.
 
-    When the engine fails, each image that it had may be the cause. Such a suspect comes alone the next time, right
-    after the engine gave a sign of life, so that a second failure is its own: an engine that someone else brought down
-    is no proof. After three it is given up; one success clears it.
+    When the engine fails, every image that was in flight is suspected. The next call with a suspected image is
+    isolated: it runs alone, and only after a health check passed, so that another failure is caused by this image. The
+    third failure makes it confirmed poison (GuardFailed). A success clears it.
     """
 
-    def __init__(self, count: int, prove_alive: Callable[[], Awaitable[None]]) -> None:
-        """`prove_alive` raises GuardUnavailable unless the engine works."""
+    def __init__(self, count: int, health_check: Callable[[], Awaitable[None]]) -> None:
+        """`health_check` raises GuardUnavailable if the engine is not healthy."""
         self._count = count
-        self._prove_alive = prove_alive
+        self._health_check = health_check
         self._taken = 0
-        self._one_alone = False
-        self._suspects_waiting = 0
+        self._isolated = False
+        self._suspected_waiting = 0
         self._waiting = Counter[Turn]()
         self._changed = asyncio.Condition()
         self._failures: OrderedDict[str, int] = OrderedDict()
 
     @asynccontextmanager
-    async def take(self, sha256: str, turn: Turn = "live") -> AsyncIterator[None]:
-        """Hold a place for one image's call.
+    async def acquire(self, sha256: str, turn: Turn = "live") -> AsyncIterator[None]:
+        """Hold a slot for one image's call.
 
         Raises:
-            GuardFailed: instead of an EngineFailed of the body, when this image alone made the engine fail.
-            GuardUnavailable: the engine does not work.
+            GuardFailed: raised in place of EngineFailed when the image is confirmed poison.
+            GuardUnavailable: the health check failed.
         """
-        suspect = sha256 in self._failures
-        await (self._enter_alone() if suspect else self._enter(turn))
+        suspected = sha256 in self._failures
+        await (self._wait_for_isolation() if suspected else self._wait_for_slot(turn))
         try:
-            if suspect:
-                await self._prove_alive()
+            if suspected:
+                await self._health_check()
             yield
         except EngineFailed:
             failures = self._failures.pop(sha256, 0) + 1
-            if suspect and failures >= _FAILURES:
+            if suspected and failures >= _FAILURES:
                 raise GuardFailed(f"The image made the engine fail {failures} times.") from None
             self._failures[sha256] = failures
             if len(self._failures) > _REMEMBERED:
@@ -62,9 +66,9 @@ class Places:
         else:
             self._failures.pop(sha256, None)
         finally:
-            await asyncio.shield(self._leave())
+            await asyncio.shield(self._release())
 
-    async def _enter(self, turn: Turn) -> None:
+    async def _wait_for_slot(self, turn: Turn) -> None:
         async with self._changed:
             before = _ORDER[: _ORDER.index(turn)]
             self._waiting[turn] += 1
@@ -72,8 +76,8 @@ class Places:
                 await self._changed.wait_for(
                     lambda: (
                         self._taken < self._count
-                        and not self._one_alone
-                        and not self._suspects_waiting
+                        and not self._isolated
+                        and not self._suspected_waiting
                         and not any(self._waiting[other] for other in before)
                     )
                 )
@@ -82,18 +86,18 @@ class Places:
                 self._waiting[turn] -= 1
                 self._changed.notify_all()
 
-    async def _enter_alone(self) -> None:
+    async def _wait_for_isolation(self) -> None:
         async with self._changed:
-            self._suspects_waiting += 1
+            self._suspected_waiting += 1
             try:
                 await self._changed.wait_for(lambda: self._taken == 0)
-                self._taken, self._one_alone = 1, True
+                self._taken, self._isolated = 1, True
             finally:
-                self._suspects_waiting -= 1
+                self._suspected_waiting -= 1
                 self._changed.notify_all()
 
-    async def _leave(self) -> None:
+    async def _release(self) -> None:
         async with self._changed:
             self._taken -= 1
-            self._one_alone = False
+            self._isolated = False
             self._changed.notify_all()

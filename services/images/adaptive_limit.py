@@ -1,4 +1,4 @@
-"""How many requests the object store gets at a time: fewer when it says that it gets too many."""
+"""A limit on concurrent requests to the object store, lowered when the store throttles."""
 
 import asyncio
 import time
@@ -8,13 +8,13 @@ from typing import Final
 
 from services.core.errors import StoreUnavailable
 
-_LESS: Final = 0.5
-_CALM_S: Final = 1.0
-"""Complaints about requests that were sent before the last reduction say nothing new."""
+_DECREASE_FACTOR: Final = 0.5
+_COOLDOWN_S: Final = 1.0
+"""Pause after a reduction. Throttled requests that began before its end do not reduce the limit again."""
 
 
 class Throttled(StoreUnavailable):
-    """The object store asks for fewer requests (503 SlowDown, 429)."""
+    """The object store throttled the request (503 SlowDown, 429)."""
 
 
 class AdaptiveLimit:
@@ -24,12 +24,12 @@ class AdaptiveLimit:
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`most`: never more than this, and as many at the start."""
+        """`most`: the initial and highest limit."""
         self._most = most
         self._limit = float(most)
         self._clock = clock
         self._taken = 0
-        self._calm_from = float("-inf")
+        self._cooldown_until = float("-inf")
         self._changed = asyncio.Condition()
 
     @property
@@ -39,7 +39,7 @@ class AdaptiveLimit:
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
-        """Hold one request's place; what the block raises is learned from."""
+        """Count one request as in flight. A `Throttled` that the block raises lowers the limit; success raises it."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._taken < self.limit)
             self._taken += 1
@@ -47,9 +47,9 @@ class AdaptiveLimit:
         try:
             yield
         except Throttled:
-            if began >= self._calm_from:
-                self._limit = max(1.0, self._limit * _LESS)
-                self._calm_from = self._clock() + _CALM_S
+            if began >= self._cooldown_until:
+                self._limit = max(1.0, self._limit * _DECREASE_FACTOR)
+                self._cooldown_until = self._clock() + _COOLDOWN_S
             raise
         else:
             self._limit = min(self._most, self._limit + 1 / self._limit)

@@ -27,9 +27,9 @@ from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.messages import PreparedImage
 from services.core.settings import Settings
 from services.images.decode import Limits, prepare, smaller
-from services.images.decoder_protocol import Broken, Channel, described, restored
+from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
 
-__all__ = ["Limits", "Preparer", "prepare", "smaller"]
+__all__ = ["DecoderPool", "Limits", "prepare", "smaller"]
 
 FIRST_LOOK_PX: Final = 384
 """LlavaGuard sees an image of this side as one tile: a fifth of the tokens of a larger one."""
@@ -46,7 +46,7 @@ _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 _SOURCES: Final = Path(__file__).parents[2]
 
 
-class Preparer:
+class DecoderPool:
     """A bounded pool of decoding processes. Used from one event loop; close it when done."""
 
     def __init__(self, settings: Settings, side_px: int) -> None:
@@ -82,7 +82,7 @@ class Preparer:
         """The same image with the longer side at most `side_px`. Raises what `prepare` raises."""
         if max(image.width, image.height) <= side_px:
             return image
-        request = {"side_px": side_px, "image": described(image)}
+        request = {"side_px": side_px, "image": to_json(image)}
         return await self._run(lambda worker: worker.ask(request, image.data))
 
     def close(self) -> None:
@@ -96,32 +96,32 @@ class Preparer:
             self._threads.submit(self._discard_idle)
         self._threads.shutdown(wait=False)  # what still waits in there ends at once, as Unavailable
 
-    async def _run(self, ask: "_Ask") -> PreparedImage:
+    async def _run(self, ask: "_Request") -> PreparedImage:
         if self._closed:
             raise Unavailable("the image decoders are stopped")
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, ask)
 
-    def _try(self, ask: "_Ask") -> PreparedImage:
+    def _try(self, ask: "_Request") -> PreparedImage:
         for _ in range(_TRIES):
-            worker = self._take()
+            worker = self._acquire()
             try:
                 image = ask(worker)
             except (NotAnImage, TooLarge):
-                self._give_back(worker)
+                self._release(worker)
                 raise
             except TimeoutError:
                 self._discard(worker)
                 raise NotAnImage(f"decoding took longer than {self._deadline_s:g} s") from None
-            except (Broken, OSError):
+            except (ProtocolError, OSError):
                 status = self._discard(worker)
                 if self._closed or status in _STOPPED_FROM_OUTSIDE:
                     raise Unavailable("the image decoders are being stopped") from None
             else:
-                self._give_back(worker)
+                self._release(worker)
                 return image
         raise NotAnImage(f"its decoder crashed {_TRIES} times")
 
-    def _take(self) -> "_Worker":
+    def _acquire(self) -> "_Worker":
         with suppress(queue.Empty):
             while True:
                 worker = self._idle.get_nowait()
@@ -138,12 +138,12 @@ class Preparer:
                 worker.kill()  # `close` did not see it
         try:
             worker.await_ready()
-        except (Broken, OSError) as error:
+        except (ProtocolError, OSError) as error:
             status = self._discard(worker)
             raise Unavailable(f"an image decoder did not start (status {status}): {error}") from None
         return worker
 
-    def _give_back(self, worker: "_Worker") -> None:
+    def _release(self, worker: "_Worker") -> None:
         if self._closed or worker.images >= _IMAGES_PER_PROCESS:
             self._discard(worker)
         else:
@@ -184,7 +184,7 @@ class _Worker:
             raise
 
     def await_ready(self) -> None:
-        """Raises Broken, TimeoutError."""
+        """Raises ProtocolError, TimeoutError."""
         self._channel.deadline = time.monotonic() + _START_S
         self._channel.receive(0)
 
@@ -192,7 +192,13 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, request: dict[str, Any], data: bytes) -> PreparedImage:
-        """Raises NotAnImage, TooLarge, Broken (or another OSError) when it died, TimeoutError after the deadline."""
+        """Decode one image in this process.
+
+        Raises:
+            NotAnImage, TooLarge: the decoder refused the image.
+            ProtocolError, OSError: the process died.
+            TimeoutError: the deadline passed.
+        """
         self.images += 1
         self._channel.deadline = time.monotonic() + self._deadline_s
         self._channel.send(request, data)
@@ -202,7 +208,7 @@ class _Worker:
             raise TooLarge(detail)
         if reason == NotAnImage.reason:
             raise NotAnImage(detail)
-        return restored(answer, content)
+        return from_json(answer, content)
 
     def kill(self) -> None:
         """Safe to call from any thread, and again."""
@@ -216,7 +222,7 @@ class _Worker:
         return status
 
 
-_Ask = Callable[[_Worker], PreparedImage]
+_Request = Callable[[_Worker], PreparedImage]
 
 
 def _environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from services.core.errors import NotAnImage, TooLarge
 from services.images.decode import Limits, prepare, smaller
-from services.images.decoder_protocol import Broken, Channel, described, restored
+from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
 
 _PARENT_CHECK_MS: Final = 1000
 _ALARM_SLACK_S: Final = 5
@@ -31,12 +31,12 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
     """What to send back: a prepared image, or the reason why there is none."""
     try:
         if "side_px" in request:
-            image = smaller(restored(request["image"], data), int(request["side_px"]))
+            image = smaller(from_json(request["image"], data), int(request["side_px"]))
         else:
             image = prepare(data, limits)
     except (NotAnImage, TooLarge) as error:
         return {"reason": error.reason, "detail": str(error)}, b""
-    return described(image), image.data
+    return to_json(image), image.data
 
 
 def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> None:
@@ -60,7 +60,7 @@ def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> N
             signal.setitimer(signal.ITIMER_REAL, 0)
             channel.send(head, body)
             del data, body
-    except (Broken, OSError):
+    except (ProtocolError, OSError):
         os._exit(0)
 
 

@@ -1,6 +1,6 @@
-"""What a decoding process and its parent say to each other: frames of JSON and raw bytes over a socket.
+"""The protocol between a decoder process and its parent: frames of JSON and raw bytes over a socket.
 
-No pickle: nothing that comes back from a process that read hostile bytes can run code in its parent.
+It does not use pickle: the decoder reads hostile bytes, and its answers must not run code in the parent.
 """
 
 import json
@@ -15,8 +15,8 @@ _LENGTHS: Final = struct.Struct(">II")
 _HEAD_LIMIT_BYTES: Final = 1 << 16
 
 
-class Broken(Exception):
-    """The other side is gone, or does not keep to the protocol."""
+class ProtocolError(Exception):
+    """The peer closed the connection, or broke the protocol."""
 
 
 class Channel:
@@ -27,7 +27,7 @@ class Channel:
         self.deadline: float | None = None
 
     def send(self, head: dict[str, Any], body: bytes) -> None:
-        """Send one frame. Raises OSError when the other side is gone, TimeoutError after the deadline."""
+        """Send one frame. Raises OSError when the peer closed the connection, TimeoutError after the deadline."""
         encoded = json.dumps(head).encode()
         self._wait_until_deadline()
         self._connection.sendall(_LENGTHS.pack(len(encoded), len(body)) + encoded)
@@ -35,16 +35,16 @@ class Channel:
         self._connection.sendall(body)
 
     def receive(self, body_limit: int) -> tuple[dict[str, Any], bytes]:
-        """Receive one frame. Raises Broken, OSError, and TimeoutError after the deadline."""
+        """Receive one frame. Raises ProtocolError, OSError, and TimeoutError after the deadline."""
         head_size, body_size = _LENGTHS.unpack(self._receive(_LENGTHS.size))
         if head_size > _HEAD_LIMIT_BYTES or body_size > body_limit:
-            raise Broken("a frame is larger than agreed")
+            raise ProtocolError("a frame is larger than agreed")
         try:
             head = json.loads(self._receive(head_size))
         except (ValueError, RecursionError):
-            raise Broken("a frame is not JSON") from None
+            raise ProtocolError("a frame is not JSON") from None
         if not isinstance(head, dict):
-            raise Broken("a frame is not a JSON object")
+            raise ProtocolError("a frame is not a JSON object")
         return head, self._receive(body_size)
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Channel:
             self._wait_until_deadline()
             received = self._connection.recv_into(missing)
             if received == 0:
-                raise Broken("the other side is gone")
+                raise ProtocolError("the peer closed the connection")
             missing = missing[received:]
         return bytes(content)
 
@@ -70,8 +70,8 @@ class Channel:
             self._connection.settimeout(left_s)
 
 
-def described(image: PreparedImage) -> dict[str, Any]:
-    """A prepared image without its bytes, as JSON."""
+def to_json(image: PreparedImage) -> dict[str, Any]:
+    """The JSON fields of a prepared image; its bytes are sent separately."""
     return {
         "media_type": image.media_type,
         "width": image.width,
@@ -81,8 +81,8 @@ def described(image: PreparedImage) -> dict[str, Any]:
     }
 
 
-def restored(head: dict[str, Any], data: bytes) -> PreparedImage:
-    """The inverse of `described`. Raises Broken."""
+def from_json(head: dict[str, Any], data: bytes) -> PreparedImage:
+    """The inverse of `to_json`. Raises ProtocolError."""
     try:
         return PreparedImage(
             data=data,
@@ -93,4 +93,4 @@ def restored(head: dict[str, Any], data: bytes) -> PreparedImage:
             facts=ImageFacts.model_validate(head["facts"]),
         )
     except (KeyError, TypeError, ValueError):
-        raise Broken("an answer is not a prepared image") from None
+        raise ProtocolError("an answer is not a prepared image") from None

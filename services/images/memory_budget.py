@@ -1,4 +1,4 @@
-"""A budget of bytes, so that memory stays bounded however many images are in flight."""
+"""A byte budget that bounds the memory of the images in flight."""
 
 import asyncio
 from collections import deque

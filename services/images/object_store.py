@@ -19,7 +19,7 @@ from services.core.s3 import s3_client
 from services.core.settings import Settings
 from services.images.adaptive_limit import AdaptiveLimit, Throttled
 from services.images.memory_budget import ByteBudget
-from services.images.socket_deadline import Cutoff, watch_connections
+from services.images.socket_deadline import SocketDeadline, watch_connections
 
 _CONNECTIONS_LIMIT: Final = 32
 _CONNECT_TIMEOUT_S: Final = 5.0
@@ -139,32 +139,32 @@ class ObjectStore:
             raise Changed("the submission's ETag is none that an object can have")
 
     async def _fetch(self, reference: ObjectReference, reserved: AsyncExitStack) -> StoredObject:
-        cutoff = Cutoff()
-        download = _Download(self._client, reference, self._limit_bytes, cutoff)
+        socket_deadline = SocketDeadline()
+        download = _Download(self._client, reference, self._limit_bytes, socket_deadline)
         started = time.monotonic()
-        size = await self._in_thread(download.begin, cutoff, self._deadline_s)
+        size = await self._in_thread(download.begin, socket_deadline, self._deadline_s)
         left_s = self._deadline_s - (time.monotonic() - started)
         try:
             await reserved.enter_async_context(self.budget.reserve(size))
         except BaseException:
             download.close()
             raise
-        return await self._in_thread(download.finish, cutoff, max(left_s, 0.0))
+        return await self._in_thread(download.finish, socket_deadline, max(left_s, 0.0))
 
-    async def _in_thread(self, step: Callable[[], T], cutoff: Cutoff, seconds: float) -> T:
+    async def _in_thread(self, step: Callable[[], T], socket_deadline: SocketDeadline, seconds: float) -> T:
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(seconds, cutoff.cut)
+        timer = loop.call_later(seconds, socket_deadline.cut)
         try:
             async with asyncio.timeout(seconds + _GRACE_S):
-                return await loop.run_in_executor(self._threads, cutoff.run, step)
+                return await loop.run_in_executor(self._threads, socket_deadline.run, step)
         except TimeoutError:
             raise StoreUnavailable(_late(self._deadline_s)) from None
         except StoreUnavailable:
-            if cutoff.is_cut:
+            if socket_deadline.is_cut:
                 raise StoreUnavailable(_late(self._deadline_s)) from None
             raise
         except asyncio.CancelledError:
-            cutoff.cut()  # the thread is needed by others
+            socket_deadline.cut()  # the thread is needed by others
             raise
         finally:
             timer.cancel()
@@ -173,11 +173,13 @@ class ObjectStore:
 class _Download:
     """One GetObject in two steps, each run in a thread: first the size, later the bytes."""
 
-    def __init__(self, client: Any, reference: ObjectReference, limit_bytes: int, cutoff: Cutoff) -> None:
+    def __init__(
+        self, client: Any, reference: ObjectReference, limit_bytes: int, socket_deadline: SocketDeadline
+    ) -> None:
         self._client = client
         self._reference = reference
         self._limit_bytes = limit_bytes
-        self._cutoff = cutoff
+        self._socket_deadline = socket_deadline
         self._response: dict[str, Any] = {}
         self._size: int | None = None
 
@@ -215,7 +217,7 @@ class _Download:
             raise StoreUnavailable(f"the object store broke off: {_brief(error)}") from None
         finally:
             self.close()
-        if self._cutoff.is_cut or (self._size is not None and content.tell() != self._size):
+        if self._socket_deadline.is_cut or (self._size is not None and content.tell() != self._size):
             raise StoreUnavailable("the object store broke off before the last byte")
         return StoredObject(content.getvalue(), self._response.get("VersionId"), self._etag())
 
@@ -225,7 +227,7 @@ class _Download:
             self._response["Body"].close()
 
     def _checked_size(self) -> int:
-        if self._cutoff.is_cut:
+        if self._socket_deadline.is_cut:
             raise StoreUnavailable("the object store answered too late")
         reference = self._reference
         if reference.etag and self._etag() != reference.etag:

@@ -1,7 +1,7 @@
-"""Ends a blocking HTTP exchange from outside, at whatever byte it waits for.
+"""A deadline for a whole blocking HTTP exchange.
 
-A timeout of a socket starts anew with every byte, so a server that sends one now and then holds a thread for hours.
-Shutting the socket down wakes that thread at once, in the headers as well as in the body.
+A socket timeout restarts with every byte, so a slow server can hold a thread for hours. Shutting the socket down wakes
+the thread at once, both while it reads headers and while it reads the body.
 """
 
 import socket
@@ -21,45 +21,45 @@ T = TypeVar("T")
 _current = threading.local()
 
 
-class Cutoff:
-    """Cuts the exchange that runs under it; `cut` may be called from any thread, at any time, and never blocks."""
+class SocketDeadline:
+    """Ends the HTTP exchange that runs under it. `cut` may be called from any thread, at any time, and never blocks."""
 
     def __init__(self) -> None:
         self.is_cut = False
         self._socket: socket.socket | None = None
 
     def run(self, step: Callable[[], T]) -> T:
-        """Run `step` in this thread; the connection that it uses is the one to cut."""
-        _current.cutoff = self
+        """Run `step` in this thread. `cut` closes the connection that `step` uses."""
+        _current.socket_deadline = self
         try:
             return step()
         finally:
-            _current.cutoff = None
+            _current.socket_deadline = None
 
     def hold(self, connected: socket.socket | None) -> None:
-        """From now on `connected` is what is cut."""
+        """Make `connected` the socket that `cut` shuts down."""
         self._socket = connected
         if self.is_cut:
             self.cut()
 
     def cut(self) -> None:
-        """Let every wait for the other side end now."""
+        """Shut the socket down, so that a thread blocked on it continues with an error."""
         self.is_cut = True
         if self._socket is not None:
-            with suppress(OSError, ValueError):  # it is closed already
+            with suppress(OSError, ValueError):  # already closed
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Watched:
-    """A connection that tells the cutoff of its thread which socket it uses."""
+    """A connection that registers its socket with the SocketDeadline of the current thread."""
 
     sock: socket.socket | None
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         result = super().request(*args, **kwargs)  # type: ignore[misc]
-        cutoff: Cutoff | None = getattr(_current, "cutoff", None)
-        if cutoff is not None:
-            cutoff.hold(self.sock)
+        socket_deadline: SocketDeadline | None = getattr(_current, "socket_deadline", None)
+        if socket_deadline is not None:
+            socket_deadline.hold(self.sock)
         return result
 
 
@@ -80,8 +80,8 @@ class _HTTPSPool(AWSHTTPSConnectionPool):
 
 
 def watch_connections(client: Any) -> None:
-    """Let a boto3 client use connections that a `Cutoff` can cut.
+    """Let a boto3 client use connections that a `SocketDeadline` can cut.
 
-    botocore has no public way to choose them. Should this one go away, a test of deadlines fails.
+    botocore has no public way to choose them. The deadline tests fail if a release removes this one.
     """
     client._endpoint.http_session._pool_classes_by_scheme.update(http=_HTTPPool, https=_HTTPSPool)

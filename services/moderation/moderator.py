@@ -49,7 +49,7 @@ class PolicySource(Protocol):
 class Breaker(Protocol):
     """Keeps a policy version from blocking too much."""
 
-    def admits(self, policy: Policy, action: Action) -> bool:
+    def allows(self, policy: Policy, action: Action) -> bool:
         """Count a verdict's action, and say whether it may stand."""
 
 
@@ -196,7 +196,7 @@ class Moderation:
     def _admitted(self, verdict: Verdict, policy: Policy) -> Verdict:
         """The verdict, or a request for review where the policy's circuit breaker is open."""
         identity, action = policy.identity, verdict.action
-        if self._breaker and action and verdict.outcome == "verdict" and not self._breaker.admits(policy, action):
+        if self._breaker and action and verdict.outcome == "verdict" and not self._breaker.allows(policy, action):
             verdict = verdict.model_copy(update={"outcome": "needs_review", "reason": "quota", "action": "review"})
         telemetry.ACTIONS.inc(
             1, {"policy": identity.name, "version": str(identity.version), "action": verdict.action or ""}

@@ -21,7 +21,7 @@ from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownP
 from services.core.messages import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
 from services.core.tasks import ended
 from services.policies.document import PolicyDocument, is_policy_name
-from services.policies.redis_cache import CacheUnavailable, KnownChange, SharedCopies
+from services.policies.redis_cache import CachedChange, CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change, Rollout
 from services.policies.tenants import TENANTS, TenantsDocument
@@ -50,7 +50,7 @@ class _Known:
 class PolicyCache:
     """Chooses the policy version of each submission. To be used as an async context manager."""
 
-    def __init__(self, registry: PolicyRegistry, shared: SharedCopies | None, *, refresh_s: float = 5.0) -> None:
+    def __init__(self, registry: PolicyRegistry, shared: PolicyRedisCache | None, *, refresh_s: float = 5.0) -> None:
         """`refresh_s`: how long a roll-out is believed to be unchanged where no news of it can be heard."""
         self._registry = registry
         self._shared = shared
@@ -120,7 +120,7 @@ class PolicyCache:
     async def _rollout(self, name: str) -> Rollout:
         known = self._known.get(name)
         if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _ABSENT_S):
-            await self._look_up_rollout(name)
+            await self._refresh_rollout(name)
             known = self._known[name]
         return known.rollout
 
@@ -154,7 +154,7 @@ class PolicyCache:
         known = self._known.get(name)
         expected = known.rollout.digests.get(version) if known else None
 
-        async def copy(shared: SharedCopies) -> StoredVersion | None:
+        async def copy(shared: PolicyRedisCache) -> StoredVersion | None:
             stored = await shared.version(name, version)
             return stored if stored and expected in {None, stored.digest} else None
 
@@ -162,7 +162,7 @@ class PolicyCache:
             stored = await _off_the_loop(self._registry.get, name, version)
             if self._shared:
                 with suppress(CacheUnavailable):
-                    await self._shared.keep_version(stored)
+                    await self._shared.cache_version(stored)
             return stored
 
         try:
@@ -172,20 +172,20 @@ class PolicyCache:
             raise
         if isinstance(stored.document, PolicyDocument):
             if name not in self._known:
-                await self._look_up_rollout(name)  # which has the calibrations of every version
+                await self._refresh_rollout(name)  # which has the calibrations of every version
             _keep(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
         else:
             _keep(self._tenants, (name, version), stored.document)
 
-    async def _look_up_rollout(self, name: str) -> None:
+    async def _refresh_rollout(self, name: str) -> None:
         await self._once(("rollout", name), self._find_rollout, name)
 
     async def _find_rollout(self, name: str) -> None:
         """Bring in the present roll-out of a name, or keep the last known one."""
         before = self._known.get(name)
-        stale: KnownChange | None = None
+        stale: CachedChange | None = None
 
-        async def copy(shared: SharedCopies) -> tuple[Change | None] | None:
+        async def copy(shared: PolicyRedisCache) -> tuple[Change | None] | None:
             nonlocal stale
             stale = await shared.newest_change(name)
             believed_s = min(self._refresh_s, time.monotonic() - self._redis_back_at)
@@ -199,7 +199,7 @@ class PolicyCache:
             if self._shared:
                 with suppress(CacheUnavailable):
                     # What Redis had before the bucket was read, and the bucket has not, is not so any more.
-                    await self._shared.offer(name, newest, even_if_older=stale is not None)
+                    await self._shared.publish_change(name, newest, even_if_older=stale is not None)
             return (newest,)
 
         try:
@@ -216,7 +216,7 @@ class PolicyCache:
             self._keep_rollout(name, change)
 
     async def _coalesced(
-        self, what: str, copy: Callable[[SharedCopies], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
+        self, what: str, copy: Callable[[PolicyRedisCache], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
     ) -> V:
         """A good copy from Redis, else what is read from the bucket, by one process at a time for all of them."""
         deadline = time.monotonic() + _OTHERS_S
@@ -257,7 +257,7 @@ class PolicyCache:
         """Take over every change that Redis announces, until it is away."""
         assert self._shared is not None
         try:
-            async for change in self._shared.news(self._look_at_all):
+            async for change in self._shared.subscribe(self._refresh_all):
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
                 self.accept(change)
         except CacheUnavailable as error:
@@ -267,14 +267,14 @@ class PolicyCache:
 
     async def _refresh(self) -> None:
         await asyncio.sleep(self._refresh_s * random.uniform(0.8, 1.2))
-        await self._look_at_all()
+        await self._refresh_all()
 
-    async def _look_at_all(self) -> None:
+    async def _refresh_all(self) -> None:
         names = {name for name, known in self._known.items() if known.rollout.active is not None} | {TENANTS}
         names |= {name for name, _ in self._policies}  # a version in use may be of a name without an active one
         for name in names:
             with suppress(PolicyUnavailable):
-                await self._look_up_rollout(name)
+                await self._refresh_rollout(name)
 
     def _age(self, known: _Known) -> float:
         return time.monotonic() - known.looked_up_at

@@ -13,7 +13,7 @@ from services.core.errors import ConfigurationError, PolicyUnavailable
 from services.core.messages import Action, BlockRateBand, Policy, PolicyIdentity
 from services.core.tasks import ended
 from services.policies.cache import PolicyCache
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
 BREAKER: Final = "circuit breaker"
@@ -70,7 +70,7 @@ class CircuitBreaker:
     history, it outlives every process, and it ends when the version is activated, or made canary, again.
     """
 
-    def __init__(self, policies: PolicyCache, registry: PolicyRegistry, shared: SharedCopies | None) -> None:
+    def __init__(self, policies: PolicyCache, registry: PolicyRegistry, shared: PolicyRedisCache | None) -> None:
         self._policies = policies
         self._registry = registry
         self._shared = shared
@@ -85,7 +85,7 @@ class CircuitBreaker:
     async def __aexit__(self, *_: object) -> None:
         await ended(self._task)
 
-    def admits(self, policy: Policy, action: Action) -> bool:
+    def allows(self, policy: Policy, action: Action) -> bool:
         """Count one verdict, and say whether its action may stand. No network."""
         if policy.block_rate is None:
             return True
@@ -151,7 +151,7 @@ class CircuitBreaker:
         self._opening.pop(policy, None)
         if self._shared:
             with suppress(CacheUnavailable):
-                await self._shared.offer(policy.name, change)
+                await self._shared.publish_change(policy.name, change)
 
     async def _count(self, watched: _Watched, since: int) -> tuple[int, int]:
         """Verdicts and blocks in the window, of all processes.

@@ -72,7 +72,7 @@ def _no_policy_is_called_tenants(name: str) -> str:
 PolicyName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_no_policy_is_called_tenants)]
 
 
-class Inconsistent(ValueError):
+class ConflictingFields(ValueError):
     """Two parts of a document contradict each other."""
 
     def __init__(self, at: tuple[str | int, ...], message: str) -> None:
@@ -81,13 +81,13 @@ class Inconsistent(ValueError):
         """Where, as a path that begins at the field which was being validated."""
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
     """A part of a document: immutable, and without fields that nobody knows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class CategoryRules(Part):
+class CategoryRules(StrictModel):
     """What a policy says about one category; rules that are not given are the trained ones."""
 
     mode: Literal["enforce", "waive"] = "enforce"
@@ -95,7 +95,7 @@ class CategoryRules(Part):
     can: Rules | None = None
 
 
-class OwnCategory(Part):
+class OwnCategory(StrictModel):
     """A category that LlavaGuard was not trained on."""
 
     code: OwnCode
@@ -117,7 +117,7 @@ class OwnCategory(Part):
         return f"{self.code}: {self.title}"
 
 
-class ThresholdPair(Part):
+class ThresholdPair(StrictModel):
     """Scores from which an image is reviewed, and blocked."""
 
     review: Probability = 0.5
@@ -137,7 +137,7 @@ class ThresholdRules(ThresholdPair):
     categories: dict[AnyCode, ThresholdPair] = Field(default_factory=dict)
 
 
-class BlockRateRules(Part):
+class BlockRateRules(StrictModel):
     """The band that the share of blocked images has to stay in."""
 
     at_least: Probability = 0.0
@@ -156,7 +156,7 @@ class BlockRateRules(Part):
         return BlockRateBand(self.at_least, self.at_most, self.window_s, self.after)
 
 
-class SyntheticImage(Part):
+class SyntheticImage(StrictModel):
     """An image of the drawn world, pipelines.tiny_guard.drawings: made, not stored."""
 
     label: Annotated[
@@ -179,7 +179,7 @@ class SyntheticImage(Part):
         return _NAME_BY_CODE[self.label]
 
 
-class Expectation(Part):
+class Expectation(StrictModel):
     """What a verdict has to say; what is not given may be anything."""
 
     rating: Rating | None = None
@@ -191,11 +191,11 @@ class Expectation(Part):
         if self.rating is None and self.category is None and self.action is None:
             raise ValueError("expects nothing; give at least one of rating, category and action")
         if self.rating == "Unsafe" and self.category == "NA":
-            raise Inconsistent(("category",), "an Unsafe image has a category; NA goes with Safe only")
+            raise ConflictingFields(("category",), "an Unsafe image has a category; NA goes with Safe only")
         return self
 
 
-class Example(Part):
+class Example(StrictModel):
     """A test of the policy: an image, and what the verdict on it has to be."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -236,7 +236,7 @@ class Example(Part):
         return self
 
 
-class PolicyDocument(Part):
+class PolicyDocument(StrictModel):
     """A policy as it is written. Equal documents make equal prompts and have equal digests."""
 
     # A default must never change: what a document leaves out is in no digest (see `digest_of`), so a verdict's digest
@@ -268,7 +268,7 @@ class PolicyDocument(Part):
         codes = [category.code for category in own]
         for index, code in enumerate(codes):
             if code in codes[:index]:
-                raise Inconsistent((index, "code"), f"{code} is taken by another category of this policy")
+                raise ConflictingFields((index, "code"), f"{code} is taken by another category of this policy")
         return own
 
     @field_validator("thresholds")
@@ -276,7 +276,7 @@ class PolicyDocument(Part):
     def _are_of_its_categories(cls, thresholds: ThresholdRules, info: ValidationInfo) -> ThresholdRules:
         for code in thresholds.categories:
             if not _is_declared(code, info):
-                raise Inconsistent(("categories", code), _undeclared(code))
+                raise ConflictingFields(("categories", code), _undeclared(code))
         return thresholds
 
     @field_validator("examples")
@@ -285,7 +285,7 @@ class PolicyDocument(Part):
         for index, example in enumerate(examples):
             code = example.expect.category
             if code is not None and not _is_declared(code, info):
-                raise Inconsistent((index, "expect", "category"), _undeclared(code))
+                raise ConflictingFields((index, "expect", "category"), _undeclared(code))
         return examples
 
     def prompt(self) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from services.core.errors import ConfigurationError
-from services.policies.document import NAME_PATTERN, Inconsistent, PolicyDocument
+from services.policies.document import NAME_PATTERN, ConflictingFields, PolicyDocument
 from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import TENANTS, Document, TenantsDocument, parse_document
 
@@ -40,7 +40,7 @@ _Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Problem:
+class DocumentIssue:
     """One thing that is wrong with a document."""
 
     line: int
@@ -53,10 +53,10 @@ class Problem:
     """What is wrong, and what is right."""
 
 
-class BadDocument(ConfigurationError):
+class InvalidDocument(ConfigurationError):
     """A document cannot be read. The sentence is about its first problem."""
 
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, source: str, problems: Sequence[DocumentIssue]) -> None:
         self.problems = tuple(sorted(problems))
         """In the order of the document."""
         first, more = self.problems[0], len(self.problems) - 1
@@ -71,26 +71,28 @@ def read_document(data: bytes, source: str) -> Document:
     `version` and `digest` on top are ignored, so that what `write_document` gave can be read.
 
     Raises:
-        BadDocument: it is not YAML, not a document, or more than `LARGEST_BYTES`.
+        InvalidDocument: it is not YAML, not a document, or more than `LARGEST_BYTES`.
     """
     if len(data) > LARGEST_BYTES:
-        raise BadDocument(
+        raise InvalidDocument(
             source, [_whole(f"has {len(data):,} bytes; a document has {LARGEST_BYTES:,} at most (256 KiB)")]
         )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise BadDocument(source, [Problem(line, 1, "", "is not UTF-8; save the file with that encoding")]) from None
+        raise InvalidDocument(
+            source, [DocumentIssue(line, 1, "", "is not UTF-8; save the file with that encoding")]
+        ) from None
     try:
         node = _compose(text)
     except _Refused as refused:
-        raise BadDocument(source, [refused.problem]) from None
+        raise InvalidDocument(source, [refused.problem]) from None
     tree = _Tree()
     document = tree.mapping(node) if isinstance(node, yaml.MappingNode) else None
     if document is None:
         begins = "is empty" if node is None else "is not a mapping"
-        raise BadDocument(source, [_whole(f"{begins}; a document is made of fields such as `name: shop`")])
+        raise InvalidDocument(source, [_whole(f"{begins}; a document is made of fields such as `name: shop`")])
     read: Document | None = None
     try:
         read = parse_document({field: value for field, value in document.items() if field not in _STAMPED})
@@ -98,7 +100,7 @@ def read_document(data: bytes, source: str) -> Document:
         model = TenantsDocument if document.get("kind") == TENANTS else PolicyDocument
         tree.problems += [tree.problem(error, model) for error in invalid.errors(include_url=False)]
     if read is None or tree.problems:
-        raise BadDocument(source, tree.problems)
+        raise InvalidDocument(source, tree.problems)
     return read
 
 
@@ -160,7 +162,7 @@ def write_document(document: Document, *, version: int, digest: str) -> str:
 
 
 class _Refused(Exception):
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: DocumentIssue) -> None:
         super().__init__(problem.message)
         self.problem = problem
 
@@ -194,7 +196,7 @@ def _compose(text: str) -> yaml.Node | None:
     """
     if unprintable := yaml.reader.Reader.NON_PRINTABLE.search(text):
         before = text[: unprintable.start()]
-        problem = Problem(
+        problem = DocumentIssue(
             before.count("\n") + 1,
             len(before) - before.rfind("\n"),
             "",
@@ -225,7 +227,7 @@ class _Tree:
     """Turns nodes into plain values, and remembers where each of them stands."""
 
     def __init__(self) -> None:
-        self.problems: list[Problem] = []
+        self.problems: list[DocumentIssue] = []
         self._marks: dict[_Path, yaml.Mark] = {}
 
     def mapping(self, node: yaml.MappingNode, path: _Path = ()) -> dict[str, Any]:
@@ -234,23 +236,25 @@ class _Tree:
         values: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._complain(key.start_mark, path, "a field's name has to be text; a text with brackets needs quotes")
+                self._add_issue(
+                    key.start_mark, path, "a field's name has to be text; a text with brackets needs quotes"
+                )
                 continue
             name = self._text(key, path)
             below = (*path, name)
             if name in values:
                 first = self._marks[below].line + 1
-                self._complain(key.start_mark, below, f"is there twice, first in line {first}; keep one of them")
+                self._add_issue(key.start_mark, below, f"is there twice, first in line {first}; keep one of them")
             else:
                 self._marks[below] = key.start_mark
             values[name] = self._value(value, below)
         return values
 
-    def problem(self, error: ErrorDetails, model: type[BaseModel]) -> Problem:
+    def problem(self, error: ErrorDetails, model: type[BaseModel]) -> DocumentIssue:
         """What pydantic says, in words and with its place."""
         path: _Path = tuple(step for step in error["loc"] if step != "[key]")
         cause = error.get("ctx", {}).get("error")
-        if isinstance(cause, Inconsistent):
+        if isinstance(cause, ConflictingFields):
             path = (*path, *cause.at)
         if path[:1] == ("categories",) and path[-1] == "mode" and path not in self._marks:
             path = path[:-1]  # written short: `O6: waive`
@@ -259,9 +263,9 @@ class _Tree:
             known = known[:-1]
         mark = self._marks[known]
         message = _sentence(error, path, model)
-        if known != path and error["type"] == "value_error" and not isinstance(cause, Inconsistent):
+        if known != path and error["type"] == "value_error" and not isinstance(cause, ConflictingFields):
             message += "; it is not given, so its default counts"
-        return Problem(mark.line + 1, mark.column + 1, _dotted(path), message)
+        return DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message)
 
     def _value(self, node: yaml.Node, path: _Path) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -278,12 +282,12 @@ class _Tree:
     def _text(self, node: yaml.Node, path: _Path) -> str:
         text = str(node.value)
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            self._complain(node.start_mark, path, "has an escape for half of a character; write the character itself")
+            self._add_issue(node.start_mark, path, "has an escape for half of a character; write the character itself")
             return ""
         return text
 
-    def _complain(self, mark: yaml.Mark, path: _Path, message: str) -> None:
-        self.problems.append(Problem(mark.line + 1, mark.column + 1, _dotted(path), message))
+    def _add_issue(self, mark: yaml.Mark, path: _Path, message: str) -> None:
+        self.problems.append(DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message))
 
 
 def _sentence(error: ErrorDetails, path: _Path, model: type[BaseModel]) -> str:  # noqa: PLR0911, PLR0912 - a table
@@ -380,12 +384,12 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _at(mark: Any, message: str) -> Problem:
-    return Problem(mark.line + 1, mark.column + 1, "", message) if mark else _whole(message)
+def _at(mark: Any, message: str) -> DocumentIssue:
+    return DocumentIssue(mark.line + 1, mark.column + 1, "", message) if mark else _whole(message)
 
 
-def _whole(message: str) -> Problem:
-    return Problem(1, 1, "", message)
+def _whole(message: str) -> DocumentIssue:
+    return DocumentIssue(1, 1, "", message)
 
 
 class _Folded(str):

@@ -31,7 +31,7 @@ _NOW_MS: Final = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 """
-_OFFER: Final = f"""{_NOW_MS}
+_PUBLISH: Final = f"""{_NOW_MS}
 local known = redis.call('HGET', KEYS[1], 'number')
 if known and tonumber(known) > tonumber(ARGV[1]) and ARGV[3] == '0' then return end
 redis.call('HSET', KEYS[1], 'number', ARGV[1], 'change', ARGV[2], 'checked_ms', now_ms)
@@ -39,7 +39,7 @@ redis.call('PERSIST', KEYS[1])
 if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
 if known ~= ARGV[1] and ARGV[2] ~= '' then redis.call('PUBLISH', KEYS[2], ARGV[2]) end
 """
-_LOOK: Final = f"""{_NOW_MS}
+_READ: Final = f"""{_NOW_MS}
 local known = redis.call('HMGET', KEYS[1], 'change', 'checked_ms')
 if not known[2] then return {{}} end
 return {{known[1], now_ms - known[2]}}
@@ -52,7 +52,7 @@ class CacheUnavailable(Unavailable):
 
 
 @dataclass(frozen=True, slots=True)
-class KnownChange:
+class CachedChange:
     """A roll-out as Redis has it."""
 
     change: Change | None
@@ -61,7 +61,7 @@ class KnownChange:
     """Since it was last compared with the policy bucket."""
 
 
-class SharedCopies:
+class PolicyRedisCache:
     """The entries of one policy bucket in one Redis. Any method raises CacheUnavailable where Redis does not answer."""
 
     def __init__(self, url: str, bucket: str) -> None:
@@ -90,27 +90,27 @@ class SharedCopies:
 
     async def version(self, name: str, version: int) -> StoredVersion | None:
         """The copy of a version, None where there is none or it does not match its own digest."""
-        data = await self._ask(self._redis.get(self.key("version", f"{name}@{version}")))
+        data = await self._call(self._redis.get(self.key("version", f"{name}@{version}")))
         try:
             return StoredVersion.from_json(name, version, data) if data is not None else None
         except ValueError:
             return None
 
-    async def keep_version(self, stored: StoredVersion) -> None:
+    async def cache_version(self, stored: StoredVersion) -> None:
         """Keep a copy of a version."""
-        await self._ask(self._redis.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
+        await self._call(self._redis.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
 
-    async def newest_change(self, name: str) -> KnownChange | None:
+    async def newest_change(self, name: str) -> CachedChange | None:
         """What is known of a roll-out, None where nothing is that can be read."""
-        entry = await self.run(_LOOK, [self.key("rollout", name)])
+        entry = await self.run(_READ, [self.key("rollout", name)])
         try:
             change, age_ms = entry
             known = Change.model_validate_json(change) if change else None
         except (ValidationError, ValueError):
             return None
-        return KnownChange(known, age_ms / 1000) if known is None or known.name == name else None
+        return CachedChange(known, age_ms / 1000) if known is None or known.name == name else None
 
-    async def offer(self, name: str, change: Change | None, *, even_if_older: bool = False) -> None:
+    async def publish_change(self, name: str, change: Change | None, *, even_if_older: bool = False) -> None:
         """Keep what was just read from the bucket, or written to it, and tell every process of it.
 
         An older change than the copy is dropped, unless it is known that the bucket has nothing newer.
@@ -119,20 +119,20 @@ class SharedCopies:
         body = change.model_dump_json(by_alias=True) if change else ""
         keys = [self.key("rollout", name), self.key("changes")]
         expires_s = 0 if change or name == TENANTS else _NONE_S
-        await self.run(_OFFER, keys, number, body, int(even_if_older), expires_s)
+        await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s)
 
-    async def news(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[Change]:
+    async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[Change]:
         """Changes as they are announced; `on_listening` is called when nothing can be missed any more."""
         async with self._redis.pubsub(ignore_subscribe_messages=True) as listener:
-            await self._ask(listener.subscribe(self.key("changes")))
+            await self._call(listener.subscribe(self.key("changes")))
             await on_listening()
             silent = False
             while True:
-                message = await self._ask(listener.get_message(timeout=_PING_S))
+                message = await self._call(listener.get_message(timeout=_PING_S))
                 if message is None:
                     if silent:
                         raise CacheUnavailable("Redis (SLUICE_REDIS_URL) does not answer")
-                    await self._ask(listener.ping())
+                    await self._call(listener.ping())
                 silent = message is None
                 try:
                     yield Change.model_validate_json(message["data"] if message else b"")
@@ -142,7 +142,7 @@ class SharedCopies:
     async def lease(self, what: str) -> str | None:
         """Be the only process that does something for some seconds: a token for `release`, None where another is."""
         token = uuid.uuid4().hex
-        taken = await self._ask(self._redis.set(self.key("lease", what), token, nx=True, px=_LEASE_MS))
+        taken = await self._call(self._redis.set(self.key("lease", what), token, nx=True, px=_LEASE_MS))
         return token if taken else None
 
     async def release(self, what: str, token: str) -> None:
@@ -150,13 +150,13 @@ class SharedCopies:
 
     async def run(self, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
         """Run a Lua script on the server."""
-        return await self._ask(self._script(script)(keys, arguments))
+        return await self._call(self._script(script)(keys, arguments))
 
     def key(self, *parts: str) -> str:
         """The name of an entry of this policy bucket."""
         return self._prefix + ":".join(parts)
 
-    async def _ask(self, answer: Awaitable[Any]) -> Any:
+    async def _call(self, answer: Awaitable[Any]) -> Any:
         try:
             return await answer
         except (RedisError, OSError, TimeoutError) as error:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from services.policies.document import TENANTS, Part, PolicyDocument, PolicyName, digest_of, is_policy_name
+from services.policies.document import TENANTS, PolicyDocument, PolicyName, StrictModel, digest_of, is_policy_name
 
 __all__ = ["MOST_TENANTS", "TENANTS", "Document", "TenantsDocument", "is_document_name", "parse_document"]
 
@@ -13,7 +13,7 @@ MOST_TENANTS: Final = 10_000
 TenantName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class TenantsDocument(Part):
+class TenantsDocument(StrictModel):
     """The policies of tenants, versioned and activated like a policy. There is one, by the name `tenants`."""
 
     # As in PolicyDocument: a default must never change.

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from services.core.messages import Moment, Submission, Verdict, WireModel
 from services.core.tasks import ended
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _EVERY_S: Final = 1.0
 _FADES_S: Final = 86_400.0
@@ -32,7 +32,7 @@ end
 local lowest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
 return redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) and lowest[2] or ''
 """
-_TAKE: Final = """
+_DRAW: Final = """
 return {redis.call('ZRANDMEMBER', KEYS[1], ARGV[1]), redis.call('HGETALL', KEYS[2]), redis.call('TIME')}
 """
 
@@ -61,10 +61,10 @@ class Sampled(WireModel):
         )
 
 
-class Sample:
+class TrafficSample:
     """Adds to the sample. To be used as an async context manager; what Redis cannot take is dropped."""
 
-    def __init__(self, shared: SharedCopies, *, size: int) -> None:
+    def __init__(self, shared: PolicyRedisCache, *, size: int) -> None:
         """`size`: entries kept for each policy name."""
         self._shared = shared
         self._size = size
@@ -119,13 +119,13 @@ class Sample:
                 log.exception("the sample could not be kept")
 
 
-async def take(shared: SharedCopies, name: str, count: int) -> tuple[list[Sampled], float | None]:
+async def draw(shared: PolicyRedisCache, name: str, count: int) -> tuple[list[Sampled], float | None]:
     """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
 
     Raises:
         CacheUnavailable: Redis does not answer.
     """
-    members, hours, now = await shared.run(_TAKE, _keys(shared, name), count)
+    members, hours, now = await shared.run(_DRAW, _keys(shared, name), count)
     found = []
     for member in members:
         with suppress(ValidationError):
@@ -144,5 +144,5 @@ def _key(at: float) -> float:
     return at / _FADES_S - math.log(random.expovariate(1.0) or 1e-300)
 
 
-def _keys(shared: SharedCopies, name: str) -> list[str]:
+def _keys(shared: PolicyRedisCache, name: str) -> list[str]:
     return [shared.key("sample", name), shared.key("seen", name)]

@@ -23,7 +23,7 @@ from services.core.messages import Assessment, ImageFacts, PreparedImage
 from services.core.settings import Settings
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
-from tests.support.fake_guard import ScriptedGuard
+from tests.support.fake_guard import FakeGuard
 
 SETTINGS = Settings(model="tiny")
 IMAGES = 10
@@ -52,7 +52,7 @@ class Fuse:
         return burning
 
 
-class Guard(ScriptedGuard):
+class Guard(FakeGuard):
     """Says something else each time, so that two versions of a chunk would be told apart."""
 
     turn = 0
@@ -65,7 +65,7 @@ class Guard(ScriptedGuard):
         return [assessment(f"{Guard.turn * 0x2F000000 % 2**32:08x}00")]
 
 
-class Preparer:
+class DecoderPool:
     def __init__(self, *_: Any) -> None:
         pass
 
@@ -100,7 +100,7 @@ def fuse(monkeypatch: pytest.MonkeyPatch) -> Fuse:
     monkeypatch.setattr(cluster, "run_here", run_units)
     monkeypatch.setattr(workers, "RemoteGuard", lambda *_, **__: Guard())
     monkeypatch.setattr(workers.serve, "get_deployment_handle", lambda *_: None)
-    monkeypatch.setattr(workers, "Preparer", Preparer)
+    monkeypatch.setattr(workers, "DecoderPool", DecoderPool)
     monkeypatch.setattr(summary, "page", lambda _: "")  # it takes longer than all the rest
     return Fuse(monkeypatch)
 

@@ -38,13 +38,13 @@ from pipelines.annotation.summary import COLUMNS, Counts, page
 from services.core.errors import ConfigurationError, GuardFailed
 from services.core.messages import Assessment, Detail, PreparedImage, Submission
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
 from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
-from tests.support.fake_guard import ScriptedGuard
+from tests.support.fake_guard import FakeGuard
 
 SETTINGS = Settings(model="tiny", image_limit_bytes=1 << 20)
 POLICY = BUILT_IN.as_version(1)
@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, out: str, settings: Settings = SETTINGS) -> None:
         self.settings = settings
-        self.guard = ScriptedGuard(says)
+        self.guard = FakeGuard(says)
         self.run = Run(folder(out, settings))
 
     async def annotate(self, place: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any) -> list[Row]:
@@ -81,7 +81,7 @@ class Bench:
             lambda name, _, parquet: self.run.keep("plan", name, parquet),
             chunk_rows,
         )
-        images, preparer = Images(self.settings, source), Preparer(self.settings, 384)
+        images, preparer = Images(self.settings, source), DecoderPool(self.settings, 384)
         judge = Judge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
         try:
             for chunk in reversed(range(todo.chunks)):
@@ -159,7 +159,7 @@ async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_en
     ]
 
     allowed = settings.model_copy(update={"s3_buckets": (public,)})
-    store, preparer = ObjectStore(allowed), Preparer(allowed, 384)
+    store, preparer = ObjectStore(allowed), DecoderPool(allowed, 384)
     moderation = Moderation(policies=None, images=store, preparer=preparer, guard=bench.guard)  # type: ignore[arg-type]
     for row in rows:
         same = Submission(id=row["submission_id"], uri=row["uri"], version_id=row["version_id"])

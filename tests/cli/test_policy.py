@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 import pytest
 
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 
 Sluice = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -92,7 +92,7 @@ def test_the_life_of_a_policy(sluice: Sluice, tmp_path: Path, valkey_url: str, b
     assert "prompt" not in changed, "thresholds are not in the prompt"
 
     async def told() -> int:
-        shared = SharedCopies(valkey_url, bucket)
+        shared = PolicyRedisCache(valkey_url, bucket)
         known = await shared.newest_change("shop")
         await shared.close()
         assert known is not None

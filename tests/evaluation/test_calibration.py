@@ -249,10 +249,10 @@ class TestProcesses:
 
             await becomes({})
             await asyncio.sleep(0.2)
-            await bench.shared.offer("default", bench.registry.calibrate("default", FITTED, who="ann"))
+            await bench.shared.publish_change("default", bench.registry.calibrate("default", FITTED, who="ann"))
             await becomes({"sha256:0": ISOTONIC})
             back = bench.registry.take_back_calibration("default", 1, "sha256:0", who="ann")
-            await bench.shared.offer("default", back)
+            await bench.shared.publish_change("default", back)
             await becomes({})
 
     async def test_a_process_that_starts_later_knows_it_for_a_pinned_version_too(self, bench: Bench) -> None:

@@ -17,14 +17,14 @@ from pipelines.intake.worker import Intake
 from services.core.errors import Unavailable
 from services.core.settings import load
 from services.core.telemetry import configure_logging
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
-from services.policies.traffic_sample import Sample
+from services.policies.traffic_sample import TrafficSample
 from services.streams.factory import open_transport
 from tests.faults.guard import GuardClient
 
@@ -41,11 +41,11 @@ async def main(name: str, guard_ports: list[int]) -> None:
     settings = load()
     configure_logging(None)
     async with AsyncExitStack() as closing:
-        preparer, store = Preparer(settings, _SIDE_PX), ObjectStore(settings)
+        preparer, store = DecoderPool(settings, _SIDE_PX), ObjectStore(settings)
         closing.callback(preparer.close)
         closing.callback(store.close)
         bucket = PolicyRegistry.from_settings(settings)
-        shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
         policies = await closing.enter_async_context(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
         moderation = Moderation(
@@ -55,7 +55,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
             guard=GuardClient(guard_ports),
             breaker=await closing.enter_async_context(CircuitBreaker(policies, bucket, shared)),
         )
-        sample = await closing.enter_async_context(Sample(shared, size=settings.sample_size))
+        sample = await closing.enter_async_context(TrafficSample(shared, size=settings.sample_size))
         quarantine = await closing.enter_async_context(Quarantine(shared, settings.group, f"{name}-{os.getpid()}"))
         intake = Intake(await open_transport(settings, name), moderation, settings, quarantine, sample)
         closing.push_async_callback(intake.drain)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from services.core.errors import Unjudgeable
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.streams.base import Message
 from services.streams.parsing import Accepted, Rejected, parse
 from tests.fuzz.cases import CORPUS, images, messages, mutated
@@ -77,7 +77,7 @@ async def fuzz_images(cases: Iterable[bytes]) -> tuple[Counter[str], float]:
     """How the cases ended, and the seconds of the slowest one."""
     ends: Counter[str] = Counter()
     slowest_s = 0.0
-    preparer = Preparer(Settings(decode_workers=2, decode_deadline_s=IMAGE_S, image_limit_px=1_000_000), 384)
+    preparer = DecoderPool(Settings(decode_workers=2, decode_deadline_s=IMAGE_S, image_limit_px=1_000_000), 384)
     waiting = iter(cases)
 
     async def work() -> None:

@@ -20,7 +20,7 @@ from services.gateway.assessment_store import Record, Records
 from services.gateway.problems import PREFIX, Problem
 from services.gateway.rate_limits import Rates
 from services.gateway.routes.assessments import Assessments
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
@@ -39,9 +39,9 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Away:
     """Says which scripts Redis does not answer from now on; with `runs` it runs them all the same."""
     scripts: tuple[str, ...] = ()
     are_run = False
-    answer = SharedCopies.run
+    answer = PolicyRedisCache.run
 
-    async def run(self: SharedCopies, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
+    async def run(self: PolicyRedisCache, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
         if script not in scripts:
             return await answer(self, script, keys, *arguments)
         if are_run:
@@ -52,7 +52,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Away:
         nonlocal scripts, are_run
         scripts, are_run = given, runs
 
-    monkeypatch.setattr(SharedCopies, "run", run)
+    monkeypatch.setattr(PolicyRedisCache, "run", run)
     return set_away
 
 
@@ -236,7 +236,7 @@ async def test_a_verdict_outlives_an_outage_of_redis(quick: None, bench: Bench, 
 
 
 async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(valkey_url: str, away: Away) -> None:
-    shared = SharedCopies(valkey_url, uuid.uuid4().hex)
+    shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     other = Records(shared, keep_s=60)
     async with Records(shared, keep_s=60) as mine:
         promised = pending(mine)
@@ -252,7 +252,7 @@ async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(v
 
 
 async def test_a_promise_that_comes_late_does_not_undo_an_end(valkey_url: str) -> None:
-    shared = SharedCopies(valkey_url, uuid.uuid4().hex)
+    shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     async with Records(shared, keep_s=60) as mine:
         promised = pending(mine)
         failed = promised.model_copy(update={"status": "failed"})
@@ -270,7 +270,7 @@ async def test_a_promise_that_comes_late_does_not_undo_an_end(valkey_url: str) -
 async def test_what_a_job_over_the_limit_holds_is_given_back_at_once(
     valkey_url: str, away: Away, is_away: bool
 ) -> None:
-    shared = SharedCopies(valkey_url, uuid.uuid4().hex)
+    shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     rates, mine = Rates(shared, Settings(gateway_concurrency=1)), Records(shared, keep_s=60)
     key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
     jobs: Any = Assessments(None, mine, rates)  # type: ignore[arg-type]

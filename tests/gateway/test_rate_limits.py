@@ -14,7 +14,7 @@ from services.gateway.api_keys import ApiKey
 from services.gateway.problems import PREFIX, Problem
 from services.gateway.rate_limits import Rates
 from services.gateway.request_bodies import BodyMemory
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from tests.support.gateway_bench import JPEG, Bench, Gate, data_url
 
 PATH = "/v1/assessments"
@@ -37,7 +37,7 @@ async def taken(rates: Rates, key: ApiKey, count: int) -> int:
 
 
 async def test_a_rate_is_that_of_all_gateways_together(valkey_url: str) -> None:
-    shared = SharedCopies(valkey_url, "rates")
+    shared = PolicyRedisCache(valkey_url, "rates")
     gateways = [Rates(shared, Settings(gateway_rate_per_s=0.01)) for _ in range(2)]
     mine, own_rate = key(), key(rate_per_s=0.02)
     assert [await taken(gateway, mine, 3) for gateway in gateways] == [2, 0], "one now, one in advance"
@@ -48,7 +48,7 @@ async def test_a_rate_is_that_of_all_gateways_together(valkey_url: str) -> None:
 
 async def test_while_redis_is_away_each_gateway_counts_alone() -> None:
     now = 0.0
-    shared = SharedCopies("redis://127.0.0.1:1/0", "rates")
+    shared = PolicyRedisCache("redis://127.0.0.1:1/0", "rates")
     rates = Rates(shared, Settings(gateway_rate_per_s=1), lambda: now)
     mine = key()
     assert await taken(rates, mine, 10) == 3, "two seconds of it at once, and one that is due"
@@ -59,7 +59,7 @@ async def test_while_redis_is_away_each_gateway_counts_alone() -> None:
 
 async def test_a_flood_of_one_key_is_refused_without_redis(valkey_url: str) -> None:
     now = 0.0
-    shared = SharedCopies(valkey_url, "rates")
+    shared = PolicyRedisCache(valkey_url, "rates")
     rates = Rates(shared, Settings(gateway_rate_per_s=0.01), lambda: now)
     mine = key()
     assert await taken(rates, mine, 3) == 2

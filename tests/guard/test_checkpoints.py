@@ -49,9 +49,9 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    made_up = Hub(tmp_path / "hub")
-    monkeypatch.setattr(staging, "snapshot_download", made_up)
-    return made_up
+    fake_hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(staging, "snapshot_download", fake_hub)
+    return fake_hub
 
 
 @pytest.fixture
@@ -276,4 +276,4 @@ class TestSpread:
         ],
     )
     def test_over_as_few_cards_as_hold_it(self, name: str, cards: list[float], gpus: int) -> None:
-        assert resolve(name).gpus([int(card * GIB) for card in cards]) == gpus
+        assert resolve(name).tensor_parallel_size([int(card * GIB) for card in cards]) == gpus

@@ -46,7 +46,7 @@ async def until(engine: Engine, state: str, within_s: float) -> None:
 def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Run this Python text instead of SGLang; its `port` is the one to listen on."""
     monkeypatch.setattr(
-        launch.Recipe,
+        launch.LaunchConfig,
         "command",
         lambda _, port, secrets: [sys.executable, "-c", f"port = {port}\n{script}"],
     )
@@ -92,9 +92,9 @@ class TestBeforeItIsReady:
         spawned = []
         spawn = Server.spawn
 
-        async def counted(recipe: launch.Recipe, log: Path) -> Server:
+        async def counted(launch_config: launch.LaunchConfig, log: Path) -> Server:
             spawned.append(log)
-            return await spawn(recipe, log)
+            return await spawn(launch_config, log)
 
         monkeypatch.setattr(Server, "spawn", counted)
         with pytest.raises(GuardUnavailable, match="port was taken 3 times"):

@@ -13,14 +13,14 @@ from services.guard.engine import Engine
 from services.guard.families.base import Reply
 from services.guard.families.llavaguard import LlavaGuard
 from services.guard.families.shieldgemma import ShieldGemma, enforced
-from services.guard.inference import Guard
-from tests.support import fake_checkpoints as made_up_checkpoints
+from services.guard.inference import GuardInference
+from tests.support import fake_checkpoints
 from tests.support.engine import DEFAULT_PROMPT, drawn, policy
 
 WAIVER = "Category O3 is declared as non-violating. Therefore, we do not provide any restrictions for this category"
 
 
-class MadeUpEngine:
+class FakeEngine:
     """Answers as a test wants, and remembers what it was asked."""
 
     def __init__(self, answer: Callable[[str], float], text: str = "") -> None:
@@ -55,7 +55,7 @@ class TestShieldGemma:
         assert "O10" not in enforced(prompt, (*CATEGORIES, own))[CATEGORIES[8]]
 
     async def test_the_category_with_the_highest_score_decides(self) -> None:
-        ask = MadeUpEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
+        ask = FakeEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
         judged = await ShieldGemma().judge(ask, policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.score) == ("Unsafe", CATEGORIES[7], 0.9)
         assert judged.rationale is not None
@@ -66,26 +66,26 @@ class TestShieldGemma:
         assert (await ShieldGemma().judge(ask, policy(), "score", answer_tokens=9)).category == NO_CATEGORY
 
     async def test_nothing_is_violated(self) -> None:
-        judged = await ShieldGemma().judge(MadeUpEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
+        judged = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.rationale, judged.score) == ("Safe", NO_CATEGORY, None, 0.2)
-        always = await ShieldGemma().judge(MadeUpEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
+        always = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
         assert always.rationale
 
     async def test_a_policy_that_waives_everything_is_never_violated(self) -> None:
         everything = "\n".join(f"{category}: \n{WAIVER}\n" for category in CATEGORIES)
-        ask = MadeUpEngine(lambda _: 1.0)
+        ask = FakeEngine(lambda _: 1.0)
         judged = await ShieldGemma().judge(ask, policy(prompt=everything), "verdict", answer_tokens=9)
         assert (judged.rating, judged.score, ask.asked) == ("Safe", 0.0, [])
 
     @pytest.mark.parametrize("prompt", ["Be kind.", f"{DEFAULT_PROMPT}<end_of_turn>", "</END_SAFETY_POLICY>"])
     async def test_what_cannot_be_asked(self, prompt: str) -> None:
         with pytest.raises(ConfigurationError):
-            await ShieldGemma().judge(MadeUpEngine(lambda _: 0), policy(prompt=prompt), "score", answer_tokens=9)
+            await ShieldGemma().judge(FakeEngine(lambda _: 0), policy(prompt=prompt), "score", answer_tokens=9)
 
 
 class TestLlavaGuard:
     async def test_the_rating_that_the_score_implies_is_asked_for(self) -> None:
-        ask = MadeUpEngine(lambda _: 0.9, text='Safe",\n    "category": "NA: None applying"\n}')
+        ask = FakeEngine(lambda _: 0.9, text='Safe",\n    "category": "NA: None applying"\n}')
         await LlavaGuard("chatml-llava").judge(ask, policy("never"), "verdict", answer_tokens=9)
         assert len(ask.asked) == 2
 
@@ -105,7 +105,7 @@ class TestLlavaGuard:
 
     async def test_the_wording_is_that_of_the_training(self) -> None:
         for wording, sentence in (("explain", "Explain the reason why"), ("describe", "Describe the user content")):
-            ask = MadeUpEngine(lambda _: 0.9)
+            ask = FakeEngine(lambda _: 0.9)
             await LlavaGuard("chatml-llava", wording).judge(ask, policy(), "score", answer_tokens=9)
             assert ask.asked[0].count(sentence) == 1
 
@@ -125,10 +125,10 @@ def test_every_row_can_be_asked(row: Checkpoint) -> None:
 @pytest.mark.timeout(600)
 class TestThroughTheRealEngine:
     async def test_shieldgemma(self, tmp_path: Path) -> None:
-        checkpoint = resolve(str(made_up_checkpoints.shieldgemma(tmp_path / "weights")))
+        checkpoint = resolve(str(fake_checkpoints.shieldgemma(tmp_path / "weights")))
         assert checkpoint.name == "ShieldGemma-2-4B"
         async with Engine(checkpoint, state_dir=tmp_path / "state", start_s=500) as engine:
-            guard = Guard(engine, deadline_s=120)
+            guard = GuardInference(engine, deadline_s=120)
             await guard.check()
             verdict = await guard.assess(drawn(1), policy(), "verdict")
             assert 0 < verdict.score < 1
@@ -145,9 +145,9 @@ class TestThroughTheRealEngine:
 
     async def test_qwenguard(self, tmp_path: Path) -> None:
         # Its hidden size is that of no release, so no row is found for its folder.
-        row = replace(resolve("QwenGuard-v1.2-3B"), folder=made_up_checkpoints.qwenguard(tmp_path / "weights"))
+        row = replace(resolve("QwenGuard-v1.2-3B"), folder=fake_checkpoints.qwenguard(tmp_path / "weights"))
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
-            guard = Guard(engine, deadline_s=120)
+            guard = GuardInference(engine, deadline_s=120)
             await guard.check()
             verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
@@ -156,9 +156,9 @@ class TestThroughTheRealEngine:
             assert (await guard.assess(drawn(2), policy(), "score")).score != verdict.score
 
     async def test_llavaguard_1(self, tmp_path: Path) -> None:
-        row = replace(resolve("LlavaGuard-v1.1-7B"), folder=made_up_checkpoints.llavaguard_1(tmp_path / "weights"))
+        row = replace(resolve("LlavaGuard-v1.1-7B"), folder=fake_checkpoints.llavaguard_1(tmp_path / "weights"))
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
-            guard = Guard(engine, deadline_s=120)
+            guard = GuardInference(engine, deadline_s=120)
             await guard.check()
             verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")

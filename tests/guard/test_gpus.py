@@ -7,7 +7,7 @@ import pytest
 from services.core.errors import ConfigurationError
 from services.guard import gpus as devices
 from services.guard.checkpoints import GIB, resolve
-from services.guard.gpus import gpu_memory_bytes, gpus_for, static_fraction
+from services.guard.gpus import gpu_memory_bytes, gpus_for, mem_fraction_static
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_share_is_of_the_whole_gpu_whoever_came_first(
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: memory)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert static_fraction(share) == pytest.approx(fraction)
+    assert mem_fraction_static(share) == pytest.approx(fraction)
 
 
 def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, RationaleMode
-from services.guard.families.llavaguard_answer import ANSWER_START, question
-from services.guard.inference import Guard
+from services.guard.families.llavaguard_answer import ANSWER_START, build_prompt
+from services.guard.inference import GuardInference
 from tests.support.engine import DEFAULT_PROMPT, SharedGuard, drawn, policy, prepared
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
@@ -56,7 +56,7 @@ async def test_a_second_policy_finds_the_image_in_the_cache(engine: SharedGuard)
     image = drawn(12)
     other = policy(prompt=DEFAULT_PROMPT.replace("Provide a safety", "Write a safety", 1))
     first, second = await engine.on_loop(engine.guard.assess_each(image, [policy(), other], "score"))
-    before, _, after = (question("chatml-llava", DEFAULT_PROMPT) + ANSWER_START).partition("<image>")
+    before, _, after = (build_prompt("chatml-llava", DEFAULT_PROMPT) + ANSWER_START).partition("<image>")
     before_image, after_image = [len(await engine.on_loop(engine.engine.tokenize(text))) for text in (before, after)]
     image_tokens = first.prompt_tokens - before_image - after_image
     assert image_tokens >= 16
@@ -91,7 +91,7 @@ async def test_a_rationale_that_does_not_fit_is_closed_and_marked(engine: Shared
     assert whole.rationale is not None
     # A few tokens into the rationale, wherever these weights begin it.
     for tokens in range(8, 120):
-        brief = Guard(engine.engine, deadline_s=120, answer_tokens=tokens)
+        brief = GuardInference(engine.engine, deadline_s=120, answer_tokens=tokens)
         try:
             cut = await engine.on_loop(brief.assess(image, policy("always"), "verdict"))
             break
@@ -128,13 +128,13 @@ async def test_a_policy_cannot_speak_for_the_model(engine: SharedGuard) -> None:
 
 
 async def test_a_deadline(engine: SharedGuard) -> None:
-    hasty = Guard(engine.engine, deadline_s=0.01)
+    hasty = GuardInference(engine.engine, deadline_s=0.01)
     with pytest.raises(GuardUnavailable, match="within"):
         await engine.on_loop(hasty.assess(drawn(99), policy("always"), "verdict"))
 
 
 async def test_more_callers_than_slots(engine: SharedGuard) -> None:
-    narrow = Guard(engine.engine, in_flight=2, deadline_s=300)
+    narrow = GuardInference(engine.engine, in_flight=2, deadline_s=300)
     work = [narrow.assess(drawn(seed), replace(policy("never")), "verdict") for seed in range(8)]
 
     async def together() -> list[Assessment]:

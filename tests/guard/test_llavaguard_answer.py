@@ -18,13 +18,13 @@ from services.core.messages import CATEGORIES, NO_CATEGORY
 from services.guard.families.llavaguard_answer import (
     ANSWER_START,
     Layout,
+    build_prompt,
     close,
     grammar,
     head_tokens,
     p_unsafe,
-    question,
     read,
-    worded,
+    render,
 )
 from tests.support.engine import DEFAULT_PROMPT
 
@@ -41,7 +41,7 @@ def written(rating: str, category: str, rationale: str | None) -> str:
 
 class TestQuestion:
     def test_is_the_layout_of_the_training(self) -> None:
-        assert question("chatml-llava", "POLICY") == (
+        assert build_prompt("chatml-llava", "POLICY") == (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
             "<|im_start|>user\n<image>\nPOLICY<|im_end|>\n<|im_start|>assistant\n"
         )
@@ -54,17 +54,19 @@ class TestQuestion:
         ]
         request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": user}])
         conversation = generate_chat_conv(request, layout)
-        assert question(layout, "POLICY") == conversation.get_prompt()
-        assert question(layout, "POLICY").index(conversation.image_token) < question(layout, "POLICY").index("POLICY")
+        assert build_prompt(layout, "POLICY") == conversation.get_prompt()
+        assert build_prompt(layout, "POLICY").index(conversation.image_token) < build_prompt(layout, "POLICY").index(
+            "POLICY"
+        )
 
     def test_both_wordings_are_of_one_prompt(self) -> None:
-        assert worded("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
-        described = worded("describe", DEFAULT_PROMPT)
+        assert render("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
+        described = render("describe", DEFAULT_PROMPT)
         assert "Explain the reason why" not in described
         assert described.count('3. Provide a "rationale". Describe the user content and justify why') == 1
 
     def test_the_default_policy_can_be_asked(self) -> None:
-        assert DEFAULT_PROMPT in question("chatml-llava", DEFAULT_PROMPT)
+        assert DEFAULT_PROMPT in build_prompt("chatml-llava", DEFAULT_PROMPT)
 
     @pytest.mark.parametrize(
         "marker",
@@ -72,7 +74,7 @@ class TestQuestion:
     )
     def test_a_policy_cannot_end_the_turn(self, marker: str) -> None:
         with pytest.raises(ConfigurationError, match="must not contain"):
-            question("chatml-llava", f"Be kind.{marker}")
+            build_prompt("chatml-llava", f"Be kind.{marker}")
 
 
 class TestRead:

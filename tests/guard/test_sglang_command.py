@@ -6,11 +6,11 @@ import torch
 
 from services.guard import sglang_cpu as cpu_platform
 from services.guard.checkpoints import resolve
-from services.guard.sglang_command import Recipe, write_secrets
+from services.guard.sglang_command import LaunchConfig, write_secrets
 
 
-def recipe(model: str = "tiny", *, gpus: int = 0, tokenizer: Path | None = None) -> Recipe:
-    return Recipe(
+def launch_config(model: str = "tiny", *, gpus: int = 0, tokenizer: Path | None = None) -> LaunchConfig:
+    return LaunchConfig(
         checkpoint=resolve(model),
         folder=Path("/staged"),
         gpus=gpus,
@@ -25,11 +25,11 @@ def test_the_key_is_in_a_private_file_and_not_in_the_process_list(tmp_path: Path
     write_secrets(path, api_key="hush")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_text() == "api-key: hush\n"
-    assert "--api-key" not in recipe().command(port=1, secrets=path)
+    assert "--api-key" not in launch_config().command(port=1, secrets=path)
 
 
 def test_it_listens_on_loopback_and_fetches_nothing() -> None:
-    argv = recipe().command(port=1234, secrets=Path("/flags"))
+    argv = launch_config().command(port=1234, secrets=Path("/flags"))
     for flag, value in [
         ("--host", "127.0.0.1"),
         ("--port", "1234"),
@@ -40,7 +40,7 @@ def test_it_listens_on_loopback_and_fetches_nothing() -> None:
 
 
 def test_the_device_decides_the_flags() -> None:
-    on_cpu, on_gpu = (recipe(gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 2))
+    on_cpu, on_gpu = (launch_config(gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 2))
     assert "--disable-cuda-graph" in on_cpu
     assert "--disable-cuda-graph" not in on_gpu
     assert "--device" not in on_gpu
@@ -49,15 +49,17 @@ def test_the_device_decides_the_flags() -> None:
 
 
 def test_a_row_may_have_flags_of_its_own() -> None:
-    on_cpu, on_gpu = (recipe("ShieldGemma-2-4B", gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 1))
+    on_cpu, on_gpu = (
+        launch_config("ShieldGemma-2-4B", gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 1)
+    )
     assert "--enable-multimodal" in on_cpu
     assert on_cpu[on_cpu.index("--attention-backend") + 1] == "torch_native"
     assert on_gpu[on_gpu.index("--attention-backend") + 1] == "triton"
 
 
 def test_the_tokenizer_may_be_elsewhere() -> None:
-    assert "--tokenizer-path" not in recipe().command(port=1, secrets=Path("/f"))
-    argv = recipe("LlavaGuard-v1.0-7B", tokenizer=Path("/tokenizer")).command(port=1, secrets=Path("/f"))
+    assert "--tokenizer-path" not in launch_config().command(port=1, secrets=Path("/f"))
+    argv = launch_config("LlavaGuard-v1.0-7B", tokenizer=Path("/tokenizer")).command(port=1, secrets=Path("/f"))
     assert argv[argv.index("--tokenizer-path") + 1] == "/tokenizer"
 
 
@@ -73,7 +75,7 @@ def test_the_engine_has_no_credentials_and_no_proxy(tmp_path: Path) -> None:
         "SGLANG_USE_CPU_ENGINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    env = recipe().environment(inherited, scratch=tmp_path)
+    env = launch_config().environment(inherited, scratch=tmp_path)
     assert set(env) == {
         *("PATH", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT"),
         *("SGLANG_CPU_WORKERS", "OMP_NUM_THREADS"),

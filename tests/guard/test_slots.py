@@ -4,26 +4,26 @@ from contextlib import suppress
 import pytest
 
 from services.core.errors import GuardFailed, GuardUnavailable
-from services.guard.slots import EngineFailed, Places
+from services.guard.slots import EngineFailed, EngineSlots
 
 
 class Engine:
     """Fails everyone whom it has together with a poisonous image."""
 
     def __init__(self, count: int, poison: frozenset[str] = frozenset()) -> None:
-        self.places = Places(count, self.prove_alive)
+        self.slots = EngineSlots(count, self.health_check)
         self.poison = poison
         self.alive = True
         self.inside: set[str] = set()
         self.most = 0
         self.order: list[str] = []
 
-    async def prove_alive(self) -> None:
+    async def health_check(self) -> None:
         if not self.alive:
             raise GuardUnavailable("no sign of life")
 
     async def judge(self, image: str, priority: str = "live") -> str:
-        async with self.places.take(image, priority):
+        async with self.slots.acquire(image, priority):
             self.inside.add(image)
             self.order.append(image)
             company = set(self.inside)
@@ -121,7 +121,7 @@ async def test_who_gives_up_waiting_leaves_no_trace(suspect: bool) -> None:
         with pytest.raises(EngineFailed):
             await engine.judge("late")
         engine.poison = frozenset()
-    async with engine.places.take("busy"):
+    async with engine.slots.acquire("busy"):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(engine.judge("late"), 0.01)
     async with asyncio.timeout(1):

@@ -15,7 +15,7 @@ import pytest
 
 from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from tests.support.pictures import difference, encoded, picture, shown
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ BAD = GOOD + b"BAD!"
 
 
 async def test_prepares_and_looks_first() -> None:
-    preparer = Preparer(make_settings(), 1000)
+    preparer = DecoderPool(make_settings(), 1000)
     try:
         prepared = await preparer.prepare(encoded(picture(1800, 1200), "webp"))
         assert (prepared.width, prepared.height, prepared.facts.width) == (1000, 667, 1800)
@@ -93,7 +93,7 @@ async def test_prepares_and_looks_first() -> None:
 
 
 async def test_many_at_once_with_bounded_processes() -> None:
-    preparer = Preparer(make_settings(), 512)
+    preparer = DecoderPool(make_settings(), 512)
     try:
         images = [encoded(picture(64 + n, 64), "png") for n in range(40)]
         prepared = await asyncio.gather(*map(preparer.prepare, images))
@@ -106,7 +106,7 @@ async def test_many_at_once_with_bounded_processes() -> None:
 @pytest.mark.parametrize("behaviour", ["os.kill(os.getpid(), signal.SIGSEGV)", "os.abort()", "os._exit(3)"])
 async def test_a_crash_harms_only_its_image(decoders: Path, behaviour: str) -> None:
     misbehave(decoders, behaviour)
-    preparer = Preparer(make_settings(), 512)
+    preparer = DecoderPool(make_settings(), 512)
     try:
         results = await asyncio.gather(
             *(preparer.prepare(BAD if n % 3 == 0 else GOOD) for n in range(9)), return_exceptions=True
@@ -132,7 +132,7 @@ async def test_a_crash_harms_only_its_image(decoders: Path, behaviour: str) -> N
 )
 async def test_a_hang_ends_at_the_deadline(decoders: Path, behaviour: str) -> None:
     misbehave(decoders, behaviour)
-    preparer = Preparer(make_settings(decode_deadline_s=1, decode_workers=1), 512)
+    preparer = DecoderPool(make_settings(decode_deadline_s=1, decode_workers=1), 512)
     try:
         await preparer.prepare(GOOD)
         started = time.monotonic()
@@ -146,7 +146,7 @@ async def test_a_hang_ends_at_the_deadline(decoders: Path, behaviour: str) -> No
 
 async def test_a_flood_of_memory_is_too_large(decoders: Path) -> None:
     misbehave(decoders, "hoard = [bytearray(1 << 28) for _ in range(100)]")
-    preparer = Preparer(make_settings(decode_workers=1), 512)
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
     try:
         with pytest.raises(TooLarge):
             await preparer.prepare(BAD)
@@ -157,7 +157,7 @@ async def test_a_flood_of_memory_is_too_large(decoders: Path) -> None:
 
 async def test_a_process_stopped_from_outside_is_no_fault_of_the_image(decoders: Path) -> None:
     misbehave(decoders, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
-    preparer = Preparer(make_settings(), 512)
+    preparer = DecoderPool(make_settings(), 512)
     try:
         with pytest.raises(Unavailable):
             await preparer.prepare(BAD)
@@ -170,7 +170,7 @@ async def test_a_process_stopped_from_outside_is_no_fault_of_the_image(decoders:
 
 async def test_closing_ends_what_runs_and_leaves_no_process(decoders: Path) -> None:
     misbehave(decoders, "time.sleep(60)")
-    preparer = Preparer(make_settings(), 512)
+    preparer = DecoderPool(make_settings(), 512)
     running = [asyncio.create_task(preparer.prepare(BAD)) for _ in range(6)]
     await asyncio.sleep(2)
     workers = workers_of(os.getpid())
@@ -188,7 +188,7 @@ async def test_a_process_that_cannot_start_is_no_fault_of_the_image(decoders: Pa
     (decoders / "sitecustomize.py").write_text(
         "import sys, os\nif 'services.images.decoder_process' in sys.orig_argv: os._exit(9)\n"
     )
-    preparer = Preparer(make_settings(), 512)
+    preparer = DecoderPool(make_settings(), 512)
     try:
         with pytest.raises(Unavailable, match="did not start"):
             await preparer.prepare(GOOD)
@@ -197,7 +197,7 @@ async def test_a_process_that_cannot_start_is_no_fault_of_the_image(decoders: Pa
 
 
 async def test_the_event_loop_stays_free() -> None:
-    preparer = Preparer(make_settings(), 512)
+    preparer = DecoderPool(make_settings(), 512)
     try:
         large = encoded(picture(6000, 5000), "png")
         task = asyncio.create_task(preparer.prepare(large))
@@ -215,7 +215,7 @@ async def test_the_event_loop_stays_free() -> None:
 async def test_decoders_see_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://:secret@host")
-    preparer = Preparer(make_settings(decode_workers=1), 512)
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
     try:
         await preparer.prepare(GOOD)
         (worker,) = workers_of(os.getpid())
@@ -229,10 +229,10 @@ async def test_decoders_see_no_credentials(monkeypatch: pytest.MonkeyPatch) -> N
 PARENT = """
 import asyncio, sys, time
 import tests.images.test_decoder_pool as test
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 
 async def main():
-    preparer = Preparer(test.make_settings(decode_deadline_s=20), 512)
+    preparer = DecoderPool(test.make_settings(decode_deadline_s=20), 512)
     await asyncio.gather(preparer.prepare(test.GOOD), preparer.prepare(test.GOOD))
     busy = asyncio.create_task(preparer.prepare(test.BAD)) if sys.argv[1] == "busy" else None
     await asyncio.sleep(0.5)
@@ -283,10 +283,10 @@ def test_works_in_a_thread_with_a_loop_of_its_own_and_a_main_that_must_not_run_t
             sys.path.insert(0, {str(ROOT)!r})
             print("started", flush=True)
             import tests.images.test_decoder_pool as test
-            from services.images.decoder_pool import Preparer
+            from services.images.decoder_pool import DecoderPool
 
             async def main():
-                preparer = Preparer(test.make_settings(), 512)
+                preparer = DecoderPool(test.make_settings(), 512)
                 print((await preparer.prepare(test.GOOD)).width, flush=True)
                 preparer.close()
 

@@ -13,7 +13,7 @@ import pytest
 from pipelines.intake.crash_isolation import CRASHES, Quarantine
 from services.core.messages import DeadLetter, Verdict
 from services.core.processes import Child
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.streams.base import Record
 from tests.support.streams_bench import Streams, eventually
 
@@ -66,7 +66,7 @@ async def test_a_message_that_kills_costs_three_crashes(
 
 
 async def test_whoever_has_been_in_two_crashes_is_worked_on_alone(valkey_url: str) -> None:
-    shared = SharedCopies(valkey_url, "alone")
+    shared = PolicyRedisCache(valkey_url, "alone")
     async with Quarantine(shared, "alone", "member") as quarantine:
         at_work: set[str] = set()
         seen: dict[str, set[str]] = {}
@@ -88,7 +88,7 @@ async def test_whoever_has_been_in_two_crashes_is_worked_on_alone(valkey_url: st
 
 
 async def test_an_orderly_end_is_no_crash(valkey_url: str) -> None:
-    shared = SharedCopies(valkey_url, "orderly")
+    shared = PolicyRedisCache(valkey_url, "orderly")
     async with Quarantine(shared, "orderly", "first") as first:
         assert await first.admit(["a", "b"]) == [0, 0]
         first.release("a")
@@ -98,7 +98,7 @@ async def test_an_orderly_end_is_no_crash(valkey_url: str) -> None:
 
 
 async def test_only_what_was_in_hand_was_in_the_crash(valkey_url: str) -> None:
-    shared, group = SharedCopies(valkey_url, "in-hand"), uuid.uuid4().hex
+    shared, group = PolicyRedisCache(valkey_url, "in-hand"), uuid.uuid4().hex
     first = Quarantine(shared, group, "first")  # never entered, so nobody hears of it again
     assert await first.admit(["done", "in hand"]) == [0, 0]
     first.release("done")
@@ -115,7 +115,7 @@ async def test_only_what_was_in_hand_was_in_the_crash(valkey_url: str) -> None:
 
 async def test_whoever_speaks_has_not_crashed_however_long_it_was_silent(valkey_url: str) -> None:
     """Redis may have stood still, or this process."""
-    shared, group = SharedCopies(valkey_url, "stands-still"), uuid.uuid4().hex
+    shared, group = PolicyRedisCache(valkey_url, "stands-still"), uuid.uuid4().hex
     quarantine = Quarantine(shared, group, "member")
     await quarantine.admit(["in hand"])
     await shared._redis.sadd(f"sluice:{group}:in-hand:dead", "in hand of the dead")
@@ -131,7 +131,7 @@ async def test_what_waits_does_not_hold_up_the_others(
 ) -> None:
     """For an object that never comes, say. One with two crashes would else stop the process for good, nine with one."""
     monkeypatch.setattr("pipelines.intake.crash_isolation._COMPANY_S", 0.2)
-    shared = SharedCopies(valkey_url, "waits")
+    shared = PolicyRedisCache(valkey_url, "waits")
     quarantine = Quarantine(shared, uuid.uuid4().hex, "member")
     for_ever, began = asyncio.Event(), asyncio.Semaphore(0)
 
@@ -157,7 +157,7 @@ async def test_what_waits_does_not_hold_up_the_others(
 
 async def test_while_redis_is_away_only_the_beat_asks_it(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that hangs takes seconds for each question."""
-    shared = SharedCopies(valkey_url, "away")
+    shared = PolicyRedisCache(valkey_url, "away")
     asked: list[str] = []
     answer = shared.run
 

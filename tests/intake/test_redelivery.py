@@ -11,7 +11,7 @@ from services.core.errors import NotOwned
 from services.core.messages import Submission
 from services.core.settings import Settings
 from services.moderation.moderator import Judgement, unjudged
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Lag, Message, Record
 
 
@@ -60,7 +60,7 @@ async def test_those_behind_it_are_judged() -> None:
     again = [message(offset, "second assignment") for offset in range(3)]
     transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
     moderation: Any = Slow()
-    shared = SharedCopies("redis://127.0.0.1:1", "policies")  # where nothing is
+    shared = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # where nothing is
     intake = Intake(transport, moderation, Settings(), Quarantine(shared, "sluice", "member"))
     settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
     await intake.drain()

@@ -480,7 +480,7 @@ async def test_a_change_of_policy_under_load_reaches_every_later_submission(benc
         for version in (2, 3, 1, 4, 5, 6):
             await asyncio.sleep(0.7)
             done = await asyncio.to_thread(bench.registry.activate, "default", version, who="ann")
-            await bench.shared.offer("default", done)
+            await bench.shared.publish_change("default", done)
             active.append((datetime.now(UTC), version))
 
     async def load() -> None:

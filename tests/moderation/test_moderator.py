@@ -80,7 +80,7 @@ class Parts:
                 raise answer
         return [answer for answer in answers if isinstance(answer, Assessment)]
 
-    def admits(self, _policy: Policy, action: Action) -> bool:
+    def allows(self, _policy: Policy, action: Action) -> bool:
         self.admitted.append(action)
         return not (self.open and action == "block")
 

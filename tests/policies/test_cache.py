@@ -18,7 +18,7 @@ from services.core.errors import PolicyUnavailable, UnknownPolicy
 from services.core.messages import Submission
 from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN, PolicyDocument
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
 from services.policies.tenants import TenantsDocument
@@ -83,13 +83,13 @@ def filled(registry: PolicyRegistry) -> PolicyRegistry:
 
 
 @pytest.fixture
-async def shared(valkey_url: str) -> AsyncIterator[SharedCopies]:
-    copies = SharedCopies(valkey_url, uuid.uuid4().hex)
+async def shared(valkey_url: str) -> AsyncIterator[PolicyRedisCache]:
+    copies = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     yield copies
     await copies.close()
 
 
-async def test_by_name_and_by_version(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_by_name_and_by_version(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared) as cache:
         assert await version_of(cache) == 1
         assert (await cache.choose(submission("default@2"))).policy.identity.digest == WAIVED.digest()
@@ -113,13 +113,15 @@ async def test_by_name_and_by_version(filled: PolicyRegistry, shared: SharedCopi
         "tenants",
     ],
 )
-async def test_unknown_policies(filled: PolicyRegistry, shared: SharedCopies, reference: str) -> None:
+async def test_unknown_policies(filled: PolicyRegistry, shared: PolicyRedisCache, reference: str) -> None:
     async with PolicyCache(filled, shared) as cache:
         with pytest.raises(UnknownPolicy):
             await cache.choose(submission(reference))
 
 
-async def test_unknown_policies_are_not_asked_for_over_and_over(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_unknown_policies_are_not_asked_for_over_and_over(
+    filled: PolicyRegistry, shared: PolicyRedisCache
+) -> None:
     counting = Counting(filled)
     async with PolicyCache(counting, shared) as cache:
         for _ in range(50):
@@ -129,7 +131,7 @@ async def test_unknown_policies_are_not_asked_for_over_and_over(filled: PolicyRe
     assert counting.reads["absent"] == counting.reads["default@9"] == 1
 
 
-async def test_no_network_once_a_policy_is_known(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_no_network_once_a_policy_is_known(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     counting = Counting(filled)
     async with PolicyCache(counting, shared, refresh_s=60) as cache:
         await cache.choose(submission())
@@ -139,24 +141,24 @@ async def test_no_network_once_a_policy_is_known(filled: PolicyRegistry, shared:
         assert counting.reads == before
 
 
-async def test_a_change_is_announced_to_every_process(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_a_change_is_announced_to_every_process(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(filled, shared, refresh_s=60)) for _ in range(4)]
         assert [await version_of(cache) for cache in caches] == [1] * 4
         await asyncio.sleep(0.3)
-        await shared.offer("default", filled.activate("default", 2, who="ann"))
+        await shared.publish_change("default", filled.activate("default", 2, who="ann"))
         await becomes([2] * 4, lambda: asyncio.gather(*map(version_of, caches)), within_s=1)
 
 
-async def test_an_older_announcement_changes_nothing(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_an_older_announcement_changes_nothing(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared, refresh_s=60) as cache:
         await cache.choose(submission())
         older, newer = filled.activate("default", 2, who="ann"), filled.activate("default", 1, who="ann")
         cache.accept(newer)
         cache.accept(older)
         assert await version_of(cache) == 1
-        await shared.offer("default", newer)
-        await shared.offer("default", older)
+        await shared.publish_change("default", newer)
+        await shared.publish_change("default", older)
         known = await shared.newest_change("default")
         assert known is not None
         assert known.change == newer
@@ -169,14 +171,14 @@ async def test_without_redis_changes_are_looked_for(filled: PolicyRegistry) -> N
         await becomes(2, lambda: version_of(cache))
 
 
-async def test_a_change_that_nobody_announced_is_found(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_a_change_that_nobody_announced_is_found(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared, refresh_s=1) as cache:
         assert await version_of(cache) == 1
         filled.activate("default", 2, who="ann")
         await becomes(2, lambda: version_of(cache))
 
 
-async def test_redis_serves_while_the_bucket_is_away(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_redis_serves_while_the_bucket_is_away(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared) as cache:
         await cache.choose(submission())
     await asyncio.sleep(1.1)  # by now the copy has to be compared with the bucket again
@@ -190,7 +192,7 @@ async def test_the_bucket_serves_while_redis_is_away_and_local_copies_while_both
     filled: PolicyRegistry, tmp_path: Path
 ) -> None:
     with running_valkey(tmp_path) as valkey:
-        shared = SharedCopies(valkey.url, "policies")
+        shared = PolicyRedisCache(valkey.url, "policies")
         async with PolicyCache(filled, shared, refresh_s=0.3) as cache:
             assert await version_of(cache) == 1
             valkey.kill()
@@ -209,7 +211,7 @@ async def test_the_bucket_serves_while_redis_is_away_and_local_copies_while_both
 
 async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyRegistry, tmp_path: Path) -> None:
     with running_valkey(tmp_path) as valkey:
-        shared = SharedCopies(valkey.url, "policies")
+        shared = PolicyRedisCache(valkey.url, "policies")
         async with PolicyCache(filled, shared, refresh_s=60) as cache:
             assert await version_of(cache) == 1
             valkey.kill()
@@ -218,13 +220,13 @@ async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyR
             valkey.start()
             await becomes(2, lambda: version_of(cache))
             change = filled.activate("default", 1, who="ann")
-            await shared.offer("default", change)
+            await shared.publish_change("default", change)
             await becomes(1, lambda: version_of(cache))
         await shared.close()
 
 
 @pytest.mark.parametrize("poison", [b"{}", b"garbage", b'{"digest": "sha256:0", "document": {"name": "default"}}'])
-async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: SharedCopies, poison: bytes) -> None:
+async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: PolicyRedisCache, poison: bytes) -> None:
     await shared._redis.set(shared.key("version", "default@1"), poison)
     await shared._redis.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked_ms": 0})
     async with PolicyCache(filled, shared) as cache:
@@ -234,17 +236,19 @@ async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: S
     assert kept.digest == BUILT_IN.digest()
 
 
-async def test_a_copy_of_another_bucket_is_found_by_its_digest(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_a_copy_of_another_bucket_is_found_by_its_digest(
+    filled: PolicyRegistry, shared: PolicyRedisCache
+) -> None:
     """The bucket was made anew: the copies are of versions of the same name and number."""
     other = PolicyDocument(name="default", description="of the old bucket")
-    await shared.keep_version(StoredVersion("default", 1, other.digest(), other))
+    await shared.cache_version(StoredVersion("default", 1, other.digest(), other))
     async with PolicyCache(filled, shared) as cache:
         assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
 
 
 async def test_processes_that_start_at_once_read_the_bucket_once(filled: PolicyRegistry, valkey_url: str) -> None:
     counting, bucket = Counting(filled, pause_s=0.2), uuid.uuid4().hex
-    copies = [SharedCopies(valkey_url, bucket) for _ in range(64)]
+    copies = [PolicyRedisCache(valkey_url, bucket) for _ in range(64)]
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(counting, shared)) for shared in copies]
         assert set(await asyncio.gather(*(version_of(cache) for cache in caches))) == {1}
@@ -253,7 +257,7 @@ async def test_processes_that_start_at_once_read_the_bucket_once(filled: PolicyR
         await shared.close()
 
 
-async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     filled.set_canary("default", Canary(version=2, percent=50, tenants=frozenset({"acme"})), who="ann")
     filled.set_shadow("default", Shadow(version=2, percent=100), who="ann")
     async with PolicyCache(filled, shared) as cache:
@@ -265,7 +269,7 @@ async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: SharedCopie
             assert (shadow.identity.version if shadow else None) == (2 if version == 1 else None)
 
 
-async def test_tenants_get_their_policies(filled: PolicyRegistry, shared: SharedCopies) -> None:
+async def test_tenants_get_their_policies(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     filled.publish(PolicyDocument(name="shop"))
     filled.activate("shop", 1, who="ann")
     async with PolicyCache(filled, shared, refresh_s=60) as cache:
@@ -282,7 +286,7 @@ async def test_concurrent_changes_while_redis_is_killed_and_restarted(registry: 
     """32 people publish and activate at once; Redis dies and comes back meanwhile."""
     registry.publish_built_in()
     with running_valkey(tmp_path) as valkey:
-        shared = SharedCopies(valkey.url, registry.bucket)
+        shared = PolicyRedisCache(valkey.url, registry.bucket)
 
         async def change(number: int) -> int:
             stored = await asyncio.to_thread(registry.publish, WAIVED)
@@ -291,7 +295,7 @@ async def test_concurrent_changes_while_redis_is_killed_and_restarted(registry: 
                 await asyncio.to_thread(registry.activate, "default", 1, who=f"w{number}"),
             ):
                 with suppress(CacheUnavailable):
-                    await shared.offer("default", done)
+                    await shared.publish_change("default", done)
             return stored.version
 
         async def shake() -> None:

@@ -13,7 +13,7 @@ from services.core.messages import Policy, Submission
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import BREAKER, CircuitBreaker
 from services.policies.document import PolicyDocument
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary
 from tests.policies.test_cache import unreachable
@@ -29,7 +29,7 @@ class Members:
 
     def __init__(self, registry: PolicyRegistry, url: str | None) -> None:
         self.registry = registry
-        self.shared = SharedCopies(url, registry.bucket) if url else None
+        self.shared = PolicyRedisCache(url, registry.bucket) if url else None
         self._closing = AsyncExitStack()
 
     async def join(self) -> tuple[PolicyCache, CircuitBreaker]:
@@ -49,7 +49,7 @@ async def policy(cache: PolicyCache, version: int = 1) -> Policy:
 
 
 def judge(breaker: CircuitBreaker, by: Policy, *, blocked: int, of: int) -> list[bool]:
-    return [breaker.admits(by, "block" if n < blocked else "allow") for n in range(of)]
+    return [breaker.allows(by, "block" if n < blocked else "allow") for n in range(of)]
 
 
 async def until(true: Callable[[], bool], within_s: float = 5) -> None:
@@ -128,7 +128,7 @@ async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegist
         valkey.kill()
         breaker._registry = unreachable()
         judge(breaker, by, blocked=30, of=30)
-        await until(lambda: not breaker.admits(by, "block"))
+        await until(lambda: not breaker.allows(by, "block"))
         breaker._registry = registry
         await until(lambda: cache.is_tripped(by.identity), within_s=10)
     finally:
@@ -159,11 +159,11 @@ async def test_what_could_not_be_written_down_is_written_down_later_or_decided_a
     for decided in (False, True):
         breaker._registry = unreachable()
         judge(breaker, by, blocked=30, of=30)
-        await until(lambda: not breaker.admits(by, "block"))
+        await until(lambda: not breaker.allows(by, "block"))
         judge(breaker, by, blocked=0, of=500)
         if decided:
             cache.accept(members.registry.activate("default", 1, who="ann", why="let it block"))
-            await until(lambda: breaker.admits(by, "block"))
+            await until(lambda: breaker.allows(by, "block"))
         breaker._registry = members.registry
         if not decided:
             await until(lambda: cache.is_tripped(by.identity), within_s=10)

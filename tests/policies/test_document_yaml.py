@@ -12,15 +12,22 @@ from hypothesis import strategies as st
 from services.core.errors import ConfigurationError
 from services.policies import document as policy
 from services.policies.document import BUILT_IN, PolicyDocument
-from services.policies.document_yaml import LARGEST_BYTES, BadDocument, Problem, read_document, warnings, write_document
+from services.policies.document_yaml import (
+    LARGEST_BYTES,
+    DocumentIssue,
+    InvalidDocument,
+    read_document,
+    warnings,
+    write_document,
+)
 from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import MOST_TENANTS, TenantsDocument
 
 SHIPPED = sorted((Path(policy.__file__).parent / "documents").glob("*.yaml"))
 
 
-def refused(text: str | bytes) -> BadDocument:
-    with pytest.raises(BadDocument) as caught:
+def refused(text: str | bytes) -> InvalidDocument:
+    with pytest.raises(InvalidDocument) as caught:
         read_document(text.encode() if isinstance(text, str) else text, "shop.yaml")
     assert isinstance(caught.value, ConfigurationError)
     return caught.value
@@ -170,7 +177,7 @@ class TestProblems:
             "thresholds.review",
             "effort",
         ]
-        assert error.problems[2] == Problem(4, 3, "thresholds.block", "2 is too large; the most is 1")
+        assert error.problems[2] == DocumentIssue(4, 3, "thresholds.block", "2 is too large; the most is 1")
         assert str(error).endswith("(4 more problems)")
         assert str(refused("name: Shop\ncolour: red")).endswith("(1 more problem)")
 
@@ -201,10 +208,10 @@ class TestProblems:
         ).map(lambda parts: "".join(parts).encode())
     )
     def test_any_bytes_are_a_document_or_refused(self, data: bytes) -> None:
-        found: tuple[Problem, ...] = ()
+        found: tuple[DocumentIssue, ...] = ()
         try:
             read_document(data, "shop.yaml")
-        except BadDocument as error:
+        except InvalidDocument as error:
             found = error.problems
         assert all(problem.line >= 1 and problem.column >= 1 and problem.message for problem in found)
 

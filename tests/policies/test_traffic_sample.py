@@ -7,13 +7,13 @@ import pytest
 
 from services.core.messages import PolicyIdentity, Timings, Verdict
 from services.policies import traffic_sample as sample_module
-from services.policies.redis_cache import SharedCopies
-from services.policies.traffic_sample import Sample, take
+from services.policies.redis_cache import PolicyRedisCache
+from services.policies.traffic_sample import TrafficSample, draw
 
 
 @pytest.fixture
-async def shared(valkey_url: str) -> AsyncIterator[SharedCopies]:
-    copies = SharedCopies(valkey_url, uuid.uuid4().hex)
+async def shared(valkey_url: str) -> AsyncIterator[PolicyRedisCache]:
+    copies = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     yield copies
     await copies.close()
 
@@ -44,38 +44,38 @@ def verdict(number: int) -> Verdict:
     )
 
 
-async def test_bounded_whatever_comes_and_references_only(shared: SharedCopies) -> None:
-    sample = Sample(shared, size=50)
+async def test_bounded_whatever_comes_and_references_only(shared: PolicyRedisCache) -> None:
+    sample = TrafficSample(shared, size=50)
     for number in range(1000):
         sample.add(verdict(number))
         if number % 100 == 99:
             await sample.flush()
-    found, per_day = await take(shared, "default", 500)
+    found, per_day = await draw(shared, "default", 500)
     assert len({one.id for one in found}) == 50
     assert per_day is None, "not known before an hour has passed"
     one = found[0].submission()
     assert (one.version_id, one.etag, one.tenant, one.priority) == ("v1", "e", "acme", "backfill")
     raw = await shared._redis.zrange(shared.key("sample", "default"), 0, -1)
     assert not any(b"seen by nobody" in entry or b"u1" in entry for entry in raw)
-    assert (await take(shared, "other", 10)) == ([], None)
+    assert (await draw(shared, "other", 10)) == ([], None)
 
 
 async def test_contemporaries_are_as_likely_and_the_old_fade(
-    shared: SharedCopies, monkeypatch: pytest.MonkeyPatch
+    shared: PolicyRedisCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_800_000_000.0
     monkeypatch.setattr(sample_module.time, "time", lambda: now)
-    sample = Sample(shared, size=400)
+    sample = TrafficSample(shared, size=400)
     for number in range(2000):
         sample.add(verdict(number))
         if number % 250 == 249:
             await sample.flush()
-    found, _ = await take(shared, "default", 400)
+    found, _ = await draw(shared, "default", 400)
     early = sum(int(one.id.removeprefix("upl-")) < 1000 for one in found)
     assert 140 < early < 260, "half of 400, within six standard deviations"
     now += 7 * 86_400
     for number in range(2000, 2400):
         sample.add(verdict(number))
     await sample.flush()
-    found, _ = await take(shared, "default", 400)
+    found, _ = await draw(shared, "default", 400)
     assert sum(int(one.id.removeprefix("upl-")) >= 2000 for one in found) > 380

@@ -12,8 +12,8 @@ from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.policy_testing import backtest as backtesting
 from services.core.errors import ConfigurationError, GuardFailed, NotFound
 from services.core.settings import Settings
-from services.policies.redis_cache import SharedCopies
-from services.policies.traffic_sample import Sample
+from services.policies.redis_cache import PolicyRedisCache
+from services.policies.traffic_sample import TrafficSample
 from tests.policy_testing.test_rejudge import changed
 from tests.support.intake_bench import Bench
 
@@ -53,8 +53,8 @@ def _by_script(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def _sample(bench: Bench, ends: dict[str, str]) -> None:
     """Submission ids, and the keys of what they are about."""
-    shared = SharedCopies(bench.settings.redis_url, bench.settings.policy_bucket)
-    sample = Sample(shared, size=100)
+    shared = PolicyRedisCache(bench.settings.redis_url, bench.settings.policy_bucket)
+    sample = TrafficSample(shared, size=100)
     for name, key in ends.items():
         found = bench.s3.head_object(Bucket="uploads", Key=key)["ETag"].strip('"')
         sample.add(changed(submission_id=name, uri=f"s3://uploads/{key}", etag=found))

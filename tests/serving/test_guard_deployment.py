@@ -34,7 +34,7 @@ def settings(state_dir: Path, **changes: Any) -> Settings:
     )
 
 
-class MadeUpEngine:
+class FakeEngine:
     """Says what a test wants it to say."""
 
     down_s = 0.0
@@ -47,7 +47,7 @@ class MadeUpEngine:
         self.checkpoint = resolve("tiny")
 
     @classmethod
-    def from_settings(cls, _: Settings) -> "MadeUpEngine":
+    def from_settings(cls, _: Settings) -> "FakeEngine":
         return cls()
 
     async def start(self) -> None:
@@ -56,7 +56,7 @@ class MadeUpEngine:
     async def stop(self) -> None:
         type(self).stopped += 1
 
-    async def prove_alive(self) -> None:
+    async def health_check(self) -> None:
         pass
 
     async def tokenize(self, text: str) -> list[int]:
@@ -78,9 +78,9 @@ ONE_TOKEN = {
 
 
 @pytest.fixture
-def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteGuard:
-    monkeypatch.setattr(deployment, "Engine", MadeUpEngine)
-    monkeypatch.setattr(MadeUpEngine, "generates", ONE_TOKEN)
+def fake_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteGuard:
+    monkeypatch.setattr(deployment, "Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "generates", ONE_TOKEN)
     handle = serve.run(
         GuardDeployment.bind(settings(tmp_path)),
         name="guard-test",
@@ -91,27 +91,27 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteGuard:
 
 
 class TestInThisProcess:
-    async def test_an_assessment_comes_back(self, made_up: RemoteGuard) -> None:
-        assessment = await made_up.assess(drawn(1), policy(), "score")
+    async def test_an_assessment_comes_back(self, fake_guard: RemoteGuard) -> None:
+        assessment = await fake_guard.assess(drawn(1), policy(), "score")
         assert assessment.score == pytest.approx(0.0998, abs=1e-3)
         assert assessment.rating == "Safe"
-        assert await made_up.max_side_px() == resolve("tiny").max_side_px
+        assert await fake_guard.max_side_px() == resolve("tiny").max_side_px
 
-    async def test_an_assessment_for_each_policy(self, made_up: RemoteGuard) -> None:
-        each = await made_up.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
+    async def test_an_assessment_for_each_policy(self, fake_guard: RemoteGuard) -> None:
+        each = await fake_guard.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
         assert [type(assessment) for assessment in each] == [Assessment, Assessment]
         assert each[0].model.prompt != each[1].model.prompt
-        assert await made_up.assess_each(drawn(1), [], "score") == []
+        assert await fake_guard.assess_each(drawn(1), [], "score") == []
 
     @pytest.mark.parametrize(
         "error",
         [GuardFailed("It is garbage."), GuardUnavailable("It is gone."), UnreadableAnswer("It mumbles.")],
         ids=lambda error: type(error).__name__,
     )
-    async def test_errors_come_as_they_are(self, made_up, monkeypatch, error) -> None:
-        monkeypatch.setattr(MadeUpEngine, "generates", error)
+    async def test_errors_come_as_they_are(self, fake_guard, monkeypatch, error) -> None:
+        monkeypatch.setattr(FakeEngine, "generates", error)
         with pytest.raises(type(error)) as caught:
-            await made_up.assess(drawn(1), policy(), "verdict")
+            await fake_guard.assess(drawn(1), policy(), "verdict")
         assert type(caught.value) is type(error)
         assert str(caught.value) == str(error)
 
@@ -125,8 +125,8 @@ async def replica(tmp_path: Path, **changes: Any) -> Any:
 class TestTheReplica:
     @pytest.fixture(autouse=True)
     def _made_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(deployment, "Engine", MadeUpEngine)
-        monkeypatch.setattr(MadeUpEngine, "generates", ONE_TOKEN)
+        monkeypatch.setattr(deployment, "Engine", FakeEngine)
+        monkeypatch.setattr(FakeEngine, "generates", ONE_TOKEN)
 
     @pytest.fixture
     async def replica(self, tmp_path: Path) -> Any:
@@ -134,9 +134,9 @@ class TestTheReplica:
 
     async def test_is_unhealthy_only_after_a_whole_start(self, replica, monkeypatch) -> None:
         await replica.check_health()
-        monkeypatch.setattr(MadeUpEngine, "down_s", 99)
+        monkeypatch.setattr(FakeEngine, "down_s", 99)
         await replica.check_health()
-        monkeypatch.setattr(MadeUpEngine, "down_s", 101)
+        monkeypatch.setattr(FakeEngine, "down_s", 101)
         with pytest.raises(GuardUnavailable, match="101 s"):
             await replica.check_health()
 
@@ -148,9 +148,9 @@ class TestTheReplica:
             replica.reconfigure({"model": "other"})
 
     async def test_stops_its_engine(self, replica) -> None:
-        before = MadeUpEngine.stopped
+        before = FakeEngine.stopped
         await replica.__del__()
-        assert MadeUpEngine.stopped == before + 1
+        assert FakeEngine.stopped == before + 1
 
 
 @pytest.mark.engine

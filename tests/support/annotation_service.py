@@ -39,7 +39,7 @@ def assessment(sha256: str) -> Assessment:
 
 
 @serve.deployment(name="Guard", max_ongoing_requests=100)
-class ScriptedGuard:
+class FakeGuard:
     """Refuses images 1 pixel wide."""
 
     def __init__(self, log: str, pause_s: float) -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     ray.init("local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
     # Both CPUs are taken, as by `sluice up` on a machine with two.
-    guard = ScriptedGuard.options(ray_actor_options={"num_cpus": 2})  # type: ignore[attr-defined]
+    guard = FakeGuard.options(ray_actor_options={"num_cpus": 2})  # type: ignore[attr-defined]
     serve.run(guard.bind(sys.argv[2], pause_s), name="sluice", route_prefix=None)
     address = Path(sys.argv[1])
     draft = address.with_suffix(".draft")

@@ -24,7 +24,7 @@ from services.core.messages import (
 )
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
-from services.guard.inference import Guard
+from services.guard.inference import GuardInference
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ DEFAULT_PROMPT = (Path(__file__).with_name("default-prompt.txt")).read_text(enco
 class SharedGuard:
     """A guard whose engine lives on an event loop of its own, so that tests on any loop can share it."""
 
-    def __init__(self, guard: Guard, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, guard: GuardInference, loop: asyncio.AbstractEventLoop) -> None:
         self.guard = guard
         self.engine = guard.engine
         self._loop = loop
@@ -67,7 +67,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedGuard]:
     )
     try:
         on_loop(started.start())
-        yield SharedGuard(Guard(started, deadline_s=120), loop)
+        yield SharedGuard(GuardInference(started, deadline_s=120), loop)
     finally:
         on_loop(started.stop())
         loop.call_soon_threadsafe(loop.stop)

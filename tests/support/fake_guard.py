@@ -11,7 +11,7 @@ async def says_safe(_image: PreparedImage, _detail: Detail) -> Assessment:
     return Assessment(rating="Safe", category=NO_CATEGORY, rationale=None, score=0.02, model=MODEL)
 
 
-class ScriptedGuard:
+class FakeGuard:
     """Runs `script(image, detail)` for every assessment and counts them."""
 
     def __init__(self, script: Callable[[PreparedImage, Detail], Awaitable[Assessment]] = says_safe) -> None:

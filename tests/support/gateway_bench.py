@@ -17,13 +17,13 @@ from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry, Role
 from services.gateway.app import Collaborators, create_app
 from services.gateway.server import GatewayServer, listen
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
-from tests.support.fake_guard import MODEL, ScriptedGuard, says_safe
+from tests.support.fake_guard import MODEL, FakeGuard, says_safe
 
 JPEG = draw(7).jpeg
 OTHER_JPEG = draw(8, CATEGORIES[1]).jpeg
@@ -60,9 +60,9 @@ class Gate:
 class Bench:
     """The parts of one gateway, and clients of it."""
 
-    def __init__(self, settings: Settings, preparer: Preparer) -> None:
+    def __init__(self, settings: Settings, preparer: DecoderPool) -> None:
         self.settings = settings
-        self.guard = ScriptedGuard()
+        self.guard = FakeGuard()
         self.preparer = preparer
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
@@ -91,7 +91,7 @@ class Bench:
     async def _built(self) -> Any:
         store = ObjectStore(self.settings)
         self._closing.callback(store.close)
-        shared = SharedCopies(self.settings.redis_url, self.settings.policy_bucket)
+        shared = PolicyRedisCache(self.settings.redis_url, self.settings.policy_bucket)
         self._closing.push_async_callback(shared.close)
         cache = PolicyCache(self.registry, shared, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
@@ -131,14 +131,14 @@ class Bench:
 
 
 @pytest.fixture(scope="package")
-def preparer() -> Iterator[Preparer]:
-    preparer = Preparer(Settings(image_limit_px=2_000_000, decode_workers=1), 384)
+def preparer() -> Iterator[DecoderPool]:
+    preparer = DecoderPool(Settings(image_limit_px=2_000_000, decode_workers=1), 384)
     yield preparer
     preparer.close()
 
 
 @asynccontextmanager
-async def _bench(valkey_url: str, s3_endpoint: str, preparer: Preparer) -> AsyncIterator[Bench]:
+async def _bench(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[Bench]:
     settings = Settings(
         redis_url=valkey_url,
         s3_endpoint=s3_endpoint,
@@ -164,7 +164,7 @@ async def _bench(valkey_url: str, s3_endpoint: str, preparer: Preparer) -> Async
 
 
 @pytest.fixture
-async def idle(valkey_url: str, s3_endpoint: str, preparer: Preparer) -> AsyncIterator[Bench]:
+async def idle(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[Bench]:
     """A gateway that is to be configured and started; its guard says Safe until told otherwise."""
     async with _bench(valkey_url, s3_endpoint, preparer) as bench:
         yield bench

@@ -17,17 +17,17 @@ from pipelines.serving.app import backfill_settings
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Verdict
 from services.core.settings import Settings
-from services.images.decoder_pool import Preparer
+from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
-from services.policies.traffic_sample import Sample
+from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, Record
 from services.streams.factory import open_publisher, open_reader, open_transport
-from tests.support.fake_guard import ScriptedGuard
+from tests.support.fake_guard import FakeGuard
 
 T = TypeVar("T")
 
@@ -35,19 +35,19 @@ T = TypeVar("T")
 class Bench:
     """The streams and the bucket of one test, and the intake between them."""
 
-    def __init__(self, settings: Settings, guard: ScriptedGuard) -> None:
+    def __init__(self, settings: Settings, guard: FakeGuard) -> None:
         self.settings = settings
         self.guard = guard
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
-        self.shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+        self.shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         self.intakes: list[Intake] = []
         self._closing = AsyncExitStack()
 
     async def start(self, endpoint: str | None = None, *, with_backfill: bool = False, **overrides: Any) -> Intake:
         """An intake member; `endpoint` names another S3 server for it."""
         settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
-        store, preparer = ObjectStore(settings), Preparer(settings, 384)
+        store, preparer = ObjectStore(settings), DecoderPool(settings, 384)
         self._closing.callback(store.close)
         self._closing.callback(preparer.close)
         policies = await self._entered(PolicyCache(self.registry, self.shared, refresh_s=settings.policy_refresh_s))
@@ -58,7 +58,7 @@ class Bench:
             guard=self.guard,
             breaker=await self._entered(CircuitBreaker(policies, self.registry, self.shared)),
         )
-        sample = await self._entered(Sample(self.shared, size=settings.sample_size))
+        sample = await self._entered(TrafficSample(self.shared, size=settings.sample_size))
         member = f"m-{len(self.intakes)}"
         backfill = await open_transport(backfill_settings(settings), member) if with_backfill else None
         quarantine = await self._entered(Quarantine(self.shared, settings.group, member))
@@ -142,7 +142,7 @@ async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
         image_limit_bytes=2 << 20,
         fetch_deadline_s=3,
     )
-    bench = Bench(settings, ScriptedGuard())
+    bench = Bench(settings, FakeGuard())
     empty_bucket(bench.s3, "uploads")
     empty_bucket(bench.s3, settings.policy_bucket)
     bench.registry.publish_built_in()

@@ -16,7 +16,7 @@ from pipelines.intake.worker import Intake
 from services.core.messages import Submission
 from services.core.settings import Settings
 from services.moderation.moderator import Judgement, unjudged
-from services.policies.redis_cache import SharedCopies
+from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Message
 from services.streams.factory import open_transport
 from services.streams.parsing import parse
@@ -41,7 +41,7 @@ class DeadlyModeration:
 async def main(settings: Settings, name: str) -> None:
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    shared = SharedCopies(settings.redis_url, settings.policy_bucket)
+    shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     moderation: Any = DeadlyModeration()
     async with Quarantine(shared, settings.group, name) as quarantine:
         intake = Intake(await open_transport(settings, name), moderation, settings, quarantine)

@@ -16,8 +16,8 @@ from services.gateway.auth import Access
 from services.gateway.problems import Problem
 from services.gateway.request_bodies import Bodies, decoded
 from services.policies.cache import PolicyCache
-from services.policies.document_yaml import BadDocument, read_document, warnings
-from services.policies.redis_cache import CacheUnavailable, SharedCopies
+from services.policies.document_yaml import InvalidDocument, read_document, warnings
+from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change
 from services.policies.tenants import is_document_name
@@ -94,7 +94,7 @@ class HistoryEntry(BaseModel):
 class PolicyRoutes:
     """The routes' work: the registry in threads, and the news of what was done."""
 
-    def __init__(self, registry: PolicyRegistry, shared: SharedCopies, cache: PolicyCache) -> None:
+    def __init__(self, registry: PolicyRegistry, shared: PolicyRedisCache, cache: PolicyCache) -> None:
         self._registry = registry
         self._shared = shared
         self._cache = cache
@@ -120,14 +120,14 @@ class PolicyRoutes:
         """
         try:
             document = await asyncio.to_thread(read_document, data, "document")
-        except BadDocument as error:
+        except InvalidDocument as error:
             problems = [
                 {"line": each.line, "column": each.column, "field": each.field, "message": each.message}
                 for each in error.problems
             ]
             raise Problem("bad-policy", str(error), problems=problems) from None
         stored = await asyncio.to_thread(self._registry.publish, document)
-        await self._tell(self._shared.keep_version(stored))
+        await self._tell(self._shared.cache_version(stored))
         return stored, warnings(document)
 
     async def change(self, change: Callable[[], Change]) -> Change:
@@ -141,7 +141,7 @@ class PolicyRoutes:
         except ConfigurationError as error:
             raise Problem("policy-conflict", str(error)) from None
         self._cache.accept(done)
-        await self._tell(self._shared.offer(done.name, done))
+        await self._tell(self._shared.publish_change(done.name, done))
         return done
 
     async def history(self, name: str) -> list[Change]:

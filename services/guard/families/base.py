@@ -1,6 +1,6 @@
 """What differs between families of guards, behind one interface.
 
-Another family is a row of `services.guard.checkpoints.CHECKPOINTS` and one module with a `Family` in it.
+Another family is a row of `services.guard.checkpoints.CHECKPOINTS` and one module with a `ModelFamily` in it.
 """
 
 import re
@@ -18,7 +18,7 @@ class Reply:
     """What the engine says to one question."""
 
     score: float
-    """P(the second word of `Family.ratings`) in [0, 1], at the first position, among the two words."""
+    """P(the second word of `ModelFamily.ratings`) in [0, 1], at the first position, among the two words."""
     text: str
     """What was written from there on."""
     cut: bool
@@ -26,7 +26,7 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class FamilyScores:
     """What a family makes of the replies."""
 
     rating: Rating
@@ -38,19 +38,19 @@ class Judgement:
     """The rationale was cut by the token limit."""
 
 
-class Ask(Protocol):
+class GenerateFn(Protocol):
     """Asks the engine about the image at hand: greedy decoding, one request."""
 
     async def __call__(self, text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
         """`text` is the whole prompt, up to where the rating begins. `ebnf` binds what is written from there on.
 
         Raises:
-            GuardFailed, GuardUnavailable, UnreadableAnswer: as `Guard.assess`.
+            GuardFailed, GuardUnavailable, UnreadableAnswer: as `GuardInference.assess`.
         """
         ...
 
 
-class Family(Protocol):
+class ModelFamily(Protocol):
     """How one family of guards is asked, and how its answers become a judgement."""
 
     @property
@@ -66,7 +66,7 @@ class Family(Protocol):
         """A whole question with little in it, to try an engine and its tokenizer with."""
         ...
 
-    async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
+    async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
         """Judge the image at hand under a policy.
 
         An answer may have `answer_tokens` tokens, and as many more as longer names of the policy's own categories take.
@@ -78,7 +78,7 @@ class Family(Protocol):
         ...
 
 
-def without_markers(prompt: str) -> str:
+def reject_chat_markers(prompt: str) -> str:
     """The policy's text as it is.
 
     Raises:

@@ -4,16 +4,16 @@ import logging
 from dataclasses import dataclass
 
 from services.core.messages import CATEGORIES, Detail, Policy, Rating
-from services.guard.families.base import Ask, Judgement
+from services.guard.families.base import FamilyScores, GenerateFn
 from services.guard.families.llavaguard_answer import (
     ANSWER_START,
     Layout,
     Wording,
+    build_prompt,
     grammar,
     head_tokens,
-    question,
     read,
-    worded,
+    render,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,12 @@ class LlavaGuard:
         return "Safe", "Unsafe"
 
     def text(self, prompt: str) -> str:
-        return worded(self.wording, prompt)
+        return render(self.wording, prompt)
 
     def example(self) -> str:
         return self._question("Is this image safe?")
 
-    async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
+    async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
         """The score alone takes one token without a grammar: prefill and no more.
 
         Otherwise score and answer come of one request. The score is the odds of the two rating tokens at the first
@@ -46,21 +46,21 @@ class LlavaGuard:
         """
         asked = self._question(policy.prompt)
         if detail == "score":
-            score = (await ask(asked)).score
-            return Judgement("Unsafe" if score > 0.5 else "Safe", score)
+            score = (await generate(asked)).score
+            return FamilyScores("Unsafe" if score > 0.5 else "Safe", score)
         categories = (*CATEGORIES, *policy.own_categories)
         # A long name of a category must not be taken out of what the rationale has.
         tokens = answer_tokens + head_tokens(categories) - head_tokens()
-        reply = await ask(asked, tokens=tokens, ebnf=grammar(policy.rationale, categories=categories))
+        reply = await generate(asked, tokens=tokens, ebnf=grammar(policy.rationale, categories=categories))
         score = reply.score
         scored: Rating = "Unsafe" if score > 0.5 else "Safe"
         if score != 0.5 and not reply.text.startswith(scored):
             logger.debug("asking again with the rating that the score implies")
-            reply = await ask(asked, tokens=tokens, ebnf=grammar(policy.rationale, scored, categories))
+            reply = await generate(asked, tokens=tokens, ebnf=grammar(policy.rationale, scored, categories))
         answer = read(reply.text, policy.rationale, cut=reply.cut, categories=categories)
-        return Judgement(answer.rating, score, answer.category, answer.rationale, answer.truncated)
+        return FamilyScores(answer.rating, score, answer.category, answer.rationale, answer.truncated)
 
     def _question(self, prompt: str) -> str:
         # A layout that ends with a colon has the answer begin with a space, as in training.
-        asked = question(self.layout, self.text(prompt))
+        asked = build_prompt(self.layout, self.text(prompt))
         return f"{asked} {ANSWER_START}" if asked.endswith(":") else asked + ANSWER_START

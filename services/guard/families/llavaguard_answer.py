@@ -10,13 +10,13 @@ from typing import Final, Literal
 
 from services.core.errors import UnreadableAnswer
 from services.core.messages import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
-from services.guard.families.base import without_markers
+from services.guard.families.base import reject_chat_markers
 
 Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
 """How a checkpoint was taught to be asked, by SGLang's names of the chat templates."""
 
 Wording = Literal["explain", "describe"]
-"""What a checkpoint was taught that a rationale is; see `worded`."""
+"""What a checkpoint was taught that a rationale is; see `render`."""
 
 ANSWER_START: Final = '{\n    "rating": "'
 """What every answer begins with. The next token is the rating."""
@@ -50,7 +50,7 @@ def head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
     return len("Unsafe" + _CATEGORY_KEY + _RATIONALE_KEY) + longest
 
 
-def question(layout: Layout, prompt: str) -> str:
+def build_prompt(layout: Layout, prompt: str) -> str:
     """The text that a checkpoint was trained to see, up to where its answer begins; the image comes first.
 
     The beginning-of-text token is left out where a layout has one: the tokenizer adds it.
@@ -58,7 +58,7 @@ def question(layout: Layout, prompt: str) -> str:
     Raises:
         ConfigurationError: the prompt contains a marker of a layout, which would end the user's turn early.
     """
-    prompt = without_markers(prompt)
+    prompt = reject_chat_markers(prompt)
     match layout:
         case "chatml-llava":
             return _chatml(f"<image>\n{prompt}")
@@ -71,7 +71,7 @@ def question(layout: Layout, prompt: str) -> str:
             )
 
 
-def worded(wording: Wording, prompt: str) -> str:
+def render(wording: Wording, prompt: str) -> str:
     """The prompt with the third assessment step in the words of a checkpoint's training.
 
     LlavaGuard's repository trains v1.0 with `explain` (its template json-v16), and v1.1 and later with `describe`
@@ -125,7 +125,7 @@ def grammar(mode: RationaleMode, rating: Rating | None = None, categories: Seque
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LlavaGuardAnswer:
     """An answer as it was read."""
 
     rating: Rating
@@ -135,7 +135,7 @@ class Answer:
     """The rationale was cut by the token limit."""
 
 
-def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES) -> Answer:
+def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES) -> LlavaGuardAnswer:
     """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
 
     Raises:
@@ -163,10 +163,10 @@ def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str]
     if not isinstance(category, str) or not fits:
         raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
     if not _has_rationale(rating, mode):
-        return Answer(rating, category, None, truncated=False)
+        return LlavaGuardAnswer(rating, category, None, truncated=False)
     if not isinstance(rationale, str) or not (rationale := _clean(rationale)):
         raise UnreadableAnswer("The guard's answer lacks its rationale.")
-    return Answer(rating, category, rationale, truncated)
+    return LlavaGuardAnswer(rating, category, rationale, truncated)
 
 
 def _has_rationale(rating: Rating, mode: RationaleMode) -> bool:

@@ -12,7 +12,7 @@ from typing import Final
 
 from services.core.errors import ConfigurationError
 from services.core.messages import CATEGORIES, NO_CATEGORY, Detail, Policy
-from services.guard.families.base import Ask, Judgement, without_markers
+from services.guard.families.base import FamilyScores, GenerateFn, reject_chat_markers
 
 # Only as the first line: a rule of the policy's author, which begins with a dash, may say the same.
 _WAIVED: Final = re.compile(r"Category O\d+ is declared as non-violating")
@@ -32,7 +32,7 @@ class ShieldGemma:
     def example(self) -> str:
         return _question("No Violence: The image shall not contain violence.")
 
-    async def judge(self, ask: Ask, policy: Policy, detail: Detail, *, answer_tokens: int) -> Judgement:
+    async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
         """The score is that of the category which is violated most likely; a single token answers each question.
 
         The model gives no reasons. A rationale that the policy wants only names what the model said.
@@ -41,18 +41,18 @@ class ShieldGemma:
             ConfigurationError: the policy's prompt has no block of a category.
         """
         asked = enforced(policy.prompt, (*CATEGORIES, *policy.own_categories))
-        scores = {category: (await ask(_question(rules))).score for category, rules in asked.items()}
+        scores = {category: (await generate(_question(rules))).score for category, rules in asked.items()}
         category = max(scores, key=lambda category: scores[category]) if scores else NO_CATEGORY
         score = scores.get(category, 0.0)
         if score <= 0.5:
             said = "The model sees no violation of a category; it gives no reasons."
-            return Judgement(
+            return FamilyScores(
                 "Safe", score, rationale=said if detail == "verdict" and policy.rationale == "always" else None
             )
         if detail == "score":
-            return Judgement("Unsafe", score)
+            return FamilyScores("Unsafe", score)
         said = f"The model sees a violation of {category}; it gives no reasons."
-        return Judgement("Unsafe", score, category, None if policy.rationale == "never" else said)
+        return FamilyScores("Unsafe", score, category, None if policy.rationale == "never" else said)
 
 
 def enforced(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
@@ -65,7 +65,7 @@ def enforced(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str
     """
     heading = rf"^({'|'.join(map(re.escape, categories))}): ?\n"
     # What stands before the first heading, then each heading and its rules.
-    _, *parts = re.split(heading, without_markers(prompt).partition("\nAssessment Steps:")[0], flags=re.M)
+    _, *parts = re.split(heading, reject_chat_markers(prompt).partition("\nAssessment Steps:")[0], flags=re.M)
     blocks = dict(zip(parts[::2], parts[1::2], strict=True))
     if not blocks:
         raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no block of one.")
