@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults soak fuzz evaluate lint lock schemas docs clean
+.PHONY: help setup demo check test faults soak fuzz evaluate lint lock schemas docs clean
 
 help:
 	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
-	@echo 'make test      lint, type-check and run every test'
+	@echo 'make check     lint, type-check and run the tests that need no server: minutes'
+	@echo 'make test      lint, type-check and run every test, as CI does'
 	@echo 'make faults    break everything in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
 	@echo 'make soak      half of the rate that this machine sustains, MINUTES=30 of it, and what grows'
 	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
@@ -37,8 +38,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# One worker for each core. The servers of a worker are shared by all its tests; tests/conftest.py forms the groups.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --durations 20
+check: lint
+	$(PYTEST) --dist worksteal -m 'not server'
+
 test: lint
-	$(BIN)/pytest
+	$(PYTEST) --dist loadgroup
 
 # 20,000 submissions with each kind of delivery; needs what the tests marked kafka need. Ends with one JSON line.
 SEED ?= 1

@@ -1,5 +1,8 @@
-"""What all tests share: servers, and a second try for those that use them."""
+"""Shared by all tests: the servers, how parallel runs are divided, and the settings of Hypothesis."""
 
+from typing import Final
+
+import hypothesis
 import pytest
 
 pytest_plugins = [
@@ -10,16 +13,30 @@ pytest_plugins = [
     "tests.support.engine",
 ]
 
-_SERVERS = {"valkey_url", "kafka_address", "s3_endpoint", "streams", "served"}
-_MARKS = {"kafka", "engine", "slow"}
+# A busy machine is no fault of the code: no example has a deadline, and slow generation is no error.
+hypothesis.settings.register_profile("sluice", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("sluice")
+
+_SERVER_FIXTURES: Final = {"valkey_url", "kafka_address", "outage_broker", "s3_endpoint", "streams", "served"}
+_ENGINE_FIXTURES: Final = {"engine", "scripted"}
+_ENGINE_MARKS: Final = {"engine", "ray"}
+_SERVER_MARKS: Final = {"server", "kafka"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Servers and engines share the machine with whatever else runs there: a test of them that fails is run once more.
+    """Mark each test that needs a server, and name the group that `--dist loadgroup` keeps on one worker.
 
-    The summary names those that needed it.
+    A worker starts the servers of its session once. SGLang and Ray are in one group because they need whole cores.
     """
     for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
         marks = {mark.name for mark in item.iter_markers()}
-        if _SERVERS & set(getattr(item, "fixturenames", ())) or _MARKS & marks or "end_to_end" in item.nodeid:
-            item.add_marker(pytest.mark.flaky(reruns=1))
+        if _ENGINE_FIXTURES & fixtures or _ENGINE_MARKS & marks:
+            group = "engine"
+        elif _SERVER_FIXTURES & fixtures or _SERVER_MARKS & marks:
+            group = "servers"
+        else:
+            continue
+        item.add_marker(pytest.mark.server)
+        item.add_marker(pytest.mark.xdist_group(group))

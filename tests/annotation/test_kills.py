@@ -24,7 +24,7 @@ from tests.end_to_end.outside import SLUICE
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 _START_S = 150.0
 _DISTINCT = 240

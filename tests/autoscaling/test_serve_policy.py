@@ -87,7 +87,6 @@ def observations() -> st.SearchStrategy[Observation]:
     )
 
 
-@settings(deadline=None)
 @given(observations())
 def test_within_the_bounds(observation: Observation) -> None:
     decision = decide(observation, RULES)
@@ -95,7 +94,6 @@ def test_within_the_bounds(observation: Observation) -> None:
     assert 1 <= decision.intake <= observation.intake.bounds.most
 
 
-@settings(deadline=None)
 @given(observations(), st.integers(0, 11), st.floats(0, 1e6))
 def test_more_backlog_never_wants_fewer(observation: Observation, partition: int, more: float) -> None:
     if observation.live is None:
@@ -106,7 +104,6 @@ def test_more_backlog_never_wants_fewer(observation: Observation, partition: int
     assert decide(larger, RULES).guard >= decide(observation, RULES).guard
 
 
-@settings(deadline=None)
 @given(observations(), st.floats(0, 1e4))
 def test_more_arrivals_never_want_fewer(observation: Observation, more: float) -> None:
     if observation.arrivals is None:
@@ -115,7 +112,6 @@ def test_more_arrivals_never_want_fewer(observation: Observation, more: float) -
     assert decide(faster, RULES).guard >= decide(observation, RULES).guard
 
 
-@settings(deadline=None)
 @given(observations(), st.sampled_from(["live", "arrivals"]))
 def test_missing_numbers_hold(observation: Observation, missing: str) -> None:
     decision = decide(replace(observation, **{missing: None}), RULES)
@@ -123,7 +119,6 @@ def test_missing_numbers_hold(observation: Observation, missing: str) -> None:
     assert decision.intake == observation.intake.bounds.hold(observation.intake.wanted)
 
 
-@settings(deadline=None)
 @given(observations())
 def test_loading_replicas_count(observation: Observation) -> None:
     """What was asked for is not asked for again when nothing else has changed, and what loads is not taken back."""
@@ -248,7 +243,7 @@ class Stream:
             self.history.append(wanted)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.floats(0.5, 500), st.lists(st.floats(0, 1), min_size=7, max_size=31))
 def test_a_constant_load_does_not_flap(rate: float, noise: list[float]) -> None:
     stream = Stream(RULES, rate)

@@ -148,6 +148,7 @@ def test_environment_file_of_a_later_service_stays(tmp_path: Path) -> None:
     assert read_env_file(file) == {"SLUICE_GROUP": "second"}
 
 
+@pytest.mark.server
 def test_backends_fill_in_only_what_is_missing(tmp_path: Path) -> None:
     valkey = Valkey(tmp_path)
     valkey.start()

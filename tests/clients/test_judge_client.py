@@ -144,6 +144,7 @@ def test_another_token(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> N
         judge(scripted.settings, trial("a"))
 
 
+@pytest.mark.ray
 def test_a_cluster_without_the_service(tmp_path: Path) -> None:
     other = Scripted(tmp_path, application="another")
     with pytest.raises(ConfigurationError, match="Sluice does not run on it"):

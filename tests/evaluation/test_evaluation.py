@@ -174,7 +174,7 @@ labelled = st.lists(
 
 class TestAgainstScikitLearn:
     @given(labelled)
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_rates(self, found: list[tuple[Rating, Rating, float]]) -> None:
         rows = judged([(label, said, None, None, DEFAULT) for label, said, _ in found])
         rates = rates_by_kind(rows, drawing(rows, resamples=1))["all"]
@@ -188,7 +188,7 @@ class TestAgainstScikitLearn:
         assert precision == (pytest.approx(sk.precision_score(truth, answer)) if answer.any() else None)
 
     @given(labelled, st.integers(0, 2**32 - 1))
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_areas_of_weighted_rows(self, found: list[tuple[Rating, Rating, float]], seed: int) -> None:
         unsafe = np.array([label == "Unsafe" for label, *_ in found], np.float64)
         score = np.array([s for *_, s in found])

@@ -33,7 +33,7 @@ from tests.faults.ray_nodes import Cluster
 from tests.faults.s3 import BUCKET
 from tests.support.servers import Valkey
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 _PER_S: Final = 6.0
 """More than one guard judges, less than two do."""

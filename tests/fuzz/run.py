@@ -48,13 +48,13 @@ def parsed(data: bytes) -> str | None:
     """What is wrong with how the formats take a message, None where nothing is."""
     for headers in HEADERS:
         message = Message(data, b"k", headers, "s/0/1", datetime.now(UTC))
-        started = time.perf_counter()
+        started = time.thread_time()  # of this thread alone: other work on the machine does not count
         try:
             entries = parse(message)
         except Exception as error:  # noqa: BLE001 - any is a find
             return f"{type(error).__name__}: {error}"
-        if time.perf_counter() - started > MESSAGE_S:
-            return f"took {time.perf_counter() - started:.1f} s"
+        if (took_s := time.thread_time() - started) > MESSAGE_S:
+            return f"took {took_s:.1f} s"
         if not all(isinstance(entry, Accepted | Rejected) for entry in entries):
             return "something else than entries"
         for entry in entries:

@@ -11,7 +11,6 @@ def test_formats() -> None:
 
 
 async def test_images() -> None:
-    ends, slowest_s = await fuzz_images(islice(mutated(images(), 7), 600))
+    ends, _ = await fuzz_images(islice(mutated(images(), 7), 600))
     assert ends["wrong"] == 0
     assert ends["prepared"] > 17
-    assert slowest_s < 5

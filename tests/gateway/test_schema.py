@@ -59,7 +59,6 @@ def _fuzz(schema: Any, base: str, token: str, seen: list[tuple[str, int]]) -> No
 
     bounded = settings(
         max_examples=EXAMPLES,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.explicit, Phase.generate],

@@ -443,7 +443,7 @@ def test_magic_bytes_decide_not_what_follows() -> None:
         prepare(b"\x89PNG\r\n\x1a\n" + encoded(picture(), "jpeg"), LIMITS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([b"", *(encoded(picture(8, 8), kind)[:32] for kind in FORMATS)]), st.binary(max_size=300))
 def test_any_bytes(head: bytes, rest: bytes) -> None:
     try:

@@ -65,7 +65,7 @@ async def test_cancelled_in_the_moment_of_its_turn() -> None:
     assert budget.used == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 150), st.integers(0, 3), st.booleans()), max_size=30))
 def test_never_exceeded_and_whole_in_the_end(requests: list[tuple[int, int, bool]]) -> None:
     async def scenario() -> None:

@@ -13,7 +13,7 @@ from services.streams.parsing import Accepted
 keys = st.frozensets(st.sampled_from([b"a", b"b", b"c", b"d"]), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(keys, max_size=25), st.integers(0, 10_000))
 def test_in_order_by_key(messages: list[frozenset[bytes]], seed: int) -> None:
     turns, rng = Turns(), random.Random(seed)

@@ -1,12 +1,11 @@
 """Documents as files: every problem with its line, and YAML that comes back as it was."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import ConfigurationError
@@ -188,10 +187,9 @@ class TestProblems:
         assert str(error).isprintable()
 
     @pytest.mark.parametrize("data", [b"name: x\n" + b"#" * 10_000_000, b"[" * 10_000_000, b"\xff" * 10_000_000])
-    def test_what_is_too_large_is_not_looked_at(self, data: bytes) -> None:
-        began = time.monotonic()
+    def test_what_is_too_large_is_not_looked_at(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("services.policies.document_yaml._compose", lambda _: pytest.fail("it was parsed"))
         assert "262,144 at most" in str(refused(data))
-        assert time.monotonic() - began < 0.1
 
     def test_the_largest_is_read(self) -> None:
         data = b"name: x\n"
@@ -321,7 +319,6 @@ TENANTS = st.builds(
 
 
 class TestWriting:
-    @settings(deadline=None)
     @given(POLICIES | TENANTS)
     def test_what_was_written_is_read(self, document: PolicyDocument | TenantsDocument) -> None:
         written = write_document(document, version=7, digest=document.digest())
@@ -331,7 +328,6 @@ class TestWriting:
         assert type(again) is type(document)
         assert written.startswith(f"version: 7\ndigest: {document.digest()}\n")
 
-    @settings(deadline=None)
     @given(POLICIES)
     def test_other_readers_of_yaml_see_the_same_policy(self, document: PolicyDocument) -> None:
         plain = yaml.safe_load(write_document(document, version=1, digest="sha256:0"))

@@ -17,7 +17,6 @@ from services.streams.kafka.transactions import Outcome, Transactions
 from tests.streams.fleet import Fleet
 from tests.streams.worker import MOMENTS
 from tests.support.kafka_broker import Broker
-from tests.support.servers import require_kafka
 from tests.support.streams_bench import PATIENT, Streams, collect, eventually
 
 pytestmark = pytest.mark.kafka
@@ -30,10 +29,10 @@ async def streams(kafka_address: str) -> AsyncIterator[Streams]:
     await streams.close()
 
 
-async def test_whatever_is_killed(tmp_path: Path) -> None:
-    require_kafka()
-    broker = Broker(tmp_path / "broker")
-    await asyncio.to_thread(broker.start)
+async def test_whatever_is_killed(tmp_path: Path, outage_broker: Broker) -> None:
+    broker = outage_broker
+    if not broker.is_running:
+        await asyncio.to_thread(broker.start)
     streams = Streams("kafka exactly once", f"kafka://{broker.address}")
     fleet = Fleet(streams, tmp_path)
     chance = random.Random(20261121)
@@ -65,7 +64,6 @@ async def test_whatever_is_killed(tmp_path: Path) -> None:
             assert numbers == sorted(numbers)
     finally:
         fleet.end()
-        broker.kill()
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])

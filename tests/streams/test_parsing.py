@@ -448,19 +448,19 @@ def check(value: bytes, key: bytes | None, headers: Headers) -> None:
             str(entry.error).encode()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=200), st.none() | st.binary(max_size=5), HEADERS)
 def test_any_bytes(value: bytes, key: bytes | None, headers: Headers) -> None:
     check(value, key, headers)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(NEAR_MISSES, HEADERS)
 def test_any_near_miss(document: Any, headers: Headers) -> None:
     check(json.dumps(document).encode(errors="surrogatepass"), None, headers)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from(["s3", "bucket", "object", "name", "key", "eventName", "versionId", "eTag"])), NEAR_MISSES
 )

