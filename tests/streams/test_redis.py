@@ -210,6 +210,7 @@ async def test_the_names_of_members_that_are_gone_are_cleared_away(streams: Stre
     assert await names() == {"heir"}
 
 
+@pytest.mark.server
 async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
     server = Valkey(tmp_path)
     server.start()
@@ -223,6 +224,7 @@ async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
     server.kill()
 
 
+@pytest.mark.server
 async def test_whatever_is_killed_nothing_is_published_twice(tmp_path: Path) -> None:
     """A server that writes everything to disk before it answers, its members and the server itself killed."""
     server = Valkey(tmp_path / "valkey")
