@@ -23,20 +23,19 @@ _ENGINE_MARKS: Final = {"engine", "ray"}
 _SERVER_MARKS: Final = {"server", "kafka"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test that needs a server, and name the group that `--dist loadgroup` keeps on one worker.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test that needs a server, and name the group that `--dist loadgroup` keeps on one worker.
 
     A worker starts the servers of its session once. SGLang and Ray are in one group because they need whole cores.
+    pytest-xdist reads the groups before any `pytest_collection_modifyitems` of a conftest could set them.
     """
-    for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        marks = {mark.name for mark in item.iter_markers()}
-        if _ENGINE_FIXTURES & fixtures or _ENGINE_MARKS & marks:
-            group = "engine"
-        elif _SERVER_FIXTURES & fixtures or _SERVER_MARKS & marks:
-            group = "servers"
-        else:
-            continue
-        item.add_marker(pytest.mark.server)
-        item.add_marker(pytest.mark.xdist_group(group))
+    fixtures = set(getattr(item, "fixturenames", ()))
+    marks = {mark.name for mark in item.iter_markers()}
+    if _ENGINE_FIXTURES & fixtures or _ENGINE_MARKS & marks:
+        group = "engine"
+    elif _SERVER_FIXTURES & fixtures or _SERVER_MARKS & marks:
+        group = "servers"
+    else:
+        return
+    item.add_marker(pytest.mark.server)
+    item.add_marker(pytest.mark.xdist_group(group))

@@ -376,7 +376,7 @@ def test_apply_again_and_take_back(bench: Bench, service: Script, data_set: Path
 def test_bad_arguments(service: Script, data_set: Path, sluice: Any, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("name: shop\n")
     for arguments, words in (
-        ((), "name a data set"),
+        ((), "name one with labelled images, or give --revert"),
         ((str(data_set), "--take-back"), "takes no data set"),
         ((str(data_set), "--policy", str(tmp_path / "p.yaml")), "is not published"),
         ((str(data_set), "--limit", "50"), "9 are Unsafe|5 are Unsafe|4 are Unsafe"),
