@@ -31,7 +31,7 @@ from pipelines.local import backends as embedded
 from services.core.messages import CATEGORIES, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
 from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry
-from services.gateway.app import Collaborators, create_app
+from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
 from services.images.decoder_pool import DecoderPool
@@ -137,7 +137,7 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
         policies = await closing.enter_async_context(PolicyCache(registry, shared))
         guard = TimedGuard()
         moderation = Moderation(policies=policies, images=store, preparer=preparer, guard=guard)
-        parts = Collaborators(moderation, guard, preparer, policies, registry, shared, keys)
+        parts = Dependencies(moderation, guard, preparer, policies, registry, shared, keys)
         server = GatewayServer(create_app(parts, settings), settings, listener=listen("127.0.0.1", 0))
         closing.push_async_callback(server.stop)
         await server.start()

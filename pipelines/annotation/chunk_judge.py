@@ -12,7 +12,7 @@ from pipelines.annotation.schema import ANNOTATION, Dead, ParquetBuffer, Row, an
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
 from services.core.messages import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
 from services.core.retry import patiently
-from services.moderation.moderator import Guard, ImagePreparer, Moderation
+from services.moderation.moderator import GuardClient, ImagePreparer, Moderation
 
 _BACKFILL: Final[Priority] = "backfill"
 _OF_THE_REFERENCE: Final = (NotFound, Changed, Forbidden)
@@ -31,7 +31,7 @@ class Judge:
     """Judges chunks under one policy, by the way that submissions go; live ones go first at the guard."""
 
     def __init__(
-        self, *, images: Images, preparer: ImagePreparer, guard: Guard, policy: Policy, in_flight: int
+        self, *, images: Images, preparer: ImagePreparer, guard: GuardClient, policy: Policy, in_flight: int
     ) -> None:
         self._images = images
         self._policy = policy

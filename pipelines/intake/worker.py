@@ -28,7 +28,7 @@ from services.core.messages import DeadLetter, Priority, attempts_before, produc
 from services.core.retry import GiveUps
 from services.core.settings import Settings
 from services.core.tasks import ended
-from services.moderation.moderator import Judgement, Moderation, unjudged
+from services.moderation.moderator import Moderation, ModerationResult, skipped_verdict
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Lag, Message, Record, Transport
 from services.streams.parsing import Accepted, Rejected, parse
@@ -192,7 +192,7 @@ class Lane:
             )
         async with self._slots:
             if self._newest.has_overtaken(entry):
-                return self._intake.verdicts(entry, Judgement(unjudged(entry.submission, "superseded")))
+                return self._intake.verdicts(entry, ModerationResult(skipped_verdict(entry.submission, "superseded")))
             return await self._intake.conclude(work, entry)
 
 
@@ -264,8 +264,8 @@ class Intake:
                 judgement = await self._judge(work, entry)
             except _Blocked:
                 if self._settings.blocked_as == "needs_review":
-                    verdict = unjudged(submission, "needs_review", reason="blocked", action="review")
-                    return self.verdicts(entry, Judgement(verdict))
+                    verdict = skipped_verdict(submission, "needs_review", reason="blocked", action="review")
+                    return self.verdicts(entry, ModerationResult(verdict))
                 error = Expired(f"it held up its partition for {self._settings.blocked_deadline_s:g} s")
                 return [self.dead_letter(work.message, entry.original, error, submission.id)]
             except Unjudgeable as error:
@@ -280,7 +280,7 @@ class Intake:
                 self._doubtful.succeeded()
                 return self.verdicts(entry, judgement)
 
-    async def _judge(self, work: _Work, entry: Accepted) -> Judgement:
+    async def _judge(self, work: _Work, entry: Accepted) -> ModerationResult:
         """
         Raises:
             _Blocked: the message was given up.
@@ -305,7 +305,7 @@ class Intake:
         finally:
             await ended(judging)
 
-    def verdicts(self, entry: Accepted, judgement: Judgement) -> list[Record]:
+    def verdicts(self, entry: Accepted, judgement: ModerationResult) -> list[Record]:
         """The records of a judgement."""
         verdict, shadow = judgement.verdict, judgement.shadow
         telemetry.SUBMISSIONS.inc(1, {"end": verdict.outcome, "reason": verdict.reason or ""})

@@ -292,7 +292,9 @@ def _deploy_error(settings: Settings) -> str:
     if not settings.gateway_replicas:
         return ""
     try:
-        return str(serve.get_deployment_handle(GATEWAY, APPLICATION).trouble.remote().result(timeout_s=_REACH_S))
+        return str(
+            serve.get_deployment_handle(GATEWAY, APPLICATION).not_ready_reason.remote().result(timeout_s=_REACH_S)
+        )
     except Exception as error:  # noqa: BLE001 - a replica that has just ended is replaced
         return str(error)
 

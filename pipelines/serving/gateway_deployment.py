@@ -15,7 +15,7 @@ from services.core.errors import GuardUnavailable
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.gateway.api_keys import KeyRegistry
-from services.gateway.app import Collaborators, create_app
+from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 
 GATEWAY: Final = "Gateway"
@@ -42,7 +42,7 @@ class GatewayDeployment:
         self._closing = AsyncExitStack()
         parts = await Assembly.from_settings(settings, side_px, guard, self._closing)
         app = create_app(
-            Collaborators(
+            Dependencies(
                 moderation=parts.moderation,
                 guard=parts.guard,
                 preparer=parts.preparer,
@@ -63,9 +63,9 @@ class GatewayDeployment:
         gc.collect()
         gc.freeze()
 
-    async def trouble(self) -> str:
+    async def not_ready_reason(self) -> str:
         """What keeps the gateway from answering requests; empty when nothing does."""
-        return str(self._readiness.trouble)
+        return str(self._readiness.not_ready_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the number of guard replicas is decided by, too; see `pipelines.autoscaling.serve_policy`."""

@@ -190,7 +190,7 @@ class KeyRegistry:
             more["ContinuationToken"] = page["NextContinuationToken"]
 
 
-class KeyRing:
+class ApiKeyCache:
     """The keys as this process knows them. To be used as an async context manager."""
 
     def __init__(
@@ -206,18 +206,18 @@ class KeyRing:
         self._seen_at = float("-inf")
         self._tried_at = float("-inf")
         self._took_s = 0.0
-        self._looking: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         with suppress(KeysUnavailable):
-            await self._look()
-        self._task = asyncio.create_task(self._refresh())
+            await self._refresh()
+        self._task = asyncio.create_task(self._refresh_loop())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await ended(self._task)
-        if self._looking is not None:
-            await asyncio.wait([self._looking])  # its thread cannot be told to end, and ends soon
+        if self._refreshing is not None:
+            await asyncio.wait([self._refreshing])  # its thread cannot be told to end, and ends soon
 
     async def find(self, token: str) -> ApiKey | None:
         """The key that a token is, or None where there is none, or it is revoked.
@@ -248,30 +248,30 @@ class KeyRing:
         await asyncio.sleep(max(0.0, pause_s - (asked_at - self._tried_at)))
         with suppress(KeysUnavailable):
             while self._seen_at < asked_at:  # a look that was under way may have missed it
-                await self._look()
+                await self._refresh()
         return self._keys.get(key_id)
 
-    async def _refresh(self) -> None:
+    async def _refresh_loop(self) -> None:
         while True:
             await asyncio.sleep(self._refresh_s)
             try:
-                await self._look()
+                await self._refresh()
             except KeysUnavailable as error:
                 log.warning("the known API keys are kept: %s", error)
             except Exception:
                 log.exception("API keys could not be looked at; they are again in %g s", self._refresh_s)
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         """Compare with the bucket; those who ask meanwhile share the answer."""
         # One that has ended, and of which nobody was told yet, must not be waited for: that would never be a wait.
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._compare())
-            self._looking.add_done_callback(self._looked)
-        await asyncio.shield(self._looking)
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._compare())
+            self._refreshing.add_done_callback(self._refresh_ended)
+        await asyncio.shield(self._refreshing)
 
-    def _looked(self, task: asyncio.Task[None]) -> None:
-        if self._looking is task:
-            self._looking = None
+    def _refresh_ended(self, task: asyncio.Task[None]) -> None:
+        if self._refreshing is task:
+            self._refreshing = None
         if not task.cancelled():
             task.exception()  # whoever waited has got it
 

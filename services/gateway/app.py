@@ -18,16 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.core import telemetry
 from services.core.errors import SluiceError
 from services.core.settings import Settings
-from services.gateway.api_keys import KeyRegistry, KeyRing
-from services.gateway.assessment_store import Records
-from services.gateway.auth import Access
-from services.gateway.load_shedding import Judge
-from services.gateway.problems import MEDIA_TYPE, Problem, problem_of
-from services.gateway.rate_limits import Rates
-from services.gateway.request_bodies import Bodies, LeftBodies
+from services.gateway.api_keys import ApiKeyCache, KeyRegistry
+from services.gateway.assessment_store import AssessmentStore
+from services.gateway.auth import Authenticator
+from services.gateway.load_shedding import LoadShedder
+from services.gateway.problems import MEDIA_TYPE, HttpProblem, problem_of
+from services.gateway.rate_limits import RateLimiter
+from services.gateway.request_bodies import BodyReader, DrainUnreadBodyMiddleware
 from services.gateway.routes import assessments, health, moderations, policies
-from services.gateway.url_fetch import RemoteImages
-from services.moderation.moderator import Guard, ImagePreparer, Moderation
+from services.gateway.url_fetch import ImageDownloader
+from services.moderation.moderator import GuardClient, ImagePreparer, Moderation
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -58,11 +58,11 @@ class OpenAIError(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Collaborators:
+class Dependencies:
     """What the gateway is made of; none of it is started or ended by the gateway."""
 
     moderation: Moderation
-    guard: Guard
+    guard: GuardClient
     preparer: ImagePreparer
     policies: PolicyCache
     registry: PolicyRegistry
@@ -70,15 +70,15 @@ class Collaborators:
     keys: KeyRegistry
 
 
-def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
+def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
     """The application. Its lifespan begins and ends what it does in the background."""
-    keys = KeyRing(parts.keys, refresh_s=settings.gateway_keys_refresh_s)
-    rates = Rates(parts.shared, settings)
-    access, bodies = Access(keys, rates), Bodies(settings)
-    judge = Judge(parts.moderation, settings)
-    records = Records(parts.shared, keep_s=settings.gateway_keep_s)
-    jobs = assessments.Assessments(judge, records, rates)
-    remote = RemoteImages(
+    keys = ApiKeyCache(parts.keys, refresh_s=settings.gateway_keys_refresh_s)
+    limiter = RateLimiter(parts.shared, settings)
+    authenticator, body_reader = Authenticator(keys, limiter), BodyReader(settings)
+    shedder = LoadShedder(parts.moderation, settings)
+    store = AssessmentStore(parts.shared, keep_s=settings.gateway_keep_s)
+    jobs = assessments.Assessments(shedder, store, limiter)
+    downloader = ImageDownloader(
         settings.gateway_fetch_hosts,
         limit_bytes=min(settings.image_limit_bytes, settings.gateway_body_limit_bytes),
         deadline_s=settings.fetch_deadline_s,
@@ -88,7 +88,7 @@ def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as running:
-            for each in (keys, records, readiness):
+            for each in (keys, store, readiness):
                 await running.enter_async_context(each)
             running.push_async_callback(jobs.drain, settings.drain_s)
             yield
@@ -102,19 +102,21 @@ def create_app(parts: Collaborators, settings: Settings) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.include_router(moderations.router(access, bodies, judge, remote, parts.policies), responses=_OPENAI_ERRORS)
+    app.include_router(
+        moderations.router(authenticator, body_reader, shedder, downloader, parts.policies), responses=_OPENAI_ERRORS
+    )
     work = policies.PolicyRoutes(parts.registry, parts.shared, parts.policies)
     for routes in (
-        assessments.router(access, bodies, jobs, records, remote),
-        policies.router(access, bodies, work, parts.registry),
+        assessments.router(authenticator, body_reader, jobs, store, downloader),
+        policies.router(authenticator, body_reader, work, parts.registry),
         health.router(readiness),
     ):
         app.include_router(routes, responses=_PROBLEMS)
-    app.add_middleware(_Counted)
-    app.add_middleware(LeftBodies, settings=settings)
+    app.add_middleware(RequestMetricsMiddleware)
+    app.add_middleware(DrainUnreadBodyMiddleware, settings=settings)
     for kind in (SluiceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _on_error)
-    app.state.readiness, app.state.judge = readiness, judge
+    app.state.readiness, app.state.load_shedder = readiness, shedder
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -124,18 +126,18 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return problem.openai_response() if request.url.path == moderations.PATH else problem.response()
 
 
-def _problem(error: Exception) -> Problem:
+def _problem(error: Exception) -> HttpProblem:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = str(first["loc"][-1]) if first.get("loc") else "the request"
-        return Problem("invalid", f"{field}: {first['msg']}", param=field)
+        return HttpProblem("invalid", f"{field}: {first['msg']}", param=field)
     if isinstance(error, HTTPException):
         kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "malformed")
-        return Problem(kind, str(error.detail))
+        return HttpProblem(kind, str(error.detail))
     return problem_of(error)
 
 
-class _Counted:
+class RequestMetricsMiddleware:
     """ASGI middleware: requests by route and status, and how long they took."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -20,20 +20,20 @@ from pydantic import ValidationError
 
 from services.core.messages import Verdict, WireModel
 from services.core.tasks import ended
-from services.gateway.problems import Problem
+from services.gateway.problems import HttpProblem
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _ALIVE_S: Final = 10
-_BEAT_S: Final = 3.0
+_HEARTBEAT_S: Final = 3.0
 _PENDING_S: Final = 3600
 """The life of a record that is pending, from when it was promised or renewed."""
-_LATE: Final = 1000
+_UNSAVED_LIMIT: Final = 1000
 """Ends that wait for Redis. Nothing can be promised while it is away, so the first of them are those that matter."""
 
-_PROMISE: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
-_KEEP: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
+_CREATE_PENDING: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
+_SAVE: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
 _GET: Final = "return {redis.call('GET', KEYS[1]), redis.call('TTL', KEYS[1])}"
-_BEAT: Final = """
+_HEARTBEAT: Final = """
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
 for n = 2, #KEYS do
   if redis.call('GET', KEYS[n]) == ARGV[n + 1] then redis.call('EXPIRE', KEYS[n], ARGV[2]) end
@@ -55,7 +55,7 @@ return 1
 log = logging.getLogger(__name__)
 
 
-class Record(WireModel):
+class StoredAssessment(WireModel):
     """One assessment."""
 
     id: str
@@ -75,7 +75,7 @@ class Claim(WireModel):
     assessment: str
 
 
-class Records:
+class AssessmentStore:
     """The records of one deployment. To be used as an async context manager.
 
     Any method but `keep` raises CacheUnavailable where Redis does not answer.
@@ -86,28 +86,28 @@ class Records:
         self._shared = shared
         self._keep_s = keep_s
         self._at_work: dict[str, str] = {}
-        self._late: dict[str, Record] = {}
+        self._unsaved: dict[str, StoredAssessment] = {}
         self.process = uuid.uuid4().hex
 
     async def __aenter__(self) -> Self:
         with suppress(CacheUnavailable):
-            await self._beat()
-        self._task = asyncio.create_task(self._live())
+            await self._send_heartbeat()
+        self._task = asyncio.create_task(self._heartbeat_loop())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await ended(self._task)
         with suppress(CacheUnavailable):
-            await self._keep_late()
+            await self._retry_saves()
             await self._shared.run("redis.call('DEL', KEYS[1])", [self._key("alive", self.process)])
 
-    async def promise(self, pending: Record) -> None:
+    async def create_pending(self, pending: StoredAssessment) -> None:
         """Remember that there is an assessment, unless it is known what has become of it."""
         name = self._key("assessment", pending.id)
-        await self._shared.run(_PROMISE, [name], pending.model_dump_json(), _PENDING_S)
+        await self._shared.run(_CREATE_PENDING, [name], pending.model_dump_json(), _PENDING_S)
 
     @contextmanager
-    def working(self, pending: Record) -> Iterator[None]:
+    def working(self, pending: StoredAssessment) -> Iterator[None]:
         """What was promised is being worked on for as long as the block runs."""
         self._at_work[pending.id] = pending.model_dump_json()
         try:
@@ -115,49 +115,49 @@ class Records:
         finally:
             del self._at_work[pending.id]
 
-    async def keep(self, record: Record) -> None:
+    async def save(self, stored: StoredAssessment) -> None:
         """Remember what has become of an assessment. Where Redis is away it is known here until Redis is back."""
         try:
-            await self._keep(record)
+            await self._save(stored)
         except CacheUnavailable as error:
-            log.warning("assessment %s cannot be remembered now: %s", record.id, error)
-            if len(self._late) < _LATE:
-                self._late[record.id] = record
+            log.warning("assessment %s cannot be remembered now: %s", stored.id, error)
+            if len(self._unsaved) < _UNSAVED_LIMIT:
+                self._unsaved[stored.id] = stored
 
-    async def get(self, assessment_id: str) -> Record | None:
+    async def get(self, assessment_id: str) -> StoredAssessment | None:
         """An assessment; one that nobody works on any more has failed. None where nothing is known of it."""
-        if late := self._late.get(assessment_id):
+        if late := self._unsaved.get(assessment_id):
             return late
         body, left_s = await self._shared.run(_GET, [self._key("assessment", assessment_id)])
         if body is None:
             return None
         try:
-            record = Record.model_validate_json(body)
+            stored = StoredAssessment.model_validate_json(body)
         except ValidationError:
             return None
-        if record.status == "pending" and not await self._is_worked_on(record, left_s):
-            problem = Problem("interrupted", "nobody judges it any more; send it again")
-            return record.model_copy(update={"status": "failed", "problem": problem.document()})
-        return record
+        if stored.status == "pending" and not await self._owner_alive(stored, left_s):
+            problem = HttpProblem("interrupted", "nobody judges it any more; send it again")
+            return stored.model_copy(update={"status": "failed", "problem": problem.document()})
+        return stored
 
-    async def claim(self, key: str, request: str, pending: Record) -> Claim:
+    async def claim(self, key: str, request: str, pending: StoredAssessment) -> Claim:
         """What an idempotency key stands for: `pending`, kept with it from now on, or what it stood for before."""
         claim, names = self._claim(key, request, pending)
         body = pending.model_dump_json()
         known = await self._shared.run(_CLAIM, names, claim.model_dump_json(), body, self._keep_s, _PENDING_S)
         return Claim.model_validate_json(known) if known else claim
 
-    async def replace(self, key: str, known: Claim, pending: Record) -> bool:
+    async def replace(self, key: str, known: Claim, pending: StoredAssessment) -> bool:
         """Let an idempotency key stand for another assessment; whether nobody else did so before."""
         claim, names = self._claim(key, known.request, pending)
         bodies = (claim.model_dump_json(), pending.model_dump_json(), known.model_dump_json())
         return bool(await self._shared.run(_REPLACE, names, *bodies, self._keep_s, _PENDING_S))
 
-    def _claim(self, key: str, request: str, pending: Record) -> tuple[Claim, list[str]]:
+    def _claim(self, key: str, request: str, pending: StoredAssessment) -> tuple[Claim, list[str]]:
         names = [self._key("idempotency", _digest(key)), self._key("assessment", pending.id)]
         return Claim(request=request, assessment=pending.id), names
 
-    async def _is_worked_on(self, pending: Record, left_s: int) -> bool:
+    async def _owner_alive(self, pending: StoredAssessment, left_s: int) -> bool:
         """`left_s`: of its life, in seconds."""
         if pending.id in self._at_work:
             return True
@@ -168,27 +168,27 @@ class Records:
             await self._shared.run("return redis.call('EXISTS', KEYS[1])", [name])
         )
 
-    async def _live(self) -> None:
+    async def _heartbeat_loop(self) -> None:
         while True:
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(_HEARTBEAT_S)
             try:
-                await self._beat()
-                await self._keep_late()
+                await self._send_heartbeat()
+                await self._retry_saves()
             except CacheUnavailable as error:
                 log.warning("assessments cannot be remembered: %s", error)
 
-    async def _beat(self) -> None:
+    async def _send_heartbeat(self) -> None:
         names = [self._key("alive", self.process), *(self._key("assessment", each) for each in self._at_work)]
-        await self._shared.run(_BEAT, names, _ALIVE_S, _PENDING_S, *self._at_work.values())
+        await self._shared.run(_HEARTBEAT, names, _ALIVE_S, _PENDING_S, *self._at_work.values())
 
-    async def _keep_late(self) -> None:
-        for record in list(self._late.values()):
-            await self._keep(record)
-            del self._late[record.id]
+    async def _retry_saves(self) -> None:
+        for stored in list(self._unsaved.values()):
+            await self._save(stored)
+            del self._unsaved[stored.id]
 
-    async def _keep(self, record: Record) -> None:
-        name = self._key("assessment", record.id)
-        await self._shared.run(_KEEP, [name], record.model_dump_json(), self._keep_s)
+    async def _save(self, stored: StoredAssessment) -> None:
+        name = self._key("assessment", stored.id)
+        await self._shared.run(_SAVE, [name], stored.model_dump_json(), self._keep_s)
 
     def _key(self, *parts: str) -> str:
         return self._shared.key("gateway", *parts)

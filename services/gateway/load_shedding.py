@@ -8,15 +8,15 @@ from services.core.messages import Detail, StoredObject, Submission, Turn, Verdi
 from services.core.settings import Settings
 from services.core.tasks import ended
 from services.gateway.image_inputs import Image
-from services.gateway.problems import Problem
-from services.moderation.moderator import Judgement
+from services.gateway.problems import HttpProblem
+from services.moderation.moderator import ModerationResult
 
 _WATCH_S: Final = 0.1
 
 T = TypeVar("T")
 
 
-class Moderates(Protocol):
+class Moderator(Protocol):
     """What judges: `services.moderation.moderator.Moderation`."""
 
     async def judge(
@@ -24,16 +24,16 @@ class Moderates(Protocol):
         submission: Submission,
         *,
         upload: StoredObject | None = None,
-        turn: Turn | None = None,
+        priority: Turn | None = None,
         detail: Detail = "verdict",
-    ) -> Judgement:
+    ) -> ModerationResult:
         """The verdict for one submission."""
 
 
-class Judge:
+class LoadShedder:
     """Judges images one by one for all requests of this gateway."""
 
-    def __init__(self, moderation: Moderates, settings: Settings) -> None:
+    def __init__(self, moderation: Moderator, settings: Settings) -> None:
         self._moderation = moderation
         self._limit = settings.gateway_in_flight
         self._deadline_s = settings.gateway_deadline_s
@@ -43,44 +43,44 @@ class Judge:
         """The verdict on one image.
 
         Raises:
-            Problem: the gateway has as much to do as it can, or it took longer than the deadline.
+            HttpProblem: the gateway has as much to do as it can, or it took longer than the deadline.
             Unjudgeable: it can never be judged.
         """
         if self.in_flight >= self._limit:
-            raise Problem("overloaded", f"{self._limit} images are being judged here, which is as many as can be")
+            raise HttpProblem("overloaded", f"{self._limit} images are being judged here, which is as many as can be")
         self.in_flight += 1
         try:
             async with asyncio.timeout(self._deadline_s):
                 judging = self._moderation.judge(
-                    image.submission, upload=image.upload, turn="interactive", detail=detail
+                    image.submission, upload=image.upload, priority="interactive", detail=detail
                 )
                 return (await judging).verdict
         except TimeoutError:
-            raise Problem(
+            raise HttpProblem(
                 "unavailable", f"there was no verdict within {self._deadline_s:g} s; try again", retry_after_s=5
             ) from None
         finally:
             self.in_flight -= 1
 
 
-async def unless_gone(work: Awaitable[T], is_gone: "Gone") -> T:
+async def cancel_on_disconnect(work: Awaitable[T], is_disconnected: "IsDisconnected") -> T:
     """The result of `work`, which is cancelled when nobody waits for it any more.
 
     Raises:
-        Problem: the client has gone. Nobody reads it.
+        HttpProblem: the client has gone. Nobody reads it.
     """
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait([task], timeout=_WATCH_S)
-            if not task.done() and await is_gone():
-                raise Problem("malformed", "the connection ended before the answer was there")
+            if not task.done() and await is_disconnected():
+                raise HttpProblem("malformed", "the connection ended before the answer was there")
         return task.result()
     finally:
         await ended(task)
 
 
-class Gone(Protocol):
+class IsDisconnected(Protocol):
     """Whether the client has gone: `Request.is_disconnected`."""
 
     def __call__(self) -> Awaitable[bool]: ...

@@ -73,7 +73,7 @@ _OF_REASON: Final[Mapping[DeadLetterReason, str]] = {
 IMAGE_KINDS: Final = frozenset(_OF_REASON.values()) | {"url-refused"}
 
 
-class Problem(SluiceError):
+class HttpProblem(SluiceError):
     """A request that is refused, or cannot be answered. `str(problem)` is one sentence for who sent it."""
 
     def __init__(
@@ -99,15 +99,15 @@ class Problem(SluiceError):
         return document | ({"param": self.param} if self.param else {}) | self.more
 
     @classmethod
-    def of_document(cls, document: Mapping[str, Any]) -> "Problem":
+    def of_document(cls, document: Mapping[str, Any]) -> "HttpProblem":
         """The inverse of `document`, for one that was kept."""
         more = {name: document[name] for name in document.keys() - {"type", "title", "status", "detail", "param"}}
         kind = str(document["type"]).removeprefix(PREFIX)
         return cls(kind, str(document["detail"]), param=document.get("param"), **more)
 
-    def at(self, param: str) -> "Problem":
+    def at(self, param: str) -> "HttpProblem":
         """The same problem, with the field that it is about."""
-        return Problem(self.kind, str(self), param=param, retry_after_s=self.retry_after_s, **self.more)
+        return HttpProblem(self.kind, str(self), param=param, retry_after_s=self.retry_after_s, **self.more)
 
     def response(self) -> Response:
         """The problem as the answer, counted."""
@@ -143,16 +143,16 @@ class Problem(SluiceError):
         return known.get(self.kind) or self.kind.replace("-", "_")
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception) -> HttpProblem:
     """What an error that was raised on the way says to the client. What nobody expects is logged."""
     match error:
-        case Problem():
+        case HttpProblem():
             return error
         case Unjudgeable():
-            return Problem(_OF_REASON[error.reason], str(error))
+            return HttpProblem(_OF_REASON[error.reason], str(error))
         case Unavailable() | TimeoutError():
             log.warning("a request could not be answered: %s", error)
-            return Problem("unavailable", "something that is needed for an answer is away; try again later")
+            return HttpProblem("unavailable", "something that is needed for an answer is away; try again later")
         case _:
             log.error("a request failed", exc_info=error)
-            return Problem("internal", "the gateway failed; its log says why")
+            return HttpProblem("internal", "the gateway failed; its log says why")

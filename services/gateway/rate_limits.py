@@ -12,7 +12,7 @@ from typing import Final
 
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKey
-from services.gateway.problems import Problem
+from services.gateway.problems import HttpProblem
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _BURST_S: Final = 2.0
@@ -33,8 +33,8 @@ return '0'
 """GCRA, a token bucket in one number: when the key's next request would be due at an even pace."""
 
 
-class Rates:
-    """The limits of all keys. A key over one of them gets a Problem that says when to come again."""
+class RateLimiter:
+    """The limits of all keys. A key over one of them gets a HttpProblem that says when to come again."""
 
     def __init__(
         self, shared: PolicyRedisCache, settings: Settings, clock: Callable[[], float] = time.monotonic
@@ -48,11 +48,11 @@ class Rates:
         self._refused_until: OrderedDict[str, float] = OrderedDict()
         self._running = Counter[str]()
 
-    async def take(self, key: ApiKey) -> None:
+    async def acquire(self, key: ApiKey) -> None:
         """Count a request. While Redis is away each gateway counts alone.
 
         Raises:
-            Problem: the key has had its share.
+            HttpProblem: the key has had its share.
         """
         rate = key.rate_per_s or self._rate_per_s
         # What is due only moves away: until then nobody needs to be asked, which makes floods cheap.
@@ -61,22 +61,22 @@ class Rates:
             wait_s = await self._wait_s(key.id, 1 / rate, max(_BURST_S, 1 / rate))
         if wait_s > 0:
             _remember(self._refused_until, key.id, self._clock() + wait_s)
-            raise Problem(
+            raise HttpProblem(
                 "rate-limited",
                 f"this API key may send {rate:g} requests a second; come again in {wait_s:.1f} s",
                 retry_after_s=wait_s,
             )
 
     @contextmanager
-    def running(self, key: ApiKey, what: str) -> Iterator[None]:
+    def concurrency_slot(self, key: ApiKey, what: str) -> Iterator[None]:
         """Count one more at a time for as long as the block runs; `what` (requests, jobs) is counted by itself.
 
         Raises:
-            Problem: the key has as many as it may have.
+            HttpProblem: the key has as many as it may have.
         """
         limit, entry = key.concurrency or self._concurrency, f"{what}:{key.id}"
         if self._running[entry] >= limit:
-            raise Problem("too-many-at-once", f"this API key may have {limit} {what} at a time")
+            raise HttpProblem("too-many-at-once", f"this API key may have {limit} {what} at a time")
         self._running[entry] += 1
         try:
             yield

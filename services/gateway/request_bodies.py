@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.core.settings import Settings
-from services.gateway.problems import Problem
+from services.gateway.problems import HttpProblem
 
 _SHARE: Final = 4
 """One API key gets this part of the memory for bodies, so that its neighbours always have some."""
@@ -42,32 +42,34 @@ class BodyMemory:
         return sum(self._used.values())
 
     @contextmanager
-    def account(self, owner: str) -> "Iterator[Account]":
+    def lease(self, owner: str) -> "Iterator[MemoryLease]":
         """What one request holds, released when the block ends."""
-        account = Account(self, owner)
+        lease = MemoryLease(self, owner)
         try:
-            yield account
+            yield lease
         finally:
-            account.release()
+            lease.release()
 
-    def take(self, owner: str, size: int) -> None:
+    def reserve(self, owner: str, size: int) -> None:
         """
         Raises:
-            Problem: there is no room for it.
+            HttpProblem: there is no room for it.
         """
         if self._used[owner] + size > self._limit // _SHARE:
-            raise Problem("too-many-at-once", "the bodies of this API key's requests take too much memory at a time")
+            raise HttpProblem(
+                "too-many-at-once", "the bodies of this API key's requests take too much memory at a time"
+            )
         if self.used + size > self._limit:
-            raise Problem("overloaded", "the bodies of all requests take too much memory at a time; try again")
+            raise HttpProblem("overloaded", "the bodies of all requests take too much memory at a time; try again")
         self._used[owner] += size
 
-    def give_back(self, owner: str, size: int) -> None:
+    def release(self, owner: str, size: int) -> None:
         self._used[owner] -= size
         if not self._used[owner]:
             del self._used[owner]
 
 
-class Account:
+class MemoryLease:
     """The bytes that one request holds."""
 
     def __init__(self, memory: BodyMemory, owner: str) -> None:
@@ -75,13 +77,13 @@ class Account:
         self._owner = owner
         self._held = 0
 
-    def take(self, size: int) -> None:
-        """Hold more; raises what `BodyMemory.take` raises."""
-        self._memory.take(self._owner, size)
+    def reserve(self, size: int) -> None:
+        """Hold more; raises what `BodyMemory.reserve` raises."""
+        self._memory.reserve(self._owner, size)
         self._held += size
 
     def release(self) -> None:
-        self._memory.give_back(self._owner, self._held)
+        self._memory.release(self._owner, self._held)
         self._held = 0
 
 
@@ -93,7 +95,7 @@ class Form:
     fields: dict[str, str]
 
 
-class Bodies:
+class BodyReader:
     """Reads bodies within their limits."""
 
     def __init__(self, settings: Settings) -> None:
@@ -101,28 +103,28 @@ class Bodies:
         self._deadline_s = settings.gateway_body_deadline_s
         self.memory = BodyMemory(settings.gateway_body_memory_bytes)
 
-    async def read(self, request: Request, account: Account) -> bytes:
+    async def read(self, request: Request, lease: MemoryLease) -> bytes:
         """The whole body.
 
         Raises:
-            Problem: it is too large, too slow, or there is no memory for it now.
+            HttpProblem: it is too large, too slow, or there is no memory for it now.
         """
         body = bytearray()
-        async for chunk in self._chunks(request, account):
+        async for chunk in self._chunks(request, lease):
             body += chunk
         return bytes(body)
 
-    async def json(self, request: Request, account: Account) -> Any:
-        """The body as JSON (RFC 8259). Raises Problem as `read`, and where it is something else."""
+    async def json(self, request: Request, lease: MemoryLease) -> Any:
+        """The body as JSON (RFC 8259). Raises HttpProblem as `read`, and where it is something else."""
         _expect(request, "application/json")
-        return decoded(await self.read(request, account))
+        return decoded(await self.read(request, lease))
 
-    async def form(self, request: Request, account: Account) -> Form:
-        """The body as multipart/form-data. Raises Problem as `read`, and where it is something else."""
+    async def form(self, request: Request, lease: MemoryLease) -> Form:
+        """The body as multipart/form-data. Raises HttpProblem as `read`, and where it is something else."""
         _expect(request, "multipart/form-data")
         parser = MultiPartParser(
             request.headers,
-            self._chunks(request, account),
+            self._chunks(request, lease),
             max_files=1,
             max_fields=_FIELDS,
             max_part_size=_FIELD_BYTES,
@@ -131,7 +133,7 @@ class Bodies:
         try:
             form = await parser.parse()
         except (MultiPartException, FormParserError, KeyError, ValueError) as error:
-            raise Problem("malformed", f"the multipart body cannot be read: {error}") from None
+            raise HttpProblem("malformed", f"the multipart body cannot be read: {error}") from None
         try:
             fields: dict[str, str] = {}
             file: bytes | None = None
@@ -139,14 +141,14 @@ class Bodies:
                 if isinstance(value, str):
                     fields[name] = value
                 elif name != "file":
-                    raise Problem("invalid", f"the file has to be in the part `file`, not {name!r}", param=name)
+                    raise HttpProblem("invalid", f"the file has to be in the part `file`, not {name!r}", param=name)
                 else:
                     file = await value.read()
             return Form(file, fields)
         finally:
             await form.close()
 
-    async def _chunks(self, request: Request, account: Account) -> AsyncGenerator[bytes, None]:
+    async def _chunks(self, request: Request, lease: MemoryLease) -> AsyncGenerator[bytes, None]:
         """The bytes as they come, counted."""
         if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > self._limit:
             raise self._too_large()
@@ -158,21 +160,21 @@ class Bodies:
                 async with asyncio.timeout_at(deadline):
                     chunk = await anext(stream, None)
             except TimeoutError:
-                raise Problem(
+                raise HttpProblem(
                     "body-too-slow", f"the body did not arrive within {self._deadline_s:g} s", retry_after_s=1
                 ) from None
             except ClientDisconnect:
-                raise Problem("malformed", "the connection ended before the body did") from None
+                raise HttpProblem("malformed", "the connection ended before the body did") from None
             if chunk is None:
                 return
             size += len(chunk)
             if size > self._limit:
                 raise self._too_large()
-            account.take(len(chunk))
+            lease.reserve(len(chunk))
             yield chunk
 
-    def _too_large(self) -> Problem:
-        return Problem(
+    def _too_large(self) -> HttpProblem:
+        return HttpProblem(
             "body-too-large", f"the body has more than {self._limit} bytes (SLUICE_GATEWAY_BODY_LIMIT_BYTES)"
         )
 
@@ -181,12 +183,12 @@ def decoded(body: bytes | str) -> Any:
     """Decode one JSON text.
 
     Raises:
-        Problem: it is none.
+        HttpProblem: it is none.
     """
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise Problem("malformed", f"this is not JSON in UTF-8: {error}") from None
+        raise HttpProblem("malformed", f"this is not JSON in UTF-8: {error}") from None
 
 
 def is_form(request: Request) -> bool:
@@ -200,10 +202,10 @@ def _media_type(request: Request) -> str:
 def _expect(request: Request, media_type: str) -> None:
     given = _media_type(request)
     if given != media_type:
-        raise Problem("unsupported-media-type", f"the body has to be {media_type}, not {given or 'of no type'}")
+        raise HttpProblem("unsupported-media-type", f"the body has to be {media_type}, not {given or 'of no type'}")
 
 
-class LeftBodies:
+class DrainUnreadBodyMiddleware:
     """ASGI middleware: what happens to a body that was refused unread.
 
     A client that still sends sees a reset connection instead of the answer. So the rest is received and dropped, for a

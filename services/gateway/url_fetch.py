@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from services.gateway.problems import Problem
-from services.gateway.request_bodies import Account
+from services.gateway.problems import HttpProblem
+from services.gateway.request_bodies import MemoryLease
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -24,7 +24,7 @@ _PORTS: Final = {"http": 80, "https": 443}
 _CONNECT_S: Final = 5.0
 
 
-class RemoteImages:
+class ImageDownloader:
     """Fetches images from the hosts that may be asked."""
 
     def __init__(
@@ -42,16 +42,16 @@ class RemoteImages:
         self._deadline_s = deadline_s
         self._backend = _CheckedBackend(resolve or _resolve, may_connect or is_public)
 
-    async def fetch(self, url: str, account: Account) -> bytes:
-        """The bytes behind a URL; what they take is taken from `account`.
+    async def fetch(self, url: str, lease: MemoryLease) -> bytes:
+        """The bytes behind a URL; what they take is taken from `lease`.
 
         Raises:
-            Problem: the URL may not be fetched, or does not lead to bytes within the limits.
+            HttpProblem: the URL may not be fetched, or does not lead to bytes within the limits.
         """
         host = self._checked(url)
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await self._fetch(url, host, account)
+                return await self._fetch(url, host, lease)
         except TimeoutError:
             raise _refused(f"{host} did not deliver within {self._deadline_s:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ssl.SSLError) as error:
@@ -72,7 +72,7 @@ class RemoteImages:
             raise _refused(f"URLs of {host} are not fetched here; send the image as a data: URL, or as s3://")
         return host
 
-    async def _fetch(self, url: str, host: str, account: Account) -> bytes:
+    async def _fetch(self, url: str, host: str, lease: MemoryLease) -> bytes:
         headers: dict[bytes | str, bytes | str] = {
             "Accept": "image/*",
             "Accept-Encoding": "identity",
@@ -94,8 +94,8 @@ class RemoteImages:
             async for chunk in response.aiter_stream():
                 content += chunk
                 if len(content) > self._limit:
-                    raise Problem("image-too-large", f"the image has more than {self._limit} bytes")
-                account.take(len(chunk))
+                    raise HttpProblem("image-too-large", f"the image has more than {self._limit} bytes")
+                lease.reserve(len(chunk))
             return bytes(content)
 
 
@@ -152,5 +152,5 @@ async def _resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
-def _refused(why: str) -> Problem:
-    return Problem("url-refused", why)
+def _refused(why: str) -> HttpProblem:
+    return HttpProblem("url-refused", why)

@@ -73,7 +73,7 @@ class ImagePreparer(Protocol):
         """The same image small enough for a first look. Raises what `prepare` raises."""
 
 
-class Guard(Protocol):
+class GuardClient(Protocol):
     """The model: pure inference."""
 
     async def assess_each(
@@ -108,7 +108,7 @@ class _Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class ModerationResult:
     """What comes of one submission: its verdict, and what another version would have said."""
 
     verdict: Verdict
@@ -124,7 +124,7 @@ class Moderation:
         policies: PolicySource,
         images: ImageSource,
         preparer: ImagePreparer,
-        guard: Guard,
+        guard: GuardClient,
         breaker: Breaker | None = None,
     ) -> None:
         self._policies = policies
@@ -138,12 +138,12 @@ class Moderation:
         submission: Submission,
         *,
         upload: StoredObject | None = None,
-        turn: Turn | None = None,
+        priority: Turn | None = None,
         detail: Detail = "verdict",
-    ) -> Judgement:
+    ) -> ModerationResult:
         """The verdict for one submission, by the version that is its policy's now.
 
-        `upload` is the image where it came with the request: then nothing is fetched. `turn` is the submission's
+        `upload` is the image where it came with the request: then nothing is fetched. `priority` is the submission's
         priority unless given. With detail `score` the guard is not asked for a category and a rationale.
 
         Raises:
@@ -153,12 +153,12 @@ class Moderation:
         choice = await patiently(lambda: self._policies.choose(submission))
         policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
         verdict, *others = await self.judge_under(
-            submission, policies, started_at, upload=upload, turn=turn, detail=detail
+            submission, policies, started_at, upload=upload, priority=priority, detail=detail
         )
         if isinstance(verdict, GuardFailed):
             raise verdict
-        shadow = _compared(verdict, choice.shadow, others[0]) if choice.shadow else None
-        return Judgement(self._admitted(verdict, choice.policy), shadow)
+        shadow = _shadow_difference(verdict, choice.shadow, others[0]) if choice.shadow else None
+        return ModerationResult(self._apply_circuit_breaker(verdict, choice.policy), shadow)
 
     async def judge_under(
         self,
@@ -167,7 +167,7 @@ class Moderation:
         started_at: datetime | None = None,
         *,
         upload: StoredObject | None = None,
-        turn: Turn | None = None,
+        priority: Turn | None = None,
         detail: Detail = "verdict",
     ) -> list[Verdict | GuardFailed]:
         """What each of these policies makes of one submission, whatever its own says; nothing is counted.
@@ -179,21 +179,25 @@ class Moderation:
         """
         clock = _Clock(submission.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
-            stored = upload if upload else await clock.time("fetch", self._fetched(submission, held))
+            stored = upload if upload else await clock.time("fetch", self._fetch(submission, held))
             image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
-            turn = turn or submission.priority
-            assessing = assess_each(image, policies, turn, guard=self._guard, preparer=self._preparer, detail=detail)
+            priority = priority or submission.priority
+            assessing = assess_each(
+                image, policies, priority, guard=self._guard, preparer=self._preparer, detail=detail
+            )
             answers = await clock.time("guard", assessing)
         return [
-            answer if isinstance(answer, GuardFailed) else _verdict(submission, stored, image, policy, answer, clock)
+            answer
+            if isinstance(answer, GuardFailed)
+            else build_verdict(submission, stored, image, policy, answer, clock)
             for policy, answer in zip(policies, answers, strict=True)
         ]
 
-    async def _fetched(self, submission: Submission, held: AsyncExitStack) -> StoredObject:
+    async def _fetch(self, submission: Submission, held: AsyncExitStack) -> StoredObject:
         fetch = partial(self._images.open, submission.reference)
         return await patiently(lambda: held.enter_async_context(fetch()))
 
-    def _admitted(self, verdict: Verdict, policy: Policy) -> Verdict:
+    def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
         """The verdict, or a request for review where the policy's circuit breaker is open."""
         identity, action = policy.identity, verdict.action
         if self._breaker and action and verdict.outcome == "verdict" and not self._breaker.allows(policy, action):
@@ -205,7 +209,7 @@ class Moderation:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PolicyAssessment:
     """What the guard says under one policy, or why that could not be read twice."""
 
     said: Assessment | UnreadableAnswer
@@ -218,36 +222,36 @@ async def assess_each(
     policies: Sequence[Policy],
     priority: Turn,
     *,
-    guard: Guard,
+    guard: GuardClient,
     preparer: ImagePreparer,
     detail: Detail = "verdict",
-) -> list[Answer | GuardFailed]:
+) -> list[PolicyAssessment | GuardFailed]:
     """What the guard says under each policy, with its effort, or that the engine refuses the image under it."""
-    answers: list[Answer | GuardFailed | None] = [None] * len(policies)
+    answers: list[PolicyAssessment | GuardFailed | None] = [None] * len(policies)
     adaptive = [n for n, policy in enumerate(policies) if policy.effort == "adaptive"]
     if adaptive:
-        looks = await _first_looks(image, [policies[n] for n in adaptive], priority, guard=guard, preparer=preparer)
+        looks = await screen(image, [policies[n] for n in adaptive], priority, guard=guard, preparer=preparer)
         for n, look in zip(adaptive, looks, strict=True):
             answers[n] = look
     rest = [n for n, answer in enumerate(answers) if answer is None]
     if rest:
-        full = await _full(image, [policies[n] for n in rest], priority, guard, detail)
+        full = await _assess_full(image, [policies[n] for n in rest], priority, guard, detail)
         for n, answer in zip(rest, full, strict=True):
             answers[n] = answer
     return [answer for answer in answers if answer is not None]
 
 
-async def _first_looks(
-    image: PreparedImage, policies: Sequence[Policy], priority: Turn, *, guard: Guard, preparer: ImagePreparer
-) -> list[Answer | None]:
+async def screen(
+    image: PreparedImage, policies: Sequence[Policy], priority: Turn, *, guard: GuardClient, preparer: ImagePreparer
+) -> list[PolicyAssessment | None]:
     """What a first look is enough for, None for the others."""
     small = await patiently(lambda: preparer.first_look(image))
     try:
-        looks = await _assessed(small, policies, "score", priority, guard)
+        looks = await _assess(small, policies, "score", priority, guard)
     except (GuardFailed, UnreadableAnswer):
         return [None] * len(policies)  # the full judgement says what is wrong
     answers = [
-        Answer(look, "first_look") if look.rating == "Safe" and look.score < policy.first_look_below else None
+        PolicyAssessment(look, "first_look") if look.rating == "Safe" and look.score < policy.first_look_below else None
         for policy, look in zip(policies, looks, strict=True)
     ]
     for answer in answers:
@@ -255,40 +259,40 @@ async def _first_looks(
     return answers
 
 
-async def _full(
-    image: PreparedImage, policies: Sequence[Policy], priority: Turn, guard: Guard, detail: Detail
-) -> list[Answer | GuardFailed]:
+async def _assess_full(
+    image: PreparedImage, policies: Sequence[Policy], priority: Turn, guard: GuardClient, detail: Detail
+) -> list[PolicyAssessment | GuardFailed]:
     """Judge under all of them in one call, so that the engine reads the image once; where that fails, one by one."""
     try:
-        said = await _assessed(image, policies, detail, priority, guard)
-        return [Answer(assessment, "full", detail) for assessment in said]
+        said = await _assess(image, policies, detail, priority, guard)
+        return [PolicyAssessment(assessment, "full", detail) for assessment in said]
     except (GuardFailed, UnreadableAnswer) as error:
         if isinstance(error, GuardFailed) and len(policies) == 1:
             return [error]
-        return [await _full_once_more(image, policy, priority, guard, detail) for policy in policies]
+        return [await _retry_full(image, policy, priority, guard, detail) for policy in policies]
 
 
-async def _full_once_more(
-    image: PreparedImage, policy: Policy, priority: Turn, guard: Guard, detail: Detail
-) -> Answer | GuardFailed:
+async def _retry_full(
+    image: PreparedImage, policy: Policy, priority: Turn, guard: GuardClient, detail: Detail
+) -> PolicyAssessment | GuardFailed:
     try:
-        (assessment,) = await _assessed(image, [policy], detail, priority, guard)
-        return Answer(assessment, "full", detail)
+        (assessment,) = await _assess(image, [policy], detail, priority, guard)
+        return PolicyAssessment(assessment, "full", detail)
     except UnreadableAnswer as error:
-        return Answer(error, "full")
+        return PolicyAssessment(error, "full")
     except GuardFailed as error:
         return error
 
 
-async def _assessed(
-    image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn, guard: Guard
+async def _assess(
+    image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn, guard: GuardClient
 ) -> list[Assessment]:
     """What the guard says under each policy, with calibrated scores: all thresholds are about those."""
     said = await patiently(lambda: guard.assess_each(image, policies, detail, priority))
-    return [calibrated(assessment, policy) for assessment, policy in zip(said, policies, strict=True)]
+    return [apply_calibration(assessment, policy) for assessment, policy in zip(said, policies, strict=True)]
 
 
-def _compared(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:
+def _shadow_difference(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:
     """The shadow's verdict, counted by whether it differs."""
     result = "failed"
     if isinstance(other, Verdict):
@@ -298,7 +302,7 @@ def _compared(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) ->
     return other if isinstance(other, Verdict) else None
 
 
-def calibrated(assessment: Assessment, policy: Policy) -> Assessment:
+def apply_calibration(assessment: Assessment, policy: Policy) -> Assessment:
     """The assessment with the probability that the policy's calibration for this checkpoint makes of its score."""
     calibration = policy.calibrations.get(assessment.model.revision)
     if calibration is None:
@@ -315,7 +319,7 @@ def decide(assessment: Assessment, policy: Policy) -> Action:
     return "review" if assessment.score >= thresholds.review else "allow"
 
 
-def unjudged(
+def skipped_verdict(
     submission: Submission, outcome: Outcome, *, reason: ReviewReason | None = None, action: Action | None = None
 ) -> Verdict:
     """The end of a submission that nothing was asked about: overtaken, or holding up all others."""
@@ -355,12 +359,12 @@ def unjudged(
     )
 
 
-def _verdict(
+def build_verdict(
     submission: Submission,
     stored: StoredObject,
     image: PreparedImage,
     policy: Policy,
-    answer: Answer,
+    answer: PolicyAssessment,
     clock: _Clock,
 ) -> Verdict:
     said = answer.said

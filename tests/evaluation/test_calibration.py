@@ -27,7 +27,7 @@ from services.core.calibration import Calibration, FittedCalibration, IsotonicMa
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import CATEGORIES, NO_CATEGORY, AppliedCalibration, Policy, PolicyIdentity, Submission
 from services.core.settings import Settings
-from services.moderation.moderator import calibrated
+from services.moderation.moderator import apply_calibration
 from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument
 from services.policies.rollout import Rollout
@@ -177,8 +177,8 @@ class TestRollout:
 class TestModeration:
     def test_only_the_checkpoint_that_it_was_fitted_for(self) -> None:
         said = unsafe(0.75)
-        assert calibrated(said, replace(POLICY, calibrations={"other": ISOTONIC})) is said
-        found = calibrated(said, replace(POLICY, calibrations={said.model.revision: ISOTONIC}))
+        assert apply_calibration(said, replace(POLICY, calibrations={"other": ISOTONIC})) is said
+        found = apply_calibration(said, replace(POLICY, calibrations={said.model.revision: ISOTONIC}))
         assert found.score == pytest.approx(0.3)
         assert found.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75)
 
@@ -290,7 +290,7 @@ class Script:
         assert isinstance(policy, Policy)
         self.policies.append(policy)
         score = 0.75 if trial.submission.id == "upl-42" else int(trial.submission.id.partition("-")[2]) / 100
-        said = calibrated(replace(unsafe(score), model=VERDICT.model or unsafe().model), policy)
+        said = apply_calibration(replace(unsafe(score), model=VERDICT.model or unsafe().model), policy)
         return [
             changed(
                 rating="Unsafe" if score >= 0.5 else "Safe", score=said.score, calibration=said.calibration,

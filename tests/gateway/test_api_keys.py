@@ -8,7 +8,7 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.gateway import api_keys as keys
-from services.gateway.api_keys import ApiKey, KeyRegistry, KeyRing, KeysUnavailable
+from services.gateway.api_keys import ApiKey, ApiKeyCache, KeyRegistry, KeysUnavailable
 from services.gateway.problems import PREFIX
 from tests.support.gateway_bench import Bench, data_url
 
@@ -44,7 +44,7 @@ class Bucket(KeyRegistry):
 async def test_whoever_asks_at_the_moment_in_which_a_look_ends_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody asks at every turn of the loop, so at that one, too."""
     monkeypatch.setattr(keys, "_SEARCH_S", 0.0)
-    async with KeyRing(Bucket(), refresh_s=60) as ring:
+    async with ApiKeyCache(Bucket(), refresh_s=60) as ring:
         asking = []
         for _ in range(8000):
             asking.append(asyncio.create_task(ring.find(f"sk-sluice-{'f' * 16}-{'a' * 43}")))
@@ -94,7 +94,7 @@ async def test_what_else_lies_among_the_keys_is_passed_over(idle: Bench, caplog:
     assert idle.keys.index() == {good.id: False, gone.id: True, newer: False, broken: False, copy: False}
     assert {key.id for key in idle.keys.get_each(list(idle.keys.index()))} == {good.id, gone.id}
     assert all(f"the API key {key_id} is refused" in caplog.text for key_id in (newer, broken, copy))
-    async with KeyRing(idle.keys, refresh_s=3600) as ring:
+    async with ApiKeyCache(idle.keys, refresh_s=3600) as ring:
         ring.check()
         assert await ring.find(token) == good
         assert await ring.find(gone_token) is None
@@ -130,7 +130,7 @@ async def test_who_has_no_key(bench: Bench) -> None:
 async def test_while_the_bucket_is_away_what_is_known_counts_for_a_while() -> None:
     bucket, now = Bucket(), 0.0
     token = bucket.add()
-    async with KeyRing(bucket, refresh_s=3600, clock=lambda: now) as ring:
+    async with ApiKeyCache(bucket, refresh_s=3600, clock=lambda: now) as ring:
         assert await ring.find(token)
         bucket.away = True
         now = 200.0
@@ -147,7 +147,7 @@ async def test_while_the_bucket_is_away_what_is_known_counts_for_a_while() -> No
 async def test_unknown_keys_share_a_look_at_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "_SEARCH_S", 0.05)
     bucket = Bucket()
-    async with KeyRing(bucket, refresh_s=3600) as ring:
+    async with ApiKeyCache(bucket, refresh_s=3600) as ring:
         before = bucket.looks
         made_up = [f"sk-sluice-{number:016x}-{'b' * 43}" for number in range(100)]
         assert await asyncio.gather(*(ring.find(token) for token in made_up)) == [None] * 100
@@ -161,7 +161,7 @@ async def test_unknown_keys_share_a_look_at_the_bucket(monkeypatch: pytest.Monke
 async def test_a_revoked_key_goes_even_when_a_new_one_cannot_be_read() -> None:
     bucket, now = Bucket(), 0.0
     token = bucket.add()
-    async with KeyRing(bucket, refresh_s=3600, clock=lambda: now) as ring:
+    async with ApiKeyCache(bucket, refresh_s=3600, clock=lambda: now) as ring:
         assert await ring.find(token)
         bucket.revoked.add("0" * 16)
         other = bucket.add()

@@ -14,11 +14,11 @@ import pytest
 
 from services.core.messages import Assessment, Detail, PreparedImage
 from services.core.settings import Settings
-from services.gateway import assessment_store as records
+from services.gateway import assessment_store
 from services.gateway.api_keys import ApiKey
-from services.gateway.assessment_store import Record, Records
-from services.gateway.problems import PREFIX, Problem
-from services.gateway.rate_limits import Rates
+from services.gateway.assessment_store import AssessmentStore, StoredAssessment
+from services.gateway.problems import PREFIX, HttpProblem
+from services.gateway.rate_limits import RateLimiter
 from services.gateway.routes.assessments import Assessments
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
@@ -59,12 +59,12 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Away:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody works on is noticed soon."""
-    monkeypatch.setattr(records, "_ALIVE_S", 2)
-    monkeypatch.setattr(records, "_BEAT_S", 0.2)
+    monkeypatch.setattr(assessment_store, "_ALIVE_S", 2)
+    monkeypatch.setattr(assessment_store, "_HEARTBEAT_S", 0.2)
 
 
-def pending(of: Records) -> Record:
-    return Record(id=uuid.uuid4().hex, tenant="shop", status="pending", process=of.process)
+def pending(of: AssessmentStore) -> StoredAssessment:
+    return StoredAssessment(id=uuid.uuid4().hex, tenant="shop", status="pending", process=of.process)
 
 
 def form(data: bytes = JPEG) -> dict[str, Any]:
@@ -171,7 +171,7 @@ async def test_an_idempotency_key_of_what_failed_for_a_passing_reason_may_be_tri
             assert (refused.status_code, refused.json()["type"]) == (422, f"{PREFIX}not-an-image")
 
 
-@pytest.mark.parametrize("script", [records._CLAIM, records._REPLACE], ids=["claim", "replace"])
+@pytest.mark.parametrize("script", [assessment_store._CLAIM, assessment_store._REPLACE], ids=["claim", "replace"])
 async def test_what_redis_took_without_an_answer_is_judged_when_it_is_sent_again(
     quick: None, bench: Bench, away: Away, script: str
 ) -> None:
@@ -179,7 +179,7 @@ async def test_what_redis_took_without_an_answer_is_judged_when_it_is_sent_again
         raise ZeroDivisionError
 
     async with bench.client(**{"Idempotency-Key": "order-10"}) as client:
-        if script is records._REPLACE:
+        if script is assessment_store._REPLACE:
             bench.guard.script = fails
             assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 500
         bench.guard.script = says_unsafe
@@ -222,7 +222,7 @@ async def test_a_verdict_outlives_an_outage_of_redis(quick: None, bench: Bench, 
     async with bench.client(**{"Idempotency-Key": "b"}) as here, other.client() as elsewhere:
         location = (await here.post(PATH, **form())).headers["location"]
         await gate.until_waiting(1)
-        away(records._KEEP)
+        away(assessment_store._SAVE)
         gate.opened.set()
         known = await here.get(f"{location}?wait=20")
         await asyncio.sleep(0.5)
@@ -237,12 +237,12 @@ async def test_a_verdict_outlives_an_outage_of_redis(quick: None, bench: Bench, 
 
 async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(valkey_url: str, away: Away) -> None:
     shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    other = Records(shared, keep_s=60)
-    async with Records(shared, keep_s=60) as mine:
+    other = AssessmentStore(shared, keep_s=60)
+    async with AssessmentStore(shared, keep_s=60) as mine:
         promised = pending(mine)
-        await mine.promise(promised)
-        away(records._KEEP)
-        await mine.keep(promised.model_copy(update={"status": "failed"}))
+        await mine.create_pending(promised)
+        away(assessment_store._SAVE)
+        await mine.save(promised.model_copy(update={"status": "failed"}))
         assert await other.get(promised.id) == promised
         away()
     known = await other.get(promised.id)
@@ -253,15 +253,15 @@ async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(v
 
 async def test_a_promise_that_comes_late_does_not_undo_an_end(valkey_url: str) -> None:
     shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    async with Records(shared, keep_s=60) as mine:
+    async with AssessmentStore(shared, keep_s=60) as mine:
         promised = pending(mine)
         failed = promised.model_copy(update={"status": "failed"})
         with mine.working(promised):
-            await mine.keep(failed)
-            await mine.promise(promised)
-            await mine._beat()
+            await mine.save(failed)
+            await mine.create_pending(promised)
+            await mine._send_heartbeat()
         assert await mine.get(promised.id) == failed
-        _, left_s = await shared.run(records._GET, [mine._key("assessment", promised.id)])
+        _, left_s = await shared.run(assessment_store._GET, [mine._key("assessment", promised.id)])
         assert left_s <= 60, "its life is that of an end"
     await shared.close()
 
@@ -271,15 +271,15 @@ async def test_what_a_job_over_the_limit_holds_is_given_back_at_once(
     valkey_url: str, away: Away, is_away: bool
 ) -> None:
     shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    rates, mine = Rates(shared, Settings(gateway_concurrency=1)), Records(shared, keep_s=60)
+    limiter, mine = RateLimiter(shared, Settings(gateway_concurrency=1)), AssessmentStore(shared, keep_s=60)
     key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
-    jobs: Any = Assessments(None, mine, rates)  # type: ignore[arg-type]
+    jobs: Any = Assessments(None, mine, limiter)  # type: ignore[arg-type]
     given_back: list[bool] = []
     held, promised = ExitStack(), pending(mine)
     held.callback(given_back.append, True)
     if is_away:
-        away(records._KEEP)
-    with rates.running(key, "jobs"), pytest.raises(Problem, match="jobs at a time"):
+        away(assessment_store._SAVE)
+    with limiter.concurrency_slot(key, "jobs"), pytest.raises(HttpProblem, match="jobs at a time"):
         await jobs.start(promised, None, key, held)
     assert given_back == [True]
     known = await mine.get(promised.id)

@@ -126,7 +126,7 @@ async def test_whoever_goes_is_not_waited_for(idle: Bench) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", headers=headers) as client:
         with pytest.raises(httpx.ReadTimeout):
             await client.post("/v1/moderations", json={"input": part}, timeout=httpx.Timeout(10, read=0.3))
-    judge = idle.app.state.judge
+    judge = idle.app.state.load_shedder
     async with asyncio.timeout(5):
         while judge.in_flight:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -11,8 +11,8 @@ import pytest
 
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKey
-from services.gateway.problems import PREFIX, Problem
-from services.gateway.rate_limits import Rates
+from services.gateway.problems import PREFIX, HttpProblem
+from services.gateway.rate_limits import RateLimiter
 from services.gateway.request_bodies import BodyMemory
 from services.policies.redis_cache import PolicyRedisCache
 from tests.support.gateway_bench import JPEG, Bench, Gate, data_url
@@ -26,19 +26,19 @@ def key(**fields: Any) -> ApiKey:
     return ApiKey.model_validate(made | fields)
 
 
-async def taken(rates: Rates, key: ApiKey, count: int) -> int:
+async def taken(limiter: RateLimiter, key: ApiKey, count: int) -> int:
     """How many of `count` requests at once are let in."""
     let_in = 0
     for _ in range(count):
-        with suppress(Problem):
-            await rates.take(key)
+        with suppress(HttpProblem):
+            await limiter.acquire(key)
             let_in += 1
     return let_in
 
 
 async def test_a_rate_is_that_of_all_gateways_together(valkey_url: str) -> None:
     shared = PolicyRedisCache(valkey_url, "rates")
-    gateways = [Rates(shared, Settings(gateway_rate_per_s=0.01)) for _ in range(2)]
+    gateways = [RateLimiter(shared, Settings(gateway_rate_per_s=0.01)) for _ in range(2)]
     mine, own_rate = key(), key(rate_per_s=0.02)
     assert [await taken(gateway, mine, 3) for gateway in gateways] == [2, 0], "one now, one in advance"
     assert [await taken(gateway, own_rate, 3) for gateway in gateways] == [2, 0]
@@ -49,26 +49,26 @@ async def test_a_rate_is_that_of_all_gateways_together(valkey_url: str) -> None:
 async def test_while_redis_is_away_each_gateway_counts_alone() -> None:
     now = 0.0
     shared = PolicyRedisCache("redis://127.0.0.1:1/0", "rates")
-    rates = Rates(shared, Settings(gateway_rate_per_s=1), lambda: now)
+    limiter = RateLimiter(shared, Settings(gateway_rate_per_s=1), lambda: now)
     mine = key()
-    assert await taken(rates, mine, 10) == 3, "two seconds of it at once, and one that is due"
+    assert await taken(limiter, mine, 10) == 3, "two seconds of it at once, and one that is due"
     now = 1.0
-    assert await taken(rates, mine, 10) == 1
+    assert await taken(limiter, mine, 10) == 1
     await shared.close()
 
 
 async def test_a_flood_of_one_key_is_refused_without_redis(valkey_url: str) -> None:
     now = 0.0
     shared = PolicyRedisCache(valkey_url, "rates")
-    rates = Rates(shared, Settings(gateway_rate_per_s=0.01), lambda: now)
+    limiter = RateLimiter(shared, Settings(gateway_rate_per_s=0.01), lambda: now)
     mine = key()
-    assert await taken(rates, mine, 3) == 2
+    assert await taken(limiter, mine, 3) == 2
     await shared.close()
     shared.run = None  # type: ignore[method-assign, assignment]  # whoever asks fails
-    assert await taken(rates, mine, 1000) == 0
+    assert await taken(limiter, mine, 1000) == 0
     now = 101.0
     with pytest.raises(TypeError):
-        await rates.take(mine)
+        await limiter.acquire(mine)
 
 
 async def test_over_the_rate_is_a_429_that_says_when(idle: Bench) -> None:
@@ -170,17 +170,17 @@ async def test_an_image_that_takes_more_than_it_may(bench: Bench) -> None:
 
 def test_one_key_never_takes_all_the_memory() -> None:
     memory = BodyMemory(100)
-    with memory.account("a") as first, memory.account("a") as second, memory.account("b") as other:
-        first.take(20)
-        with pytest.raises(Problem, match="this API key"):
-            second.take(6)
-        second.take(5)
+    with memory.lease("a") as first, memory.lease("a") as second, memory.lease("b") as other:
+        first.reserve(20)
+        with pytest.raises(HttpProblem, match="this API key"):
+            second.reserve(6)
+        second.reserve(5)
         for name in "bcd":
-            memory.take(name, 25)
+            memory.reserve(name, 25)
         assert memory.used == 100
-        with pytest.raises(Problem, match="all requests"):
-            memory.take("e", 1)
+        with pytest.raises(HttpProblem, match="all requests"):
+            memory.reserve("e", 1)
         for name in "bcd":
-            memory.give_back(name, 25)
-        other.take(25)
+            memory.release(name, 25)
+        other.reserve(25)
     assert memory.used == 0

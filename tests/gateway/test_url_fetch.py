@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from services.gateway.problems import Problem
+from services.gateway.problems import HttpProblem
 from services.gateway.request_bodies import BodyMemory
-from services.gateway.url_fetch import Address, RemoteImages, is_public
+from services.gateway.url_fetch import Address, ImageDownloader, is_public
 from tests.support.gateway_bench import JPEG, Bench
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG) + JPEG
@@ -55,13 +55,13 @@ def any_address(_address: Address) -> bool:
     return True
 
 
-async def fetch(remote: RemoteImages, url: str) -> bytes:
-    with BodyMemory(100 << 20).account("a") as account:
-        return await remote.fetch(url, account)
+async def fetch(remote: ImageDownloader, url: str) -> bytes:
+    with BodyMemory(100 << 20).lease("a") as lease:
+        return await remote.fetch(url, lease)
 
 
-def remote(hosts: list[str], **changes: Any) -> RemoteImages:
-    return RemoteImages(hosts, **({"limit_bytes": 1 << 20, "deadline_s": 5} | changes))
+def remote(hosts: list[str], **changes: Any) -> ImageDownloader:
+    return ImageDownloader(hosts, **({"limit_bytes": 1 << 20, "deadline_s": 5} | changes))
 
 
 async def test_only_hosts_that_are_named() -> None:
@@ -87,11 +87,11 @@ async def test_only_hosts_that_are_named() -> None:
             "http://[::1/",
             "http://",
         ):
-            with pytest.raises(Problem) as refused:
+            with pytest.raises(HttpProblem) as refused:
                 await fetch(images, url)
             assert refused.value.kind == "url-refused", url
         assert len(host.asked) == 2
-        with pytest.raises(Problem, match="are not fetched here"):
+        with pytest.raises(HttpProblem, match="are not fetched here"):
             await fetch(remote([]), f"http://127.0.0.1:{host.port}/")
         assert len(host.asked) == 2
 
@@ -116,7 +116,7 @@ async def test_no_address_inside_the_network(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
     for addresses in ([address], ["93.184.216.34", address]):
         images = remote(["pictures.example"], resolve=resolving(*addresses))
-        with pytest.raises(Problem, match="not a public one"):
+        with pytest.raises(HttpProblem, match="not a public one"):
             await fetch(images, "http://pictures.example/")
 
 
@@ -138,7 +138,7 @@ async def test_a_name_is_resolved_once() -> None:
         images = remote([name], resolve=rebinding, may_connect=lambda address: str(address) == "127.0.0.1")
         assert await fetch(images, f"http://{name}/") == JPEG
         assert looked_up == ["pictures.example"]
-        with pytest.raises(Problem, match="not a public one"):
+        with pytest.raises(HttpProblem, match="not a public one"):
             await fetch(images, f"http://{name}/")
 
 
@@ -157,7 +157,7 @@ async def test_what_a_host_may_answer(answer: bytes, kind: str, why: str) -> Non
     async with served(answer) as host:
         name = f"pictures.example:{host.port}"
         images = remote([name], limit_bytes=2000, resolve=resolving("127.0.0.1"), may_connect=any_address)
-        with pytest.raises(Problem, match=why) as refused:
+        with pytest.raises(HttpProblem, match=why) as refused:
             await fetch(images, f"http://{name}/")
         assert refused.value.kind == kind
         assert len(host.asked) == 1
@@ -167,13 +167,13 @@ async def test_a_host_that_dawdles_or_is_not_there() -> None:
     async with served(pause_s=10) as host:
         name = f"pictures.example:{host.port}"
         images = remote([name], deadline_s=0.2, resolve=resolving("127.0.0.1"), may_connect=any_address)
-        with pytest.raises(Problem, match=r"within 0\.2 s"):
+        with pytest.raises(HttpProblem, match=r"within 0\.2 s"):
             await fetch(images, f"http://{name}/")
-    with pytest.raises(Problem, match="did not deliver"):
+    with pytest.raises(HttpProblem, match="did not deliver"):
         await fetch(images, f"http://{name}/")
-    with pytest.raises(Problem, match="there is no host"):
+    with pytest.raises(HttpProblem, match="there is no host"):
         await fetch(remote(["pictures.example"], resolve=resolving()), "https://pictures.example/")
-    with pytest.raises(Problem, match="there is no host"):
+    with pytest.raises(HttpProblem, match="there is no host"):
         await fetch(remote(["no-such-host.invalid"]), "https://no-such-host.invalid/")
 
 

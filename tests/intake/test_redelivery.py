@@ -10,7 +10,7 @@ from pipelines.intake.worker import Intake
 from services.core.errors import NotOwned
 from services.core.messages import Submission
 from services.core.settings import Settings
-from services.moderation.moderator import Judgement, unjudged
+from services.moderation.moderator import ModerationResult, skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Lag, Message, Record
 
@@ -46,9 +46,9 @@ class Rebalanced:
 class Slow:
     """Judges in a moment."""
 
-    async def judge(self, submission: Submission) -> Judgement:
+    async def judge(self, submission: Submission) -> ModerationResult:
         await asyncio.sleep(0.05)
-        return Judgement(unjudged(submission, "needs_review"))
+        return ModerationResult(skipped_verdict(submission, "needs_review"))
 
 
 def message(offset: int, assignment: str) -> Message:

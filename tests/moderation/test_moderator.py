@@ -55,7 +55,7 @@ class Parts:
         self.says: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
         self.looks: list[Assessment | Exception] = []
         self.calls: list[tuple[list[int], Detail]] = []
-        self.turns: list[Turn] = []
+        self.priorities: list[Turn] = []
         self.admitted: list[Action] = []
         self.open = False
 
@@ -70,9 +70,9 @@ class Parts:
         return Moderation(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, turn: Turn
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn
     ) -> list[Assessment]:
-        self.turns.append(turn)
+        self.priorities.append(priority)
         self.calls.append(([policy.identity.version for policy in policies], detail))
         answers = self.looks if detail == "score" else [self.says[policy.identity.version] for policy in policies]
         for answer in answers:
@@ -116,12 +116,12 @@ def test_decide(score: float, category: str) -> None:
 
 async def test_a_shadow_is_judged_in_the_same_call_and_never_counted() -> None:
     parts = Parts(POLICY, OTHER)
-    judgement = await parts().judge(SUBMISSION)
+    result = await parts().judge(SUBMISSION)
     assert parts.calls == [([1, 2], "verdict")], "one call: the second policy finds the image in the engine's cache"
-    assert (judgement.verdict.action, judgement.verdict.policy) == ("block", POLICY.identity)
-    assert judgement.shadow is not None
-    assert (judgement.shadow.action, judgement.shadow.policy) == ("allow", OTHER.identity)
-    assert judgement.shadow.verdict_id != judgement.verdict.verdict_id
+    assert (result.verdict.action, result.verdict.policy) == ("block", POLICY.identity)
+    assert result.shadow is not None
+    assert (result.shadow.action, result.shadow.policy) == ("allow", OTHER.identity)
+    assert result.shadow.verdict_id != result.verdict.verdict_id
     assert parts.admitted == ["block"]
 
 
@@ -129,13 +129,13 @@ async def test_a_shadow_is_judged_in_the_same_call_and_never_counted() -> None:
 async def test_a_shadow_that_cannot_be_judged_harms_nobody(error: Exception) -> None:
     parts = Parts(POLICY, OTHER)
     parts.says[2] = error
-    judgement = await parts().judge(SUBMISSION)
-    assert judgement.verdict.action == "block"
+    result = await parts().judge(SUBMISSION)
+    assert result.verdict.action == "block"
     if isinstance(error, GuardFailed):
-        assert judgement.shadow is None
+        assert result.shadow is None
     else:
-        assert judgement.shadow is not None
-        assert judgement.shadow.outcome == "needs_review"
+        assert result.shadow is not None
+        assert result.shadow.outcome == "needs_review"
 
 
 async def test_an_image_that_the_engine_refuses() -> None:
@@ -197,11 +197,11 @@ async def test_an_upload_is_not_fetched_and_takes_the_turn_that_it_is_given() ->
     parts = Parts(POLICY)
     moderation = Moderation(policies=parts, images=_NoImages(), preparer=_Preparer(), guard=parts)
     upload = Upload(id="a", uri=Upload.uri_of(b"bytes"))
-    judgement = await moderation.judge(upload, upload=StoredObject(b"bytes", None, None), turn="interactive")
-    verdict = judgement.verdict
+    result = await moderation.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
+    verdict = result.verdict
     assert verdict.uri == f"upload:sha256:{hashlib.sha256(b'bytes').hexdigest()}"
     assert (verdict.action, verdict.etag, verdict.version_id) == ("block", None, None)
-    assert parts.turns == ["interactive"]
+    assert parts.priorities == ["interactive"]
     with pytest.raises(Malformed):
         Submission.parse({"id": "a", "uri": upload.uri})  # nothing that could be fetched from a stream
 

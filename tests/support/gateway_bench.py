@@ -15,7 +15,7 @@ from pipelines.tiny_guard.drawings import draw
 from services.core.messages import CATEGORIES, Assessment, Detail, PreparedImage
 from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry, Role
-from services.gateway.app import Collaborators, create_app
+from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
@@ -95,7 +95,7 @@ class Bench:
         self._closing.push_async_callback(shared.close)
         cache = PolicyCache(self.registry, shared, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
-        parts = Collaborators(
+        parts = Dependencies(
             moderation=Moderation(policies=policies, images=store, preparer=self.preparer, guard=self.guard),
             guard=self.guard,
             preparer=self.preparer,

@@ -15,7 +15,7 @@ from pipelines.intake.crash_isolation import Quarantine
 from pipelines.intake.worker import Intake
 from services.core.messages import Submission
 from services.core.settings import Settings
-from services.moderation.moderator import Judgement, unjudged
+from services.moderation.moderator import ModerationResult, skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Message
 from services.streams.factory import open_transport
@@ -31,11 +31,13 @@ def deadly_parse(message: Message) -> Any:
 
 
 class DeadlyModeration:
-    async def judge(self, submission: Submission) -> Judgement:
+    async def judge(self, submission: Submission) -> ModerationResult:
         await asyncio.sleep(_TAKES_S)
         if "deadly-to-judge" in submission.id:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Judgement(unjudged(submission, "needs_review", reason="unreadable_answer", action="review"))
+        return ModerationResult(
+            skipped_verdict(submission, "needs_review", reason="unreadable_answer", action="review")
+        )
 
 
 async def main(settings: Settings, name: str) -> None:

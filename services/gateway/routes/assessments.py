@@ -17,14 +17,14 @@ from pydantic_core import to_json
 from services.core.messages import Detail, Verdict
 from services.core.tasks import ended
 from services.gateway.api_keys import ApiKey
-from services.gateway.assessment_store import Record, Records
-from services.gateway.auth import Access
-from services.gateway.image_inputs import Image, Wish, at_url, referred, uploaded
-from services.gateway.load_shedding import Judge
-from services.gateway.problems import Problem, problem_of
-from services.gateway.rate_limits import Rates
-from services.gateway.request_bodies import Account, Bodies, decoded, is_form
-from services.gateway.url_fetch import RemoteImages
+from services.gateway.assessment_store import AssessmentStore, StoredAssessment
+from services.gateway.auth import Authenticator
+from services.gateway.image_inputs import Image, RequestContext, from_s3, from_upload, from_url
+from services.gateway.load_shedding import LoadShedder
+from services.gateway.problems import HttpProblem, problem_of
+from services.gateway.rate_limits import RateLimiter
+from services.gateway.request_bodies import BodyReader, MemoryLease, decoded, is_form
+from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/assessments"
 _PASSING: Final = frozenset({429, 500, 503})
@@ -87,7 +87,7 @@ class AssessmentForm(BaseModel):
     detail: Literal["score", "verdict"] | None = None
 
 
-class Assessment(BaseModel):
+class AssessmentResource(BaseModel):
     """An assessment that is not a verdict (yet)."""
 
     id: str
@@ -96,7 +96,7 @@ class Assessment(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _AssessmentJob:
     """One request to judge."""
 
     image: Image
@@ -108,32 +108,34 @@ class _Asked:
 class Assessments:
     """Judges in tasks that outlive their requests; bounded by each key's number of jobs and by the judge."""
 
-    def __init__(self, judge: Judge, records: Records, rates: Rates) -> None:
-        self._judge = judge
-        self._records = records
-        self._rates = rates
-        self._tasks: dict[str, asyncio.Task[Record]] = {}
+    def __init__(self, shedder: LoadShedder, store: AssessmentStore, limiter: RateLimiter) -> None:
+        self._shedder = shedder
+        self._store = store
+        self._limiter = limiter
+        self._tasks: dict[str, asyncio.Task[StoredAssessment]] = {}
 
-    async def start(self, pending: Record, asked: _Asked, key: ApiKey, held: ExitStack) -> asyncio.Task[Record]:
+    async def start(
+        self, pending: StoredAssessment, job: _AssessmentJob, key: ApiKey, held: ExitStack
+    ) -> asyncio.Task[StoredAssessment]:
         """Begin to judge. `held` is closed at the end: what the image takes is held until then.
 
         Raises:
-            Problem: the key has as many jobs as it may have; `held` is closed.
+            HttpProblem: the key has as many jobs as it may have; `held` is closed.
         """
         try:
-            held.enter_context(self._rates.running(key, "jobs"))
-        except Problem as problem:
+            held.enter_context(self._limiter.concurrency_slot(key, "jobs"))
+        except HttpProblem as problem:
             held.close()
             # Where it was promised already, nobody must wait for it.
-            await self._records.keep(_failed(pending, problem))
+            await self._store.save(_failed(pending, problem))
             raise
-        held.enter_context(self._records.working(pending))
-        task = asyncio.create_task(self._run(pending, asked, held))
+        held.enter_context(self._store.working(pending))
+        task = asyncio.create_task(self._run(pending, job, held))
         self._tasks[pending.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
         return task
 
-    async def ended(self, assessment_id: str, wait_s: float) -> Record | None:
+    async def wait_for_result(self, assessment_id: str, wait_s: float) -> StoredAssessment | None:
         """What is known of an assessment, here or in another process, at its end or after `wait_s` seconds."""
         deadline = asyncio.get_running_loop().time() + wait_s
         if task := self._tasks.get(assessment_id):
@@ -141,9 +143,9 @@ class Assessments:
             if task.done():
                 return task.result()
         while True:
-            record = await self._records.get(assessment_id)
-            if record is None or record.status != "pending" or asyncio.get_running_loop().time() >= deadline:
-                return record
+            stored = await self._store.get(assessment_id)
+            if stored is None or stored.status != "pending" or asyncio.get_running_loop().time() >= deadline:
+                return stored
             await asyncio.sleep(_LOOK_S)
 
     async def drain(self, within_s: float) -> None:
@@ -152,29 +154,33 @@ class Assessments:
             _, late = await asyncio.wait(tasks, timeout=within_s)
             await asyncio.gather(*map(ended, late))
 
-    async def _run(self, pending: Record, asked: _Asked, held: ExitStack) -> Record:
+    async def _run(self, pending: StoredAssessment, job: _AssessmentJob, held: ExitStack) -> StoredAssessment:
         with held:
             try:
-                verdict = await self._judge.judge(asked.image, asked.detail)
-                record = Record(id=pending.id, tenant=pending.tenant, status="done", verdict=verdict)
+                verdict = await self._shedder.judge(job.image, job.detail)
+                stored = StoredAssessment(id=pending.id, tenant=pending.tenant, status="done", verdict=verdict)
             except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks has to hear of it
-                record = _failed(pending, problem_of(error))
-            await self._records.keep(record)
-            return record
+                stored = _failed(pending, problem_of(error))
+            await self._store.save(stored)
+            return stored
 
 
-def _failed(pending: Record, problem: Problem) -> Record:
-    return Record(id=pending.id, tenant=pending.tenant, status="failed", problem=problem.document())
+def _failed(pending: StoredAssessment, problem: HttpProblem) -> StoredAssessment:
+    return StoredAssessment(id=pending.id, tenant=pending.tenant, status="failed", problem=problem.document())
 
 
 def router(
-    access: Access, bodies: Bodies, assessments: Assessments, records: Records, remote: RemoteImages
+    authenticator: Authenticator,
+    body_reader: BodyReader,
+    assessments: Assessments,
+    store: AssessmentStore,
+    downloader: ImageDownloader,
 ) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["assessments"])
     answers: dict[int | str, dict[str, Any]] = {
         200: {"model": Verdict, "description": "The verdict"},
-        202: {"model": Assessment, "description": "Not judged yet; ask again at `Location`"},
+        202: {"model": AssessmentResource, "description": "Not judged yet; ask again at `Location`"},
     }
 
     @routes.post(
@@ -185,38 +191,38 @@ def router(
     )
     async def assess(
         request: Request,
-        key: Annotated[ApiKey, Depends(access.needs("moderate"))],
+        key: Annotated[ApiKey, Depends(authenticator.require("moderate"))],
         wait: Wait = 0,
         idempotency_key: IdempotencyKey = None,
     ) -> Response:
         assessment_id = uuid.uuid4().hex
         with ExitStack() as held:
-            account = held.enter_context(bodies.memory.account(key.id))
-            asked = await _asked(request, Wish(key, assessment_id), bodies, remote, account)
-            pending = Record(id=assessment_id, tenant=key.tenant, status="pending", process=records.process)
+            lease = held.enter_context(body_reader.memory.lease(key.id))
+            job = await _read_request(request, RequestContext(key, assessment_id), body_reader, downloader, lease)
+            pending = StoredAssessment(id=assessment_id, tenant=key.tenant, status="pending", process=store.process)
             if idempotency_key is not None:
-                known = await _claimed(f"{key.id}:{idempotency_key}", asked.digest, pending)
+                known = await _claimed(f"{key.id}:{idempotency_key}", job.digest, pending)
                 if known != assessment_id:
-                    return _answer(await assessments.ended(known, wait), known)
+                    return _answer(await assessments.wait_for_result(known, wait), known)
             elif not wait:
-                await records.promise(pending)
-            task = await assessments.start(pending, asked, key, held.pop_all())
+                await store.create_pending(pending)
+            task = await assessments.start(pending, job, key, held.pop_all())
         if wait:
             await asyncio.wait([task], timeout=wait)
             if not task.done() and idempotency_key is None:
-                await records.promise(pending)
+                await store.create_pending(pending)
         return _answer(task.result() if task.done() else pending, assessment_id)
 
-    async def _claimed(name: str, request: str, pending: Record) -> str:
+    async def _claimed(name: str, request: str, pending: StoredAssessment) -> str:
         """The assessment that an idempotency key stands for: a new one, unless it was used before."""
-        known = await records.claim(name, request, pending)
+        known = await store.claim(name, request, pending)
         if known.request != request:
-            raise Problem("idempotency-key-reused", "the idempotency key came with another request before")
+            raise HttpProblem("idempotency-key-reused", "the idempotency key came with another request before")
         if known.assessment != pending.id:
-            record = await records.get(known.assessment)
+            stored = await store.get(known.assessment)
             # What was not judged for a passing reason may be tried again, by one of those who ask.
-            passing = record is None or (record.problem is not None and record.problem["status"] in _PASSING)
-            if passing and await records.replace(name, known, pending):
+            passing = stored is None or (stored.problem is not None and stored.problem["status"] in _PASSING)
+            if passing and await store.replace(name, known, pending):
                 return pending.id
         return known.assessment
 
@@ -225,60 +231,62 @@ def router(
         summary="Ask for an assessment again",
         responses=answers,
     )
-    async def look(
-        assessment_id: str, key: Annotated[ApiKey, Depends(access.needs("moderate"))], wait: Wait = 0
+    async def get_assessment(
+        assessment_id: str, key: Annotated[ApiKey, Depends(authenticator.require("moderate"))], wait: Wait = 0
     ) -> Response:
-        record = await assessments.ended(assessment_id, 0) if _ID.fullmatch(assessment_id) else None
-        if record is None or record.tenant != key.tenant:
-            raise Problem("not-found", "there is no such assessment, or it was too long ago")
-        if record.status == "pending" and wait:
-            record = await assessments.ended(assessment_id, wait)
-        return _answer(record, assessment_id)
+        stored = await assessments.wait_for_result(assessment_id, 0) if _ID.fullmatch(assessment_id) else None
+        if stored is None or stored.tenant != key.tenant:
+            raise HttpProblem("not-found", "there is no such assessment, or it was too long ago")
+        if stored.status == "pending" and wait:
+            stored = await assessments.wait_for_result(assessment_id, wait)
+        return _answer(stored, assessment_id)
 
     return routes
 
 
-def _answer(record: Record | None, assessment_id: str) -> Response:
+def _answer(stored: StoredAssessment | None, assessment_id: str) -> Response:
     location = {"Location": f"{PATH}/{assessment_id}"}
-    if record is not None and record.problem is not None:
-        raise Problem.of_document(record.problem)
-    if record is not None and record.verdict is not None:
-        body = record.verdict.model_dump_json()
+    if stored is not None and stored.problem is not None:
+        raise HttpProblem.of_document(stored.problem)
+    if stored is not None and stored.verdict is not None:
+        body = stored.verdict.model_dump_json()
         return Response(body, 200, location, "application/json")
     body = to_json({"id": assessment_id, "status": "pending"}).decode()
     return Response(body, 202, location | {"Retry-After": "1"}, "application/json")
 
 
-async def _asked(request: Request, wish: Wish, bodies: Bodies, remote: RemoteImages, account: Account) -> _Asked:
+async def _read_request(
+    request: Request, context: RequestContext, body_reader: BodyReader, downloader: ImageDownloader, lease: MemoryLease
+) -> _AssessmentJob:
     if is_form(request):
-        form = await bodies.form(request, account)
+        form = await body_reader.form(request, lease)
         if form.file is None:
-            raise Problem("invalid", "the part `file` with the image is missing", param="file")
+            raise HttpProblem("invalid", "the part `file` with the image is missing", param="file")
         wanted = _parsed(_fields(form.fields))
         if wanted.uri is not None:
-            raise Problem("invalid", "an upload has no uri: send one or the other", param="uri")
-        image = await uploaded(form.file, _wish(wish, wanted))
+            raise HttpProblem("invalid", "an upload has no uri: send one or the other", param="uri")
+        image = await from_upload(form.file, _with_fields(context, wanted))
     else:
-        wanted = _parsed(await bodies.json(request, account))
+        wanted = _parsed(await body_reader.json(request, lease))
         if wanted.uri is None:
-            raise Problem("invalid", "uri is missing; or send the image as multipart/form-data", param="uri")
+            raise HttpProblem("invalid", "uri is missing; or send the image as multipart/form-data", param="uri")
         if wanted.uri.startswith("s3://"):
-            image = referred(wanted.uri, _wish(wish, wanted), version_id=wanted.version_id, etag=wanted.etag)
+            image = from_s3(wanted.uri, _with_fields(context, wanted), version_id=wanted.version_id, etag=wanted.etag)
         else:
-            image = await at_url(wanted.uri, _wish(wish, wanted), remote=remote, account=account)
+            image = await from_url(wanted.uri, _with_fields(context, wanted), downloader=downloader, lease=lease)
     said = [wanted.id, image.submission.uri, wanted.version_id, wanted.etag, wanted.policy, wanted.detail]
-    return _Asked(image, wanted.detail, hashlib.sha256(to_json(said)).hexdigest())
+    return _AssessmentJob(image, wanted.detail, hashlib.sha256(to_json(said)).hexdigest())
 
 
-def _wish(wish: Wish, wanted: AssessmentRequest) -> Wish:
-    return Wish(wish.key, wanted.id or wish.submission_id, wanted.policy)
+def _with_fields(context: RequestContext, wanted: AssessmentRequest) -> RequestContext:
+    return RequestContext(context.key, wanted.id or context.submission_id, wanted.policy)
 
 
 def _fields(fields: Mapping[str, str]) -> Any:
     """The fields of a form: each by itself, over those in the JSON of `request`."""
     inside = decoded(fields["request"]) if "request" in fields else {}
     if not isinstance(inside, dict):
-        raise Problem("invalid", "the part `request` has to be a JSON object", param="request")
+        raise HttpProblem("invalid", "the part `request` has to be a JSON object", param="request")
     return inside | {name: value for name, value in fields.items() if name != "request"}
 
 
@@ -288,7 +296,7 @@ def _parsed(document: Any) -> AssessmentRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise Problem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+        raise HttpProblem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
 
 
 def _content() -> dict[str, Any]:

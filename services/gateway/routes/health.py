@@ -13,12 +13,12 @@ from pydantic_core import to_json
 from services.core.errors import SluiceError
 from services.core.messages import PreparedImage, Submission
 from services.core.tasks import ended
-from services.gateway.api_keys import KeyRing
-from services.gateway.problems import Problem
-from services.moderation.moderator import Guard, ImagePreparer, PolicySource
+from services.gateway.api_keys import ApiKeyCache
+from services.gateway.problems import HttpProblem
+from services.moderation.moderator import GuardClient, ImagePreparer, PolicySource
 
 _EVERY_S: Final = 5.0
-_EVERY_S_IN_TROUBLE: Final = 1.0
+_EVERY_S_NOT_READY: Final = 1.0
 _TRY_S: Final = 20.0
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,15 @@ log = logging.getLogger(__name__)
 class Readiness:
     """Tries, every few seconds, what a request needs. To be used as an async context manager."""
 
-    def __init__(self, *, policies: PolicySource, preparer: ImagePreparer, guard: Guard, keys: KeyRing) -> None:
+    def __init__(
+        self, *, policies: PolicySource, preparer: ImagePreparer, guard: GuardClient, keys: ApiKeyCache
+    ) -> None:
         self._policies = policies
         self._preparer = preparer
         self._guard = guard
         self._keys = keys
         self._image: PreparedImage | None = None
-        self.trouble = "the gateway is starting"
+        self.not_ready_reason = "the gateway is starting"
         """What keeps it from answering; empty when nothing does."""
 
     async def __aenter__(self) -> Self:
@@ -43,7 +45,7 @@ class Readiness:
     async def __aexit__(self, *_: object) -> None:
         await ended(self._task)
 
-    async def look(self) -> str:
+    async def probe(self) -> str:
         """Try it now; what is wrong, or nothing."""
         try:
             async with asyncio.timeout(_TRY_S):
@@ -61,14 +63,14 @@ class Readiness:
     async def _watch(self) -> None:
         while True:
             try:
-                trouble = await self.look()
+                not_ready_reason = await self.probe()
             except Exception:
                 log.exception("readiness could not be looked at")
-                trouble = "the gateway failed; its log says why"
-            if trouble != self.trouble:
-                log.info("the gateway is %s", f"not ready: {trouble}" if trouble else "ready")
-            self.trouble = trouble
-            await asyncio.sleep(_EVERY_S_IN_TROUBLE if trouble else _EVERY_S)
+                not_ready_reason = "the gateway failed; its log says why"
+            if not_ready_reason != self.not_ready_reason:
+                log.info("the gateway is %s", f"not ready: {not_ready_reason}" if not_ready_reason else "ready")
+            self.not_ready_reason = not_ready_reason
+            await asyncio.sleep(_EVERY_S_NOT_READY if not_ready_reason else _EVERY_S)
 
 
 def router(readiness: Readiness) -> APIRouter:
@@ -81,8 +83,8 @@ def router(readiness: Readiness) -> APIRouter:
 
     @routes.get("/readyz", summary="Whether requests can be answered")
     async def readyz() -> Response:
-        if readiness.trouble:
-            raise Problem("unavailable", "not ready: something that is needed is away", retry_after_s=_EVERY_S)
+        if readiness.not_ready_reason:
+            raise HttpProblem("unavailable", "not ready: something that is needed is away", retry_after_s=_EVERY_S)
         return Response(to_json({"status": "ready"}), media_type="application/json")
 
     return routes

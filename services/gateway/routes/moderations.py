@@ -17,12 +17,12 @@ from pydantic_core import to_json
 
 from services.core.messages import CATEGORIES, Policy, Verdict
 from services.gateway.api_keys import ApiKey
-from services.gateway.auth import Access
-from services.gateway.image_inputs import Wish, at_url
-from services.gateway.load_shedding import Judge, unless_gone
-from services.gateway.problems import IMAGE_KINDS, Problem, problem_of
-from services.gateway.request_bodies import Bodies
-from services.gateway.url_fetch import RemoteImages
+from services.gateway.auth import Authenticator
+from services.gateway.image_inputs import RequestContext, from_url
+from services.gateway.load_shedding import LoadShedder, cancel_on_disconnect
+from services.gateway.problems import IMAGE_KINDS, HttpProblem, problem_of
+from services.gateway.request_bodies import BodyReader
+from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/moderations"
 MOST_IMAGES: Final = 16
@@ -64,7 +64,7 @@ class ModerationRequest(BaseModel):
     )
 
 
-class ModerationResult(BaseModel):
+class OpenAIModerationResult(BaseModel):
     """What was found about one image, with Sluice's own fields beside OpenAI's."""
 
     flagged: bool
@@ -89,7 +89,7 @@ class ModerationResponse(BaseModel):
 
     id: str
     model: str
-    results: list[ModerationResult]
+    results: list[OpenAIModerationResult]
 
 
 class Policies(Protocol):
@@ -99,7 +99,13 @@ class Policies(Protocol):
         """The policy that `name@7` stands for."""
 
 
-def router(access: Access, bodies: Bodies, judge: Judge, remote: RemoteImages, policies: Policies) -> APIRouter:
+def router(
+    authenticator: Authenticator,
+    body_reader: BodyReader,
+    shedder: LoadShedder,
+    downloader: ImageDownloader,
+    policies: Policies,
+) -> APIRouter:
     """The route."""
     routes = APIRouter(tags=["moderations"])
 
@@ -109,9 +115,11 @@ def router(access: Access, bodies: Bodies, judge: Judge, remote: RemoteImages, p
         summary="Judge images, as OpenAI's moderation endpoint does",
         openapi_extra={"requestBody": {"required": True, "content": _content()}},
     )
-    async def moderate(request: Request, key: Annotated[ApiKey, Depends(access.needs("moderate"))]) -> Response:
-        with bodies.memory.account(key.id) as account:
-            document = await bodies.json(request, account)
+    async def moderate(
+        request: Request, key: Annotated[ApiKey, Depends(authenticator.require("moderate"))]
+    ) -> Response:
+        with body_reader.memory.lease(key.id) as lease:
+            document = await body_reader.json(request, lease)
             wanted = _parsed(document)
             inputs = wanted.input if isinstance(wanted.input, list) else [wanted.input]
             del document
@@ -120,12 +128,12 @@ def router(access: Access, bodies: Bodies, judge: Judge, remote: RemoteImages, p
 
             async def judged(number: int, url: str) -> Verdict:
                 async with gate:
-                    wish = Wish(key, f"{answer_id}-{number}", wanted.policy)
-                    image = await at_url(url, wish, remote=remote, account=account)
-                    return await judge.judge(image)
+                    context = RequestContext(key, f"{answer_id}-{number}", wanted.policy)
+                    image = await from_url(url, context, downloader=downloader, lease=lease)
+                    return await shedder.judge(image)
 
             work = [judged(number, each.image_url.url) for number, each in enumerate(inputs)]
-            ended = await unless_gone(asyncio.gather(*work, return_exceptions=True), request.is_disconnected)
+            ended = await cancel_on_disconnect(asyncio.gather(*work, return_exceptions=True), request.is_disconnected)
         verdicts: list[Verdict] = []
         for number, verdict in enumerate(ended):
             if isinstance(verdict, Verdict):
@@ -176,7 +184,7 @@ async def _own_categories(verdict: Verdict, policies: Policies) -> Sequence[str]
 def _parsed(document: Any) -> ModerationRequest:
     """
     Raises:
-        Problem: it asks for text to be judged, or a field is wrong.
+        HttpProblem: it asks for text to be judged, or a field is wrong.
     """
     _refuse_text(document)
     try:
@@ -184,7 +192,7 @@ def _parsed(document: Any) -> ModerationRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = _path([part for part in first["loc"] if part not in {"ImageInput", "list[ImageInput]"}])
-        raise Problem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+        raise HttpProblem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
 
 
 def _refuse_text(document: Any) -> None:
@@ -194,7 +202,7 @@ def _refuse_text(document: Any) -> None:
         is_text = isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text")
         if is_text:
             field = f"input[{number}]" if isinstance(given, list) else "input"
-            raise Problem("invalid", "text is not judged here; send images as parts of type image_url", param=field)
+            raise HttpProblem("invalid", "text is not judged here; send images as parts of type image_url", param=field)
 
 
 def _path(parts: list[int | str]) -> str:

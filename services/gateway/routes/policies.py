@@ -12,9 +12,9 @@ from pydantic_core import to_json
 
 from services.core.errors import ConfigurationError, UnknownPolicy
 from services.gateway.api_keys import ApiKey
-from services.gateway.auth import Access
-from services.gateway.problems import Problem
-from services.gateway.request_bodies import Bodies, decoded
+from services.gateway.auth import Authenticator
+from services.gateway.problems import HttpProblem
+from services.gateway.request_bodies import BodyReader, decoded
 from services.policies.cache import PolicyCache
 from services.policies.document_yaml import InvalidDocument, read_document, warnings
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
@@ -116,7 +116,7 @@ class PolicyRoutes:
     async def publish(self, data: bytes) -> tuple[StoredVersion, list[str]]:
         """
         Raises:
-            Problem: the document is wrong; all that is wrong with it is named.
+            HttpProblem: the document is wrong; all that is wrong with it is named.
         """
         try:
             document = await asyncio.to_thread(read_document, data, "document")
@@ -125,7 +125,7 @@ class PolicyRoutes:
                 {"line": each.line, "column": each.column, "field": each.field, "message": each.message}
                 for each in error.problems
             ]
-            raise Problem("bad-policy", str(error), problems=problems) from None
+            raise HttpProblem("bad-policy", str(error), problems=problems) from None
         stored = await asyncio.to_thread(self._registry.publish, document)
         await self._tell(self._shared.cache_version(stored))
         return stored, warnings(document)
@@ -134,12 +134,12 @@ class PolicyRoutes:
         """Make a change of a roll-out, and tell every process.
 
         Raises:
-            Problem: the roll-out does not allow it.
+            HttpProblem: the roll-out does not allow it.
         """
         try:
             done = await asyncio.to_thread(change)
         except ConfigurationError as error:
-            raise Problem("policy-conflict", str(error)) from None
+            raise HttpProblem("policy-conflict", str(error)) from None
         self._cache.accept(done)
         await self._tell(self._shared.publish_change(done.name, done))
         return done
@@ -175,11 +175,13 @@ class PolicyRoutes:
         }
 
 
-def router(access: Access, bodies: Bodies, work: PolicyRoutes, registry: PolicyRegistry) -> APIRouter:
+def router(
+    authenticator: Authenticator, body_reader: BodyReader, work: PolicyRoutes, registry: PolicyRegistry
+) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["policies"], prefix=PATH)
-    Reviewer = Annotated[ApiKey, Depends(access.needs("review"))]  # noqa: N806
-    Admin = Annotated[ApiKey, Depends(access.needs("admin"))]  # noqa: N806
+    Reviewer = Annotated[ApiKey, Depends(authenticator.require("review"))]  # noqa: N806
+    Admin = Annotated[ApiKey, Depends(authenticator.require("admin"))]  # noqa: N806
 
     @routes.get("", response_model=list[PolicySummary], summary="List the policies")
     async def list_(_: Reviewer) -> Response:
@@ -193,8 +195,8 @@ def router(access: Access, bodies: Bodies, work: PolicyRoutes, registry: PolicyR
         openapi_extra={"requestBody": {"required": True, "content": _documents()}},
     )
     async def publish(request: Request, key: Admin) -> Response:
-        with bodies.memory.account(key.id) as account:
-            stored, warned = await work.publish(await bodies.read(request, account))
+        with body_reader.memory.lease(key.id) as lease:
+            stored, warned = await work.publish(await body_reader.read(request, lease))
         log.info("%s published %s@%d", key.name, stored.name, stored.version)
         answer = {"name": stored.name, "version": stored.version, "digest": stored.digest, "warnings": warned}
         return _json(answer, 201, {"Location": f"{PATH}/{stored.name}@{stored.version}"})
@@ -218,8 +220,8 @@ def router(access: Access, bodies: Bodies, work: PolicyRoutes, registry: PolicyR
         openapi_extra=_body(Activation),
     )
     async def activate(name: str, request: Request, key: Admin) -> Response:
-        with bodies.memory.account(key.id) as account:
-            wanted = _parsed(Activation, await bodies.json(request, account))
+        with body_reader.memory.lease(key.id) as lease:
+            wanted = _parsed(Activation, await body_reader.json(request, lease))
         change = work.change(lambda: registry.activate(name, wanted.version, who=key.name, why=wanted.why))
         return _json(_entry(await _absent_is_404(change)))
 
@@ -230,8 +232,8 @@ def router(access: Access, bodies: Bodies, work: PolicyRoutes, registry: PolicyR
         openapi_extra=_body(Rollback, required=False),
     )
     async def rollback(name: str, request: Request, key: Admin) -> Response:
-        with bodies.memory.account(key.id) as account:
-            body = await bodies.read(request, account)
+        with body_reader.memory.lease(key.id) as lease:
+            body = await body_reader.read(request, lease)
         wanted = _parsed(Rollback, decoded(body) if body else {})
         change = work.change(lambda: registry.rollback(name, who=key.name, why=wanted.why))
         return _json(_entry(await _absent_is_404(change)))
@@ -243,9 +245,9 @@ async def _absent_is_404(work: Awaitable[Any]) -> Any:
     try:
         return await work
     except UnknownPolicy as error:
-        raise Problem("not-found", str(error)) from None
+        raise HttpProblem("not-found", str(error)) from None
     except ConfigurationError as error:
-        raise Problem("unavailable", str(error)) from None
+        raise HttpProblem("unavailable", str(error)) from None
 
 
 def _parsed(model: type[Any], document: Any) -> Any:
@@ -254,7 +256,7 @@ def _parsed(model: type[Any], document: Any) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise Problem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+        raise HttpProblem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
 
 
 def _entry(change: Change) -> dict[str, Any]:
