@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import StoredObject, Submission, Verdict
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.moderation.moderator import Moderation
@@ -90,7 +90,7 @@ async def plain(folder: Path, pause_s: float) -> float:
 def command(folder: Path, pause_ms: float) -> tuple[float, float]:
     """Rows a second while it judges, and seconds of the whole command."""
     address = folder / "address"
-    cluster = Child(
+    cluster = SupervisedProcess(
         [sys.executable, "-m", "tests.support.annotation_service", str(address), str(folder / "log"), str(pause_ms)],
         log=folder / "cluster.log",
     )

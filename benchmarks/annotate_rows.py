@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 
 FILE_ROWS: Final = 50_000
 BROKEN: Final = 100
@@ -74,7 +74,7 @@ def picture(number: int) -> bytes:
 def annotate(folder: Path) -> tuple[dict[str, int], dict[str, int], float]:
     """Rows a second of each stage; the most bytes of the command, and of any of its workers; seconds of everything."""
     address = folder / "address"
-    cluster = Child(
+    cluster = SupervisedProcess(
         [sys.executable, "-m", "tests.support.annotation_service", str(address), str(folder / "log"), "0"],
         log=folder / "cluster.log",
     )

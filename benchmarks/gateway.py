@@ -28,7 +28,7 @@ from PIL import Image
 from ray._private.async_compat import try_install_uvloop
 
 from pipelines.local import backends as embedded
-from services.core.messages import CATEGORIES, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
+from services.core.messages import CATEGORIES, Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry
 from services.gateway.app import Dependencies, create_app
@@ -49,7 +49,7 @@ class TimedGuard:
     """Takes 50 ms, and says in the rationale how many they were."""
 
     async def assess_each(
-        self, _image: PreparedImage, policies: Sequence[Policy], _detail: Detail, _turn: Turn
+        self, _image: PreparedImage, policies: Sequence[Policy], _detail: Detail, _turn: GuardPriority
     ) -> list[Assessment]:
         began = time.perf_counter()
         await asyncio.sleep(GUARD_S)

@@ -32,8 +32,8 @@ from ray.serve import Application
 
 from pipelines.serving import build as serve_app
 from pipelines.serving.app import APPLICATION, INTAKE, application
-from services.core.messages import Assessment, Detail, Policy, PreparedImage, Submission, Turn, Verdict
-from services.core.processes import Child, free_port
+from services.core.messages import Assessment, Detail, GuardPriority, Policy, PreparedImage, Submission, Verdict
+from services.core.processes import SupervisedProcess, free_port
 from services.core.settings import Settings
 from services.streams.factory import open_reader
 from tests.faults.backends import Backends
@@ -69,7 +69,7 @@ class TimedGuard:
         await asyncio.sleep(START_S)
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
         async with self._places:
             await asyncio.sleep(GUARD_IN_FLIGHT / REPLICA_PER_S * len(policies))
@@ -224,7 +224,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
         "PYTHONPATH": str(ROOT),
         "PATH": path,
     }
-    child = Child(argv, log=folder / "head.log", env=os.environ | environment | head)
+    child = SupervisedProcess(argv, log=folder / "head.log", env=os.environ | environment | head)
     try:
         await _until_listening(host, port, child)
         ray.init(address, logging_level="ERROR", log_to_driver=False)
@@ -234,7 +234,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
         child.kill()
 
 
-async def _until_listening(host: str, port: int, child: Child) -> None:
+async def _until_listening(host: str, port: int, child: SupervisedProcess) -> None:
     deadline = time.monotonic() + _UP_S
     while True:
         with suppress(OSError):

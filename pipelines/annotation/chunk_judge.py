@@ -11,7 +11,7 @@ from pipelines.annotation.image_reader import Images
 from pipelines.annotation.schema import ANNOTATION, Dead, ParquetBuffer, Row, annotation, with_extras
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
 from services.core.messages import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
-from services.core.retry import patiently
+from services.core.retry import retry_while_unavailable
 from services.moderation.moderator import GuardClient, ImagePreparer, Moderation
 
 _BACKFILL: Final[Priority] = "backfill"
@@ -78,7 +78,7 @@ class Judge:
         """The answer, and whether it says something about this reference only."""
         async with self._places:
             try:
-                return await patiently(lambda: self._judge_now(row)), False
+                return await retry_while_unavailable(lambda: self._judge_now(row)), False
             except Unjudgeable as error:
                 return Dead(error.reason, str(error)), isinstance(error, _OF_THE_REFERENCE)
 

@@ -16,7 +16,7 @@ from pipelines.annotation.reader import annotations, parts
 from pipelines.annotation.schema import Row, to_parquet
 from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, Unjudgeable
-from services.core.retry import patiently
+from services.core.retry import retry_while_unavailable
 
 MARKER: Final = "_curated.json"
 _PARTS: Final = {"references": "references-", "tars": "curated-"}
@@ -139,7 +139,7 @@ async def _with_bytes(source: Folder, wanted: Filter, images: Images) -> AsyncIt
 
     async def read(row: Row) -> bytes | None:
         try:
-            return await patiently(lambda: _read(row, images))
+            return await retry_while_unavailable(lambda: _read(row, images))
         except Unjudgeable:
             return None
 

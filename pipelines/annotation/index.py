@@ -19,7 +19,7 @@ from pipelines.annotation.sources.tars import Cut, Member, members
 from pipelines.annotation.storage import folder
 from services.core.errors import Malformed, NotAnImage, TooLarge, Unjudgeable
 from services.core.messages import decode_json, id_of
-from services.core.retry import patiently
+from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
 
 _AT_A_TIME: Final = 32
@@ -47,7 +47,7 @@ class Indexer:
         Waits for what is away.
         """
         try:
-            rows, extras = await patiently(lambda: asyncio.to_thread(self._rows, piece))
+            rows, extras = await retry_while_unavailable(lambda: asyncio.to_thread(self._rows, piece))
             if self._source.kind in ("images", "references"):
                 rows = await self._read_all(rows)
             return self._table(rows, extras)
@@ -96,7 +96,7 @@ class Indexer:
 
         async def read(row: Row) -> Row:
             async with places:
-                return row if row.get("reason") else await patiently(lambda: self._digested(row))
+                return row if row.get("reason") else await retry_while_unavailable(lambda: self._digested(row))
 
         return await asyncio.gather(*map(read, rows))
 

@@ -21,7 +21,7 @@ from pipelines.clients.ray_address import NO_CLUSTER
 from pipelines.serving.app import APPLICATION
 from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError, SluiceError
-from services.core.processes import end_with_this_process
+from services.core.processes import kill_descendants_on_exit
 from services.core.settings import Settings
 from services.guard import checkpoints
 
@@ -67,7 +67,7 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if address in NO_CLUSTER:
         progress("starting Ray on this machine")
-        end_with_this_process()
+        kill_descendants_on_exit()
         with silent():
             ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     else:

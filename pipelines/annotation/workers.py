@@ -18,7 +18,7 @@ from pipelines.annotation.storage import folder
 from pipelines.serving.guard_deployment import RemoteGuard
 from services.core.errors import StoreUnavailable
 from services.core.messages import Policy
-from services.core.retry import patiently
+from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.images.decoder_pool import DecoderPool
@@ -110,6 +110,6 @@ async def _kept(work: Callable[..., T], *arguments: Any) -> T:
 
     try:
         async with asyncio.timeout(_STORE_PATIENCE_S):
-            return await patiently(attempt)
+            return await retry_while_unavailable(attempt)
     except TimeoutError:
         raise away or StoreUnavailable("the object store does not answer") from None

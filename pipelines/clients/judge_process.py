@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult
 from pipelines.serving.app import APPLICATION, INTAKE
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 
 _PAUSES_S: Final = (1.0, 5.0, 15.0)
 """A replica that died is replaced meanwhile."""
@@ -67,7 +67,7 @@ async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], 
         reading = read()
         judging = asyncio.create_task(_judge_all(channel, intake, trials, in_flight))
         await asyncio.wait([reading, judging], return_when=asyncio.FIRST_COMPLETED)
-        await ended(judging)  # nobody waits for the answers any more
+        await cancel_and_wait(judging)  # nobody waits for the answers any more
 
 
 async def _judge_all(

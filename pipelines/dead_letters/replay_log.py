@@ -12,7 +12,7 @@ from redis.exceptions import LockError, RedisError
 
 from services.core.errors import ConfigurationError, SluiceError, Unavailable
 from services.core.settings import Settings
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 
 _ANSWER_S: Final = 5.0
 _LEASE_S: Final = 20.0
@@ -55,7 +55,7 @@ class ReplayLog:
 
     async def __aexit__(self, *_: object) -> None:
         if self._renewing and self._lock:
-            await ended(self._renewing)
+            await cancel_and_wait(self._renewing)
             with suppress(RedisError, OSError):
                 await self._lock.release()
         await self._redis.aclose()

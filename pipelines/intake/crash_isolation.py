@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final, Self
 
 from services.core.errors import GuardFailed
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 CRASHES: Final = 3
@@ -99,7 +99,7 @@ class Quarantine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
         with suppress(CacheUnavailable):
             await self._shared.run(_LEAVE, self._keys, self._member)
 

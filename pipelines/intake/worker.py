@@ -25,9 +25,9 @@ from services.core.errors import (
     UnknownPolicy,
 )
 from services.core.messages import DeadLetter, Priority, attempts_before, producer_headers
-from services.core.retry import GiveUps
+from services.core.retry import FailureBudget
 from services.core.settings import Settings
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.moderation.moderator import Moderation, ModerationResult, skipped_verdict
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Lag, Message, Record, Transport
@@ -112,7 +112,7 @@ class Lane:
             self.handling.add(task)
             task.add_done_callback(self.handling.discard)
 
-    def give_up_blockers(self, deadline_s: float, give_ups: GiveUps) -> None:
+    def give_up_blockers(self, deadline_s: float, give_ups: FailureBudget) -> None:
         """End those messages that have held up a full window for `deadline_s`."""
         for message in self.transport.blocked():
             work = self.works.get(message.source)
@@ -220,8 +220,8 @@ class Intake:
         self._lanes = [self._live]
         if backfill:
             self._lanes.append(Lane(backfill, self, max(1, settings.in_flight // 2), "backfill"))
-        self._give_ups = GiveUps()
-        self._doubtful = GiveUps(_DOUBTFUL_PER_SUCCESS, _DOUBTFUL_IN_A_ROW, _DOUBTFUL_IN_A_ROW)
+        self._give_ups = FailureBudget()
+        self._doubtful = FailureBudget(_DOUBTFUL_PER_SUCCESS, _DOUBTFUL_IN_A_ROW, _DOUBTFUL_IN_A_ROW)
         self.lags: dict[Priority, Lag] = {}
         """The newest reading of each stream; none where it could not be read."""
         self._draining = False
@@ -245,7 +245,7 @@ class Intake:
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + self._settings.drain_s
-        await asyncio.gather(*map(ended, self._watching))
+        await asyncio.gather(*map(cancel_and_wait, self._watching))
         _, waiting = await asyncio.wait(self._receiving, timeout=self._settings.drain_s)
         for task in waiting:  # for a message that may only be read while no other is worked on
             task.cancel()
@@ -253,7 +253,7 @@ class Intake:
             _, late = await asyncio.wait(handling, timeout=max(0.0, deadline - time.monotonic()))
             if late:
                 log.warning("%d submissions are left to other members: they were not judged in time", len(late))
-                await asyncio.gather(*map(ended, late))
+                await asyncio.gather(*map(cancel_and_wait, late))
         await asyncio.gather(*(lane.transport.close() for lane in self._lanes))
 
     async def conclude(self, work: _Work, entry: Accepted) -> list[Record]:
@@ -303,7 +303,7 @@ class Intake:
                     )
                 patience_s = _DOUBT_S
         finally:
-            await ended(judging)
+            await cancel_and_wait(judging)
 
     def verdicts(self, entry: Accepted, judgement: ModerationResult) -> list[Record]:
         """The records of a judgement."""

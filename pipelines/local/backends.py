@@ -19,7 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from services.core.errors import ConfigurationError
-from services.core.processes import Child, free_port
+from services.core.processes import SupervisedProcess, free_port
 
 _START_S: Final = 30.0
 
@@ -66,7 +66,7 @@ def _valkey(folder: Path) -> Iterator[str]:
     except ImportError:
         raise _not_installed() from None
     port = free_port()
-    child = Child(
+    child = SupervisedProcess(
         [
             *(str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
             *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"),
@@ -90,7 +90,9 @@ def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, st
         "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(16),
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    child = Child([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log=folder / "s3.log")
+    child = SupervisedProcess(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log=folder / "s3.log"
+    )
     s3 = boto3.client(
         "s3",
         endpoint_url=endpoint,
@@ -106,7 +108,7 @@ def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, st
 
 
 @contextmanager
-def _running(child: Child, name: str, answers: Callable[[], bool]) -> Iterator[None]:
+def _running(child: SupervisedProcess, name: str, answers: Callable[[], bool]) -> Iterator[None]:
     """Wait until the server answers; stop it at the end, whatever happens in between."""
     deadline = time.monotonic() + _START_S
     try:

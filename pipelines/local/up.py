@@ -29,7 +29,7 @@ from pipelines.serving.app import APPLICATION, INTAKE, application
 from pipelines.serving.gateway_deployment import GATEWAY
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
-from services.core.processes import end_with_this_process, kill_descendants
+from services.core.processes import kill_descendants, kill_descendants_on_exit
 from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry
 from services.guard import checkpoints
@@ -79,7 +79,7 @@ def running_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settin
             checkpoints.resolve(settings.model)
             _check_reachable(settings)
             _publish_built_in(settings)
-            end_with_this_process()
+            kill_descendants_on_exit()
             settings, reaching_gateway = stack.enter_context(_gateway(settings, embed=embed))
             progress("starting Ray")
             stack.enter_context(_ray(settings))

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError
-from services.core.messages import Assessment, Detail, Policy, PreparedImage, Turn
+from services.core.messages import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.guard.engine import Engine
@@ -45,12 +45,14 @@ class GuardDeployment:
             await self._engine.stop()
             raise
 
-    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
+    async def assess(
+        self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"
+    ) -> Assessment:
         """As `GuardInference.assess`."""
         return await self._guard.assess(image, policy, detail, priority)
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
         """As `GuardInference.assess_each`."""
         return await self._guard.assess_each(image, policies, detail, priority)
@@ -92,13 +94,15 @@ class RemoteGuard:
         self.in_flight = 0
         """Calls that have no answer yet, also those that wait for a replica."""
 
-    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
+    async def assess(
+        self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"
+    ) -> Assessment:
         """As `GuardInference.assess`; a replica that dies meanwhile, or none to be had, is GuardUnavailable."""
         assessment: Assessment = await self._call("assess", image, policy, detail, priority)
         return assessment
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
         """As `GuardInference.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
         if not policies:

@@ -19,10 +19,10 @@ from services.core.errors import DeadLetterReason, Malformed
 
 Rating = Literal["Safe", "Unsafe"]
 Action = Literal["allow", "review", "block"]
-Outcome = Literal["verdict", "needs_review", "superseded"]
+VerdictOutcome = Literal["verdict", "needs_review", "superseded"]
 ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
 Priority = Literal["live", "backfill"]
-Turn = Literal["interactive"] | Priority
+GuardPriority = Literal["interactive"] | Priority
 """Who comes first at the guard: someone who waits for the answer, then live submissions, then backfill."""
 Effort = Literal["full", "first_look"]
 EffortMode = Literal["full", "adaptive"]
@@ -260,7 +260,7 @@ class Verdict(WireModel):
     etag: str | None
     sha256: str | None
     tenant: str
-    outcome: Outcome
+    outcome: VerdictOutcome
     reason: ReviewReason | None = None
     rating: Rating | None
     category: str | None

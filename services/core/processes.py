@@ -1,9 +1,9 @@
-"""Child processes that never outlive their parent, however it ends.
+"""SupervisedProcess processes that end with their parent, even if the parent is killed.
 
-`Child` starts a *guardian*: this module as a program, leader of a process group of its own, which starts the real
-command. When the parent is gone (SIGKILL included) or asks for it, the guardian kills every descendant, also those
-that moved to another group or session. A second process stands by to kill the group when the guardian itself is killed:
-Ray kills the children of a worker that ends, and would leave theirs behind.
+`SupervisedProcess` starts a supervisor: this module as a program, which leads a process group of its own and starts the
+command. When the parent asks for it or is gone (SIGKILL included), the supervisor kills every descendant, including
+those in another process group or session. A watchdog process kills the group if the supervisor itself is killed. This
+is needed because Ray kills the children of a worker that exits, but not their children.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ import psutil
 _PARENT_CHECK_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
-_FAMILY_CHECK_S: Final = 1.0
+_DESCENDANTS_CHECK_S: Final = 1.0
 
 
-class Child:
+class SupervisedProcess:
     """A command running in the background, with its output in a file."""
 
     def __init__(self, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
@@ -36,7 +36,7 @@ class Child:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._guardian = subprocess.Popen(
+            self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(os.getpid()), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -48,12 +48,12 @@ class Child:
     @property
     def returncode(self) -> int | None:
         """The exit status, or None while it runs."""
-        return self._guardian.poll()
+        return self._supervisor.poll()
 
     @property
     def pid(self) -> int:
         """The process group's id."""
-        return self._guardian.pid
+        return self._supervisor.pid
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of its output."""
@@ -62,36 +62,36 @@ class Child:
             return "\n".join(output.read().decode(errors="replace").splitlines()[-lines:])
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """SIGTERM the command, wait up to `grace_s`, then kill whatever is left. Does nothing the second time."""
+        """Send SIGTERM to the command, wait up to `grace_s`, then kill all descendants. A second call does nothing."""
         if self.returncode is None:
-            self._guardian.terminate()
+            self._supervisor.terminate()
             try:
-                self._guardian.wait(grace_s)
+                self._supervisor.wait(grace_s)
             except subprocess.TimeoutExpired:
                 self.kill()
-        self._guardian.wait()
+        self._supervisor.wait()
 
     def kill(self) -> None:
         """Kill the command and all its descendants now."""
         if self.returncode is None:
-            self._guardian.send_signal(signal.SIGUSR1)
+            self._supervisor.send_signal(signal.SIGUSR1)
             try:
-                self._guardian.wait(2)
+                self._supervisor.wait(2)
             except subprocess.TimeoutExpired:
-                os.killpg(self._guardian.pid, signal.SIGKILL)
-        self._guardian.wait()
+                os.killpg(self._supervisor.pid, signal.SIGKILL)
+        self._supervisor.wait()
 
 
-def _guard(parent: int, argv: list[str]) -> int:
-    """Run `argv` until it ends, the parent is gone, or a signal asks for its end; leave no descendant behind."""
+def _supervise(parent: int, argv: list[str]) -> int:
+    """Run `argv` until it exits, the parent is gone, or a signal asks to stop. Then kill all descendants."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    standby = _stand_by()
+    watchdog = _spawn_watchdog()
 
-    def die_with_guardian() -> None:
+    def die_with_supervisor() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    child = subprocess.Popen(argv, preexec_fn=die_with_guardian)  # noqa: PLW1509 - no threads in this process
+    child = subprocess.Popen(argv, preexec_fn=die_with_supervisor)  # noqa: PLW1509 - no threads in this process
     killed = False
 
     def kill(*_: object) -> None:
@@ -103,9 +103,9 @@ def _guard(parent: int, argv: list[str]) -> int:
     signal.signal(signal.SIGUSR1, kill)
     while child.poll() is None and os.getppid() == parent and not killed:
         time.sleep(_PARENT_CHECK_S)
-    kill_descendants(spare=standby)
-    os.kill(standby, signal.SIGKILL)  # it would end by itself, unless someone has stopped it
-    os.waitpid(standby, 0)
+    kill_descendants(spare=watchdog)
+    os.kill(watchdog, signal.SIGKILL)  # it exits by itself, unless it was suspended by SIGSTOP
+    os.waitpid(watchdog, 0)
     return child.wait()
 
 
@@ -116,7 +116,7 @@ def kill_descendants(*, spare: int | None = None, within_s: float = math.inf) ->
     because a process may hang in the kernel.
     """
     deadline = time.monotonic() + within_s
-    while descendants := [each for each in psutil.Process().children(recursive=True) if _lives(each, spare)]:
+    while descendants := [each for each in psutil.Process().children(recursive=True) if _is_alive(each, spare)]:
         for descendant in descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
@@ -125,22 +125,22 @@ def kill_descendants(*, spare: int | None = None, within_s: float = math.inf) ->
         time.sleep(0.01)
 
 
-def _lives(process: psutil.Process, standby: int | None) -> bool:
+def _is_alive(process: psutil.Process, watchdog: int | None) -> bool:
     try:
-        return process.pid != standby and bool(process.status() != psutil.STATUS_ZOMBIE)
+        return process.pid != watchdog and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def _stand_by() -> int:
-    """Fork the process that kills this one's group once this one is gone."""
-    guardian, gone = os.getpid(), os.pidfd_open(os.getpid())
+def _spawn_watchdog() -> int:
+    """Fork a watchdog that kills this process's group after this process is gone. Returns its process id."""
+    supervisor, gone = os.getpid(), os.pidfd_open(os.getpid())
     pid = os.fork()
     if pid == 0:
-        os.setsid()  # not in the group that it is going to kill
+        os.setsid()  # leave the group, to survive the kill below
         select.select([gone], [], [])
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(guardian, signal.SIGKILL)
+            os.killpg(supervisor, signal.SIGKILL)
         os._exit(0)
     os.close(gone)
     return pid
@@ -153,26 +153,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def end_with_this_process() -> None:
-    """See to it that the descendants of this process end when it does, even by SIGKILL.
+def kill_descendants_on_exit() -> None:
+    """Start a process that kills all descendants of this process after it has exited, even by SIGKILL.
 
-    For what is not started as a `Child`, such as Ray. Another process watches the family and waits for the moment.
-    Descendants are known to it a second after they were started.
+    Use it for processes that are not started by `SupervisedProcess`, such as Ray's. It checks once a second, so a
+    descendant that is younger than a second may survive.
     """
     subprocess.Popen(
         [sys.executable, "-m", __name__, str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
     )
 
 
-def _outlive(parent: int) -> int:
-    """Remember the descendants of `parent`, whoever their parents become, and kill what is left of them after it."""
-    family: set[psutil.Process] = set()
+def _kill_after(parent: int) -> int:
+    """Record the descendants of `parent`, including those that lose their parent, and kill them after it has exited."""
+    descendants: set[psutil.Process] = set()
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-        ended, watched = os.pidfd_open(parent), psutil.Process(parent)
-        while not select.select([ended], [], [], _FAMILY_CHECK_S)[0]:
-            family = {process for process in family if process.is_running()}
-            family.update(watched.children(recursive=True))
-    for process in family:
+        exited, watched = os.pidfd_open(parent), psutil.Process(parent)
+        while not select.select([exited], [], [], _DESCENDANTS_CHECK_S)[0]:
+            descendants = {process for process in descendants if process.is_running()}
+            descendants.update(watched.children(recursive=True))
+    for process in descendants:
         if process.pid != os.getpid():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -181,4 +181,4 @@ def _outlive(parent: int) -> int:
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    sys.exit(_guard(int(given[0]), given[1:]) if given[1:] else _outlive(int(given[0])))
+    sys.exit(_supervise(int(given[0]), given[1:]) if given[1:] else _kill_after(int(given[0])))

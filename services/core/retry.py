@@ -48,7 +48,7 @@ class RetryBudget:
         return max(0.0, -self._left / self._per_s)
 
 
-class GiveUps:
+class FailureBudget:
     """Whether a submission may be given up, so that an outage never empties a stream into the dead letters.
 
     Each success earns a fiftieth of a give-up, ten at most are saved, and there are none at the start: a small share
@@ -77,7 +77,7 @@ class GiveUps:
 _PROCESS_BUDGET: Final = RetryBudget()
 
 
-async def patiently(step: Callable[[], Awaitable[T]], budget: RetryBudget = _PROCESS_BUDGET) -> T:
+async def retry_while_unavailable(step: Callable[[], Awaitable[T]], budget: RetryBudget = _PROCESS_BUDGET) -> T:
     """Repeat `step` with full jitter, up to 10 s apart, for as long as something it needs is away."""
 
     def count(state: RetryCallState) -> None:

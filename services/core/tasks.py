@@ -1,13 +1,13 @@
-"""What a process does beside what it is asked for."""
+"""Background tasks."""
 
 import asyncio
 from typing import Any, Final
 
-_AGAIN_S: Final = 1.0
+_RETRY_S: Final = 1.0
 
 
-async def ended(task: asyncio.Task[Any]) -> None:
-    """End a task. It is told so until it obeys: a library on its way may take one cancellation for its own."""
+async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for it. Cancels again each second, because a library may swallow a `CancelledError`."""
     while not task.done():
         task.cancel()
-        await asyncio.wait([task], timeout=_AGAIN_S)
+        await asyncio.wait([task], timeout=_RETRY_S)

@@ -28,7 +28,7 @@ from services.core.errors import ConfigurationError, Unavailable
 from services.core.messages import Moment, WireModel
 from services.core.s3 import s3_client
 from services.core.settings import Settings
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -215,7 +215,7 @@ class ApiKeyCache:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])  # its thread cannot be told to end, and ends soon
 

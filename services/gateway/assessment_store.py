@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import ValidationError
 
 from services.core.messages import Verdict, WireModel
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.gateway.problems import HttpProblem
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
@@ -96,7 +96,7 @@ class AssessmentStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
         with suppress(CacheUnavailable):
             await self._retry_saves()
             await self._shared.run("redis.call('DEL', KEYS[1])", [self._key("alive", self.process)])

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Final, Protocol, TypeVar
 
-from services.core.messages import Detail, StoredObject, Submission, Turn, Verdict
+from services.core.messages import Detail, GuardPriority, StoredObject, Submission, Verdict
 from services.core.settings import Settings
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.gateway.image_inputs import Image
 from services.gateway.problems import HttpProblem
 from services.moderation.moderator import ModerationResult
@@ -24,7 +24,7 @@ class Moderator(Protocol):
         submission: Submission,
         *,
         upload: StoredObject | None = None,
-        priority: Turn | None = None,
+        priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> ModerationResult:
         """The verdict for one submission."""
@@ -77,7 +77,7 @@ async def cancel_on_disconnect(work: Awaitable[T], is_disconnected: "IsDisconnec
                 raise HttpProblem("malformed", "the connection ended before the answer was there")
         return task.result()
     finally:
-        await ended(task)
+        await cancel_and_wait(task)
 
 
 class IsDisconnected(Protocol):

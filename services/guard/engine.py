@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self
 
 from services.core.errors import GuardUnavailable
 from services.core.settings import Settings
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
 from services.guard.checkpoints import Checkpoint, resolve
 from services.guard.gpus import gpus_for
@@ -152,7 +152,7 @@ class Engine:
         self._enter("stopped")
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
-            await ended(supervisor)
+            await cancel_and_wait(supervisor)
         await self._discard()
 
     async def generate(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any, Final, Self
 
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
-from services.core.messages import Assessment, Detail, ModelIdentity, Policy, PreparedImage, Turn
+from services.core.messages import Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.core.settings import Settings
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
@@ -22,7 +22,7 @@ from services.guard.slots import EngineSlots
 RATIONALE_TOKENS: Final = 256
 """Bound of a rationale. LlavaGuard's take about 70 tokens."""
 
-_PRIORITY: Final[Mapping[Turn, int]] = {"interactive": 2, "live": 1, "backfill": 0}
+_PRIORITY: Final[Mapping[GuardPriority, int]] = {"interactive": 2, "live": 1, "backfill": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,9 @@ class GuardInference:
         """
         await self._tokens()
 
-    async def assess(self, image: PreparedImage, policy: Policy, detail: Detail, priority: Turn = "live") -> Assessment:
+    async def assess(
+        self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"
+    ) -> Assessment:
         """Judge an image. Greedy decoding: the same image and policy get the same assessment.
 
         Raises:
@@ -97,7 +99,7 @@ class GuardInference:
         return assessment
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
         """Judge an image under several policies, in their order.
 
@@ -113,7 +115,7 @@ class GuardInference:
             return [await self._assess(request, policy, detail) for policy in policies]
 
     @asynccontextmanager
-    async def _slot(self, sha256: str, priority: Turn, assessments: int) -> AsyncIterator[None]:
+    async def _slot(self, sha256: str, priority: GuardPriority, assessments: int) -> AsyncIterator[None]:
         deadline_s = self._deadline_s * assessments
         try:
             async with asyncio.timeout(deadline_s), self._slots.acquire(sha256, priority):

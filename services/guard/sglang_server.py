@@ -18,7 +18,7 @@ import httpx
 from PIL import Image
 
 from services.core.errors import GuardFailed, GuardUnavailable
-from services.core.processes import Child, free_port
+from services.core.processes import SupervisedProcess, free_port
 from services.guard.sglang_command import LaunchConfig, write_secrets
 from services.guard.slots import EngineFailed
 
@@ -39,7 +39,7 @@ class PortTaken(Exception):
 class Server:
     """A running `sglang.launch_server`. It ends with this process, however this process ends."""
 
-    def __init__(self, child: Child, client: httpx.AsyncClient, scratch: Path) -> None:
+    def __init__(self, child: SupervisedProcess, client: httpx.AsyncClient, scratch: Path) -> None:
         self._child = child
         self._client = client
         self._scratch = scratch
@@ -65,7 +65,7 @@ class Server:
             scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
             write_secrets(scratch / "flags.yaml", api_key=key)
             argv = launch_config.command(port=port, secrets=scratch / "flags.yaml")
-            child = Child(argv, log=log, env=launch_config.environment(os.environ, scratch=scratch))
+            child = SupervisedProcess(argv, log=log, env=launch_config.environment(os.environ, scratch=scratch))
             _delete_old_logs(log.parent)
             _delete_orphaned_scratch(scratch.parent)
             return Server(child, client, scratch)

@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from services.core.errors import GuardFailed, GuardUnavailable
-from services.core.messages import Turn
+from services.core.messages import GuardPriority
 
 _FAILURES: Final = 3
 _REMEMBERED: Final = 1024
-_ORDER: Final[tuple[Turn, ...]] = ("interactive", "live", "backfill")
+_ORDER: Final[tuple[GuardPriority, ...]] = ("interactive", "live", "backfill")
 
 
 class EngineFailed(GuardUnavailable):
@@ -37,12 +37,12 @@ class EngineSlots:
         self._taken = 0
         self._isolated = False
         self._suspected_waiting = 0
-        self._waiting = Counter[Turn]()
+        self._waiting = Counter[GuardPriority]()
         self._changed = asyncio.Condition()
         self._failures: OrderedDict[str, int] = OrderedDict()
 
     @asynccontextmanager
-    async def acquire(self, sha256: str, turn: Turn = "live") -> AsyncIterator[None]:
+    async def acquire(self, sha256: str, turn: GuardPriority = "live") -> AsyncIterator[None]:
         """Hold a slot for one image's call.
 
         Raises:
@@ -68,7 +68,7 @@ class EngineSlots:
         finally:
             await asyncio.shield(self._release())
 
-    async def _wait_for_slot(self, turn: Turn) -> None:
+    async def _wait_for_slot(self, turn: GuardPriority) -> None:
         async with self._changed:
             before = _ORDER[: _ORDER.index(turn)]
             self._waiting[turn] += 1

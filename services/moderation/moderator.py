@@ -21,8 +21,8 @@ from services.core.messages import (
     Assessment,
     Detail,
     Effort,
+    GuardPriority,
     ObjectReference,
-    Outcome,
     Policy,
     PolicyChoice,
     PreparedImage,
@@ -30,11 +30,11 @@ from services.core.messages import (
     StoredObject,
     Submission,
     Timings,
-    Turn,
     Verdict,
+    VerdictOutcome,
     verdict_id,
 )
-from services.core.retry import patiently
+from services.core.retry import retry_while_unavailable
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class GuardClient(Protocol):
     """The model: pure inference."""
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
     ) -> list[Assessment]:
         """Judge one image under several policies. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
 
@@ -138,7 +138,7 @@ class Moderation:
         submission: Submission,
         *,
         upload: StoredObject | None = None,
-        priority: Turn | None = None,
+        priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> ModerationResult:
         """The verdict for one submission, by the version that is its policy's now.
@@ -150,7 +150,7 @@ class Moderation:
             Unjudgeable: it can never be judged; the error's class says why.
         """
         started_at = datetime.now(UTC)
-        choice = await patiently(lambda: self._policies.choose(submission))
+        choice = await retry_while_unavailable(lambda: self._policies.choose(submission))
         policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
         verdict, *others = await self.judge_under(
             submission, policies, started_at, upload=upload, priority=priority, detail=detail
@@ -167,7 +167,7 @@ class Moderation:
         started_at: datetime | None = None,
         *,
         upload: StoredObject | None = None,
-        priority: Turn | None = None,
+        priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> list[Verdict | GuardFailed]:
         """What each of these policies makes of one submission, whatever its own says; nothing is counted.
@@ -180,7 +180,7 @@ class Moderation:
         clock = _Clock(submission.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
             stored = upload if upload else await clock.time("fetch", self._fetch(submission, held))
-            image = await clock.time("prepare", patiently(lambda: self._preparer.prepare(stored.data)))
+            image = await clock.time("prepare", retry_while_unavailable(lambda: self._preparer.prepare(stored.data)))
             priority = priority or submission.priority
             assessing = assess_each(
                 image, policies, priority, guard=self._guard, preparer=self._preparer, detail=detail
@@ -195,7 +195,7 @@ class Moderation:
 
     async def _fetch(self, submission: Submission, held: AsyncExitStack) -> StoredObject:
         fetch = partial(self._images.open, submission.reference)
-        return await patiently(lambda: held.enter_async_context(fetch()))
+        return await retry_while_unavailable(lambda: held.enter_async_context(fetch()))
 
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
         """The verdict, or a request for review where the policy's circuit breaker is open."""
@@ -220,7 +220,7 @@ class PolicyAssessment:
 async def assess_each(
     image: PreparedImage,
     policies: Sequence[Policy],
-    priority: Turn,
+    priority: GuardPriority,
     *,
     guard: GuardClient,
     preparer: ImagePreparer,
@@ -242,10 +242,15 @@ async def assess_each(
 
 
 async def screen(
-    image: PreparedImage, policies: Sequence[Policy], priority: Turn, *, guard: GuardClient, preparer: ImagePreparer
+    image: PreparedImage,
+    policies: Sequence[Policy],
+    priority: GuardPriority,
+    *,
+    guard: GuardClient,
+    preparer: ImagePreparer,
 ) -> list[PolicyAssessment | None]:
     """What a first look is enough for, None for the others."""
-    small = await patiently(lambda: preparer.first_look(image))
+    small = await retry_while_unavailable(lambda: preparer.first_look(image))
     try:
         looks = await _assess(small, policies, "score", priority, guard)
     except (GuardFailed, UnreadableAnswer):
@@ -260,7 +265,7 @@ async def screen(
 
 
 async def _assess_full(
-    image: PreparedImage, policies: Sequence[Policy], priority: Turn, guard: GuardClient, detail: Detail
+    image: PreparedImage, policies: Sequence[Policy], priority: GuardPriority, guard: GuardClient, detail: Detail
 ) -> list[PolicyAssessment | GuardFailed]:
     """Judge under all of them in one call, so that the engine reads the image once; where that fails, one by one."""
     try:
@@ -273,7 +278,7 @@ async def _assess_full(
 
 
 async def _retry_full(
-    image: PreparedImage, policy: Policy, priority: Turn, guard: GuardClient, detail: Detail
+    image: PreparedImage, policy: Policy, priority: GuardPriority, guard: GuardClient, detail: Detail
 ) -> PolicyAssessment | GuardFailed:
     try:
         (assessment,) = await _assess(image, [policy], detail, priority, guard)
@@ -285,10 +290,10 @@ async def _retry_full(
 
 
 async def _assess(
-    image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn, guard: GuardClient
+    image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority, guard: GuardClient
 ) -> list[Assessment]:
     """What the guard says under each policy, with calibrated scores: all thresholds are about those."""
-    said = await patiently(lambda: guard.assess_each(image, policies, detail, priority))
+    said = await retry_while_unavailable(lambda: guard.assess_each(image, policies, detail, priority))
     return [apply_calibration(assessment, policy) for assessment, policy in zip(said, policies, strict=True)]
 
 
@@ -320,7 +325,7 @@ def decide(assessment: Assessment, policy: Policy) -> Action:
 
 
 def skipped_verdict(
-    submission: Submission, outcome: Outcome, *, reason: ReviewReason | None = None, action: Action | None = None
+    submission: Submission, outcome: VerdictOutcome, *, reason: ReviewReason | None = None, action: Action | None = None
 ) -> Verdict:
     """The end of a submission that nothing was asked about: overtaken, or holding up all others."""
     now = datetime.now(UTC)

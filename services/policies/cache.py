@@ -19,7 +19,7 @@ from typing import Any, Final, Self, TypeVar
 from services.core import telemetry
 from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
 from services.core.messages import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.policies.document import PolicyDocument, is_policy_name
 from services.policies.redis_cache import CachedChange, CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
@@ -67,7 +67,7 @@ class PolicyCache:
     async def __aenter__(self) -> Self:
         loops = [self._refresh, self._listen] if self._shared else [self._refresh]
         for task in [asyncio.create_task(_for_ever(loop)) for loop in loops]:
-            self._closing.push_async_callback(ended, task)
+            self._closing.push_async_callback(cancel_and_wait, task)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, Self
 from services.core import telemetry
 from services.core.errors import ConfigurationError, PolicyUnavailable
 from services.core.messages import Action, BlockRateBand, Policy, PolicyIdentity
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -83,7 +83,7 @@ class CircuitBreaker:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
 
     def allows(self, policy: Policy, action: Action) -> bool:
         """Count one verdict, and say whether its action may stand. No network."""

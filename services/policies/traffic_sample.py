@@ -12,7 +12,7 @@ from typing import Final, Self
 from pydantic import ValidationError
 
 from services.core.messages import Moment, Submission, Verdict, WireModel
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _EVERY_S: Final = 1.0
@@ -77,7 +77,7 @@ class TrafficSample:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
 
     def add(self, verdict: Verdict) -> None:
         """Consider what was just judged. No network."""

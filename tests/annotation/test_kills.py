@@ -19,7 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from tests.end_to_end.outside import SLUICE
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
@@ -36,7 +36,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         address, self.log = folder / "address", folder / "assessments"
-        self.child = Child(
+        self.child = SupervisedProcess(
             [sys.executable, "-m", "tests.support.annotation_service", str(address), str(self.log)],
             log=folder / "log",
             env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},

@@ -14,7 +14,7 @@ import pytest
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, open_client
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, SluiceError
 from services.core.messages import Submission, Verdict
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
 from services.policies.document import BUILT_IN
 from tests.end_to_end.outside import SLUICE
@@ -27,7 +27,7 @@ class Scripted:
 
     def __init__(self, folder: Path, application: str = "sluice") -> None:
         address = folder / "address"
-        self.child = Child(
+        self.child = SupervisedProcess(
             [sys.executable, "-m", "tests.support.fake_service", str(address), application],
             log=folder / "log",
             env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},

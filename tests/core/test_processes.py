@@ -1,4 +1,4 @@
-"""Children end with their parent, whatever ends it."""
+"""Child processes end with their parent, even if the parent is killed."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 
 # A parent, a child, and a grandchild in a session of its own: each writes its pid.
 FAMILY = """
@@ -49,34 +49,35 @@ def family(tmp_path: Path) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_descendants_end_with_the_child(family: tuple[str, Path], tmp_path: Path, end: str) -> None:
+def test_supervised_process_stopped_kills_descendants(family: tuple[str, Path], tmp_path: Path, end: str) -> None:
     script, file = family
-    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    child = SupervisedProcess([sys.executable, "-c", script], log=tmp_path / "log")
     pids = pids_in(file, 2)
     getattr(child, end)()
     assert all_gone(pids)
     assert child.returncode is not None
 
 
-def test_a_stopped_stand_by_is_not_left_behind(family: tuple[str, Path], tmp_path: Path) -> None:
+def test_kill_suspended_watchdog_is_killed_too(family: tuple[str, Path], tmp_path: Path) -> None:
     script, file = family
-    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    child = SupervisedProcess([sys.executable, "-c", script], log=tmp_path / "log")
     pids = pids_in(file, 2)
     everyone = psutil.Process(child.pid).children(recursive=True)
-    (stand_by,) = [process for process in everyone if process.pid not in pids]
-    stand_by.suspend()
+    (watchdog,) = [process for process in everyone if process.pid not in pids]
+    watchdog.suspend()
     child.kill()
-    assert all_gone([*pids, stand_by.pid])
+    assert all_gone([*pids, watchdog.pid])
 
 
-def test_descendants_end_when_the_parent_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
+def test_supervised_process_parent_killed_descendants_end(family: tuple[str, Path], tmp_path: Path) -> None:
     script, file = family
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from services.core.processes import Child;"
-            f"Child([sys.executable, '-c', {script!r}], log=Path({str(tmp_path / 'log')!r})); time.sleep(600)",
+            "import sys, time; from pathlib import Path; from services.core.processes import SupervisedProcess;"
+            f"SupervisedProcess([sys.executable, '-c', {script!r}], log=Path({str(tmp_path / 'log')!r}));"
+            "time.sleep(600)",
         ],
         cwd=Path(__file__).parents[2],
     )
@@ -86,10 +87,10 @@ def test_descendants_end_when_the_parent_is_killed(family: tuple[str, Path], tmp
     assert all_gone(pids)
 
 
-def test_descendants_end_when_the_guardian_is_killed(family: tuple[str, Path], tmp_path: Path) -> None:
-    """As Ray does it to the children of a worker. What left the group is out of reach then."""
+def test_supervised_process_supervisor_killed_group_ends(family: tuple[str, Path], tmp_path: Path) -> None:
+    """Ray kills the children of a worker in this way. Descendants outside the group cannot be reached then."""
     script, file = family
-    child = Child(
+    child = SupervisedProcess(
         [sys.executable, "-c", script.replace("start_new_session=True", "start_new_session=False")],
         log=tmp_path / "log",
     )
@@ -98,17 +99,19 @@ def test_descendants_end_when_the_guardian_is_killed(family: tuple[str, Path], t
     assert all_gone(pids)
 
 
-def test_a_stopped_guardian_is_killed_too(family: tuple[str, Path], tmp_path: Path) -> None:
+def test_kill_suspended_supervisor_is_killed_too(family: tuple[str, Path], tmp_path: Path) -> None:
     script, file = family
-    child = Child([sys.executable, "-c", script], log=tmp_path / "log")
+    child = SupervisedProcess([sys.executable, "-c", script], log=tmp_path / "log")
     pids = pids_in(file, 2)
     os.kill(child.pid, signal.SIGSTOP)
     child.kill()
     assert all_gone([child.pid, pids[0]])
 
 
-def test_exit_status_and_last_lines(tmp_path: Path) -> None:
-    child = Child([sys.executable, "-c", "print('one'); print('two'); raise SystemExit(3)"], log=tmp_path / "log")
+def test_supervised_process_exit_reports_status_and_last_lines(tmp_path: Path) -> None:
+    child = SupervisedProcess(
+        [sys.executable, "-c", "print('one'); print('two'); raise SystemExit(3)"], log=tmp_path / "log"
+    )
     deadline = time.monotonic() + 10
     while child.returncode is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -117,21 +120,21 @@ def test_exit_status_and_last_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_family_ends_with_the_process(family: tuple[str, Path], end: signal.Signals) -> None:
-    """Also the grandchild whose parent, and with it every tie, was gone before."""
+def test_kill_descendants_on_exit_process_ends_kills_orphans_too(family: tuple[str, Path], end: signal.Signals) -> None:
+    """The grandchild, whose own parent was killed before, is killed as well."""
     script, file = family
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import subprocess, sys, time; from services.core.processes import end_with_this_process;"
-            f"end_with_this_process(); subprocess.Popen([sys.executable, '-c', {script!r}], start_new_session=True);"
+            "import subprocess, sys, time; from services.core.processes import kill_descendants_on_exit;"
+            f"kill_descendants_on_exit(); subprocess.Popen([sys.executable, '-c', {script!r}], start_new_session=True);"
             "time.sleep(600)",
         ],
         cwd=Path(__file__).parents[2],
     )
     pids = pids_in(file, 2)
-    time.sleep(2.5)  # as documented, they are known a second after their start
+    time.sleep(2.5)  # descendants are recorded once a second
     os.kill(pids[0], signal.SIGKILL)
     assert not all_gone(pids[1:], within_s=0.5)
     parent.send_signal(end)
@@ -139,7 +142,7 @@ def test_a_family_ends_with_the_process(family: tuple[str, Path], end: signal.Si
     assert all_gone(pids)
 
 
-def test_kill_descendants_spares_one_and_kills_orphans() -> None:
+def test_kill_descendants_with_spare_kills_all_others() -> None:
     """The descendant whose parent has ended is found, because the killing process is its subreaper."""
     program = (
         "import ctypes, subprocess, sys, time\n"

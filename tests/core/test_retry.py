@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import NotFound, StoreUnavailable
-from services.core.retry import GiveUps, RetryBudget, patiently
+from services.core.retry import FailureBudget, RetryBudget, retry_while_unavailable
 
 
 class Clock:
@@ -31,7 +31,7 @@ def test_retries_are_spread_to_the_rate(gaps: list[float]) -> None:
 
 @given(st.lists(st.booleans(), max_size=2000))
 def test_give_ups_are_a_small_share_and_none_without_success(succeeded: list[bool]) -> None:
-    give_ups = GiveUps(per_success=0.02, at_once=10)
+    give_ups = FailureBudget(per_success=0.02, at_once=10)
     given_up = successes = in_a_row = 0
     for success in succeeded:
         if success:
@@ -55,10 +55,10 @@ async def test_what_is_away_is_waited_for_and_what_never_comes_is_not() -> None:
             raise StoreUnavailable("away")
         return "here"
 
-    assert await patiently(away_twice) == "here"
+    assert await retry_while_unavailable(away_twice) == "here"
 
     async def gone() -> None:
         raise NotFound("gone")
 
     with pytest.raises(NotFound):
-        await patiently(gone)
+        await retry_while_unavailable(gone)

@@ -1,13 +1,13 @@
-"""What runs in the background ends."""
+"""Background tasks end when they are cancelled."""
 
 import asyncio
 from contextlib import suppress
 
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 
 
-async def test_a_task_that_takes_a_cancellation_for_its_own_ends() -> None:
-    """As `asyncio.wait_for` does in Python 3.11 when what it waits for is done at the same moment."""
+async def test_cancel_and_wait_task_that_swallows_cancellations_ends() -> None:
+    """`asyncio.wait_for` in Python 3.11 swallows a cancellation that arrives as its awaitable completes."""
     began = asyncio.Event()
 
     async def work() -> None:
@@ -20,5 +20,5 @@ async def test_a_task_that_takes_a_cancellation_for_its_own_ends() -> None:
     task = asyncio.create_task(work())
     await began.wait()
     async with asyncio.timeout(10):
-        await ended(task)
+        await cancel_and_wait(task)
     assert task.cancelled()

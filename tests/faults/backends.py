@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 import boto3
 
-from services.core.processes import Child, free_port
+from services.core.processes import SupervisedProcess, free_port
 from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
 from services.streams.factory import open_publisher
@@ -37,7 +37,7 @@ class Store:
         self.pictures = Pictures(folder / "pictures", seed)
         self._port = free_port()
         self._log = folder / "s3.log"
-        self._child: Child | None = None
+        self._child: SupervisedProcess | None = None
 
     @property
     def endpoint(self) -> str:
@@ -46,7 +46,7 @@ class Store:
     def start(self, policy_bucket: str) -> None:
         """Start it and publish the built-in policy. Blocks until that is done."""
         argv = [sys.executable, "-m", "tests.faults.s3", str(self._port), str(self.pictures.folder)]
-        self._child = Child(argv, log=self._log, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        self._child = SupervisedProcess(argv, log=self._log, env=os.environ | {"PYTHONPATH": str(ROOT)})
         deadline = time.monotonic() + 30
         while True:
             try:

@@ -20,7 +20,7 @@ from ray.serve.schema import DeploymentSchema
 from pipelines.autoscaling import serve_config as elastic
 from pipelines.serving import build as serve_app
 from pipelines.serving.app import application
-from services.core.messages import Assessment, Detail, Policy, PreparedImage, Turn
+from services.core.messages import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.core.settings import Settings, load
 from tests.faults.guard import assessment_of
 
@@ -39,7 +39,7 @@ class TimedGuard:
         self._engine = f"scripted, process {os.getpid()}"
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
         async with self._places:
             await asyncio.sleep(TAKES_S * len(policies))

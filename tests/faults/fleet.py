@@ -11,7 +11,7 @@ from typing import Final
 
 import psutil
 
-from services.core.processes import Child, free_port
+from services.core.processes import SupervisedProcess, free_port
 from tests.faults.member import NOT_NOW
 from tests.support.kafka_broker import ROOT
 
@@ -40,7 +40,7 @@ class Place:
         """Held while it is being killed, or stopped."""
         self._argv = argv
         self._environment = environment
-        self._child: Child | None = None
+        self._child: SupervisedProcess | None = None
 
     @property
     def pid(self) -> int | None:
@@ -91,7 +91,7 @@ class Place:
                 self._child = None
                 await asyncio.sleep(_AGAIN_S)
             if self._child is None:
-                self._child = Child(self._argv, log=self.log, env=self._environment)
+                self._child = SupervisedProcess(self._argv, log=self.log, env=self._environment)
 
 
 class Fleet:
@@ -177,7 +177,7 @@ class Fleet:
         return places[int(choice * len(places))]
 
 
-def _processes(child: Child, argv: Sequence[str]) -> list[psutil.Process]:
+def _processes(child: SupervisedProcess, argv: Sequence[str]) -> list[psutil.Process]:
     """The process with that command line, without its guardian."""
     try:
         return [each for each in psutil.Process(child.pid).children() if each.cmdline() == list(argv)]

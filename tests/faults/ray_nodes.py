@@ -15,7 +15,7 @@ from typing import Final, Literal
 import psutil
 import ray
 
-from services.core.processes import Child, free_port
+from services.core.processes import SupervisedProcess, free_port
 from tests.support.kafka_broker import ROOT
 
 Kind = Literal["cpu", "gpu"]
@@ -48,7 +48,7 @@ class Node:
         self._environment = environment
         self._folder = folder
         self._starts = 0
-        self._child: Child | None = None
+        self._child: SupervisedProcess | None = None
 
     def start(self) -> None:
         """Start it, with nothing on its disk, and wait until it belongs to the cluster. Blocks.
@@ -59,7 +59,7 @@ class Node:
             self._starts += 1
             disk = self._folder.with_name(f"{self._folder.name}-{self._starts}")
             log = disk / "log"
-            self._child = Child([*self._argv, f"--temp-dir={disk}"], log=log, env=self._environment)
+            self._child = SupervisedProcess([*self._argv, f"--temp-dir={disk}"], log=log, env=self._environment)
             deadline = time.monotonic() + _START_S
             while self._child.returncode is None and time.monotonic() < deadline:
                 if _STARTED in log.read_text(errors="replace"):

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.intake.crash_isolation import CRASHES, Quarantine
 from services.core.messages import DeadLetter, Verdict
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.streams.base import Record
 from tests.support.streams_bench import Streams, eventually
@@ -34,7 +34,7 @@ async def test_a_message_that_kills_costs_three_crashes(
     values = [json.dumps({"id": each, "uri": f"s3://uploads/{number % 7}"}).encode() for number, each in enumerate(ids)]
     await streams.publish(*(Record(settings.submissions_stream, each, each[-3:]) for each in values))
     crashes = 0
-    member: Child | None = None
+    member: SupervisedProcess | None = None
 
     async def ends() -> Counter[str]:
         letters = await streams.everything(settings.dead_letters_stream)
@@ -50,7 +50,7 @@ async def test_a_message_that_kills_costs_three_crashes(
                 crashes += member is not None
                 name = f"member-{crashes}"
                 argv = [sys.executable, "-m", "tests.support.poisoned_member", settings.model_dump_json(), name]
-                member = Child(argv, log=tmp_path / f"{name}.log")
+                member = SupervisedProcess(argv, log=tmp_path / f"{name}.log")
             await asyncio.sleep(0.2)
         assert member is not None
         assert member.returncode is None

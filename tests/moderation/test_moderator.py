@@ -16,6 +16,7 @@ from services.core.messages import (
     Action,
     Assessment,
     Detail,
+    GuardPriority,
     ImageFacts,
     ObjectReference,
     Policy,
@@ -23,7 +24,6 @@ from services.core.messages import (
     PreparedImage,
     StoredObject,
     Submission,
-    Turn,
     Upload,
 )
 from services.moderation.moderator import Moderation, decide
@@ -55,7 +55,7 @@ class Parts:
         self.says: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
         self.looks: list[Assessment | Exception] = []
         self.calls: list[tuple[list[int], Detail]] = []
-        self.priorities: list[Turn] = []
+        self.priorities: list[GuardPriority] = []
         self.admitted: list[Action] = []
         self.open = False
 
@@ -70,7 +70,7 @@ class Parts:
         return Moderation(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
     ) -> list[Assessment]:
         self.priorities.append(priority)
         self.calls.append(([policy.identity.version for policy in policies], detail))

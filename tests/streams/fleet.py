@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
 from services.streams.base import Message, Record
 from tests.support.streams_bench import Streams, eventually
@@ -16,7 +16,7 @@ class Fleet:
     def __init__(self, streams: Streams, directory: Path) -> None:
         self._streams = streams
         self._directory = directory
-        self._workers: dict[str, Child] = {}
+        self._workers: dict[str, SupervisedProcess] = {}
         self._started = 0
         self.submitted = 0
 
@@ -32,7 +32,7 @@ class Fleet:
         settings = self.settings(member_id="" if dynamic else name)
         argv = [sys.executable, "-m", "tests.streams.worker", settings.model_dump_json(), str(self._started)]
         log = self._directory / f"{self._started}-{name}.log"
-        self._workers[name] = Child([*argv, *map(str, dying)], log=log)
+        self._workers[name] = SupervisedProcess([*argv, *map(str, dying)], log=log)
 
     async def died(self, name: str) -> None:
         """Give all of them more work until it killed itself."""

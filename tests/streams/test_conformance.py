@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from services.core.errors import NotOwned, StreamUnavailable
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from services.streams.base import Message, Record, Transport
 from services.streams.factory import open_publisher, open_reader
 from tests.support.kafka_broker import Broker
@@ -101,7 +101,7 @@ async def test_settling_twice_publishes_once(streams: Streams) -> None:
 
 async def test_a_killed_member_loses_its_messages_to_another(streams: Streams, tmp_path: Path) -> None:
     await streams.submit("a", "b")
-    doomed = Child(
+    doomed = SupervisedProcess(
         [sys.executable, "-m", "tests.streams.member", streams.settings().model_dump_json()], log=tmp_path / "log"
     )
     try:

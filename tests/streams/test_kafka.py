@@ -16,7 +16,7 @@ from kafka.errors import KafkaConnectionError
 from kafka.structs import MemberState
 
 from services.core.errors import ConfigurationError, NotOwned, StreamUnavailable
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from services.streams.base import Message, Record, Transport
 from tests.support.streams_bench import PATIENT, Streams, collect, eventually, settle_in_order, values
 
@@ -319,7 +319,9 @@ async def test_a_member_that_comes_back_gets_its_partitions_without_a_rebalance(
 ) -> None:
     other: Any = await streams.member("other", member_id="other", **PATIENT)
     settings = streams.settings(member_id="comes-back", **PATIENT)
-    doomed = Child([sys.executable, "-m", "tests.streams.member", settings.model_dump_json()], log=tmp_path / "log")
+    doomed = SupervisedProcess(
+        [sys.executable, "-m", "tests.streams.member", settings.model_dump_json()], log=tmp_path / "log"
+    )
 
     async def both_work() -> bool:
         for key in range(6):

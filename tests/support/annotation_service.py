@@ -20,10 +20,10 @@ from services.core.messages import (
     NO_CATEGORY,
     Assessment,
     Detail,
+    GuardPriority,
     ModelIdentity,
     Policy,
     PreparedImage,
-    Turn,
 )
 
 MODEL = ModelIdentity(name="scripted", revision="sha256:0", engine="none", prompt="sha256:1")
@@ -50,7 +50,7 @@ class FakeGuard:
         return 384
 
     async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: Turn = "live"
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
         assert priority == "backfill", "live submissions go first"
         os.write(self._log, f"{image.sha256}\n".encode())

@@ -21,7 +21,7 @@ from typing import Final
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from tests.support.ports import free_ports
 
 ROOT: Final = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ class Broker:
         self.port, self._controller_port, *behind = free_ports(2 + len(advertised))
         self.behind: Mapping[int, int] = dict(zip(advertised, behind, strict=True))
         """The port to which each proxy has to connect."""
-        self._child: Child | None = None
+        self._child: SupervisedProcess | None = None
 
     @property
     def is_running(self) -> bool:
@@ -107,7 +107,7 @@ class Broker:
                 + self._more_listeners()
             )
             self._java(jars, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(properties))
-        self._child = Child(_java(jars, "kafka.Kafka", str(properties)), log=self.directory / "broker.log")
+        self._child = SupervisedProcess(_java(jars, "kafka.Kafka", str(properties)), log=self.directory / "broker.log")
         self._await_serving()
 
     def stop(self) -> None:

