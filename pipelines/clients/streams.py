@@ -15,7 +15,7 @@ from pipelines.reporting.text import printable
 from services.core.errors import ConfigurationError, Malformed, SluiceError
 from services.core.messages import Submission, Verdict, decode_json
 from services.core.settings import Settings
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 from services.streams.factory import open_publisher, open_reader
 
 _BATCH: Final = 500
@@ -63,7 +63,9 @@ async def submit(
             batch, error = await asyncio.to_thread(_next_batch, remaining)
             await publisher.publish(
                 [
-                    Record(settings.submissions_stream, submission.model_dump_json().encode(), submission.uri.encode())
+                    OutgoingMessage(
+                        settings.submissions_stream, submission.model_dump_json().encode(), submission.uri.encode()
+                    )
                     for submission in batch
                 ]
             )

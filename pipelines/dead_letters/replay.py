@@ -26,9 +26,9 @@ from pipelines.reporting.text import printable
 from services.core.errors import ConfigurationError, DeadLetterReason
 from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, producer_headers
 from services.core.settings import Settings
-from services.streams.base import Message, Publisher, Reader, Record
+from services.streams.base import Message, OutgoingMessage, Publisher, Reader
 from services.streams.factory import open_publisher, open_reader
-from services.streams.parsing import Accepted, Rejected, parse
+from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
 _BATCH: Final = 100
 _BATCH_BYTES: Final = 256 << 10
@@ -45,7 +45,7 @@ class StoredDeadLetter:
     letter: DeadLetter
     message: Message
     """Its value, key and `producer_headers` are the original's."""
-    entries: Sequence[Accepted | Rejected]
+    entries: Sequence[ParsedSubmission | InvalidMessage]
     """What the original bytes say, written by whoever submitted them. More than one stand for a message that was given
     up as a whole."""
 
@@ -53,7 +53,7 @@ class StoredDeadLetter:
     def submission(self) -> Submission | None:
         """The one that the original bytes say, where they say one."""
         only = self.entries[0] if len(self.entries) == 1 else None
-        return only.submission if isinstance(only, Accepted) else None
+        return only.submission if isinstance(only, ParsedSubmission) else None
 
     @property
     def submission_id(self) -> str | None:
@@ -233,12 +233,12 @@ async def replay(
         return done
 
 
-def record_of(found: StoredDeadLetter, settings: Settings) -> Record:
+def record_of(found: StoredDeadLetter, settings: Settings) -> OutgoingMessage:
     """The original submission again, saying where it was and how often it was tried."""
     letter = found.letter
     came_from = letter.source.partition("/")[0]
     own = ((REPLAYED_FROM, found.message.source.encode()), (ATTEMPTS, str(max(0, letter.attempts)).encode()))
-    return Record(
+    return OutgoingMessage(
         settings.backfill_stream if came_from == settings.backfill_stream else settings.submissions_stream,
         found.message.value,
         found.message.key,

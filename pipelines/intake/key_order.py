@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from services.streams.parsing import Accepted, is_before
+from services.streams.parsing import ParsedSubmission, is_before
 
 _REMEMBERED: Final = 10_000
 
@@ -52,7 +52,7 @@ class NewestEvents:
     def __init__(self) -> None:
         self._newest: OrderedDict[str, str] = OrderedDict()
 
-    def add(self, entry: Accepted) -> None:
+    def add(self, entry: ParsedSubmission) -> None:
         """Take notice of an event; anything else is ignored."""
         uri, sequencer = entry.submission.uri, entry.sequencer
         if sequencer is None:
@@ -62,7 +62,7 @@ class NewestEvents:
         if len(self._newest) > _REMEMBERED:
             self._newest.popitem(last=False)
 
-    def has_overtaken(self, entry: Accepted) -> bool:
+    def has_overtaken(self, entry: ParsedSubmission) -> bool:
         """Whether a later event of the same object was received."""
         newest = self._newest.get(entry.submission.uri)
         return entry.sequencer is not None and newest is not None and is_before(entry.sequencer, newest)

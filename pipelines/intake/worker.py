@@ -30,8 +30,8 @@ from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.moderation.moderator import Moderation, ModerationResult, skipped_verdict
 from services.policies.traffic_sample import TrafficSample
-from services.streams.base import Lag, Message, Record, Transport
-from services.streams.parsing import Accepted, Rejected, parse
+from services.streams.base import GroupConsumer, Lag, Message, OutgoingMessage
+from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
 _RECEIVE_S: Final = 0.5
 _WATCH_S: Final = 1.0
@@ -70,7 +70,7 @@ class _Blocked(Exception):
 class Lane:
     """The messages of one stream: a bounded number at a time, in order where they share a key."""
 
-    def __init__(self, transport: Transport, intake: "Intake", limit: int, priority: Priority) -> None:
+    def __init__(self, transport: GroupConsumer, intake: "Intake", limit: int, priority: Priority) -> None:
         self.transport = transport
         self.priority = priority
         self.works: dict[str, _Work] = {}
@@ -104,7 +104,7 @@ class Lane:
         for work in map(_Work, messages, crashes):
             self.works[work.message.source] = work
             entries = await self._read(work)
-            accepted = [entry for entry in entries if isinstance(entry, Accepted)]
+            accepted = [entry for entry in entries if isinstance(entry, ParsedSubmission)]
             for entry in accepted:
                 self._newest.add(entry)
             turn = self._turns.join(entry.key for entry in accepted)
@@ -121,7 +121,7 @@ class Lane:
                 log.error("%s holds up its partition, it is given up", message.source)
                 work.given_up.set_result(None)
 
-    async def _read(self, work: _Work) -> Sequence[Accepted | Rejected]:
+    async def _read(self, work: _Work) -> Sequence[ParsedSubmission | InvalidMessage]:
         if work.crashes == 0:
             return parse(work.message)
         if work.crashes >= CRASHES:
@@ -129,7 +129,7 @@ class Lane:
         async with self._intake.quarantine.reading(work.message.source, work.crashes):
             return parse(work.message)
 
-    async def _handle(self, work: _Work, entries: Sequence[Accepted | Rejected], turn: Turn) -> None:
+    async def _handle(self, work: _Work, entries: Sequence[ParsedSubmission | InvalidMessage], turn: Turn) -> None:
         try:
             await turn.comes()
             await self._settle(work, entries)
@@ -147,7 +147,7 @@ class Lane:
             self._judging -= 1
             self._judged.set()
 
-    async def _settle(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> None:
+    async def _settle(self, work: _Work, entries: Sequence[ParsedSubmission | InvalidMessage]) -> None:
         message = work.message
         for pause_s in itertools.chain(_PAUSES_AFTER_FAULT_S, itertools.repeat(_PAUSES_AFTER_FAULT_S[-1])):
             try:
@@ -168,26 +168,28 @@ class Lane:
             else:
                 await asyncio.wait({work.given_up}, timeout=pause_s)
 
-    async def _outputs(self, work: _Work, entries: Sequence[Accepted | Rejected]) -> list[Record]:
+    async def _outputs(
+        self, work: _Work, entries: Sequence[ParsedSubmission | InvalidMessage]
+    ) -> list[OutgoingMessage]:
         """The outputs of all entries; those with the same key one after the other."""
         if work.crashes >= CRASHES:
             return [self._intake.dead_letter(work.message, work.message.value, convicted(), None)]
-        lines: defaultdict[bytes | None, list[Accepted | Rejected]] = defaultdict(list)
+        lines: defaultdict[bytes | None, list[ParsedSubmission | InvalidMessage]] = defaultdict(list)
         for entry in entries:
-            lines[entry.key if isinstance(entry, Accepted) else None].append(entry)
+            lines[entry.key if isinstance(entry, ParsedSubmission) else None].append(entry)
 
-        async def in_turn(line: list[Accepted | Rejected]) -> list[Record]:
+        async def in_turn(line: list[ParsedSubmission | InvalidMessage]) -> list[OutgoingMessage]:
             return [record for entry in line for record in await self._conclude(work, entry)]
 
         async with self._intake.quarantine.touching(work.message.source, work.crashes):
             ended = await asyncio.gather(*map(in_turn, lines.values()))
         return [record for records in ended for record in records]
 
-    async def _conclude(self, work: _Work, entry: Accepted | Rejected) -> list[Record]:
-        if isinstance(entry, Rejected):
+    async def _conclude(self, work: _Work, entry: ParsedSubmission | InvalidMessage) -> list[OutgoingMessage]:
+        if isinstance(entry, InvalidMessage):
             return [self._intake.dead_letter(work.message, entry.original, entry.error, entry.error.submission_id)]
         if self.priority == "backfill":
-            entry = Accepted(
+            entry = ParsedSubmission(
                 entry.submission.model_copy(update={"priority": "backfill"}), entry.key, entry.original, entry.sequencer
             )
         async with self._slots:
@@ -205,12 +207,12 @@ class Intake:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: GroupConsumer,
         moderation: Moderation,
         settings: Settings,
         quarantine: Quarantine,
         sample: TrafficSample | None = None,
-        backfill: Transport | None = None,
+        backfill: GroupConsumer | None = None,
     ) -> None:
         self.quarantine = quarantine
         self._moderation = moderation
@@ -256,7 +258,7 @@ class Intake:
                 await asyncio.gather(*map(cancel_and_wait, late))
         await asyncio.gather(*(lane.transport.close() for lane in self._lanes))
 
-    async def conclude(self, work: _Work, entry: Accepted) -> list[Record]:
+    async def conclude(self, work: _Work, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """The outputs of one submission: its verdict, and a shadow's where there is one, or its dead letter."""
         submission = entry.submission
         while True:
@@ -280,7 +282,7 @@ class Intake:
                 self._doubtful.succeeded()
                 return self.verdicts(entry, judgement)
 
-    async def _judge(self, work: _Work, entry: Accepted) -> ModerationResult:
+    async def _judge(self, work: _Work, entry: ParsedSubmission) -> ModerationResult:
         """
         Raises:
             _Blocked: the message was given up.
@@ -305,18 +307,22 @@ class Intake:
         finally:
             await cancel_and_wait(judging)
 
-    def verdicts(self, entry: Accepted, judgement: ModerationResult) -> list[Record]:
+    def verdicts(self, entry: ParsedSubmission, judgement: ModerationResult) -> list[OutgoingMessage]:
         """The records of a judgement."""
         verdict, shadow = judgement.verdict, judgement.shadow
         telemetry.SUBMISSIONS.inc(1, {"end": verdict.outcome, "reason": verdict.reason or ""})
         if self._sample:
             self._sample.add(verdict)
-        records = [Record(self._settings.verdicts_stream, verdict.model_dump_json().encode(), entry.key)]
+        records = [OutgoingMessage(self._settings.verdicts_stream, verdict.model_dump_json().encode(), entry.key)]
         if shadow:
-            records.append(Record(self._settings.shadow_verdicts_stream, shadow.model_dump_json().encode(), entry.key))
+            records.append(
+                OutgoingMessage(self._settings.shadow_verdicts_stream, shadow.model_dump_json().encode(), entry.key)
+            )
         return records
 
-    def dead_letter(self, message: Message, original: bytes, error: Unjudgeable, submission_id: str | None) -> Record:
+    def dead_letter(
+        self, message: Message, original: bytes, error: Unjudgeable, submission_id: str | None
+    ) -> OutgoingMessage:
         """The record of a submission that can never be judged."""
         letter = DeadLetter(
             submission_id=submission_id,
@@ -329,7 +335,7 @@ class Intake:
         telemetry.SUBMISSIONS.inc(1, {"end": "dead_letter", "reason": letter.reason})
         log.info("submission %s is a dead letter: %s", submission_id, letter.reason)
         headers = (*letter.headers(), *producer_headers(message.headers))
-        return Record(self._settings.dead_letters_stream, original, message.key, headers)
+        return OutgoingMessage(self._settings.dead_letters_stream, original, message.key, headers)
 
     async def _receive(self, lane: Lane) -> None:
         while not self._draining:

@@ -22,7 +22,7 @@ from services.core.messages import decode_json
 from services.core.settings import Settings
 from services.streams.base import Message, Reader
 from services.streams.factory import open_reader
-from services.streams.parsing import Accepted, Rejected, parse
+from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
 _MARGIN: Final = timedelta(hours=1)
 """Submissions from before the range explain ends that came in it."""
@@ -286,7 +286,7 @@ class _Reading:
         letter = found.letter
         # A malformed one ends what stands where it stood, whatever it says; nothing is known of one without entries.
         for entry in found.entries if letter.reason != "malformed" and found.entries else (None,):
-            submission = entry.submission if isinstance(entry, Accepted) else None
+            submission = entry.submission if isinstance(entry, ParsedSubmission) else None
             yield SubmissionOutcome(
                 key=_key(submission.id, submission.uri) if submission else _position_key(letter.source),
                 identity=f"{letter.source} {letter.reason}",
@@ -317,13 +317,17 @@ class _Reading:
             return False
 
 
-def _occurrence(entry: Accepted | Rejected, message: Message, counted: bool) -> SeenSubmission:
-    accepted = entry.submission if isinstance(entry, Accepted) else None
+def _occurrence(entry: ParsedSubmission | InvalidMessage, message: Message, counted: bool) -> SeenSubmission:
+    accepted = entry.submission if isinstance(entry, ParsedSubmission) else None
     return SeenSubmission(
         key=_key(accepted.id, accepted.uri) if accepted else _position_key(message.source),
         at=message.timestamp.timestamp(),
         counted=counted,
-        submission_id=accepted.id if accepted else entry.error.submission_id if isinstance(entry, Rejected) else None,
+        submission_id=accepted.id
+        if accepted
+        else entry.error.submission_id
+        if isinstance(entry, InvalidMessage)
+        else None,
         uri=accepted.uri if accepted else None,
         source=message.source,
     )

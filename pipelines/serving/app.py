@@ -25,7 +25,7 @@ from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.guard.checkpoints import resolve
 from services.policies.traffic_sample import TrafficSample
-from services.streams.factory import open_transport
+from services.streams.factory import open_consumer
 
 APPLICATION: Final = "sluice"
 INTAKE: Final = "Intake"
@@ -48,8 +48,8 @@ class IntakeDeployment:
         sample = await enter(TrafficSample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
         quarantine = await enter(Quarantine(shared, settings.group, member))
-        backfill = await open_transport(backfill_settings(settings), member) if settings.backfill_stream else None
-        live = await open_transport(settings, member)
+        backfill = await open_consumer(backfill_settings(settings), member) if settings.backfill_stream else None
+        live = await open_consumer(settings, member)
         self._intake = Intake(live, self._moderation, settings, quarantine, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 

@@ -14,7 +14,7 @@ Headers = tuple[tuple[str, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class OutgoingMessage:
     """Something to publish. On Kafka a record's key, value and headers; on Redis Streams the fields of an entry."""
 
     stream: str
@@ -61,7 +61,7 @@ class Lag:
         return sum(self.by_partition.values())
 
 
-class Transport(Protocol):
+class GroupConsumer(Protocol):
     """One member of a consumer group. Every method is called from one event loop."""
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
@@ -71,7 +71,7 @@ class Transport(Protocol):
             ConfigurationError: another member has joined with this one's `member_id`; this one is out of the group.
         """
 
-    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+    async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
         """Publish `records` and acknowledge `message`. May be called out of order. Returns when it is durable.
 
         Outages are waited out. Raises:
@@ -109,7 +109,7 @@ class Transport(Protocol):
 class Publisher(Protocol):
     """Publishes without being a member of a group: the gateway, the command line."""
 
-    async def publish(self, records: Sequence[Record]) -> None:
+    async def publish(self, records: Sequence[OutgoingMessage]) -> None:
         """Publish and wait until it is durable.
 
         Raises:

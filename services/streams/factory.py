@@ -1,14 +1,14 @@
 """Opens the stream system that `SLUICE_STREAM_URL` names; nothing else chooses between Kafka and Redis Streams."""
 
 from services.core.settings import Settings
-from services.streams.base import Publisher, Reader, Transport
-from services.streams.kafka.consumer import KafkaTransport
+from services.streams.base import GroupConsumer, Publisher, Reader
+from services.streams.kafka.consumer import KafkaGroupConsumer
 from services.streams.kafka.producer import KafkaPublisher
 from services.streams.kafka.reader import KafkaReader
-from services.streams.redis.consumer import RedisPublisher, RedisReader, RedisTransport
+from services.streams.redis.consumer import RedisGroupConsumer, RedisPublisher, RedisReader
 
 
-async def open_transport(settings: Settings, member: str) -> Transport:
+async def open_consumer(settings: Settings, member: str) -> GroupConsumer:
     """Join the consumer group `settings.group` as `member`, a name for people and logs.
 
     Raises:
@@ -16,8 +16,8 @@ async def open_transport(settings: Settings, member: str) -> Transport:
         StreamUnavailable: the stream system did not answer within 15 s.
     """
     if _is_kafka(settings):
-        return await KafkaTransport.open(settings, member)
-    return await RedisTransport.open(settings, member)
+        return await KafkaGroupConsumer.open(settings, member)
+    return await RedisGroupConsumer.open(settings, member)
 
 
 async def open_publisher(settings: Settings) -> Publisher:

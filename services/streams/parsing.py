@@ -24,7 +24,7 @@ _ENVELOPE_LIMIT_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class ParsedSubmission:
     """One submission that a message holds."""
 
     submission: Submission
@@ -38,7 +38,7 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class InvalidMessage:
     """A part of a message, or all of it, that is no submission."""
 
     error: Malformed
@@ -48,7 +48,7 @@ class Rejected:
     """The value of its dead letter."""
 
 
-Parsed = tuple[Accepted | Rejected, ...]
+Parsed = tuple[ParsedSubmission | InvalidMessage, ...]
 """In the order of the message; empty when there is nothing to judge (a deletion, a test event): then just settle it."""
 
 
@@ -76,7 +76,7 @@ def parse(message: Message) -> Parsed:
         return _parse_content(message, document)
     except Malformed as error:
         submission_id = error.submission_id or readable_id(document if "uri" in _fields(document) else None)
-        return (Rejected(Malformed(str(error), submission_id), message.key, message.value),)
+        return (InvalidMessage(Malformed(str(error), submission_id), message.key, message.value),)
 
 
 def is_before(sequencer: str, other: str) -> bool:
@@ -108,12 +108,12 @@ def _fields(document: Any) -> dict[str, Any]:
 # Native
 
 
-def _native(message: Message, document: Any) -> Accepted | Rejected:
+def _native(message: Message, document: Any) -> ParsedSubmission | InvalidMessage:
     try:
         submission = _validated(document, message.timestamp)
     except Malformed as error:
-        return Rejected(error, message.key, message.value)
-    return Accepted(submission, message.key or submission.uri.encode(), message.value)
+        return InvalidMessage(error, message.key, message.value)
+    return ParsedSubmission(submission, message.key or submission.uri.encode(), message.value)
 
 
 def _validated(document: Any, published_at: datetime) -> Submission:
@@ -191,13 +191,13 @@ def _encoded(document: dict[str, Any]) -> bytes:
     return to_json(document, inf_nan_mode="null")
 
 
-def _record(message: Message, record: Any, original: bytes) -> Accepted | Rejected | None:
+def _record(message: Message, record: Any, original: bytes) -> ParsedSubmission | InvalidMessage | None:
     """The entry of one record; None when it reports something other than a creation."""
     try:
         event = _creation(record)
         return _created(message, event, original) if event else None
     except Malformed as error:
-        return Rejected(error, message.key, original)
+        return InvalidMessage(error, message.key, original)
 
 
 def _creation(record: Any) -> _Event | None:
@@ -239,7 +239,7 @@ def _event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
     return (_created(message, event, message.value),)
 
 
-def _created(message: Message, event: _Event, original: bytes) -> Accepted:
+def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmission:
     bucket = _text("bucket.name", event.bucket)
     key = _text("object.key", event.key)
     if not bucket or not key:
@@ -264,7 +264,7 @@ def _created(message: Message, event: _Event, original: bytes) -> Accepted:
         "submitted_at": _text("eventTime", event.time) or None,
     }
     submission = _validated(document, message.timestamp)
-    return Accepted(submission, message.key or submission.uri.encode(), original, sequencer)
+    return ParsedSubmission(submission, message.key or submission.uri.encode(), original, sequencer)
 
 
 def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipelines.dead_letters.replay_log import ReplayLog
 from services.core.errors import ConfigurationError, StreamUnavailable, Unavailable
 from services.core.messages import DeadLetter, attempts_before, producer_headers
 from services.core.settings import Settings
-from services.streams.base import Message, Record
+from services.streams.base import Message, OutgoingMessage
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice
 from tests.end_to_end.outside import SLUICE
@@ -63,7 +63,7 @@ async def bury(bench: Bench, *ids: str, **fields: Any) -> None:
     for each in ids:
         original = json.dumps({"id": each, "uri": f"s3://uploads/{each}.jpg", "tenant": "shop"}).encode()
         headers = letter(submission_id=each, **fields).headers()
-        await publisher.publish([Record(stream, original, each.encode(), headers)])
+        await publisher.publish([OutgoingMessage(stream, original, each.encode(), headers)])
     await publisher.close()
 
 
@@ -216,7 +216,7 @@ async def test_killed_at_any_moment(bench: Bench, folder: Path) -> None:
     publisher = await open_publisher(bench.settings)
     stream = bench.settings.dead_letters_stream
     originals = [json.dumps({"id": str(each), "uri": "s3://uploads/x.jpg"}).encode() for each in range(3000)]
-    await publisher.publish([Record(stream, each, None, letter().headers()) for each in originals])
+    await publisher.publish([OutgoingMessage(stream, each, None, letter().headers()) for each in originals])
     await publisher.close()
     command = await asyncio.create_subprocess_exec(
         SLUICE, "dead-letters", "replay", cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
@@ -317,7 +317,7 @@ async def test_from_outside(bench: Bench, folder: Path) -> None:
     await bury(bench, "evil\x1b[31m", reason="forbidden", detail="no\x1b]0;x\a way")
     await bury(bench, "plain", failed_at=datetime.now(UTC))
     publisher = await open_publisher(bench.settings)
-    await publisher.publish([Record(bench.settings.dead_letters_stream, b"not ours")])
+    await publisher.publish([OutgoingMessage(bench.settings.dead_letters_stream, b"not ours")])
     await publisher.close()
 
     listed = sluice("dead-letters", "list", folder=folder)
@@ -375,8 +375,8 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
 
     publisher = await open_publisher(bench.settings)
     dead = letter(submission_id="huge")
-    huge = Record(bench.settings.dead_letters_stream, os.urandom(1_200_000), b"h", dead.headers())
-    small = Record(bench.settings.dead_letters_stream, b"small", b"h", dead.headers())
+    huge = OutgoingMessage(bench.settings.dead_letters_stream, os.urandom(1_200_000), b"h", dead.headers())
+    small = OutgoingMessage(bench.settings.dead_letters_stream, b"small", b"h", dead.headers())
     await publisher.publish([small, huge])
     await publisher.publish([small])
     await publisher.close()

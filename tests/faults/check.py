@@ -22,7 +22,7 @@ from typing import Final, get_args
 from services.core.errors import DeadLetterReason
 from services.core.messages import DeadLetter, Verdict
 from services.streams.base import Message
-from services.streams.parsing import Accepted, parse
+from services.streams.parsing import ParsedSubmission, parse
 from tests.faults.submissions import Deserved, Submitted
 
 _SHOWN: Final = 10
@@ -158,7 +158,7 @@ def _places(submitted: Sequence[Submitted], on_stream: Sequence[Message]) -> Map
     for message in on_stream:
         if (sent := ends.get(message.value)) is None:
             continue
-        keys = [entry.key for entry in parse(message) if isinstance(entry, Accepted)]
+        keys = [entry.key for entry in parse(message) if isinstance(entry, ParsedSubmission)]
         for end, key in zip(sent.ends, keys or [message.key or b""], strict=True):
             places[_name(end, sent.value)] = (key, len(places))
     return places

@@ -25,7 +25,7 @@ from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.traffic_sample import TrafficSample
-from services.streams.factory import open_transport
+from services.streams.factory import open_consumer
 from tests.faults.guard import GuardClient
 
 NOT_NOW: Final = 75
@@ -57,7 +57,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         )
         sample = await closing.enter_async_context(TrafficSample(shared, size=settings.sample_size))
         quarantine = await closing.enter_async_context(Quarantine(shared, settings.group, f"{name}-{os.getpid()}"))
-        intake = Intake(await open_transport(settings, name), moderation, settings, quarantine, sample)
+        intake = Intake(await open_consumer(settings, name), moderation, settings, quarantine, sample)
         closing.push_async_callback(intake.drain)
         while not ending.is_set():
             intake.check()

@@ -25,7 +25,7 @@ import redis
 
 from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
-from services.streams.base import Publisher, Reader, Record
+from services.streams.base import OutgoingMessage, Publisher, Reader
 from services.streams.factory import open_publisher, open_reader
 from tests.faults.backends import Store, environment_of
 from tests.faults.cluster_app import IN_FLIGHT
@@ -155,7 +155,7 @@ class Load:
             name, uri = f"c-{number}", f"s3://{BUCKET}/{number % 8}/{number}.jpg"
             self.sent[name] = time.monotonic()
             value = Submission(id=name, uri=uri, submitted_at=datetime.now(UTC)).model_dump_json().encode()
-            await publisher.publish([Record(self._service.settings.submissions_stream, value, uri.encode())])
+            await publisher.publish([OutgoingMessage(self._service.settings.submissions_stream, value, uri.encode())])
             await asyncio.sleep(1 / _PER_S)
 
     async def read(self, reader: Reader) -> None:

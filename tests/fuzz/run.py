@@ -28,7 +28,7 @@ from services.core.errors import Unjudgeable
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.streams.base import Message
-from services.streams.parsing import Accepted, Rejected, parse
+from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 from tests.fuzz.cases import CORPUS, images, messages, mutated
 
 MESSAGE_S = 1.0
@@ -55,10 +55,10 @@ def parsed(data: bytes) -> str | None:
             return f"{type(error).__name__}: {error}"
         if (took_s := time.thread_time() - started) > MESSAGE_S:
             return f"took {took_s:.1f} s"
-        if not all(isinstance(entry, Accepted | Rejected) for entry in entries):
+        if not all(isinstance(entry, ParsedSubmission | InvalidMessage) for entry in entries):
             return "something else than entries"
         for entry in entries:
-            if isinstance(entry, Accepted):
+            if isinstance(entry, ParsedSubmission):
                 entry.submission.model_dump_json()
     return None
 

@@ -14,7 +14,7 @@ from pipelines.intake.crash_isolation import CRASHES, Quarantine
 from services.core.messages import DeadLetter, Verdict
 from services.core.processes import SupervisedProcess
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 from tests.support.streams_bench import Streams, eventually
 
 
@@ -32,7 +32,7 @@ async def test_a_message_that_kills_costs_three_crashes(
     ids = [f"upload-{number}" for number in range(60)]
     ids[20] = poison
     values = [json.dumps({"id": each, "uri": f"s3://uploads/{number % 7}"}).encode() for number, each in enumerate(ids)]
-    await streams.publish(*(Record(settings.submissions_stream, each, each[-3:]) for each in values))
+    await streams.publish(*(OutgoingMessage(settings.submissions_stream, each, each[-3:]) for each in values))
     crashes = 0
     member: SupervisedProcess | None = None
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipelines.intake.key_order import NewestEvents, Turns
 from services.core.messages import Submission
-from services.streams.parsing import Accepted
+from services.streams.parsing import ParsedSubmission
 
 keys = st.frozensets(st.sampled_from([b"a", b"b", b"c", b"d"]), max_size=3)
 
@@ -41,8 +41,8 @@ def test_in_order_by_key(messages: list[frozenset[bytes]], seed: int) -> None:
     assert not turns._last, "no line is left behind"
 
 
-def event(sequencer: str | None, uri: str = "s3://b/k") -> Accepted:
-    return Accepted(Submission(id=f"{uri}#{sequencer}", uri=uri), uri.encode(), b"", sequencer)
+def event(sequencer: str | None, uri: str = "s3://b/k") -> ParsedSubmission:
+    return ParsedSubmission(Submission(id=f"{uri}#{sequencer}", uri=uri), uri.encode(), b"", sequencer)
 
 
 def test_the_newest_event_of_an_object_counts() -> None:

@@ -12,7 +12,7 @@ from services.core.messages import Submission
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult, skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
-from services.streams.base import Lag, Message, Record
+from services.streams.base import Lag, Message, OutgoingMessage
 
 
 class Rebalanced:
@@ -28,7 +28,7 @@ class Rebalanced:
         batch, self._left = self._left[:limit], self._left[limit:]
         return batch
 
-    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+    async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
         if message.token == "first assignment":
             raise NotOwned("it went to another member")
         self.settled.put_nowait(message)

@@ -9,7 +9,7 @@ from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import Difference, Replay, compare, find, replay
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.messages import ModelIdentity, PolicyIdentity, Timings, Verdict
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 from services.streams.factory import open_publisher
 from tests.support.intake_bench import Bench
 
@@ -122,7 +122,7 @@ async def test_finds_the_newest(bench: Bench) -> None:
     publisher = await open_publisher(bench.settings)
     stream = bench.settings.verdicts_stream
     found = [changed(), changed(score=0.5), changed(verdict_id="other"), changed(verdict_id="b", uri="s3://u/7d9f")]
-    await publisher.publish([Record(stream, verdict.model_dump_json().encode()) for verdict in found])
+    await publisher.publish([OutgoingMessage(stream, verdict.model_dump_json().encode()) for verdict in found])
     await publisher.close()
     assert (await find("7d9f", bench.settings)).score == 0.5
     assert (await find("b", bench.settings)).uri == "s3://u/7d9f"

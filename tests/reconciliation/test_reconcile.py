@@ -21,7 +21,7 @@ from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmissi
 from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, Span, reconcile
 from services.core.messages import Assessment, DeadLetter, Detail, PreparedImage
 from services.core.settings import Settings
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice
 from tests.support.fake_guard import says_safe
@@ -139,18 +139,18 @@ async def account(
     return result, findings
 
 
-async def publish(settings: Settings, *records: Record) -> None:
+async def publish(settings: Settings, *records: OutgoingMessage) -> None:
     publisher = await open_publisher(settings)
     await publisher.publish(records)
     await publisher.close()
 
 
-def submission(settings: Settings, name: str, **fields: Any) -> Record:
+def submission(settings: Settings, name: str, **fields: Any) -> OutgoingMessage:
     document = {"id": name, "uri": f"s3://uploads/{name}.jpg"} | fields
-    return Record(settings.submissions_stream, json.dumps(document).encode(), name.encode())
+    return OutgoingMessage(settings.submissions_stream, json.dumps(document).encode(), name.encode())
 
 
-def verdict(settings: Settings, name: str, verdict_id: str = "v", **fields: Any) -> Record:
+def verdict(settings: Settings, name: str, verdict_id: str = "v", **fields: Any) -> OutgoingMessage:
     document = {
         "verdict_id": verdict_id,
         "submission_id": name,
@@ -158,14 +158,16 @@ def verdict(settings: Settings, name: str, verdict_id: str = "v", **fields: Any)
         "outcome": "verdict",
         "submitted_at": datetime.now(UTC).isoformat(),
     }
-    return Record(settings.verdicts_stream, json.dumps(document | fields).encode(), name.encode())
+    return OutgoingMessage(settings.verdicts_stream, json.dumps(document | fields).encode(), name.encode())
 
 
-def dead_letter(settings: Settings, name: str, source: str = "s/0/0") -> Record:
+def dead_letter(settings: Settings, name: str, source: str = "s/0/0") -> OutgoingMessage:
     letter = DeadLetter(
         submission_id=name, reason="not_found", detail="x", attempts=1, source=source, failed_at=datetime.now(UTC)
     )
-    return Record(settings.dead_letters_stream, submission(settings, name).value, name.encode(), letter.headers())
+    return OutgoingMessage(
+        settings.dead_letters_stream, submission(settings, name).value, name.encode(), letter.headers()
+    )
 
 
 def kinds(findings: list[Finding]) -> Counter[tuple[str, str | None]]:
@@ -251,9 +253,9 @@ async def test_repeats_conflicts_and_what_nobody_asked_for(bench: Bench) -> None
         verdict(settings, "both"),
         dead_letter(settings, "both"),
         verdict(settings, "stray\x1b"),
-        Record(settings.verdicts_stream, b"\xff"),
-        Record(settings.verdicts_stream, b"[1]"),
-        Record(settings.dead_letters_stream, b"not one of Sluice's"),
+        OutgoingMessage(settings.verdicts_stream, b"\xff"),
+        OutgoingMessage(settings.verdicts_stream, b"[1]"),
+        OutgoingMessage(settings.dead_letters_stream, b"not one of Sluice's"),
     )
     result, findings = await account(settings)
     assert kinds(findings) == {
@@ -368,7 +370,7 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
     assert (await account(settings))[0] == ReconciliationReport()
     names = [f"n-{number}" for number in range(30)]
     await publish(settings, *(submission(settings, each) for each in names))
-    await publish(settings, Record(settings.submissions_stream, b"not json", b"k"))
+    await publish(settings, OutgoingMessage(settings.submissions_stream, b"not json", b"k"))
     intake = await bench.start()
     await bench.settled(31, within_s=90)
     await intake.drain()

@@ -6,7 +6,7 @@ from typing import Any
 
 from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
-from services.streams.base import Message, Record
+from services.streams.base import Message, OutgoingMessage
 from tests.support.streams_bench import Streams, eventually
 
 
@@ -56,7 +56,7 @@ class Fleet:
         numbers = range(self.submitted, self.submitted + count)
         self.submitted += count
         stream = self.settings().submissions_stream
-        await self._streams.publish(*(Record(stream, str(n).encode(), str(n % 12).encode()) for n in numbers))
+        await self._streams.publish(*(OutgoingMessage(stream, str(n).encode(), str(n % 12).encode()) for n in numbers))
 
     async def settled(self, share: float = 1.0) -> None:
         """Wait until that share of everything submitted has its verdict."""

@@ -4,11 +4,11 @@ import asyncio
 import sys
 
 from services.core.settings import Settings
-from services.streams.factory import open_transport
+from services.streams.factory import open_consumer
 
 
 async def main() -> None:
-    transport = await open_transport(Settings.model_validate_json(sys.argv[1]), "doomed")
+    transport = await open_consumer(Settings.model_validate_json(sys.argv[1]), "doomed")
     while True:
         for message in await transport.receive(100, 1.0):
             print("received", message.value.decode(), flush=True)  # noqa: T201 - the test reads it

@@ -13,7 +13,7 @@ import pytest
 
 from services.core.errors import NotOwned, StreamUnavailable
 from services.core.processes import SupervisedProcess
-from services.streams.base import Message, Record, Transport
+from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from services.streams.factory import open_publisher, open_reader
 from tests.support.kafka_broker import Broker
 from tests.support.servers import Valkey
@@ -23,11 +23,13 @@ from tests.support.streams_bench import KINDS, PATIENT, Streams, collect, eventu
 async def test_a_message_arrives_as_it_was_published(streams: Streams) -> None:
     stream = streams.settings().submissions_stream
     records = [
-        Record(stream, b"plain", b"key"),
-        Record(stream, b"no key"),
-        Record(stream, b"", b"empty value"),
-        Record(stream, bytes(range(256)), bytes(range(255, -1, -1))),
-        Record(stream, b"headers", b"k", (("ce_id", b"1"), ("ce_id", b"2"), ("größe", "größer".encode()), ("e", b""))),
+        OutgoingMessage(stream, b"plain", b"key"),
+        OutgoingMessage(stream, b"no key"),
+        OutgoingMessage(stream, b"", b"empty value"),
+        OutgoingMessage(stream, bytes(range(256)), bytes(range(255, -1, -1))),
+        OutgoingMessage(
+            stream, b"headers", b"k", (("ce_id", b"1"), ("ce_id", b"2"), ("größe", "größer".encode()), ("e", b""))
+        ),
     ]
     await streams.publish(*records)
     received = await collect(await streams.member(), len(records))
@@ -53,8 +55,8 @@ async def test_settling_publishes_the_outputs_as_they_are(streams: Streams) -> N
     await streams.submit("a")
     member = await streams.member()
     (message,) = await collect(member, 1)
-    verdict = Record(settings.verdicts_stream, b"verdict", b"key", (("n", b"1"), ("ü", b"\xff")))
-    dead = Record(settings.dead_letters_stream, message.value, None, ())
+    verdict = OutgoingMessage(settings.verdicts_stream, b"verdict", b"key", (("n", b"1"), ("ü", b"\xff")))
+    dead = OutgoingMessage(settings.dead_letters_stream, message.value, None, ())
     await member.settle(message, [verdict, dead])
     (published,) = await streams.everything(settings.verdicts_stream)
     assert (published.value, published.key, published.headers) == (b"verdict", b"key", (("n", b"1"), ("ü", b"\xff")))
@@ -272,7 +274,7 @@ async def test_a_slow_settle_keeps_its_message(streams: Streams) -> None:
     assert await streams.verdicts() == ["slow"]
 
 
-async def _let_both_work(streams: Streams, members: Sequence[Transport]) -> None:
+async def _let_both_work(streams: Streams, members: Sequence[GroupConsumer]) -> None:
     """Returns when every member has its share of the stream and nothing is left on it."""
     counts = [0, 0]
 
@@ -336,11 +338,13 @@ async def test_closing_during_an_outage_ends(served: tuple[Streams, Broker | Val
 @pytest.mark.parametrize("streams", KINDS, indirect=True)
 async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
     settings = streams.settings()
-    await streams.publish(*(Record(settings.verdicts_stream, f"old{number}".encode()) for number in range(250)))
+    await streams.publish(
+        *(OutgoingMessage(settings.verdicts_stream, f"old{number}".encode()) for number in range(250))
+    )
     await asyncio.sleep(0.05)
     moment = datetime.now(UTC)
     await asyncio.sleep(0.05)
-    await streams.publish(Record(settings.verdicts_stream, b"new", b"k", (("h", b"1"),)))
+    await streams.publish(OutgoingMessage(settings.verdicts_stream, b"new", b"k", (("h", b"1"),)))
     assert len(await streams.verdicts()) == 251
     reader = await open_reader(settings)
     (only,) = [message async for message in reader.read(settings.verdicts_stream, follow=False, since=moment)]
@@ -355,12 +359,12 @@ async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
 async def test_following_a_stream(streams: Streams) -> None:
     settings = streams.settings()
     publisher = await open_publisher(settings)
-    await publisher.publish([Record(settings.verdicts_stream, b"0", b"k")])
+    await publisher.publish([OutgoingMessage(settings.verdicts_stream, b"0", b"k")])
     reader = await open_reader(settings)
     following = reader.read(settings.verdicts_stream, follow=True)
     for number in range(1, 4):
         assert (await asyncio.wait_for(anext(following), 10)).value == str(number - 1).encode()
-        await publisher.publish([Record(settings.verdicts_stream, str(number).encode(), b"k")])
+        await publisher.publish([OutgoingMessage(settings.verdicts_stream, str(number).encode(), b"k")])
     await following.aclose()  # type: ignore[attr-defined]
     await reader.close()
     await publisher.close()

@@ -12,8 +12,8 @@ import pytest
 from kafka.coordinator.base import Generation
 
 from services.core.errors import NotOwned
-from services.streams.kafka.rebalance import HonestAssignor
-from services.streams.kafka.transactions import Outcome, Transactions
+from services.streams.kafka.rebalance import FixedCooperativeStickyAssignor
+from services.streams.kafka.transactions import CommitOutcome, Transactions
 from tests.streams.fleet import Fleet
 from tests.streams.worker import MOMENTS
 from tests.support.kafka_broker import Broker
@@ -73,7 +73,7 @@ async def test_a_commit_whose_end_is_not_known(streams: Streams, lost: str, monk
     await streams.submit("a", "b", "c")
     a, b, c = await collect(member, 3)
     await member.settle(a, [streams.verdict("a")])
-    answered: Any = Transactions._answered
+    answered: Any = Transactions._wait_for_result
     failures: list[str] = []
 
     def fail_once(self: Any, producer: Any, result: Any) -> None:
@@ -86,7 +86,7 @@ async def test_a_commit_whose_end_is_not_known(streams: Streams, lost: str, monk
             raise TimeoutError("no answer")
         answered(self, producer, result)
 
-    monkeypatch.setattr(Transactions, "_answered", fail_once)
+    monkeypatch.setattr(Transactions, "_wait_for_result", fail_once)
     await asyncio.gather(*(member.settle(each, [streams.verdict(each.value.decode())]) for each in (b, c)))
     assert failures == [lost]
     assert await streams.verdicts() == ["a", "b", "c"]
@@ -104,13 +104,13 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(streams: Streams)
     publish = transactions.publish
     record = streams.verdict("v")
     outcome, words = await asyncio.to_thread(publish, [record], {one: 5}, lambda: stale)
-    assert (outcome, "IllegalGeneration" in words) == (Outcome.ABORTED, True)
+    assert (outcome, "IllegalGeneration" in words) == (CommitOutcome.ABORTED, True)
     outcome, _ = await asyncio.to_thread(publish, [record], {two: 7}, lambda: group)
-    assert outcome is Outcome.COMMITTED
+    assert outcome is CommitOutcome.COMMITTED
     outcome, _ = await asyncio.to_thread(publish, [record], {one: 9}, lambda: None)
-    assert outcome is Outcome.ABORTED
+    assert outcome is CommitOutcome.ABORTED
     outcome, _ = await asyncio.to_thread(publish, [record], {two: 8}, lambda: group)
-    assert outcome is Outcome.COMMITTED
+    assert outcome is CommitOutcome.COMMITTED
     committed = await asyncio.to_thread(lambda: [member.committed(each) for each in (one, two)])
     assert committed == [None, 8]
     assert await streams.verdicts() == ["v", "v"]
@@ -125,7 +125,7 @@ async def test_a_zombie_publishes_nothing(streams: Streams) -> None:
     await collect(member, 1)
     partition = kafka.TopicPartition(settings.submissions_stream, 0)
     outcome, _ = await asyncio.to_thread(earlier.publish, [streams.verdict("a")], {partition: 1}, member.group)
-    assert outcome is Outcome.ABORTED
+    assert outcome is CommitOutcome.ABORTED
     assert await streams.verdicts() == []
     for each in (earlier, later):
         await asyncio.to_thread(each.close)
@@ -188,14 +188,14 @@ def test_what_was_lost_is_not_claimed() -> None:
     """The leader would give it to two members in the same generation."""
     partition = kafka.TopicPartition("submissions", 1)
     given_up: list[Any] = []
-    assignor = HonestAssignor()
+    assignor = FixedCooperativeStickyAssignor()
     assignor.member_assignment = [partition]
     assignor.consumer = SimpleNamespace(
         _coordinator=SimpleNamespace(_generation=Generation(7, "me", "cooperative-sticky")),
         _subscription=SimpleNamespace(assign_from_subscribed=given_up.append),
         assignment=lambda: {partition},
     )
-    assignor.listener = SimpleNamespace(owner=SimpleNamespace(give_up=given_up.append))  # type: ignore[assignment]
+    assignor.listener = SimpleNamespace(owner=SimpleNamespace(drop_partitions=given_up.append))  # type: ignore[assignment]
     assert [each.partitions for each in assignor.metadata(["submissions"]).owned_partitions] == [[1]]
     assert given_up == []
     assignor.consumer._coordinator._generation = Generation.NO_GENERATION

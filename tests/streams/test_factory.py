@@ -6,7 +6,7 @@ import pytest
 from redis import exceptions
 
 from services.core.errors import ConfigurationError, StreamUnavailable
-from services.streams.factory import open_publisher, open_reader, open_transport
+from services.streams.factory import open_consumer, open_publisher, open_reader
 from services.streams.kafka import client as kafka_clients
 from services.streams.kafka.client import bootstrap_servers
 from services.streams.redis import client as redis_clients
@@ -34,7 +34,7 @@ def test_a_kafka_url_that_is_wrong(url: str) -> None:
         bootstrap_servers(url)
 
 
-@pytest.mark.parametrize("open_", [lambda settings: open_transport(settings, "m"), open_publisher, open_reader])
+@pytest.mark.parametrize("open_", [lambda settings: open_consumer(settings, "m"), open_publisher, open_reader])
 @pytest.mark.parametrize("url", ["redis://localhost:6379/0?max_connections=x"])
 async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
@@ -52,10 +52,10 @@ async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
 async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None:
     settings = Streams("kafka", "kafka://127.0.0.1:1").settings(kafka_options={option: 1})
     with pytest.raises(ConfigurationError, match=complaint):
-        await open_transport(settings, "member")
+        await open_consumer(settings, "member")
 
 
-@pytest.mark.parametrize("open_", [lambda settings: open_transport(settings, "m"), open_publisher, open_reader])
+@pytest.mark.parametrize("open_", [lambda settings: open_consumer(settings, "m"), open_publisher, open_reader])
 @pytest.mark.parametrize("scheme", ["redis", "kafka"])
 async def test_nobody_answers(open_: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_clients, "CONNECT_S", 0.5)

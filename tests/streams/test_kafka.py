@@ -17,7 +17,7 @@ from kafka.structs import MemberState
 
 from services.core.errors import ConfigurationError, NotOwned, StreamUnavailable
 from services.core.processes import SupervisedProcess
-from services.streams.base import Message, Record, Transport
+from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from tests.support.streams_bench import PATIENT, Streams, collect, eventually, settle_in_order, values
 
 pytestmark = pytest.mark.kafka
@@ -55,10 +55,12 @@ async def test_missing_topics_are_created(streams: Streams, kafka_address: str) 
 async def test_a_whole_message_fits_into_a_dead_letter(streams: Streams) -> None:
     member = await streams.member()
     original = os.urandom((1 << 20) - 200)  # as large as the broker takes, and no compression helps
-    await streams.publish(Record(streams.settings().submissions_stream, original, b"key"))
+    await streams.publish(OutgoingMessage(streams.settings().submissions_stream, original, b"key"))
     (message,) = await collect(member, 1)
     headers = (("sluice-detail", b"x" * 1000),)
-    await member.settle(message, [Record(streams.settings().dead_letters_stream, message.value, message.key, headers)])
+    await member.settle(
+        message, [OutgoingMessage(streams.settings().dead_letters_stream, message.value, message.key, headers)]
+    )
     (letter,) = await streams.everything(streams.settings().dead_letters_stream)
     assert letter.value == original
 
@@ -70,7 +72,7 @@ async def test_a_record_that_is_too_large_is_refused_and_the_message_stays(strea
     member = await streams.member()
     received = await collect(member, 8)
     outputs = {name: [streams.verdict(name)] for name in names}
-    outputs["5"].append(Record(streams.settings().verdicts_stream, os.urandom((1 << 20) + 1000)))
+    outputs["5"].append(OutgoingMessage(streams.settings().verdicts_stream, os.urandom((1 << 20) + 1000)))
     settling = {
         each.value.decode(): asyncio.create_task(member.settle(each, outputs[each.value.decode()])) for each in received
     }
@@ -89,7 +91,9 @@ async def test_a_record_that_is_too_large_is_refused_and_the_message_stays(strea
 async def test_keys_are_partitioned_as_every_kafka_client_does_it(streams: Streams) -> None:
     await streams.member()
     stream = streams.settings().submissions_stream
-    await streams.publish(*(Record(stream, key, key) for key in (b"21", b"foobar", b"a-little-bit-long-string")))
+    await streams.publish(
+        *(OutgoingMessage(stream, key, key) for key in (b"21", b"foobar", b"a-little-bit-long-string"))
+    )
     found = {message.value: int(message.source.split("/")[1]) for message in await streams.everything(stream)}
     # murmur2 as in Kafka's own UtilsTest, without its sign, modulo the partitions
     hashes = {b"21": -973932308, b"foobar": -790332482, b"a-little-bit-long-string": -985981536}
@@ -358,7 +362,7 @@ async def test_of_two_members_of_one_name_one_is_told_and_the_other_goes_on(stre
     going_on.cancel()
 
 
-async def settle_all(member: Transport, streams: Streams) -> None:
+async def settle_all(member: GroupConsumer, streams: Streams) -> None:
     while True:
         for message in await member.receive(1, 0.1):
             with suppress(NotOwned):

@@ -1,12 +1,12 @@
-"""The ledger against a model that is nothing but sets, and against a log that is published in transactions."""
+"""The tracker against a model that is nothing but sets, and against a log that is published in transactions."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.streams.base import Record
-from services.streams.kafka.offsets import Finish, Ledger, Releasable
+from services.streams.base import OutgoingMessage
+from services.streams.kafka.offsets import CommittableBatch, OffsetTracker, SettleResult
 
 WINDOW = 8
 
@@ -16,7 +16,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(WINDOW)
+        self.tracker = OffsetTracker(WINDOW)
         self.held: set[int] = set()
         self.finished: set[int] = set()
         self.position: int | None = None
@@ -30,21 +30,21 @@ class LedgerMachine(RuleBasedStateMachine):
     def tracked(self) -> int:
         return len(self.held) + len([each for each in self.finished if self.held and each > min(self.held)])
 
-    @precondition(lambda self: not self.ledger.revoked and self.tracked() < WINDOW)
+    @precondition(lambda self: not self.tracker.revoked and self.tracked() < WINDOW)
     @rule(gap=st.sampled_from([0, 0, 0, 1, 2, 1000]))
     def receive(self, gap: int) -> None:
         offset = (self.position if self.position is not None else 7) + gap
         if self.position is None:
             self.first = self.committed = offset
-        self.ledger.receive(offset)
+        self.tracker.receive(offset)
         self.held.add(offset)
         self.position = offset + 1
 
-    @precondition(lambda self: not self.ledger.revoked)
+    @precondition(lambda self: not self.tracker.revoked)
     @rule(gap=st.sampled_from([-3, 0, 1, 5]))
-    def pass_over(self, gap: int) -> None:
+    def skip(self, gap: int) -> None:
         position = max(0, (self.position or 0) + gap)
-        self.ledger.pass_over(position)
+        self.tracker.skip(position)
         self.position = position if self.position is None else max(self.position, position)
 
     @precondition(lambda self: self.held)
@@ -52,8 +52,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.held)))
         oldest = offset == min(self.held)
-        assert self.ledger.holds(offset)
-        assert self.ledger.finish(offset) is (Finish.ADVANCED if oldest else Finish.WAITING)
+        assert self.tracker.holds(offset)
+        assert self.tracker.finish(offset) is (SettleResult.ADVANCED if oldest else SettleResult.WAITING)
         self.held.remove(offset)
         self.finished.add(offset)
 
@@ -61,13 +61,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish_again(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.finished)))
-        assert self.ledger.finish(offset) is (Finish.REVOKED if self.ledger.revoked else Finish.NOT_HELD)
+        assert self.tracker.finish(offset) is (SettleResult.REVOKED if self.tracker.revoked else SettleResult.NOT_HELD)
 
     @rule()
     def commit(self) -> None:
-        offset = self.ledger.committable
+        offset = self.tracker.committable
         if offset is not None:
-            self.ledger.commit(offset)
+            self.tracker.commit(offset)
             self.committed = offset
 
     @precondition(lambda self: self.position is not None)
@@ -75,39 +75,39 @@ class LedgerMachine(RuleBasedStateMachine):
     def go_back(self) -> None:
         assert self.position is not None
         with pytest.raises(ValueError, match=r"below|no room"):
-            self.ledger.receive(self.position - 1)
+            self.tracker.receive(self.position - 1)
 
     @precondition(lambda self: self.tracked() >= WINDOW)
     @rule()
     def overfill(self) -> None:
         assert self.position is not None
         with pytest.raises(ValueError, match="no room"):
-            self.ledger.receive(self.position)
+            self.tracker.receive(self.position)
 
     @precondition(lambda self: len(self.finished) > 5)
     @rule()
     def revoke(self) -> None:
-        self.ledger.revoke()
+        self.tracker.revoke()
         self.finished |= self.held
         self.held.clear()
 
     @invariant()
     def agrees(self) -> None:
-        if self.ledger.revoked:
-            assert self.ledger.committable is None
-            assert self.ledger.room == 0
-            assert self.ledger.held == 0
+        if self.tracker.revoked:
+            assert self.tracker.committable is None
+            assert self.tracker.room == 0
+            assert self.tracker.held == 0
             return
         expected = self.committable()
-        assert self.ledger.committable == (None if expected == self.committed else expected)
-        assert self.ledger.oldest_unfinished == min(self.held, default=None)
-        assert self.ledger.held == len(self.held)
-        assert self.ledger.position == self.position
-        assert self.ledger.room == WINDOW - self.tracked() >= 0
+        assert self.tracker.committable == (None if expected == self.committed else expected)
+        assert self.tracker.oldest_unfinished == min(self.held, default=None)
+        assert self.tracker.held == len(self.held)
+        assert self.tracker.position == self.position
+        assert self.tracker.room == WINDOW - self.tracked() >= 0
 
     @invariant()
     def commits_nothing_unfinished(self) -> None:
-        if self.committed is not None and not self.ledger.revoked:
+        if self.committed is not None and not self.tracker.revoked:
             assert all(offset >= self.committed for offset in self.held)
 
 
@@ -131,7 +131,7 @@ class ReleaseMachine(RuleBasedStateMachine):
 
     def own(self) -> None:
         """A member gets the partition: it reads on from the committed offset."""
-        self.ledger = Ledger(WINDOW, keeps_outputs=True)
+        self.tracker = OffsetTracker(WINDOW, keeps_outputs=True)
         self.unread = [offset for offset in self.log if offset >= (self.committed or 0)]
         self.held: set[int] = set()
         self.done: set[int] = set()
@@ -143,67 +143,67 @@ class ReleaseMachine(RuleBasedStateMachine):
         self.unread.append(self.end)
         self.end += 1
 
-    @precondition(lambda self: self.unread and self.ledger.room)
+    @precondition(lambda self: self.unread and self.tracker.room)
     @rule()
     def receive(self) -> None:
         offset = self.unread.pop(0)
-        self.ledger.receive(offset)
+        self.tracker.receive(offset)
         self.held.add(offset)
 
     @precondition(lambda self: not self.unread)
     @rule(gap=st.integers(0, 3))
-    def pass_over(self, gap: int) -> None:
+    def skip(self, gap: int) -> None:
         self.end += gap
-        self.ledger.pass_over(self.end)
+        self.tracker.skip(self.end)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.held)))
-        assert self.ledger.finish(offset, outputs_of(offset)) is Finish.WAITING
-        assert self.ledger.finish(offset, outputs_of(offset)) is Finish.NOT_HELD
+        assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.WAITING
+        assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.NOT_HELD
         self.held.remove(offset)
         self.done.add(offset)
 
     @rule(limit=st.integers(1, WINDOW), meanwhile=st.sampled_from(["", "", "finish", "receive"]), data=st.data())
     def transact(self, limit: int, meanwhile: str, data: st.DataObject) -> None:
-        releasable = self.ledger.releasable(limit)
-        if releasable is None:
+        batch = self.tracker.next_batch(limit)
+        if batch is None:
             return
-        assert len(releasable.offsets) <= limit
+        assert len(batch.offsets) <= limit
         if meanwhile == "finish" and self.held:
             self.finish(data)
-        elif meanwhile == "receive" and self.unread and self.ledger.room:
+        elif meanwhile == "receive" and self.unread and self.tracker.room:
             self.receive()
-        self.commit(releasable)
-        self.ledger.release(releasable)
-        self.done -= set(releasable.offsets)
+        self.commit(batch)
+        self.tracker.mark_committed(batch)
+        self.done -= set(batch.offsets)
 
     @precondition(lambda self: self.done)
     @rule(data=st.data())
-    def refuse(self, data: st.DataObject) -> None:
+    def abandon(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.done)))
-        self.ledger.refuse(offset)
+        self.tracker.abandon(offset)
         self.done.remove(offset)
         self.held.add(offset)
 
     @rule(answer_lost=st.booleans())
     def revoke(self, answer_lost: bool) -> None:
-        releasable = self.ledger.releasable(WINDOW)
-        if answer_lost and releasable:
-            self.commit(releasable)
-        self.ledger.revoke()
-        if releasable:
-            self.ledger.release(releasable)
-        assert self.ledger.releasable(WINDOW) is None
-        assert all(self.ledger.finish(offset, ()) is Finish.REVOKED for offset in self.held)
+        batch = self.tracker.next_batch(WINDOW)
+        if answer_lost and batch:
+            self.commit(batch)
+        self.tracker.revoke()
+        if batch:
+            self.tracker.mark_committed(batch)
+        assert self.tracker.next_batch(WINDOW) is None
+        assert all(self.tracker.finish(offset, ()) is SettleResult.REVOKED for offset in self.held)
         self.own()
 
-    def commit(self, releasable: Releasable) -> None:
+    def commit(self, batch: CommittableBatch) -> None:
         """The broker's side of a transaction."""
-        assert self.committed is None or releasable.committable > self.committed or not releasable.offsets
-        self.published += [int(record.value) for record in releasable.outputs]
-        self.committed = releasable.committable
+        assert self.committed is None or batch.committable > self.committed or not batch.offsets
+        self.published += [int(record.value) for record in batch.outputs]
+        self.committed = batch.committable
 
     @invariant()
     def publishes_the_log_once_and_in_order(self) -> None:
@@ -211,21 +211,21 @@ class ReleaseMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        assert self.ledger.held == len(self.held)
-        assert self.ledger.room == WINDOW - len(self.held) - len(self.done) >= 0
-        assert self.ledger.oldest_unfinished == min(self.held, default=None)
+        assert self.tracker.held == len(self.held)
+        assert self.tracker.room == WINDOW - len(self.held) - len(self.done) >= 0
+        assert self.tracker.oldest_unfinished == min(self.held, default=None)
         waiting = len([offset for offset in self.done if self.held and offset > min(self.held)])
-        assert self.ledger.waiting == waiting
-        assert self.ledger.blocked_by == (min(self.held) if waiting >= 0.9 * WINDOW else None)
+        assert self.tracker.waiting == waiting
+        assert self.tracker.blocked_by == (min(self.held) if waiting >= 0.9 * WINDOW else None)
 
     def settled(self) -> int:
         """How many messages of the log are below the committed offset."""
         return len([offset for offset in self.log if offset < (self.committed or 0)])
 
 
-def outputs_of(offset: int) -> list[Record]:
+def outputs_of(offset: int) -> list[OutgoingMessage]:
     """None, one or two."""
-    return [Record("verdicts", str(offset).encode())] * (offset % 3)
+    return [OutgoingMessage("verdicts", str(offset).encode())] * (offset % 3)
 
 
 TestRelease = ReleaseMachine.TestCase
@@ -233,64 +233,64 @@ TestRelease = ReleaseMachine.TestCase
 
 @given(order=st.permutations(range(20)), gaps=st.lists(st.integers(0, 3), min_size=20, max_size=20))
 def test_in_the_end_everything_may_be_committed(order: list[int], gaps: list[int]) -> None:
-    ledger = Ledger(20)
+    tracker = OffsetTracker(20)
     offsets, at = [], 0
     for gap in gaps:
         at += gap
         offsets.append(at)
-        ledger.receive(at)
+        tracker.receive(at)
         at += 1
     for which in order:
-        ledger.finish(offsets[which])
-    assert ledger.committable == offsets[-1] + 1
-    assert ledger.waiting == 0
-    assert ledger.room == 20
+        tracker.finish(offsets[which])
+    assert tracker.committable == offsets[-1] + 1
+    assert tracker.waiting == 0
+    assert tracker.room == 20
 
 
 def test_one_stuck_offset_holds_the_rest_back() -> None:
-    ledger = Ledger(4)
+    tracker = OffsetTracker(4)
     for offset in range(4):
-        ledger.receive(offset)
+        tracker.receive(offset)
     for offset in (1, 2, 3):
-        assert ledger.finish(offset) is Finish.WAITING
-    assert (ledger.oldest_unfinished, ledger.waiting, ledger.room, ledger.committable) == (0, 3, 0, None)
-    assert ledger.finish(0) is Finish.ADVANCED
-    assert (ledger.oldest_unfinished, ledger.waiting, ledger.room, ledger.committable) == (None, 0, 4, 4)
+        assert tracker.finish(offset) is SettleResult.WAITING
+    assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (0, 3, 0, None)
+    assert tracker.finish(0) is SettleResult.ADVANCED
+    assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (None, 0, 4, 4)
 
 
 def test_a_window_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="window"):
-        Ledger(0)
+        OffsetTracker(0)
 
 
 def test_an_older_commit_changes_nothing() -> None:
-    ledger = Ledger(4)
-    ledger.receive(0)
-    ledger.finish(0)
-    ledger.commit(1)
-    ledger.commit(0)
-    assert ledger.committable is None
+    tracker = OffsetTracker(4)
+    tracker.receive(0)
+    tracker.finish(0)
+    tracker.commit(1)
+    tracker.commit(0)
+    assert tracker.committable is None
 
 
 def test_only_a_done_offset_can_be_refused() -> None:
-    ledger = Ledger(4, keeps_outputs=True)
-    ledger.receive(0)
+    tracker = OffsetTracker(4, keeps_outputs=True)
+    tracker.receive(0)
     with pytest.raises(ValueError, match="not done"):
-        ledger.refuse(0)
-    ledger.revoke()
-    ledger.refuse(0)
-    assert not ledger.holds(0)
+        tracker.abandon(0)
+    tracker.revoke()
+    tracker.abandon(0)
+    assert not tracker.holds(0)
 
 
 @pytest.mark.parametrize("keeps_outputs", [False, True])
 def test_the_offset_that_blocks_a_window(keeps_outputs: bool) -> None:
-    ledger = Ledger(10, keeps_outputs=keeps_outputs)
+    tracker = OffsetTracker(10, keeps_outputs=keeps_outputs)
     for offset in range(10):
-        ledger.receive(offset)
+        tracker.receive(offset)
     for offset in range(1, 9):
-        ledger.finish(offset)
-        assert ledger.blocked_by is None
-    ledger.finish(9)
-    assert ledger.blocked_by == 0
-    ledger.finish(0)
-    assert ledger.blocked_by is None
+        tracker.finish(offset)
+        assert tracker.blocked_by is None
+    tracker.finish(9)
+    assert tracker.blocked_by == 0
+    tracker.finish(0)
+    assert tracker.blocked_by is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from services.core.messages import Submission
 from services.streams.base import Headers, Message
-from services.streams.parsing import RECORDS_LIMIT, Accepted, Rejected, is_before, parse
+from services.streams.parsing import RECORDS_LIMIT, InvalidMessage, ParsedSubmission, is_before, parse
 
 PUBLISHED = datetime(2026, 11, 21, 10, tzinfo=UTC)
 
@@ -22,15 +22,15 @@ def message(value: Any, key: bytes | None = None, headers: Headers = ()) -> Mess
     return Message(encoded, key, headers, "sluice.submissions/0/1", PUBLISHED)
 
 
-def accepted(value: Any, key: bytes | None = None, headers: Headers = ()) -> Accepted:
+def accepted(value: Any, key: bytes | None = None, headers: Headers = ()) -> ParsedSubmission:
     (entry,) = parse(message(value, key, headers))
-    assert isinstance(entry, Accepted), entry
+    assert isinstance(entry, ParsedSubmission), entry
     return entry
 
 
-def rejected(value: Any, key: bytes | None = None, headers: Headers = ()) -> Rejected:
+def rejected(value: Any, key: bytes | None = None, headers: Headers = ()) -> InvalidMessage:
     (entry,) = parse(message(value, key, headers))
-    assert isinstance(entry, Rejected), entry
+    assert isinstance(entry, InvalidMessage), entry
     return entry
 
 
@@ -163,17 +163,17 @@ def test_the_id_falls_back_to_sequencer_then_etag() -> None:
 def test_several_records_are_several_submissions_with_one_record_each_as_original() -> None:
     records = [record("one"), record("gone", "ObjectRemoved:Delete"), record("two"), {"eventName": 7}, record("three")]
     entries = parse(message({"Records": records, "extra": 1}, key=b"k"))
-    assert [entry.submission.uri for entry in entries if isinstance(entry, Accepted)] == [
+    assert [entry.submission.uri for entry in entries if isinstance(entry, ParsedSubmission)] == [
         "s3://uploads/one",
         "s3://uploads/two",
         "s3://uploads/three",
     ]
-    assert isinstance(entries[2], Rejected)
+    assert isinstance(entries[2], InvalidMessage)
     assert all(entry.key == b"k" for entry in entries)
     for entry, original in zip(entries, [records[0], records[2], records[3], records[4]], strict=True):
         assert json.loads(entry.original) == {"Records": [original], "extra": 1}
     again = parse(message(entries[0].original))
-    assert isinstance(again[0], Accepted)
+    assert isinstance(again[0], ParsedSubmission)
     assert again[0].submission == entries[0].submission  # type: ignore[union-attr]
 
 
@@ -237,8 +237,8 @@ def test_notifications_that_are_malformed(document: Any) -> None:
 def test_a_key_too_long_for_an_id_has_its_digest_as_one() -> None:
     key = "k" * 1000
     entries = parse(message({"Records": [record("one"), record(key), record(key, versionId="v2"), record("two")]}))
-    assert [type(entry) for entry in entries] == [Accepted] * 4
-    _, first, second, _ = [entry.submission for entry in entries if isinstance(entry, Accepted)]
+    assert [type(entry) for entry in entries] == [ParsedSubmission] * 4
+    _, first, second, _ = [entry.submission for entry in entries if isinstance(entry, ParsedSubmission)]
     assert first.id == f"sha256:{hashlib.sha256(f'uploads/{key}#0055AED6DCD90281E5'.encode()).hexdigest()}"
     assert (first.uri, second.uri) == (f"s3://uploads/{key}",) * 2
     assert first.id != second.id
@@ -311,7 +311,7 @@ def test_a_cloud_event_around_an_s3_notification_with_several_records() -> None:
 
 def test_the_dead_letter_of_a_binary_cloud_event_can_be_read_without_its_headers() -> None:
     for entry in parse(message({"Records": [record("one"), record("two")]}, headers=BINARY)):
-        assert isinstance(accepted(entry.original), Accepted)
+        assert isinstance(accepted(entry.original), ParsedSubmission)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ HEADERS = st.lists(
 def check(value: bytes, key: bytes | None, headers: Headers) -> None:
     for entry in parse(message(value, key, headers)):
         assert isinstance(entry.original, bytes)
-        if isinstance(entry, Accepted):
+        if isinstance(entry, ParsedSubmission):
             assert 0 < len(entry.submission.id) <= 256
             assert entry.submission.submitted_at is not None
             assert entry.key == (key or entry.submission.uri.encode())
@@ -478,7 +478,7 @@ def test_any_damage_to_a_record_leaves_its_neighbours(path: list[str], replaceme
         return  # NaN is no JSON: the whole message is malformed
     entries = parse(message(value))
     if len(entries) > 1:
-        assert isinstance(entries[0], Accepted)
-        assert isinstance(entries[-1], Accepted)
+        assert isinstance(entries[0], ParsedSubmission)
+        assert isinstance(entries[-1], ParsedSubmission)
         assert entries[-1].submission.uri == "s3://uploads/two"
     check(value, None, ())

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.core.errors import NotOwned, StreamUnavailable
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 from services.streams.factory import open_publisher
 from services.streams.redis import scripts as redis_scripts
 from tests.streams.fleet import Fleet
@@ -52,11 +52,11 @@ async def test_an_id_far_in_the_future_is_no_harm(streams: Streams, client: Any)
 
 async def test_more_headers_than_a_script_can_pass(streams: Streams) -> None:
     headers = tuple((f"h{number}", bytes([number % 256])) for number in range(5000))
-    await streams.publish(Record(streams.settings().submissions_stream, b"v", None, headers))
+    await streams.publish(OutgoingMessage(streams.settings().submissions_stream, b"v", None, headers))
     member = await streams.member()
     (message,) = await collect(member, 1)
     assert message.headers == headers
-    await member.settle(message, [Record(streams.settings().dead_letters_stream, b"v", None, message.headers)])
+    await member.settle(message, [OutgoingMessage(streams.settings().dead_letters_stream, b"v", None, message.headers)])
     (letter,) = await streams.everything(streams.settings().dead_letters_stream)
     assert letter.headers == headers
 
@@ -217,9 +217,9 @@ async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
     publisher = await open_publisher(Streams("redis", server.url).settings())
     server.kill()
     with pytest.raises(StreamUnavailable):
-        await publisher.publish([Record("s", b"v")])
+        await publisher.publish([OutgoingMessage("s", b"v")])
     await asyncio.to_thread(server.start)
-    await publisher.publish([Record("s", b"v")])
+    await publisher.publish([OutgoingMessage("s", b"v")])
     await publisher.close()
     server.kill()
 

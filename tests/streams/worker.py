@@ -12,8 +12,8 @@ from typing import Any
 
 from services.core.errors import NotOwned
 from services.core.settings import Settings
-from services.streams.base import Message, Record, Transport
-from services.streams.factory import open_transport
+from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.factory import open_consumer
 from services.streams.kafka.transactions import Transactions
 
 MOMENTS = ("written", "sent", "committed")
@@ -22,7 +22,7 @@ MOMENTS = ("written", "sent", "committed")
 
 def die_at(moment: str, after: int) -> None:
     """Kill this process (SIGKILL) at `moment` of a transaction, after `after` whole ones."""
-    answered: Any = Transactions._answered
+    answered: Any = Transactions._wait_for_result
     write: Any = Transactions._write
     calls = 0
 
@@ -44,21 +44,21 @@ def die_at(moment: str, after: int) -> None:
             count()
 
     Transactions._write = dying_write  # type: ignore[method-assign]
-    Transactions._answered = dying_answered  # type: ignore[method-assign]
+    Transactions._wait_for_result = dying_answered  # type: ignore[method-assign]
 
 
-def outputs_of(message: Message, settings: Settings) -> list[Record]:
+def outputs_of(message: Message, settings: Settings) -> list[OutgoingMessage]:
     """A verdict, and for some messages a shadow verdict, with the message's key and value."""
-    records = [Record(settings.verdicts_stream, message.value, message.key)]
+    records = [OutgoingMessage(settings.verdicts_stream, message.value, message.key)]
     if message.value.endswith(b"7"):
-        records.append(Record(settings.shadow_verdicts_stream, message.value, message.key))
+        records.append(OutgoingMessage(settings.shadow_verdicts_stream, message.value, message.key))
     return records
 
 
 async def main(settings: Settings, seed: int) -> None:
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    transport = await open_transport(settings, f"worker-{seed}")
+    transport = await open_consumer(settings, f"worker-{seed}")
     chance = random.Random(seed)
     working: set[asyncio.Task[None]] = set()
     while not ending.is_set():
@@ -71,7 +71,7 @@ async def main(settings: Settings, seed: int) -> None:
     await asyncio.gather(*working)
 
 
-async def work(transport: Transport, message: Message, settings: Settings, takes_s: float) -> None:
+async def work(transport: GroupConsumer, message: Message, settings: Settings, takes_s: float) -> None:
     await asyncio.sleep(takes_s)
     try:
         await transport.settle(message, outputs_of(message, settings))

@@ -25,8 +25,8 @@ from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.traffic_sample import TrafficSample
-from services.streams.base import Message, Record
-from services.streams.factory import open_publisher, open_reader, open_transport
+from services.streams.base import Message, OutgoingMessage
+from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.fake_guard import FakeGuard
 
 T = TypeVar("T")
@@ -60,9 +60,9 @@ class Bench:
         )
         sample = await self._entered(TrafficSample(self.shared, size=settings.sample_size))
         member = f"m-{len(self.intakes)}"
-        backfill = await open_transport(backfill_settings(settings), member) if with_backfill else None
+        backfill = await open_consumer(backfill_settings(settings), member) if with_backfill else None
         quarantine = await self._entered(Quarantine(self.shared, settings.group, member))
-        intake = Intake(await open_transport(settings, member), moderation, settings, quarantine, sample, backfill)
+        intake = Intake(await open_consumer(settings, member), moderation, settings, quarantine, sample, backfill)
         self.intakes.append(intake)
         return intake
 
@@ -79,7 +79,9 @@ class Bench:
     ) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         publisher = await open_publisher(self.settings)
-        await publisher.publish([Record(stream or self.settings.submissions_stream, body, key, tuple(headers.items()))])
+        await publisher.publish(
+            [OutgoingMessage(stream or self.settings.submissions_stream, body, key, tuple(headers.items()))]
+        )
         await publisher.close()
 
     async def verdicts(self) -> list[Verdict]:

@@ -18,7 +18,7 @@ from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult, skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Message
-from services.streams.factory import open_transport
+from services.streams.factory import open_consumer
 from services.streams.parsing import parse
 
 _TAKES_S = 0.02
@@ -46,7 +46,7 @@ async def main(settings: Settings, name: str) -> None:
     shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     moderation: Any = DeadlyModeration()
     async with Quarantine(shared, settings.group, name) as quarantine:
-        intake = Intake(await open_transport(settings, name), moderation, settings, quarantine)
+        intake = Intake(await open_consumer(settings, name), moderation, settings, quarantine)
         await ending.wait()
         await intake.drain()
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 import pytest
 
 from services.core.settings import Settings
-from services.streams.base import Message, Record, Transport
-from services.streams.factory import open_publisher, open_reader, open_transport
+from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.kafka_broker import Broker
 from tests.support.servers import Valkey
 
@@ -53,12 +53,12 @@ class Streams:
         }
         return Settings(**(arguments | overrides))
 
-    async def member(self, name: str = "member", **overrides: Any) -> Transport:
-        transport = await open_transport(self.settings(**overrides), name)
+    async def member(self, name: str = "member", **overrides: Any) -> GroupConsumer:
+        transport = await open_consumer(self.settings(**overrides), name)
         self._opened.append(transport)
         return transport
 
-    async def publish(self, *records: Record) -> None:
+    async def publish(self, *records: OutgoingMessage) -> None:
         publisher = await open_publisher(self.settings())
         try:
             await publisher.publish(records)
@@ -67,10 +67,10 @@ class Streams:
 
     async def submit(self, *values: str, key: bytes | None = b"one key, so one partition") -> None:
         stream = self.settings().submissions_stream
-        await self.publish(*(Record(stream, value.encode(), key) for value in values))
+        await self.publish(*(OutgoingMessage(stream, value.encode(), key) for value in values))
 
-    def verdict(self, value: str) -> Record:
-        return Record(self.settings().verdicts_stream, value.encode(), b"key", (("kind", b"verdict"),))
+    def verdict(self, value: str) -> OutgoingMessage:
+        return OutgoingMessage(self.settings().verdicts_stream, value.encode(), b"key", (("kind", b"verdict"),))
 
     async def verdicts(self) -> list[str]:
         return sorted(message.value.decode() for message in await self.everything(self.settings().verdicts_stream))
@@ -86,7 +86,7 @@ class Streams:
         await asyncio.gather(*(each.close() for each in self._opened))
 
 
-async def collect(transport: Transport, count: int, within_s: float = 20.0) -> list[Message]:
+async def collect(transport: GroupConsumer, count: int, within_s: float = 20.0) -> list[Message]:
     """Receive until there are `count` messages; fails when they do not come."""
     messages: list[Message] = []
     deadline = time.monotonic() + within_s
@@ -109,7 +109,7 @@ def values(messages: Sequence[Message]) -> list[str]:
     return [message.value.decode() for message in messages]
 
 
-async def settle_in_order(transport: Transport, *settlements: tuple[Message, Sequence[Record]]) -> None:
+async def settle_in_order(transport: GroupConsumer, *settlements: tuple[Message, Sequence[OutgoingMessage]]) -> None:
     """Settle one after the other, without waiting for the older messages of a partition that come later."""
     settling = []
     for message, records in settlements:

@@ -15,7 +15,7 @@ from kafka import errors
 
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.settings import Settings
-from services.streams.base import Message, Record
+from services.streams.base import Message, OutgoingMessage
 from services.streams.kafka import compat as kafka_headers
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def connect(settings: Settings, client: Any, **ours: Any) -> Any:
         StreamUnavailable: no broker answers.
     """
     arguments = options(settings, client, **ours)
-    kafka_headers.tolerate()
+    kafka_headers.patch_header_decoding()
     try:
         return client(**arguments)
     except (errors.SaslAuthenticationFailedError, errors.UnsupportedSaslMechanismError) as error:
@@ -216,7 +216,7 @@ class Sender:
             delivery_timeout_ms=int(self._delivery_s * 1000),
         )
 
-    async def send(self, records: Sequence[Record]) -> list[Record]:
+    async def send(self, records: Sequence[OutgoingMessage]) -> list[OutgoingMessage]:
         """Send and wait. Returns the records that were not acknowledged: trying those again can help, until `close`.
 
         Raises:
@@ -244,7 +244,7 @@ class Sender:
                     failed.append(record)
             return failed
 
-    def _append(self, producer: Any, records: tuple[Record, ...]) -> list["concurrent.futures.Future[None]"]:
+    def _append(self, producer: Any, records: tuple[OutgoingMessage, ...]) -> list["concurrent.futures.Future[None]"]:
         futures = []
         for record in records:
             future: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -259,7 +259,7 @@ class Sender:
             pending.add_errback(lambda error, future=future: future.set_exception(error))
         return futures
 
-    def _send_alone(self, record: Record) -> bool:
+    def _send_alone(self, record: OutgoingMessage) -> bool:
         producer = self._connect()
         try:
             producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)).get(
@@ -274,7 +274,7 @@ class Sender:
             log.warning("%s did not take a message: %s", record.stream, error)
             return False
         finally:
-            end(producer, 1)
+            close_producer(producer, 1)
         return True
 
     def _renew(self, broken: Any) -> None:
@@ -286,18 +286,18 @@ class Sender:
         except (ConfigurationError, StreamUnavailable) as error:
             log.warning("no new Kafka producer: %s", error)
             return
-        end(broken, 1)
+        close_producer(broken, 1)
 
     async def close(self) -> None:
         """Wait a little for what is in flight, then release the connections."""
         if not self._closed:
             self._closed = True
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, end, self._producer, _CLOSE_S)
+            await loop.run_in_executor(self._thread, close_producer, self._producer, _CLOSE_S)
             self._thread.shutdown(wait=False)
 
 
-def end(producer: Any, timeout_s: float) -> None:
+def close_producer(producer: Any, timeout_s: float) -> None:
     """Close a producer, whatever state it is in, waiting for up to `timeout_s` for what is in flight."""
     try:
         producer.close(timeout=timeout_s)

@@ -46,6 +46,6 @@ def _read_leniently(batch: Any) -> Any:
     return DefaultRecord(length, batch.base_offset + offset, timestamp, batch.timestamp_type, key, value, headers)
 
 
-def tolerate() -> None:
+def patch_header_decoding() -> None:
     """From now on, in this process. Does nothing the second time."""
     DefaultRecordBatch._read_msg = _read_msg

@@ -2,8 +2,8 @@
 
 The thread polls whatever the event loop does, so an assessment may take as long as it likes: the membership does not
 depend on it. What is received waits in a bounded buffer; when that is full, or when one partition's window is, the
-partitions are paused. At least once: offsets are committed as far as the ledgers allow, every `_COMMIT_S`, on
-revocation and on close. Exactly once: they are committed with the outputs, by `Releases`.
+partitions are paused. At least once: offsets are committed as far as the trackers allow, every `_COMMIT_S`, on
+revocation and on close. Exactly once: they are committed with the outputs, by `TransactionalCommitter`.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, NotOwned
 from services.core.settings import Settings
-from services.streams.base import Lag, Message, Record
+from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.kafka import rebalance as kafka_consumer
 from services.streams.kafka.client import Sender, as_message, backoff, connect, ensure_topics
-from services.streams.kafka.exactly_once import Place, Releases
+from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
-from services.streams.kafka.offsets import Finish, Ledger
+from services.streams.kafka.offsets import OffsetTracker, SettleResult
 from services.streams.kafka.rebalance import Rebalance, subscribe
 from services.streams.kafka.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
 _COMMIT_S: Final = 0.5
-_UNANSWERED_S: Final = 35.0
+_COMMIT_TIMEOUT_S: Final = 35.0
 """A commit without an answer, longer than any request may take."""
 _POLL_MS: Final = 200
 _WINDOW: Final = 4096
@@ -44,7 +44,7 @@ _WINDOW_SHARES: Final = 16
 """Or this many times `in_flight`, if that is more: a partition is paused with a share or less to go, nearly full."""
 _REBUILD_S: Final = 30.0
 """A consumer that has failed at everything for this long is replaced."""
-_FENCINGS: Final = 4
+_FENCINGS_LIMIT: Final = 4
 _FENCINGS_S: Final = 60.0
 """A member that is fenced joins again: a broker that restarts may know an earlier life of it. As many fencings in this
 time are another member's doing."""
@@ -53,8 +53,8 @@ _DELIVERY_S: Final = 30.0
 _FLUSH_S: Final = 3.0
 
 
-class KafkaTransport:
-    """One member of a consumer group. See `Transport` for what the methods promise."""
+class KafkaGroupConsumer:
+    """One member of a consumer group. See `GroupConsumer` for what the methods promise."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class KafkaTransport:
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        """Guards the next three: the poll thread, kafka-python's own thread, the releases and the loop use them."""
-        self._ledgers: dict[Any, Ledger] = {}
-        self._unfinished: dict[Place, Message] = {}
+        """Guards the next three: the poll thread, kafka-python's own thread, the committer and the loop use them."""
+        self._trackers: dict[Any, OffsetTracker] = {}
+        self._unfinished: dict[MessageToken, Message] = {}
         self._buffer: deque[Message] = deque()
         self._arrived = asyncio.Event()
         self._paused = False
@@ -84,18 +84,18 @@ class KafkaTransport:
         self._suspect = False
         """The last poll failed: the consumer may stand behind records that it never returned."""
         self._fenced = False
-        self._fencings: deque[float] = deque(maxlen=_FENCINGS - 1)
+        self._fencings: deque[float] = deque(maxlen=_FENCINGS_LIMIT - 1)
         """When this member was fenced, by `time.monotonic`."""
-        self._double: ConfigurationError | None = None
+        self._duplicate_member: ConfigurationError | None = None
         """Set when another member has this one's identity."""
         self._sender: Sender | None = None
-        self._releases: Releases | None = None
+        self._committer: TransactionalCommitter | None = None
         """One of the two publishes: at least once, or exactly once."""
         if isinstance(sender, Sender):
             self._sender = sender
         else:
-            self._releases = Releases(sender, self._lock)
-            self._releases.start(self, member)
+            self._committer = TransactionalCommitter(sender, self._lock)
+            self._committer.start(self, member)
         self._thread = threading.Thread(target=self._run, name=f"kafka-{member}", daemon=True)
         self._thread.start()
 
@@ -132,8 +132,8 @@ class KafkaTransport:
         """In offset order per partition."""
         deadline = self._loop.time() + timeout_s
         while True:
-            if self._double is not None:
-                raise self._double
+            if self._duplicate_member is not None:
+                raise self._duplicate_member
             self._arrived.clear()
             if not self._paused:
                 with self._lock:
@@ -148,55 +148,55 @@ class KafkaTransport:
             except TimeoutError:
                 return []
 
-    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+    async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
         """At least once: the records are acknowledged by all in-sync replicas, then the offset is committed.
 
         Exactly once: both are committed in one transaction, after those of every older offset of the partition.
         """
-        place: Place = message.token
-        if self._releases is None:
+        token: MessageToken = message.token
+        if self._committer is None:
             await self._publish(message, records)
         elif self._closed:
             raise NotOwned(f"{message.source} goes to the other members when this one leaves.")
         else:
             with self._lock:
-                self._unfinished.pop(place, None)
+                self._unfinished.pop(token, None)
             try:
-                await self._releases.settle(place, records, message.source)
+                await self._committer.settle(token, records, message.source)
             except ConfigurationError:
                 with self._lock:
-                    if place.ledger.holds(place.offset):
-                        self._unfinished[place] = message
+                    if token.tracker.holds(token.offset):
+                        self._unfinished[token] = message
                 raise
 
-    async def _publish(self, message: Message, records: Sequence[Record]) -> None:
+    async def _publish(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
         assert self._sender is not None
-        place: Place = message.token
+        token: MessageToken = message.token
         pending = list(records)
         for delay in backoff():
-            if not place.ledger.holds(place.offset):
+            if not token.tracker.holds(token.offset):
                 raise NotOwned(f"{message.source} belongs to another member by now.")
             pending = await self._sender.send(pending)
             if not pending:
                 break
             await asyncio.sleep(delay)
         with self._lock:
-            outcome = place.ledger.finish(place.offset)
-            self._unfinished.pop(place, None)
-        if outcome in (Finish.REVOKED, Finish.NOT_HELD):
+            outcome = token.tracker.finish(token.offset)
+            self._unfinished.pop(token, None)
+        if outcome in (SettleResult.REVOKED, SettleResult.NOT_HELD):
             raise NotOwned(f"{message.source} went to another member while it was being published.")
 
     async def lag(self) -> Lag:
         """End offset minus committed offset, for every partition of the submissions."""
         read = await self._meter.read()
         with self._lock:
-            return replace(read, held=frozenset(each.partition for each in self._ledgers))
+            return replace(read, held=frozenset(each.partition for each in self._trackers))
 
     def blocked(self) -> Sequence[Message]:
         """One of every partition whose window is nearly full of messages that are done, behind this one."""
         with self._lock:
-            blocked = [(each, offset) for each in self._ledgers.values() if (offset := each.blocked_by) is not None]
-            messages = (self._unfinished.get(Place(ledger, offset)) for ledger, offset in blocked)
+            blocked = [(each, offset) for each in self._trackers.values() if (offset := each.blocked_by) is not None]
+            messages = (self._unfinished.get(MessageToken(tracker, offset)) for tracker, offset in blocked)
             return [message for message in messages if message is not None]
 
     def pause(self) -> None:
@@ -219,12 +219,12 @@ class KafkaTransport:
         self._closed = True
         if self._sender is not None:
             await self._sender.close()  # what is being settled is done before the last commit
-        if self._releases is not None:
-            await asyncio.to_thread(self._releases.flush().wait, _FLUSH_S)
+        if self._committer is not None:
+            await asyncio.to_thread(self._committer.flush().wait, _FLUSH_S)
         self._closing.set()
         await asyncio.to_thread(self._thread.join)
-        if self._releases is not None:
-            await asyncio.to_thread(self._releases.close)
+        if self._committer is not None:
+            await asyncio.to_thread(self._committer.close)
         await self._meter.close()
 
     # ---- the poll thread
@@ -235,15 +235,15 @@ class KafkaTransport:
         while not self._closing.is_set():
             try:
                 if self._fenced:
-                    self._join_again()
+                    self._rejoin()
                 if self._suspect:
                     self._rewind()
                     self._suspect = False
-                self._turn()
+                self._poll_once()
                 if failing_since is not None:
                     delays, failing_since = backoff(), None
             except errors.FencedInstanceIdError:
-                self.fenced()
+                self.on_fenced()
                 failing_since = failing_since or time.monotonic()
                 self._closing.wait(next(delays))
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
@@ -256,60 +256,62 @@ class KafkaTransport:
                 self._closing.wait(next(delays))
         self._leave()
 
-    def _turn(self) -> None:
+    def _poll_once(self) -> None:
         with self._lock:
             assigned = self._consumer.assignment()
             for partition in assigned:
-                if partition not in self._ledgers:
-                    self._ledgers[partition] = self._new_ledger()
+                if partition not in self._trackers:
+                    self._trackers[partition] = self._new_tracker()
             room = self._settings.in_flight - len(self._buffer)
             # One poll may bring everything from one partition, so each that is polled has room for a whole one.
-            full = {each for each in assigned if room < 1 or self._ledgers[each].room < self._settings.in_flight}
+            full = {each for each in assigned if room < 1 or self._trackers[each].room < self._settings.in_flight}
         paused = self._consumer.paused()
         self._consumer.pause(*(full - paused))
         self._consumer.resume(*(paused & assigned - full))
-        kafka_consumer.keep_joining(self._consumer)
-        kafka_consumer.check_identity(self._consumer)
-        kafka_consumer.unpark(self._consumer)
+        kafka_consumer.request_missed_rejoin(self._consumer)
+        kafka_consumer.raise_if_fenced(self._consumer)
+        kafka_consumer.reset_stale_parked_records(self._consumer)
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
                 owned = self._consumer.assignment()  # some may have been lost while the poll was ending
                 for partition, records in polled.items():
                     for record in records if partition in owned else ():
-                        self._buffer.append(self._take(partition, record))
-            self._wake()
+                        self._buffer.append(self._track(partition, record))
+            self._notify_receivers()
         if time.monotonic() >= self._next_commit:
             offsets = self._committable()
-            if self._releases is not None:
+            if self._committer is not None:
                 offsets = {}
-                self._releases.look()
+                self._committer.wake()
             # One at a time: the callback, which a later poll calls, brings the next one forward.
-            self._next_commit = time.monotonic() + (_UNANSWERED_S if offsets else _COMMIT_S)
+            self._next_commit = time.monotonic() + (_COMMIT_TIMEOUT_S if offsets else _COMMIT_S)
             if offsets:
                 self._consumer.commit_async(offsets, callback=self._committed)
 
-    def _take(self, partition: Any, record: Any) -> Message:
-        ledger = self._ledgers.get(partition)
-        if ledger is None:  # assigned during this very poll
-            ledger = self._ledgers[partition] = self._new_ledger()
-        if ledger.position is not None and record.offset < ledger.position:
+    def _track(self, partition: Any, record: Any) -> Message:
+        tracker = self._trackers.get(partition)
+        if tracker is None:  # assigned during this very poll
+            tracker = self._trackers[partition] = self._new_tracker()
+        if tracker.position is not None and record.offset < tracker.position:
             # The log was cut (an unclean election, or a topic made anew): these are other messages than before.
-            log.warning("%s went back from offset %d to %d", partition, ledger.position, record.offset)
-            self._drop(partition)
-            ledger = self._ledgers[partition] = self._new_ledger()
-        ledger.receive(record.offset)
-        place = Place(ledger, record.offset)
-        self._unfinished[place] = message = as_message(record, place)
+            log.warning("%s went back from offset %d to %d", partition, tracker.position, record.offset)
+            self._drop_partition(partition)
+            tracker = self._trackers[partition] = self._new_tracker()
+        tracker.receive(record.offset)
+        token = MessageToken(tracker, record.offset)
+        self._unfinished[token] = message = as_message(record, token)
         return message
 
-    def _new_ledger(self) -> Ledger:
-        return Ledger(max(_WINDOW, _WINDOW_SHARES * self._settings.in_flight), keeps_outputs=self._releases is not None)
+    def _new_tracker(self) -> OffsetTracker:
+        return OffsetTracker(
+            max(_WINDOW, _WINDOW_SHARES * self._settings.in_flight), keeps_outputs=self._committer is not None
+        )
 
     def _rewind(self) -> None:
         """After a poll that failed: what it may have consumed without returning it is fetched again."""
         with self._lock:
-            positions = {partition: ledger.position for partition, ledger in self._ledgers.items()}
+            positions = {partition: tracker.position for partition, tracker in self._trackers.items()}
         for partition in self._consumer.assignment():
             position = positions.get(partition)
             if position is None:
@@ -322,16 +324,16 @@ class KafkaTransport:
     def _committable(self) -> dict[Any, Any]:
         positions = {}
         for partition in self._consumer.assignment():
-            ledger = self._ledgers.get(partition)
-            if ledger is not None and not ledger.held and not self._suspect:
+            tracker = self._trackers.get(partition)
+            if tracker is not None and not tracker.held and not self._suspect:
                 # Offsets that hold no message (a transaction's markers) are passed over, or lag never gets to zero.
                 with contextlib.suppress(errors.KafkaError):  # not known yet
                     positions[partition] = self._consumer.position(partition, timeout_ms=0)
         with self._lock:
             for partition, position in positions.items():
-                if position is not None and partition in self._ledgers:
-                    self._ledgers[partition].pass_over(position)
-            return _as_offsets(self._ledgers)
+                if position is not None and partition in self._trackers:
+                    self._trackers[partition].skip(position)
+            return _as_offsets(self._trackers)
 
     def _committed(self, offsets: dict[Any, Any], outcome: Any) -> None:
         self._next_commit = time.monotonic() + _COMMIT_S
@@ -340,37 +342,37 @@ class KafkaTransport:
             return
         with self._lock:
             for partition, offset in offsets.items():
-                if partition in self._ledgers:
-                    self._ledgers[partition].commit(offset.offset)
+                if partition in self._trackers:
+                    self._trackers[partition].commit(offset.offset)
 
-    def _drop(self, partition: Any) -> None:
+    def _drop_partition(self, partition: Any) -> None:
         """Give up what is held of a partition. The caller holds the lock."""
-        ledger = self._ledgers.pop(partition, None)
-        if ledger is not None:
-            ledger.revoke()
-            self._buffer = deque(each for each in self._buffer if each.token.ledger is not ledger)
-            self._unfinished = {place: each for place, each in self._unfinished.items() if place.ledger is not ledger}
+        tracker = self._trackers.pop(partition, None)
+        if tracker is not None:
+            tracker.revoke()
+            self._buffer = deque(each for each in self._buffer if each.token.tracker is not tracker)
+            self._unfinished = {token: each for token, each in self._unfinished.items() if token.tracker is not tracker}
 
-    # ---- for the rebalance listener and the releases
+    # ---- for the rebalance listener and the committer
 
-    def give_up(self, partitions: Iterable[Any]) -> dict[Any, Any]:
+    def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, Any]:
         """Drop what is held of `partitions`. Returns the offsets to commit for them."""
         with self._lock:
-            offsets = _as_offsets({each: self._ledgers[each] for each in partitions if each in self._ledgers})
+            offsets = _as_offsets({each: self._trackers[each] for each in partitions if each in self._trackers})
             for partition in partitions:
-                self._drop(partition)
-        if self._releases is None:
+                self._drop_partition(partition)
+        if self._committer is None:
             return offsets
-        self._releases.look()
+        self._committer.wake()
         return {}  # they are committed with outputs or not at all
 
     def flush(self) -> threading.Event | None:
-        """Begin to release what is done. The event tells when that has happened; None: `give_up` says what to do."""
-        return self._releases.flush() if self._releases is not None and not self._closing.is_set() else None
+        """Start to commit done offsets. The event is set afterwards. None: commit what `drop_partitions` returns."""
+        return self._committer.flush() if self._committer is not None and not self._closing.is_set() else None
 
-    def ledgers(self) -> Mapping[Any, Ledger]:
+    def trackers(self) -> Mapping[Any, OffsetTracker]:
         """By partition. The caller holds the lock."""
-        return self._ledgers
+        return self._trackers
 
     def group(self) -> Any | None:
         """The consumer's group metadata; None while it is not in the group."""
@@ -380,24 +382,24 @@ class KafkaTransport:
         """The group's committed offset, once no transaction that could move it is under way."""
         return kafka_consumer.committed(self._consumer, partition, _LEAVE_MS)
 
-    def fenced(self) -> None:
+    def on_fenced(self) -> None:
         """The broker knows this member's id as another's: whatever is held is not this member's any more."""
-        self.give_up(tuple(self._ledgers))
+        self.drop_partitions(tuple(self._trackers))
         self._fenced = True
 
     # ---- the poll thread's ends
 
-    def _join_again(self) -> None:
+    def _rejoin(self) -> None:
         """After a fencing. Fences, in turn, any other member with this one's id; so one of them has to stop."""
         now = time.monotonic()
-        if len(self._fencings) == _FENCINGS - 1 and now - self._fencings[0] < _FENCINGS_S:
-            self._double = ConfigurationError(
+        if len(self._fencings) == _FENCINGS_LIMIT - 1 and now - self._fencings[0] < _FENCINGS_S:
+            self._duplicate_member = ConfigurationError(
                 f"Another member of {self._settings.group} has joined with SLUICE_MEMBER_ID="
                 f"{self._settings.member_id}: give every member one of its own, or none."
             )
-            log.error("%s", self._double)
+            log.error("%s", self._duplicate_member)
             self._closing.set()
-            self._wake()
+            self._notify_receivers()
         elif self._rebuild():
             log.warning("SLUICE_MEMBER_ID=%s was fenced and has joined again", self._settings.member_id)
             self._fencings.append(now)
@@ -405,7 +407,7 @@ class KafkaTransport:
 
     def _rebuild(self) -> bool:
         """Replace the consumer. Returns whether that went well."""
-        self.give_up(tuple(self._ledgers))
+        self.drop_partitions(tuple(self._trackers))
         try:
             consumer, listener = subscribe(self._settings, self._member)
             listener.owner = self
@@ -418,29 +420,29 @@ class KafkaTransport:
         return True
 
     def _leave(self) -> None:
-        if self._releases is None and self._double is None:
+        if self._committer is None and self._duplicate_member is None:
             try:
                 self._consumer.commit(self._committable(), timeout_ms=_LEAVE_MS)
             except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
                 log.warning("the last commit failed, so some messages will be judged again: %s", error)
-        self.give_up(tuple(self._ledgers))
+        self.drop_partitions(tuple(self._trackers))
         try:
             self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
         except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
             log.warning("leaving the group failed: %s", error)
 
-    def _wake(self) -> None:
+    def _notify_receivers(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
         except RuntimeError:  # the loop is gone; so is whoever waited
             self._closing.set()
 
 
-def _as_offsets(ledgers: Mapping[Any, Ledger]) -> dict[Any, Any]:
+def _as_offsets(trackers: Mapping[Any, OffsetTracker]) -> dict[Any, Any]:
     return {
-        partition: OffsetAndMetadata(ledger.committable, "", -1)
-        for partition, ledger in ledgers.items()
-        if ledger.committable is not None
+        partition: OffsetAndMetadata(tracker.committable, "", -1)
+        for partition, tracker in trackers.items()
+        if tracker.committable is not None
     }
 
 

@@ -8,13 +8,13 @@ Pure: no clock, no thread, no Kafka. The states of an offset:
         └───── never: a gap (a compacted record, a transaction's marker) ─────┘
 
 - *held*: received, and whoever works on it has not finished.
-- *done*: finished. It is released when nothing older is held; a ledger that keeps outputs (exactly-once delivery) waits
-  until it is told that they are published and the offset is committed, as one act.
+- *done*: finished. It is released when nothing older is held. A tracker that keeps outputs (exactly-once delivery)
+  releases it when one transaction has published the outputs and committed the offset.
 - *released*: forgotten here, and so is what is committed.
 - A *gap* is never received. It is passed over as soon as nothing older is held or done.
 
-A partition that is revoked takes its ledger with it: messages keep the ledger that they were received with, and a
-ledger that is `revoked` refuses everything. When the partition comes back it gets a new ledger.
+A partition that is revoked takes its tracker with it: messages keep the tracker that they were received with, and a
+tracker that is `revoked` refuses everything. When the partition comes back it gets a new tracker.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from enum import Enum
 from itertools import islice, takewhile
 from typing import Final
 
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 
 BLOCKED_SHARE: Final = 0.9
 """A window that is full to this share, of done offsets behind one held one, is blocked by it."""
 
 
-class Finish(Enum):
+class SettleResult(Enum):
     """What finishing an offset did."""
 
     ADVANCED = "advanced"
@@ -43,24 +43,24 @@ class Finish(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Releasable:
+class CommittableBatch:
     """The oldest done offsets of a partition, which nothing held stands before."""
 
     offsets: tuple[int, ...]
     """Ascending; empty when there is only a gap to pass over."""
-    outputs: tuple[Record, ...]
+    outputs: tuple[OutgoingMessage, ...]
     """Of all the offsets, in their order."""
     committable: int
     """The offset to commit with them (the next one to read)."""
 
 
-class Ledger:
+class OffsetTracker:
     """The offsets of one partition for as long as this member owns it. Not thread-safe."""
 
     def __init__(self, window: int, *, keeps_outputs: bool = False) -> None:
         """`window` bounds the offsets kept track of, held and done ones together.
 
-        With `keeps_outputs` a done offset stays, with its outputs, until `release`.
+        With `keeps_outputs` a done offset stays, with its outputs, until `mark_committed`.
         """
         if window < 1:
             raise ValueError("window must be at least 1")
@@ -68,7 +68,7 @@ class Ledger:
         self.revoked = False
         """True once the partition went to another member."""
         self._keeps_outputs = keeps_outputs
-        self._kept: dict[int, tuple[Record, ...] | None] = {}
+        self._kept: dict[int, tuple[OutgoingMessage, ...] | None] = {}
         """Ascending, because offsets are received so. None for a held offset, the outputs of a done one."""
         self._held = 0
         self._position: int | None = None
@@ -120,7 +120,7 @@ class Ledger:
         """Hold `offset`.
 
         Raises:
-            ValueError: it is not above every offset received before, the window is full, or the ledger is revoked.
+            ValueError: it is not above every offset received before, the window is full, or the tracker is revoked.
         """
         if self._position is not None and offset < self._position:
             raise ValueError(f"offset {offset} is below the position {self._position}")
@@ -132,45 +132,45 @@ class Ledger:
         self._held += 1
         self._position = offset + 1
 
-    def pass_over(self, position: int) -> None:
+    def skip(self, position: int) -> None:
         """Say that no offset from the present position up to (not including) `position` will ever be received."""
         if not self.revoked and (self._position is None or position > self._position):
             self._position = position
 
-    def finish(self, offset: int, outputs: Sequence[Record] = ()) -> Finish:
-        """Mark a held offset as done. `outputs` matter only to a ledger that keeps them."""
+    def finish(self, offset: int, outputs: Sequence[OutgoingMessage] = ()) -> SettleResult:
+        """Mark a held offset as done. `outputs` matter only to a tracker that keeps them."""
         if self.revoked:
-            return Finish.REVOKED
+            return SettleResult.REVOKED
         if not self.holds(offset):
-            return Finish.NOT_HELD
+            return SettleResult.NOT_HELD
         self._kept[offset] = tuple(outputs)
         self._held -= 1
         if self._keeps_outputs:
-            return Finish.WAITING
+            return SettleResult.WAITING
         released = self._done()
         for each in released:
             del self._kept[each]
-        return Finish.ADVANCED if released else Finish.WAITING
+        return SettleResult.ADVANCED if released else SettleResult.WAITING
 
-    def releasable(self, limit: int) -> Releasable | None:
+    def next_batch(self, limit: int) -> CommittableBatch | None:
         """What may be published and committed now, of up to `limit` offsets; None when there is nothing new."""
         offsets = tuple(self._done(limit))
         committable = next(islice(self._kept, len(offsets), None), self._position)
         if self.revoked or committable is None or committable == self._committed:
             return None
         outputs = tuple(record for offset in offsets for record in self._kept[offset] or ())
-        return Releasable(offsets, outputs, committable)
+        return CommittableBatch(offsets, outputs, committable)
 
-    def release(self, released: Releasable) -> None:
-        """Remember that its outputs are published and its offset is committed. A revoked ledger ignores it."""
+    def mark_committed(self, released: CommittableBatch) -> None:
+        """Remember that its outputs are published and its offset is committed. A revoked tracker ignores it."""
         if self.revoked:
             return
         for offset in released.offsets:
             del self._kept[offset]
         self.commit(released.committable)
 
-    def refuse(self, offset: int) -> None:
-        """Hold a done offset again: its outputs cannot be published. A revoked ledger ignores it.
+    def abandon(self, offset: int) -> None:
+        """Hold a done offset again: its outputs cannot be published. A revoked tracker ignores it.
 
         Raises:
             ValueError: it is not done.

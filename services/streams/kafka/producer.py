@@ -8,7 +8,7 @@ import kafka
 
 from services.core.errors import StreamUnavailable
 from services.core.settings import Settings
-from services.streams.base import Record
+from services.streams.base import OutgoingMessage
 from services.streams.kafka.client import Sender, connect, ensure_topics
 
 _PUBLISH_S: Final = 10.0
@@ -40,7 +40,7 @@ class KafkaPublisher:
 
         return cls(await asyncio.to_thread(make))
 
-    async def publish(self, records: Sequence[Record]) -> None:
+    async def publish(self, records: Sequence[OutgoingMessage]) -> None:
         """Acknowledged by all in-sync replicas. When it raises, some of the records may have been published."""
         failed = await self._sender.send(records)
         if failed:

@@ -49,7 +49,7 @@ class KafkaReader:
         try:
             reading = await loop.run_in_executor(thread, _Reading, self._settings, stream, since)
             while follow or reading.unread:
-                for message in await loop.run_in_executor(thread, reading.turn):
+                for message in await loop.run_in_executor(thread, reading.poll_once):
                     yield message
         except (errors.KafkaError, OSError) as error:
             raise StreamUnavailable(f"Kafka does not answer: {error}.") from error
@@ -104,7 +104,7 @@ class _Reading:
         """Whether something that was there at the beginning has not been read."""
         return bool(self._ends)
 
-    def turn(self) -> list[Message]:
+    def poll_once(self) -> list[Message]:
         """What comes within a short time.
 
         Raises:

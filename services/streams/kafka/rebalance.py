@@ -23,14 +23,14 @@ _LOOK_S: Final = 0.01
 class Owner(Protocol):
     """Whoever holds what the consumer received. Called from kafka-python's own thread."""
 
-    def give_up(self, partitions: Iterable[Any]) -> dict[Any, Any]:
+    def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, Any]:
         """Drop what is held of `partitions`. Returns the offsets to commit for them."""
 
     def flush(self) -> Any | None:
         """Begin to commit what is done; an event that tells when, or None where there is nothing to wait for."""
 
 
-class HonestAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
+class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
     """Claims only what this member owns when it joins.
 
     kafka-python 3.0.12 goes on to claim what it has lost, so that the leader gives it to two members in the same
@@ -49,7 +49,7 @@ class HonestAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
             if lost:
                 log.warning("lost while joining: %s", sorted(lost))
                 self.consumer._subscription.assign_from_subscribed([])
-                self.listener.owner.give_up(lost)
+                self.listener.owner.drop_partitions(lost)
         return super().metadata(topics)
 
 
@@ -64,7 +64,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: set[Any]) -> None:
         """Begin at the committed offsets of now."""
-        self.owner.give_up(assigned)  # whatever is left of an earlier time
+        self.owner.drop_partitions(assigned)  # whatever is left of an earlier time
         # kafka-python 3.0.12 would take the answer to a question that it gave up asking, during an earlier assignment.
         self._consumer._coordinator._offset_fetch_futures.clear()
         log.info("assigned: %s", sorted(assigned))
@@ -78,7 +78,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
             deadline = time.monotonic() + patience_s
             while not flushed.is_set() and time.monotonic() < deadline:
                 await self._consumer._net.sleep(_LOOK_S)  # the heartbeats go on
-        offsets = self.owner.give_up(revoked)
+        offsets = self.owner.drop_partitions(revoked)
         if offsets:
             try:
                 await self._consumer.commit_async(offsets)
@@ -88,7 +88,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_lost(self, lost: set[Any]) -> None:
         """This member was thrown out: it has nothing to commit any more."""
         log.warning("lost: %s", sorted(lost))
-        self.owner.give_up(lost)
+        self.owner.drop_partitions(lost)
 
 
 def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
@@ -98,7 +98,7 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
         ConfigurationError: an option, or the credentials, are wrong.
         StreamUnavailable: no broker answers.
     """
-    assignor = HonestAssignor()
+    assignor = FixedCooperativeStickyAssignor()
     consumer = connect(
         settings,
         kafka.KafkaConsumer,
@@ -122,7 +122,7 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
     return consumer, listener
 
 
-def keep_joining(consumer: Any) -> None:
+def request_missed_rejoin(consumer: Any) -> None:
     """kafka-python 3.0.12 forgets a rejoin of its own (the partitions changed) when a poll ends in the middle of it:
     no heartbeats, no commits any more. Asking again for the same rejoin does no harm.
     """
@@ -130,7 +130,7 @@ def keep_joining(consumer: Any) -> None:
         consumer._coordinator.request_rejoin()
 
 
-def unpark(consumer: Any) -> None:
+def reset_stale_parked_records(consumer: Any) -> None:
     """kafka-python 3.0.12 sets the records of a paused partition aside, and never looks at them again when those of
     another partition came meanwhile: it takes what is left of those, which is nothing, for something. Before each poll.
     """
@@ -138,7 +138,7 @@ def unpark(consumer: Any) -> None:
         consumer._fetcher._next_partition_records = None
 
 
-def check_identity(consumer: Any) -> None:
+def raise_if_fenced(consumer: Any) -> None:
     """kafka-python 3.0.12 notices in a heartbeat that another member has this one's identity, and goes on as before.
 
     Raises:

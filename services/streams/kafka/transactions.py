@@ -27,8 +27,8 @@ from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.settings import Settings
-from services.streams.base import Record
-from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, connect, end
+from services.streams.base import OutgoingMessage
+from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_producer, connect
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ _TRANSACTION_S: Final = 10.0
 """The broker aborts an open transaction after this long (it looks every 10 s). Until then the transaction of a member
 that was killed holds up readers and the next owner of its partitions, unless the member comes back with its id."""
 _ANSWER_S: Final = 15.0
-_LOOK_S: Final = 0.1
+_CHECK_S: Final = 0.1
 _RETRY_MS: Final = 20
 """The next transaction is often begun before the broker is done with the last one, and then tried again after this."""
 
 
-class Outcome(Enum):
+class CommitOutcome(Enum):
     """What became of a transaction."""
 
     COMMITTED = "committed"
@@ -78,35 +78,37 @@ class Transactions:
             raise StreamUnavailable("Kafka's transaction coordinator does not answer.")
 
     def publish(
-        self, records: Sequence[Record], offsets: Mapping[Any, int], confirm: Callable[[], Any | None]
-    ) -> tuple[Outcome, str]:
+        self, records: Sequence[OutgoingMessage], offsets: Mapping[Any, int], confirm: Callable[[], Any | None]
+    ) -> tuple[CommitOutcome, str]:
         """Publish `records` and commit `offsets` by partition. The outcome, and a few words about it.
 
         `confirm` is asked when the records are written. It returns the consumer's group metadata, or None when they
         must not be published any more.
         """
         if not self.ready():
-            return Outcome.ABORTED, "Kafka does not answer"
+            return CommitOutcome.ABORTED, "Kafka does not answer"
         producer = self._producer
         try:
             producer.begin_transaction()
             self._write(producer, records)
             member = confirm()
             if member is None:
-                self._answered(producer, producer._transaction_manager.begin_abort())
-                return Outcome.ABORTED, "a partition went to another member"
+                self._wait_for_result(producer, producer._transaction_manager.begin_abort())
+                return CommitOutcome.ABORTED, "a partition went to another member"
             positions = {partition: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
-            self._answered(producer, producer._transaction_manager.send_offsets_to_transaction(positions, member))
+            self._wait_for_result(
+                producer, producer._transaction_manager.send_offsets_to_transaction(positions, member)
+            )
             commit = producer._transaction_manager.begin_commit()
         except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
-            self._give_up()
-            return _outcome(error), _words(error)
+            self._discard_producer()
+            return _failure_outcome(error), _describe(error)
         try:
-            self._answered(producer, commit)
+            self._wait_for_result(producer, commit)
         except Exception as error:  # noqa: BLE001 - likewise; the commit itself may have been the first of two tries
-            self._give_up()
-            return Outcome.UNKNOWN, _words(error)
-        return Outcome.COMMITTED, ""
+            self._discard_producer()
+            return CommitOutcome.UNKNOWN, _describe(error)
+        return CommitOutcome.COMMITTED, ""
 
     def ready(self) -> bool:
         """Whether there is a producer; where the last one was given up this `recover`s."""
@@ -114,7 +116,7 @@ class Transactions:
 
     def recover(self) -> bool:
         """Replace the producer. Whatever the last one had begun has ended when this returns True; False: no answer."""
-        self._give_up()
+        self._discard_producer()
         if self._stopping.is_set():
             return False
         producer: Any = None
@@ -134,15 +136,15 @@ class Transactions:
             )
             producer.init_transactions()
         except (errors.KafkaError, StreamUnavailable) as error:
-            log.warning("no transactional Kafka producer: %s", _words(error))
+            log.warning("no transactional Kafka producer: %s", _describe(error))
             if producer is not None:
-                end(producer, 0)
+                close_producer(producer, 0)
             if isinstance(error, errors.AuthorizationError):
                 raise ConfigurationError(f"Kafka does not let Sluice use the transactional id {self._id}.") from error
             return False
         self._producer = producer
         if self._stopping.is_set():
-            self._give_up()
+            self._discard_producer()
         return self._producer is not None
 
     def stop(self) -> None:
@@ -152,9 +154,9 @@ class Transactions:
     def close(self) -> None:
         """Release the connections. An open transaction is aborted by the broker, or by the next owner of the id."""
         self.stop()
-        self._give_up()
+        self._discard_producer()
 
-    def _write(self, producer: Any, records: Sequence[Record]) -> None:
+    def _write(self, producer: Any, records: Sequence[OutgoingMessage]) -> None:
         """Returns when every record is acknowledged.
 
         Raises:
@@ -174,17 +176,17 @@ class Transactions:
             try:
                 while not future.is_done and time.monotonic() < deadline and not self._stopping.is_set():
                     with contextlib.suppress(errors.KafkaTimeoutError):
-                        future.get(timeout=_LOOK_S)
+                        future.get(timeout=_CHECK_S)
                 future.get(timeout=0)
             except Exception as error:  # noqa: BLE001 - likewise
                 failures.append(error)
         for failure in failures:
             if isinstance(failure, REFUSED):
-                raise _Refusal(_words(failure)) from failure
+                raise _Refusal(_describe(failure)) from failure
         if failures:
             raise failures[0]
 
-    def _answered(self, producer: Any, result: Any) -> None:
+    def _wait_for_result(self, producer: Any, result: Any) -> None:
         """Wait for a request of the transaction.
 
         Raises:
@@ -192,24 +194,24 @@ class Transactions:
         """
         producer._sender.wakeup()
         deadline = time.monotonic() + _ANSWER_S
-        while not result.wait(timeout_ms=int(_LOOK_S * 1000)):
+        while not result.wait(timeout_ms=int(_CHECK_S * 1000)):
             if time.monotonic() > deadline or self._stopping.is_set():
                 raise errors.KafkaTimeoutError("no answer in time")
 
-    def _give_up(self) -> None:
+    def _discard_producer(self) -> None:
         if self._producer is not None:
             producer, self._producer = self._producer, None
-            end(producer, 0)
+            close_producer(producer, 0)
 
 
-def _outcome(error: Exception) -> Outcome:
+def _failure_outcome(error: Exception) -> CommitOutcome:
     """Of a transaction that failed before its commit."""
     if isinstance(error, _Refusal):
-        return Outcome.REFUSED
-    return Outcome.FENCED if isinstance(error, errors.FencedInstanceIdError) else Outcome.ABORTED
+        return CommitOutcome.REFUSED
+    return CommitOutcome.FENCED if isinstance(error, errors.FencedInstanceIdError) else CommitOutcome.ABORTED
 
 
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, _Refusal):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

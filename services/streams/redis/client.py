@@ -15,7 +15,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.settings import Settings
-from services.streams.base import Headers, Message, Record
+from services.streams.base import Headers, Message, OutgoingMessage
 
 CONNECT_S: Final = 15.0
 """How long opening waits for the server before it gives up."""
@@ -107,7 +107,7 @@ def refusal(error: Exception) -> Exception:
     return error
 
 
-def fields_of(record: Record) -> list[bytes]:
+def fields_of(record: OutgoingMessage) -> list[bytes]:
     """The fields and values of a record's entry, one after the other."""
     fields = [b"value", record.value]
     if record.key is not None:

@@ -24,7 +24,7 @@ from redis.asyncio import Redis
 from services.core.errors import NotOwned, StreamUnavailable
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
-from services.streams.base import Lag, Message, Record
+from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.redis import scripts as redis_scripts
 from services.streams.redis.client import (
     CONNECT_S,
@@ -53,8 +53,8 @@ _AT_ONCE_MS: Final = 1 << 40
 """An idle time that is longer than any claim time."""
 
 
-class RedisTransport:
-    """One member of a consumer group. See `Transport` for what the methods promise."""
+class RedisGroupConsumer:
+    """One member of a consumer group. See `GroupConsumer` for what the methods promise."""
 
     def __init__(self, settings: Settings, member: str, client: Redis) -> None:
         """Use `open`, which connects."""
@@ -135,7 +135,7 @@ class RedisTransport:
             if time.monotonic() >= deadline:
                 return []
 
-    async def settle(self, message: Message, records: Sequence[Record]) -> None:
+    async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
         """Exactly one publication per entry, however often it is delivered."""
         keys = [self._stream, *(record.stream for record in records)]
         arguments: list[Any] = [self._group, self._consumer, message.token]
@@ -289,7 +289,7 @@ class RedisPublisher:
         """
         return cls(await _connected(settings))
 
-    async def publish(self, records: Sequence[Record]) -> None:
+    async def publish(self, records: Sequence[OutgoingMessage]) -> None:
         """In transactions of up to 500 records. When it raises, some of them may have been published."""
         for at in range(0, len(records), _PUBLISH_AT_ONCE):
             pipeline = self._client.pipeline(transaction=True)
