@@ -275,7 +275,7 @@ class Intake:
                     return [self.dead_letter(work.message, entry.original, error, submission.id)]
                 # A wrong bucket policy or a broken checkpoint must not empty the stream into the dead letters.
                 log.error("nothing can be judged any more, so submission %s waits: %s", submission.id, error)
-                telemetry.WAITS.inc(1, {"error": type(error).__name__})
+                telemetry.count_retry(error)
                 await asyncio.wait({work.given_up}, timeout=_DOUBT_S)
             else:
                 self._give_ups.succeeded()
@@ -310,7 +310,7 @@ class Intake:
     def verdicts(self, entry: ParsedSubmission, judgement: ModerationResult) -> list[OutgoingMessage]:
         """The records of a judgement."""
         verdict, shadow = judgement.verdict, judgement.shadow
-        telemetry.SUBMISSIONS.inc(1, {"end": verdict.outcome, "reason": verdict.reason or ""})
+        telemetry.count_result(verdict.outcome, verdict.reason)
         if self._sample:
             self._sample.add(verdict)
         records = [OutgoingMessage(self._settings.verdicts_stream, verdict.model_dump_json().encode(), entry.key)]
@@ -332,7 +332,7 @@ class Intake:
             source=message.source,
             failed_at=datetime.now(UTC),
         )
-        telemetry.SUBMISSIONS.inc(1, {"end": "dead_letter", "reason": letter.reason})
+        telemetry.count_result("dead_letter", letter.reason)
         log.info("submission %s is a dead letter: %s", submission_id, letter.reason)
         headers = (*letter.headers(), *producer_headers(message.headers))
         return OutgoingMessage(self._settings.dead_letters_stream, original, message.key, headers)

@@ -82,7 +82,7 @@ async def retry_while_unavailable(step: Callable[[], Awaitable[T]], budget: Retr
 
     def count(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        telemetry.WAITS.inc(1, {"error": type(error).__name__})
+        telemetry.count_retry(error)
         log.log(logging.WARNING if state.attempt_number == 3 else logging.DEBUG, "waiting: %s", error)
 
     full_jitter = wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_S)

@@ -1,4 +1,4 @@
-"""Every metric, documented where it is defined, and the form of the log.
+"""The metrics, each documented where it is defined, and the set-up of the log.
 
 Ray exports the metrics to Prometheus with the prefix `ray_`.
 """
@@ -11,9 +11,10 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 SUBMISSIONS: Final = Counter(
     "sluice_submissions_total",
-    "Submissions that ended. `end` is the outcome of the verdict, or `dead_letter`; `reason` says why, where there is "
-    "a reason.",
-    tag_keys=("end", "reason"),
+    "Finished submissions. `result` is the outcome of the verdict, or `dead_letter`. `reason` is the reason of the "
+    "verdict or dead letter, if it has one; verdicts with the reason `quota` count as `circuit_breaker`. `end` is the "
+    "former name of `result`; the next release removes it.",
+    tag_keys=("result", "reason", "end"),
 )
 
 STEP_SECONDS: Final = Histogram(
@@ -30,10 +31,16 @@ FIRST_LOOKS: Final = Counter(
     tag_keys=("result",),
 )
 
+RETRIES: Final = Counter(
+    "sluice_retries_total",
+    "Retries of steps that failed because a backend was unavailable. `error` is the class of the error. While the "
+    "count grows, submissions wait.",
+    tag_keys=("error",),
+)
+
 WAITS: Final = Counter(
     "sluice_waits_total",
-    "Times that a step was put off because something it needs was away; `error` is the kind of unavailability. A "
-    "growing count means that the stream waits.",
+    "The former name of `sluice_retries_total`; the next release removes it.",
     tag_keys=("error",),
 )
 
@@ -56,13 +63,13 @@ UNKNOWN_TENANTS: Final = Counter(
 
 POLICY_PROPAGATION_SECONDS: Final = Histogram(
     "sluice_policy_propagation_seconds",
-    "Time from a change of a policy's roll-out until this process had heard of it.",
+    "Time from a change of a policy's roll-out until this process received it.",
     boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10],
 )
 
 BREAKER_TRIPS: Final = Counter(
     "sluice_breaker_trips_total",
-    "Times that this process found a version's block rate outside of its band. Any is worth a page.",
+    "Times that this process found a version's block rate outside of its band. Alert on each one.",
     tag_keys=("policy", "version"),
 )
 
@@ -94,8 +101,25 @@ LAG: Final = Gauge(
 )
 
 
+_REASON_LABELS: Final = {"quota": "circuit_breaker"}
+"""Reasons of verdicts that have another name as a label."""
+
+
+def count_result(result: str, reason: str | None) -> None:
+    """Count one finished submission. `result` is the outcome of its verdict, or `dead_letter`."""
+    label = _REASON_LABELS.get(reason or "", reason or "")
+    SUBMISSIONS.inc(1, {"result": result, "reason": label, "end": result})
+
+
+def count_retry(error: BaseException | None) -> None:
+    """Count one retry because of `error`."""
+    tags = {"error": type(error).__name__}
+    RETRIES.inc(1, tags)
+    WAITS.inc(1, tags)
+
+
 def configure_logging(file: Path | None) -> None:
-    """Write this process' log to stderr, where Ray collects it, and to `file`: a line a record."""
+    """Write this process' log to stderr, where Ray collects it, and to `file`; each record is one line."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
         handlers.append(logging.FileHandler(file))

@@ -85,6 +85,15 @@ def test_it_asks_for_metrics_and_labels_that_exist(query: Query) -> None:
             assert is_rays_own(name), f"Ray has no {name}"
 
 
+def test_queries_ask_for_no_deprecated_name() -> None:
+    deprecated = {("sluice_waits_total", None), ("sluice_submissions_total", "end")}
+    for query in QUERIES:
+        for selector in selectors_of(promql_parser.parse(query.expression)):
+            name = (selector.name or "").removeprefix("ray_")
+            labels = {None, *(matcher.name for matcher in selector.matchers.matchers)}
+            assert not {(name, label) for label in labels} & deprecated, query.where
+
+
 def base_name(name: str) -> str:
     """Of a metric as it is defined: what is exported of a histogram has a suffix."""
     for suffix in ("_bucket", "_sum", "_count"):
