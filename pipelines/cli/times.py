@@ -1,5 +1,6 @@
 """Parse the durations and points in time that people type."""
 
+import math
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -9,27 +10,30 @@ from services.core.errors import ConfigurationError
 _SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400, "day": 86_400, "w": 604_800}
 _PART: Final = r"(\d{1,9}(?:\.\d{1,9})?)(s|min|m|h|day|d|w)"
 _DURATION: Final = re.compile(f"(?:{_PART})+")
-_BARE_SECONDS: Final = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
+_NUMBER_WITH_UNIT: Final = re.compile(r"(.*?)([a-z]*)")
 
 
 def parse_duration(text: str) -> float:
     """Seconds of `90s`, `15m`, `1h30m`, `1.5h`, `7d` or `2w`; a bare number is seconds.
 
+    A single number may have any form that Python's `float` accepts, such as `1e3s`, `.5h` or `1_000s`.
+
     Raises:
-        ConfigurationError: it is none of these, or not more than 0.
+        ConfigurationError: the text has another form, or the duration is not more than 0.
     """
-    text = text.strip()
-    seconds = float(text) if _BARE_SECONDS.fullmatch(text) else _seconds(text)
-    if not seconds:
+    seconds = _seconds(text.strip())
+    if seconds is None:
+        seconds = _seconds_of_number(text.strip())
+    if not 0 < seconds < math.inf:
         raise ConfigurationError(f"{text!r} is not a duration; write one such as 30s, 5m or 1h30m")
     return seconds
 
 
 def parse_time(text: str, now: datetime) -> datetime:
-    """A duration before `now` (as for `parse_duration`, with a unit), or an ISO 8601 time; UTC unless it names a zone.
+    """The time that `text` names: a duration with units before `now`, or an ISO 8601 time (UTC unless it has a zone).
 
     Raises:
-        ConfigurationError: it is neither.
+        ConfigurationError: the text is neither.
     """
     try:
         seconds = _seconds(text)
@@ -44,7 +48,19 @@ def parse_time(text: str, now: datetime) -> datetime:
 
 
 def _seconds(text: str) -> float | None:
-    """Seconds of a duration with units; None where it is no such duration."""
+    """Seconds of numbers with units, such as `1h30m`; None if the text has another form."""
     if not _DURATION.fullmatch(text):
         return None
     return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text))
+
+
+def _seconds_of_number(text: str) -> float:
+    """Seconds of one number with or without a unit; NaN if the text has another form."""
+    found = _NUMBER_WITH_UNIT.fullmatch(text)
+    if not found:
+        return math.nan
+    number, unit = found.groups()
+    try:
+        return float(number) * _SECONDS[unit or "s"]
+    except (ValueError, KeyError):
+        return math.nan

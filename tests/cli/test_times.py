@@ -12,13 +12,17 @@ NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30s", 30), ("5m", 300), ("5min", 300), ("1.5h", 5400), ("1h30m", 5400), ("45", 45), ("2w", 1_209_600)],
+    [
+        *(("30s", 30), ("5m", 300), ("5min", 300), ("1.5h", 5400), ("1h30m", 5400), ("45", 45), ("2w", 1_209_600)),
+        # Spellings that `sluice plan --objective` has accepted since 0.1.0.
+        *(("1e3s", 1000), (".5h", 1800), ("+5m", 300), ("5 m", 300), ("1_000s", 1000), ("1e3", 1000), (" 5m ", 300)),
+    ],
 )
 def test_duration_is_parsed_to_seconds(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "5x", "0s", "0", "-5m", "nan", "inf", "1e3s", "5m 3"])
+@pytest.mark.parametrize("text", ["", "s", "5x", "0s", "0", "-5m", "nan", "inf", "nan s", "1e308d", "5m 3"])
 def test_wrong_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="is not a duration"):
         parse_duration(text)
