@@ -35,7 +35,7 @@ from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
 from services.images.decoder_pool import DecoderPool
-from services.moderation.moderator import PolicyAssessment, assess_each
+from services.moderation.cascade import PolicyAssessment, assess_each
 from services.policies.document import PolicyDocument
 
 FRESH_SEED = 3_000_000_000
@@ -167,7 +167,7 @@ async def speed(
     def by(judged_by: Policy) -> Callable[[Image], Awaitable[int]]:
         async def ours(image: Image) -> int:
             (answer,) = await assess_each(image.prepared, [judged_by], "live", guard=guard, preparer=preparer)
-            said = answer.said if isinstance(answer, PolicyAssessment) else None
+            said = answer.answer if isinstance(answer, PolicyAssessment) else None
             return said.output_tokens if isinstance(said, Assessment) else 0
 
         return ours

@@ -12,7 +12,8 @@ from pipelines.annotation.schema import ANNOTATION, Dead, ParquetBuffer, Row, an
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
 from services.core.messages import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
 from services.core.retry import retry_while_unavailable
-from services.moderation.moderator import GuardClient, ImagePreparer, Moderation
+from services.moderation.moderator import Moderation
+from services.moderation.ports import GuardClient, ImagePreparer
 
 _BACKFILL: Final[Priority] = "backfill"
 _OF_THE_REFERENCE: Final = (NotFound, Changed, Forbidden)

@@ -28,7 +28,8 @@ from services.core.messages import DeadLetter, Priority, attempts_before, produc
 from services.core.retry import FailureBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
-from services.moderation.moderator import Moderation, ModerationResult, skipped_verdict
+from services.moderation.moderator import Moderation, ModerationResult
+from services.moderation.verdicts import skipped_verdict
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import GroupConsumer, Lag, Message, OutgoingMessage
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse

@@ -27,7 +27,8 @@ from services.gateway.rate_limits import RateLimiter
 from services.gateway.request_bodies import BodyReader, DrainUnreadBodyMiddleware
 from services.gateway.routes import assessments, health, moderations, policies
 from services.gateway.url_fetch import ImageDownloader
-from services.moderation.moderator import GuardClient, ImagePreparer, Moderation
+from services.moderation.moderator import Moderation
+from services.moderation.ports import GuardClient, ImagePreparer
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry

@@ -27,7 +27,7 @@ from services.core.calibration import Calibration, FittedCalibration, IsotonicMa
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import CATEGORIES, NO_CATEGORY, AppliedCalibration, Policy, PolicyIdentity, Submission
 from services.core.settings import Settings
-from services.moderation.moderator import apply_calibration
+from services.moderation.cascade import apply_calibration
 from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument
 from services.policies.rollout import Rollout

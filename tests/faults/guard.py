@@ -34,7 +34,7 @@ def assessment_of(sha256: str) -> Assessment:
 
 
 class GuardClient:
-    """Asks any replica that answers; see `services.moderation.moderator.GuardClient`."""
+    """Asks any replica that answers; see `services.moderation.ports.GuardClient`."""
 
     def __init__(self, ports: Sequence[int]) -> None:
         self._ports = ports

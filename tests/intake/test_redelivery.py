@@ -10,7 +10,8 @@ from pipelines.intake.worker import Intake
 from services.core.errors import NotOwned
 from services.core.messages import Submission
 from services.core.settings import Settings
-from services.moderation.moderator import ModerationResult, skipped_verdict
+from services.moderation.moderator import ModerationResult
+from services.moderation.verdicts import skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Lag, Message, OutgoingMessage
 

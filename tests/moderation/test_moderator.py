@@ -26,7 +26,8 @@ from services.core.messages import (
     Submission,
     Upload,
 )
-from services.moderation.moderator import Moderation, decide
+from services.moderation.moderator import Moderation
+from services.moderation.verdicts import decide
 from services.policies.document import PolicyDocument
 from tests.support.fake_guard import MODEL
 

@@ -15,7 +15,8 @@ from pipelines.intake.crash_isolation import Quarantine
 from pipelines.intake.worker import Intake
 from services.core.messages import Submission
 from services.core.settings import Settings
-from services.moderation.moderator import ModerationResult, skipped_verdict
+from services.moderation.moderator import ModerationResult
+from services.moderation.verdicts import skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Message
 from services.streams.factory import open_consumer

@@ -15,7 +15,7 @@ from services.core.messages import PreparedImage, Submission
 from services.core.tasks import cancel_and_wait
 from services.gateway.api_keys import ApiKeyCache
 from services.gateway.problems import HttpProblem
-from services.moderation.moderator import GuardClient, ImagePreparer, PolicySource
+from services.moderation.ports import GuardClient, ImagePreparer, PolicySource
 
 _EVERY_S: Final = 5.0
 _EVERY_S_NOT_READY: Final = 1.0

@@ -1,0 +1,114 @@
+"""The cascade: one image under several policies, first on a small copy where the policy allows, then in full.
+
+With effort `adaptive`, the guard first gives only a score for a small copy of the image (screening). A low score with
+the rating Safe is the answer. All other images, and all policies with effort `full`, get the full assessment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from services.core import telemetry
+from services.core.errors import GuardFailed, UnreadableAnswer
+from services.core.messages import AppliedCalibration, Assessment, Detail, Effort, GuardPriority, Policy, PreparedImage
+from services.core.retry import retry_while_unavailable
+from services.moderation.ports import GuardClient, ImagePreparer
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAssessment:
+    """The guard's answer under one policy, or why it could not be read, twice."""
+
+    answer: Assessment | UnreadableAnswer
+    effort: Effort
+    detail: Detail = "verdict"
+
+
+async def assess_each(
+    image: PreparedImage,
+    policies: Sequence[Policy],
+    priority: GuardPriority,
+    *,
+    guard: GuardClient,
+    preparer: ImagePreparer,
+    detail: Detail = "verdict",
+) -> list[PolicyAssessment | GuardFailed]:
+    """The assessment under each policy, in order, or the error where the engine refuses the image under it."""
+    results: list[PolicyAssessment | GuardFailed | None] = [None] * len(policies)
+    adaptive = [n for n, policy in enumerate(policies) if policy.effort == "adaptive"]
+    if adaptive:
+        screened = await screen(image, [policies[n] for n in adaptive], priority, guard=guard, preparer=preparer)
+        for n, result in zip(adaptive, screened, strict=True):
+            results[n] = result
+    rest = [n for n, result in enumerate(results) if result is None]
+    if rest:
+        full = await _assess_full(image, [policies[n] for n in rest], priority, guard, detail)
+        for n, outcome in zip(rest, full, strict=True):
+            results[n] = outcome
+    return [result for result in results if result is not None]
+
+
+async def screen(
+    image: PreparedImage,
+    policies: Sequence[Policy],
+    priority: GuardPriority,
+    *,
+    guard: GuardClient,
+    preparer: ImagePreparer,
+) -> list[PolicyAssessment | None]:
+    """Assess a small copy of the image. The result for policies to which its low score is enough, else None."""
+    small = await retry_while_unavailable(lambda: preparer.first_look(image))
+    try:
+        assessments = await _assess(small, policies, "score", priority, guard)
+    except (GuardFailed, UnreadableAnswer):
+        return [None] * len(policies)  # the full assessment reports the error
+    results = [
+        PolicyAssessment(assessment, "first_look")
+        if assessment.rating == "Safe" and assessment.score < policy.first_look_below
+        else None
+        for policy, assessment in zip(policies, assessments, strict=True)
+    ]
+    for result in results:
+        telemetry.FIRST_LOOKS.inc(1, {"result": "accepted" if result else "escalated"})
+    return results
+
+
+async def _assess_full(
+    image: PreparedImage, policies: Sequence[Policy], priority: GuardPriority, guard: GuardClient, detail: Detail
+) -> list[PolicyAssessment | GuardFailed]:
+    """Assess under all policies in one call, so that the engine reads the image once. If it fails, one by one."""
+    try:
+        assessments = await _assess(image, policies, detail, priority, guard)
+        return [PolicyAssessment(assessment, "full", detail) for assessment in assessments]
+    except (GuardFailed, UnreadableAnswer) as error:
+        if isinstance(error, GuardFailed) and len(policies) == 1:
+            return [error]
+        return [await _retry_full(image, policy, priority, guard, detail) for policy in policies]
+
+
+async def _retry_full(
+    image: PreparedImage, policy: Policy, priority: GuardPriority, guard: GuardClient, detail: Detail
+) -> PolicyAssessment | GuardFailed:
+    try:
+        (assessment,) = await _assess(image, [policy], detail, priority, guard)
+        return PolicyAssessment(assessment, "full", detail)
+    except UnreadableAnswer as error:
+        return PolicyAssessment(error, "full")
+    except GuardFailed as error:
+        return error
+
+
+async def _assess(
+    image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority, guard: GuardClient
+) -> list[Assessment]:
+    """The guard's assessments with calibrated scores: every threshold refers to calibrated scores."""
+    assessments = await retry_while_unavailable(lambda: guard.assess_each(image, policies, detail, priority))
+    return [apply_calibration(each, policy) for each, policy in zip(assessments, policies, strict=True)]
+
+
+def apply_calibration(assessment: Assessment, policy: Policy) -> Assessment:
+    """The assessment with its score mapped by the policy's calibration for this checkpoint, if it has one."""
+    calibration = policy.calibrations.get(assessment.model.revision)
+    if calibration is None:
+        return assessment
+    applied = AppliedCalibration(digest=calibration.digest, raw_score=assessment.score)
+    return replace(assessment, score=calibration.probability(assessment.score), calibration=applied)

@@ -1,0 +1,114 @@
+"""Builds verdicts: from an assessment and a policy's thresholds, or for a submission that was not judged."""
+
+from datetime import UTC, datetime
+
+from services.core.messages import (
+    Action,
+    Assessment,
+    Policy,
+    PreparedImage,
+    ReviewReason,
+    StoredObject,
+    Submission,
+    Timings,
+    Verdict,
+    VerdictOutcome,
+    verdict_id,
+)
+from services.moderation.cascade import PolicyAssessment
+from services.moderation.step_timer import StepTimer
+
+
+def decide(assessment: Assessment, policy: Policy) -> Action:
+    """The action that the policy's thresholds give for an assessment."""
+    thresholds = policy.category_thresholds.get(assessment.category, policy.thresholds)
+    if assessment.score >= thresholds.block:
+        return "block"
+    return "review" if assessment.score >= thresholds.review else "allow"
+
+
+def skipped_verdict(
+    submission: Submission, outcome: VerdictOutcome, *, reason: ReviewReason | None = None, action: Action | None = None
+) -> Verdict:
+    """The verdict of a submission that the guard never saw: a newer event superseded it, or it blocked its key."""
+    now = datetime.now(UTC)
+    submitted_at = submission.submitted_at or now
+    waited_ms = max(0, round((now - submitted_at).total_seconds() * 1000))
+    return Verdict(
+        verdict_id=verdict_id(
+            submission_id=submission.id,
+            uri=submission.uri,
+            object_version=submission.version_id or submission.etag or "",
+            policy_digest="",
+            model_revision="",
+        ),
+        submission_id=submission.id,
+        uri=submission.uri,
+        version_id=submission.version_id,
+        etag=submission.etag,
+        sha256=None,
+        tenant=submission.tenant,
+        outcome=outcome,
+        reason=reason,
+        rating=None,
+        category=None,
+        rationale=None,
+        score=None,
+        action=action,
+        policy=None,
+        model=None,
+        effort=None,
+        source=None,
+        image=None,
+        timings_ms=Timings(queued=waited_ms, total=waited_ms),
+        metadata=submission.metadata,
+        submitted_at=submitted_at,
+        judged_at=now,
+    )
+
+
+def build_verdict(
+    submission: Submission,
+    stored: StoredObject,
+    image: PreparedImage,
+    policy: Policy,
+    assessed: PolicyAssessment,
+    timer: StepTimer,
+) -> Verdict:
+    """The verdict for one assessed image, with `needs_review` if the guard's answer could not be read."""
+    answer = assessed.answer
+    assessment = answer if isinstance(answer, Assessment) else None
+    calibration = assessment.calibration if assessment else None
+    judged_at = datetime.now(UTC)
+    return Verdict(
+        verdict_id=verdict_id(
+            submission_id=submission.id,
+            uri=submission.uri,
+            object_version=stored.version_id or stored.etag or image.sha256,
+            policy_digest=policy.identity.digest,
+            model_revision=answer.model.revision if answer.model else "",
+            calibration=calibration.digest if calibration else None,
+        ),
+        submission_id=submission.id,
+        uri=submission.uri,
+        version_id=stored.version_id,
+        etag=stored.etag,
+        sha256=image.sha256,
+        tenant=submission.tenant,
+        outcome="verdict" if assessment else "needs_review",
+        reason=None if assessment else "unreadable_answer",
+        rating=assessment.rating if assessment else None,
+        category=assessment.category if assessment and assessed.detail == "verdict" else None,
+        rationale=assessment.rationale if assessment else None,
+        score=assessment.score if assessment else None,
+        action=decide(assessment, policy) if assessment else "review",
+        policy=policy.identity,
+        model=answer.model,
+        calibration=calibration,
+        effort=assessed.effort,
+        image=image.facts,
+        timings_ms=timer.finish(judged_at),
+        metadata=submission.metadata,
+        submitted_at=timer.submitted_at,
+        judged_at=judged_at,
+    )
