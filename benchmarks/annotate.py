@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.tiny_guard.drawings import draw
-from services.core.messages import StoredObject, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
+from services.core.values import StoredObject
 from services.images.decoder_pool import DecoderPool
 from services.moderation.moderator import Moderation
 from services.policies.document import BUILT_IN

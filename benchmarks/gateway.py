@@ -28,8 +28,8 @@ from PIL import Image
 from ray._private.async_compat import try_install_uvloop
 
 from pipelines.local import backends as embedded
-from services.core.messages import CATEGORIES, Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.core.settings import Settings
+from services.core.values import CATEGORIES, Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.gateway.api_keys import KeyRegistry
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen

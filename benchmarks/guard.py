@@ -28,8 +28,8 @@ from typing import Any
 
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import GuardFailed, GuardUnavailable
-from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
 from services.core.settings import Settings
+from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference

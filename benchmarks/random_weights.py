@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import UnreadableAnswer
-from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Policy
+from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, Policy
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference

@@ -32,9 +32,10 @@ from ray.serve import Application
 
 from pipelines.serving import build as serve_app
 from pipelines.serving.app import APPLICATION, INTAKE, application
-from services.core.messages import Assessment, Detail, GuardPriority, Policy, PreparedImage, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess, free_port
 from services.core.settings import Settings
+from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.streams.factory import open_reader
 from tests.faults.backends import Backends
 from tests.faults.guard import assessment_of

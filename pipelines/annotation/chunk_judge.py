@@ -10,8 +10,9 @@ import pyarrow as pa
 from pipelines.annotation.image_reader import Images
 from pipelines.annotation.schema import ANNOTATION, Dead, ParquetBuffer, Row, annotation, with_extras
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
-from services.core.messages import ObjectReference, Policy, Priority, Submission, Verdict, verdict_id
+from services.core.messages import ObjectReference, Submission, Verdict, verdict_id
 from services.core.retry import retry_while_unavailable
+from services.core.values import Policy, Priority
 from services.moderation.moderator import Moderation
 from services.moderation.ports import GuardClient, ImagePreparer
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, get_args
 
 from services.core.errors import ConfigurationError
-from services.core.messages import Action, Rating
+from services.core.values import Action, Rating
 
 _CONDITION: Final = re.compile(r"\s*([a-z]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _NEXT: Final = re.compile(r",(?=\s*[a-z]+\s*(?:!=|<=|>=|=|<|>))")

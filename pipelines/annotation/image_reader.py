@@ -12,8 +12,9 @@ from pipelines.annotation.schema import Row
 from pipelines.annotation.sources.discover import Source, bucket_of
 from pipelines.annotation.storage import folder, local_path, open_local
 from services.core.errors import Changed, NotAnImage, TooLarge
-from services.core.messages import ObjectReference, StoredObject
+from services.core.messages import ObjectReference
 from services.core.settings import Settings
+from services.core.values import StoredObject
 from services.images.memory_budget import ByteBudget
 from services.images.object_store import ObjectStore
 

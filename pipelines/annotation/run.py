@@ -26,8 +26,9 @@ from pipelines.annotation.sources.discover import Piece, Source
 from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, Run
 from pipelines.annotation.storage import folder, local_path
 from services.core.errors import ConfigurationError, SluiceError
-from services.core.messages import Policy, Submission
+from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.values import Policy
 from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN
 from services.policies.registry import PolicyRegistry

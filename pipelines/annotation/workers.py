@@ -17,10 +17,10 @@ from pipelines.annotation.state import Listing, Run
 from pipelines.annotation.storage import folder
 from pipelines.serving.guard_deployment import RemoteGuard
 from services.core.errors import StoreUnavailable
-from services.core.messages import Policy
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
+from services.core.values import Policy
 from services.images.decoder_pool import DecoderPool
 
 _GUARD_PATIENCE: Final = 4

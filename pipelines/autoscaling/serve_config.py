@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pipelines.autoscaling.serve_policy import Bounds, serve_options
-from services.core.messages import Priority
 from services.core.settings import Settings
+from services.core.values import Priority
 from services.streams.base import Lag
 
 _POLICY: Final = "pipelines.autoscaling.serve_policy:BacklogScaling"

@@ -9,7 +9,7 @@ from pipelines.annotation import filters as filtering
 from pipelines.annotation.options import Form, Kind, Order
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
-from services.core.messages import DEFAULT_POLICY
+from services.core.values import DEFAULT_POLICY
 
 
 def annotate(

@@ -11,7 +11,7 @@ from pipelines.clients.policy_changes import announce
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
-from services.core.messages import DEFAULT_POLICY
+from services.core.values import DEFAULT_POLICY
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Change
 

@@ -12,8 +12,8 @@ from pipelines.clients.policy_changes import announce
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, UnknownPolicy
-from services.core.messages import DEFAULT_POLICY
 from services.core.settings import Settings
+from services.core.values import DEFAULT_POLICY
 from services.policies.document import PolicyDocument
 from services.policies.document_yaml import read_document, warnings, write_document
 from services.policies.registry import PolicyRegistry, StoredVersion

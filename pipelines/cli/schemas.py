@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from pydantic.json_schema import JsonSchemaMode
 
-from services.core.messages import DeadLetter, Submission, Verdict, WireModel
+from services.core.messages import DeadLetter, Submission, Verdict
+from services.core.values import WireModel
 
 MESSAGES: Final[dict[str, type[WireModel]]] = {"submission": Submission, "verdict": Verdict, "dead-letter": DeadLetter}
 

@@ -18,8 +18,9 @@ from typing import Any, Final
 
 from pipelines.clients.ray_address import NO_CLUSTER, answers
 from services.core.errors import ConfigurationError, GuardFailed, SluiceError, Unjudgeable
-from services.core.messages import Policy, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
+from services.core.values import Policy
 
 Progress = Callable[[str], None]
 JudgeResult = list[Verdict | GuardFailed] | Unjudgeable

@@ -20,7 +20,7 @@ from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.curves import expected_calibration_error
 from services.core.calibration import Calibration, IsotonicMap, PlattMap, log_odds
 from services.core.errors import ConfigurationError
-from services.core.messages import Action, Policy, Thresholds
+from services.core.values import Action, Policy, Thresholds
 
 Method = Literal["isotonic", "platt"]
 

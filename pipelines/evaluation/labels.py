@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from services.core.messages import CATEGORIES, NO_CATEGORY, Rating
+from services.core.values import CATEGORIES, NO_CATEGORY, Rating
 
 Reason = Literal["malformed", "no_image", "bad_rating", "unknown_category", "unknown_policy", "contradiction"]
 Image = Path | str | bytes

@@ -8,7 +8,7 @@ from pipelines.evaluation.labels import Refused, Sample, code_of
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
 from services.core.calibration import Calibration
 from services.core.errors import ConfigurationError, UnknownPolicy
-from services.core.messages import CATEGORIES, NO_CATEGORY, Policy
+from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import CategoryRules, PolicyDocument
 from services.policies.document_yaml import read_document
 from services.policies.registry import PolicyRegistry

@@ -22,7 +22,7 @@ from pipelines.evaluation.metrics import (
 )
 from pipelines.evaluation.results import STEPS, AdaptiveColumns, Columns, PerturbedColumns
 from pipelines.reporting.text import printable
-from services.core.messages import ModelIdentity
+from services.core.values import ModelIdentity
 
 PERCENTILES: Final = (50, 90, 95, 99)
 THRESHOLDS: Final = tuple(n / 20 for n in range(1, 20))

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.labels import Image, Sample
 from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, Judged
-from services.core.messages import CATEGORIES, NO_CATEGORY, ModelIdentity, Verdict
+from services.core.messages import Verdict
+from services.core.values import CATEGORIES, NO_CATEGORY, ModelIdentity
 
 STEPS: Final = ("fetch", "prepare", "guard", "total")
 _EXAMPLES: Final = 20

@@ -19,8 +19,9 @@ from pipelines.evaluation.perturbations import PERTURBATIONS, perturbed
 from pipelines.evaluation.policies import Ruling, Rulings
 from pipelines.evaluation.results import Columns
 from services.core.errors import ConfigurationError, StoreUnavailable, Unavailable, Unjudgeable
-from services.core.messages import ObjectReference, Policy, Submission, Verdict
+from services.core.messages import ObjectReference, Submission, Verdict
 from services.core.settings import Settings
+from services.core.values import Policy
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 

@@ -22,7 +22,7 @@ from pipelines.evaluation.sample_judge import Effort
 from pipelines.local.up import ShutdownRequested, running_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import SluiceError
-from services.core.messages import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
+from services.core.values import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
 
 _FIRST_SEED: Final = 7_000_000
 """Far from those that training and the tests draw."""

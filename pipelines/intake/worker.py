@@ -24,10 +24,11 @@ from services.core.errors import (
     Unjudgeable,
     UnknownPolicy,
 )
-from services.core.messages import DeadLetter, Priority, attempts_before, producer_headers
+from services.core.messages import DeadLetter, attempts_before, producer_headers
 from services.core.retry import FailureBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
+from services.core.values import Priority
 from services.moderation.moderator import Moderation, ModerationResult
 from services.moderation.verdicts import skipped_verdict
 from services.policies.traffic_sample import TrafficSample

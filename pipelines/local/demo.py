@@ -15,9 +15,10 @@ from rich.table import Table
 from pipelines.clients import streams
 from pipelines.local.up import Progress, running_service
 from pipelines.tiny_guard.drawings import draw
-from services.core.messages import CATEGORIES, NO_CATEGORY, DeadLetter, Submission, Verdict
+from services.core.messages import DeadLetter, Submission, Verdict
 from services.core.s3 import s3_client
 from services.core.settings import Settings
+from services.core.values import CATEGORIES, NO_CATEGORY
 from services.streams.base import Message
 from services.streams.factory import open_reader
 

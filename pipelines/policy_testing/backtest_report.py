@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import binomtest
 
 from pipelines.reporting.text import printable
-from services.core.messages import Action, Rating, ReviewReason, Verdict
+from services.core.messages import Verdict
+from services.core.values import Action, Rating, ReviewReason
 
 CONFIDENCE: Final = 0.95
 UNREADABLE: Final = "unreadable answer"

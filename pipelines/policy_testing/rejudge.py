@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from pipelines.clients.judge_client import JudgeRequest, open_client
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
-from services.core.messages import Policy, PolicyIdentity, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
+from services.core.values import Policy, PolicyIdentity
 from services.policies.document import PolicyDocument
 from services.policies.registry import PolicyRegistry
 from services.streams.factory import open_reader

@@ -20,9 +20,10 @@ from pipelines.serving.components import Assembly
 from pipelines.serving.gateway_deployment import GatewayDeployment
 from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import Unjudgeable
-from services.core.messages import Policy, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
+from services.core.values import Policy
 from services.guard.checkpoints import resolve
 from services.policies.traffic_sample import TrafficSample
 from services.streams.factory import open_consumer

@@ -10,9 +10,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError
-from services.core.messages import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
+from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.tiny_guard.drawings import HARMLESS, INKS, PICTOGRAMS, SCENES
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 from services.policies.prompt import ASSESSMENT_STEPS, INTRODUCTION, TRAINED_BLOCKS, Block, render
 
 LABELS: Final = (*CATEGORIES, NO_CATEGORY)

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]

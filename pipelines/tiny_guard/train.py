@@ -38,7 +38,7 @@ from pipelines.tiny_guard.corpus import (
 )
 from pipelines.tiny_guard.drawings import TRAINING_SEEDS, draw
 from pipelines.tiny_guard.model import IMAGE_TOKENS, PATCHES, VISION_WIDTH, TinyGuard, load, pixels_of, save, square
-from services.core.messages import NO_CATEGORY
+from services.core.values import NO_CATEGORY
 from services.policies.prompt import Block
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ Sluice; it ends up in the header `sluice-detail` of a dead letter or on stderr.
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from services.core.messages import ModelIdentity
+    from services.core.values import ModelIdentity
 
 DeadLetterReason = Literal[
     "malformed",

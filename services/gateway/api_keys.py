@@ -25,10 +25,11 @@ from pydantic import Field, ValidationError
 from pydantic_core import to_json
 
 from services.core.errors import ConfigurationError, Unavailable
-from services.core.messages import Moment, WireModel
+from services.core.messages import Moment
 from services.core.s3 import s3_client
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
+from services.core.values import WireModel
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -18,8 +18,9 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import ValidationError
 
-from services.core.messages import Verdict, WireModel
+from services.core.messages import Verdict
 from services.core.tasks import cancel_and_wait
+from services.core.values import WireModel
 from services.gateway.problems import HttpProblem
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 

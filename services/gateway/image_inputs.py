@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.core.errors import Malformed
-from services.core.messages import StoredObject, Submission, Upload
+from services.core.messages import Submission, Upload
+from services.core.values import StoredObject
 from services.gateway.api_keys import ApiKey
 from services.gateway.problems import HttpProblem
 from services.gateway.request_bodies import MemoryLease

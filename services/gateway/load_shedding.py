@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Final, Protocol, TypeVar
 
-from services.core.messages import Detail, GuardPriority, StoredObject, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
+from services.core.values import Detail, GuardPriority, StoredObject
 from services.gateway.image_inputs import Image
 from services.gateway.problems import HttpProblem
 from services.moderation.moderator import ModerationResult

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import Any, Final, Self
 
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
-from services.core.messages import Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.core.settings import Settings
+from services.core.values import Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
 from services.guard.families.llavaguard_answer import head_tokens, p_unsafe

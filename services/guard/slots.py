@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from services.core.errors import GuardFailed, GuardUnavailable
-from services.core.messages import GuardPriority
+from services.core.values import GuardPriority
 
 _FAILURES: Final = 3
 _REMEMBERED: Final = 1024

@@ -18,7 +18,7 @@ import pillow_heif
 from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlugin
 
 from services.core.errors import NotAnImage, TooLarge, Unjudgeable
-from services.core.messages import ImageFacts, PreparedImage
+from services.core.values import ImageFacts, PreparedImage
 from services.images.sniff import Format, gif_frames, is_plain, sniff, tiff_pages, webp_size
 
 _PLUGINS: Final[dict[Format, str]] = {

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.core.errors import NotAnImage, TooLarge, Unavailable
-from services.core.messages import PreparedImage
 from services.core.settings import Settings
+from services.core.values import PreparedImage
 from services.images.decode import Limits, prepare, smaller
 from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
 

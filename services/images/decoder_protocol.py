@@ -9,7 +9,7 @@ import struct
 import time
 from typing import Any, Final
 
-from services.core.messages import ImageFacts, PreparedImage
+from services.core.values import ImageFacts, PreparedImage
 
 _LENGTHS: Final = struct.Struct(">II")
 _HEAD_LIMIT_BYTES: Final = 1 << 16

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from services.core import telemetry
 from services.core.errors import GuardFailed, UnreadableAnswer
-from services.core.messages import AppliedCalibration, Assessment, Detail, Effort, GuardPriority, Policy, PreparedImage
 from services.core.retry import retry_while_unavailable
+from services.core.values import AppliedCalibration, Assessment, Detail, Effort, GuardPriority, Policy, PreparedImage
 from services.moderation.ports import GuardClient, ImagePreparer
 
 

@@ -13,8 +13,9 @@ from functools import partial
 
 from services.core import telemetry
 from services.core.errors import GuardFailed
-from services.core.messages import Detail, GuardPriority, Policy, StoredObject, Submission, Verdict
+from services.core.messages import Submission, Verdict
 from services.core.retry import retry_while_unavailable
+from services.core.values import Detail, GuardPriority, Policy, StoredObject
 from services.moderation.cascade import assess_each
 from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
 from services.moderation.step_timer import StepTimer

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from services.core.messages import (
+from services.core.messages import ObjectReference, Submission
+from services.core.values import (
     Action,
     Assessment,
     Detail,
     GuardPriority,
-    ObjectReference,
     Policy,
     PolicyChoice,
     PreparedImage,
     StoredObject,
-    Submission,
 )
 
 

@@ -2,19 +2,8 @@
 
 from datetime import UTC, datetime
 
-from services.core.messages import (
-    Action,
-    Assessment,
-    Policy,
-    PreparedImage,
-    ReviewReason,
-    StoredObject,
-    Submission,
-    Timings,
-    Verdict,
-    VerdictOutcome,
-    verdict_id,
-)
+from services.core.messages import Submission, Timings, Verdict, verdict_id
+from services.core.values import Action, Assessment, Policy, PreparedImage, ReviewReason, StoredObject, VerdictOutcome
 from services.moderation.cascade import PolicyAssessment
 from services.moderation.step_timer import StepTimer
 

@@ -18,8 +18,9 @@ from typing import Any, Final, Self, TypeVar
 
 from services.core import telemetry
 from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.core.messages import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity, Submission
+from services.core.messages import Submission
 from services.core.tasks import cancel_and_wait
+from services.core.values import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity
 from services.policies.document import PolicyDocument, is_policy_name
 from services.policies.redis_cache import CachedChange, CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion

@@ -10,8 +10,8 @@ from typing import Final, NamedTuple, Self
 
 from services.core import telemetry
 from services.core.errors import ConfigurationError, PolicyUnavailable
-from services.core.messages import Action, BlockRateBand, Policy, PolicyIdentity
 from services.core.tasks import cancel_and_wait
+from services.core.values import Action, BlockRateBand, Policy, PolicyIdentity
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from services.core.messages import (
+from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
     Action,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 
 _WAIVER: Final = (
     "Category {code} is declared as non-violating. Therefore, we do not provide any restrictions for this category "

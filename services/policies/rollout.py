@@ -8,7 +8,8 @@ from pydantic import Field
 
 from services.core.calibration import Calibration
 from services.core.errors import ConfigurationError
-from services.core.messages import Moment, WireModel
+from services.core.messages import Moment
+from services.core.values import WireModel
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 ChangeAction = Literal["activate", "rollback", "canary", "shadow", "trip", "calibrate"]

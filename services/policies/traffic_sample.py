@@ -11,8 +11,9 @@ from typing import Final, Self
 
 from pydantic import ValidationError
 
-from services.core.messages import Moment, Submission, Verdict, WireModel
+from services.core.messages import Moment, Submission, Verdict
 from services.core.tasks import cancel_and_wait
+from services.core.values import WireModel
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
 _EVERY_S: Final = 1.0

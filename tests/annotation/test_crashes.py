@@ -19,8 +19,8 @@ from pipelines.annotation.schema import from_parquet, to_parquet
 from pipelines.annotation.state import Run
 from pipelines.annotation.storage import LocalFolder
 from services.core.errors import NotAnImage
-from services.core.messages import Assessment, ImageFacts, PreparedImage
 from services.core.settings import Settings
+from services.core.values import Assessment, ImageFacts, PreparedImage
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
 from tests.support.fake_guard import FakeGuard

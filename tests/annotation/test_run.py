@@ -36,8 +36,9 @@ from pipelines.annotation.state import Run
 from pipelines.annotation.storage import Folder, folder
 from pipelines.annotation.summary import COLUMNS, Counts, page
 from services.core.errors import ConfigurationError, GuardFailed
-from services.core.messages import Assessment, Detail, PreparedImage, Submission
+from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.values import Assessment, Detail, PreparedImage
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation

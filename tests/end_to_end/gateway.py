@@ -9,7 +9,7 @@ import jsonschema
 import openai
 
 from pipelines.tiny_guard.drawings import draw
-from services.core.messages import CATEGORIES
+from services.core.values import CATEGORIES
 
 VIOLENCE = CATEGORIES[1]
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipelines.tiny_guard.drawings import draw
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 from tests.end_to_end.outside import SLUICE, RedisStream, Service
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]

@@ -25,8 +25,9 @@ from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import replay
 from services.core.calibration import Calibration, FittedCalibration, IsotonicMap, PlattMap, log_odds
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
-from services.core.messages import CATEGORIES, NO_CATEGORY, AppliedCalibration, Policy, PolicyIdentity, Submission
+from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.values import CATEGORIES, NO_CATEGORY, AppliedCalibration, Policy, PolicyIdentity
 from services.moderation.cascade import apply_calibration
 from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument

@@ -25,8 +25,9 @@ from pipelines.evaluation.policies import Evaluated, Rulings, find
 from pipelines.evaluation.results import Columns
 from pipelines.evaluation.sample_judge import Effort, Judging
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
-from services.core.messages import CATEGORIES, NO_CATEGORY, Policy, Submission
+from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import BUILT_IN, PolicyDocument
 from tests.policy_testing.test_rejudge import changed
 from tests.support.intake_bench import Bench

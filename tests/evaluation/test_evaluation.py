@@ -34,7 +34,8 @@ from pipelines.evaluation.plots import draw as draw_plots
 from pipelines.evaluation.report import Report, summarize
 from pipelines.evaluation.results import Columns
 from pipelines.tiny_guard.drawings import draw as draw_image
-from services.core.messages import CATEGORIES, NO_CATEGORY, Rating, Timings, Verdict
+from services.core.messages import Timings, Verdict
+from services.core.values import CATEGORIES, NO_CATEGORY, Rating
 from tests.policy_testing.test_rejudge import changed
 
 Row = tuple[Rating, Rating | None, str | None, str | None, int]

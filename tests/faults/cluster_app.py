@@ -20,8 +20,8 @@ from ray.serve.schema import DeploymentSchema
 from pipelines.autoscaling import serve_config as elastic
 from pipelines.serving import build as serve_app
 from pipelines.serving.app import application
-from services.core.messages import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.core.settings import Settings, load
+from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from tests.faults.guard import assessment_of
 
 TAKES_S: Final = 0.4

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from services.core.errors import GuardFailed, GuardUnavailable
-from services.core.messages import CATEGORIES, NO_CATEGORY, Assessment, Detail, Policy, PreparedImage, Priority, Rating
+from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, Detail, Policy, PreparedImage, Priority, Rating
 from tests.support.fake_guard import MODEL
 
 _TAKES_S: Final = (0.002, 0.012)

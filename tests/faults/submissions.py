@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import DeadLetterReason
-from services.core.messages import Rating
+from services.core.values import Rating
 from tests.faults.guard import rating_of
 from tests.faults.s3 import BUCKET
 

@@ -12,8 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from services.core.messages import Assessment, Detail, PreparedImage
 from services.core.settings import Settings
+from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway import assessment_store
 from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_store import AssessmentStore, StoredAssessment

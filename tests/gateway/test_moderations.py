@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from services.core.errors import GuardFailed, UnreadableAnswer
-from services.core.messages import CATEGORIES, Assessment, Detail, PreparedImage
+from services.core.values import CATEGORIES, Assessment, Detail, PreparedImage
 from tests.support.fake_guard import MODEL, says_safe
 from tests.support.gateway_bench import OTHER_JPEG, Bench, data_url, unsafe
 

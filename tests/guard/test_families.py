@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.core.errors import ConfigurationError
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve
 from services.guard.engine import Engine
 from services.guard.families.base import Reply

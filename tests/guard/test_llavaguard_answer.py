@@ -14,7 +14,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.parser.conversation import generate_chat_conv
 
 from services.core.errors import ConfigurationError, UnreadableAnswer
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 from services.guard.families.llavaguard_answer import (
     ANSWER_START,
     Layout,

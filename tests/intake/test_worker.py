@@ -14,7 +14,7 @@ import pytest
 from pipelines.intake import worker as intake_module
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
-from services.core.messages import Assessment, Detail, PreparedImage, Priority
+from services.core.values import Assessment, Detail, PreparedImage, Priority
 from services.policies.document import PolicyDocument
 from services.policies.registry import PolicyRegistry
 from services.streams.base import Lag

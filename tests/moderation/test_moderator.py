@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import GuardFailed, Malformed, UnreadableAnswer
-from services.core.messages import (
+from services.core.messages import ObjectReference, Submission, Upload
+from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
     Action,
@@ -18,13 +19,10 @@ from services.core.messages import (
     Detail,
     GuardPriority,
     ImageFacts,
-    ObjectReference,
     Policy,
     PolicyChoice,
     PreparedImage,
     StoredObject,
-    Submission,
-    Upload,
 )
 from services.moderation.moderator import Moderation
 from services.moderation.verdicts import decide

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.core.messages import Policy, Submission
+from services.core.messages import Submission
+from services.core.values import Policy
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import BREAKER, CircuitBreaker
 from services.policies.document import PolicyDocument

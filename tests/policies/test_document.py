@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.tiny_guard.drawings import TRAINING_SEEDS, draw
-from services.core.messages import CATEGORIES, NO_CATEGORY, BlockRateBand
+from services.core.values import CATEGORIES, NO_CATEGORY, BlockRateBand
 from services.policies.document import BUILT_IN, PolicyDocument, SyntheticImage, is_policy_name
 
 BASE: dict[str, Any] = {"name": "shop"}

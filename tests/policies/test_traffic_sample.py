@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.core.messages import PolicyIdentity, Timings, Verdict
+from services.core.messages import Timings, Verdict
+from services.core.values import PolicyIdentity
 from services.policies import traffic_sample as sample_module
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.traffic_sample import TrafficSample, draw

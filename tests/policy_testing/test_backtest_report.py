@@ -27,7 +27,8 @@ from pipelines.policy_testing.backtest_report import (
     share,
     summarize,
 )
-from services.core.messages import CATEGORIES, NO_CATEGORY, Action, Rating, Timings, Verdict
+from services.core.messages import Timings, Verdict
+from services.core.values import CATEGORIES, NO_CATEGORY, Action, Rating
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 VIOLENCE, NUDITY = CATEGORIES[1], CATEGORIES[3]

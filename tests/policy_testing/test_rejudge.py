@@ -8,7 +8,8 @@ import pytest
 from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import Difference, Replay, compare, find, replay
 from services.core.errors import ConfigurationError, SluiceError
-from services.core.messages import ModelIdentity, PolicyIdentity, Timings, Verdict
+from services.core.messages import Timings, Verdict
+from services.core.values import ModelIdentity, PolicyIdentity
 from services.streams.base import OutgoingMessage
 from services.streams.factory import open_publisher
 from tests.support.intake_bench import Bench

@@ -19,8 +19,9 @@ from pipelines.intake.crash_isolation import CRASHES
 from pipelines.reconciliation import reconcile as reconciliation
 from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
 from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, Span, reconcile
-from services.core.messages import Assessment, DeadLetter, Detail, PreparedImage
+from services.core.messages import DeadLetter
 from services.core.settings import Settings
+from services.core.values import Assessment, Detail, PreparedImage
 from services.streams.base import OutgoingMessage
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice

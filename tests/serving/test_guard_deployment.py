@@ -16,8 +16,8 @@ from ray import serve
 from pipelines.serving import guard_deployment as deployment
 from pipelines.serving.guard_deployment import GuardDeployment, RemoteGuard
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
-from services.core.messages import Assessment, ModelIdentity
 from services.core.settings import Settings
+from services.core.values import Assessment, ModelIdentity
 from services.guard.checkpoints import resolve
 from tests.support.engine import drawn, policy, prepared
 

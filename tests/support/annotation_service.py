@@ -15,7 +15,7 @@ import ray
 from ray import serve
 
 from services.core.errors import GuardFailed
-from services.core.messages import (
+from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
     Assessment,

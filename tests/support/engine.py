@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 from PIL import Image, ImageDraw
 
-from services.core.messages import (
+from services.core.values import (
     Assessment,
     Detail,
     ImageFacts,

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from services.core.messages import NO_CATEGORY, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Priority
+from services.core.values import NO_CATEGORY, Assessment, Detail, ModelIdentity, Policy, PreparedImage, Priority
 
 MODEL = ModelIdentity(name="scripted", revision="sha256:0", engine="none", prompt="sha256:1")
 

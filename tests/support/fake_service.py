@@ -16,7 +16,8 @@ import ray
 from ray import serve
 
 from services.core.errors import GuardFailed, NotFound, Unjudgeable
-from services.core.messages import Policy, Submission, Timings, Verdict
+from services.core.messages import Submission, Timings, Verdict
+from services.core.values import Policy
 
 
 @serve.deployment(name="Intake", max_ongoing_requests=100)

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from pipelines.tiny_guard.drawings import draw
-from services.core.messages import CATEGORIES, Assessment, Detail, PreparedImage
 from services.core.settings import Settings
+from services.core.values import CATEGORIES, Assessment, Detail, PreparedImage
 from services.gateway.api_keys import KeyRegistry, Role
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen

@@ -8,7 +8,7 @@ from typing import Any
 import pillow_heif
 from PIL import Image, ImageChops, ImageStat
 
-from services.core.messages import PreparedImage
+from services.core.values import PreparedImage
 from services.images.decode import Limits
 
 pillow_heif.register_heif_opener()

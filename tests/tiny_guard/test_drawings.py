@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipelines.tiny_guard.drawings import HARMLESS, INKS, PICTOGRAMS, SCENES, draw
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 
 
 @pytest.mark.parametrize("label", [*CATEGORIES, NO_CATEGORY])

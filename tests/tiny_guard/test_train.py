@@ -22,7 +22,7 @@ from pipelines.tiny_guard.corpus import (
     waiving,
 )
 from pipelines.tiny_guard.model import IMAGE_TOKENS, TOWER, TinyGuard, load, save
-from services.core.messages import CATEGORIES, NO_CATEGORY
+from services.core.values import CATEGORIES, NO_CATEGORY
 
 SEEN = ("bloody knife", "red", "calm sea")
 

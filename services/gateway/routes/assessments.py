@@ -14,8 +14,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import to_json
 
-from services.core.messages import Detail, Verdict
+from services.core.messages import Verdict
 from services.core.tasks import cancel_and_wait
+from services.core.values import Detail
 from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_store import AssessmentStore, StoredAssessment
 from services.gateway.auth import Authenticator

@@ -11,8 +11,9 @@ from PIL import Image
 from pydantic_core import to_json
 
 from services.core.errors import SluiceError
-from services.core.messages import PreparedImage, Submission
+from services.core.messages import Submission
 from services.core.tasks import cancel_and_wait
+from services.core.values import PreparedImage
 from services.gateway.api_keys import ApiKeyCache
 from services.gateway.problems import HttpProblem
 from services.moderation.ports import GuardClient, ImagePreparer, PolicySource

@@ -15,7 +15,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from services.core.messages import CATEGORIES, Policy, Verdict
+from services.core.messages import Verdict
+from services.core.values import CATEGORIES, Policy
 from services.gateway.api_keys import ApiKey
 from services.gateway.auth import Authenticator
 from services.gateway.image_inputs import RequestContext, from_url

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from services.core.errors import ConfigurationError
-from services.core.messages import NO_CATEGORY, Detail, Policy, Rating
+from services.core.values import NO_CATEGORY, Detail, Policy, Rating
 
 _MARKER: Final = re.compile(r"<image>|<\|[a-z_]+\|>|</?s>|</?(?:start|end)_of_[a-z]+>|</?[A-Z]+_SAFETY_POLICY>")
 

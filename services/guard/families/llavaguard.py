@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from services.core.messages import CATEGORIES, Detail, Policy, Rating
+from services.core.values import CATEGORIES, Detail, Policy, Rating
 from services.guard.families.base import FamilyScores, GenerateFn
 from services.guard.families.llavaguard_answer import (
     ANSWER_START,

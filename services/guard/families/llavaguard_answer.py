@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from services.core.errors import UnreadableAnswer
-from services.core.messages import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
+from services.core.values import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
 from services.guard.families.base import reject_chat_markers
 
 Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]

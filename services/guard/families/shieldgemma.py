@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.core.errors import ConfigurationError
-from services.core.messages import CATEGORIES, NO_CATEGORY, Detail, Policy
+from services.core.values import CATEGORIES, NO_CATEGORY, Detail, Policy
 from services.guard.families.base import FamilyScores, GenerateFn, reject_chat_markers
 
 # Only as the first line: a rule of the policy's author, which begins with a dash, may say the same.
