@@ -1,10 +1,17 @@
-"""Messages that were in hand when an intake process died: one of them may be what killed it.
+"""Finds the message that crashes intake processes, and keeps its crashes away from other messages.
 
-Each message that a process touches is marked in Redis before it is touched. The marks of a process that fell silent
-are counted by the others as crashes of those messages. One with a crash is worked on among a few, one with two alone,
-and one that killed a process then, too, is not touched again: so the third crash convicts nobody who merely stood by.
-Neither company lasts for longer than `_COMPANY_S`; after that a message that waits, say for S3, is like any other.
-Nothing here is needed for delivery: while Redis is away, messages are worked on without marks.
+Each process registers in Redis the messages that it has in flight, before it touches them, and sends a heartbeat. When
+the heartbeat of a process stops, the other processes count one crash for each message that it had registered:
+
+- A message with one crash is **suspected**: it runs beside a few other suspected messages at most.
+- A message with two crashes is **isolated**: it runs alone in its process.
+- A message with three crashes is **confirmed poison**: it ran alone in the last one. It is not touched again and
+  becomes a dead letter. Messages that only ran beside it are not blamed.
+
+Neither restriction lasts longer than `_ISOLATION_S`, so a message that waits, for example for S3, does not hold up the
+others. Delivery does not depend on this module: while Redis is down, messages are processed without registration.
+
+`services.guard.slots` does the same for images and the engine, and uses the same three words.
 """
 
 import asyncio
@@ -17,195 +24,202 @@ from services.core.errors import GuardFailed
 from services.core.tasks import cancel_and_wait
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 
-CRASHES: Final = 3
-"""What one message may cost."""
+MAX_CRASHES: Final = 3
+"""A message with this many crashes is confirmed poison."""
 
-_FEW: Final = 8
-_BEAT_S: Final = 1.0
-_SILENT_S: Final = 4.0
-"""A process that says nothing for this long is dead, or so slow that its messages deserve a closer look."""
-_REMEMBERED_S: Final = 86_400
-_COMPANY_S: Final = 20.0
-"""What kills does so when it is touched. One that waits for longer, say for S3, does not hold up the others."""
+_SUSPECT_CONCURRENCY: Final = 8
+_HEARTBEAT_S: Final = 1.0
+_DEAD_AFTER_S: Final = 4.0
+"""Without a heartbeat for this long, a process counts as crashed."""
+_CRASHES_KEPT_S: Final = 86_400
+_ISOLATION_S: Final = 20.0
+"""How long the others wait for a suspected or isolated message. A poison message crashes the process well before."""
 
-# Counts the crashes of the silent, says that this process is alive and which messages it has in hand, and adds those of
-# the new messages that never were in a crash. Returns how many crashes each of the new ones was in.
-_MARK: Final = """
-local alive, in_hand, prefix, me = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
+# Counts a crash for each message of the dead processes, then writes this process's heartbeat and the messages that it
+# has in flight. Of the new messages (the last ones) only those without a crash are added. Returns the crashes of each.
+_REGISTER_SCRIPT: Final = """
+local alive, in_flight, prefix, me = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
-for _, silent in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ARGV[3])) do
-    if silent ~= me then
-        for _, source in ipairs(redis.call('SMEMBERS', prefix .. 'in-hand:' .. silent)) do
+for _, dead in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ARGV[3])) do
+    if dead ~= me then
+        for _, source in ipairs(redis.call('SMEMBERS', prefix .. 'in-hand:' .. dead)) do
             redis.call('INCR', prefix .. 'crashes:' .. source)
             redis.call('EXPIRE', prefix .. 'crashes:' .. source, ARGV[4])
         end
-        redis.call('DEL', prefix .. 'in-hand:' .. silent)
-        redis.call('ZREM', alive, silent)
+        redis.call('DEL', prefix .. 'in-hand:' .. dead)
+        redis.call('ZREM', alive, dead)
     end
 end
 redis.call('ZADD', alive, now, me)
-redis.call('DEL', in_hand)
+redis.call('DEL', in_flight)
 local crashes = {}
 for i = 6, #ARGV do
     local is_new = i - 5 > tonumber(ARGV[5])
     local count = is_new and tonumber(redis.call('GET', prefix .. 'crashes:' .. ARGV[i])) or 0
-    if count == 0 then redis.call('SADD', in_hand, ARGV[i]) end
+    if count == 0 then redis.call('SADD', in_flight, ARGV[i]) end
     if is_new then crashes[#crashes + 1] = count end
 end
 return crashes
 """
-_LEAVE: Final = "redis.call('ZREM', KEYS[1], ARGV[1]) redis.call('DEL', KEYS[2])"
+_LEAVE_SCRIPT: Final = "redis.call('ZREM', KEYS[1], ARGV[1]) redis.call('DEL', KEYS[2])"
 
 log = logging.getLogger(__name__)
 
 
-def convicted() -> GuardFailed:
-    """Why a message is not touched any more."""
-    return GuardFailed(f"it made a worker crash {CRASHES} times")
+def poison_error() -> GuardFailed:
+    """The error of a message that is confirmed poison."""
+    return GuardFailed(f"it made a worker crash {MAX_CRASHES} times")
 
 
 @contextmanager
-def _for_a_while(let_go: Callable[[], None]) -> Iterator[None]:
-    """Call `let_go` at the end of the block, or after `_COMPANY_S`, whichever comes first."""
-    timer = asyncio.create_task(asyncio.sleep(_COMPANY_S))
-    timer.add_done_callback(lambda _: let_go())
+def _limit_isolation(end_isolation: Callable[[], None]) -> Iterator[None]:
+    """Call `end_isolation` at the end of the block, or after `_ISOLATION_S`, whichever comes first."""
+    timer = asyncio.create_task(asyncio.sleep(_ISOLATION_S))
+    timer.add_done_callback(lambda _: end_isolation())
     try:
         yield
     finally:
         timer.cancel()
 
 
-class Quarantine:
-    """What one intake process may touch at a time. To be used as an async context manager."""
+class CrashIsolation:
+    """Which messages one intake process may process at the same time. Use it as an async context manager."""
 
     def __init__(self, shared: PolicyRedisCache, group: str, member: str) -> None:
-        """`member` names this process, and no earlier life of it."""
+        """`member` names this process; a restarted process needs another name."""
         self._shared = shared
         self._prefix = f"sluice:{group}:"
         self._member = member
-        self._in_hand: set[str] = set()
-        self._marking = asyncio.Lock()
-        self._away = False
-        """Redis did not answer the last time. Then only the beat asks it: one that hangs must not slow the work."""
-        self._few = asyncio.Semaphore(_FEW)
-        self._working = 0
-        self._alone: str | None = None
-        """The message that no other one may be worked on beside."""
+        self._in_flight: set[str] = set()
+        self._updating = asyncio.Lock()
+        self._redis_down = False
+        """Redis did not answer the last call. Then only the heartbeat calls it, so that a hanging server does not
+        slow down the processing."""
+        self._suspect_slots = asyncio.Semaphore(_SUSPECT_CONCURRENCY)
+        self._running = 0
+        self._exclusive_source: str | None = None
+        """The message that runs alone."""
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._beat())
+        self._task = asyncio.create_task(self._heartbeat())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._task)
         with suppress(CacheUnavailable):
-            await self._shared.run(_LEAVE, self._keys, self._member)
+            await self._shared.run(_LEAVE_SCRIPT, self._keys, self._member)
 
-    async def admit(self, sources: Sequence[str]) -> list[int]:
-        """How many crashes each message was in. Those that were in none are marked until they are released."""
-        if not self._away:
-            return await self._mark(sources) if sources else []
-        self._in_hand.update(sources)  # so that they are marked when Redis is back
+    async def register(self, sources: Sequence[str]) -> list[int]:
+        """Return the crashes of each message. Messages without a crash are in flight until `release`."""
+        if not self._redis_down:
+            return await self._update(sources) if sources else []
+        self._in_flight.update(sources)  # the heartbeat registers them when Redis is back
         return [0] * len(sources)
 
     def release(self, source: str) -> None:
-        """The message is not worked on any more."""
-        self._in_hand.discard(source)
+        """Mark the message as no longer in flight."""
+        self._in_flight.discard(source)
 
     @asynccontextmanager
-    async def reading(self, source: str, crashes: int) -> AsyncIterator[None]:
-        """Read a message. That is over at once, so one with a single crash does not wait for its company here."""
-        async with self._marked(source) if crashes < CRASHES - 1 else self.touching(source, crashes):
-            yield
+    async def isolated(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
+        """Wait until a message with that many crashes may be processed, and keep its restriction during the block.
 
-    @asynccontextmanager
-    async def touching(self, source: str, crashes: int) -> AsyncIterator[None]:
-        """Work on a message, in the company that its crashes allow; it waits for that company first."""
-        if crashes == 0:
-            async with self._among_others():
+        With `parse` the block only parses the message. That takes a moment, so a suspected message does not wait for
+        one of the few slots then.
+        """
+        if parse and crashes < MAX_CRASHES - 1:
+            async with self._registered(source):
                 yield
-        elif crashes < CRASHES - 1:
-            await self._few.acquire()
-            with _for_a_while(self._few.release):
-                async with self._among_others(), self._marked(source):
-                    yield
+        elif crashes == 0:
+            async with self._shared_slot():
+                yield
+        elif crashes < MAX_CRASHES - 1:
+            async with self._limited(source):
+                yield
         else:
-            async with self._by_itself(source):
+            async with self._exclusive(source):
                 yield
 
     @asynccontextmanager
-    async def _among_others(self) -> AsyncIterator[None]:
-        await self._until(lambda: self._alone is None)
-        self._working += 1
+    async def _shared_slot(self) -> AsyncIterator[None]:
+        await self._wait_until(lambda: self._exclusive_source is None)
+        self._running += 1
         try:
             yield
         finally:
-            self._working -= 1
-            self._tell()
+            self._running -= 1
+            self._notify()
 
     @asynccontextmanager
-    async def _by_itself(self, source: str) -> AsyncIterator[None]:
-        await self._until(lambda: self._alone is None)
-        self._alone = source
+    async def _limited(self, source: str) -> AsyncIterator[None]:
+        await self._suspect_slots.acquire()
+        with _limit_isolation(self._suspect_slots.release):
+            async with self._shared_slot(), self._registered(source):
+                yield
 
-        def admit_others() -> None:
-            self._alone = None
-            self.release(source)  # what others do now convicts nobody
-            self._tell()
+    @asynccontextmanager
+    async def _exclusive(self, source: str) -> AsyncIterator[None]:
+        await self._wait_until(lambda: self._exclusive_source is None)
+        self._exclusive_source = source
 
-        with _for_a_while(admit_others):
-            await self._until(lambda: not self._working or self._alone != source)
-            if self._alone == source:
-                await self._announce(source)
+        def end_isolation() -> None:
+            self._exclusive_source = None
+            self.release(source)  # a crash from here on may be caused by another message
+            self._notify()
+
+        with _limit_isolation(end_isolation):
+            await self._wait_until(lambda: not self._running or self._exclusive_source != source)
+            if self._exclusive_source == source:
+                await self._add_in_flight(source)
             yield
 
-    async def _until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             await self._changed.wait()
 
-    def _tell(self) -> None:
-        self._changed.set()  # whoever waits now looks again
+    def _notify(self) -> None:
+        self._changed.set()  # wakes every waiting task, which then checks its condition
         self._changed.clear()
 
     @asynccontextmanager
-    async def _marked(self, source: str) -> AsyncIterator[None]:
+    async def _registered(self, source: str) -> AsyncIterator[None]:
         try:
-            await self._announce(source)
+            await self._add_in_flight(source)
             yield
         finally:
             self.release(source)
 
-    async def _announce(self, source: str) -> None:
-        self._in_hand.add(source)
-        if not self._away:
-            await self._mark()
+    async def _add_in_flight(self, source: str) -> None:
+        self._in_flight.add(source)
+        if not self._redis_down:
+            await self._update()
 
-    async def _mark(self, new: Sequence[str] = ()) -> list[int]:
-        async with self._marking:
-            known: tuple[str | float, ...] = (
+    async def _update(self, new: Sequence[str] = ()) -> list[int]:
+        async with self._updating:
+            arguments: tuple[str | float, ...] = (
                 self._prefix,
                 self._member,
-                _SILENT_S,
-                _REMEMBERED_S,
-                len(self._in_hand),
-                *self._in_hand,
+                _DEAD_AFTER_S,
+                _CRASHES_KEPT_S,
+                len(self._in_flight),
+                *self._in_flight,
             )
             try:
-                crashes: list[int] = await self._shared.run(_MARK, self._keys, *known, *new)
-                self._away = False
+                crashes: list[int] = await self._shared.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
+                self._redis_down = False
             except CacheUnavailable as error:
-                log.debug("messages are worked on without marks: %s", error)
+                log.debug("Redis is unavailable; messages are processed without crash isolation: %s", error)
                 crashes = [0] * len(new)
-                self._away = True
-            self._in_hand.update(source for source, count in zip(new, crashes, strict=True) if count == 0)
+                self._redis_down = True
+            self._in_flight.update(source for source, count in zip(new, crashes, strict=True) if count == 0)
             return crashes
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         while True:
-            await self._mark()
-            await asyncio.sleep(_BEAT_S)
+            await self._update()
+            await asyncio.sleep(_HEARTBEAT_S)
 
     @property
     def _keys(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whose turn it is: messages that share a key are worked on one after the other, all others at once."""
+"""Order by key: messages that share a key are processed one after the other, all others at once."""
 
 import asyncio
 from collections import OrderedDict
@@ -8,61 +8,61 @@ from typing import Final
 
 from services.streams.parsing import ParsedSubmission, is_before
 
-_REMEMBERED: Final = 10_000
+_OBJECTS_REMEMBERED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One message's place in the line of each of its keys."""
+class KeyTicket:
+    """One message's position in the queue of each of its keys."""
 
     keys: frozenset[bytes]
-    before: tuple[asyncio.Event, ...]
-    ended: asyncio.Event
-
-    async def comes(self) -> None:
-        """Wait until every earlier message with one of the keys has ended."""
-        for event in self.before:
-            await event.wait()
+    earlier: tuple[asyncio.Event, ...]
+    released: asyncio.Event
 
 
-class Turns:
-    """The lines of all keys. For use from one event loop."""
+class KeyOrder:
+    """The queues of all keys. For use from one event loop."""
 
     def __init__(self) -> None:
         self._last: dict[bytes, asyncio.Event] = {}
 
-    def join(self, keys: Iterable[bytes]) -> Turn:
-        """Stand in line for these keys, behind everyone who joined before."""
-        joined, ended = frozenset(keys), asyncio.Event()
-        before = tuple(self._last[key] for key in joined if key in self._last)
-        self._last.update(dict.fromkeys(joined, ended))
-        return Turn(joined, before, ended)
+    def enqueue(self, keys: Iterable[bytes]) -> KeyTicket:
+        """Add a message to the end of the queue of each of these keys."""
+        queued, released = frozenset(keys), asyncio.Event()
+        earlier = tuple(self._last[key] for key in queued if key in self._last)
+        self._last.update(dict.fromkeys(queued, released))
+        return KeyTicket(queued, earlier, released)
 
-    def end(self, turn: Turn) -> None:
-        """Let those behind go on."""
-        turn.ended.set()
-        for key in turn.keys:
-            if self._last.get(key) is turn.ended:
+    async def wait(self, ticket: KeyTicket) -> None:
+        """Wait until every earlier message with one of the keys is released."""
+        for event in ticket.earlier:
+            await event.wait()
+
+    def release(self, ticket: KeyTicket) -> None:
+        """Let the next messages with these keys start."""
+        ticket.released.set()
+        for key in ticket.keys:
+            if self._last.get(key) is ticket.released:
                 del self._last[key]
 
 
-class NewestEvents:
-    """The newest S3 event of each object that this member has received, by S3's own sequencers."""
+class LatestEvents:
+    """The latest S3 event of each object that this member has received, by S3's own sequencers."""
 
     def __init__(self) -> None:
-        self._newest: OrderedDict[str, str] = OrderedDict()
+        self._latest: OrderedDict[str, str] = OrderedDict()
 
     def add(self, entry: ParsedSubmission) -> None:
-        """Take notice of an event; anything else is ignored."""
+        """Remember an S3 event; a submission without a sequencer is ignored."""
         uri, sequencer = entry.submission.uri, entry.sequencer
         if sequencer is None:
             return
-        newest = self._newest.pop(uri, sequencer)
-        self._newest[uri] = sequencer if is_before(newest, sequencer) else newest
-        if len(self._newest) > _REMEMBERED:
-            self._newest.popitem(last=False)
+        latest = self._latest.pop(uri, sequencer)
+        self._latest[uri] = sequencer if is_before(latest, sequencer) else latest
+        if len(self._latest) > _OBJECTS_REMEMBERED:
+            self._latest.popitem(last=False)
 
-    def has_overtaken(self, entry: ParsedSubmission) -> bool:
-        """Whether a later event of the same object was received."""
-        newest = self._newest.get(entry.submission.uri)
-        return entry.sequencer is not None and newest is not None and is_before(entry.sequencer, newest)
+    def is_stale(self, entry: ParsedSubmission) -> bool:
+        """Return whether a later event of the same object was received."""
+        latest = self._latest.get(entry.submission.uri)
+        return entry.sequencer is not None and latest is not None and is_before(entry.sequencer, latest)

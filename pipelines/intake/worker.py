@@ -11,8 +11,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from pipelines.intake.crash_isolation import CRASHES, Quarantine, convicted
-from pipelines.intake.key_order import NewestEvents, Turn, Turns
+from pipelines.intake.crash_isolation import MAX_CRASHES, CrashIsolation, poison_error
+from pipelines.intake.key_order import KeyOrder, KeyTicket, LatestEvents
 from services.core import telemetry
 from services.core.errors import (
     ConfigurationError,
@@ -85,8 +85,8 @@ class Lane:
         exactly-once delivery they wait for the oldest one of their partition."""
         self._judged = asyncio.Event()
         self._slots = asyncio.Semaphore(limit)
-        self._turns = Turns()
-        self._newest = NewestEvents()
+        self._key_order = KeyOrder()
+        self._latest = LatestEvents()
 
     @property
     def room(self) -> int:
@@ -102,15 +102,15 @@ class Lane:
             return
         messages = await self.transport.receive(self.room, _RECEIVE_S)
         self._judging += len(messages)
-        crashes = await self._intake.quarantine.admit([message.source for message in messages])
+        crashes = await self._intake.isolation.register([message.source for message in messages])
         for work in map(_Work, messages, crashes):
             self.works[work.message.source] = work
             entries = await self._read(work)
             accepted = [entry for entry in entries if isinstance(entry, ParsedSubmission)]
             for entry in accepted:
-                self._newest.add(entry)
-            turn = self._turns.join(entry.key for entry in accepted)
-            task = asyncio.create_task(self._handle(work, entries, turn), name=work.message.source)
+                self._latest.add(entry)
+            ticket = self._key_order.enqueue(entry.key for entry in accepted)
+            task = asyncio.create_task(self._handle(work, entries, ticket), name=work.message.source)
             self.handling.add(task)
             task.add_done_callback(self.handling.discard)
 
@@ -126,18 +126,20 @@ class Lane:
     async def _read(self, work: _Work) -> Sequence[ParsedSubmission | InvalidMessage]:
         if work.crashes == 0:
             return parse(work.message)
-        if work.crashes >= CRASHES:
+        if work.crashes >= MAX_CRASHES:
             return ()
-        async with self._intake.quarantine.reading(work.message.source, work.crashes):
+        async with self._intake.isolation.isolated(work.message.source, work.crashes, parse=True):
             return parse(work.message)
 
-    async def _handle(self, work: _Work, entries: Sequence[ParsedSubmission | InvalidMessage], turn: Turn) -> None:
+    async def _handle(
+        self, work: _Work, entries: Sequence[ParsedSubmission | InvalidMessage], ticket: KeyTicket
+    ) -> None:
         try:
-            await turn.comes()
+            await self._key_order.wait(ticket)
             await self._settle(work, entries)
         finally:
             self._is_judged(work)
-            self._turns.end(turn)
+            self._key_order.release(ticket)
             source = work.message.source
             if self.works.get(source) is work:  # else it has come again since, because it was lost in between
                 del self.works[source]
@@ -145,7 +147,7 @@ class Lane:
     def _is_judged(self, work: _Work) -> None:
         if not work.judged:
             work.judged = True
-            self._intake.quarantine.release(work.message.source)
+            self._intake.isolation.release(work.message.source)
             self._judging -= 1
             self._judged.set()
 
@@ -174,8 +176,8 @@ class Lane:
         self, work: _Work, entries: Sequence[ParsedSubmission | InvalidMessage]
     ) -> list[OutgoingMessage]:
         """The outputs of all entries; those with the same key one after the other."""
-        if work.crashes >= CRASHES:
-            return [self._intake.dead_letter(work.message, work.message.value, convicted(), None)]
+        if work.crashes >= MAX_CRASHES:
+            return [self._intake.dead_letter(work.message, work.message.value, poison_error(), None)]
         lines: defaultdict[bytes | None, list[ParsedSubmission | InvalidMessage]] = defaultdict(list)
         for entry in entries:
             lines[entry.key if isinstance(entry, ParsedSubmission) else None].append(entry)
@@ -183,7 +185,7 @@ class Lane:
         async def in_turn(line: list[ParsedSubmission | InvalidMessage]) -> list[OutgoingMessage]:
             return [record for entry in line for record in await self._conclude(work, entry)]
 
-        async with self._intake.quarantine.touching(work.message.source, work.crashes):
+        async with self._intake.isolation.isolated(work.message.source, work.crashes):
             ended = await asyncio.gather(*map(in_turn, lines.values()))
         return [record for records in ended for record in records]
 
@@ -195,7 +197,7 @@ class Lane:
                 entry.submission.model_copy(update={"priority": "backfill"}), entry.key, entry.original, entry.sequencer
             )
         async with self._slots:
-            if self._newest.has_overtaken(entry):
+            if self._latest.is_stale(entry):
                 return self._intake.verdicts(entry, ModerationResult(skipped_verdict(entry.submission, "superseded")))
             return await self._intake.conclude(work, entry)
 
@@ -212,11 +214,11 @@ class Intake:
         transport: GroupConsumer,
         moderation: Moderation,
         settings: Settings,
-        quarantine: Quarantine,
+        isolation: CrashIsolation,
         sample: TrafficSample | None = None,
         backfill: GroupConsumer | None = None,
     ) -> None:
-        self.quarantine = quarantine
+        self.isolation = isolation
         self._moderation = moderation
         self._settings = settings
         self._sample = sample

@@ -14,7 +14,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.autoscaling import serve_config as elastic
-from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from pipelines.serving.components import Assembly
 from pipelines.serving.gateway_deployment import GatewayDeployment
@@ -48,10 +48,10 @@ class IntakeDeployment:
         enter = self._closing.enter_async_context
         sample = await enter(TrafficSample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
-        quarantine = await enter(Quarantine(shared, settings.group, member))
+        isolation = await enter(CrashIsolation(shared, settings.group, member))
         backfill = await open_consumer(backfill_settings(settings), member) if settings.backfill_stream else None
         live = await open_consumer(settings, member)
-        self._intake = Intake(live, self._moderation, settings, quarantine, sample, backfill)
+        self._intake = Intake(live, self._moderation, settings, isolation, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 
     async def judge_under(

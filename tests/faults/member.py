@@ -12,7 +12,7 @@ import sys
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
-from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from services.core.errors import Unavailable
 from services.core.settings import load
@@ -56,8 +56,8 @@ async def main(name: str, guard_ports: list[int]) -> None:
             breaker=await closing.enter_async_context(CircuitBreaker(policies, bucket, shared)),
         )
         sample = await closing.enter_async_context(TrafficSample(shared, size=settings.sample_size))
-        quarantine = await closing.enter_async_context(Quarantine(shared, settings.group, f"{name}-{os.getpid()}"))
-        intake = Intake(await open_consumer(settings, name), moderation, settings, quarantine, sample)
+        isolation = await closing.enter_async_context(CrashIsolation(shared, settings.group, f"{name}-{os.getpid()}"))
+        intake = Intake(await open_consumer(settings, name), moderation, settings, isolation, sample)
         closing.push_async_callback(intake.drain)
         while not ending.is_set():
             intake.check()

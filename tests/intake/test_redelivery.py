@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from services.core.errors import NotOwned
 from services.core.messages import Submission
@@ -62,7 +62,7 @@ async def test_those_behind_it_are_judged() -> None:
     transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
     moderation: Any = Slow()
     shared = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # where nothing is
-    intake = Intake(transport, moderation, Settings(), Quarantine(shared, "sluice", "member"))
+    intake = Intake(transport, moderation, Settings(), CrashIsolation(shared, "sluice", "member"))
     settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
     await intake.drain()
     assert settled == again

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dead_letters.replay import Selection, replay
-from pipelines.intake.crash_isolation import CRASHES
+from pipelines.intake.crash_isolation import MAX_CRASHES
 from pipelines.reconciliation import reconcile as reconciliation
 from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
 from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, Span, reconcile
@@ -212,7 +212,7 @@ async def test_a_message_that_was_given_up_whole_ends_all_of_its_submissions(ben
     ]
     await bench.submit({"Records": [*records, {"eventName": 7}]})
     await bench.shared.run(
-        f"redis.call('SET', 'sluice:{bench.settings.group}:crashes:' .. ARGV[1], {CRASHES})",
+        f"redis.call('SET', 'sluice:{bench.settings.group}:crashes:' .. ARGV[1], {MAX_CRASHES})",
         [],
         (await bench.read(bench.settings.submissions_stream))[0].source,
     )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import boto3
 import pytest
 
-from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from pipelines.serving.app import backfill_settings
 from pipelines.tiny_guard.drawings import draw
@@ -61,8 +61,8 @@ class Bench:
         sample = await self._entered(TrafficSample(self.shared, size=settings.sample_size))
         member = f"m-{len(self.intakes)}"
         backfill = await open_consumer(backfill_settings(settings), member) if with_backfill else None
-        quarantine = await self._entered(Quarantine(self.shared, settings.group, member))
-        intake = Intake(await open_consumer(settings, member), moderation, settings, quarantine, sample, backfill)
+        isolation = await self._entered(CrashIsolation(self.shared, settings.group, member))
+        intake = Intake(await open_consumer(settings, member), moderation, settings, isolation, sample, backfill)
         self.intakes.append(intake)
         return intake
 

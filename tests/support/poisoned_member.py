@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from pipelines.intake import worker as intake_module
-from pipelines.intake.crash_isolation import Quarantine
+from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -46,8 +46,8 @@ async def main(settings: Settings, name: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     moderation: Any = DeadlyModeration()
-    async with Quarantine(shared, settings.group, name) as quarantine:
-        intake = Intake(await open_consumer(settings, name), moderation, settings, quarantine)
+    async with CrashIsolation(shared, settings.group, name) as isolation:
+        intake = Intake(await open_consumer(settings, name), moderation, settings, isolation)
         await ending.wait()
         await intake.drain()
 
