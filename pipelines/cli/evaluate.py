@@ -134,7 +134,7 @@ def _revert_calibration(policy: str, revision: str | None, by: str, why: str) ->
         found = f"those of the checkpoints {', '.join(revisions)}; name one by --revision" if revisions else "none"
         raise ConfigurationError(f"{evaluated.name} has several calibrations, or none: {found}")
     name = evaluated.document.name
-    change = registry.take_back_calibration(name, evaluated.version, revisions[0], who=by, why=why)
+    change = registry.revert_calibration(name, evaluated.version, revisions[0], who=by, why=why)
     announce(settings, lambda shared: shared.publish_change(name, change))
     return change
 

@@ -1,7 +1,8 @@
 """Slots for calls to the engine: concurrency, priority, and isolation of images that may crash it.
 
-`pipelines.intake.crash_isolation` does the same for messages and worker processes, and uses the same three words:
-suspected, isolated, confirmed poison.
+Three words name the states of an image. It is *suspected* after a failure of the engine, it runs *isolated* when it is
+tried again, and it is *confirmed poison* after the third failure. `pipelines.intake.crash_isolation` isolates messages
+that may crash a worker process in the same three steps; its state is in Redis, the state here is in this process.
 """
 
 import asyncio
@@ -13,8 +14,8 @@ from typing import Final
 from services.core.errors import GuardFailed, GuardUnavailable
 from services.core.values import GuardPriority
 
-_FAILURES: Final = 3
-_REMEMBERED: Final = 1024
+_FAILURE_LIMIT: Final = 3
+_SUSPECT_LIMIT: Final = 1024
 _ORDER: Final[tuple[GuardPriority, ...]] = ("interactive", "live", "backfill")
 
 
@@ -42,7 +43,7 @@ class EngineSlots:
         self._failures: OrderedDict[str, int] = OrderedDict()
 
     @asynccontextmanager
-    async def acquire(self, sha256: str, turn: GuardPriority = "live") -> AsyncIterator[None]:
+    async def acquire(self, sha256: str, priority: GuardPriority = "live") -> AsyncIterator[None]:
         """Hold a slot for one image's call.
 
         Raises:
@@ -50,17 +51,17 @@ class EngineSlots:
             GuardUnavailable: the health check failed.
         """
         suspected = sha256 in self._failures
-        await (self._wait_for_isolation() if suspected else self._wait_for_slot(turn))
+        await (self._wait_for_isolation() if suspected else self._wait_for_slot(priority))
         try:
             if suspected:
                 await self._health_check()
             yield
         except EngineFailed:
             failures = self._failures.pop(sha256, 0) + 1
-            if suspected and failures >= _FAILURES:
+            if suspected and failures >= _FAILURE_LIMIT:
                 raise GuardFailed(f"The image made the engine fail {failures} times.") from None
             self._failures[sha256] = failures
-            if len(self._failures) > _REMEMBERED:
+            if len(self._failures) > _SUSPECT_LIMIT:
                 self._failures.popitem(last=False)
             raise
         else:
@@ -68,10 +69,10 @@ class EngineSlots:
         finally:
             await asyncio.shield(self._release())
 
-    async def _wait_for_slot(self, turn: GuardPriority) -> None:
+    async def _wait_for_slot(self, priority: GuardPriority) -> None:
         async with self._changed:
-            before = _ORDER[: _ORDER.index(turn)]
-            self._waiting[turn] += 1
+            before = _ORDER[: _ORDER.index(priority)]
+            self._waiting[priority] += 1
             try:
                 await self._changed.wait_for(
                     lambda: (
@@ -83,7 +84,7 @@ class EngineSlots:
                 )
                 self._taken += 1
             finally:
-                self._waiting[turn] -= 1
+                self._waiting[priority] -= 1
                 self._changed.notify_all()
 
     async def _wait_for_isolation(self) -> None:

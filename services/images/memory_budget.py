@@ -44,14 +44,14 @@ class ByteBudget:
         if not self._waiting and size <= self._free:
             self._free -= size
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = (size, turn)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = (size, granted)
         self._waiting.append(waiter)
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._release(size)  # the turn came in the moment of the cancellation
+            if granted.done() and not granted.cancelled():
+                self._release(size)  # the bytes were granted at the moment of the cancellation
             else:
                 if waiter in self._waiting:
                     self._waiting.remove(waiter)
@@ -64,7 +64,7 @@ class ByteBudget:
 
     def _wake(self) -> None:
         while self._waiting and self._waiting[0][0] <= self._free:
-            size, turn = self._waiting.popleft()
-            if not turn.cancelled():
+            size, granted = self._waiting.popleft()
+            if not granted.cancelled():
                 self._free -= size
-                turn.set_result(None)
+                granted.set_result(None)

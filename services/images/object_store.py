@@ -26,12 +26,12 @@ _CONNECTIONS_LIMIT: Final = 32
 _CONNECT_TIMEOUT_S: Final = 5.0
 _READ_TIMEOUT_S: Final = 10.0
 _GRACE_S: Final = 1.0
-"""After its connection was cut a thread has ended by then, unless it hangs in a name lookup."""
+"""A thread whose connection was shut down ends within this time, unless it hangs in a name lookup."""
 _CHUNK_BYTES: Final = 1 << 18
 _KEY_LIMIT_BYTES: Final = 1024
-_ETAG: Final = re.compile(r"[\x21\x23-\x7e]+")
+_ETAG_PATTERN: Final = re.compile(r"[\x21\x23-\x7e]+")
 
-_OURS: Final = frozenset(
+_CONFIGURATION_CODES: Final = frozenset(
     {
         "AuthorizationHeaderMalformed",
         "AuthorizationQueryParametersError",
@@ -52,7 +52,7 @@ _OURS: Final = frozenset(
     }
 )
 """Credentials, clock or region of Sluice itself are wrong: no fault of any submission, so all of them wait."""
-_THROTTLED: Final = frozenset(
+_THROTTLE_CODES: Final = frozenset(
     {
         "RequestLimitExceeded",
         "SlowDown",
@@ -61,8 +61,8 @@ _THROTTLED: Final = frozenset(
         "TooManyRequests",
     }
 )
-_PASSING: Final = frozenset({"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"})
-_ABSENT: Final = frozenset(
+_TRANSIENT_CODES: Final = frozenset({"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"})
+_ABSENT_CODES: Final = frozenset(
     {"InvalidBucketName", "KeyTooLongError", "MethodNotAllowed", "NoSuchBucket", "NoSuchKey", "NoSuchVersion"}
 )
 _TRANSIENT_STATUSES: Final = frozenset({301, 307, 401, 407, 408, 425, 429})
@@ -136,7 +136,7 @@ class ObjectStore:
         if not {".", ".."}.isdisjoint(reference.key.split("/")):
             # Whatever stands before the store may resolve these, and so reach another bucket.
             raise Forbidden("keys with the segments . or .. are not read")
-        if reference.etag and not _ETAG.fullmatch(reference.etag):
+        if reference.etag and not _ETAG_PATTERN.fullmatch(reference.etag):
             raise Changed("the submission's ETag is none that an object can have")
 
     async def _fetch(self, reference: ObjectReference, reserved: AsyncExitStack) -> StoredObject:
@@ -154,18 +154,18 @@ class ObjectStore:
 
     async def _in_thread(self, step: Callable[[], T], socket_deadline: SocketDeadline, seconds: float) -> T:
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(seconds, socket_deadline.cut)
+        timer = loop.call_later(seconds, socket_deadline.expire)
         try:
             async with asyncio.timeout(seconds + _GRACE_S):
                 return await loop.run_in_executor(self._threads, socket_deadline.run, step)
         except TimeoutError:
             raise StoreUnavailable(_late(self._deadline_s)) from None
         except StoreUnavailable:
-            if socket_deadline.is_cut:
+            if socket_deadline.expired:
                 raise StoreUnavailable(_late(self._deadline_s)) from None
             raise
         except asyncio.CancelledError:
-            socket_deadline.cut()  # the thread is needed by others
+            socket_deadline.expire()  # the thread is needed by others
             raise
         finally:
             timer.cancel()
@@ -218,7 +218,7 @@ class _Download:
             raise StoreUnavailable(f"the object store broke off: {_brief(error)}") from None
         finally:
             self.close()
-        if self._socket_deadline.is_cut or (self._size is not None and content.tell() != self._size):
+        if self._socket_deadline.expired or (self._size is not None and content.tell() != self._size):
             raise StoreUnavailable("the object store broke off before the last byte")
         return StoredObject(content.getvalue(), self._response.get("VersionId"), self._etag())
 
@@ -228,7 +228,7 @@ class _Download:
             self._response["Body"].close()
 
     def _checked_size(self) -> int:
-        if self._socket_deadline.is_cut:
+        if self._socket_deadline.expired:
             raise StoreUnavailable("the object store answered too late")
         reference = self._reference
         if reference.etag and self._etag() != reference.etag:
@@ -257,14 +257,14 @@ def _meaning(error: ClientError, reference: ObjectReference) -> Unjudgeable | St
     answer = error.response.get("Error", {})
     code, text = str(answer.get("Code", "")), str(answer.get("Message", ""))[:200]
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in _OURS:
+    if code in _CONFIGURATION_CODES:
         return StoreUnavailable(f"the object store refuses Sluice's credentials or region: {code}: {text}")
-    if code in _THROTTLED | _PASSING or status >= 500 or status in _TRANSIENT_STATUSES:
-        kind = Throttled if code in _THROTTLED or status == 429 else StoreUnavailable
+    if code in _THROTTLE_CODES | _TRANSIENT_CODES or status >= 500 or status in _TRANSIENT_STATUSES:
+        kind = Throttled if code in _THROTTLE_CODES or status == 429 else StoreUnavailable
         return kind(f"the object store answers {status} {code}: {text}")
     if status == 412 or code == "PreconditionFailed":
         return Changed(f"{reference.uri} no longer has the ETag {reference.etag}")
-    if code in _ABSENT or status in (404, 405) or "version id" in text.lower():
+    if code in _ABSENT_CODES or status in (404, 405) or "version id" in text.lower():
         version = f" in version {reference.version_id}" if reference.version_id else ""
         return NotFound(f"{reference.uri} does not exist{version} ({code})")
     if code == "InvalidObjectState":

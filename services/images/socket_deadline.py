@@ -22,14 +22,17 @@ _current = threading.local()
 
 
 class SocketDeadline:
-    """Ends the HTTP exchange that runs under it. `cut` may be called from any thread, at any time, and never blocks."""
+    """Ends the HTTP exchange that runs under it.
+
+    `expire` may be called from any thread, at any time, and never blocks.
+    """
 
     def __init__(self) -> None:
-        self.is_cut = False
+        self.expired = False
         self._socket: socket.socket | None = None
 
     def run(self, step: Callable[[], T]) -> T:
-        """Run `step` in this thread. `cut` closes the connection that `step` uses."""
+        """Run `step` in this thread. `expire` closes the connection that `step` uses."""
         _current.socket_deadline = self
         try:
             return step()
@@ -37,20 +40,20 @@ class SocketDeadline:
             _current.socket_deadline = None
 
     def hold(self, connected: socket.socket | None) -> None:
-        """Make `connected` the socket that `cut` shuts down."""
+        """Make `connected` the socket that `expire` shuts down."""
         self._socket = connected
-        if self.is_cut:
-            self.cut()
+        if self.expired:
+            self.expire()
 
-    def cut(self) -> None:
+    def expire(self) -> None:
         """Shut the socket down, so that a thread blocked on it continues with an error."""
-        self.is_cut = True
+        self.expired = True
         if self._socket is not None:
             with suppress(OSError, ValueError):  # already closed
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
-class _Watched:
+class _WatchedConnection:
     """A connection that registers its socket with the SocketDeadline of the current thread."""
 
     sock: socket.socket | None
@@ -63,11 +66,11 @@ class _Watched:
         return result
 
 
-class _HTTPConnection(_Watched, AWSHTTPConnection):  # type: ignore[misc]  # botocore has no type information
+class _HTTPConnection(_WatchedConnection, AWSHTTPConnection):  # type: ignore[misc]  # botocore has no type information
     pass
 
 
-class _HTTPSConnection(_Watched, AWSHTTPSConnection):  # type: ignore[misc]
+class _HTTPSConnection(_WatchedConnection, AWSHTTPSConnection):  # type: ignore[misc]
     pass
 
 
@@ -80,7 +83,7 @@ class _HTTPSPool(AWSHTTPSConnectionPool):
 
 
 def watch_connections(client: Any) -> None:
-    """Let a boto3 client use connections that a `SocketDeadline` can cut.
+    """Let a boto3 client use connections that a `SocketDeadline` can shut down.
 
     botocore has no public way to choose them. The deadline tests fail if a release removes this one.
     """

@@ -27,10 +27,10 @@ from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change, Rollout
 from services.policies.tenants import TENANTS, TenantsDocument
 
-_COPIES: Final = 1024
+_COPY_LIMIT: Final = 1024
 _ABSENT_S: Final = 1.0
 """How long it is believed that a policy does not exist."""
-_OTHERS_S: Final = 6.0
+_LEASE_WAIT_S: Final = 6.0
 """How long another process may take to read what this one needs, before this one reads it, too."""
 _POLL_S: Final = 0.02
 
@@ -40,12 +40,12 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _CachedRollout:
     """What is known of one name's roll-out."""
 
     number: int
     rollout: Rollout
-    looked_up_at: float
+    checked_at: float
 
 
 class PolicyCache:
@@ -56,7 +56,7 @@ class PolicyCache:
         self._registry = registry
         self._shared = shared
         self._refresh_s = refresh_s
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, _CachedRollout] = {}
         self._policies: dict[tuple[str, int], Policy] = {}
         self._tenants: dict[tuple[str, int], TenantsDocument] = {}
         self._absent: dict[tuple[str, int], float] = {}
@@ -67,7 +67,7 @@ class PolicyCache:
 
     async def __aenter__(self) -> Self:
         loops = [self._refresh, self._listen] if self._shared else [self._refresh]
-        for task in [asyncio.create_task(_for_ever(loop)) for loop in loops]:
+        for task in [asyncio.create_task(_repeat(loop)) for loop in loops]:
             self._closing.push_async_callback(cancel_and_wait, task)
         return self
 
@@ -132,7 +132,7 @@ class PolicyCache:
             return DEFAULT_POLICY
         document = self._tenants.get((TENANTS, version))
         if document is None:
-            await self._once(("version", TENANTS, version), self._load, TENANTS, version)
+            await self._join_or_start(("version", TENANTS, version), self._load, TENANTS, version)
             document = self._tenants[TENANTS, version]
         policy = document.policy_of(tenant)
         if policy is None and tenant != "default":
@@ -144,7 +144,7 @@ class PolicyCache:
         if policy is None:
             if time.monotonic() - self._absent.get((name, version), float("-inf")) < _ABSENT_S:
                 raise UnknownPolicy(f"policy {name}@{version} does not exist")
-            await self._once(("version", name, version), self._load, name, version)
+            await self._join_or_start(("version", name, version), self._load, name, version)
             policy = self._policies.get((name, version))
             if policy is None:
                 raise UnknownPolicy(f"{name}@{version} is not a policy to judge by")
@@ -160,7 +160,7 @@ class PolicyCache:
             return stored if stored and expected in {None, stored.digest} else None
 
         async def read() -> StoredVersion:
-            stored = await _off_the_loop(self._registry.get, name, version)
+            stored = await _in_thread(self._registry.get, name, version)
             if self._shared:
                 with suppress(CacheUnavailable):
                     await self._shared.cache_version(stored)
@@ -169,19 +169,19 @@ class PolicyCache:
         try:
             stored = await self._coalesced(f"{name}@{version}", copy, read)
         except UnknownPolicy:
-            _keep(self._absent, (name, version), time.monotonic())
+            _remember(self._absent, (name, version), time.monotonic())
             raise
         if isinstance(stored.document, PolicyDocument):
             if name not in self._known:
                 await self._refresh_rollout(name)  # which has the calibrations of every version
-            _keep(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
+            _remember(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
         else:
-            _keep(self._tenants, (name, version), stored.document)
+            _remember(self._tenants, (name, version), stored.document)
 
     async def _refresh_rollout(self, name: str) -> None:
-        await self._once(("rollout", name), self._find_rollout, name)
+        await self._join_or_start(("rollout", name), self._fetch_rollout, name)
 
-    async def _find_rollout(self, name: str) -> None:
+    async def _fetch_rollout(self, name: str) -> None:
         """Bring in the present roll-out of a name, or keep the last known one."""
         before = self._known.get(name)
         stale: CachedChange | None = None
@@ -196,7 +196,7 @@ class PolicyCache:
             return None if behind else (stale.change,)
 
         async def read() -> tuple[Change | None]:
-            newest = await _off_the_loop(self._registry.newest_change, name)
+            newest = await _in_thread(self._registry.newest_change, name)
             if self._shared:
                 with suppress(CacheUnavailable):
                     # What Redis had before the bucket was read, and the bucket has not, is not so any more.
@@ -220,7 +220,7 @@ class PolicyCache:
         self, what: str, copy: Callable[[PolicyRedisCache], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
     ) -> V:
         """A good copy from Redis, else what is read from the bucket, by one process at a time for all of them."""
-        deadline = time.monotonic() + _OTHERS_S
+        deadline = time.monotonic() + _LEASE_WAIT_S
         while self._shared and time.monotonic() < deadline:
             try:
                 if (found := await copy(self._shared)) is not None:
@@ -243,7 +243,7 @@ class PolicyCache:
             policy = self._policies.get((name, version))
             if policy and policy.identity.digest != digest:
                 del self._policies[name, version]
-        _keep(self._known, name, _Known(change.number if change else 0, rollout, time.monotonic()))
+        _remember(self._known, name, _CachedRollout(change.number if change else 0, rollout, time.monotonic()))
         for (other, version), policy in self._policies.items():
             if other == name:
                 self._policies[name, version] = self._calibrated(policy)
@@ -277,19 +277,19 @@ class PolicyCache:
             with suppress(PolicyUnavailable):
                 await self._refresh_rollout(name)
 
-    def _age(self, known: _Known) -> float:
-        return time.monotonic() - known.looked_up_at
+    def _age(self, known: _CachedRollout) -> float:
+        return time.monotonic() - known.checked_at
 
-    async def _once(self, key: Hashable, look_up: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    async def _join_or_start(self, key: Hashable, look_up: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Join the same look-up where it is under way, else start it."""
         task = self._look_ups.get(key)
         if task is None:
             task = asyncio.ensure_future(look_up(*arguments))
             self._look_ups[key] = task
-            task.add_done_callback(partial(self._looked_up, key))
+            task.add_done_callback(partial(self._forget_look_up, key))
         await asyncio.shield(task)
 
-    def _looked_up(self, key: Hashable, task: asyncio.Task[Any]) -> None:
+    def _forget_look_up(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         del self._look_ups[key]
         if not task.cancelled():
             task.exception()  # whoever waited has got it; if everyone left, it is of no interest
@@ -305,14 +305,14 @@ def _parse(reference: str) -> tuple[str, int | None]:
     return name, int(number) if at else None
 
 
-async def _off_the_loop(read: Callable[..., V], *arguments: object) -> V:
+async def _in_thread(read: Callable[..., V], *arguments: object) -> V:
     try:
         return await asyncio.to_thread(read, *arguments)
     except ConfigurationError as error:
         raise PolicyUnavailable(str(error)) from error
 
 
-async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+async def _repeat(work: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await work()
@@ -321,8 +321,8 @@ async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(1)
 
 
-def _keep(copies: MutableMapping[K, V], key: K, value: V) -> None:
+def _remember(copies: MutableMapping[K, V], key: K, value: V) -> None:
     copies.pop(key, None)
     copies[key] = value
-    if len(copies) > _COPIES:
+    if len(copies) > _COPY_LIMIT:
         del copies[next(iter(copies))]

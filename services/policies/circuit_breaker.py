@@ -19,8 +19,8 @@ from services.policies.registry import PolicyRegistry
 BREAKER: Final = "circuit breaker"
 """`who` of the changes that it makes."""
 
-_EVERY_S: Final = 0.25
-_SLICES: Final = 10
+_CHECK_INTERVAL_S: Final = 0.25
+_WINDOW_SLICES: Final = 10
 """The window moves by this fraction of itself."""
 
 _COUNT: Final = """
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Watched:
+class _UnsentCounts:
     """Verdicts of one version that the other processes do not know of yet."""
 
     policy: PolicyIdentity
@@ -55,7 +55,7 @@ class _Watched:
     """When the first of them may have been counted."""
 
 
-class _Opening(NamedTuple):
+class _PendingTrip(NamedTuple):
     """A version that has left its band, which is still to be written down."""
 
     since: int
@@ -74,12 +74,12 @@ class CircuitBreaker:
         self._policies = policies
         self._registry = registry
         self._shared = shared
-        self._watched: dict[PolicyIdentity, _Watched] = {}
-        self._opening: dict[PolicyIdentity, _Opening] = {}
+        self._watched: dict[PolicyIdentity, _UnsentCounts] = {}
+        self._pending_trips: dict[PolicyIdentity, _PendingTrip] = {}
         """Open here, and not yet in the policy bucket."""
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._work())
+        self._task = asyncio.create_task(self._check_loop())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -91,37 +91,37 @@ class CircuitBreaker:
             return True
         watched = self._watched.get(policy.identity)
         if watched is None:
-            watched = self._watched[policy.identity] = _Watched(policy.identity, policy.block_rate)
+            watched = self._watched[policy.identity] = _UnsentCounts(policy.identity, policy.block_rate)
         if not watched.counts:
             watched.began_s = time.monotonic()
         watched.counts["judged"] += 1
         if action != "block":
             return True
         watched.counts["blocked"] += 1
-        return policy.identity not in self._opening and not self._policies.is_tripped(policy.identity)
+        return policy.identity not in self._pending_trips and not self._policies.is_tripped(policy.identity)
 
-    async def _work(self) -> None:
+    async def _check_loop(self) -> None:
         while True:
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(_CHECK_INTERVAL_S)
             for watched in list(self._watched.values()):
                 try:
-                    await self._look_at(watched)
+                    await self._check(watched)
                 except PolicyUnavailable as error:
                     log.warning("the circuit breaker waits: %s", error)
                 except Exception:
                     log.exception("the circuit breaker of %s could not be looked at", watched.policy.name)
 
-    async def _look_at(self, watched: _Watched) -> None:
+    async def _check(self, watched: _UnsentCounts) -> None:
         policy, band = watched.policy, watched.band
-        if not watched.counts and policy not in self._opening:
+        if not watched.counts and policy not in self._pending_trips:
             return
         rollout = await self._policies.rollout(policy.name)
         judged, blocked = await self._count(watched, rollout.since)
-        opening = self._opening.get(policy)
-        if policy.version in rollout.tripped or (opening and opening.since != rollout.since):
-            self._opening.pop(policy, None)  # it is known everywhere, or someone has decided anew meanwhile
+        trip = self._pending_trips.get(policy)
+        if policy.version in rollout.tripped or (trip and trip.since != rollout.since):
+            self._pending_trips.pop(policy, None)  # it is known everywhere, or someone has decided anew meanwhile
             return
-        if opening is None:
+        if trip is None:
             rate = blocked / judged if judged else 0.0
             if judged < band.after or band.at_least <= rate <= band.at_most:
                 return
@@ -129,7 +129,7 @@ class CircuitBreaker:
                 f"blocked {blocked} of {judged} in {band.window_s:g} s ({rate:.1%}), "
                 f"outside of {band.at_least:.1%} to {band.at_most:.1%}"
             )
-            opening = self._opening[policy] = _Opening(rollout.since, why)
+            trip = self._pending_trips[policy] = _PendingTrip(rollout.since, why)
             telemetry.BREAKER_TRIPS.inc(1, {"policy": policy.name, "version": str(policy.version)})
             log.error(
                 "CIRCUIT BREAKER: policy %s@%d %s; it blocks nothing until it is activated again, what it would block "
@@ -138,22 +138,22 @@ class CircuitBreaker:
                 policy.version,
                 why,
             )
-        await self._open(policy, opening)
+        await self._write_trip(policy, trip)
 
-    async def _open(self, policy: PolicyIdentity, opening: _Opening) -> None:
+    async def _write_trip(self, policy: PolicyIdentity, trip: _PendingTrip) -> None:
         try:
             change = await asyncio.to_thread(
-                self._registry.trip, policy.name, policy.version, since=opening.since, who=BREAKER, why=opening.why
+                self._registry.trip, policy.name, policy.version, since=trip.since, who=BREAKER, why=trip.why
             )
         except ConfigurationError as error:
             raise PolicyUnavailable(str(error)) from error
         self._policies.accept(change)
-        self._opening.pop(policy, None)
+        self._pending_trips.pop(policy, None)
         if self._shared:
             with suppress(CacheUnavailable):
                 await self._shared.publish_change(policy.name, change)
 
-    async def _count(self, watched: _Watched, since: int) -> tuple[int, int]:
+    async def _count(self, watched: _UnsentCounts, since: int) -> tuple[int, int]:
         """Verdicts and blocks in the window, of all processes.
 
         While Redis is away those of this one alone, which are forgotten after each window.
@@ -168,7 +168,9 @@ class CircuitBreaker:
             return judged, blocked
         key = self._shared.key("block-rate", f"{policy.name}@{policy.version}", str(since))
         try:
-            judged, blocked = await self._shared.run(_COUNT, [key], band.window_s / _SLICES, _SLICES, judged, blocked)
+            judged, blocked = await self._shared.run(
+                _COUNT, [key], band.window_s / _WINDOW_SLICES, _WINDOW_SLICES, judged, blocked
+            )
         except CacheUnavailable:
             return judged, blocked
         watched.counts -= told  # what was counted meanwhile stays

@@ -56,10 +56,10 @@ class DocumentIssue:
 class InvalidDocument(ConfigurationError):
     """A document cannot be read. The sentence is about its first problem."""
 
-    def __init__(self, source: str, problems: Sequence[DocumentIssue]) -> None:
-        self.problems = tuple(sorted(problems))
+    def __init__(self, source: str, issues: Sequence[DocumentIssue]) -> None:
+        self.issues = tuple(sorted(issues))
         """In the order of the document."""
-        first, more = self.problems[0], len(self.problems) - 1
+        first, more = self.issues[0], len(self.issues) - 1
         field = f"{first.field}: " if first.field else ""
         others = f" ({more} more problem{'s' if more > 1 else ''})" if more else ""
         super().__init__(f"{source}:{first.line}: {field}{first.message}{others}")
@@ -86,10 +86,10 @@ def read_document(data: bytes, source: str) -> Document:
         ) from None
     try:
         node = _compose(text)
-    except _Refused as refused:
-        raise InvalidDocument(source, [refused.problem]) from None
-    tree = _Tree()
-    document = tree.mapping(node) if isinstance(node, yaml.MappingNode) else None
+    except _Rejected as rejected:
+        raise InvalidDocument(source, [rejected.issue]) from None
+    reader = _NodeReader()
+    document = reader.mapping(node) if isinstance(node, yaml.MappingNode) else None
     if document is None:
         begins = "is empty" if node is None else "is not a mapping"
         raise InvalidDocument(source, [_whole(f"{begins}; a document is made of fields such as `name: shop`")])
@@ -98,9 +98,9 @@ def read_document(data: bytes, source: str) -> Document:
         read = parse_document({field: value for field, value in document.items() if field not in _STAMPED})
     except ValidationError as invalid:
         model = TenantsDocument if document.get("kind") == TENANTS else PolicyDocument
-        tree.problems += [tree.problem(error, model) for error in invalid.errors(include_url=False)]
-    if read is None or tree.problems:
-        raise InvalidDocument(source, tree.problems)
+        reader.issues += [reader.issue(error, model) for error in invalid.errors(include_url=False)]
+    if read is None or reader.issues:
+        raise InvalidDocument(source, reader.issues)
     return read
 
 
@@ -161,10 +161,10 @@ def write_document(document: Document, *, version: int, digest: str) -> str:
     )
 
 
-class _Refused(Exception):
-    def __init__(self, problem: DocumentIssue) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
+class _Rejected(Exception):
+    def __init__(self, issue: DocumentIssue) -> None:
+        super().__init__(issue.message)
+        self.issue = issue
 
 
 class _Composer(yaml.SafeLoader):
@@ -175,13 +175,13 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _Refused(
+            raise _Rejected(
                 _at(event.start_mark, "& and * (anchors and aliases) are not allowed; repeat the text, or quote it")
             )
         if getattr(event, "tag", None):
-            raise _Refused(_at(event.start_mark, "! (a tag) is not allowed; leave it out, or quote the text"))
+            raise _Rejected(_at(event.start_mark, "! (a tag) is not allowed; leave it out, or quote the text"))
         if self._depth == _DEEPEST:
-            raise _Refused(_at(event.start_mark, f"is nested deeper than {_DEEPEST} levels, which no document is"))
+            raise _Rejected(_at(event.start_mark, f"is nested deeper than {_DEEPEST} levels, which no document is"))
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -192,27 +192,27 @@ def _compose(text: str) -> yaml.Node | None:
     """The root of the text's only document, or None where it has none.
 
     Raises:
-        _Refused: it is not YAML, has several documents, or uses what a document may not.
+        _Rejected: it is not YAML, has several documents, or uses what a document may not.
     """
     if unprintable := yaml.reader.Reader.NON_PRINTABLE.search(text):
         before = text[: unprintable.start()]
-        problem = DocumentIssue(
+        issue = DocumentIssue(
             before.count("\n") + 1,
             len(before) - before.rfind("\n"),
             "",
             f"contains U+{ord(unprintable[0]):04X}, which no text file does; write it as an escape in double quotes",
         )
-        raise _Refused(problem)
+        raise _Rejected(issue)
     loader = _Composer(text)
     try:
         node = loader.get_single_node()
     except yaml.composer.ComposerError as error:
-        raise _Refused(_at(error.problem_mark, "is a second document; a file has one")) from None
+        raise _Rejected(_at(error.problem_mark, "is a second document; a file has one")) from None
     except yaml.MarkedYAMLError as error:
-        raise _Refused(_at(error.problem_mark or error.context_mark, f"is not YAML: {_reason(error)}")) from None
+        raise _Rejected(_at(error.problem_mark or error.context_mark, f"is not YAML: {_reason(error)}")) from None
     except (ValueError, OverflowError):
         # PyYAML hands the number of an escape to chr().
-        raise _Refused(_at(loader.get_mark(), "is not YAML: an escape that names no character")) from None
+        raise _Rejected(_at(loader.get_mark(), "is not YAML: an escape that names no character")) from None
     return node
 
 
@@ -223,11 +223,11 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
     return problem
 
 
-class _Tree:
+class _NodeReader:
     """Turns nodes into plain values, and remembers where each of them stands."""
 
     def __init__(self) -> None:
-        self.problems: list[DocumentIssue] = []
+        self.issues: list[DocumentIssue] = []
         self._marks: dict[_Path, yaml.Mark] = {}
 
     def mapping(self, node: yaml.MappingNode, path: _Path = ()) -> dict[str, Any]:
@@ -250,7 +250,7 @@ class _Tree:
             values[name] = self._value(value, below)
         return values
 
-    def problem(self, error: ErrorDetails, model: type[BaseModel]) -> DocumentIssue:
+    def issue(self, error: ErrorDetails, model: type[BaseModel]) -> DocumentIssue:
         """What pydantic says, in words and with its place."""
         path: _Path = tuple(step for step in error["loc"] if step != "[key]")
         cause = error.get("ctx", {}).get("error")
@@ -287,7 +287,7 @@ class _Tree:
         return text
 
     def _add_issue(self, mark: yaml.Mark, path: _Path, message: str) -> None:
-        self.problems.append(DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message))
+        self.issues.append(DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message))
 
 
 def _sentence(error: ErrorDetails, path: _Path, model: type[BaseModel]) -> str:  # noqa: PLR0911, PLR0912 - a table

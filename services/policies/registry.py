@@ -30,10 +30,10 @@ from services.policies.tenants import Document, TenantsDocument, is_document_nam
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_TOP: Final = 99_999_999
-_ABSENT: Final = {"NoSuchKey", "404"}
-_TAKEN: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
-_READERS: Final = 16
+_LARGEST_NUMBER: Final = 99_999_999
+_ABSENT_CODES: Final = {"NoSuchKey", "404"}
+_EXISTS_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+_READER_THREADS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class PolicyRegistry:
             UnknownPolicy: no such name or version.
             PolicyUnavailable: also where what the bucket holds does not match its digest.
         """
-        stored = self._read(_key(_versions(name), version)) if 0 < version < _TOP else None
+        stored = self._read(_key(_versions(name), version)) if 0 < version < _LARGEST_NUMBER else None
         if stored is None:
             raise UnknownPolicy(f"policy {name}@{version} does not exist")
         try:
@@ -130,7 +130,7 @@ class PolicyRegistry:
         numbers = self._numbers(_changes(name))
         if not numbers and not self._newest_number(_versions(name)):
             raise UnknownPolicy(f"there is no policy {name!r}")
-        with ThreadPoolExecutor(_READERS) as readers:
+        with ThreadPoolExecutor(_READER_THREADS) as readers:
             return list(readers.map(lambda number: self._change_at(name, number), numbers))
 
     def activate(self, name: str, version: int, *, who: str, why: str = "") -> Change:
@@ -213,17 +213,17 @@ class PolicyRegistry:
 
         return self._change(name, "calibrate", apply, who, why)
 
-    def take_back_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> Change:
+    def revert_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> Change:
         """Apply what was applied before a version's calibration for a checkpoint: an earlier one, or none.
 
         Raises:
             ConfigurationError: none is applied.
         """
 
-        def take_back(now: Rollout) -> _Step:
+        def revert(now: Rollout) -> _Step:
             return now.without_calibration(version, revision), version, version
 
-        return self._change(name, "calibrate", take_back, who, why)
+        return self._change(name, "calibrate", revert, who, why)
 
     def calibration(self, name: str, version: int, revision: str, digest: str) -> FittedCalibration:
         """A calibration that was applied once, whether it still is or not.
@@ -307,7 +307,7 @@ class PolicyRegistry:
         try:
             self._call("put_object", Key=key, Body=body, ContentType="application/json", IfNoneMatch="*")
         except ClientError as error:
-            if _code(error) in _TAKEN:
+            if _code(error) in _EXISTS_CODES:
                 return False
             raise
         return True
@@ -336,7 +336,7 @@ class PolicyRegistry:
         try:
             data: bytes = self._call("get_object", Key=key)["Body"].read()
         except ClientError as error:
-            if _code(error) in _ABSENT:
+            if _code(error) in _ABSENT_CODES:
                 return None
             raise
         except BotoCoreError as error:
@@ -348,7 +348,7 @@ class PolicyRegistry:
         try:
             answer: dict[str, Any] = getattr(self._s3, operation)(Bucket=self.bucket, **arguments)
         except ClientError as error:
-            if _code(error) in _ABSENT | _TAKEN:
+            if _code(error) in _ABSENT_CODES | _EXISTS_CODES:
                 raise
             if _code(error) == "NoSuchBucket":
                 raise ConfigurationError(
@@ -387,11 +387,11 @@ def _calibration_key(name: str, version: int, revision: str, digest: str) -> str
 
 
 def _key(prefix: str, number: int) -> str:
-    return f"{prefix}{_TOP - number:08d}.json"
+    return f"{prefix}{_LARGEST_NUMBER - number:08d}.json"
 
 
 def _number(prefix: str, key: str) -> int:
-    return _TOP - int(key.removeprefix(prefix).partition(".")[0])
+    return _LARGEST_NUMBER - int(key.removeprefix(prefix).partition(".")[0])
 
 
 def _code(error: ClientError) -> str:

@@ -80,7 +80,7 @@ class Rollout(WireModel):
         """
         if canary is None:
             return self._with(canary=None)
-        self._must_be_active()
+        self._require_active()
         if canary.version == self.active:
             raise ConfigurationError(f"version {canary.version} is the active one; a canary is another version")
         return self._with(canary=canary, tripped=self.tripped - {canary.version})
@@ -92,7 +92,7 @@ class Rollout(WireModel):
             ConfigurationError: no version is active.
         """
         if shadow:
-            self._must_be_active()
+            self._require_active()
         return self._with(shadow=shadow)
 
     def with_tripped(self, version: int) -> Self:
@@ -123,14 +123,14 @@ class Rollout(WireModel):
     def version_for(self, name: str, submission_id: str, tenant: str) -> int | None:
         """The version of policy `name` that a submission gets, None where none was ever activated."""
         canary = self.canary
-        if canary and (tenant in canary.tenants or _point("canary", name, submission_id) < canary.percent):
+        if canary and (tenant in canary.tenants or _percentile("canary", name, submission_id) < canary.percent):
             return canary.version
         return self.active
 
     def shadow_for(self, name: str, submission_id: str) -> int | None:
         """The version to judge a submission by as well, if any."""
         shadow = self.shadow
-        return shadow.version if shadow and _point("shadow", name, submission_id) < shadow.percent else None
+        return shadow.version if shadow and _percentile("shadow", name, submission_id) < shadow.percent else None
 
     @property
     def in_use(self) -> frozenset[int]:
@@ -138,7 +138,7 @@ class Rollout(WireModel):
         others = {other.version for other in (self.canary, self.shadow) if other}
         return frozenset(others if self.active is None else others | {self.active})
 
-    def _must_be_active(self) -> None:
+    def _require_active(self) -> None:
         if self.active is None:
             raise ConfigurationError("no version of this policy is active; activate one first")
 
@@ -156,7 +156,7 @@ class Rollout(WireModel):
         return self.model_copy(update=fields)
 
 
-def _point(purpose: str, name: str, submission_id: str) -> float:
+def _percentile(purpose: str, name: str, submission_id: str) -> float:
     """Where a submission lies in [0, 100), the same in every process and for every version."""
     digest = hashlib.blake2b(f"{purpose}\0{name}\0{submission_id}".encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64 * 100

@@ -213,9 +213,9 @@ class TestRegistry:
         assert first.rollout.active == 1
         second = bench.registry.calibrate("default", FITTED.model_copy(update={"map": PLATT}), who="ann")
         assert second.rollout.calibrations_of(1) == {"sha256:0": PLATT}
-        back = bench.registry.take_back_calibration("default", 1, "sha256:0", who="bob")
+        back = bench.registry.revert_calibration("default", 1, "sha256:0", who="bob")
         assert back.rollout.calibrations_of(1) == {"sha256:0": ISOTONIC}
-        assert bench.registry.take_back_calibration("default", 1, "sha256:0", who="bob").rollout.calibrations == {}
+        assert bench.registry.revert_calibration("default", 1, "sha256:0", who="bob").rollout.calibrations == {}
         assert [change.action for change in bench.registry.history("default")] == ["activate", *["calibrate"] * 4]
         assert bench.registry.calibration("default", 1, "sha256:0", ISOTONIC.digest) == FITTED
         with pytest.raises(UnknownPolicy, match="no calibration sha256:1"):
@@ -223,7 +223,7 @@ class TestRegistry:
         with pytest.raises(UnknownPolicy):
             bench.registry.calibrate("default", FITTED.model_copy(update={"version": 9}), who="ann")
         with pytest.raises(ConfigurationError):
-            bench.registry.take_back_calibration("default", 1, "sha256:0", who="bob")
+            bench.registry.revert_calibration("default", 1, "sha256:0", who="bob")
 
     def test_activating_another_version_leaves_it_with_its_own(self, bench: Bench) -> None:
         bench.registry.calibrate("default", FITTED, who="ann")
@@ -252,7 +252,7 @@ class TestProcesses:
             await asyncio.sleep(0.2)
             await bench.shared.publish_change("default", bench.registry.calibrate("default", FITTED, who="ann"))
             await becomes({"sha256:0": ISOTONIC})
-            back = bench.registry.take_back_calibration("default", 1, "sha256:0", who="ann")
+            back = bench.registry.revert_calibration("default", 1, "sha256:0", who="ann")
             await bench.shared.publish_change("default", back)
             await becomes({})
 
@@ -396,7 +396,7 @@ def test_a_replay_judges_by_the_calibration_of_then(bench: Bench, service: Scrip
     bench.registry.calibrate("default", fitted, who="ann")
     then = changed(policy=identity, score=0.3, calibration=AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75))
     before_that = changed(policy=identity, score=0.75)
-    bench.registry.take_back_calibration("default", 1, "r1", who="ann")
+    bench.registry.revert_calibration("default", 1, "r1", who="ann")
     bench.registry.calibrate("default", fitted.model_copy(update={"map": PLATT}), who="ann")
     for verdict in (then, before_that):
         found = replay(verdict, bench.settings, lambda _line: None)

@@ -135,7 +135,7 @@ class TestProblems:
     )
     def test_name_their_place_and_what_is_right(self, text: str, line: int, field: str, says: str) -> None:
         error = refused(text)
-        first = error.problems[0]
+        first = error.issues[0]
         assert (first.line, first.field) == (line, field)
         assert says in first.message
         assert str(error).startswith(f"shop.yaml:{line}: {field}: {first.message}" if field else f"shop.yaml:{line}: ")
@@ -163,20 +163,20 @@ class TestProblems:
         ],
     )
     def test_what_no_document_may_be(self, text: str | bytes, line: int, says: str) -> None:
-        first = refused(text).problems[0]
+        first = refused(text).issues[0]
         assert first.line == line
         assert says in first.message
 
     def test_all_of_them_are_found_in_the_order_of_the_file(self) -> None:
         error = refused("name: Shop\ncolour: red\nthresholds:\n  block: 2\n  review: x\neffort: none\neffort: full\n")
-        assert [problem.field for problem in error.problems] == [
+        assert [issue.field for issue in error.issues] == [
             "name",
             "colour",
             "thresholds.block",
             "thresholds.review",
             "effort",
         ]
-        assert error.problems[2] == DocumentIssue(4, 3, "thresholds.block", "2 is too large; the most is 1")
+        assert error.issues[2] == DocumentIssue(4, 3, "thresholds.block", "2 is too large; the most is 1")
         assert str(error).endswith("(4 more problems)")
         assert str(refused("name: Shop\ncolour: red")).endswith("(1 more problem)")
 
@@ -210,7 +210,7 @@ class TestProblems:
         try:
             read_document(data, "shop.yaml")
         except InvalidDocument as error:
-            found = error.problems
+            found = error.issues
         assert all(problem.line >= 1 and problem.column >= 1 and problem.message for problem in found)
 
 

@@ -123,7 +123,7 @@ class PolicyRoutes:
         except InvalidDocument as error:
             problems = [
                 {"line": each.line, "column": each.column, "field": each.field, "message": each.message}
-                for each in error.problems
+                for each in error.issues
             ]
             raise HttpProblem("bad-policy", str(error), problems=problems) from None
         stored = await asyncio.to_thread(self._registry.publish, document)
