@@ -39,8 +39,8 @@ from ray.serve._private.utils import compress_metric_report, decompress_metric_r
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from pipelines.autoscaling import serve_config as elastic
-from pipelines.autoscaling.serve_policy import Bounds, serve_options
-from pipelines.autoscaling.simulation.run import Outcome
+from pipelines.autoscaling.serve_policy import ReplicaBounds, serve_options
+from pipelines.autoscaling.simulation.run import SimulatedDay
 from services.streams.base import Lag
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks in benchmarks/ only
@@ -73,7 +73,7 @@ def simulate(seed: int, objective_s: float) -> dict[str, float]:
     return figures(day, ray, keda)
 
 
-def figures(day: Day, ray: Outcome, keda: Outcome) -> dict[str, float]:
+def figures(day: Day, ray: SimulatedDay, keda: SimulatedDay) -> dict[str, float]:
     """For scripts: seconds, shares and ratios of GPU-hours."""
     return {
         "minutes_within_objective": day.within(day.sluice),
@@ -103,8 +103,8 @@ class Controller:
         self.targets = {GUARD: GUARDS, INTAKE: MEMBERS}
         self.replicas = {each: [ReplicaID(str(n), each) for n in range(count)] for each, count in self.targets.items()}
         guard, intake = (
-            serve_options(Bounds(0, 500), CALLS_REPORT_S),
-            serve_options(Bounds(1, PARTITIONS), elastic.REPORT_S),
+            serve_options(ReplicaBounds(0, 500), CALLS_REPORT_S),
+            serve_options(ReplicaBounds(1, PARTITIONS), elastic.REPORT_S),
         )
         for deployment, options in ((GUARD, guard), (INTAKE, intake)):
             config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options))

@@ -11,7 +11,7 @@ from benchmarks.scaling_oracle import Schedule, cheapest
 from pipelines.autoscaling.serve_policy import Rules
 from pipelines.autoscaling.simulation.cluster import Cluster
 from pipelines.autoscaling.simulation.load import WARM_UP_S, Load, draw
-from pipelines.autoscaling.simulation.run import Outcome, run
+from pipelines.autoscaling.simulation.run import SimulatedDay, run
 from pipelines.autoscaling.simulation.scalers import Keda, RayDefault, Scaler, Sluice
 
 S = TypeVar("S", bound=Scaler)
@@ -31,9 +31,9 @@ class Day:
     objective_s: float
     work_gpu_hours: float
     """Of replicas that judge without a pause, loading left out: nothing can be cheaper."""
-    sluice: Outcome
-    ray: tuple[RayDefault, Outcome]
-    keda: tuple[Keda, Outcome]
+    sluice: SimulatedDay
+    ray: tuple[RayDefault, SimulatedDay]
+    keda: tuple[Keda, SimulatedDay]
     oracle: Schedule
 
     @property
@@ -41,7 +41,7 @@ class Day:
         """Share of the minutes that count: those that the oracle does not miss."""
         return 1 - float(self.oracle.misses.mean())
 
-    def within(self, outcome: Outcome) -> float:
+    def within(self, outcome: SimulatedDay) -> float:
         """Share of the minutes that count whose p99 is within the objective."""
         counts = ~self.oracle.misses
         return float(np.mean(outcome.p99_by_minute_s()[counts] <= self.objective_s)) if counts.any() else 1.0
@@ -61,7 +61,7 @@ def compare(seed: int, objective_s: float, load: Load = Load(), cluster: Cluster
     ray = [RayDefault(cluster, each, math.ceil(feed * most)) for feed in _RAY_FEEDS for each in _RAY_TARGETS]
     keda = [Keda(cluster, share * cluster.replica_rate * objective_s) for share in _KEDA_SHARES]
 
-    def tuned(scalers: Sequence[S]) -> tuple[S, Outcome]:
+    def tuned(scalers: Sequence[S]) -> tuple[S, SimulatedDay]:
         tried = [(each, run(arrivals, each, cluster, seed)) for each in scalers]
         keep = [each for each in tried if each[1].percentile_s(0.99) <= objective_s]
         if keep:

@@ -70,7 +70,7 @@ CARDS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CapacityPlan:
     """A fleet for a constant load. Rates in submissions a second."""
 
     checkpoint: str
@@ -106,7 +106,7 @@ def plan(
     gpus_per_node: int | None = None,
     day: bool = False,
     rules: Rules = Rules(),  # noqa: B008 - immutable
-) -> Plan:
+) -> CapacityPlan:
     """The fleet that keeps `objective_s` at a constant `rate`.
 
     Raises:
@@ -134,7 +134,7 @@ def plan(
             f"an objective shorter than the start of a GPU replica ({rules.start_s:g} s) is lost at every sudden rise "
             "beyond the replicas that run: set SLUICE_GUARD_MIN_REPLICAS to what the highest rate needs"
         )
-    return Plan(
+    return CapacityPlan(
         checkpoint=row.name,
         gpu=gpu.lower(),
         rate=rate,
@@ -208,14 +208,14 @@ def _simulated(rate: float, objective_s: float, replica_rate: float, gpus: int, 
         max_replicas=max(20, most),
     )
     told = Rules(objective_s=objective_s, replica_rate=replica_rate)
-    outcome = run(draw(Load(mean_rate=rate), 1), Sluice(told, cluster), cluster, 1)
+    simulated = run(draw(Load(mean_rate=rate), 1), Sluice(told, cluster), cluster, 1)
     return {
-        "p50_s": outcome.percentile_s(0.5),
-        "p95_s": outcome.percentile_s(0.95),
-        "p99_s": outcome.percentile_s(0.99),
-        "minutes_within_objective": float((outcome.p99_by_minute_s() <= objective_s).mean()),
-        "gpu_hours": outcome.gpu_hours * gpus,
-        "gpu_hours_per_million": outcome.gpu_hours * gpus / float(outcome.arrived.sum()) * 1e6,
-        "fewest_replicas": float(outcome.replicas.min()),
-        "most_replicas": float(outcome.replicas.max()),
+        "p50_s": simulated.percentile_s(0.5),
+        "p95_s": simulated.percentile_s(0.95),
+        "p99_s": simulated.percentile_s(0.99),
+        "minutes_within_objective": float((simulated.p99_by_minute_s() <= objective_s).mean()),
+        "gpu_hours": simulated.gpu_hours * gpus,
+        "gpu_hours_per_million": simulated.gpu_hours * gpus / float(simulated.arrived.sum()) * 1e6,
+        "fewest_replicas": float(simulated.replicas.min()),
+        "most_replicas": float(simulated.replicas.max()),
     }

@@ -6,7 +6,7 @@ They do where `guard_max_replicas` is set; else both deployments have as many re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pipelines.autoscaling.serve_policy import Bounds, serve_options
+from pipelines.autoscaling.serve_policy import ReplicaBounds, serve_options
 from services.core.settings import Settings
 from services.core.values import Priority
 from services.streams.base import Lag
@@ -23,7 +23,7 @@ _BUSIEST: Final = 4
 """Partitions of which a member reports: only the busiest ones count, and each costs the controller time."""
 
 
-def is_elastic(settings: Settings) -> bool:
+def is_autoscaled(settings: Settings) -> bool:
     """Whether the replicas follow the backlog."""
     return settings.guard_max_replicas is not None
 
@@ -36,7 +36,7 @@ def guard_replicas(settings: Settings) -> dict[str, Any]:
     least = max(settings.guard_min_replicas, 1 if settings.gateway_replicas else 0)
     return {
         "autoscaling_config": serve_options(
-            Bounds(min(least, settings.guard_max_replicas), settings.guard_max_replicas)
+            ReplicaBounds(min(least, settings.guard_max_replicas), settings.guard_max_replicas)
         ),
         "max_surge_percent": _SURGE_PERCENT,
     }
@@ -44,18 +44,18 @@ def guard_replicas(settings: Settings) -> dict[str, Any]:
 
 def intake_replicas(settings: Settings) -> dict[str, Any]:
     """The same of the deployment `Intake`, with what it needs beside."""
-    return _reporting(settings, Bounds(settings.intake_replicas, _most_intake(settings)))
+    return _reporting(settings, ReplicaBounds(settings.intake_replicas, _most_intake(settings)))
 
 
 def gateway_replicas(settings: Settings) -> dict[str, Any]:
     """The same of the deployment `Gateway`: always as many, but what they have at the guard counts."""
-    return _reporting(settings, Bounds(settings.gateway_replicas, settings.gateway_replicas))
+    return _reporting(settings, ReplicaBounds(settings.gateway_replicas, settings.gateway_replicas))
 
 
 def most_replicas(settings: Settings) -> int:
     """Of Guard and Intake together, at any time."""
     guard = settings.guard_max_replicas or settings.guard_replicas
-    return guard + (_most_intake(settings) if is_elastic(settings) else settings.intake_replicas)
+    return guard + (_most_intake(settings) if is_autoscaled(settings) else settings.intake_replicas)
 
 
 def scaling_policy(settings: Settings) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
     return reported
 
 
-def _reporting(settings: Settings, bounds: Bounds) -> dict[str, Any]:
+def _reporting(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
     """Of a deployment that calls the guard. Where nodes have labels, it never takes the CPU beside a GPU: no guard
     could start there, and the node would never go.
     """
     resources: dict[str, Any] = {"num_cpus": 1, "label_selector": {"sluice.io/role": "!guard"}}
-    if not is_elastic(settings):
-        return {"num_replicas": bounds.least, "ray_actor_options": resources}
+    if not is_autoscaled(settings):
+        return {"num_replicas": bounds.minimum, "ray_actor_options": resources}
     return {"autoscaling_config": serve_options(bounds, REPORT_S), "ray_actor_options": resources}
 
 

@@ -38,30 +38,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-_STEADY_S: Final = 60.0
+_RATE_WINDOW_S: Final = 60.0
 """Over how long the rate of arrivals is measured."""
-_FAST_SHARE, _FAST_S = 0.05, (3.0, 30.0)
+_BURST_WINDOW_SHARE, _BURST_WINDOW_S = 0.05, (3.0, 30.0)
 """A rate measured over this share of the objective, within these seconds, counts at once if it is not chance."""
-_SIGNIFICANT: Final = 3.0
+_BURST_DEVIATIONS: Final = 3.0
 """Standard deviations of a Poisson count: beyond them it is not chance."""
-_READING_S: Final = 0.8
+_MIN_READING_INTERVAL_S: Final = 0.8
 """At least, between two readings that are remembered: of those that come every second none is left out."""
-_FULL, _FULL_S = 1.0, 10.0
+_SATURATED_SHARE, _SATURATED_S = 1.0, 10.0
 """The guard's rate is believed when this share of its places was taken for so long."""
-_STARVED, _STARVED_S = 0.5, 60.0
+_UNDERUSED_SHARE, _UNDERUSED_S = 0.5, 60.0
 """When no more than this share of its places was taken for so long, although something waits, the guard is not what is
 slow."""
-_LEARNS: Final = 0.3
+_RATE_EMA_WEIGHT: Final = 0.3
 """Weight of a new measurement against what was known."""
-_STARTS: Final = 0.05
-_WAIT: Final = 0.64
+_START_EMA_WEIGHT: Final = 0.05
+_WAIT_SHARE: Final = 0.64
 """Share of the objective that a submission may wait; the rest is for what was not foreseen."""
-_CATCH_UP: Final = 0.25
+_CATCH_UP_SHARE: Final = 0.25
 """Share of a start within which a backlog is drained whose objective is lost, because it is shorter than the start."""
-_FEED: Final = 1.25
+INTAKE_OVERSUBSCRIPTION: Final = 1.25
 """Intake works on so many times what the guard does, so that the next ones are at hand."""
-_PARTITION: Final = "live_backlog_"
-_FEWER: Final = 0.7
+_PARTITION_PREFIX: Final = "live_backlog_"
+_INTAKE_SHRINK_SHARE: Final = 0.7
 """Intake shrinks only to at most this share: each change moves partitions."""
 
 log = logging.getLogger("ray.serve")
@@ -98,30 +98,30 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ReplicaBounds:
     """Fewest and most replicas."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
 
-    def hold(self, replicas: int) -> int:
-        return max(self.least, min(self.most, replicas))
+    def clamp(self, replicas: int) -> int:
+        return max(self.minimum, min(self.maximum, replicas))
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class ReplicaCounts:
     """One deployment's replicas, and the seconds since its last changes (None: it never changed)."""
 
     running: int
-    wanted: int
+    target: int
     """Running and still loading."""
-    bounds: Bounds
-    since_up_s: float | None = None
-    since_down_s: float | None = None
+    bounds: ReplicaBounds
+    since_scale_up_s: float | None = None
+    since_scale_down_s: float | None = None
 
     @property
     def loading(self) -> int:
-        return max(0, self.wanted - self.running)
+        return max(0, self.target - self.running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +152,8 @@ class Backlog:
 class Observation:
     """What is known at one moment. None: not known, which holds the present state."""
 
-    guard: Fleet
-    intake: Fleet
+    guard: ReplicaCounts
+    intake: ReplicaCounts
     live: Backlog | None = None
     arrivals: Arrivals | None = None
     backfill_peak: float = 0.0
@@ -164,11 +164,11 @@ class Observation:
     """Measured; None: not yet."""
     idle_s: float = 0.0
     """Since when there has been nothing to do."""
-    callers: float = 0.0
+    active_callers: float = 0.0
     """Submissions that others than Intake have at the guard."""
-    known_s: float = 0.0
+    measured_for_s: float = 0.0
     """For how long it has been measured. A controller that starts anew knows nothing of before."""
-    starved_s: float = 0.0
+    underused_s: float = 0.0
     """Since when the guard has had less to do than it could, although something waits."""
 
 
@@ -188,34 +188,38 @@ def decide(seen: Observation, rules: Rules) -> Decision:
     nothing has come for a while, and up from it with the first submission. What is not known changes nothing.
     """
     if seen.live is None or seen.arrivals is None:
-        intake = max(1, seen.intake.bounds.hold(seen.intake.wanted))
-        return Decision(seen.guard.bounds.hold(seen.guard.wanted), intake, "not known, so it stays")
+        intake = max(1, seen.intake.bounds.clamp(seen.intake.target))
+        return Decision(
+            seen.guard.bounds.clamp(seen.guard.target), intake, "no current measurement, so nothing changes"
+        )
     guard, why = _guard(seen, seen.live, seen.arrivals, rules)
     return Decision(guard, _intake(seen, seen.live, guard, rules), why)
 
 
 def _guard(seen: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -> tuple[int, str]:
-    fleet = seen.guard
-    least = _needed(seen, live, arrivals.rate, rules)
-    needed = max(least, _needed(seen, live, arrivals.rate, rules, rules.headroom))
-    peak = _needed(seen, live, arrivals.peak, rules, rules.headroom)
-    kept = max(needed, peak, _draining(seen, live, rules))
+    counts = seen.guard
+    minimum = _replicas_for_objective(seen, live, arrivals.rate, rules)
+    desired = max(minimum, _replicas_for_objective(seen, live, arrivals.rate, rules, rules.headroom))
+    peak = _replicas_for_objective(seen, live, arrivals.peak, rules, rules.headroom)
+    retained = max(desired, peak, _replicas_to_drain(seen, live, rules))
     if seen.idle_s < rules.idle_s:
-        kept = max(kept, min(1, fleet.wanted))
-    wanted, why = fleet.wanted, "enough"
-    if least > fleet.wanted and fleet.running and seen.starved_s >= _STARVED_S:
-        why = "the guard is not what is slow"
-    elif least > fleet.wanted:
-        wanted, why = needed, "the objective needs more"
-    elif kept < fleet.wanted:
-        why = "fewer would do, not for long enough"
-        long_enough = seen.known_s >= rules.scale_down_s and _past(fleet.since_up_s, rules.scale_down_s)
-        if long_enough and _past(fleet.since_down_s, rules.scale_down_every_s):
-            wanted, why = kept, "fewer do"
-    return fleet.bounds.hold(wanted), why
+        retained = max(retained, min(1, counts.target))
+    target, why = counts.target, "enough replicas"
+    if minimum > counts.target and counts.running and seen.underused_s >= _UNDERUSED_S:
+        why = "guard is not the bottleneck"
+    elif minimum > counts.target:
+        target, why = desired, "the objective needs more replicas"
+    elif retained < counts.target:
+        why = "fewer replicas suffice, but not for long enough yet"
+        long_enough = seen.measured_for_s >= rules.scale_down_s and _has_elapsed(
+            counts.since_scale_up_s, rules.scale_down_s
+        )
+        if long_enough and _has_elapsed(counts.since_scale_down_s, rules.scale_down_every_s):
+            target, why = retained, "fewer replicas suffice"
+    return counts.bounds.clamp(target), why
 
 
-def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules, headroom: float = 0.0) -> int:
+def _replicas_for_objective(seen: Observation, live: Backlog, rate: float, rules: Rules, headroom: float = 0.0) -> int:
     """Guard replicas that keep every live submission within the objective, and backfill at its pace.
 
     Those that are asked for now judge after `start` seconds. Until then the running ones work on the backlog, and it
@@ -224,48 +228,50 @@ def _needed(seen: Observation, live: Backlog, rate: float, rules: Rules, headroo
     the start.
     """
     one, start_s = _replica_rate(seen, rules), _start_s(seen, rules)
-    capacity, patience_s = seen.guard.running * one, _WAIT * rules.objective_s
-    workable = _workable(seen, live, rules)
-    at_start = max(0.0, workable + (rate - capacity) * start_s) / max(patience_s, _CATCH_UP * start_s)
-    already = max(0.0, workable - capacity * start_s) / max(patience_s - start_s, _CATCH_UP * start_s)
+    capacity, wait_budget_s = seen.guard.running * one, _WAIT_SHARE * rules.objective_s
+    assignable = _assignable_backlog(seen, live, rules)
+    at_start = max(0.0, assignable + (rate - capacity) * start_s) / max(wait_budget_s, _CATCH_UP_SHARE * start_s)
+    already = max(0.0, assignable - capacity * start_s) / max(wait_budget_s - start_s, _CATCH_UP_SHARE * start_s)
     # Nobody can help that member later, so the busiest partition has half of the objective.
-    busiest = min(_reach(rules) * one, 2 * live.busiest / rules.objective_s)
+    busiest = min(_guards_per_member(rules) * one, 2 * live.busiest / rules.objective_s)
     backfill = seen.backfill_peak / rules.backfill_objective_s
     work = max(rate / (1 - headroom), at_start, already, busiest) + backfill
-    anything = live.total > 0 or work > 0 or seen.callers > 0
-    replicas = work / one + seen.callers / rules.guard_in_flight
+    anything = live.total > 0 or work > 0 or seen.active_callers > 0
+    replicas = work / one + seen.active_callers / rules.guard_in_flight
     return max(1 if anything else 0, math.ceil(round(replicas, 6)))
 
 
 def _intake(seen: Observation, live: Backlog, guard: int, rules: Rules) -> int:
     """Members that keep the guard busy, and do not let the busiest partition share one if that makes it late."""
-    fleet = seen.intake
-    needed = math.ceil(_FEED * guard * rules.guard_in_flight / rules.intake_in_flight)
+    counts = seen.intake
+    desired = math.ceil(INTAKE_OVERSUBSCRIPTION * guard * rules.guard_in_flight / rules.intake_in_flight)
     if live.partitions > 1 and live.busiest > 0:
-        in_time = _reach(rules) * _replica_rate(seen, rules) * rules.objective_s / 2
+        in_time = _guards_per_member(rules) * _replica_rate(seen, rules) * rules.objective_s / 2
         another = (live.total - live.busiest) / (live.partitions - 1)
         beside = (in_time - live.busiest) / another if another > 0 else live.partitions
-        needed = max(needed, math.ceil(live.partitions / (1 + max(0, math.floor(min(beside, live.partitions))))))
-    if seen.starved_s >= _STARVED_S and _past(fleet.since_up_s, _STARVED_S):
-        needed = max(needed, fleet.wanted + max(1, fleet.wanted // 2))
-    most = min(fleet.bounds.most, live.partitions) if live.partitions else fleet.bounds.most
-    wanted = max(1, fleet.bounds.least, min(most, max(needed, fleet.wanted)))
-    settled = _past(fleet.since_up_s, 2 * rules.scale_down_s) and _past(fleet.since_down_s, rules.scale_down_s)
-    long_enough = settled and seen.known_s >= rules.scale_down_s
-    if needed <= _FEWER * fleet.wanted and long_enough and not fleet.loading:
-        wanted = max(1, fleet.bounds.least, min(most, needed))
-    return wanted
+        desired = max(desired, math.ceil(live.partitions / (1 + max(0, math.floor(min(beside, live.partitions))))))
+    if seen.underused_s >= _UNDERUSED_S and _has_elapsed(counts.since_scale_up_s, _UNDERUSED_S):
+        desired = max(desired, counts.target + max(1, counts.target // 2))
+    most = min(counts.bounds.maximum, live.partitions) if live.partitions else counts.bounds.maximum
+    target = max(1, counts.bounds.minimum, min(most, max(desired, counts.target)))
+    settled = _has_elapsed(counts.since_scale_up_s, 2 * rules.scale_down_s) and _has_elapsed(
+        counts.since_scale_down_s, rules.scale_down_s
+    )
+    long_enough = settled and seen.measured_for_s >= rules.scale_down_s
+    if desired <= _INTAKE_SHRINK_SHARE * counts.target and long_enough and not counts.loading:
+        target = max(1, counts.bounds.minimum, min(most, desired))
+    return target
 
 
-def _draining(seen: Observation, live: Backlog, rules: Rules) -> int:
+def _replicas_to_drain(seen: Observation, live: Backlog, rules: Rules) -> int:
     """Guard replicas that work off in time what waits: those that go now do not help with it."""
-    work = _workable(seen, live, rules) / (_WAIT * rules.objective_s)
+    work = _assignable_backlog(seen, live, rules) / (_WAIT_SHARE * rules.objective_s)
     return math.ceil(round(work / _replica_rate(seen, rules), 6))
 
 
-def _workable(seen: Observation, live: Backlog, rules: Rules) -> float:
+def _assignable_backlog(seen: Observation, live: Backlog, rules: Rules) -> float:
     """The live backlog; of a partition's no more than the one member that works it can give to the guard in time."""
-    most = _reach(rules) * _replica_rate(seen, rules) * rules.objective_s
+    most = _guards_per_member(rules) * _replica_rate(seen, rules) * rules.objective_s
     if live.busiest <= most:
         return live.total
     return live.total - sum(each - most for each in live.by_partition.values() if each > most)
@@ -279,12 +285,12 @@ def _start_s(seen: Observation, rules: Rules) -> float:
     return rules.start_s if seen.start_s is None else seen.start_s
 
 
-def _reach(rules: Rules) -> float:
+def _guards_per_member(rules: Rules) -> float:
     """How many guard replicas one intake member can keep busy."""
     return max(1.0, rules.intake_in_flight / rules.guard_in_flight)
 
 
-def _past(since_s: float | None, duration_s: float) -> bool:
+def _has_elapsed(since_s: float | None, duration_s: float) -> bool:
     return since_s is None or since_s >= duration_s
 
 
@@ -309,58 +315,65 @@ class Measurements:
         self.replica_rate: float | None = None
         self.start_s: float | None = None
         self.backfill_peak = 0.0
-        self.decided_s: float | None = None
+        self.last_decision_s: float | None = None
         """When a decision was last made, for whoever makes it."""
         self._rules = rules
         self._readings: deque[tuple[float, float]] = deque()
         """When, and how many live messages had been published."""
         self._rates: deque[tuple[float, float]] = deque()
-        self._began_s: float | None = None
-        self._busy_s: float | None = None
-        self._starved_since_s: float | None = None
-        self._full_since: tuple[float, float, int] | None = None
+        self._first_reading_s: float | None = None
+        self._last_active_s: float | None = None
+        self._underused_since_s: float | None = None
+        self._saturated_since: tuple[float, float, int] | None = None
         """When, how many had been settled, running replicas."""
-        self._asked_s: deque[float] = deque()
+        self._requested_at_s: deque[float] = deque()
         """When each replica that still loads was asked for."""
         self._running = 0
 
-    def read(self, reading: Reading, guard: Fleet) -> None:
+    def record_reading(self, reading: Reading, guard: ReplicaCounts) -> None:
         """Take in a reading. One that is not newer than the last one says nothing."""
-        if self._readings and reading.at_s < self._readings[-1][0] + _READING_S:
+        if self._readings and reading.at_s < self._readings[-1][0] + _MIN_READING_INTERVAL_S:
             return
-        if self._began_s is None:
-            self._began_s = reading.at_s
+        if self._first_reading_s is None:
+            self._first_reading_s = reading.at_s
         if self._readings and reading.live_published < self._readings[-1][1]:
             self._readings.clear()  # the stream was made anew
-            self._full_since = None
+            self._saturated_since = None
         self._readings.append((reading.at_s, reading.live_published))
-        while self._readings[0][0] < reading.at_s - 2 * _STEADY_S:
+        while self._readings[0][0] < reading.at_s - 2 * _RATE_WINDOW_S:
             self._readings.popleft()
         arrived = len(self._readings) > 1 and self._readings[-1][1] > self._readings[-2][1]
-        if arrived or reading.live.total > 0 or reading.backfill > 0 or self._busy_s is None:
-            self._busy_s = reading.at_s
+        if arrived or reading.live.total > 0 or reading.backfill > 0 or self._last_active_s is None:
+            self._last_active_s = reading.at_s
         self.backfill_peak = max(self.backfill_peak, reading.backfill) if reading.backfill else 0.0
-        self._remember_rate(reading.at_s)
-        self._learn_rate(reading, guard.running)
+        self._record_arrival_rate(reading.at_s)
+        self._measure_replica_rate(reading, guard.running)
 
-    def watch(self, now_s: float, guard: Fleet) -> None:
+    def record_replicas(self, now_s: float, guard: ReplicaCounts) -> None:
         """See which replicas have come, and learn from it how long they take."""
         came, self._running = guard.running - self._running, guard.running
-        while len(self._asked_s) > guard.loading:
+        while len(self._requested_at_s) > guard.loading:
             if came > 0:
-                took_s, came = now_s - self._asked_s.popleft(), came - 1
-                self.start_s = took_s if self.start_s is None else self.start_s + _STARTS * (took_s - self.start_s)
+                took_s, came = now_s - self._requested_at_s.popleft(), came - 1
+                self.start_s = (
+                    took_s if self.start_s is None else self.start_s + _START_EMA_WEIGHT * (took_s - self.start_s)
+                )
             else:
-                self._asked_s.pop()
-        while len(self._asked_s) < guard.loading:
-            self._asked_s.append(now_s)
+                self._requested_at_s.pop()
+        while len(self._requested_at_s) < guard.loading:
+            self._requested_at_s.append(now_s)
 
-    def busy(self, at_s: float) -> None:
+    def record_activity(self, at_s: float) -> None:
         """Somebody else had something for the guard."""
-        self._busy_s = at_s
+        self._last_active_s = at_s
 
     def observe(
-        self, now_s: float, guard: Fleet, intake: Fleet, live: Backlog | None, callers: float = 0.0
+        self,
+        now_s: float,
+        guard: ReplicaCounts,
+        intake: ReplicaCounts,
+        live: Backlog | None,
+        active_callers: float = 0.0,
     ) -> Observation:
         """All that is known now."""
         return Observation(
@@ -371,23 +384,25 @@ class Measurements:
             backfill_peak=self.backfill_peak,
             replica_rate=self.replica_rate,
             start_s=self.start_s,
-            callers=callers,
-            idle_s=0.0 if self._busy_s is None else now_s - self._busy_s,
-            known_s=0.0 if self._began_s is None else now_s - self._began_s,
-            starved_s=0.0 if self._starved_since_s is None else now_s - self._starved_since_s,
+            active_callers=active_callers,
+            idle_s=0.0 if self._last_active_s is None else now_s - self._last_active_s,
+            measured_for_s=0.0 if self._first_reading_s is None else now_s - self._first_reading_s,
+            underused_s=0.0 if self._underused_since_s is None else now_s - self._underused_since_s,
         )
 
     def _arrivals(self) -> Arrivals | None:
-        steady = self._over(_STEADY_S)
+        steady = self._arrival_rate(_RATE_WINDOW_S)
         if steady is None:
             return None
         rate = steady[0]
-        fast = self._over(max(_FAST_S[0], min(_FAST_S[1], _FAST_SHARE * self._rules.objective_s)))
-        if fast and fast[0] - _SIGNIFICANT * math.sqrt(fast[0] / fast[1]) > rate:
+        fast = self._arrival_rate(
+            max(_BURST_WINDOW_S[0], min(_BURST_WINDOW_S[1], _BURST_WINDOW_SHARE * self._rules.objective_s))
+        )
+        if fast and fast[0] - _BURST_DEVIATIONS * math.sqrt(fast[0] / fast[1]) > rate:
             rate = fast[0]
         return Arrivals(rate=rate, peak=max((rate for _, rate in self._rates), default=rate))
 
-    def _over(self, window_s: float) -> tuple[float, float] | None:
+    def _arrival_rate(self, window_s: float) -> tuple[float, float] | None:
         """Live submissions a second over the last `window_s`, and over how many seconds that really is."""
         if len(self._readings) < 2:
             return None
@@ -397,34 +412,36 @@ class Measurements:
         )
         return (published - before) / (at_s - since_s), at_s - since_s
 
-    def _remember_rate(self, at_s: float) -> None:
-        steady = self._over(_STEADY_S)
-        if steady and (not self._rates or at_s >= self._rates[-1][0] + _STEADY_S / 6):
+    def _record_arrival_rate(self, at_s: float) -> None:
+        steady = self._arrival_rate(_RATE_WINDOW_S)
+        if steady and (not self._rates or at_s >= self._rates[-1][0] + _RATE_WINDOW_S / 6):
             self._rates.append((at_s, steady[0]))
         while self._rates and self._rates[0][0] < at_s - self._rules.scale_down_s:
             self._rates.popleft()
 
-    def _learn_rate(self, reading: Reading, running: int) -> None:
+    def _measure_replica_rate(self, reading: Reading, running: int) -> None:
         places = running * self._rules.guard_in_flight
         if reading.at_guard is None or not places:
-            self._full_since = self._starved_since_s = None
+            self._saturated_since = self._underused_since_s = None
             return
         waiting = reading.live.total + reading.backfill
-        if reading.at_guard > _STARVED * places or waiting < places:
-            self._starved_since_s = None
-        elif self._starved_since_s is None:
-            self._starved_since_s = reading.at_s
+        if reading.at_guard > _UNDERUSED_SHARE * places or waiting < places:
+            self._underused_since_s = None
+        elif self._underused_since_s is None:
+            self._underused_since_s = reading.at_s
         settled = reading.live_published + reading.backfill_published - waiting
-        since = self._full_since
-        if reading.at_guard < _FULL * places or since is None or since[2] != running:
-            self._full_since = (reading.at_s, settled, running) if reading.at_guard >= _FULL * places else None
-        elif reading.at_s >= since[0] + _FULL_S:
+        since = self._saturated_since
+        if reading.at_guard < _SATURATED_SHARE * places or since is None or since[2] != running:
+            self._saturated_since = (
+                (reading.at_s, settled, running) if reading.at_guard >= _SATURATED_SHARE * places else None
+            )
+        elif reading.at_s >= since[0] + _SATURATED_S:
             rate = (settled - since[1]) / (reading.at_s - since[0]) / running
             if rate > 0:  # else something is away, not slow
                 self.replica_rate = (
-                    rate if not self.replica_rate else self.replica_rate + _LEARNS * (rate - self.replica_rate)
+                    rate if not self.replica_rate else self.replica_rate + _RATE_EMA_WEIGHT * (rate - self.replica_rate)
                 )
-            self._full_since = (reading.at_s, settled, running)
+            self._saturated_since = (reading.at_s, settled, running)
 
 
 class BacklogScaling:
@@ -449,7 +466,7 @@ class BacklogScaling:
         except Exception as error:  # noqa: BLE001 - a policy that raises stalls Serve's controller
             decisions, fault = {}, f"{type(error).__name__}: {error}"
         if fault and not self._fault:
-            log.error("The replicas stay as they are, because nothing can be decided: %s", fault)
+            log.error("cannot decide on replicas; keeping the present ones and deciding again in a second: %s", fault)
         self._fault = fault
         return decisions, state
 
@@ -457,45 +474,45 @@ class BacklogScaling:
         by_name = {context.deployment_name: each for each, context in contexts.items()}
         missing = [name for name in self._names if name not in by_name]
         if missing:
-            raise LookupError(f"the deployment {missing[0]} has no autoscaling_config")
+            raise LookupError(f"deployment {missing[0]} has no autoscaling_config")
         guard_id, intake_id = (by_name[name] for name in self._names)
         measured: Measurements = state[guard_id].setdefault("measurements", Measurements(self._rules))
         now_s = contexts[guard_id].current_time or time.time()
-        if measured.decided_s is not None and 0 <= now_s - measured.decided_s < self._rules.every_s:
+        if measured.last_decision_s is not None and 0 <= now_s - measured.last_decision_s < self._rules.every_s:
             return {}
-        measured.decided_s = now_s
-        guard, intake = (fleet(contexts[each], now_s) for each in (guard_id, intake_id))
+        measured.last_decision_s = now_s
+        guard, intake = (replica_counts(contexts[each], now_s) for each in (guard_id, intake_id))
         oldest_s = now_s - self._rules.stale_s
         reading = read(contexts[intake_id].raw_metrics or {}, oldest_s)
         others = [context for each, context in contexts.items() if each not in (guard_id, intake_id)]
-        callers = sum(at_guard(context.raw_metrics or {}, oldest_s) or 0.0 for context in others)
-        measured.watch(now_s, guard)
+        active_callers = sum(at_guard(context.raw_metrics or {}, oldest_s) or 0.0 for context in others)
+        measured.record_replicas(now_s, guard)
         if reading:
-            measured.read(reading, guard)
+            measured.record_reading(reading, guard)
         if contexts[guard_id].total_num_requests > 0:
-            measured.busy(now_s)
+            measured.record_activity(now_s)
         live = reading.live if reading else None
-        decision = decide(measured.observe(now_s, guard, intake, live, callers), self._rules)
+        decision = decide(measured.observe(now_s, guard, intake, live, active_callers), self._rules)
         if not guard.running and decision.guard:
             # With calls waiting at a handle Serve would start a single replica, whatever is returned here.
             vars(contexts[guard_id])["total_num_requests"] = 0.0
-        if (decision.guard, decision.intake) != (guard.wanted, intake.wanted):
+        if (decision.guard, decision.intake) != (guard.target, intake.target):
             log.info(
                 "guard %d -> %d, intake %d -> %d: %s",
-                *(guard.wanted, decision.guard, intake.wanted, decision.intake, decision.why),
+                *(guard.target, decision.guard, intake.target, decision.intake, decision.why),
             )
         return {guard_id: decision.guard, intake_id: decision.intake}
 
 
-def fleet(context: Any, now_s: float) -> Fleet:
+def replica_counts(context: Any, now_s: float) -> ReplicaCounts:
     """What Serve's context of a deployment says about its replicas."""
     up_s, down_s = context.last_scale_up_time, context.last_scale_down_time
-    return Fleet(
+    return ReplicaCounts(
         running=context.current_num_replicas,
-        wanted=context.target_num_replicas,
-        bounds=Bounds(context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas),
-        since_up_s=None if up_s is None else now_s - up_s,
-        since_down_s=None if down_s is None else now_s - down_s,
+        target=context.target_num_replicas,
+        bounds=ReplicaBounds(context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas),
+        since_scale_up_s=None if up_s is None else now_s - up_s,
+        since_scale_down_s=None if down_s is None else now_s - down_s,
     )
 
 
@@ -511,12 +528,12 @@ def read(metrics: Mapping[str, Mapping[Any, Sequence[Any]]], oldest_s: float) ->
     backfill = _newest(metrics, "backfill", oldest_s)
     by_partition: dict[int, float] = {}
     for name, series in metrics.items():
-        if name.startswith(_PARTITION):
+        if name.startswith(_PARTITION_PREFIX):
             newest_s = oldest_s
             for points in series.values():  # mostly one
                 if points and points[-1].timestamp >= newest_s:
                     newest_s = points[-1].timestamp
-                    by_partition[int(name[len(_PARTITION) :])] = points[-1].value
+                    by_partition[int(name[len(_PARTITION_PREFIX) :])] = points[-1].value
     partitions = metrics.get("live_partitions", {}).get(replica)
     return Reading(
         at_s=at_s,
@@ -547,11 +564,11 @@ def _newest(
     return found
 
 
-def serve_options(bounds: Bounds, report_s: float = 10.0) -> dict[str, float]:
+def serve_options(bounds: ReplicaBounds, report_s: float = 10.0) -> dict[str, float]:
     """The `autoscaling_config` of a deployment that `BacklogScaling` decides about; it reports every `report_s`."""
     return {
-        "min_replicas": bounds.least,
-        "max_replicas": bounds.most,
+        "min_replicas": bounds.minimum,
+        "max_replicas": bounds.maximum,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0,

@@ -270,7 +270,7 @@ def _deploy(settings: Settings, progress: Progress) -> None:
     gpus = settings.guard_gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    if serve_config.is_elastic(settings):
+    if serve_config.is_autoscaled(settings):
         plan = build.deployment_plan(settings.model_copy(update={"guard_gpus": gpus}))
         # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
         serve.context._get_global_client().deploy_apps(plan)

@@ -57,7 +57,7 @@ def deployment_plan(settings: Settings) -> ServeDeploySchema:
                 route_prefix=None,
                 import_path=f"{__name__}:{build.__name__}",
                 args=settings.model_dump(mode="json", exclude_defaults=True),
-                autoscaling_policy=elastic.scaling_policy(settings) if elastic.is_elastic(settings) else None,
+                autoscaling_policy=elastic.scaling_policy(settings) if elastic.is_autoscaled(settings) else None,
                 logging_config=QUIET,
             )
         ],

@@ -19,11 +19,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from pipelines.autoscaling.serve_policy import (
     Arrivals,
     Backlog,
-    Bounds,
-    Fleet,
     Measurements,
     Observation,
     Reading,
+    ReplicaBounds,
+    ReplicaCounts,
     Rules,
     decide,
     serve_options,
@@ -33,8 +33,10 @@ RULES = Rules(objective_s=300, replica_rate=5, start_s=120)
 LONG_AGO = 1e6
 
 
-def guard(running: int, loading: int = 0, *, since_s: float = LONG_AGO, least: int = 0, most: int = 100) -> Fleet:
-    return Fleet(running, running + loading, Bounds(least, most), since_s, since_s)
+def guard(
+    running: int, loading: int = 0, *, since_s: float = LONG_AGO, least: int = 0, most: int = 100
+) -> ReplicaCounts:
+    return ReplicaCounts(running, running + loading, ReplicaBounds(least, most), since_s, since_s)
 
 
 def seen(
@@ -48,10 +50,10 @@ def seen(
 ) -> Observation:
     fields = {
         "guard": guard(running, loading),
-        "intake": Fleet(1, 1, Bounds(1, 12)),
+        "intake": ReplicaCounts(1, 1, ReplicaBounds(1, 12)),
         "live": Backlog(waiting, by_partition or {}, 12),
         "arrivals": Arrivals(rate, rate),
-        "known_s": LONG_AGO,
+        "measured_for_s": LONG_AGO,
     }
     return Observation(**{**fields, **more})
 
@@ -59,13 +61,15 @@ def seen(
 def observations() -> st.SearchStrategy[Observation]:
     count = st.integers(0, 60)
     since = st.none() | st.floats(0, 2000)
-    bounds = st.tuples(st.integers(0, 50), st.integers(1, 200)).map(lambda pair: Bounds(min(pair), max(pair)))
+    bounds = st.tuples(st.integers(0, 50), st.integers(1, 200)).map(lambda pair: ReplicaBounds(min(pair), max(pair)))
     fleets = st.builds(
-        lambda running, loading, bounds, up, down: Fleet(running, running + loading, bounds, up, down),
+        lambda running, loading, bounds, up, down: ReplicaCounts(running, running + loading, bounds, up, down),
         *(count, count, bounds, since, since),
     )
     members = st.builds(
-        lambda running, loading, most: Fleet(max(1, running), max(1, running) + loading, Bounds(1, most)),
+        lambda running, loading, most: ReplicaCounts(
+            max(1, running), max(1, running) + loading, ReplicaBounds(1, most)
+        ),
         *(count, count, st.integers(1, 100)),
     )
     amounts = st.floats(0, 1e6)
@@ -81,17 +85,17 @@ def observations() -> st.SearchStrategy[Observation]:
         replica_rate=st.none() | st.floats(0.1, 100),
         start_s=st.none() | st.floats(0, 1000),
         idle_s=st.floats(0, 2000),
-        callers=st.floats(0, 500),
-        known_s=st.floats(0, 2000),
-        starved_s=st.floats(0, 200),
+        active_callers=st.floats(0, 500),
+        measured_for_s=st.floats(0, 2000),
+        underused_s=st.floats(0, 200),
     )
 
 
 @given(observations())
 def test_within_the_bounds(observation: Observation) -> None:
     decision = decide(observation, RULES)
-    assert observation.guard.bounds.least <= decision.guard <= observation.guard.bounds.most
-    assert 1 <= decision.intake <= observation.intake.bounds.most
+    assert observation.guard.bounds.minimum <= decision.guard <= observation.guard.bounds.maximum
+    assert 1 <= decision.intake <= observation.intake.bounds.maximum
 
 
 @given(observations(), st.integers(0, 11), st.floats(0, 1e6))
@@ -115,8 +119,8 @@ def test_more_arrivals_never_want_fewer(observation: Observation, more: float) -
 @given(observations(), st.sampled_from(["live", "arrivals"]))
 def test_missing_numbers_hold(observation: Observation, missing: str) -> None:
     decision = decide(replace(observation, **{missing: None}), RULES)
-    assert decision.guard == observation.guard.bounds.hold(observation.guard.wanted)
-    assert decision.intake == observation.intake.bounds.hold(observation.intake.wanted)
+    assert decision.guard == observation.guard.bounds.clamp(observation.guard.target)
+    assert decision.intake == observation.intake.bounds.clamp(observation.intake.target)
 
 
 @given(observations())
@@ -124,9 +128,9 @@ def test_loading_replicas_count(observation: Observation) -> None:
     """What was asked for is not asked for again when nothing else has changed, and what loads is not taken back."""
     decision = decide(observation, RULES)
     fleet = observation.guard
-    asked = replace(fleet, wanted=max(decision.guard, fleet.running), since_up_s=0.0)
+    asked = replace(fleet, target=max(decision.guard, fleet.running), since_scale_up_s=0.0)
     again = decide(replace(observation, guard=asked), RULES)
-    assert again.guard == decision.guard or decision.guard < fleet.wanted
+    assert again.guard == decision.guard or decision.guard < fleet.target
 
 
 def test_up_in_one_step() -> None:
@@ -156,12 +160,12 @@ def test_down_only_after_a_while() -> None:
 def test_a_controller_that_starts_anew_takes_nothing_away() -> None:
     """Serve's controller forgets when it last scaled, and all that was measured; its replicas go on."""
     measured = Measurements(RULES)
-    running, members = Fleet(20, 20, Bounds(0, 100)), Fleet(8, 8, Bounds(1, 12))
+    running, members = ReplicaCounts(20, 20, ReplicaBounds(0, 100)), ReplicaCounts(8, 8, ReplicaBounds(1, 12))
     found = {}
     for second in range(int(RULES.scale_down_s) + 2):
         live = Backlog(100, partitions=12)
-        measured.watch(second, running)
-        measured.read(Reading(second, live, 5.0 * second, at_guard=100), running)
+        measured.record_replicas(second, running)
+        measured.record_reading(Reading(second, live, 5.0 * second, at_guard=100), running)
         found[second] = decide(measured.observe(second, running, members, live), RULES)
     assert (found[1].guard, found[1].intake) == (20, 8)
     assert (found[239].guard, found[239].intake) == (20, 8)
@@ -202,21 +206,21 @@ def test_one_hot_key_does_not_ask_for_replicas_that_it_cannot_use() -> None:
 
 def test_a_guard_that_is_not_what_is_slow_is_not_enlarged() -> None:
     waiting = seen(rate=10, waiting=1e6, running=2)
-    starved = decide(replace(waiting, starved_s=60), RULES)
+    starved = decide(replace(waiting, underused_s=60), RULES)
     assert decide(waiting, RULES).guard > 2
     assert starved.guard == 2
     assert starved.intake > 1
 
 
 def test_others_who_call_the_guard_count() -> None:
-    assert decide(seen(callers=1), RULES).guard == 1
-    assert decide(seen(rate=45, running=9, callers=32), RULES).guard == 12
+    assert decide(seen(active_callers=1), RULES).guard == 1
+    assert decide(seen(rate=45, running=9, active_callers=32), RULES).guard == 12
 
 
 def test_intake_follows_the_guard() -> None:
     assert decide(seen(rate=95, running=20), RULES).intake == 7
     assert decide(seen(rate=950, running=20), RULES).intake == 12  # as many as there are partitions
-    busy = Fleet(7, 7, Bounds(1, 12), LONG_AGO, LONG_AGO)
+    busy = ReplicaCounts(7, 7, ReplicaBounds(1, 12), LONG_AGO, LONG_AGO)
     assert decide(seen(rate=80, running=17, intake=busy), RULES).intake == 7  # not worth a rebalance
     assert decide(seen(rate=5, running=2, intake=busy), RULES).intake == 1
 
@@ -226,20 +230,22 @@ class Stream:
 
     def __init__(self, rules: Rules, rate: float) -> None:
         self.measured, self.rules, self.rate = Measurements(rules), rules, rate
-        self.wanted, self.changed_s = 0, -LONG_AGO
+        self.target, self.changed_s = 0, -LONG_AGO
         self.history: list[int] = []
 
     def run(self, since_s: int, until_s: int, noise: list[float]) -> None:
         for now_s in range(since_s, until_s):
             arrived = self.rate * now_s + noise[now_s % len(noise)]
-            fleet = Fleet(self.wanted, self.wanted, Bounds(0, 500), now_s - self.changed_s, now_s - self.changed_s)
-            live = Backlog(0.0 if self.wanted else self.rate)
-            self.measured.watch(now_s, fleet)
-            self.measured.read(Reading(now_s, live, arrived), fleet)
-            observed = self.measured.observe(now_s, fleet, Fleet(1, 1, Bounds(1, 1)), live)
+            fleet = ReplicaCounts(
+                self.target, self.target, ReplicaBounds(0, 500), now_s - self.changed_s, now_s - self.changed_s
+            )
+            live = Backlog(0.0 if self.target else self.rate)
+            self.measured.record_replicas(now_s, fleet)
+            self.measured.record_reading(Reading(now_s, live, arrived), fleet)
+            observed = self.measured.observe(now_s, fleet, ReplicaCounts(1, 1, ReplicaBounds(1, 1)), live)
             wanted = decide(observed, self.rules).guard
-            if wanted != self.wanted:
-                self.wanted, self.changed_s = wanted, now_s
+            if wanted != self.target:
+                self.target, self.changed_s = wanted, now_s
             self.history.append(wanted)
 
 
@@ -257,32 +263,32 @@ def test_the_rate_of_a_replica_is_measured_when_the_guard_is_full() -> None:
     fleet = guard(4)
     for second in range(30):
         waiting = 10_000.0 - 28 * second
-        measured.read(Reading(second, Backlog(waiting), 10_000, at_guard=64), fleet)
+        measured.record_reading(Reading(second, Backlog(waiting), 10_000, at_guard=64), fleet)
     assert measured.replica_rate == pytest.approx(7)
     idle = Measurements(RULES)
     for second in range(30):
-        idle.read(Reading(second, Backlog(0), 28.0 * second, at_guard=10), fleet)
+        idle.record_reading(Reading(second, Backlog(0), 28.0 * second, at_guard=10), fleet)
     assert idle.replica_rate is None
 
 
 def test_the_start_of_a_replica_is_measured() -> None:
     measured = Measurements(RULES)
-    measured.watch(0, guard(0, 0))
-    measured.watch(10, guard(0, 3))
-    measured.watch(100, guard(3, 0))
+    measured.record_replicas(0, guard(0, 0))
+    measured.record_replicas(10, guard(0, 3))
+    measured.record_replicas(100, guard(3, 0))
     assert measured.start_s == pytest.approx(90)
-    measured.watch(110, guard(2, 1))  # one was lost, and is replaced
-    measured.watch(160, guard(3, 0))
+    measured.record_replicas(110, guard(2, 1))  # one was lost, and is replaced
+    measured.record_replicas(160, guard(3, 0))
     assert measured.start_s == pytest.approx(0.95 * 90 + 0.05 * 50)
 
 
 def test_a_stream_that_is_made_anew_is_measured_anew() -> None:
     measured = Measurements(RULES)
     for second in range(90):
-        measured.read(Reading(second, Backlog(0), 1e6 + 10 * second), guard(2))
-    measured.read(Reading(90, Backlog(0), 0), guard(2))
+        measured.record_reading(Reading(second, Backlog(0), 1e6 + 10 * second), guard(2))
+    measured.record_reading(Reading(90, Backlog(0), 0), guard(2))
     assert measured.observe(90, guard(2), guard(1), Backlog(0)).arrivals is None
-    measured.read(Reading(91, Backlog(0), 10), guard(2))
+    measured.record_reading(Reading(91, Backlog(0), 10), guard(2))
     arrivals = measured.observe(91, guard(2), guard(1), Backlog(0)).arrivals
     assert arrivals is not None
     assert arrivals.rate == pytest.approx(10)
@@ -293,24 +299,24 @@ def test_a_stream_that_is_made_anew_is_measured_anew() -> None:
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
 
 
-ANY_NUMBER = Bounds(0, 100)
+ANY_NUMBER = ReplicaBounds(0, 100)
 
 
 class Controller:
     """What Serve's controller holds of an application, without a cluster."""
 
-    def __init__(self, guard_bounds: Bounds = ANY_NUMBER, **rules: Any) -> None:
+    def __init__(self, guard_bounds: ReplicaBounds = ANY_NUMBER, **rules: Any) -> None:
         policy = AutoscalingPolicy(
             policy_function="pipelines.autoscaling.serve_policy:BacklogScaling", policy_kwargs=rules
         )
         self.state = ApplicationAutoscalingState("sluice")
         self.state.register(policy)
-        self.targets = {GUARD: guard_bounds.least, INTAKE: 1}
-        for deployment, bounds in ((GUARD, guard_bounds), (INTAKE, Bounds(1, 12))):
+        self.targets = {GUARD: guard_bounds.minimum, INTAKE: 1}
+        for deployment, bounds in ((GUARD, guard_bounds), (INTAKE, ReplicaBounds(1, 12))):
             config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**serve_options(bounds)))
             info = DeploymentInfo(config, None, 0, "", version="1")  # type: ignore[arg-type]  # no replica is made of it
             self.state.register_deployment(deployment, info, self.targets[deployment])
-        self.run(GUARD, guard_bounds.least)
+        self.run(GUARD, guard_bounds.minimum)
         self.run(INTAKE, 1)
 
     def run(self, deployment: DeploymentID, count: int) -> None:
@@ -388,7 +394,7 @@ def test_a_fault_is_logged_once_and_holds(caplog: pytest.LogCaptureFixture) -> N
             assert controller.state.get_decision_num_replicas({GUARD: 7}) == {}
     finally:
         logger.removeHandler(caplog.handler)
-    assert sum("stay as they are" in record.message for record in caplog.records) == 1
+    assert sum("cannot decide on replicas" in record.message for record in caplog.records) == 1
 
 
 def test_members_report_their_own_partitions() -> None:

@@ -47,33 +47,33 @@ def test_a_day_is_the_same_for_the_same_seed_only() -> None:
 
 def test_a_replica_takes_its_node_and_its_cold_start_and_a_warm_node_only_the_latter() -> None:
     of_one = fleet()
-    of_one.want(1)
+    of_one.set_target(1)
     of_one.advance(399)
     assert of_one.running == 0
     of_one.advance(400)
     assert of_one.running == 1
-    of_one.want(0)
+    of_one.set_target(0)
     of_one.advance(430)
-    of_one.want(1)
+    of_one.set_target(1)
     of_one.advance(530)
     assert of_one.running == 1
 
 
 def test_gpus_are_paid_from_the_node_to_its_end() -> None:
     of_one = fleet()
-    of_one.want(2)
+    of_one.set_target(2)
     of_one.advance(600)
     assert of_one.gpu_s == pytest.approx(2 * 300)
-    of_one.want(1)
+    of_one.set_target(1)
     of_one.advance(1000)
     assert of_one.gpu_s == pytest.approx(2 * 300 + 400 + SURE.node_idle_s)
 
 
 def test_a_node_that_is_not_wanted_any_more_comes_and_is_paid_all_the_same() -> None:
     of_one = fleet()
-    of_one.want(1)
+    of_one.set_target(1)
     of_one.advance(10)
-    of_one.want(0)
+    of_one.set_target(0)
     of_one.advance(1000)
     assert of_one.running == 0
     assert of_one.gpu_s == pytest.approx(SURE.node_idle_s)
@@ -81,7 +81,7 @@ def test_a_node_that_is_not_wanted_any_more_comes_and_is_paid_all_the_same() -> 
 
 def test_what_is_lost_is_replaced() -> None:
     of_one = fleet(replace(SURE, spot_losses_per_hour=36_000))
-    of_one.want(3)
+    of_one.set_target(3)
     of_one.advance(400)
     assert of_one.lose(60) == 3
     assert of_one.running == 0
@@ -91,13 +91,13 @@ def test_what_is_lost_is_replaced() -> None:
 
 def test_everything_is_judged_and_waits_as_long_as_it_must() -> None:
     arrivals = np.full(WARM_UP_S + 1200, 10)
-    outcome = run(arrivals, Always(3), SURE, 1)
-    assert set(outcome.waits_s) == {SURE.service_s}
-    assert outcome.gpu_hours == pytest.approx(3 * 1200 / 3600)
+    day = run(arrivals, Always(3), SURE, 1)
+    assert set(day.waits_s) == {SURE.service_s}
+    assert day.gpu_hours == pytest.approx(3 * 1200 / 3600)
     arrivals[WARM_UP_S] += 100  # 110 at 15 a second: the last one ends in the eighth second
-    outcome = run(arrivals, Always(3), SURE, 1)
-    assert outcome.waits_s.max() == 7 + SURE.service_s
-    assert outcome.backlog[-1] == 0
+    day = run(arrivals, Always(3), SURE, 1)
+    assert day.waits_s.max() == 7 + SURE.service_s
+    assert day.backlog[-1] == 0
 
 
 def test_weighted_percentiles() -> None:

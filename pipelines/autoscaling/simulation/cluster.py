@@ -36,7 +36,7 @@ class SimulatedFleet:
     cluster: Cluster
     chance: np.random.Generator
     running: int = 0
-    wanted: int = 0
+    target: int = 0
     gpu_s: float = 0.0
     """Seconds of GPUs that were there: with a replica that judges or loads, or without one."""
     changes: int = 0
@@ -51,19 +51,19 @@ class SimulatedFleet:
     _idle: dict[int, None] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def want(self, replicas: int) -> None:
+    def set_target(self, replicas: int) -> None:
         """Ask for so many replicas, or let some go: first those without a node, then those that load.
 
         A node that was asked for comes all the same; without a replica it is idle, and soon goes.
         """
-        if replicas == self.wanted:
+        if replicas == self.target:
             return
         self.changes += 1
-        if replicas > self.wanted:
+        if replicas > self.target:
             self.up_s = self._now_s
         else:
             self.down_s = self._now_s
-        self.wanted = replicas
+        self.target = replicas
         self._reconcile()
 
     def advance(self, now_s: float) -> None:
@@ -93,16 +93,16 @@ class SimulatedFleet:
         return lost
 
     def _reconcile(self) -> None:
-        for _ in range(self.running + len(self._loading) - self.wanted):
+        for _ in range(self.running + len(self._loading) - self.target):
             if self._loading:
                 self._loading.popitem()
             else:
                 self.running -= 1
             self._release()
-        for _ in range(min(len(self._idle), self.wanted - self.running - len(self._loading))):
+        for _ in range(min(len(self._idle), self.target - self.running - len(self._loading))):
             self._idle.popitem()
             self._push(self._loading, self.cluster.cold_start_s)
-        for _ in range(self.wanted - self.running - len(self._loading) - len(self._provisioning)):
+        for _ in range(self.target - self.running - len(self._loading) - len(self._provisioning)):
             self._push(self._provisioning, self.cluster.node_s)
 
     def _release(self) -> None:

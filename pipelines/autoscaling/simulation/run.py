@@ -17,14 +17,14 @@ MINUTE_S = 60
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedDay:
     """A day of one way of scaling. The warm-up is left out."""
 
     waits_s: npt.NDArray[np.float64]
     """From submission to verdict, of the submissions of each second: the wait of the last one of them."""
     arrived: Counts
     replicas: npt.NDArray[np.int64]
-    wanted: npt.NDArray[np.int64]
+    target: npt.NDArray[np.int64]
     backlog: npt.NDArray[np.float64]
     gpu_hours: float
     actions: int
@@ -49,12 +49,12 @@ def weighted_percentile(values: npt.NDArray[np.float64], weights: Counts, share:
     return float(values[order[np.searchsorted(heap, share * heap[-1])]])
 
 
-def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> Outcome:
+def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> SimulatedDay:
     """Simulate. Submissions are judged in the order in which they came; all partitions are worked alike."""
     seconds = len(arrivals)
     fleet = SimulatedFleet(cluster, np.random.default_rng(seed + 1_000_003))
     settled = np.zeros(seconds + 1)
-    replicas, wanted = np.zeros(seconds, np.int64), np.zeros(seconds, np.int64)
+    replicas, target = np.zeros(seconds, np.int64), np.zeros(seconds, np.int64)
     published = np.concatenate([[0], np.cumsum(arrivals)]).astype(float)
     places_most = _FEED * cluster.max_replicas * cluster.guard_in_flight
     held = places_most if scaler.members is None else scaler.members * cluster.intake_in_flight
@@ -74,21 +74,21 @@ def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> Outcom
         waiting = published[second + 1] - done
         busy = served / capacity * places if capacity else 0.0
         at_guard = min(busy + waiting, held)
-        replicas[second], wanted[second] = fleet.running, fleet.wanted
+        replicas[second], target[second] = fleet.running, fleet.target
         if (second + _METRICS_S) % scaler.every_s == 0:
             seen = (second, waiting + busy, published[second + 1], at_guard)
         if second % scaler.every_s == 0 and second >= _METRICS_S:
-            fleet.want(scaler.replicas(View(*seen, fleet.running, fleet.wanted, fleet.up_s, fleet.down_s)))
+            fleet.set_target(scaler.replicas(View(*seen, fleet.running, fleet.target, fleet.up_s, fleet.down_s)))
     fleet.advance(seconds)
     settled = np.maximum.accumulate(settled)
     ends = np.searchsorted(settled[1:], published[1:] - 1e-6)
     waits = np.maximum(0, ends - np.arange(seconds)) + cluster.service_s
     day = slice(WARM_UP_S, None)
-    return Outcome(
+    return SimulatedDay(
         waits_s=waits[day].astype(float),
         arrived=arrivals[day],
         replicas=replicas[day],
-        wanted=wanted[day],
+        target=target[day],
         backlog=(published[1:] - settled[1:])[day],
         gpu_hours=(fleet.gpu_s - billed_s) / 3600,
         actions=fleet.changes - actions,

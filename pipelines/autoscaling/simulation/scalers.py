@@ -20,7 +20,7 @@ class View:
     at_guard: float
     """Submissions that intake has given to the guard."""
     running: int
-    wanted: int
+    target: int
     up_s: float | None
     """When there was last asked for more."""
     down_s: float | None
@@ -47,19 +47,19 @@ class Sluice:
     members: int | None = None
 
     def __init__(self, rules: scaling.Rules, cluster: Cluster) -> None:
-        self._rules, self._bounds = rules, scaling.Bounds(0, cluster.max_replicas)
+        self._rules, self._bounds = rules, scaling.ReplicaBounds(0, cluster.max_replicas)
         self._measured = scaling.Measurements(rules)
-        self._intake = scaling.Fleet(1, 1, scaling.Bounds(1, cluster.max_replicas))
+        self._intake = scaling.ReplicaCounts(1, 1, scaling.ReplicaBounds(1, cluster.max_replicas))
 
     def replicas(self, view: View) -> int:
-        guard = scaling.Fleet(
-            view.running, view.wanted, self._bounds, _since(view.now_s, view.up_s), _since(view.now_s, view.down_s)
+        guard = scaling.ReplicaCounts(
+            view.running, view.target, self._bounds, _since(view.now_s, view.up_s), _since(view.now_s, view.down_s)
         )
         live = scaling.Backlog(view.backlog)
-        self._measured.watch(view.now_s, guard)
-        self._measured.read(scaling.Reading(view.now_s, live, view.published, at_guard=view.at_guard), guard)
+        self._measured.record_replicas(view.now_s, guard)
+        self._measured.record_reading(scaling.Reading(view.now_s, live, view.published, at_guard=view.at_guard), guard)
         decision = scaling.decide(self._measured.observe(view.now_s, guard, self._intake, live), self._rules)
-        self._intake = scaling.Fleet(decision.intake, decision.intake, self._intake.bounds)
+        self._intake = scaling.ReplicaCounts(decision.intake, decision.intake, self._intake.bounds)
         return decision.guard
 
 
@@ -89,16 +89,16 @@ class RayDefault:
             self._ongoing.popleft()
         ongoing = sum(each for _, each in self._ongoing) / len(self._ongoing)
         if view.running == 0:
-            return max(1, view.wanted) if ongoing > 0 else view.wanted
+            return max(1, view.target) if ongoing > 0 else view.target
         desired = min(math.ceil(round(ongoing / self.target_ongoing_requests, 9)), self.cluster.max_replicas)
-        direction = (desired > view.wanted) - (desired < view.wanted)
+        direction = (desired > view.target) - (desired < view.target)
         if direction != self._direction:
             self._direction, self._since_s = direction, view.now_s
         delay_s = self.upscale_delay_s if direction > 0 else self.downscale_delay_s
         if not direction or view.now_s - self._since_s < delay_s:
-            return view.wanted
+            return view.target
         self._direction = 0
-        return desired if direction > 0 or view.wanted == 1 else max(1, desired)
+        return desired if direction > 0 or view.target == 1 else max(1, desired)
 
 
 @dataclass
@@ -117,22 +117,22 @@ class Keda:
     every_s: int = 15
     stabilization_s: float = 300.0
     cooldown_s: float = 300.0
-    _wanted: deque[tuple[float, int]] = field(default_factory=deque)
+    _desired: deque[tuple[float, int]] = field(default_factory=deque)
     _active_s: float = 0.0
 
     def replicas(self, view: View) -> int:
         if view.backlog > 0:
             self._active_s = view.now_s
-        if view.wanted == 0:
+        if view.target == 0:
             return 1 if view.backlog > 0 and view.now_s % 30 < self.every_s else 0
         if view.now_s - self._active_s >= self.cooldown_s:
             return 0
         desired = max(1, min(math.ceil(view.backlog / self.lag_threshold), self.cluster.max_replicas))
-        if abs(view.backlog / self.lag_threshold / view.wanted - 1) <= 0.1:
-            desired = view.wanted
-        self._wanted.append((view.now_s, desired))
-        while self._wanted[0][0] <= view.now_s - self.stabilization_s:
-            self._wanted.popleft()
-        if desired > view.wanted:
-            return min(desired, max(2 * view.wanted, view.wanted + 4))
-        return min(view.wanted, max(each for _, each in self._wanted))
+        if abs(view.backlog / self.lag_threshold / view.target - 1) <= 0.1:
+            desired = view.target
+        self._desired.append((view.now_s, desired))
+        while self._desired[0][0] <= view.now_s - self.stabilization_s:
+            self._desired.popleft()
+        if desired > view.target:
+            return min(desired, max(2 * view.target, view.target + 4))
+        return min(view.target, max(each for _, each in self._desired))
