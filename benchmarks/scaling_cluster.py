@@ -31,7 +31,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.serve import Application
 
 from pipelines.serving import build as serve_app
-from pipelines.serving.app import APPLICATION, INTAKE, application
+from pipelines.serving.app import application
+from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess, free_port
 from services.core.settings import Settings

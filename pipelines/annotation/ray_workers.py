@@ -18,8 +18,8 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, join, last_line, own_error, silent, wait_until_running
 from pipelines.clients.ray_address import NO_CLUSTER
-from pipelines.serving.app import APPLICATION
 from pipelines.serving.guard_deployment import GuardDeployment
+from pipelines.serving.names import APPLICATION
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.processes import kill_descendants_on_exit
 from services.core.settings import Settings

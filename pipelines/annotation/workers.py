@@ -15,7 +15,7 @@ from pipelines.annotation.schema import to_parquet
 from pipelines.annotation.sources.discover import Source
 from pipelines.annotation.state import Listing, Run
 from pipelines.annotation.storage import folder
-from pipelines.serving.guard_deployment import RemoteGuard
+from pipelines.serving.guard_client import RemoteGuard
 from services.core.errors import StoreUnavailable
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings

@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult
-from pipelines.serving.app import APPLICATION, INTAKE
+from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 from services.core.tasks import cancel_and_wait
 

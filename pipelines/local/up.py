@@ -25,8 +25,8 @@ from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, deploy_failure_caus
 from pipelines.local.backends import backends
 from pipelines.local.port import reserve_port
 from pipelines.serving import build
-from pipelines.serving.app import APPLICATION, INTAKE, application
-from pipelines.serving.gateway_deployment import GATEWAY
+from pipelines.serving.app import application
+from pipelines.serving.names import APPLICATION, GATEWAY, INTAKE
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
 from services.core.processes import kill_descendants, kill_descendants_on_exit

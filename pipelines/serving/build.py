@@ -9,8 +9,9 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from pipelines.autoscaling import serve_config as elastic
-from pipelines.serving.app import APPLICATION, application
+from pipelines.autoscaling import serve_config
+from pipelines.serving.app import application
+from pipelines.serving.names import APPLICATION
 from services.core.errors import PolicyUnavailable
 from services.core.settings import Settings, require
 from services.policies.registry import PolicyRegistry
@@ -18,15 +19,15 @@ from services.policies.registry import PolicyRegistry
 QUIET: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 _GUARD_GPUS: Final = 1.0
-"""GPUs of a guard replica where no setting says: a cluster whose GPU nodes come on demand has none to be counted."""
-_REACH_S: Final = 60.0
-"""How long the policy bucket may take to answer; Serve does not build again by itself."""
+"""GPUs of a guard replica unless a setting says otherwise; they cannot be counted where GPU nodes start on demand."""
+_POLICY_BUCKET_DEADLINE_S: Final = 60.0
+"""How long to retry while the policy bucket is down; Serve does not repeat a failed build."""
 
 
 class Arguments(Settings):
     """`args` of the application: every setting by its name in lower case, without the prefix.
 
-    What is not given is read from the environment of the node that builds. One that does not exist is refused, so
+    Settings that are not given are read from the environment of the node that builds. Unknown names are refused, so
     that a typing error is found before anything is deployed.
     """
 
@@ -34,7 +35,7 @@ class Arguments(Settings):
 
 
 def build(arguments: Arguments) -> Application:
-    """Check the settings, publish the built-in policy where the bucket holds none, and make the application.
+    """Check the settings, publish the built-in policy if the bucket has none, and build the application.
 
     Raises:
         ConfigurationError: a setting is missing, SLUICE_MODEL names no checkpoint, or there is no policy bucket.
@@ -43,12 +44,12 @@ def build(arguments: Arguments) -> Application:
     require(arguments)
     gpus = _GUARD_GPUS if arguments.guard_gpus is None else arguments.guard_gpus
     built = application(arguments, guard_gpus=gpus)
-    _patiently(PolicyRegistry.from_settings(arguments).publish_built_in)
+    _retry_while_unavailable(PolicyRegistry.from_settings(arguments).publish_built_in)
     return built
 
 
 def deployment_plan(settings: Settings) -> ServeDeploySchema:
-    """What `serve deploy` would be given for these settings: only so can an application have a policy of its own."""
+    """Return the configuration for `serve deploy`. Only this way can an application have its own autoscaling policy."""
     return ServeDeploySchema(
         proxy_location=ProxyLocation.Disabled,
         applications=[
@@ -57,17 +58,19 @@ def deployment_plan(settings: Settings) -> ServeDeploySchema:
                 route_prefix=None,
                 import_path=f"{__name__}:{build.__name__}",
                 args=settings.model_dump(mode="json", exclude_defaults=True),
-                autoscaling_policy=elastic.scaling_policy(settings) if elastic.is_autoscaled(settings) else None,
+                autoscaling_policy=serve_config.scaling_policy(settings)
+                if serve_config.is_autoscaled(settings)
+                else None,
                 logging_config=QUIET,
             )
         ],
     )
 
 
-def _patiently(step: Callable[[], None]) -> None:
+def _retry_while_unavailable(step: Callable[[], None]) -> None:
     Retrying(
         retry=retry_if_exception_type(PolicyUnavailable),
-        stop=stop_after_delay(_REACH_S),
+        stop=stop_after_delay(_POLICY_BUCKET_DEADLINE_S),
         wait=wait_fixed(1),
         reraise=True,
     )(step)

@@ -1,4 +1,4 @@
-"""What judges images, put together from the settings: the same for every deployment that has images judged."""
+"""The components that judge images, built from the settings; Intake and Gateway use the same ones."""
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.guard_deployment import RemoteGuard
+from pipelines.serving.guard_client import RemoteGuard
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
@@ -16,13 +16,13 @@ from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
-_GUARD_PATIENCE: Final = 4
-"""Deadlines of the guard that a call may take, waiting for a replica included."""
+_GUARD_DEADLINES: Final = 4
+"""How many deadlines of the guard a call may take, including the wait for a replica."""
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
-    """A moderation and the parts of it that others use, too."""
+class Components:
+    """A moderation, and those of its parts that the deployments use themselves."""
 
     moderation: Moderation
     guard: RemoteGuard
@@ -35,7 +35,10 @@ class Assembly:
     async def from_settings(
         cls, settings: Settings, side_px: int, guard: DeploymentHandle[Any], closing: AsyncExitStack
     ) -> Self:
-        """All of it, started; `closing` ends it. `side_px`: what the model can use. The guard need not be ready yet."""
+        """Build and start all components; `closing` stops them. The guard need not be ready yet.
+
+        `side_px` is the longest side of an image, in pixels, that the model can use.
+        """
         preparer, store = DecoderPool(settings, side_px), ObjectStore(settings)
         closing.callback(preparer.close)
         closing.callback(store.close)
@@ -44,7 +47,7 @@ class Assembly:
         closing.push_async_callback(shared.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))
-        remote = RemoteGuard(guard, deadline_s=_GUARD_PATIENCE * settings.guard_deadline_s)
+        remote = RemoteGuard(guard, deadline_s=_GUARD_DEADLINES * settings.guard_deadline_s)
         moderation = Moderation(
             policies=policies,
             images=store,

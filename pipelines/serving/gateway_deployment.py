@@ -1,24 +1,23 @@
 """The gateway as a Ray Serve deployment: the ingress of the application, with an HTTP server of its own.
 
-Serve's proxy stands in front of nothing here (docs/decisions): requests come to the replicas themselves.
+Serve's proxy is not used (docs/decisions): clients connect to the replicas.
 """
 
 import gc
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.components import Assembly
+from pipelines.serving.components import Components
+from pipelines.serving.names import GATEWAY
 from services.core.errors import GuardUnavailable
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.gateway.api_keys import KeyRegistry
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
-
-GATEWAY: Final = "Gateway"
 
 
 @serve.deployment(name=GATEWAY, max_ongoing_requests=100, health_check_period_s=5)
@@ -32,15 +31,17 @@ class GatewayDeployment:
         guard: DeploymentHandle[Any],
         intake: DeploymentHandle[Any],
     ) -> None:
-        """Listen; the guard need not be ready yet. `intake` is bound to make one application of all deployments.
+        """Listen; the guard need not be ready yet.
+
+        `intake` is not called: Serve deploys what the ingress is bound to, so the argument makes Intake a part of the
+        application. `side_px` is the longest side of an image, in pixels, that the model can use.
 
         Raises:
-            ConfigurationError: the port cannot be had.
+            ConfigurationError: the port is in use or not allowed.
         """
         configure_logging(settings.log_file)
-        self._intake = intake
         self._closing = AsyncExitStack()
-        parts = await Assembly.from_settings(settings, side_px, guard, self._closing)
+        parts = await Components.from_settings(settings, side_px, guard, self._closing)
         app = create_app(
             Dependencies(
                 moderation=parts.moderation,
@@ -59,26 +60,27 @@ class GatewayDeployment:
         self._server = GatewayServer(app, settings, listener=listener)
         self._closing.push_async_callback(self._server.stop)
         await self._server.start()
-        # What is here by now stays: full collections that passed through it would hold up every request for longer.
+        # Objects made until now live as long as the replica. Without this, each full collection would scan them, and
+        # delay all requests meanwhile.
         gc.collect()
         gc.freeze()
 
     async def not_ready_reason(self) -> str:
-        """What keeps the gateway from answering requests; empty when nothing does."""
+        """Return why the gateway cannot answer requests yet; empty when it can."""
         return str(self._readiness.not_ready_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the number of guard replicas is decided by, too; see `pipelines.autoscaling.serve_policy`."""
+        """Return what the autoscaling policy reads; see `pipelines.autoscaling.serve_policy`."""
         return {"at_guard": self._guard.in_flight}
 
     async def drain(self) -> None:
-        """Take no more requests, and finish those that are here."""
+        """Accept no more requests, and finish those in progress."""
         await self._server.stop()
 
     def check_health(self) -> None:
         """
         Raises:
-            GuardUnavailable: the server has ended. Serve replaces the replica then.
+            GuardUnavailable: the HTTP server has ended. Serve then replaces the replica.
         """
         if not self._server.is_serving:
             raise GuardUnavailable("The gateway's HTTP server has ended.")

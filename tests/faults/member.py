@@ -2,7 +2,7 @@
 
     python -m tests.faults.member NAME GUARD_PORT...
 
-It is put together as `pipelines.serving.app` does it, with the guard of this suite.
+It is built as `pipelines.serving.intake_deployment` builds it, with the guard of this suite.
 """
 
 import asyncio

@@ -11,8 +11,8 @@ from ray.serve._private.build_app import build_app
 from ray.serve._private.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.serving.app import APPLICATION
 from pipelines.serving.build import Arguments
+from pipelines.serving.names import APPLICATION
 from services.core.errors import ConfigurationError
 from services.policies.registry import PolicyRegistry
 from tests.support.deployment_files import INFRA, document

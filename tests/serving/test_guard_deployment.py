@@ -14,7 +14,8 @@ import ray
 from ray import serve
 
 from pipelines.serving import guard_deployment as deployment
-from pipelines.serving.guard_deployment import GuardDeployment, RemoteGuard
+from pipelines.serving.guard_client import RemoteGuard
+from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.core.settings import Settings
 from services.core.values import Assessment, ModelIdentity

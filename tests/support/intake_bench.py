@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
-from pipelines.serving.app import backfill_settings
+from pipelines.serving.intake_deployment import backfill_settings
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Verdict
 from services.core.settings import Settings

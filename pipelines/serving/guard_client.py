@@ -1,0 +1,68 @@
+"""The client of the guard deployment: calls it through a Serve handle and raises Sluice's own errors."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from services.core.errors import GuardUnavailable, SluiceError
+from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
+
+
+class RemoteGuard:
+    """Calls the guard through a Serve handle. It assesses and raises as `GuardInference` does."""
+
+    def __init__(self, handle: DeploymentHandle[Any], *, deadline_s: float) -> None:
+        """`deadline_s` holds for one call, waiting for a replica included; it is longer than the guard's own."""
+        self._handle = handle
+        self._deadline_s = deadline_s
+        self.in_flight = 0
+        """Calls without an answer yet, including calls that wait for a replica."""
+
+    async def assess(
+        self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"
+    ) -> Assessment:
+        """As `GuardInference.assess`. Raises GuardUnavailable if there is no replica, or if it dies during the call."""
+        assessment: Assessment = await self._call("assess", image, policy, detail, priority)
+        return assessment
+
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
+    ) -> list[Assessment]:
+        """As `GuardInference.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
+        if not policies:
+            return []
+        assessments: list[Assessment] = await self._call(
+            "assess_each", image, policies, detail, priority, calls=len(policies)
+        )
+        return assessments
+
+    async def max_side_px(self) -> int:
+        """Longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
+        return int(await self._call("max_side_px"))
+
+    async def _call(self, method: str, *args: Any, calls: int = 1) -> Any:
+        response = getattr(self._handle, method).remote(*args)
+        deadline_s = self._deadline_s * calls
+        self.in_flight += 1
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await response
+        except RayTaskError as error:
+            # Serve's error is also an instance of its cause's class, but its text is a traceback.
+            if isinstance(error.cause, SluiceError):
+                raise error.cause from None
+            raise
+        except (RayActorError, RayServeException) as error:
+            raise GuardUnavailable(f"The guard's replica is unavailable ({type(error).__name__}).") from None
+        except TimeoutError:
+            response.cancel()
+            raise GuardUnavailable(f"No guard answered within {deadline_s:.0f} s.") from None
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        finally:
+            self.in_flight -= 1

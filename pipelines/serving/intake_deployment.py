@@ -1,0 +1,79 @@
+"""Intake as a Ray Serve deployment: reads the streams, has submissions judged, and publishes their outcomes."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.autoscaling import serve_config
+from pipelines.intake.crash_isolation import CrashIsolation
+from pipelines.intake.worker import Intake
+from pipelines.serving.components import Components
+from pipelines.serving.names import INTAKE
+from services.core.errors import Unjudgeable
+from services.core.messages import Submission, Verdict
+from services.core.settings import Settings
+from services.core.telemetry import configure_logging
+from services.core.values import Policy
+from services.policies.traffic_sample import TrafficSample
+from services.streams.factory import open_consumer
+
+
+@serve.deployment(name=INTAKE, max_ongoing_requests=100, health_check_period_s=5)
+class IntakeDeployment:
+    """One replica: one member of the consumer group."""
+
+    async def __init__(self, settings: Settings, side_px: int, guard: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Join the group and start to receive; the guard need not be ready yet.
+
+        `side_px` is the longest side of an image, in pixels, that the model can use.
+        """
+        configure_logging(settings.log_file)
+        self._closing = AsyncExitStack()
+        parts = await Components.from_settings(settings, side_px, guard, self._closing)
+        self._policies, self._moderation, shared = parts.policies, parts.moderation, parts.shared
+        self._guard = parts.guard
+        enter = self._closing.enter_async_context
+        sample = await enter(TrafficSample(shared, size=settings.sample_size))
+        member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
+        isolation = await enter(CrashIsolation(shared, settings.group, member))
+        backfill = await open_consumer(backfill_settings(settings), member) if settings.backfill_stream else None
+        live = await open_consumer(settings, member)
+        self._intake = Intake(live, self._moderation, settings, isolation, sample, backfill)
+        self._closing.push_async_callback(self._intake.drain)
+
+    async def judge_under(
+        self, submission: Submission, policies: Sequence[str | Policy]
+    ) -> list[Verdict | Unjudgeable]:
+        """Judge a submission by each policy or policy version. Nothing is published, counted or acted upon.
+
+        Raises:
+            Unjudgeable: the image cannot be fetched or prepared, or a policy version does not exist.
+        """
+        resolved = [await self._policies.resolve(p) if isinstance(p, str) else p for p in policies]
+        return list(await self._moderation.judge_under(submission, resolved))
+
+    async def drain(self) -> None:
+        """Receive no more, finish what is in flight, leave the group."""
+        await self._intake.drain()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what the autoscaling policy reads; see `pipelines.autoscaling.serve_policy`."""
+        return serve_config.report(self._intake.lags, self._guard.in_flight)
+
+    def check_health(self) -> None:
+        """Raise what made the member stop receiving, if anything did. Serve then replaces the replica."""
+        self._intake.check()
+
+    async def __del__(self) -> None:
+        await self._closing.aclose()
+
+
+def backfill_settings(settings: Settings) -> Settings:
+    """Return the settings of the consumer of the backfill stream, which has a group of its own."""
+    return settings.model_copy(
+        update={"submissions_stream": settings.backfill_stream, "group": f"{settings.group}.backfill"}
+    )
