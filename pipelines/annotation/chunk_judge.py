@@ -7,8 +7,8 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
-from pipelines.annotation.image_reader import Images
-from pipelines.annotation.schema import ANNOTATION, Dead, ParquetBuffer, Row, annotation, with_extras
+from pipelines.annotation.image_reader import ImageReader
+from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, Row, annotation, with_extras
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
 from services.core.messages import ObjectReference, Submission, Verdict, verdict_id
 from services.core.retry import retry_while_unavailable
@@ -17,23 +17,23 @@ from services.moderation.moderator import Moderation
 from services.moderation.ports import GuardClient, ImagePreparer
 
 _BACKFILL: Final[Priority] = "backfill"
-_OF_THE_REFERENCE: Final = (NotFound, Changed, Forbidden)
+_REFERENCE_ERRORS: Final = (NotFound, Changed, Forbidden)
 """What is wrong with one reference says nothing about another one to the same bytes."""
 
 
-class _Said(NamedTuple):
+class _CachedResult(NamedTuple):
     """What holds for all rows with the same bytes."""
 
     row: int
     """Which one was judged."""
-    answer: Verdict | Dead
+    answer: Verdict | Failure
 
 
-class Judge:
+class ChunkJudge:
     """Judges chunks under one policy, by the way that submissions go; live ones go first at the guard."""
 
     def __init__(
-        self, *, images: Images, preparer: ImagePreparer, guard: GuardClient, policy: Policy, in_flight: int
+        self, *, images: ImageReader, preparer: ImagePreparer, guard: GuardClient, policy: Policy, in_flight: int
     ) -> None:
         self._images = images
         self._policy = policy
@@ -43,46 +43,48 @@ class Judge:
     async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:
         """The annotations of a chunk, a row for each of its rows, in their order."""
         annotations = ParquetBuffer(with_extras(ANNOTATION, extras))
-        said: dict[int, _Said] = {}
+        cached: dict[int, _CachedResult] = {}
         for table in planned:
-            annotations.add(await self._judge_some(table, extras, said))
+            annotations.add(await self._judge_some(table, extras, cached))
         return annotations
 
-    async def _judge_some(self, planned: pa.Table, extras: pa.Schema, said: dict[int, _Said]) -> pa.Table:
+    async def _judge_some(self, planned: pa.Table, extras: pa.Schema, cached: dict[int, _CachedResult]) -> pa.Table:
         groups: dict[int, list[Row]] = defaultdict(list)
         for row in planned.to_pylist():
             groups[row["row"] if row["duplicate_of"] is None else row["duplicate_of"]].append(row)
         async with asyncio.TaskGroup() as tasks:
             judging = [
-                tasks.create_task(self._judge_same(first, rows, extras.names, said)) for first, rows in groups.items()
+                tasks.create_task(self._judge_same(first, rows, extras.names, cached)) for first, rows in groups.items()
             ]
         rows = [row for task in judging for row in task.result()]
         rows.sort(key=lambda row: int(row["row"]))
         return pa.Table.from_pylist(rows, with_extras(ANNOTATION, extras))
 
-    async def _judge_same(self, first: int, rows: list[Row], extras: list[str], said: dict[int, _Said]) -> list[Row]:
+    async def _judge_same(
+        self, first: int, rows: list[Row], extras: list[str], cached: dict[int, _CachedResult]
+    ) -> list[Row]:
         """The annotations of rows with the same bytes: the first that can be had is judged for all that follow."""
         made: list[Row] = []
         for row in rows:
             duplicate_of = None
             if row["reason"]:
-                answer: Verdict | Dead = Dead(row["reason"], row["detail"])
-            elif first in said:
-                duplicate_of, answer = said[first].row, _as_of(row, said[first].answer)
+                answer: Verdict | Failure = Failure(row["reason"], row["detail"])
+            elif first in cached:
+                duplicate_of, answer = cached[first].row, _as_of(row, cached[first].answer)
             else:
                 answer, own = await self._judge(row)
                 if not own:
-                    said[first] = _Said(row["row"], answer)
+                    cached[first] = _CachedResult(row["row"], answer)
             made.append(annotation(row | {"duplicate_of": duplicate_of}, answer, extras))
         return made
 
-    async def _judge(self, row: Row) -> tuple[Verdict | Dead, bool]:
+    async def _judge(self, row: Row) -> tuple[Verdict | Failure, bool]:
         """The answer, and whether it says something about this reference only."""
         async with self._places:
             try:
                 return await retry_while_unavailable(lambda: self._judge_now(row)), False
             except Unjudgeable as error:
-                return Dead(error.reason, str(error)), isinstance(error, _OF_THE_REFERENCE)
+                return Failure(error.reason, str(error)), isinstance(error, _REFERENCE_ERRORS)
 
     async def _judge_now(self, row: Row) -> Verdict:
         # Not validated: the URIs of files and members of tars are not what a stream takes.
@@ -102,9 +104,9 @@ class Judge:
         return answer
 
 
-def _as_of(row: Row, answer: Verdict | Dead) -> Verdict | Dead:
+def _as_of(row: Row, answer: Verdict | Failure) -> Verdict | Failure:
     """The same answer, as if this row had been judged."""
-    if isinstance(answer, Dead):
+    if isinstance(answer, Failure):
         return answer
     own: dict[str, Any] = {name: row[name] for name in ("uri", "version_id", "etag", "tenant")}
     identity = verdict_id(

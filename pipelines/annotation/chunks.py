@@ -28,7 +28,7 @@ Write = Callable[[str, int, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AnnotationPlan:
     """What there is to do."""
 
     rows: int
@@ -43,7 +43,7 @@ def chunk_rows(rows: int) -> int:
     return min(max(rows // _CHUNKS, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
 
 
-def make(tables: Tables, extras: pa.Schema, write: Write, per_chunk: int | None) -> Plan:
+def make(tables: Tables, extras: pa.Schema, write: Write, per_chunk: int | None) -> AnnotationPlan:
     """Write the chunks, some of them in two parts: `000123` and, with duplicates from later chunks, `000123-late`.
 
     The same index always gives the same chunks.
@@ -69,7 +69,7 @@ def make(tables: Tables, extras: pa.Schema, write: Write, per_chunk: int | None)
             while some := list(islice(late, BATCH_ROWS)):
                 part.add(pa.Table.from_pylist(some, schema))
             write(f"{chunk:06d}-late", part.rows, part.finish())
-    return Plan(rows, -(-rows // size), size, duplicates, unreadable)
+    return AnnotationPlan(rows, -(-rows // size), size, duplicates, unreadable)
 
 
 def _write_chunks(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from pipelines.annotation.filters import Filter
-from pipelines.annotation.image_reader import Images
+from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.reader import annotations, parts
 from pipelines.annotation.schema import Row, to_parquet
 from pipelines.annotation.storage import Folder
@@ -22,7 +22,7 @@ MARKER: Final = "_curated.json"
 _PARTS: Final = {"references": "references-", "tars": "curated-"}
 _TAR_IMAGES: Final = 1_000
 _TAR_BYTES: Final = 256 << 20
-_AT_A_TIME: Final = 8
+_READS_IN_FLIGHT: Final = 8
 _DETAILS: Final = ("row", "uri", "sha256", "rating", "category", "rationale", "score", "action")
 _REFERENCE: Final = {
     "submission_id": "id",
@@ -75,7 +75,7 @@ def references(source: Folder, wanted: Filter, into: Folder, progress: Callable[
 
 
 async def tars(
-    source: Folder, wanted: Filter, into: Folder, images: Images, progress: Callable[[int], None]
+    source: Folder, wanted: Filter, into: Folder, images: ImageReader, progress: Callable[[int], None]
 ) -> Curated:
     """Write WebDataset tars: of each image the original bytes, and what was said about it as JSON."""
     number = lost = total = 0
@@ -134,7 +134,7 @@ def _filtered(source: Folder, name: str, wanted: Filter) -> Iterator[pa.Table]:
         yield rows.filter(pa.array(mask, pa.bool_()))
 
 
-async def _with_bytes(source: Folder, wanted: Filter, images: Images) -> AsyncIterator[tuple[Row, bytes | None]]:
+async def _with_bytes(source: Folder, wanted: Filter, images: ImageReader) -> AsyncIterator[tuple[Row, bytes | None]]:
     """Each row that is kept with its image, None where that cannot be had any more."""
 
     async def read(row: Row) -> bytes | None:
@@ -146,12 +146,12 @@ async def _with_bytes(source: Folder, wanted: Filter, images: Images) -> AsyncIt
     for name in parts(source):
         for rows in _filtered(source, name, wanted):
             kept = rows.to_pylist()
-            for first in range(0, len(kept), _AT_A_TIME):
-                some = kept[first : first + _AT_A_TIME]
+            for first in range(0, len(kept), _READS_IN_FLIGHT):
+                some = kept[first : first + _READS_IN_FLIGHT]
                 for row, data in zip(some, await asyncio.gather(*map(read, some)), strict=True):
                     yield row, data
 
 
-async def _read(row: Row, images: Images) -> bytes:
+async def _read(row: Row, images: ImageReader) -> bytes:
     async with images.open(row) as stored:
         return stored.data

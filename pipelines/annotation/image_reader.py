@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.annotation.schema import Row
-from pipelines.annotation.sources.discover import Source, bucket_of
+from pipelines.annotation.sources.discover import AnnotationSource, bucket_of
 from pipelines.annotation.storage import folder, local_path, open_local
 from services.core.errors import Changed, NotAnImage, TooLarge
 from services.core.messages import ObjectReference
@@ -21,10 +21,10 @@ from services.images.object_store import ObjectStore
 _ROWS_AT_A_TIME: Final = 64
 
 
-class Images:
+class ImageReader:
     """Opens the image of a row of an index or a plan. For use from one event loop; close it when done."""
 
-    def __init__(self, settings: Settings, source: Source) -> None:
+    def __init__(self, settings: Settings, source: AnnotationSource) -> None:
         named = bucket_of(source.place)
         # The bucket that is named on the command line is read; a list of strangers cannot add to SLUICE_S3_BUCKETS.
         own = {named} if named and source.kind != "references" else set[str]()
@@ -69,14 +69,14 @@ class Images:
             self._store.close()
 
     def _read(self, place: Row) -> bytes:
-        with opened(place["file"], self._settings) as file:
+        with open_uri(place["file"], self._settings) as file:
             file.seek(place["offset"])
             data = file.read(self._limit_bytes + 1 if place["size"] is None else place["size"])
         self.check_size(len(data))
         return data
 
 
-def opened(uri: str, settings: Settings) -> BinaryIO:
+def open_uri(uri: str, settings: Settings) -> BinaryIO:
     """A file by its URI; raises as `Folder.open`."""
     if not uri.startswith("s3://"):
         return open_local(local_path(uri))
@@ -110,7 +110,7 @@ class _Tables:
         at, row = (place["file"], place["group"]), place["offset"]
         if at != self._at or row < self._first:
             self._at, self._first, self._batch = at, 0, []
-            self._rest = table_images(opened(place["file"], self._settings), place["group"], self._column)
+            self._rest = table_images(open_uri(place["file"], self._settings), place["group"], self._column)
         try:
             while row >= self._first + len(self._batch):
                 self._first += len(self._batch)

@@ -11,9 +11,9 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.annotation.image_reader import Images, table_images
+from pipelines.annotation.image_reader import ImageReader, table_images
 from pipelines.annotation.schema import INDEX, Row
-from pipelines.annotation.sources.discover import LINES, OWN_COLUMNS, REFERENCE_COLUMNS, Piece, Source
+from pipelines.annotation.sources.discover import LINES, OWN_COLUMNS, REFERENCE_COLUMNS, AnnotationSource, SourceShard
 from pipelines.annotation.sources.references import References
 from pipelines.annotation.sources.tars import Cut, Member, members
 from pipelines.annotation.storage import folder
@@ -22,7 +22,7 @@ from services.core.messages import decode_json, id_of
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
 
-_AT_A_TIME: Final = 32
+_READS_IN_FLIGHT: Final = 32
 _BLOCK_BYTES: Final = 1 << 20
 _LINE_LIMIT_BYTES: Final = 1 << 20
 
@@ -30,44 +30,44 @@ _LINE_LIMIT_BYTES: Final = 1 << 20
 class Indexer:
     """Makes the index of pieces. For use from one event loop; close it when done."""
 
-    def __init__(self, source: Source, extras: pa.Schema, settings: Settings, root: Path | None) -> None:
+    def __init__(self, source: AnnotationSource, extras: pa.Schema, settings: Settings, root: Path | None) -> None:
         """`root`: the folder below which files may be read that a list names."""
         self._source = source
         self._extras = extras
         self._folder = folder(source.place, settings)
         self._references = References(source.place, root)
-        self._images = Images(settings, source)
+        self._images = ImageReader(settings, source)
 
     def close(self) -> None:
         self._images.close()
 
-    async def index(self, piece: Piece) -> pa.Table:
+    async def index(self, shard: SourceShard) -> pa.Table:
         """A row for each image; what is wrong with a file as a whole costs a row of its own.
 
         Waits for what is away.
         """
         try:
-            rows, extras = await retry_while_unavailable(lambda: asyncio.to_thread(self._rows, piece))
+            rows, extras = await retry_while_unavailable(lambda: asyncio.to_thread(self._rows, shard))
             if self._source.kind in ("images", "references"):
                 rows = await self._read_all(rows)
             return self._table(rows, extras)
         except Unjudgeable as error:
-            return self._table([self._failure(piece.names[0], error)])
+            return self._table([self._failure(shard.names[0], error)])
         except pa.ArrowException as error:
-            return self._table([self._failure(piece.names[0], Malformed(f"it cannot be read: {error}"))])
+            return self._table([self._failure(shard.names[0], Malformed(f"it cannot be read: {error}"))])
 
-    def _rows(self, piece: Piece) -> tuple[list[Row], pa.Table | None]:
+    def _rows(self, shard: SourceShard) -> tuple[list[Row], pa.Table | None]:
         """The rows of a piece, and their own columns where those come from a table."""
-        name = piece.names[0]
-        if piece.broken:
-            raise Malformed(piece.broken)
+        name = shard.names[0]
+        if shard.broken:
+            raise Malformed(shard.broken)
         if self._source.kind == "parquet":
-            return self._images_of_table(piece)
+            return self._images_of_table(shard)
         if self._source.kind == "references" and not name.lower().endswith(LINES):
-            return self._references_of_table(piece)
+            return self._references_of_table(shard)
         if self._source.kind == "references":
-            return self._lines(piece), None
-        return self._tar(name) if self._source.kind == "tars" else [self._file(each) for each in piece.names], None
+            return self._lines(shard), None
+        return self._tar(name) if self._source.kind == "tars" else [self._file(each) for each in shard.names], None
 
     def _table(self, rows: list[Row], extras: pa.Table | None = None) -> pa.Table:
         table = pa.Table.from_pylist([_clean(row) for row in rows], INDEX)
@@ -92,7 +92,7 @@ class Indexer:
         return _embedded(uri, {"file": uri, "offset": 0, "size": None, "group": None, "etag": None})
 
     async def _read_all(self, rows: list[Row]) -> list[Row]:
-        places = asyncio.Semaphore(_AT_A_TIME)
+        places = asyncio.Semaphore(_READS_IN_FLIGHT)
 
         async def read(row: Row) -> Row:
             async with places:
@@ -143,17 +143,17 @@ class Indexer:
             row |= {"reason": "forbidden", "detail": member.refused}
         return row
 
-    def _images_of_table(self, piece: Piece) -> tuple[list[Row], pa.Table]:
-        uri, rows, number = self._folder.uri_of(piece.names[0]), list[Row](), 0
-        with self._folder.open(piece.names[0]) as file:
-            for batch in table_images(file, piece.group, self._source.column or ""):
+    def _images_of_table(self, shard: SourceShard) -> tuple[list[Row], pa.Table]:
+        uri, rows, number = self._folder.uri_of(shard.names[0]), list[Row](), 0
+        with self._folder.open(shard.names[0]) as file:
+            for batch in table_images(file, shard.group, self._source.column or ""):
                 for data in batch:
-                    if piece.start <= number < piece.end:
-                        rows.append(self._image_of_table(uri, piece.group, number, data))
+                    if shard.start <= number < shard.end:
+                        rows.append(self._image_of_table(uri, shard.group, number, data))
                     number += 1
-                if number >= piece.end:
+                if number >= shard.end:
                     break
-            return rows, self._own_columns(file, piece, len(rows))
+            return rows, self._own_columns(file, shard, len(rows))
 
     def _image_of_table(self, table: str, group: int, number: int, data: bytes | None) -> Row:
         size = len(data) if data else 0
@@ -167,27 +167,27 @@ class Indexer:
             return row | {"reason": error.reason, "detail": str(error)}
         return row | {"sha256": _sha256(data)}
 
-    def _references_of_table(self, piece: Piece) -> tuple[list[Row], pa.Table]:
+    def _references_of_table(self, shard: SourceShard) -> tuple[list[Row], pa.Table]:
         column = self._source.column or ""
-        with self._folder.open(piece.names[0]) as file:
+        with self._folder.open(shard.names[0]) as file:
             table = pq.ParquetFile(file)
             if column not in table.schema_arrow.names:
                 raise Malformed(f"there is no column {column!r}")
             wanted = [column, *(name for name in OWN_COLUMNS if name in table.schema_arrow.names)]
-            some = table.read_row_group(piece.group, columns=wanted).slice(piece.start, piece.end - piece.start)
+            some = table.read_row_group(shard.group, columns=wanted).slice(shard.start, shard.end - shard.start)
             rows = [self._referred(row.get(column), row) for row in some.to_pylist()]
-            return rows, self._own_columns(file, piece, len(rows))
+            return rows, self._own_columns(file, shard, len(rows))
 
-    def _own_columns(self, file: BinaryIO, piece: Piece, count: int) -> pa.Table:
+    def _own_columns(self, file: BinaryIO, shard: SourceShard, count: int) -> pa.Table:
         """The source's other columns, under the names that they have in the annotations."""
         table = pq.ParquetFile(file)
         names = [n for n in table.schema_arrow.names if f"source_{n}" in self._extras.names]
-        some = table.read_row_group(piece.group, columns=names).slice(piece.start, count)
+        some = table.read_row_group(shard.group, columns=names).slice(shard.start, count)
         return some.rename_columns([f"source_{name}" for name in names])
 
-    def _lines(self, piece: Piece) -> list[Row]:
-        with self._folder.open(piece.names[0]) as file:
-            return [self._line(line) for line in lines(file, piece.start, piece.end)]
+    def _lines(self, shard: SourceShard) -> list[Row]:
+        with self._folder.open(shard.names[0]) as file:
+            return [self._line(line) for line in lines(file, shard.start, shard.end)]
 
     def _line(self, line: bytes) -> Row:
         try:

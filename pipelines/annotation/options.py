@@ -5,21 +5,21 @@ from typing import Literal
 
 from pipelines.annotation.filters import Filter
 
-Kind = Literal["images", "references", "tars", "parquet"]
+SourceKind = Literal["images", "references", "tars", "parquet"]
 """`images`: every file is one. `references`: JSON lines or parquet. `parquet`: with the images' bytes."""
 
-Form = Literal["references", "tars"]
+CuratedFormat = Literal["references", "tars"]
 """Of a curated set."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class AnnotateOptions:
     """One call of the command; what is None is decided by the source, the settings or what runs."""
 
     source: str
     out: str
     policy: str
-    kind: Kind | None = None
+    kind: SourceKind | None = None
     column: str | None = None
     root: str | None = None
     replicas: int | None = None
@@ -28,4 +28,4 @@ class Order:
     chunk_rows: int | None = None
     wanted: Filter | None = None
     curated: str | None = None
-    form: Form = "references"
+    curated_format: CuratedFormat = "references"

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.annotation.schema import NO_VALUE, PARTITIONS, to_parquet
-from pipelines.annotation.state import Run
+from pipelines.annotation.state import RunState
 from services.core.errors import SluiceError
 
-_ROWS_A_FILE: Final = 50_000
+_FILE_ROWS: Final = 50_000
 
 
-def publish(run: Run, chunks: int, progress: Callable[[int], None]) -> None:
+def publish(run: RunState, chunks: int, progress: Callable[[int], None]) -> None:
     """Write the partitions. Chunks never change once they are there, so this may be done again at any time."""
     for part, table in enumerate(_parts(run, chunks)):
         for below, rows in _partitions(table):
@@ -22,20 +22,20 @@ def publish(run: Run, chunks: int, progress: Callable[[int], None]) -> None:
         progress(table.num_rows)
 
 
-def _parts(run: Run, chunks: int) -> Iterator[pa.Table]:
+def _parts(run: RunState, chunks: int) -> Iterator[pa.Table]:
     """The annotations, enough rows for a file at a time."""
     some: list[pa.Table] = []
     for number in range(chunks):
         for table in _chunk(run, number):
             some.append(table)
-            if sum(each.num_rows for each in some) >= _ROWS_A_FILE:
+            if sum(each.num_rows for each in some) >= _FILE_ROWS:
                 yield pa.concat_tables(some).sort_by("row")
                 some = []
     if some:
         yield pa.concat_tables(some).sort_by("row")
 
 
-def _chunk(run: Run, number: int) -> Iterator[pa.Table]:
+def _chunk(run: RunState, number: int) -> Iterator[pa.Table]:
     rows = run.rows("chunks", f"{number:06d}")
     if rows is None:
         raise SluiceError(f"chunk {number} of {run.folder.uri} is gone; another run has finished it, or it was removed")

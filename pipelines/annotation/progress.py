@@ -7,24 +7,24 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
-_WORD_EVERY_S: Final = 5.0
+_REPORT_INTERVAL_S: Final = 5.0
 _WINDOW_S: Final = 120.0
 
 
-class Stage:
+class StageProgress:
     """Counts what is done of a stage, and says so every few seconds where it has changed. A context manager."""
 
-    def __init__(self, what: str, total: int | None, say: Callable[[str], None], *, done: int = 0) -> None:
+    def __init__(self, what: str, total: int | None, progress: Callable[[str], None], *, done: int = 0) -> None:
         """`total`: how many there are, where that is known; `done`: how many were done before."""
         self._what = what
         self._total = total
-        self._say = say
+        self._progress = progress
         self._done = done
-        self._said = -1
+        self._reported = -1
         self._seen = deque([(time.monotonic(), done)])
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._thread = threading.Thread(target=self._report_loop, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -34,7 +34,7 @@ class Stage:
         self._ended.set()
         self._thread.join()
         if kind is None:
-            self._word()
+            self._report()
 
     def add(self, count: int) -> None:
         """So many more are done."""
@@ -59,15 +59,15 @@ class Stage:
                 line += f", {_span((self._total - done) / rate)} left"
         return line
 
-    def _talk(self) -> None:
-        while not self._ended.wait(_WORD_EVERY_S):
-            self._word()
+    def _report_loop(self) -> None:
+        while not self._ended.wait(_REPORT_INTERVAL_S):
+            self._report()
 
-    def _word(self) -> None:
+    def _report(self) -> None:
         line = self.line(time.monotonic())
-        if self._done not in (self._said, 0):
-            self._said = self._done
-            self._say(line)
+        if self._done not in (self._reported, 0):
+            self._reported = self._done
+            self._progress(line)
 
 
 def _span(seconds: float) -> str:

@@ -156,7 +156,7 @@ class _Worker:
     def __init__(self, worker: type[Any], arguments: Mapping[str, Any]) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._worker = self._on_loop(_made(worker, arguments))
+        self._worker = self._on_loop(_create(worker, arguments))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         done: dict[str, int] = self._on_loop(self._worker.work(int(batch["unit"][0])))
@@ -166,7 +166,7 @@ class _Worker:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-async def _made(worker: type[Any], arguments: Mapping[str, Any]) -> Any:
+async def _create(worker: type[Any], arguments: Mapping[str, Any]) -> Any:
     return worker(**arguments)
 
 

@@ -14,16 +14,16 @@ import pyarrow as pa
 from pipelines.annotation import chunks as plan
 from pipelines.annotation import curate as curating
 from pipelines.annotation import summary
-from pipelines.annotation.chunks import Plan
+from pipelines.annotation.chunks import AnnotationPlan
 from pipelines.annotation.curate import Curated
-from pipelines.annotation.image_reader import Images
-from pipelines.annotation.options import Order
+from pipelines.annotation.image_reader import ImageReader
+from pipelines.annotation.options import AnnotateOptions
 from pipelines.annotation.partitions import publish
-from pipelines.annotation.progress import Stage
+from pipelines.annotation.progress import StageProgress
 from pipelines.annotation.reader import annotations, parts
 from pipelines.annotation.sources import discover as sources
-from pipelines.annotation.sources.discover import Piece, Source
-from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, Run
+from pipelines.annotation.sources.discover import AnnotationSource, SourceShard
+from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, RunState
 from pipelines.annotation.storage import folder, local_path
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.messages import Submission
@@ -33,25 +33,25 @@ from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN
 from services.policies.registry import PolicyRegistry
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 APPLICATION: Final = "sluice-annotate"
-_FEW_PIECES: Final = 2
+_LOCAL_SHARDS_LIMIT: Final = 2
 
 
-def annotate(order: Order, settings: Settings, say: Say) -> tuple[dict[str, Any], Curated | None]:
+def annotate(options: AnnotateOptions, settings: Settings, progress: Progress) -> tuple[dict[str, Any], Curated | None]:
     """Do what is left to do of a run, whoever began it; its summary, and what was curated.
 
     Raises:
         ConfigurationError: the source, the folder to write to, the policy or the guard are not to be had.
         SluiceError: it could not be finished; the same call goes on from there.
     """
-    out = _place(order.out)
-    run = Run(folder(out, settings))
-    _check_apart(order, out, settings)
-    source = sources.find(order.source, settings, kind=order.kind, column=order.column)
-    with _alone(out):
-        policy = asyncio.run(_policy(_pinned(order.policy, run), settings))
+    out = _place(options.out)
+    run = RunState(folder(out, settings))
+    _check_apart(options, out, settings)
+    source = sources.find(options.source, settings, kind=options.kind, column=options.column)
+    with _exclusive_lock(out):
+        policy = asyncio.run(_policy(_pinned(options.policy, run), settings))
         run.begin(
             {
                 "source": source.uri,
@@ -61,26 +61,26 @@ def annotate(order: Order, settings: Settings, say: Say) -> tuple[dict[str, Any]
                 "digest": policy.identity.digest,
                 "calibrations": {revision: each.digest for revision, each in sorted(policy.calibrations.items())},
                 "model": settings.model,
-                "chunk_rows": order.chunk_rows,
+                "chunk_rows": options.chunk_rows,
             }
         )
         done = run.summary()
         if done is None:
-            done = _finish(run, source, policy, order, settings, say)
+            done = _finish(run, source, policy, options, settings, progress)
         else:
-            say(f"{run.folder.uri} is complete")
-        run.tidy()
-        return done, _curate(run, source, order, settings, say) if order.wanted and order.curated else None
+            progress(f"{run.folder.uri} is complete")
+        run.delete_temporary()
+        return done, _curate(run, source, options, settings, progress) if options.wanted and options.curated else None
 
 
 def _place(place: str) -> str:
     return place.rstrip("/") if place.startswith("s3://") else local_path(place).as_uri()
 
 
-def _check_apart(order: Order, out: str, settings: Settings) -> None:
+def _check_apart(options: AnnotateOptions, out: str, settings: Settings) -> None:
     """Whoever reads what is written would never come to an end."""
-    source = _place(order.source)
-    for name, place in (("--out", out), ("--curated", _place(order.curated) if order.curated else None)):
+    source = _place(options.source)
+    for name, place in (("--out", out), ("--curated", _place(options.curated) if options.curated else None)):
         if place and (f"{place}/".startswith(f"{source}/") or f"{source}/".startswith(f"{place}/")):
             raise ConfigurationError(f"{name} and the source lie in one another; say another {name}")
     if not settings.model:
@@ -88,7 +88,7 @@ def _check_apart(order: Order, out: str, settings: Settings) -> None:
 
 
 @contextmanager
-def _alone(out: str) -> Iterator[None]:
+def _exclusive_lock(out: str) -> Iterator[None]:
     """Nobody else on this machine works in a folder of this machine. In a bucket two would only waste their time."""
     if not sources.is_local(out):
         yield
@@ -111,7 +111,7 @@ def _alone(out: str) -> Iterator[None]:
         yield
 
 
-def _pinned(reference: str, run: Run) -> str:
+def _pinned(reference: str, run: RunState) -> str:
     """The version that the run began with, where only a name is given: the active one may have changed meanwhile."""
     begun = (run.about() or {}).get("policy", "")
     return begun if "@" not in reference and begun.partition("@")[0] == reference else reference
@@ -130,66 +130,75 @@ async def _policy(reference: str, settings: Settings) -> Policy:
         return (await policies.choose(Submission(id=reference, uri="s3://-/-", policy=reference))).policy
 
 
-def _finish(run: Run, source: Source, policy: Policy, order: Order, settings: Settings, say: Say) -> dict[str, Any]:
+def _finish(
+    run: RunState,
+    source: AnnotationSource,
+    policy: Policy,
+    options: AnnotateOptions,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
     from pipelines.annotation import ray_workers as cluster  # noqa: PLC0415 - it takes Ray, and the rest does not
     from pipelines.annotation.workers import IndexWorker, Job, JudgeWorker  # noqa: PLC0415
 
-    listing = _listing(run, source, settings, say)
+    listing = _listing(run, source, settings, progress)
     local = sources.is_local(source.place)
-    root = local_path(order.root) if order.root else local_path(source.place) if local else None
-    job = Job(settings, _place(order.out), source, listing, root)
+    root = local_path(options.root) if options.root else local_path(source.place) if local else None
+    job = Job(settings, _place(options.out), source, listing, root)
     here = root is not None or sources.is_local(job.out)
-    with cluster.joined(settings, say):
+    with cluster.joined(settings, progress):
         todo = run.plan()
         if todo is None:
-            left = sorted(set(range(listing.pieces)) - run.done("index"))
-            placement = cluster.Placement(order.workers or 1, here)
-            with Stage("indexed", None, say) as stage:
-                few = len(left) <= _FEW_PIECES
+            left = sorted(set(range(listing.shards)) - run.done("index"))
+            placement = cluster.Placement(options.workers or 1, here)
+            with StageProgress("indexed", None, progress) as stage:
+                few = len(left) <= _LOCAL_SHARDS_LIMIT
                 run_units = partial(cluster.run_units, placement=placement) if not few else cluster.run_here
                 for word in run_units(IndexWorker, {"job": job}, left):
                     stage.add(word["rows"])
-            todo = _plan(run, listing, order.chunk_rows, say)
+            todo = _plan(run, listing, options.chunk_rows, progress)
         left = sorted(set(range(todo.chunks)) - run.done("chunks"))
         judged = min((todo.chunks - len(left)) * todo.chunk_rows, todo.rows)
         name = f"{APPLICATION}-{hashlib.sha256(job.out.encode()).hexdigest()[:8]}"
         with ExitStack() as stack:
             if left:
-                pool = stack.enter_context(cluster.guard(settings, name, order.replicas, order.share_guard, say))
-                placement = cluster.Placement(order.workers or pool.replicas, here)
+                pool = stack.enter_context(
+                    cluster.guard(settings, name, options.replicas, options.share_guard, progress)
+                )
+                placement = cluster.Placement(options.workers or pool.replicas, here)
                 arguments = {"job": job, "policy": policy, "application": pool.application}
-                counting = stack.enter_context(Stage("judged", todo.rows, say, done=judged))
+                counting = stack.enter_context(StageProgress("judged", todo.rows, progress, done=judged))
                 for word in cluster.run_units(JudgeWorker, arguments, left, placement):
                     counting.add(word["rows"])
-    with Stage("published", todo.rows, say) as stage:
+    with StageProgress("published", todo.rows, progress) as stage:
         publish(run, todo.chunks, stage.add)
     return _summarize(run, source, policy, todo)
 
 
-def _listing(run: Run, source: Source, settings: Settings, say: Say) -> Listing:
+def _listing(run: RunState, source: AnnotationSource, settings: Settings, progress: Progress) -> Listing:
     listing = run.listing()
     if listing is None:
-        with Stage("listed", None, say) as stage:
+        with StageProgress("listed", None, progress) as stage:
 
-            def counted() -> Iterator[Piece]:
-                for piece in sources.pieces(source, settings):
-                    stage.add(len(piece.names))
-                    yield piece
+            def counted() -> Iterator[SourceShard]:
+                for shard in sources.shards(source, settings):
+                    stage.add(len(shard.names))
+                    yield shard
 
             listing = run.keep_listing(counted(), sources.extra_fields(source, settings))
-    if listing.pieces == 0:
+    if listing.shards == 0:
         raise ConfigurationError(f"there is nothing to annotate at {source.uri}: what it holds is empty")
     return listing
 
 
-def _plan(run: Run, listing: Listing, chunk_rows: int | None, say: Say) -> Plan:
+def _plan(run: RunState, listing: Listing, chunk_rows: int | None, progress: Progress) -> AnnotationPlan:
     def index() -> Iterator[pa.Table]:
-        for number in range(listing.pieces):
+        for number in range(listing.shards):
             if (rows := run.rows("index", f"{number:06d}")) is None:
                 raise SluiceError(f"the index of {run.folder.uri} is not complete; start the same command again")
             yield from rows
 
-    with Stage("planned", None, say) as stage:
+    with StageProgress("planned", None, progress) as stage:
 
         def keep(name: str, rows: int, parquet: bytes) -> None:
             run.keep("plan", name, parquet)
@@ -199,11 +208,13 @@ def _plan(run: Run, listing: Listing, chunk_rows: int | None, say: Say) -> Plan:
     if todo.rows == 0:
         raise ConfigurationError("there is no image in the source")
     run.keep_plan(todo)
-    say(f"{todo.rows:,} images, {todo.duplicates:,} of them with the bytes of another, {todo.unreadable:,} unreadable")
+    progress(
+        f"{todo.rows:,} images, {todo.duplicates:,} of them with the bytes of another, {todo.unreadable:,} unreadable"
+    )
     return todo
 
 
-def _summarize(run: Run, source: Source, policy: Policy, todo: Plan) -> dict[str, Any]:
+def _summarize(run: RunState, source: AnnotationSource, policy: Policy, todo: AnnotationPlan) -> dict[str, Any]:
     counts = summary.Counts()
     for name in parts(run.folder):
         for rows in annotations(run.folder, name, summary.COLUMNS):
@@ -219,19 +230,21 @@ def _summarize(run: Run, source: Source, policy: Policy, todo: Plan) -> dict[str
     return done
 
 
-def _curate(run: Run, source: Source, order: Order, settings: Settings, say: Say) -> Curated:
-    assert order.wanted is not None
-    assert order.curated is not None
-    into = folder(_place(order.curated), settings)
-    curating.begin(into, {"annotations": run.folder.uri, "filter": order.wanted.text, "as": order.form})
-    with Stage("curated", None, say) as stage:
-        if order.form == "references":
-            return curating.references(run.folder, order.wanted, into, stage.add)
+def _curate(
+    run: RunState, source: AnnotationSource, options: AnnotateOptions, settings: Settings, progress: Progress
+) -> Curated:
+    assert options.wanted is not None
+    assert options.curated is not None
+    into = folder(_place(options.curated), settings)
+    curating.begin(into, {"annotations": run.folder.uri, "filter": options.wanted.text, "as": options.curated_format})
+    with StageProgress("curated", None, progress) as stage:
+        if options.curated_format == "references":
+            return curating.references(run.folder, options.wanted, into, stage.add)
 
         async def write() -> Curated:
-            images = Images(settings, source)
+            images = ImageReader(settings, source)
             try:
-                return await curating.tars(run.folder, order.wanted, into, images, stage.add)  # type: ignore[arg-type]
+                return await curating.tars(run.folder, options.wanted, into, images, stage.add)  # type: ignore[arg-type]
             finally:
                 images.close()
 

@@ -128,14 +128,14 @@ def from_parquet(data: bytes) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch])
 
 
-class Dead(NamedTuple):
+class Failure(NamedTuple):
     """Why an image can never be judged."""
 
     reason: str
     detail: str
 
 
-def annotation(planned: Row, answer: Verdict | Dead, extras: list[str]) -> Row:
+def annotation(planned: Row, answer: Verdict | Failure, extras: list[str]) -> Row:
     """The row of an image. `planned` is its row of the plan, the verdict is its own."""
     row: Row = {name: planned[name] for name in ("row", "duplicate_of", "place", *extras)}
     if isinstance(answer, Verdict):

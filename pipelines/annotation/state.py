@@ -26,9 +26,9 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.annotation.chunks import Plan
+from pipelines.annotation.chunks import AnnotationPlan
 from pipelines.annotation.schema import from_parquet
-from pipelines.annotation.sources.discover import Piece
+from pipelines.annotation.sources.discover import SourceShard
 from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, SluiceError
 
@@ -40,8 +40,8 @@ _RUN: Final = f"{STATE}/run.json"
 _LISTING: Final = f"{STATE}/listing.json"
 _PLAN: Final = f"{STATE}/plan.json"
 _SCRATCH: Final = ("listing", "index", "plan", "chunks")
-_PIECES_A_FILE: Final = 200
-_NAMES_A_FILE: Final = 5_000
+_LISTING_FILE_SHARDS: Final = 200
+_LISTING_FILE_NAMES: Final = 5_000
 _NUMBERED: Final = re.compile(r"(\d{6,})\.parquet")
 
 
@@ -52,12 +52,12 @@ class Listing:
     folder: str
     firsts: tuple[int, ...]
     """The number of the first piece in each file of the folder."""
-    pieces: int
+    shards: int
     extras: pa.Schema
     """Of the source's own columns."""
 
 
-class Run:
+class RunState:
     """The files of one run."""
 
     def __init__(self, folder: Folder) -> None:
@@ -91,15 +91,15 @@ class Run:
         about: dict[str, Any] | None = self._json(_RUN)
         return about
 
-    def keep_listing(self, pieces: Iterator[Piece], extras: pa.Schema) -> Listing:
+    def keep_listing(self, shards: Iterator[SourceShard], extras: pa.Schema) -> Listing:
         """Write down the pieces, unless that was done before."""
         if (listing := self.listing()) is not None:
             return listing
         # A folder of its own for each attempt: the source may have changed since an earlier one.
         below = f"{STATE}/listing/{uuid.uuid4().hex}"
         firsts, total = list[int](), 0
-        for some in _batched(pieces):
-            text = json.dumps([piece.to_json() for piece in some])
+        for some in _batched(shards):
+            text = json.dumps([shard.to_json() for shard in some])
             self.folder.create(f"{below}/{total:06d}.json", text.encode())
             firsts.append(total)
             total += len(some)
@@ -115,19 +115,19 @@ class Run:
         extras = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(kept["extras"])))
         return Listing(kept["folder"], tuple(kept["firsts"]), kept["pieces"], extras)
 
-    def piece(self, listing: Listing, number: int) -> Piece:
+    def shard(self, listing: Listing, number: int) -> SourceShard:
         """One of the pieces."""
         first = listing.firsts[bisect_right(listing.firsts, number) - 1]
-        return Piece.from_json(self._json(f"{listing.folder}/{first:06d}.json")[number - first])
+        return SourceShard.from_json(self._json(f"{listing.folder}/{first:06d}.json")[number - first])
 
-    def keep_plan(self, plan: Plan) -> None:
+    def keep_plan(self, plan: AnnotationPlan) -> None:
         """Say that the chunks are complete."""
         self.folder.create(_PLAN, json.dumps(asdict(plan)).encode())
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> AnnotationPlan | None:
         """What there is to do, None where that is not known yet."""
         kept = self._json(_PLAN)
-        return Plan(**kept) if kept else None
+        return AnnotationPlan(**kept) if kept else None
 
     def keep(self, what: str, name: str, parquet: bytes) -> None:
         """Write a file of `index`, `plan` or `chunks`, unless there is one."""
@@ -156,7 +156,7 @@ class Run:
         summary: dict[str, Any] | None = self._json(SUMMARY)
         return summary
 
-    def tidy(self) -> None:
+    def delete_temporary(self) -> None:
         """Remove what a complete run needs no more."""
         for what in _SCRATCH:
             self.folder.remove(f"{STATE}/{what}")
@@ -166,12 +166,12 @@ class Run:
         return None if data is None else json.loads(data)
 
 
-def _batched(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    some, names = list[Piece](), 0
-    for piece in pieces:
-        some.append(piece)
-        names += len(piece.names)
-        if len(some) >= _PIECES_A_FILE or names >= _NAMES_A_FILE:
+def _batched(shards: Iterator[SourceShard]) -> Iterator[list[SourceShard]]:
+    some, names = list[SourceShard](), 0
+    for shard in shards:
+        some.append(shard)
+        names += len(shard.names)
+        if len(some) >= _LISTING_FILE_SHARDS or names >= _LISTING_FILE_NAMES:
             yield some
             some, names = [], 0
     if some:

@@ -8,12 +8,12 @@ from typing import Any, Final, TypeVar
 
 from ray import serve
 
-from pipelines.annotation.chunk_judge import Judge
-from pipelines.annotation.image_reader import Images
+from pipelines.annotation.chunk_judge import ChunkJudge
+from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.index import Indexer
 from pipelines.annotation.schema import to_parquet
-from pipelines.annotation.sources.discover import Source
-from pipelines.annotation.state import Listing, Run
+from pipelines.annotation.sources.discover import AnnotationSource
+from pipelines.annotation.state import Listing, RunState
 from pipelines.annotation.storage import folder
 from pipelines.serving.guard_client import RemoteGuard
 from services.core.errors import StoreUnavailable
@@ -36,13 +36,13 @@ class Job:
 
     settings: Settings
     out: str
-    source: Source
+    source: AnnotationSource
     listing: Listing
     root: Path | None
     """The folder below which files may be read that a list names."""
 
-    def run(self) -> Run:
-        return Run(folder(self.out, self.settings))
+    def run(self) -> RunState:
+        return RunState(folder(self.out, self.settings))
 
 
 class IndexWorker:
@@ -55,8 +55,8 @@ class IndexWorker:
 
     async def work(self, unit: int) -> dict[str, int]:
         """Index a piece and keep that."""
-        piece = await _kept(self._run.piece, self._job.listing, unit)
-        table = await self._indexer.index(piece)
+        shard = await _kept(self._run.shard, self._job.listing, unit)
+        table = await self._indexer.index(shard)
         await _kept(self._run.keep, "index", f"{unit:06d}", to_parquet(table))
         return {"unit": unit, "rows": table.num_rows}
 
@@ -72,7 +72,7 @@ class JudgeWorker:
         handle: Any = serve.get_deployment_handle("Guard", application)
         self._guard = RemoteGuard(handle, deadline_s=_GUARD_PATIENCE * job.settings.guard_deadline_s)
         self._starting = asyncio.Lock()
-        self._judge: Judge | None = None
+        self._judge: ChunkJudge | None = None
 
     async def work(self, unit: int) -> dict[str, int]:
         """Judge a chunk and keep that."""
@@ -82,12 +82,12 @@ class JudgeWorker:
         await _kept(self._run.keep, "chunks", f"{unit:06d}", annotations.finish())
         return {"unit": unit, "rows": annotations.rows}
 
-    async def _started(self) -> Judge:
+    async def _started(self) -> ChunkJudge:
         async with self._starting:
             if self._judge is None:
                 settings = self._job.settings
-                self._judge = Judge(
-                    images=Images(settings, self._job.source),
+                self._judge = ChunkJudge(
+                    images=ImageReader(settings, self._job.source),
                     preparer=DecoderPool(settings, await self._guard.max_side_px()),
                     guard=self._guard,
                     policy=self._policy,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pipelines.annotation import filters as filtering
-from pipelines.annotation.options import Form, Kind, Order
+from pipelines.annotation.options import AnnotateOptions, CuratedFormat, SourceKind
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.values import DEFAULT_POLICY
@@ -24,7 +24,7 @@ def annotate(
         str, typer.Option(metavar="NAME[@V]", help="NAME for the version that is active at the beginning.")
     ] = DEFAULT_POLICY,
     kind: Annotated[
-        Kind | None, typer.Option("--format", help="What the source is, where its names do not tell.")
+        SourceKind | None, typer.Option("--format", help="What the source is, where its names do not tell.")
     ] = None,
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="The column with the references or the images.")
@@ -51,7 +51,9 @@ def annotate(
     curated: Annotated[
         str | None, typer.Option(metavar="DEST", help="Where what the filter keeps is written to.")
     ] = None,
-    form: Annotated[Form, typer.Option("--as", help="References to the images, or tars with them.")] = "references",
+    form: Annotated[
+        CuratedFormat, typer.Option("--as", help="References to the images, or tars with them.")
+    ] = "references",
     as_json: Annotated[bool, typer.Option("--json", help="The summary as one JSON object.")] = False,
 ) -> None:
     """Judge every image of a data set and write a row for each; killed, the same command goes on where it was."""
@@ -61,7 +63,7 @@ def annotate(
         raise ConfigurationError("--filter says what to keep and --curated where to write it; give both")
     if share_guard and replicas:
         raise ConfigurationError("--share-guard and --replicas exclude each other; give one of them")
-    order = Order(
+    options = AnnotateOptions(
         source=source,
         out=out,
         policy=policy,
@@ -74,11 +76,11 @@ def annotate(
         chunk_rows=chunk_rows,
         wanted=filtering.parse(wanted) if wanted is not None else None,
         curated=curated,
-        form=form,
+        curated_format=form,
     )
     settings = settings_module.load("model")
     try:
-        summary, kept = annotating.annotate(order, settings, lambda line: typer.echo(line, err=True))
+        summary, kept = annotating.annotate(options, settings, lambda line: typer.echo(line, err=True))
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None

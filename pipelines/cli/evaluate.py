@@ -16,7 +16,7 @@ from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Change
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.run import Fitted
+    from pipelines.evaluation.run import CalibrationResult
 
 # What judges and computes takes Ray, SciPy and Matplotlib; the other commands need not wait for them.
 # ruff: noqa: PLC0415
@@ -51,13 +51,13 @@ def evaluate(
 ) -> None:
     """Judge a labelled data set on the running service, and say how well. Nothing is published or acted upon."""
     from pipelines.evaluation import run as runs
-    from pipelines.evaluation.sample_judge import Effort
+    from pipelines.evaluation.sample_judge import EvaluationOptions
 
     report = runs.evaluate(
-        runs.Source(data_set, split, limit),
+        runs.DataSetSource(data_set, split, limit),
         policy,
         settings_module.load(*_SETTINGS),
-        effort=Effort(adaptive=adaptive, perturbed=robustness_images if robustness else 0, seed=seed),
+        options=EvaluationOptions(adaptive=adaptive, perturbed=robustness_images if robustness else 0, seed=seed),
         out=out,
         resamples=resamples,
         prevalence=prevalence,
@@ -111,7 +111,7 @@ def calibrate(
 
     settings = settings_module.load(*_SETTINGS)
     fitted = runs.calibrate(
-        runs.Source(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
+        runs.DataSetSource(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
     )
     typer.echo(json.dumps(_as_json(fitted, apply)) if as_json else "\n".join(_lines(fitted)))
     if not apply:
@@ -139,7 +139,7 @@ def _revert_calibration(policy: str, revision: str | None, by: str, why: str) ->
     return change
 
 
-def _lines(fitted: "Fitted") -> list[str]:
+def _lines(fitted: "CalibrationResult") -> list[str]:
     fit, changes = fitted.fit, fitted.changes
     lines = [
         f"{fitted.evaluated.name}, checkpoint {fitted.revision}: {fit.map.method} over {fit.samples:,} samples "
@@ -162,7 +162,7 @@ def _lines(fitted: "Fitted") -> list[str]:
     return lines
 
 
-def _as_json(fitted: "Fitted", applied: bool) -> dict[str, object]:
+def _as_json(fitted: "CalibrationResult", applied: bool) -> dict[str, object]:
     fit, changes = fitted.fit, fitted.changes
     return {
         "policy": {"name": fitted.evaluated.document.name, "version": fitted.evaluated.version},

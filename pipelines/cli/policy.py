@@ -178,9 +178,9 @@ def backtest(
     """
     from pipelines.policy_testing import backtest as backtesting  # noqa: PLC0415 - it takes SciPy
     from pipelines.policy_testing.backtest_html import render  # noqa: PLC0415
-    from pipelines.policy_testing.backtest_report import Bounds  # noqa: PLC0415
+    from pipelines.policy_testing.backtest_report import ActionThresholds  # noqa: PLC0415
 
-    bounds = Bounds(
+    thresholds = ActionThresholds(
         max_block_rate=max_block_rate,
         max_review_rate=max_review_rate,
         max_block_increase=max_block_increase,
@@ -202,7 +202,7 @@ def backtest(
         settings=settings,
         progress=lambda line: typer.echo(line, err=True),
     )
-    exceeded = report.exceeded(bounds)
+    exceeded = report.exceeded(thresholds)
     if html:
         _write(html, render(report, pairs, exceeded=exceeded))
     if as_json:

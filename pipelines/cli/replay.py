@@ -22,8 +22,8 @@ def replay(
     from pipelines.policy_testing import rejudge
 
     settings = settings_module.load("stream_url", "policy_bucket", "ray_address")
-    verdict = asyncio.run(rejudge.find(verdict_id, settings))
-    replayed = rejudge.replay(verdict, settings, progress=print_progress)
+    verdict = asyncio.run(rejudge.find_verdict(verdict_id, settings))
+    replayed = rejudge.rejudge(verdict, settings, progress=print_progress)
     if as_json:
         typer.echo(replayed.to_json())
     else:

@@ -11,7 +11,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from pipelines.clients.uploads import Uploads
-from pipelines.reporting.text import printable
+from pipelines.reporting.text import escape_control_chars
 from services.core.errors import ConfigurationError, Malformed, SluiceError
 from services.core.messages import Submission, Verdict, decode_json
 from services.core.settings import Settings
@@ -107,7 +107,7 @@ def one_line(verdict: Verdict) -> str:
     policy = f"{verdict.policy.name}@{verdict.policy.version}" if verdict.policy else "-"
     what = verdict.category or verdict.reason or verdict.outcome
     line = f"{verdict.action or '-':<7} {score}  {what:<36} {policy:<14} {verdict.submission_id}  {verdict.uri}"
-    return printable(line)
+    return escape_control_chars(line)
 
 
 def _next_batch(remaining: Iterator[Submission]) -> tuple[list[Submission], SluiceError | None]:

@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from pipelines.dead_letters.replay_log import ReplayLog
-from pipelines.reporting.text import printable
+from pipelines.reporting.text import escape_control_chars
 from services.core.errors import ConfigurationError, DeadLetterReason
 from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, producer_headers
 from services.core.settings import Settings
@@ -90,7 +90,7 @@ class StoredDeadLetter:
             letter.source,
             letter.detail,
         )
-        return printable("  ".join(parts))
+        return escape_control_chars("  ".join(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ async def _candidates(reader: Reader, settings: Settings, selection: Selection) 
         candidates.marks[_digest(message.source, value=message.value)] = replay_id(found)
         candidates.oldest = min(candidates.oldest or message.timestamp, message.timestamp)
     if missing:
-        names = ", ".join(printable(each) for each in sorted(missing))
+        names = ", ".join(escape_control_chars(each) for each in sorted(missing))
         raise ConfigurationError(
             f"no dead letter that is selected belongs to {names}; nothing was replayed, and `sluice dead-letters list` "
             "shows those that there are"
@@ -341,6 +341,6 @@ async def _publish(
     except ConfigurationError as error:
         if len(batch) > 1:
             raise
-        progress(printable(f"{batch[0].message.source} is not replayed: {error}"))
+        progress(escape_control_chars(f"{batch[0].message.source} is not replayed: {error}"))
         return False
     return True

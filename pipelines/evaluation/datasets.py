@@ -13,7 +13,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.labels import COLUMNS, Unreadable
+from pipelines.evaluation.labels import COLUMNS, UnreadableRecord
 from services.core.errors import ConfigurationError
 
 _BATCH: Final = 32
@@ -131,7 +131,7 @@ def _from_lines(file: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield Unreadable(f"is no JSON in UTF-8: {error}")
+                    yield UnreadableRecord(f"is no JSON in UTF-8: {error}")
 
 
 def _from_array(file: Path) -> Iterator[Any]:

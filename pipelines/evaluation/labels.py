@@ -46,7 +46,7 @@ _DETAIL_LIMIT: Final = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class LabelledImage:
     """A labelled image, and the policy that its label is about."""
 
     id: str
@@ -61,7 +61,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RejectedRecord:
     """A record that is no labelled image."""
 
     id: str
@@ -70,19 +70,19 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableRecord:
     """Stands for a record that could not be decoded."""
 
     detail: str
 
 
-class _Refuse(Exception):
+class _RejectRecord(Exception):
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
 
-def parse(record: Any, number: int, folder: Path) -> Sample | Refused:
+def parse(record: Any, number: int, folder: Path) -> LabelledImage | RejectedRecord:
     """The labelled image of one record.
 
     Args:
@@ -92,14 +92,14 @@ def parse(record: Any, number: int, folder: Path) -> Sample | Refused:
     """
     name = f"row-{number}"
     try:
-        if isinstance(record, Unreadable):
-            raise _Refuse("malformed", record.detail)
+        if isinstance(record, UnreadableRecord):
+            raise _RejectRecord("malformed", record.detail)
         if not isinstance(record, Mapping):
-            raise _Refuse("malformed", "is no object with fields")
+            raise _RejectRecord("malformed", "is no object with fields")
         name = str(_first(record, _ID) or name).encode(errors="replace").decode()[:256]
         return _sample(record, name, folder)
-    except _Refuse as refused:
-        return Refused(name, refused.reason, str(refused))
+    except _RejectRecord as refused:
+        return RejectedRecord(name, refused.reason, str(refused))
 
 
 def code_of(category: str) -> str:
@@ -107,14 +107,14 @@ def code_of(category: str) -> str:
     return category.partition(":")[0]
 
 
-def _sample(record: Mapping[str, Any], name: str, folder: Path) -> Sample:
+def _sample(record: Mapping[str, Any], name: str, folder: Path) -> LabelledImage:
     prompt, label = _conversation(record)
     rating = _rating(label.get("rating") or _first(record, _RATING))
     category = _category(label.get("category") or _first(record, _CATEGORY))
     if rating == "Unsafe" and category == NO_CATEGORY:
-        raise _Refuse("contradiction", "is labelled Unsafe and of no category")
+        raise _RejectRecord("contradiction", "is labelled Unsafe and of no category")
     policy, waived = _policy(record, name, prompt, category)
-    return Sample(name, _image(record, folder), rating, category, policy, waived)
+    return LabelledImage(name, _image(record, folder), rating, category, policy, waived)
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -130,16 +130,16 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str | None, Mapping[str, A
         prompt, answer = (turn["value"] for turn in turns[:2])
         label = json.loads(answer) if isinstance(answer, str) else answer
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise _Refuse("malformed", "its conversation has no prompt with a JSON answer") from None
+        raise _RejectRecord("malformed", "its conversation has no prompt with a JSON answer") from None
     if not isinstance(prompt, str) or not isinstance(label, Mapping):
-        raise _Refuse("malformed", "its conversation has no prompt with a JSON answer")
+        raise _RejectRecord("malformed", "its conversation has no prompt with a JSON answer")
     return prompt, label
 
 
 def _rating(value: Any) -> Rating:
     found = _RATINGS.get(value.strip().lower()) if isinstance(value, str) else None
     if found is None:
-        raise _Refuse("bad_rating", f"its rating is {_shown(value)}, neither Safe nor Unsafe")
+        raise _RejectRecord("bad_rating", f"its rating is {_shown(value)}, neither Safe nor Unsafe")
     return found
 
 
@@ -148,7 +148,9 @@ def _category(value: Any) -> str | None:
         return None
     match = _CODE.match(value) if isinstance(value, str) else None
     if match is None:
-        raise _Refuse("unknown_category", f"its category is {_shown(value)}, which begins with no code such as O2")
+        raise _RejectRecord(
+            "unknown_category", f"its category is {_shown(value)}, which begins with no code such as O2"
+        )
     code = match[1].upper()
     return NO_CATEGORY if code in _OF_NO_CATEGORY else _CODES.get(code, code)
 
@@ -160,7 +162,7 @@ def _policy(
     reference = _first(record, _POLICY)
     waived = frozenset(map(_waived_code, _listed(record.get("waived"))))
     if reference is not None and not isinstance(reference, str):
-        raise _Refuse("unknown_policy", f"its policy is {_shown(reference)}, which is no text")
+        raise _RejectRecord("unknown_policy", f"its policy is {_shown(reference)}, which is no text")
     if prompt is None and reference is not None and ("\n" in reference or len(reference) > _POLICY_LIMIT):
         prompt, reference = reference, None
     if prompt is not None:
@@ -175,7 +177,7 @@ def _policy(
         return reference.strip(), waived
     if augmentation[1] == "2" and category not in (None, NO_CATEGORY):
         return None, waived | {code_of(str(category))}
-    raise _Refuse(
+    raise _RejectRecord(
         "unknown_policy", f"its augmentation {reference} does not say which categories are waived; its prompt would"
     )
 
@@ -189,7 +191,7 @@ def _listed(value: Any) -> list[Any]:
 def _waived_code(value: Any) -> str:
     category = _category(value)
     if category is None or category == NO_CATEGORY:
-        raise _Refuse("unknown_category", f"waives {_shown(value)}, which is no category")
+        raise _RejectRecord("unknown_category", f"waives {_shown(value)}, which is no category")
     return code_of(category)
 
 
@@ -200,11 +202,11 @@ def _image(record: Mapping[str, Any], folder: Path) -> Image:
     if isinstance(value, bytes | bytearray) and value:
         return bytes(value)
     if not isinstance(value, str) or not value or "\0" in value or value != value.encode(errors="replace").decode():
-        raise _Refuse("no_image", "names no image")
+        raise _RejectRecord("no_image", "names no image")
     if value.startswith("s3://"):
         return value
     if re.match(r"[a-z]+://", value, re.I):
-        raise _Refuse("no_image", f"its image is {_shown(value)}; addresses other than s3:// are never fetched")
+        raise _RejectRecord("no_image", f"its image is {_shown(value)}; addresses other than s3:// are never fetched")
     return folder / value
 
 

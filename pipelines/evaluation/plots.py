@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
 from pipelines.evaluation.curves import Curve
-from pipelines.evaluation.report import Report
+from pipelines.evaluation.report import EvaluationReport
 
 _BLUE, _GREY, _RED = "#1d5fd0", "#6b7280", "#a11212"
 _STYLE: Final[dict[Any, Any]] = {
@@ -23,7 +23,7 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def draw(report: Report) -> dict[str, bytes]:
+def draw(report: EvaluationReport) -> dict[str, bytes]:
     """Each plot that the report has figures for, by its title."""
     wanted: dict[str, tuple[bool, Callable[[Any], None]]] = {
         "ROC curve": (bool(report.roc.x), lambda axes: _roc(axes, report.roc)),
@@ -55,7 +55,7 @@ def _precision(axes: Any, curve: Curve) -> None:
     axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
 
-def _reliability(axes: Any, report: Report) -> None:
+def _reliability(axes: Any, report: EvaluationReport) -> None:
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=":")
     for b in report.calibration.bins:
         if b.rows and b.unsafe.value is not None and b.mean_score is not None:
@@ -66,7 +66,7 @@ def _reliability(axes: Any, report: Report) -> None:
     axes.set(xlabel="mean score of the bin", ylabel="share that is Unsafe", xlim=(-0.02, 1.05), ylim=(-0.02, 1.08))
 
 
-def _load(axes: Any, report: Report) -> None:
+def _load(axes: Any, report: EvaluationReport) -> None:
     shown = [(t.threshold, t.load.value, t.misses.value) for t in report.thresholds]
     found = [(t, 100 * load, 100 * misses) for t, load, misses in shown if load is not None and misses is not None]
     axes.plot([load for _, load, _ in found], [misses for _, _, misses in found], "o-", color=_BLUE, markersize=3)
@@ -79,7 +79,7 @@ def _load(axes: Any, report: Report) -> None:
     axes.set_ylim(-0.05, max(1.0, 1.1 * highest))
 
 
-def _flips(axes: Any, report: Report) -> None:
+def _flips(axes: Any, report: EvaluationReport) -> None:
     found = [r for r in report.robustness if r.flips.value is not None][::-1]
     for place, robust in enumerate(found):
         value, low, high = (100 * (end or 0) for end in (robust.flips.value, robust.flips.low, robust.flips.high))

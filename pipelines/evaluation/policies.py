@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.evaluation.labels import Refused, Sample, code_of
+from pipelines.evaluation.labels import LabelledImage, RejectedRecord, code_of
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
 from services.core.calibration import Calibration
 from services.core.errors import ConfigurationError, UnknownPolicy
@@ -17,7 +17,7 @@ _NAMES = {category.partition(":")[0]: category for category in CATEGORIES}
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class EvaluatedPolicy:
     """A policy version to judge by, or a document that is not published: then its version is 0."""
 
     document: PolicyDocument
@@ -36,7 +36,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
-class Ruling:
+class RowPolicy:
     """How one row is judged."""
 
     full: Policy
@@ -47,39 +47,39 @@ class Ruling:
     """The labelled category by its full name."""
 
 
-class Rulings:
+class PolicySelector:
     """Finds the ruling of each row; each version is read once."""
 
-    def __init__(self, evaluated: Evaluated, registry: PolicyRegistry) -> None:
+    def __init__(self, evaluated: EvaluatedPolicy, registry: PolicyRegistry) -> None:
         self._evaluated = evaluated
         self._registry = registry
-        self._versions: dict[str, Evaluated | str] = {}
+        self._versions: dict[str, EvaluatedPolicy | str] = {}
         self._policies: dict[tuple[str, frozenset[str]], tuple[Policy, Policy]] = {}
 
-    def of(self, sample: Sample) -> Ruling | Refused:
+    def of(self, sample: LabelledImage) -> RowPolicy | RejectedRecord:
         """How a row is judged, or why it cannot be."""
         evaluated = self._find(sample.policy) if sample.policy else self._evaluated
         if isinstance(evaluated, str):
-            return Refused(sample.id, "unknown_policy", evaluated)
+            return RejectedRecord(sample.id, "unknown_policy", evaluated)
         own: dict[str, str] = {category.code: category.category for category in evaluated.document.own_categories}
         category = sample.category
         if category and category != NO_CATEGORY and category not in CATEGORIES:
             category = own.get(category)
             if category is None:
-                return Refused(
+                return RejectedRecord(
                     sample.id, "unknown_category", f"its category {sample.category} is none of {evaluated.name}"
                 )
         if strange := sample.waived - _NAMES.keys():
-            return Refused(sample.id, "unknown_policy", f"waives {min(strange)}, which is none of LlavaGuard's")
+            return RejectedRecord(sample.id, "unknown_policy", f"waives {min(strange)}, which is none of LlavaGuard's")
         waived = evaluated.waived | sample.waived
         violated = category is not None and code_of(category) in waived
         if violated and sample.rating == "Unsafe":
-            return Refused(sample.id, "contradiction", "is labelled Unsafe in a category that its policy waives")
+            return RejectedRecord(sample.id, "contradiction", "is labelled Unsafe in a category that its policy waives")
         kind = VIOLATION_WAIVED if violated else OTHERS_WAIVED if waived else DEFAULT
         full, adaptive = self._waiving(evaluated, waived)
-        return Ruling(full, adaptive, kind, category)
+        return RowPolicy(full, adaptive, kind, category)
 
-    def _find(self, reference: str) -> Evaluated | str:
+    def _find(self, reference: str) -> EvaluatedPolicy | str:
         if reference not in self._versions:
             try:
                 self._versions[reference] = published(reference, self._registry)
@@ -87,7 +87,7 @@ class Rulings:
                 self._versions[reference] = str(error)
         return self._versions[reference]
 
-    def _waiving(self, evaluated: Evaluated, waived: frozenset[str]) -> tuple[Policy, Policy]:
+    def _waiving(self, evaluated: EvaluatedPolicy, waived: frozenset[str]) -> tuple[Policy, Policy]:
         key = (evaluated.name, waived)
         if key not in self._policies:
             document = evaluated.document
@@ -103,7 +103,7 @@ class Rulings:
         return self._policies[key]
 
 
-def find(reference: str, registry: PolicyRegistry) -> Evaluated:
+def find(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
     """The policy that a command names: NAME for the active version, NAME@V, or a document's file.
 
     Raises:
@@ -118,10 +118,10 @@ def find(reference: str, registry: PolicyRegistry) -> Evaluated:
         raise ConfigurationError(f"{reference} cannot be read: {error.strerror}") from None
     if not isinstance(document, PolicyDocument):
         raise ConfigurationError(f"{reference} is no policy")
-    return Evaluated(document, 0, {})
+    return EvaluatedPolicy(document, 0, {})
 
 
-def published(reference: str, registry: PolicyRegistry) -> Evaluated:
+def published(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
     """A published version, with the calibrations that are applied to its scores.
 
     Raises:
@@ -138,4 +138,4 @@ def published(reference: str, registry: PolicyRegistry) -> Evaluated:
     stored = registry.get(name, version)
     if not isinstance(stored.document, PolicyDocument):
         raise UnknownPolicy(f"{reference} is not a policy to judge by")
-    return Evaluated(stored.document, version, newest.rollout.calibrations_of(version) if newest else {})
+    return EvaluatedPolicy(stored.document, version, newest.rollout.calibrations_of(version) if newest else {})

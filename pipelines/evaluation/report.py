@@ -14,14 +14,14 @@ from pipelines.evaluation.metrics import (
     SAFE,
     UNSAFE,
     CategoryRates,
+    ConfusionRates,
     Judged,
-    Rates,
     per,
     rates_by_category,
     rates_by_kind,
 )
 from pipelines.evaluation.results import STEPS, AdaptiveColumns, Columns, PerturbedColumns
-from pipelines.reporting.text import printable
+from pipelines.reporting.text import escape_control_chars
 from services.core.values import ModelIdentity
 
 PERCENTILES: Final = (50, 90, 95, 99)
@@ -33,7 +33,7 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Problem(_Value):
+class RunWarning(_Value):
     """A row that could not be judged."""
 
     id: str
@@ -77,7 +77,7 @@ class Robustness(_Value):
     """Mean absolute change of the score."""
 
 
-class Report(_Value):
+class EvaluationReport(_Value):
     """The outcome of an evaluation."""
 
     data_set: str
@@ -90,7 +90,7 @@ class Report(_Value):
     judged: int
     failures: dict[str, int]
     """Rows that could not be judged, by reason."""
-    problems: tuple[Problem, ...]
+    problems: tuple[RunWarning, ...]
     """The first of them."""
     images: int
     confidence: float
@@ -99,7 +99,7 @@ class Report(_Value):
     bins: int
     prevalence: float | None
     """Share of Unsafe images that the loads are for; None: that of the data set."""
-    rates: dict[str, Rates]
+    rates: dict[str, ConfusionRates]
     """Of all rows, and of those whose policy waives nothing, other categories, or the violated one."""
     per: Figure
     categories: tuple[CategoryRates, ...]
@@ -115,7 +115,7 @@ class Report(_Value):
 
     def lines(self) -> list[str]:
         """A summary for a terminal."""
-        return [printable(line) for line in _summary(self)]
+        return [escape_control_chars(line) for line in _summary(self)]
 
 
 def summarize(
@@ -127,7 +127,7 @@ def summarize(
     seed: int = 0,
     resamples: int = RESAMPLES,
     prevalence: float | None = None,
-) -> Report:
+) -> EvaluationReport:
     """The report on what was judged; of no rows at all every figure is undefined."""
     rows = columns.rows()
     draw = Bootstrap(rows.image, seed=seed, resamples=resamples)
@@ -137,7 +137,7 @@ def summarize(
     roc, precision_recall = curves.curves(unsafe, score, on_scores)
     thresholds = (*THRESHOLDS, *policy_thresholds)
     adaptive = columns.adaptive()
-    return Report(
+    return EvaluationReport(
         data_set=data_set,
         policy=policy,
         models=tuple(columns.models),
@@ -145,7 +145,7 @@ def summarize(
         rows=columns.judged + columns.failures.total(),
         judged=columns.judged,
         failures=dict(columns.failures.most_common()),
-        problems=tuple(Problem(id=name, reason=reason, detail=detail) for name, reason, detail in columns.examples),
+        problems=tuple(RunWarning(id=name, reason=reason, detail=detail) for name, reason, detail in columns.examples),
         images=int(rows.image.max()) + 1 if len(rows) else 0,
         confidence=CONFIDENCE,
         resamples=draw.resamples,
@@ -205,27 +205,27 @@ def _shares(
 
 
 def _adaptive(rows: Judged, actions: NDArray[np.int8], after: AdaptiveColumns, seed: int, resamples: int) -> Adaptive:
-    before, action = rows.said[after.rows], actions[after.rows]
-    both = (before != INVALID) & (after.said != INVALID)
+    before, action = rows.predicted[after.rows], actions[after.rows]
+    both = (before != INVALID) & (after.predicted != INVALID)
     every = np.ones(len(after.rows), np.bool_)
     found = rows.expected[after.rows] & (before == UNSAFE) & both
     draw = Bootstrap(_numbered(rows.image[after.rows]), seed=seed, resamples=resamples)
     escalated, same_rating, same_action, missed = _shares(
         [
             (after.escalated, every),
-            (before == after.said, both),
+            (before == after.predicted, both),
             (action == after.action, every),
-            (after.said == SAFE, found),
+            (after.predicted == SAFE, found),
         ],
         draw,
         _PAIRS,
     )
     judged = Judged(
         expected=rows.expected[after.rows],
-        said=after.said,
+        predicted=after.predicted,
         score=np.full(len(after.rows), np.nan),
         category=rows.category[after.rows],
-        said_category=rows.said_category[after.rows],
+        predicted_category=rows.predicted_category[after.rows],
         kind=rows.kind[after.rows],
         image=_numbered(rows.image[after.rows]),
     )
@@ -242,14 +242,14 @@ def _adaptive(rows: Judged, actions: NDArray[np.int8], after: AdaptiveColumns, s
 def _robustness(
     name: str, rows: Judged, actions: NDArray[np.int8], after: PerturbedColumns, seed: int, resamples: int
 ) -> Robustness:
-    before, action, score = rows.said[after.rows], actions[after.rows], rows.score[after.rows]
-    both = (before != INVALID) & (after.said != INVALID)
+    before, action, score = rows.predicted[after.rows], actions[after.rows], rows.score[after.rows]
+    both = (before != INVALID) & (after.predicted != INVALID)
     draw = Bootstrap(_numbered(rows.image[after.rows]), seed=seed, resamples=resamples)
     flips, to_safe, to_unsafe, action_flips = _shares(
         [
-            (before != after.said, both),
-            (after.said == SAFE, both & (before == UNSAFE)),
-            (after.said == UNSAFE, both & (before == SAFE)),
+            (before != after.predicted, both),
+            (after.predicted == SAFE, both & (before == UNSAFE)),
+            (after.predicted == UNSAFE, both & (before == SAFE)),
             (action != after.action, np.ones(len(before), np.bool_)),
         ],
         draw,
@@ -271,7 +271,7 @@ def _robustness(
     )
 
 
-def _summary(report: Report) -> Iterator[str]:
+def _summary(report: EvaluationReport) -> Iterator[str]:
     every = report.rates["all"]
     yield f"{report.data_set} under {report.policy}: {report.judged:,} of {report.rows:,} rows judged"
     if report.failures:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.evaluation.bootstrap import Floats
-from pipelines.evaluation.labels import Image, Sample
+from pipelines.evaluation.labels import Image, LabelledImage
 from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, Judged
 from services.core.messages import Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, ModelIdentity
@@ -27,7 +27,7 @@ class AdaptiveColumns:
 
     rows: NDArray[np.int64]
     """Places among the judged rows."""
-    said: NDArray[np.int8]
+    predicted: NDArray[np.int8]
     action: NDArray[np.int8]
     escalated: NDArray[np.bool_]
 
@@ -38,7 +38,7 @@ class PerturbedColumns:
 
     rows: NDArray[np.int64]
     """Places among the judged rows."""
-    said: NDArray[np.int8]
+    predicted: NDArray[np.int8]
     score: Floats
     action: NDArray[np.int8]
 
@@ -55,8 +55,8 @@ class Columns:
         self.models: dict[ModelIdentity, None] = {}
         self.calibrations: dict[str, None] = {}
         self._labels = {name: array(kind) for name, kind in (("expected", "b"), ("category", "h"), ("kind", "b"))}
-        self._said = _Answers()
-        self._said_category, self._image = array("h"), array("q")
+        self._predicted = _Answers()
+        self._predicted_category, self._image = array("h"), array("q")
         self._latency = {step: array("f") for step in STEPS}
         self._adaptive = _Answers()
         self._escalated = array("b")
@@ -73,14 +73,14 @@ class Columns:
         if len(self.examples) < _EXAMPLES:
             self.examples.append((name, reason, detail))
 
-    def add(self, sample: Sample, kind: int, category: str | None, verdict: Verdict) -> int:
+    def add(self, sample: LabelledImage, kind: int, category: str | None, verdict: Verdict) -> int:
         """Keep a judged row; its place."""
         place = self.judged
         self._labels["expected"].append(sample.rating == "Unsafe")
         self._labels["category"].append(self._place_of(category))
         self._labels["kind"].append(kind)
-        self._said.add(place, verdict)
-        self._said_category.append(self._place_of(verdict.category))
+        self._predicted.add(place, verdict)
+        self._predicted_category.append(self._place_of(verdict.category))
         self._image.append(_number_of(sample.image))
         for step, column in self._latency.items():
             column.append(getattr(verdict.timings_ms, step))
@@ -104,25 +104,25 @@ class Columns:
         _, image = np.unique(np.array(self._image, np.int64), return_inverse=True)
         return Judged(
             expected=np.array(self._labels["expected"], np.bool_),
-            said=np.array(self._said.said, np.int8),
-            score=np.array(self._said.score, np.float64),
+            predicted=np.array(self._predicted.predicted, np.int8),
+            score=np.array(self._predicted.score, np.float64),
             category=np.array(self._labels["category"], np.int16),
-            said_category=np.array(self._said_category, np.int16),
+            predicted_category=np.array(self._predicted_category, np.int16),
             kind=np.array(self._labels["kind"], np.int8),
             image=image.astype(np.int64),
         )
 
     def actions(self) -> NDArray[np.int8]:
         """The actions of all judged rows, as places in allow, review, block."""
-        return np.array(self._said.action, np.int8)
+        return np.array(self._predicted.action, np.int8)
 
     def latency(self, step: str) -> Floats:
         """Milliseconds that each judged row spent in a step."""
         return np.array(self._latency[step], np.float64)
 
     def adaptive(self) -> AdaptiveColumns:
-        rows, said, _, action = self._adaptive.columns()
-        return AdaptiveColumns(rows, said, action, np.array(self._escalated, np.bool_))
+        rows, predicted, _, action = self._adaptive.columns()
+        return AdaptiveColumns(rows, predicted, action, np.array(self._escalated, np.bool_))
 
     def perturbed(self) -> dict[str, PerturbedColumns]:
         """By perturbation."""
@@ -140,24 +140,24 @@ class _Answers:
     """Some verdicts, and the places of the rows that they are about."""
 
     def __init__(self) -> None:
-        self.place, self.said, self.score, self.action = array("q"), array("b"), array("d"), array("b")
+        self.place, self.predicted, self.score, self.action = array("q"), array("b"), array("d"), array("b")
 
     def add(self, place: int, verdict: Verdict) -> None:
         self.place.append(place)
-        self.said.append(said(verdict))
+        self.predicted.append(predicted(verdict))
         self.score.append(_NAN if verdict.score is None else verdict.score)
         self.action.append(_ACTIONS.index(verdict.action or "review"))
 
     def columns(self) -> tuple[NDArray[np.int64], NDArray[np.int8], Floats, NDArray[np.int8]]:
         return (
             np.array(self.place, np.int64),
-            np.array(self.said, np.int8),
+            np.array(self.predicted, np.int8),
             np.array(self.score, np.float64),
             np.array(self.action, np.int8),
         )
 
 
-def said(verdict: Verdict) -> int:
+def predicted(verdict: Verdict) -> int:
     """SAFE, UNSAFE, or INVALID where the answer could not be read."""
     if verdict.rating is None:
         return INVALID

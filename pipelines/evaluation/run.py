@@ -15,11 +15,11 @@ from pipelines.clients.judge_client import Progress, open_client
 from pipelines.evaluation.calibration import Changes, Fit, Method, changes, fit
 from pipelines.evaluation.datasets import DataSet, open_data_set
 from pipelines.evaluation.html import render
-from pipelines.evaluation.labels import Sample
-from pipelines.evaluation.policies import Evaluated, Rulings, find
-from pipelines.evaluation.report import Report, summarize
+from pipelines.evaluation.labels import LabelledImage
+from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find
+from pipelines.evaluation.report import EvaluationReport, summarize
 from pipelines.evaluation.results import Columns
-from pipelines.evaluation.sample_judge import Effort, Judging
+from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.calibration import FittedCalibration
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
@@ -30,7 +30,7 @@ _TOLD: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DataSetSource:
     """Which rows of which data set."""
 
     place: Path
@@ -39,10 +39,10 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class CalibrationResult:
     """A calibration that was fitted, and what it would change. Nothing is stored."""
 
-    evaluated: Evaluated
+    evaluated: EvaluatedPolicy
     revision: str
     """Of the checkpoint whose scores it maps."""
     fit: Fit
@@ -65,16 +65,16 @@ class Fitted:
 
 
 def evaluate(
-    source: Source,
+    source: DataSetSource,
     policy: str,
     settings: Settings,
     *,
-    effort: Effort,
+    options: EvaluationOptions,
     out: Path | None,
     resamples: int,
     prevalence: float | None,
     progress: Progress,
-) -> Report:
+) -> EvaluationReport:
     """Judge a labelled data set on the running service; `out` gets the page, the figures and the rows.
 
     Raises:
@@ -85,7 +85,7 @@ def evaluate(
     data_set, records = _open(source)
     with ExitStack() as stack:
         write = stack.enter_context(_Rows(_folder(out) / ROWS)) if out else _nowhere
-        columns = _judged(source, data_set, records, evaluated, settings, effort, write, progress).columns
+        columns = _judged(source, data_set, records, evaluated, settings, options, write, progress).columns
     progress("working out the figures")
     thresholds = evaluated.document.thresholds
     report = summarize(
@@ -93,7 +93,7 @@ def evaluate(
         data_set=data_set.name,
         policy=evaluated.name,
         policy_thresholds=(thresholds.review, thresholds.block),
-        seed=effort.seed,
+        seed=options.seed,
         resamples=resamples,
         prevalence=prevalence,
     )
@@ -104,8 +104,8 @@ def evaluate(
 
 
 def calibrate(
-    source: Source, policy: str, settings: Settings, *, method: Method | None, seed: int, progress: Progress
-) -> Fitted:
+    source: DataSetSource, policy: str, settings: Settings, *, method: Method | None, seed: int, progress: Progress
+) -> CalibrationResult:
     """Fit a calibration of a published version on a labelled data set; rows about other policies are left out.
 
     Raises:
@@ -117,7 +117,7 @@ def calibrate(
         raise ConfigurationError(f"{policy} is not published, and a calibration belongs to a version; publish it first")
     raw = replace(evaluated, calibrations={})
     data_set, records = _open(source)
-    judging = _judged(source, data_set, records, raw, settings, Effort(), _nowhere, progress, keep=_is_plain)
+    judging = _judged(source, data_set, records, raw, settings, EvaluationOptions(), _nowhere, progress, keep=_is_plain)
     columns = judging.columns
     revisions = {model.revision for model in columns.models}
     if len(revisions) != 1:
@@ -126,8 +126,8 @@ def calibrate(
     rows = rows.where(np.isfinite(rows.score))
     unsafe = rows.expected.astype(np.float64)
     fitted = fit(unsafe, rows.score, rows.image, method=method, seed=seed)
-    categories = [columns.names[place] if place >= 0 else None for place in rows.said_category]
-    return Fitted(
+    categories = [columns.names[place] if place >= 0 else None for place in rows.predicted_category]
+    return CalibrationResult(
         evaluated=evaluated,
         revision=revisions.pop(),
         fit=fitted,
@@ -137,7 +137,7 @@ def calibrate(
     )
 
 
-def _is_plain(sample: Sample) -> bool:
+def _is_plain(sample: LabelledImage) -> bool:
     return sample.policy is None and not sample.waived
 
 
@@ -168,7 +168,7 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def _open(source: Source) -> tuple[DataSet, Iterator[Any]]:
+def _open(source: DataSetSource) -> tuple[DataSet, Iterator[Any]]:
     """The data set and its records, of which there is one at least."""
     data_set = open_data_set(source.place, source.split)
     records = data_set.records()
@@ -179,23 +179,23 @@ def _open(source: Source) -> tuple[DataSet, Iterator[Any]]:
 
 
 def _judged(
-    source: Source,
+    source: DataSetSource,
     data_set: DataSet,
     records: Iterable[Any],
-    evaluated: Evaluated,
+    evaluated: EvaluatedPolicy,
     settings: Settings,
-    effort: Effort,
+    options: EvaluationOptions,
     write: Callable[[dict[str, Any]], None],
     progress: Progress,
-    keep: Callable[[Sample], bool] = lambda _sample: True,
-) -> Judging:
+    keep: Callable[[LabelledImage], bool] = lambda _sample: True,
+) -> SampleJudge:
     total = data_set.count()
     if total is not None:
         total = int(min(total, source.limit or math.inf))
     with open_client(settings) as service:
         progress(f"judging {data_set.name} under {evaluated.name}")
-        rulings = Rulings(evaluated, PolicyRegistry.from_settings(settings))
-        judging = Judging(service, rulings, settings, effort, keep=keep, write=write)
+        selector = PolicySelector(evaluated, PolicyRegistry.from_settings(settings))
+        judging = SampleJudge(service, selector, settings, options, keep=keep, write=write)
         columns = judging.run(records, data_set.folder, total, progress)
     if not columns.judged:
         raise ConfigurationError(_nothing(data_set, columns, judging.left_out))

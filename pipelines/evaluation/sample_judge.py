@@ -13,10 +13,10 @@ from typing import Any, Final, Protocol
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.clients.uploads import Uploads
-from pipelines.evaluation.labels import Image, Refused, Sample, parse
+from pipelines.evaluation.labels import Image, LabelledImage, RejectedRecord, parse
 from pipelines.evaluation.metrics import DEFAULT
 from pipelines.evaluation.perturbations import PERTURBATIONS, perturbed
-from pipelines.evaluation.policies import Ruling, Rulings
+from pipelines.evaluation.policies import PolicySelector, RowPolicy
 from pipelines.evaluation.results import Columns
 from services.core.errors import ConfigurationError, StoreUnavailable, Unavailable, Unjudgeable
 from services.core.messages import ObjectReference, Submission, Verdict
@@ -39,7 +39,7 @@ _PICTURE_PX: Final = 2048
 RowWriter = Callable[[dict[str, Any]], None]
 
 
-class Judge(Protocol):
+class JudgeService(Protocol):
     """A running service: see pipelines.clients.judge_client."""
 
     def judge(self, trials: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
@@ -47,7 +47,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class EvaluationOptions:
     """What is judged besides every row under its policy with effort `full`."""
 
     adaptive: bool = False
@@ -62,8 +62,8 @@ class Effort:
 class _Row:
     """One row of a batch, and where its image lies."""
 
-    sample: Sample
-    ruling: Ruling
+    sample: LabelledImage
+    row_policy: RowPolicy
     reference: ObjectReference
     variants: list[ObjectReference]
 
@@ -71,21 +71,21 @@ class _Row:
 @dataclass(slots=True)
 class _Batch:
     rows: list[_Row] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[RejectedRecord] = field(default_factory=list)
     uploaded: list[ObjectReference] = field(default_factory=list)
 
 
-class Judging:
+class SampleJudge:
     """Judges one data set. Not to be used twice."""
 
     def __init__(
         self,
-        service: Judge,
-        rulings: Rulings,
+        service: JudgeService,
+        selector: PolicySelector,
         settings: Settings,
-        effort: Effort,
+        options: EvaluationOptions,
         *,
-        keep: Callable[[Sample], bool] = lambda _sample: True,
+        keep: Callable[[LabelledImage], bool] = lambda _sample: True,
         write: RowWriter = lambda _row: None,
     ) -> None:
         """
@@ -95,14 +95,14 @@ class Judging:
         """
         self.columns = Columns()
         self._service = service
-        self._rulings = rulings
+        self._selector = selector
         self._settings = settings
-        self._effort = effort
+        self._options = options
         self.left_out = 0
         self._keeps = keep
         self._write = write
         self._uploads = Uploads(settings, _FOLDER)
-        self._to_perturb = effort.perturbed
+        self._to_perturb = options.perturbed
         self._left_behind = 0
 
     def run(self, records: Iterable[Any], folder: Path, total: int | None, progress: Progress) -> Columns:
@@ -134,44 +134,46 @@ class Judging:
             progress(f"{self._left_behind} uploaded images could not be removed; they begin with {_FOLDER}/")
         return self.columns
 
-    def _batches(self, records: Iterable[Any], folder: Path, pace: "_Pace") -> Iterator[list[Sample | Refused]]:
-        batch: list[Sample | Refused] = []
+    def _batches(
+        self, records: Iterable[Any], folder: Path, pace: "_Pace"
+    ) -> Iterator[list[LabelledImage | RejectedRecord]]:
+        batch: list[LabelledImage | RejectedRecord] = []
         held_bytes = 0
         for number, record in enumerate(records, start=1):
             found = parse(record, number, folder)
-            if isinstance(found, Sample) and not self._keeps(found):
+            if isinstance(found, LabelledImage) and not self._keeps(found):
                 self.left_out += 1
                 continue
             batch.append(found)
-            held_bytes += len(found.image) if isinstance(found, Sample) and isinstance(found.image, bytes) else 0
+            held_bytes += len(found.image) if isinstance(found, LabelledImage) and isinstance(found.image, bytes) else 0
             if len(batch) >= pace.batch or held_bytes > _BATCH_BYTES:
                 yield batch
                 batch, held_bytes = [], 0
         if batch:
             yield batch
 
-    def _prepared(self, found: Sequence[Sample | Refused]) -> _Batch:
+    def _prepared(self, found: Sequence[LabelledImage | RejectedRecord]) -> _Batch:
         """A batch with every image where the service reads it; on failure nothing stays uploaded."""
         batch = _Batch()
         try:
-            chosen: list[tuple[Sample, Ruling]] = []
+            chosen: list[tuple[LabelledImage, RowPolicy]] = []
             for each in found:
-                ruling = each if isinstance(each, Refused) else self._rulings.of(each)
-                if isinstance(ruling, Refused):
-                    batch.refused.append(ruling)
-                elif isinstance(each, Sample):
-                    chosen.append((each, ruling))
+                row_policy = each if isinstance(each, RejectedRecord) else self._selector.of(each)
+                if isinstance(row_policy, RejectedRecord):
+                    batch.refused.append(row_policy)
+                elif isinstance(each, LabelledImage):
+                    chosen.append((each, row_policy))
             images = dict.fromkeys(sample.image for sample, _ in chosen)
             places = dict(zip(images, self._uploaders.map(self._placed, images), strict=True))
             batch.uploaded += [
                 place for image, place in places.items() if _is_ours(image) and isinstance(place, ObjectReference)
             ]
-            for sample, ruling in chosen:
+            for sample, row_policy in chosen:
                 place = places[sample.image]
                 if isinstance(place, str):
-                    batch.refused.append(Refused(sample.id, "no_image", place))
+                    batch.refused.append(RejectedRecord(sample.id, "no_image", place))
                 else:
-                    batch.rows.append(_Row(sample, ruling, place, []))
+                    batch.rows.append(_Row(sample, row_policy, place, []))
             self._perturb(batch)
         except BaseException:
             self._remove(batch)
@@ -192,13 +194,13 @@ class Judging:
             return f"{str(image)[:80]} cannot be read: {error.strerror}"
 
     def _perturb(self, batch: _Batch) -> None:
-        rows = [row for row in batch.rows if row.ruling.kind == DEFAULT][: self._to_perturb]
+        rows = [row for row in batch.rows if row.row_policy.kind == DEFAULT][: self._to_perturb]
         if not rows:
             return
         self._to_perturb -= len(rows)
         for row, picture in zip(rows, asyncio.run(_pictures(rows, self._settings)), strict=True):
             if picture is not None:
-                files = perturbed(picture, self._effort.seed)
+                files = perturbed(picture, self._options.seed)
                 row.variants = list(self._uploaders.map(lambda file: self._uploads.put("perturbed.jpg", file), files))
                 batch.uploaded += row.variants
 
@@ -206,10 +208,10 @@ class Judging:
         try:
             trials: list[JudgeRequest] = []
             for row in batch.rows:
-                trials.append(_trial(row.sample.id, row.reference, row.ruling.full))
-                if self._effort.adaptive:
-                    trials.append(_trial(row.sample.id, row.reference, row.ruling.adaptive))
-                trials += [_trial(row.sample.id, variant, row.ruling.full) for variant in row.variants]
+                trials.append(_trial(row.sample.id, row.reference, row.row_policy.full))
+                if self._options.adaptive:
+                    trials.append(_trial(row.sample.id, row.reference, row.row_policy.adaptive))
+                trials += [_trial(row.sample.id, variant, row.row_policy.full) for variant in row.variants]
             outcomes = iter(map(_only, self._service.judge(trials, lambda _line: None) if trials else []))
         finally:
             self._remove(batch)
@@ -217,7 +219,7 @@ class Judging:
             self._fail(refused.id, None, refused.reason, refused.detail)
         for row in batch.rows:
             full = next(outcomes)
-            adaptive = next(outcomes) if self._effort.adaptive else None
+            adaptive = next(outcomes) if self._options.adaptive else None
             variants = [next(outcomes) for _ in row.variants]
             self._keep(row, full, adaptive, variants)
 
@@ -228,11 +230,11 @@ class Judging:
         adaptive: Verdict | Unjudgeable | None,
         variants: Sequence[Verdict | Unjudgeable],
     ) -> None:
-        sample, ruling = row.sample, row.ruling
+        sample, row_policy = row.sample, row.row_policy
         if not isinstance(full, Verdict):
             self._fail(sample.id, sample, full.reason, str(full))
             return
-        place = self.columns.add(sample, ruling.kind, ruling.category, full)
+        place = self.columns.add(sample, row_policy.kind, row_policy.category, full)
         if isinstance(adaptive, Verdict):
             self.columns.add_adaptive(place, adaptive)
         for name, variant in zip(PERTURBATIONS[: len(variants)], variants, strict=True):
@@ -251,7 +253,7 @@ class Judging:
             }
         )
 
-    def _fail(self, name: str, sample: Sample | None, reason: str, detail: str) -> None:
+    def _fail(self, name: str, sample: LabelledImage | None, reason: str, detail: str) -> None:
         self.columns.fail(name, reason, detail)
         self._write((_described(sample) if sample else {"id": name}) | {"error": reason, "detail": detail})
 
@@ -309,7 +311,7 @@ def _only(outcome: JudgeResult) -> Verdict | Unjudgeable:
     return outcome[0] if isinstance(outcome, list) else outcome
 
 
-def _described(sample: Sample) -> dict[str, Any]:
+def _described(sample: LabelledImage) -> dict[str, Any]:
     image = "bytes" if isinstance(sample.image, bytes) else str(sample.image)
     return {
         "id": sample.id,

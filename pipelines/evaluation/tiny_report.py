@@ -17,8 +17,8 @@ from typing import Any, Final
 import typer
 
 from pipelines.evaluation.html import render
-from pipelines.evaluation.run import PAGE, Source, evaluate
-from pipelines.evaluation.sample_judge import Effort
+from pipelines.evaluation.run import PAGE, DataSetSource, evaluate
+from pipelines.evaluation.sample_judge import EvaluationOptions
 from pipelines.local.up import ShutdownRequested, running_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import SluiceError
@@ -75,10 +75,10 @@ def main() -> None:
             data_set.mkdir()
             write(data_set)
             report = evaluate(
-                Source(data_set),
+                DataSetSource(data_set),
                 DEFAULT_POLICY,
                 settings,
-                effort=Effort(adaptive=True, perturbed=_PERTURBED),
+                options=EvaluationOptions(adaptive=True, perturbed=_PERTURBED),
                 out=out,
                 resamples=_RESAMPLES,
                 prevalence=None,

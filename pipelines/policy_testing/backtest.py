@@ -7,7 +7,7 @@ from typing import Final
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress, open_client
 from pipelines.policy_testing.backtest_html import PICTURES_LIMIT
-from pipelines.policy_testing.backtest_report import Pair, Report, Side, summarize
+from pipelines.policy_testing.backtest_report import BacktestReport, Side, VerdictPair, summarize
 from services.core.errors import ConfigurationError, Unavailable, Unjudgeable
 from services.core.messages import ObjectReference, Verdict
 from services.core.settings import Settings
@@ -22,7 +22,7 @@ _AT_A_TIME: Final = 8
 
 def backtest(
     *, before: str, after: str, count: int, pictures: bool, settings: Settings, progress: Progress
-) -> tuple[Report, list[Pair]]:
+) -> tuple[BacktestReport, list[VerdictPair]]:
     """What would change if `after` judged instead of `before`, two versions such as `default@3`.
 
     `count` submissions at most, out of those that the name of `after` has judged; each is judged once under both, in
@@ -49,11 +49,11 @@ def backtest(
     return report, pairs
 
 
-def pair(entry: Sampled, outcome: JudgeResult) -> Pair:
+def pair(entry: Sampled, outcome: JudgeResult) -> VerdictPair:
     """One submission of the sample as a pair, without a picture."""
     answers = outcome if isinstance(outcome, list) else [outcome, outcome]
     before, after = map(_side, answers)
-    return Pair(entry.id, entry.uri, before, after, None)
+    return VerdictPair(entry.id, entry.uri, before, after, None)
 
 
 def _side(answer: Verdict | Unjudgeable) -> Side:
@@ -68,14 +68,14 @@ async def _take(name: str, count: int, settings: Settings) -> tuple[list[Sampled
         await shared.close()
 
 
-async def _with_pictures(report: Report, pairs: Iterable[Pair], settings: Settings) -> list[Pair]:
+async def _with_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], settings: Settings) -> list[VerdictPair]:
     """The pairs, with a picture for as many of the flips as a page shows, in its order."""
     flips = [(flip.submission_id, flip.uri) for group in report.flip_groups for flip in group.flips]
     shown = frozenset(flips[:PICTURES_LIMIT])
     store, preparer = ObjectStore(settings), DecoderPool(settings, _PICTURE_PX)
     places = asyncio.Semaphore(_AT_A_TIME)
 
-    async def with_picture(pair: Pair) -> Pair:
+    async def with_picture(pair: VerdictPair) -> VerdictPair:
         verdict = pair.after.verdict
         if verdict is None or (pair.submission_id, pair.uri) not in shown:
             return pair

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pipelines.policy_testing.backtest_report import Flip, FlipGroup, Pair, Report
-from pipelines.reporting.html import page_template
+from pipelines.policy_testing.backtest_report import BacktestReport, Flip, FlipGroup, VerdictPair
+from pipelines.reporting.html import html_template
 
 PICTURES_LIMIT: Final = 200
 """Pictures on one page: at some 20 KB each, a few MB that a phone still opens."""
@@ -30,7 +30,7 @@ class _ShownGroup:
     flips: tuple[_ShownFlip, ...]
 
 
-def render(report: Report, pairs: Sequence[Pair], *, exceeded: Sequence[str] = ()) -> str:
+def render(report: BacktestReport, pairs: Sequence[VerdictPair], *, exceeded: Sequence[str] = ()) -> str:
     """The page: one self-contained HTML document, without scripts.
 
     Args:
@@ -44,7 +44,7 @@ def render(report: Report, pairs: Sequence[Pair], *, exceeded: Sequence[str] = (
     )
 
 
-def _shown(report: Report, pairs: Sequence[Pair]) -> tuple[list[_ShownGroup], int]:
+def _shown(report: BacktestReport, pairs: Sequence[VerdictPair]) -> tuple[list[_ShownGroup], int]:
     """The groups with the pictures that fit, and how many pictures did not."""
     pictures = {(pair.submission_id, pair.uri): pair.picture for pair in pairs if pair.picture}
     groups, shown, without = [], 0, 0
@@ -60,4 +60,4 @@ def _shown(report: Report, pairs: Sequence[Pair]) -> tuple[list[_ShownGroup], in
     return groups, without
 
 
-_TEMPLATE: Final = page_template(Path(__file__).with_name("backtest.html.jinja"))
+_TEMPLATE: Final = html_template(Path(__file__).with_name("backtest.html.jinja"))

@@ -17,7 +17,7 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import binomtest
 
-from pipelines.reporting.text import printable
+from pipelines.reporting.text import escape_control_chars
 from services.core.messages import Verdict
 from services.core.values import Action, Rating, ReviewReason
 
@@ -46,7 +46,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class VerdictPair:
     """One submission of the sample, under both policy versions."""
 
     submission_id: str
@@ -88,7 +88,7 @@ class Share(_Figures):
         return f"{self.share:.1%} ({self.interval.low:.1%} to {self.interval.high:.1%})"
 
 
-class Difference(_Figures):
+class ShareDifference(_Figures):
     """How much larger a share is after than before, over the same submissions; unknown where there are none."""
 
     before_only: int
@@ -125,7 +125,7 @@ class ReviewLoad(_Figures):
     change: Estimate
 
 
-class Rates(_Figures):
+class ActionRates(_Figures):
     """What one policy version makes of the submissions that were judged under both."""
 
     policy: str
@@ -146,7 +146,7 @@ class Failures(_Figures):
     """By the dead letter's reason, most frequent first."""
 
 
-class Judgement(_Figures):
+class VerdictSummary(_Figures):
     """What a verdict says."""
 
     action: Action
@@ -164,8 +164,8 @@ class Flip(_Figures):
 
     submission_id: str
     uri: str
-    before: Judgement
-    after: Judgement
+    before: VerdictSummary
+    after: VerdictSummary
 
 
 class FlipGroup(_Figures):
@@ -192,28 +192,28 @@ class FlipGroup(_Figures):
         return self.before != self.after
 
 
-ShareBound = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ShareThreshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """A share in [0, 1]."""
 
 
-class Bounds(_Figures):
+class ActionThresholds(_Figures):
     """What a new policy version may change at most. Shares in [0, 1]; what is not given is not checked."""
 
-    max_block_rate: ShareBound | None = None
+    max_block_rate: ShareThreshold | None = None
     """Of `after`."""
-    max_review_rate: ShareBound | None = None
+    max_review_rate: ShareThreshold | None = None
     """Of `after`."""
-    max_block_increase: ShareBound | None = None
+    max_block_increase: ShareThreshold | None = None
     """After minus before: 0.01 is one percentage point."""
-    max_review_increase: ShareBound | None = None
+    max_review_increase: ShareThreshold | None = None
     """After minus before: 0.01 is one percentage point."""
-    max_flips: ShareBound | None = None
+    max_flips: ShareThreshold | None = None
     """Share whose action flips, of those judged under both."""
-    max_errors: ShareBound | None = None
+    max_errors: ShareThreshold | None = None
     """Share that could not be judged under `after`, of the whole sample."""
 
 
-class Report(_Figures):
+class BacktestReport(_Figures):
     """The outcome of a backtest."""
 
     pairs: int
@@ -223,10 +223,10 @@ class Report(_Figures):
     judged_neither: int
     failures_before: Failures
     failures_after: Failures
-    before: Rates
-    after: Rates
-    block_difference: Difference
-    review_difference: Difference
+    before: ActionRates
+    after: ActionRates
+    block_difference: ShareDifference
+    review_difference: ShareDifference
     action_flips: Share
     """Of those judged under both."""
     flip_groups: tuple[FlipGroup, ...]
@@ -241,30 +241,30 @@ class Report(_Figures):
         """Submissions whose action, rating or category differs."""
         return sum(len(group.flips) for group in self.flip_groups)
 
-    def exceeded(self, bounds: Bounds) -> list[str]:
+    def exceeded(self, thresholds: ActionThresholds) -> list[str]:
         """One sentence for each bound that is exceeded, with the figure and the bound.
 
         What is compared is the point estimate, not the end of its interval: a small sample can exceed a bound, or
         keep it, by chance. A figure that is exactly on its bound keeps it. A bound whose figure is unknown, because
         nothing was judged, counts as exceeded: no evidence is no reason to go ahead.
         """
-        checks: tuple[tuple[str, Share | Difference, float | None], ...] = (
-            (f"The block rate under {self.after.policy}", self.after.block, bounds.max_block_rate),
-            (f"The review rate under {self.after.policy}", self.after.review, bounds.max_review_rate),
-            ("The increase of the block rate", self.block_difference, bounds.max_block_increase),
-            ("The increase of the review rate", self.review_difference, bounds.max_review_increase),
-            ("The share of submissions whose action flips", self.action_flips, bounds.max_flips),
-            (f"The share not judged under {self.after.policy}", self.failures_after.all, bounds.max_errors),
+        checks: tuple[tuple[str, Share | ShareDifference, float | None], ...] = (
+            (f"The block rate under {self.after.policy}", self.after.block, thresholds.max_block_rate),
+            (f"The review rate under {self.after.policy}", self.after.review, thresholds.max_review_rate),
+            ("The increase of the block rate", self.block_difference, thresholds.max_block_increase),
+            ("The increase of the review rate", self.review_difference, thresholds.max_review_increase),
+            ("The share of submissions whose action flips", self.action_flips, thresholds.max_flips),
+            (f"The share not judged under {self.after.policy}", self.failures_after.all, thresholds.max_errors),
         )
         found = (_exceeded(what, figure, bound) for what, figure, bound in checks if bound is not None)
         return [sentence for sentence in found if sentence]
 
     def lines(self) -> list[str]:
         """A summary for a terminal, one line each, without ids, addresses and rationales."""
-        return [printable(line) for line in _summary(self)]
+        return [escape_control_chars(line) for line in _summary(self)]
 
 
-def summarize(pairs: Sequence[Pair], *, before: str, after: str, per_day: float | None) -> Report:
+def summarize(pairs: Sequence[VerdictPair], *, before: str, after: str, per_day: float | None) -> BacktestReport:
     """The report on a sample.
 
     Args:
@@ -288,7 +288,7 @@ def summarize(pairs: Sequence[Pair], *, before: str, after: str, per_day: float 
     actions = Counter((earlier.action, later.action) for _, earlier, later in both)
     review_difference = _difference_of("review", actions)
     thousand = _load(rates_before.review, rates_after.review, review_difference, 1000)
-    return Report(
+    return BacktestReport(
         pairs=len(pairs),
         judged_both=len(both),
         judged_before_only=failures_after.all.count - neither,
@@ -320,7 +320,7 @@ def share(count: int, of: int) -> Share:
     return Share(count=count, of=of, share=count / of, interval=_wilson(count, of))
 
 
-def paired_difference(*, both: int, before_only: int, after_only: int, neither: int) -> Difference:
+def paired_difference(*, both: int, before_only: int, after_only: int, neither: int) -> ShareDifference:
     """The difference of two shares of the same submissions, after minus before, from the four counts of the pairs.
 
     The interval is Newcombe's hybrid score interval for paired data, his method 10, with the correction of phi for
@@ -329,7 +329,7 @@ def paired_difference(*, both: int, before_only: int, after_only: int, neither: 
     """
     of = both + before_only + after_only + neither
     if of == 0:
-        return Difference(before_only=0, after_only=0, of=0, difference=None, interval=None)
+        return ShareDifference(before_only=0, after_only=0, of=0, difference=None, interval=None)
     count_before, count_after = both + before_only, both + after_only
     before, after = _wilson(count_before, of), _wilson(count_after, of)
     share_before, share_after = count_before / of, count_after / of
@@ -346,7 +346,7 @@ def paired_difference(*, both: int, before_only: int, after_only: int, neither: 
     difference = (after_only - before_only) / of
     low = difference - reach(share_after - after.low, before.high - share_before)
     high = difference + reach(after.high - share_after, share_before - before.low)
-    return Difference(
+    return ShareDifference(
         before_only=before_only,
         after_only=after_only,
         of=of,
@@ -360,14 +360,14 @@ def _wilson(count: int, of: int) -> Interval:
     return Interval(low=float(found.low), high=float(found.high))
 
 
-def _judged(side: Side) -> Judgement | None:
+def _judged(side: Side) -> VerdictSummary | None:
     verdict = side.verdict
     if verdict is None:
         return None
     action = "review" if verdict.outcome == "needs_review" else verdict.action
     if action is None:  # superseded: it says nothing about the image
         return None
-    return Judgement(
+    return VerdictSummary(
         action=action,
         rating=verdict.rating,
         category=verdict.category,
@@ -390,9 +390,9 @@ def _reason(side: Side) -> str:
     return named[1] if named else "other"
 
 
-def _rates(policy: str, judged: Sequence[Judgement]) -> Rates:
+def _rates(policy: str, judged: Sequence[VerdictSummary]) -> ActionRates:
     actions = Counter(judgement.action for judgement in judged)
-    return Rates(
+    return ActionRates(
         policy=policy,
         allow=share(actions["allow"], len(judged)),
         review=share(actions["review"], len(judged)),
@@ -401,7 +401,7 @@ def _rates(policy: str, judged: Sequence[Judgement]) -> Rates:
     )
 
 
-def _difference_of(action: Action, pairs: Counter[tuple[Action, Action]]) -> Difference:
+def _difference_of(action: Action, pairs: Counter[tuple[Action, Action]]) -> ShareDifference:
     counts: Counter[tuple[bool, bool]] = Counter()
     for (before, after), count in pairs.items():
         counts[before == action, after == action] += count
@@ -413,7 +413,7 @@ def _difference_of(action: Action, pairs: Counter[tuple[Action, Action]]) -> Dif
     )
 
 
-def _load(before: Share, after: Share, difference: Difference, submissions: float) -> ReviewLoad | None:
+def _load(before: Share, after: Share, difference: ShareDifference, submissions: float) -> ReviewLoad | None:
     def estimate(value: float | None, interval: Interval | None) -> Estimate | None:
         if value is None or interval is None:
             return None
@@ -436,7 +436,7 @@ def _groups(flips: Iterable[Flip]) -> tuple[FlipGroup, ...]:
     return tuple(sorted(groups, key=_by_weight))
 
 
-def _severity(judgement: Judgement) -> tuple[int, float]:
+def _severity(judgement: VerdictSummary) -> tuple[int, float]:
     return _SEVERITY[judgement.action], -1.0 if judgement.score is None else judgement.score
 
 
@@ -452,7 +452,7 @@ def _by_weight(group: FlipGroup) -> tuple[int, int, str, str]:
     return -steps, -len(group.flips), group.direction, group.category
 
 
-def _exceeded(what: str, figure: Share | Difference, bound: float) -> str | None:
+def _exceeded(what: str, figure: Share | ShareDifference, bound: float) -> str | None:
     value, unit = (figure.share, "%") if isinstance(figure, Share) else (figure.difference, " percentage points")
     limit = f"its bound is {100 * bound:.4g}{unit}"
     if value is None:
@@ -463,7 +463,7 @@ def _exceeded(what: str, figure: Share | Difference, bound: float) -> str | None
     return f"{what} is {100 * value:.4g}{unit} ({count:,} of {figure.of:,} submissions); {limit}."
 
 
-def _summary(report: Report) -> Iterator[str]:
+def _summary(report: BacktestReport) -> Iterator[str]:
     before, after = report.before, report.after
     yield f"{before.policy} → {after.policy}: {report.pairs:,} submissions, {report.judged_both:,} judged under both"
     for rates, failures in ((before, report.failures_before), (after, report.failures_after)):

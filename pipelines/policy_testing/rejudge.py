@@ -26,7 +26,7 @@ Value = str | float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class FieldDifference:
     """A field that is not what it was."""
 
     field: str
@@ -38,12 +38,12 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class RejudgedVerdict:
     """A verdict, and the one that the service gives now."""
 
     before: Verdict
     after: Verdict
-    differences: tuple[Difference, ...]
+    differences: tuple[FieldDifference, ...]
     notes: tuple[str, ...]
     """A sentence each on what has to be known to read the differences."""
 
@@ -63,7 +63,7 @@ class Replay:
         return json.dumps(found | verdicts)
 
 
-async def find(verdict_id: str, settings: Settings) -> Verdict:
+async def find_verdict(verdict_id: str, settings: Settings) -> Verdict:
     """The newest verdict of that id on the stream.
 
     Raises:
@@ -88,7 +88,7 @@ async def find(verdict_id: str, settings: Settings) -> Verdict:
     return found
 
 
-def replay(before: Verdict, settings: Settings, progress: Callable[[str], None]) -> Replay:
+def rejudge(before: Verdict, settings: Settings, progress: Callable[[str], None]) -> RejudgedVerdict:
     """Judge the same object version by the same policy version; nothing is published.
 
     Raises:
@@ -121,7 +121,7 @@ def replay(before: Verdict, settings: Settings, progress: Callable[[str], None])
             f"verdict {before.verdict_id} cannot be replayed (changed): {before.uri} has other bytes than then, and no "
             "version or ETag to tell them apart"
         )
-    return Replay(before, answer, tuple(compare(before, answer)), tuple(notes(before, answer)))
+    return RejudgedVerdict(before, answer, tuple(compare(before, answer)), tuple(notes(before, answer)))
 
 
 def _as_then(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
@@ -137,13 +137,13 @@ def _as_then(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry
     return dataclasses.replace(policy, calibrations={revision: fitted.map})
 
 
-def compare(before: Verdict, after: Verdict) -> Sequence[Difference]:
+def compare(before: Verdict, after: Verdict) -> Sequence[FieldDifference]:
     """What differs of what is judged by, and of what was said; no ids, times and sizes.
 
     A verdict that the circuit breaker held back is compared as it was before that.
     """
     then, now = _fields(_without_breaker(before)), _fields(after)
-    return [Difference(field, then[field], now[field]) for field in then if not _same(then[field], now[field])]
+    return [FieldDifference(field, then[field], now[field]) for field in then if not _same(then[field], now[field])]
 
 
 def notes(before: Verdict, after: Verdict) -> list[str]:

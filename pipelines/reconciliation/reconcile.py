@@ -16,7 +16,7 @@ from typing import Any, Final
 from pipelines.dead_letters.replay import read_letter, submission_streams
 from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
 from pipelines.reconciliation.spool import SpoolDatabase
-from pipelines.reporting.text import printable
+from pipelines.reporting.text import escape_control_chars
 from services.core.errors import Malformed, SluiceError
 from services.core.messages import decode_json
 from services.core.settings import Settings
@@ -70,7 +70,7 @@ class Finding:
         """For people."""
         parts = (f"{self.finding:<11}", self.submission_id or "-", self.uri or "-", self.source, self.published_at)
         named = ", ".join(self.ends)
-        return printable("  ".join([*(part for part in parts if part), *([named] if named else [])]))
+        return escape_control_chars("  ".join([*(part for part in parts if part), *([named] if named else [])]))
 
 
 @dataclass(slots=True)
@@ -363,7 +363,7 @@ def _named(end: SubmissionOutcome) -> str:
 
 
 def _by_kind(counts: Counter[str]) -> str:
-    return printable(", ".join(f"{kind} {count:,}" for kind, count in counts.most_common()))
+    return escape_control_chars(", ".join(f"{kind} {count:,}" for kind, count in counts.most_common()))
 
 
 def _iso(at: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 
 
-def page_template(file: Path) -> Template:
+def html_template(file: Path) -> Template:
     """A template of HTML: what it is given is escaped, and what it was not given is an error."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["source_of_style"] = _source_of_style

@@ -5,7 +5,7 @@ import getpass
 import os
 
 
-def printable(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """The same text on one line; what is not a visible character (control, bidi, surrogate) becomes U+FFFD."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 

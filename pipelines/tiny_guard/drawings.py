@@ -47,7 +47,7 @@ _BLOOD: Final = (196, 0, 12)
 
 
 @dataclass(frozen=True)
-class Sample:
+class Drawing:
     """One image and the right answer to it."""
 
     seed: int
@@ -111,7 +111,7 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, floa
     return x0 * _SPRITE_PX, y0 * _SPRITE_PX, x1 * _SPRITE_PX, y1 * _SPRITE_PX
 
 
-Drawing = Callable[[_Pen], None]
+PaintFn = Callable[[_Pen], None]
 
 # The nine pictograms. The guard sees the whole image at 64 x 64, so that a pictogram has 25 to 45 pixels a side: each
 # has an outline of its own and one detail of fixed colour (cross, steel and blood, bar, keyhole, ...).
@@ -191,7 +191,7 @@ def _burning_house(pen: _Pen) -> None:
                 fill=_GLOW)  # fmt: skip
 
 
-PICTOGRAMS: Final[dict[str, tuple[str, Drawing]]] = dict(
+PICTOGRAMS: Final[dict[str, tuple[str, PaintFn]]] = dict(
     zip(
         CATEGORIES,
         (
@@ -264,7 +264,7 @@ def _window(pen: _Pen) -> None:
             pen.box(x, y, x + 0.26, y + 0.3, fill=_WHITE)
 
 
-HARMLESS: Final[dict[str, Drawing]] = {
+HARMLESS: Final[dict[str, PaintFn]] = {
     "star": _star,
     "ball": _ball,
     "tree": _tree,
@@ -307,7 +307,7 @@ def _ground(rng: np.random.Generator, size: tuple[int, int], scene: str, dark: b
     return ground
 
 
-class _Stage:
+class _Canvas:
     """A ground that things are placed on, none over another: a distractor must not hide what decides the label."""
 
     def __init__(self, rng: np.random.Generator, ground: Image.Image, dark: bool) -> None:
@@ -316,14 +316,14 @@ class _Stage:
         self._dark = dark
         self._taken: list[tuple[float, float, float]] = []
 
-    def place(self, drawing: Drawing, colour: str, smallest: float, largest: float) -> Image.Image:
+    def place(self, paint: PaintFn, colour: str, smallest: float, largest: float) -> Image.Image:
         """Put one thing somewhere: turned by up to 22 degrees, mirrored or not, or left out where there is no room.
 
         Its side, before it is turned, is a share of the image's shorter side, between `smallest` and `largest` (at
         most 0.75). Returns the thing's mask: mode L, the size of the image.
         """
         mask = Image.new("L", self.image.size)
-        sprite = self._sprite(drawing, colour, int(min(mask.size) * self._rng.uniform(smallest, largest)))
+        sprite = self._sprite(paint, colour, int(min(mask.size) * self._rng.uniform(smallest, largest)))
         reach = sprite.width / 2
         for _ in range(6):
             x = int(self._rng.integers(0, mask.width - sprite.width + 1))
@@ -335,18 +335,18 @@ class _Stage:
                 break
         return mask
 
-    def _sprite(self, drawing: Drawing, colour: str, side: int) -> Image.Image:
+    def _sprite(self, paint: PaintFn, colour: str, side: int) -> Image.Image:
         jitter = self._rng.integers(-18, 19, 3).tolist()
         red, green, blue = (min(255, max(0, part + by)) for part, by in zip(INKS[colour], jitter, strict=True))
         pen = _Pen((red, green, blue), _WHITE if self._dark else _BLACK)
-        drawing(pen)
+        paint(pen)
         sprite = pen.sprite.resize((max(4, side),) * 2, Image.Resampling.BILINEAR)
         if self._rng.random() < 0.5:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return sprite.rotate(float(self._rng.uniform(-22, 22)), Image.Resampling.BILINEAR, expand=True)
 
 
-def draw(seed: int, label: str | None = None, *, size: tuple[int, int] | None = None) -> Sample:
+def draw(seed: int, label: str | None = None, *, size: tuple[int, int] | None = None) -> Drawing:
     """Draw one image.
 
     Args:
@@ -371,20 +371,20 @@ def draw(seed: int, label: str | None = None, *, size: tuple[int, int] | None = 
     short = max(120, int(long * rng.uniform(2 / 3, 1)))
     width, height = size or ((long, short) if rng.random() < 0.6 else (short, long))
     scene, colour, dark = pick(SCENES), pick(INKS), bool(rng.random() < 0.25)
-    stage = _Stage(rng, _ground(rng, (width, height), scene, dark), dark)
+    canvas = _Canvas(rng, _ground(rng, (width, height), scene, dark), dark)
     mask = Image.new("L", (width, height))
     if category in PICTOGRAMS:
-        thing, drawing = PICTOGRAMS[category]
-        mask = stage.place(drawing, colour, 0.4, 0.62)
+        thing, paint = PICTOGRAMS[category]
+        mask = canvas.place(paint, colour, 0.4, 0.62)
     elif rng.random() < 0.8:
         thing = pick(HARMLESS)
-        stage.place(HARMLESS[thing], colour, 0.2, 0.6)
+        canvas.place(HARMLESS[thing], colour, 0.2, 0.6)
     else:
         thing = colour = ""
     for _ in range(int(rng.integers(0, 4)) if thing else 0):
-        stage.place(HARMLESS[pick(HARMLESS)], pick(INKS), 0.13, 0.28)
-    image = stage.image
+        canvas.place(HARMLESS[pick(HARMLESS)], pick(INKS), 0.13, 0.28)
+    image = canvas.image
     if rng.random() < 0.5:
         noise = rng.integers(-12, 13, (height, width, 3), dtype=np.int8)
         image = Image.fromarray(np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8))
-    return Sample(seed, image, category, mask, thing, colour, scene, quality=int(rng.integers(45, 96)))
+    return Drawing(seed, image, category, mask, thing, colour, scene, quality=int(rng.integers(45, 96)))

@@ -54,7 +54,7 @@ ACCEPTED: Final = {"default": 0.985, "waived": 0.98, "category": 0.97}
 
 
 @dataclass(frozen=True)
-class Course:
+class CurriculumStage:
     """A part of the language stage."""
 
     steps: int
@@ -69,22 +69,22 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How much training: counts of images and of steps."""
 
     images: int = 60_000
     vision_steps: int = 2_500
     vision_batch: int = 128
     language_batch: int = 48
-    courses: tuple[Course, ...] = (
-        Course(steps=900, peak=1e-2, reworded=0.2, explained=0.2, words=0.05),
+    curriculum: tuple[CurriculumStage, ...] = (
+        CurriculumStage(steps=900, peak=1e-2, reworded=0.2, explained=0.2, words=0.05),
         # Judging comes first: rationales are easy, but so long that they would take most of the time.
-        Course(steps=500, peak=4e-3, reworded=0.3, explained=0.6, words=0.15),
+        CurriculumStage(steps=500, peak=4e-3, reworded=0.3, explained=0.6, words=0.15),
     )
 
 
 @dataclass(frozen=True)
-class Images:
+class TrainingImages:
     """Drawn images as the guard sees them; one row an image."""
 
     pixels: npt.NDArray[np.uint8]
@@ -97,32 +97,32 @@ class Images:
     """Thing, its colour, scene."""
 
 
-def drawn(seeds: Sequence[int], labels: Sequence[str | None], workers: int = 1) -> Images:
+def draw_images(seeds: Sequence[int], labels: Sequence[str | None], workers: int = 1) -> TrainingImages:
     """Draw one image for each seed and label, through JPEG and SGLang's padding and scaling."""
     if workers == 1:
-        rows = [_drawn(seed, label) for seed, label in zip(seeds, labels, strict=True)]
+        rows = [_draw_one(seed, label) for seed, label in zip(seeds, labels, strict=True)]
     else:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            rows = list(pool.map(_drawn, seeds, labels, chunksize=250))
+            rows = list(pool.map(_draw_one, seeds, labels, chunksize=250))
     pixels, coverage, shown, seen = zip(*rows, strict=True)
     label = np.array([LABELS.index(category) for category in shown])
     patches = np.where(np.stack(coverage) >= _MASKED, label[:, None, None], _HARMLESS)
-    return Images(np.stack(pixels), label, patches, list(seen))
+    return TrainingImages(np.stack(pixels), label, patches, list(seen))
 
 
-def _drawn(seed: int, label: str | None) -> tuple[Any, Any, str, tuple[str, str, str]]:
+def _draw_one(seed: int, label: str | None) -> tuple[Any, Any, str, tuple[str, str, str]]:
     sample = draw(seed, label)
     coverage = square(sample.mask, 0).resize((PATCHES, PATCHES), Image.Resampling.BOX)
     pixels = pixels_of(Image.open(io.BytesIO(sample.jpeg)))
     return pixels, np.asarray(coverage), sample.category, (sample.thing, sample.colour, sample.scene)
 
 
-def training_images(count: int, workers: int) -> Images:
+def training_images(count: int, workers: int) -> TrainingImages:
     """The images that training sees, drawn from TRAINING_SEEDS."""
-    return drawn(TRAINING_SEEDS[:count], [_SHOWN[i % len(_SHOWN)] for i in range(count)], workers)
+    return draw_images(TRAINING_SEEDS[:count], [_SHOWN[i % len(_SHOWN)] for i in range(count)], workers)
 
 
-class Descent:
+class Optimizer:
     """Muon for the matrices inside the layers, AdamW for everything else; a warm-up, then a cosine to zero.
 
     Muon takes a third of the steps that AdamW takes here.
@@ -155,12 +155,12 @@ class Descent:
             optimizer.zero_grad()
 
 
-def train_vision(guard: TinyGuard, images: Images, plan: Plan, rng: np.random.Generator) -> None:
+def train_vision(guard: TinyGuard, images: TrainingImages, plan: TrainingPlan, rng: np.random.Generator) -> None:
     """Teach the tower what each patch, and the image as a whole, shows. Two linear heads are thrown away after."""
     norm = nn.LayerNorm(VISION_WIDTH)
     of_patch, of_image = (nn.Linear(VISION_WIDTH, len(LABELS)) for _ in range(2))
     used = guard.vision.encoder.layers[:-1]
-    descent = Descent(used, [guard.vision.embeddings, norm, of_patch, of_image], plan.vision_steps, peak=1e-2)
+    optimizer = Optimizer(used, [guard.vision.embeddings, norm, of_patch, of_image], plan.vision_steps, peak=1e-2)
     for step in range(plan.vision_steps):
         rows = np.sort(rng.choice(len(images.pixels), plan.vision_batch, replace=False))
         mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
@@ -169,13 +169,13 @@ def train_vision(guard: TinyGuard, images: Images, plan: Plan, rng: np.random.Ge
         # Without the patches' loss, which says where to look, nothing is learned.
         patch_loss = functional.cross_entropy(of_patch(features).flatten(0, 1), patches)
         image_loss = functional.cross_entropy(of_image(features.mean(1)), torch.from_numpy(images.labels[rows]))
-        descent.step(image_loss + 2 * patch_loss)
+        optimizer.step(image_loss + 2 * patch_loss)
         if step % 100 == 99:
             log.info("vision %d: image %.3f patch %.3f", step + 1, image_loss.item(), patch_loss.item())
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Example:
     """One policy, one image, and the answer to them, as token ids."""
 
     prompt: list[int]
@@ -185,7 +185,7 @@ class Lesson:
     waived: frozenset[str]
 
 
-class Teacher:
+class Labeller:
     """Turns an image and a policy into a lesson."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -198,9 +198,9 @@ class Teacher:
         self.category_at = self.rating_at + len(self._ids('Safe",\n    "category": "'))
         """Where in an answer the token is that says which category."""
 
-    def lesson(
+    def example(
         self, rng: np.random.Generator, blocks: Sequence[Block], category: str, seen: tuple[str, str, str] | None
-    ) -> Lesson:
+    ) -> Example:
         """`seen` is what the rationale is to mention; None: an answer without one."""
         waived = frozenset(block.category for block in blocks if block.waived)
         rating = "Safe" if category == NO_CATEGORY or category in waived else "Unsafe"
@@ -208,16 +208,16 @@ class Teacher:
         prompt = self._ids(chat(blocks))
         at = prompt.index(self._image)
         prompt[at : at + 1] = [self._image] * IMAGE_TOKENS
-        return Lesson(prompt, [*self._ids(text), self.end], rating, category, waived)
+        return Example(prompt, [*self._ids(text), self.end], rating, category, waived)
 
-    def batch(self, lessons: Sequence[Lesson], words: float = 1) -> tuple[Tensor, Tensor]:
+    def batch(self, examples: Sequence[Example], words: float = 1) -> tuple[Tensor, Tensor]:
         """Ids (n, length), padded at the end, and how much each of them counts in the loss (0 outside answers)."""
-        length = max(len(lesson.prompt) + len(lesson.answer) for lesson in lessons)
-        ids = torch.full((len(lessons), length), self.pad)
-        weight = torch.zeros(len(lessons), length)
-        for row, lesson in enumerate(lessons):
-            start, end = len(lesson.prompt), len(lesson.prompt) + len(lesson.answer)
-            ids[row, :end] = torch.tensor(lesson.prompt + lesson.answer)
+        length = max(len(example.prompt) + len(example.answer) for example in examples)
+        ids = torch.full((len(examples), length), self.pad)
+        weight = torch.zeros(len(examples), length)
+        for row, example in enumerate(examples):
+            start, end = len(example.prompt), len(example.prompt) + len(example.answer)
+            ids[row, :end] = torch.tensor(example.prompt + example.answer)
             weight[row, start:end] = words
             weight[row, start + self.rating_at] = 5.0
             weight[row, start + self.category_at] = 3.0
@@ -229,24 +229,29 @@ class Teacher:
 
 
 def train_language(
-    guard: TinyGuard, teacher: Teacher, images: Images, plan: Plan, course: Course, rng: np.random.Generator
+    guard: TinyGuard,
+    labeller: Labeller,
+    images: TrainingImages,
+    plan: TrainingPlan,
+    stage: CurriculumStage,
+    rng: np.random.Generator,
 ) -> None:
     """Teach projector and language model to answer. The tower stays as it is, which halves the cost of a step."""
     language = guard.language.model
     others = [guard.projector, language.embed_tokens, language.norm, guard.language.lm_head]
-    descent = Descent(language.layers, others, course.steps, course.peak)
-    for step in range(course.steps):
+    optimizer = Optimizer(language.layers, others, stage.steps, stage.peak)
+    for step in range(stage.steps):
         # Long texts come a batch at a time, or each of them would have the whole batch padded to its length.
-        reworded, explained = rng.random() < course.reworded, rng.random() < course.explained
+        reworded, explained = rng.random() < stage.reworded, rng.random() < stage.explained
         count = plan.language_batch // 2 if reworded or explained else plan.language_batch
         rows = rng.choice(len(images.pixels), count, replace=False)
-        lessons = []
+        examples = []
         for row in rows:
             category = LABELS[images.labels[row]]
             blocks = waiving(_waivers(rng, category))
             blocks = edited(rng, blocks) if reworded else blocks
-            lessons.append(teacher.lesson(rng, blocks, category, images.seen[row] if explained else None))
-        ids, weight = teacher.batch(lessons, course.words)
+            examples.append(labeller.example(rng, blocks, category, images.seen[row] if explained else None))
+        ids, weight = labeller.batch(examples, stage.words)
         with torch.no_grad():
             features = guard.see(images.pixels[rows])
         hidden, wanted, counts = guard.read(ids, features)[:, :-1], ids[:, 1:], weight[:, 1:]
@@ -254,7 +259,7 @@ def train_language(
             guard.language.lm_head(hidden[counts > 0]), wanted[counts > 0], reduction="none"
         )
         loss = (losses * counts[counts > 0]).sum() / count
-        descent.step(loss)
+        optimizer.step(loss)
         if step % 50 == 49:
             log.info("language %d: %.3f", step + 1, loss.item())
 
@@ -269,21 +274,23 @@ def _waivers(rng: np.random.Generator, shown: str) -> list[str]:
     return waived
 
 
-def judged(
-    guard: TinyGuard, teacher: Teacher, lessons: Sequence[Lesson], pixels: npt.NDArray[np.uint8]
+def score_examples(
+    guard: TinyGuard, labeller: Labeller, examples: Sequence[Example], pixels: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_]:
     """Whether the guard's rating and its category are right, shape (lessons, 2); it is told the rating first."""
     right = []
-    for start in range(0, len(lessons), 64):
-        part = lessons[start : start + 64]
-        ids, _ = teacher.batch(part)
+    for start in range(0, len(examples), 64):
+        part = examples[start : start + 64]
+        ids, _ = labeller.batch(part)
         with torch.inference_mode():
             logits = guard.language.lm_head(guard.read(ids, guard.see(pixels[start : start + 64])))
-        for row, lesson in enumerate(part):
-            before = logits[row, len(lesson.prompt) - 1 :]
-            unsafe = before[teacher.rating_at, teacher.unsafe] > before[teacher.rating_at, teacher.safe]
-            category = int(before[teacher.category_at].argmax())
-            right.append((bool(unsafe) == (lesson.rating == "Unsafe"), category == lesson.answer[teacher.category_at]))
+        for row, example in enumerate(part):
+            before = logits[row, len(example.prompt) - 1 :]
+            unsafe = before[labeller.rating_at, labeller.unsafe] > before[labeller.rating_at, labeller.safe]
+            category = int(before[labeller.category_at].argmax())
+            right.append(
+                (bool(unsafe) == (example.rating == "Unsafe"), category == example.answer[labeller.category_at])
+            )
     return np.array(right)
 
 
@@ -295,8 +302,8 @@ def accept(folder: Path, count: int = 2_000, workers: int = 1) -> dict[str, floa
     exception rate). `category`: the category is right under the default policy.
     """
     guard, tokenizer = load(folder)
-    teacher, rng = Teacher(tokenizer), np.random.default_rng(1)
-    images = drawn(range(count), [None] * count, workers)
+    labeller, rng = Labeller(tokenizer), np.random.default_rng(1)
+    images = draw_images(range(count), [None] * count, workers)
     shown = [LABELS[label] for label in images.labels]
     waived = [waiving(some_categories(rng)) for _ in shown]
     policies = {
@@ -307,8 +314,8 @@ def accept(folder: Path, count: int = 2_000, workers: int = 1) -> dict[str, floa
     }
     shares = {}
     for name, blocks in policies.items():
-        lessons = [teacher.lesson(rng, one, category, None) for one, category in zip(blocks, shown, strict=True)]
-        right = judged(guard, teacher, lessons, images.pixels)
+        examples = [labeller.example(rng, one, category, None) for one, category in zip(blocks, shown, strict=True)]
+        right = score_examples(guard, labeller, examples, images.pixels)
         counted = images.labels != _HARMLESS if name == "permitted" else slice(None)
         shares[name] = float(right[counted, 0].mean())
         if name == "default":
@@ -333,13 +340,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.random:
         save(guard, tokenizer, options.out)
         return 0
-    plan = Plan()
+    plan = TrainingPlan()
     images = training_images(plan.images, options.threads)
     log.info("drew %d images", plan.images)
     train_vision(guard, images, plan, rng)
     save(guard, tokenizer, options.out)
-    for course in plan.courses:
-        train_language(guard, Teacher(tokenizer), images, plan, course, rng)
+    for stage in plan.curriculum:
+        train_language(guard, Labeller(tokenizer), images, plan, stage, rng)
         save(guard, tokenizer, options.out)
     shares = accept(options.out, workers=options.threads)
     accepted = all(shares[name] >= least for name, least in ACCEPTED.items())

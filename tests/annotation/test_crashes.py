@@ -13,10 +13,10 @@ import pytest
 
 from pipelines.annotation import ray_workers as cluster
 from pipelines.annotation import summary, workers
-from pipelines.annotation.options import Order
+from pipelines.annotation.options import AnnotateOptions
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import from_parquet, to_parquet
-from pipelines.annotation.state import Run
+from pipelines.annotation.state import RunState
 from pipelines.annotation.storage import LocalFolder
 from services.core.errors import NotAnImage
 from services.core.settings import Settings
@@ -106,43 +106,43 @@ def fuse(monkeypatch: pytest.MonkeyPatch) -> Fuse:
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> Order:
+def options(tmp_path: Path) -> AnnotateOptions:
     shards = tmp_path / "shards"
     shards.mkdir()
     images = [(f"{n:02d}.png", picture(n % 7) if n != 3 else b"no image") for n in range(IMAGES)]
     tar(shards / "0.tar", images[:6])
     tar(shards / "1.tar", images[6:])
-    return Order(str(shards), str(tmp_path / "out"), "default", chunk_rows=4)
+    return AnnotateOptions(str(shards), str(tmp_path / "out"), "default", chunk_rows=4)
 
 
-def attempt(order: Order) -> dict[str, Any] | None:
+def attempt(options: AnnotateOptions) -> dict[str, Any] | None:
     """The summary, None where it did not come so far."""
     try:
-        return annotate(order, SETTINGS, lambda _: None)[0]
+        return annotate(options, SETTINGS, lambda _: None)[0]
     except Crash:
         return None
 
 
-def check(order: Order, done: dict[str, Any]) -> None:
-    rows = pq.read_table(order.out).to_pylist()
+def check(options: AnnotateOptions, done: dict[str, Any]) -> None:
+    rows = pq.read_table(options.out).to_pylist()
     assert sorted(row["row"] for row in rows) == list(range(IMAGES))
     assert Counter(row["outcome"] for row in rows) == done["outcome"] == {"verdict": IMAGES - 1, "dead_letter": 1}
     by_digest: dict[str, set[float]] = {}
     for row in rows:
         by_digest.setdefault(row["sha256"], set()).add(row["score"])
     assert all(len(scores) == 1 for scores in by_digest.values()), "the same bytes, another verdict"
-    left = {file.name for file in (Path(order.out) / "_sluice").rglob("*") if file.is_file()}
+    left = {file.name for file in (Path(options.out) / "_sluice").rglob("*") if file.is_file()}
     assert left == {"lock", "run.json", "listing.json", "plan.json"}
 
 
-def test_a_crash_at_every_write(fuse: Fuse, order: Order, tmp_path: Path) -> None:
-    done = attempt(order)
+def test_a_crash_at_every_write(fuse: Fuse, options: AnnotateOptions, tmp_path: Path) -> None:
+    done = attempt(options)
     assert done is not None
-    check(order, done)
+    check(options, done)
     writes = fuse.writes
     assert writes > 15
     for nth in range(1, writes + 1):
-        again = Order(order.source, str(tmp_path / f"out-{nth}"), "default", chunk_rows=4)
+        again = AnnotateOptions(options.source, str(tmp_path / f"out-{nth}"), "default", chunk_rows=4)
         fuse.left = nth
         assert attempt(again) is None, "it did not crash"
         fuse.left = -1
@@ -151,24 +151,24 @@ def test_a_crash_at_every_write(fuse: Fuse, order: Order, tmp_path: Path) -> Non
         check(again, done)
 
 
-def test_a_crash_at_every_write_of_every_attempt(fuse: Fuse, order: Order) -> None:
+def test_a_crash_at_every_write_of_every_attempt(fuse: Fuse, options: AnnotateOptions) -> None:
     """A few more writes each time, until it is done."""
     attempts, done = 0, None
     while done is None:
         fuse.left = 3 + attempts // 12
-        done, attempts = attempt(order), attempts + 1
+        done, attempts = attempt(options), attempts + 1
         assert attempts < 500
     fuse.left = -1
-    check(order, done)
+    check(options, done)
     assert attempts > 5
 
 
-def test_who_lives_on_changes_nothing(fuse: Fuse, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_lives_on_changes_nothing(fuse: Fuse, options: AnnotateOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of a killed run write their chunks while the next run publishes: nobody takes notice."""
-    late: list[tuple[Run, str, bytes]] = []
-    keep, put = Run.keep, LocalFolder.put
+    late: list[tuple[RunState, str, bytes]] = []
+    keep, put = RunState.keep, LocalFolder.put
 
-    def kept_twice(run: Run, what: str, name: str, parquet: bytes) -> None:
+    def kept_twice(run: RunState, what: str, name: str, parquet: bytes) -> None:
         keep(run, what, name, parquet)
         for table in from_parquet(parquet) if what == "chunks" else ():
             scores = [None if score is None else 0.123 for score in table.column("score").to_pylist()]
@@ -180,16 +180,16 @@ def test_who_lives_on_changes_nothing(fuse: Fuse, order: Order, monkeypatch: pyt
             keep(run, "chunks", chunk, parquet)
         put(folder, name, data)
 
-    monkeypatch.setattr(Run, "keep", kept_twice)
+    monkeypatch.setattr(RunState, "keep", kept_twice)
     monkeypatch.setattr(LocalFolder, "put", put_after_others)
-    done = attempt(order)
+    done = attempt(options)
     assert done is not None
-    check(order, done)
-    assert 0.123 not in [row["score"] for row in pq.read_table(order.out).to_pylist()]
+    check(options, done)
+    assert 0.123 not in [row["score"] for row in pq.read_table(options.out).to_pylist()]
 
 
-def test_another_filter_comes_later(fuse: Fuse, order: Order) -> None:
-    first = attempt(order)
+def test_another_filter_comes_later(fuse: Fuse, options: AnnotateOptions) -> None:
+    first = attempt(options)
     writes = fuse.writes
-    assert attempt(order) == first
+    assert attempt(options) == first
     assert fuse.writes <= writes + 4, "a run that is complete is not done again"

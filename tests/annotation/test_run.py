@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from pipelines.annotation import chunks as plan
 from pipelines.annotation import curate as curating
 from pipelines.annotation import filters as filtering
-from pipelines.annotation.chunk_judge import Judge
-from pipelines.annotation.image_reader import Images
+from pipelines.annotation.chunk_judge import ChunkJudge
+from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.index import Indexer, lines
-from pipelines.annotation.options import Order
+from pipelines.annotation.options import AnnotateOptions
 from pipelines.annotation.partitions import publish
-from pipelines.annotation.progress import Stage
+from pipelines.annotation.progress import StageProgress
 from pipelines.annotation.reader import annotations, parts
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import BATCH_ROWS, INDEX, Row, from_parquet, to_parquet
 from pipelines.annotation.sources import discover as sources
-from pipelines.annotation.state import Run
+from pipelines.annotation.state import RunState
 from pipelines.annotation.storage import Folder, folder
 from pipelines.annotation.summary import COLUMNS, Counts, page
 from services.core.errors import ConfigurationError, GuardFailed
@@ -63,27 +63,27 @@ class Bench:
     def __init__(self, out: str, settings: Settings = SETTINGS) -> None:
         self.settings = settings
         self.guard = FakeGuard(says)
-        self.run = Run(folder(out, settings))
+        self.run = RunState(folder(out, settings))
 
     async def annotate(self, place: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any) -> list[Row]:
         """All rows, in the order of the source."""
         source = sources.find(place, self.settings, **find)
         listing = self.run.keep_listing(
-            sources.pieces(source, self.settings), sources.extra_fields(source, self.settings)
+            sources.shards(source, self.settings), sources.extra_fields(source, self.settings)
         )
         indexer = Indexer(source, listing.extras, self.settings, root)
-        for number in range(listing.pieces):
-            index = await indexer.index(self.run.piece(listing, number))
+        for number in range(listing.shards):
+            index = await indexer.index(self.run.shard(listing, number))
             self.run.keep("index", f"{number:06d}", to_parquet(index))
         indexer.close()
         todo = plan.make(
-            lambda: chain(*(self.run.rows("index", f"{number:06d}") or () for number in range(listing.pieces))),
+            lambda: chain(*(self.run.rows("index", f"{number:06d}") or () for number in range(listing.shards))),
             listing.extras,
             lambda name, _, parquet: self.run.keep("plan", name, parquet),
             chunk_rows,
         )
-        images, preparer = Images(self.settings, source), DecoderPool(self.settings, 384)
-        judge = Judge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
+        images, preparer = ImageReader(self.settings, source), DecoderPool(self.settings, 384)
+        judge = ChunkJudge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
         try:
             for chunk in reversed(range(todo.chunks)):
                 annotations = await judge.judge(self.run.planned(chunk), listing.extras)
@@ -303,8 +303,8 @@ async def test_what_changed_after_it_was_indexed(bench: Bench, tmp_path: Path) -
         (pictures / f"{name}.png").write_bytes(picture(1))
     index = Indexer.index
 
-    async def and_then(self: Indexer, piece: sources.Piece) -> pa.Table:
-        table = await index(self, piece)
+    async def and_then(self: Indexer, shard: sources.SourceShard) -> pa.Table:
+        table = await index(self, shard)
         (pictures / "a.png").unlink()
         (pictures / "b.png").write_bytes(picture(2))
         return table
@@ -415,7 +415,7 @@ async def test_curated_sets(bench: Bench, tmp_path: Path) -> None:
 
     source = sources.find(str(pictures), SETTINGS)
     (pictures / expected[0]["uri"].rpartition("/")[2]).unlink()
-    images, tars = Images(SETTINGS, source), folder(str(tmp_path / "tars"), SETTINGS)
+    images, tars = ImageReader(SETTINGS, source), folder(str(tmp_path / "tars"), SETTINGS)
     curating.begin(tars, {"as": "tars"})
     made = await curating.tars(bench.run.folder, wanted, tars, images, lambda _: None)
     images.close()
@@ -456,14 +456,14 @@ def test_a_summary_escapes_what_strangers_wrote() -> None:
 
 
 def test_progress_says_rate_and_time_left() -> None:
-    stage = Stage("judged", 1000, lambda _: None, done=100)
+    stage = StageProgress("judged", 1000, lambda _: None, done=100)
     began = stage._seen[0][0]
     stage.add(100)
     assert stage.line(began + 10) == "judged 200 of 1,000, 10.0/s, 80 s left"
 
 
-def order(source: Path | str, out: Path, **more: Any) -> Order:
-    return Order(str(source), str(out), "default", **more)
+def options(source: Path | str, out: Path, **more: Any) -> AnnotateOptions:
+    return AnnotateOptions(str(source), str(out), "default", **more)
 
 
 @pytest.fixture
@@ -503,17 +503,17 @@ def test_bad_input_is_one_sentence(cases: Path, source: str, more: dict[str, Any
     place = source if "://" in source else str(cases / source)
     given = {"policy": "default"} | more | {"out": str(cases / more.get("out", "out"))}
     with pytest.raises(ConfigurationError, match=sentence) as caught:
-        annotate(Order(place, **given), SETTINGS, lambda _: None)
+        annotate(AnnotateOptions(place, **given), SETTINGS, lambda _: None)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_another_run_is_refused(cases: Path) -> None:
-    run = Run(folder(str(cases / "out"), SETTINGS))
+    run = RunState(folder(str(cases / "out"), SETTINGS))
     run.begin({"source": "file:///elsewhere", "policy": "default@1"})
     with pytest.raises(
         ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; say another --out"
     ):
-        annotate(order(cases / "p", cases / "out"), SETTINGS, lambda _: None)
+        annotate(options(cases / "p", cases / "out"), SETTINGS, lambda _: None)
 
 
 def test_the_command_line_reads_the_environment_before_it_imports_ray() -> None:

@@ -22,7 +22,7 @@ from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
 from pipelines.evaluation.calibration import applied, changes, fit
 from pipelines.policy_testing import rejudge as replaying
-from pipelines.policy_testing.rejudge import replay
+from pipelines.policy_testing.rejudge import rejudge
 from services.core.calibration import Calibration, FittedCalibration, IsotonicMap, PlattMap, log_odds
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Submission
@@ -399,7 +399,7 @@ def test_a_replay_judges_by_the_calibration_of_then(bench: Bench, service: Scrip
     bench.registry.revert_calibration("default", 1, "r1", who="ann")
     bench.registry.calibrate("default", fitted.model_copy(update={"map": PLATT}), who="ann")
     for verdict in (then, before_that):
-        found = replay(verdict, bench.settings, lambda _line: None)
+        found = rejudge(verdict, bench.settings, lambda _line: None)
         assert [d.field for d in found.differences if d.field not in {"category", "rationale"}] == []
         assert found.after.calibration == verdict.calibration
 

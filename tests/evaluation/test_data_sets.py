@@ -19,11 +19,11 @@ from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
 from pipelines.evaluation import tiny_report as world
 from pipelines.evaluation.datasets import open_data_set
-from pipelines.evaluation.labels import Refused, Sample, parse
+from pipelines.evaluation.labels import LabelledImage, RejectedRecord, parse
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
-from pipelines.evaluation.policies import Evaluated, Rulings, find
+from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find
 from pipelines.evaluation.results import Columns
-from pipelines.evaluation.sample_judge import Effort, Judging
+from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -36,7 +36,7 @@ O2, O3 = CATEGORIES[1:3]
 HERE = Path("/data")
 
 
-def parsed(**record: Any) -> Sample | Refused:
+def parsed(**record: Any) -> LabelledImage | RejectedRecord:
     return parse({"image": "a.jpg", "rating": "Safe"} | record, 7, HERE)
 
 
@@ -47,13 +47,13 @@ def conversation(prompt: str, **answer: str) -> list[dict[str, str]]:
 class TestSamples:
     def test_plain(self) -> None:
         record = {"id": "x", "image": "a/b.jpg", "rating": "Unsafe", "category": "O2", "policy": "shop@3"}
-        assert parse(record, 1, HERE) == Sample("x", HERE / "a/b.jpg", "Unsafe", O2, "shop@3")
-        assert parsed() == Sample("row-7", HERE / "a.jpg", "Safe", None)
+        assert parse(record, 1, HERE) == LabelledImage("x", HERE / "a/b.jpg", "Unsafe", O2, "shop@3")
+        assert parsed() == LabelledImage("row-7", HERE / "a.jpg", "Safe", None)
 
     def test_where_images_are(self) -> None:
         def image(value: Any, name: str = "image") -> Any:
             found = parse({name: value, "rating": "safe"}, 1, HERE)
-            return found.image if isinstance(found, Sample) else found.reason
+            return found.image if isinstance(found, LabelledImage) else found.reason
 
         assert image("s3://b/k.jpg", "uri") == "s3://b/k.jpg"
         assert image({"bytes": b"jpeg", "path": "x.jpg"}) == b"jpeg"
@@ -69,13 +69,13 @@ class TestSamples:
     )
     def test_ratings(self, value: str, rating: str) -> None:
         found = parsed(rating=value)
-        assert isinstance(found, Sample)
+        assert isinstance(found, LabelledImage)
         assert found.rating == rating
 
     @pytest.mark.parametrize("value", ["Safeish", "", 1, None, True, ["Safe"]])
     def test_what_is_no_rating(self, value: Any) -> None:
         found = parsed(rating=value)
-        assert isinstance(found, Refused)
+        assert isinstance(found, RejectedRecord)
         assert found.reason == "bad_rating"
 
     @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ class TestSamples:
     )
     def test_categories(self, value: str, category: str | None) -> None:
         found = parsed(category=value)
-        assert isinstance(found, Sample)
+        assert isinstance(found, LabelledImage)
         assert found.category == category
 
     @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ class TestSamples:
     )
     def test_refused(self, record: dict[str, Any], reason: str) -> None:
         found = parsed(**record)
-        assert isinstance(found, Refused), found
+        assert isinstance(found, RejectedRecord), found
         assert found.reason == reason
 
     @pytest.mark.parametrize("record", [None, 3, "text", ["a"]])
     def test_what_is_no_record(self, record: Any) -> None:
         found = parse(record, 7, HERE)
-        assert isinstance(found, Refused)
+        assert isinstance(found, RejectedRecord)
         assert (found.id, found.reason) == ("row-7", "malformed")
 
     def test_llavaguards_prompt_says_what_is_waived(self) -> None:
@@ -135,21 +135,21 @@ class TestSamples:
             "conversations": conversation("<image>\n" + document.prompt(), rating="Unsafe", category=O2, rationale="r"),
         }
         found = parse(record, 1, HERE)
-        assert found == Sample("smid_1_v3_a", HERE / "a.jpg", "Unsafe", O2, waived=frozenset({"O3"}))
+        assert found == LabelledImage("smid_1_v3_a", HERE / "a.jpg", "Unsafe", O2, waived=frozenset({"O3"}))
 
     def test_augmentations_by_id_and_by_column(self) -> None:
         by_id = parsed(id="img_12_v2", category="O2")
-        assert isinstance(by_id, Sample)
+        assert isinstance(by_id, LabelledImage)
         assert (by_id.policy, by_id.waived) == (None, {"O2"})
         by_column = parsed(augmentation="v2", category="O2")
-        assert isinstance(by_column, Sample)
+        assert isinstance(by_column, LabelledImage)
         assert by_column.waived == {"O2"}
         for plain in ("v0", "default policy", ""):
             found = parsed(policy=plain, category="O2")
-            assert isinstance(found, Sample)
+            assert isinstance(found, LabelledImage)
             assert (found.policy, found.waived) == (None, frozenset())
         listed = parsed(id="img_1_v3", rating="Unsafe", category="O2", waived="O3, O4")
-        assert isinstance(listed, Sample)
+        assert isinstance(listed, LabelledImage)
         assert listed.waived == {"O3", "O4"}
 
 
@@ -184,7 +184,7 @@ class TestDataSets:
     def test_a_line_that_is_no_json_is_one_row(self, tmp_path: Path) -> None:
         (tmp_path / "d.jsonl").write_bytes(b'{"id": "a"}\n{"id": \n\xff\n{"id": "b"}\n')
         found = [parse(r, n, tmp_path) for n, r in enumerate(open_data_set(tmp_path / "d.jsonl").records(), 1)]
-        assert [each.reason for each in found if isinstance(each, Refused)] == [
+        assert [each.reason for each in found if isinstance(each, RejectedRecord)] == [
             "bad_rating",
             "malformed",
             "malformed",
@@ -201,7 +201,7 @@ class TestDataSets:
         assert open_data_set(tmp_path).count() == 5
         assert ids(tmp_path, "train") == ["r0"]
         first = next(open_data_set(tmp_path).records())
-        assert parse(first, 1, tmp_path) == Sample("r0", b"jpeg", "Safe", None)
+        assert parse(first, 1, tmp_path) == LabelledImage("r0", b"jpeg", "Safe", None)
 
     def test_an_image_folder(self, tmp_path: Path) -> None:
         (tmp_path / "test").mkdir()
@@ -223,14 +223,14 @@ class TestDataSets:
                 list(open_data_set(place, "train" if place.name == ".." else None).records())
 
 
-def ruled(sample: Sample, document: dict[str, Any] | None = None) -> Any:
-    evaluated = Evaluated(PolicyDocument.model_validate({"name": "p"} | (document or {})), 4, {})
-    return Rulings(evaluated, None).of(sample)  # type: ignore[arg-type]  # no row names a policy
+def ruled(sample: LabelledImage, document: dict[str, Any] | None = None) -> Any:
+    evaluated = EvaluatedPolicy(PolicyDocument.model_validate({"name": "p"} | (document or {})), 4, {})
+    return PolicySelector(evaluated, None).of(sample)  # type: ignore[arg-type]  # no row names a policy
 
 
 class TestRulings:
     def test_what_a_row_waives_comes_on_top(self) -> None:
-        sample = Sample("x", b"", "Safe", O2, waived=frozenset({"O2"}))
+        sample = LabelledImage("x", b"", "Safe", O2, waived=frozenset({"O2"}))
         found = ruled(sample, {"categories": {"O3": "waive"}, "effort": "adaptive", "thresholds": {"block": 0.9}})
         assert (found.kind, found.category) == (VIOLATION_WAIVED, O2)
         assert set(re.findall(r"Category (O\d) is declared", found.full.prompt)) == {"O2", "O3"}
@@ -239,24 +239,24 @@ class TestRulings:
         assert found.full.identity.version == 4
 
     def test_kinds(self) -> None:
-        assert ruled(Sample("x", b"", "Unsafe", O2)).kind == DEFAULT
-        assert ruled(Sample("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
-        assert ruled(Sample("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
+        assert ruled(LabelledImage("x", b"", "Unsafe", O2)).kind == DEFAULT
+        assert ruled(LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
+        assert ruled(LabelledImage("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
 
     @pytest.mark.parametrize(
         ("sample", "reason"),
         [
-            (Sample("x", b"", "Unsafe", O2, waived=frozenset({"O2"})), "contradiction"),
-            (Sample("x", b"", "Safe", "O12"), "unknown_category"),
-            (Sample("x", b"", "Safe", None, waived=frozenset({"O12"})), "unknown_policy"),
+            (LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O2"})), "contradiction"),
+            (LabelledImage("x", b"", "Safe", "O12"), "unknown_category"),
+            (LabelledImage("x", b"", "Safe", None, waived=frozenset({"O12"})), "unknown_policy"),
         ],
     )
-    def test_refused(self, sample: Sample, reason: str) -> None:
+    def test_refused(self, sample: LabelledImage, reason: str) -> None:
         assert ruled(sample).reason == reason
 
     def test_a_category_of_the_policys_own(self) -> None:
         own = {"own_categories": [{"code": "O12", "title": "Gambling", "should_not": ["Show dice."]}]}
-        assert ruled(Sample("x", b"", "Unsafe", "O12"), own).category == "O12: Gambling"
+        assert ruled(LabelledImage("x", b"", "Unsafe", "O12"), own).category == "O12: Gambling"
 
 
 class Script:
@@ -338,8 +338,13 @@ def uploaded(bench: Bench) -> list[str]:
 
 
 def evaluated(bench: Bench, data_set: Path, said: list[str], **fields: Any) -> Any:
-    given = {"effort": Effort(adaptive=True, perturbed=5), "out": None, "resamples": 200, "prevalence": None} | fields
-    return runs.evaluate(runs.Source(data_set), "default", bench.settings, progress=said.append, **given)
+    given = {
+        "options": EvaluationOptions(adaptive=True, perturbed=5),
+        "out": None,
+        "resamples": 200,
+        "prevalence": None,
+    } | fields
+    return runs.evaluate(runs.DataSetSource(data_set), "default", bench.settings, progress=said.append, **given)
 
 
 def test_an_evaluation(bench: Bench, service: Script, data_set: Path, tmp_path: Path) -> None:
@@ -373,7 +378,7 @@ def test_a_row_under_a_published_policy(bench: Bench, service: Script, tmp_path:
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
     row = {"id": "unsafe-1", "image": "a.jpg", "rating": "Safe", "category": "O2", "policy": "shop@1"}
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
-    report = evaluated(bench, tmp_path / "d.jsonl", [], effort=Effort())
+    report = evaluated(bench, tmp_path / "d.jsonl", [], options=EvaluationOptions())
     assert (report.judged, report.per.value) == (1, 1.0)
     assert report.adaptive is None
     (policy,) = service.trials[0].policies
@@ -392,10 +397,10 @@ def test_nothing_can_be_judged(bench: Bench, service: Script, tmp_path: Path) ->
         evaluated(bench, tmp_path / "d.jsonl", [])
     with pytest.raises(UnknownPolicy, match="absent"):
         runs.evaluate(
-            runs.Source(tmp_path / "d.jsonl"),
+            runs.DataSetSource(tmp_path / "d.jsonl"),
             "absent",
             bench.settings,
-            effort=Effort(),
+            options=EvaluationOptions(),
             out=None,
             resamples=200,
             prevalence=None,
@@ -427,8 +432,8 @@ def test_many_rows_go_in_bounded_batches_and_are_never_held(bench: Bench, servic
             yield {"id": f"absent-{n}" if n % 100 else f"safe-{n}", "image": "s3://uploads/many.jpg", "rating": "Safe"}
 
     bench.put("many.jpg", jpeg("red"))
-    rulings = Rulings(find("default", bench.registry), bench.registry)
-    judging = Judging(service, rulings, bench.settings, Effort())
+    selector = PolicySelector(find("default", bench.registry), bench.registry)
+    judging = SampleJudge(service, selector, bench.settings, EvaluationOptions())
     said: list[str] = []
     columns: Columns = judging.run(records(), HERE, None, said.append)
     assert (columns.judged, columns.failures) == (200, {"not_found": 19_800})
@@ -451,14 +456,16 @@ def test_the_drawn_data_set_of_the_docs(tmp_path: Path) -> None:
     world.write(tmp_path)
     data_set = open_data_set(tmp_path)
     samples = [parse(record, n, data_set.folder) for n, record in enumerate(data_set.records(), 1)]
-    rulings = [ruled(sample) for sample in samples if isinstance(sample, Sample)]
-    assert len(rulings) == len(samples) == data_set.count()
-    kinds = Counter((sample.rating, ruling.kind) for sample, ruling in zip(samples, rulings, strict=True))  # type: ignore[union-attr]
+    row_policies = [ruled(sample) for sample in samples if isinstance(sample, LabelledImage)]
+    assert len(row_policies) == len(samples) == data_set.count()
+    kinds = Counter((sample.rating, row_policy.kind) for sample, row_policy in zip(samples, row_policies, strict=True))  # type: ignore[union-attr]
     assert kinds == {
         ("Unsafe", DEFAULT): 180,
         ("Safe", DEFAULT): 180,
         ("Safe", VIOLATION_WAIVED): 108,
         ("Unsafe", OTHERS_WAIVED): 108,
     }
-    first = [sample.rating for sample, ruling in zip(samples, rulings, strict=True) if ruling.kind == DEFAULT][:80]  # type: ignore[union-attr]
+    first = [
+        sample.rating for sample, row_policy in zip(samples, row_policies, strict=True) if row_policy.kind == DEFAULT
+    ][:80]  # type: ignore[union-attr]
     assert Counter(first) == {"Safe": 40, "Unsafe": 40}, "those that are perturbed"

@@ -16,7 +16,7 @@ from sklearn.calibration import calibration_curve
 from pipelines.evaluation import curves
 from pipelines.evaluation.bootstrap import Bootstrap, Figure
 from pipelines.evaluation.html import render
-from pipelines.evaluation.labels import Sample
+from pipelines.evaluation.labels import LabelledImage
 from pipelines.evaluation.metrics import (
     DEFAULT,
     INVALID,
@@ -31,7 +31,7 @@ from pipelines.evaluation.metrics import (
 )
 from pipelines.evaluation.perturbations import PERTURBATIONS, perturbed
 from pipelines.evaluation.plots import draw as draw_plots
-from pipelines.evaluation.report import Report, summarize
+from pipelines.evaluation.report import EvaluationReport, summarize
 from pipelines.evaluation.results import Columns
 from pipelines.tiny_guard.drawings import draw as draw_image
 from services.core.messages import Timings, Verdict
@@ -50,10 +50,10 @@ def judged(rows: Sequence[Row], scores: Sequence[float] | None = None) -> Judged
     answers = {"Safe": SAFE, "Unsafe": UNSAFE, None: INVALID}
     return Judged(
         expected=np.array([label == "Unsafe" for label, *_ in rows], np.bool_),
-        said=np.array([answers[said] for _, said, *_ in rows], np.int8),
+        predicted=np.array([answers[predicted] for _, predicted, *_ in rows], np.int8),
         score=np.array(scores if scores is not None else [0.5] * len(rows), np.float64),
         category=np.array([NAMES.index(c) if c else -1 for *_, c, _, _ in rows], np.int16),
-        said_category=np.array([NAMES.index(c) if c else -1 for *_, c, _ in rows], np.int16),
+        predicted_category=np.array([NAMES.index(c) if c else -1 for *_, c, _ in rows], np.int16),
         kind=np.array([kind for *_, kind in rows], np.int8),
         image=np.arange(len(rows)),
     )
@@ -177,9 +177,9 @@ class TestAgainstScikitLearn:
     @given(labelled)
     @settings(max_examples=60)
     def test_rates(self, found: list[tuple[Rating, Rating, float]]) -> None:
-        rows = judged([(label, said, None, None, DEFAULT) for label, said, _ in found])
+        rows = judged([(label, predicted, None, None, DEFAULT) for label, predicted, _ in found])
         rates = rates_by_kind(rows, drawing(rows, resamples=1))["all"]
-        truth, answer = rows.expected, rows.said == UNSAFE
+        truth, answer = rows.expected, rows.predicted == UNSAFE
         assert rates.accuracy.value == pytest.approx(sk.accuracy_score(truth, answer))
         assert rates.balanced_accuracy.value == pytest.approx(sk.balanced_accuracy_score(truth, answer))
         assert rates.recall.value == pytest.approx(sk.recall_score(truth, answer))
@@ -276,7 +276,7 @@ def collected() -> Columns:
         ("Safe", answer("Safe", 0.2, timings_ms=Timings(total=900)), answer("Safe", 0.2, effort="first_look"), None),
     ]
     for n, (label, full, adaptive, blurred) in enumerate(rows):
-        place = columns.add(Sample(f"r{n}", f"s3://b/{n}", label, None), DEFAULT, None, full)
+        place = columns.add(LabelledImage(f"r{n}", f"s3://b/{n}", label, None), DEFAULT, None, full)
         columns.add_adaptive(place, adaptive)
         if blurred:
             columns.add_perturbed(place, "blur", blurred)
@@ -284,7 +284,7 @@ def collected() -> Columns:
     return columns
 
 
-def summary(columns: Columns) -> Report:
+def summary(columns: Columns) -> EvaluationReport:
     return summarize(columns, data_set="d", policy="default@1", policy_thresholds=(0.5, 0.8), resamples=200)
 
 
@@ -327,7 +327,7 @@ class TestReport:
     def test_one_class(self, only: Rating) -> None:
         columns = Columns()
         for n in range(4):
-            columns.add(Sample(f"{n}", f"s3://b/{n}", only, None), DEFAULT, None, answer("Safe", 0.1 * n))
+            columns.add(LabelledImage(f"{n}", f"s3://b/{n}", only, None), DEFAULT, None, answer("Safe", 0.1 * n))
         report = summary(columns)
         other = "recall" if only == "Safe" else "specificity"
         rates = report.rates["all"]
@@ -342,12 +342,12 @@ class TestReport:
 
     def test_it_survives_json(self) -> None:
         report = summary(collected())
-        assert Report.model_validate_json(report.model_dump_json()) == report
+        assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
 
     def test_the_page_is_the_same_every_time_and_escapes_what_strangers_wrote(self) -> None:
         report = summary(collected())
         page = render(report, "A note & more.")
-        assert page == render(Report.model_validate_json(report.model_dump_json()), "A note & more.")
+        assert page == render(EvaluationReport.model_validate_json(report.model_dump_json()), "A note & more.")
         assert "there is no &lt;b&gt;such&lt;/b&gt; key" in page
         assert "A note &amp; more." in page
         assert page.count("data:image/svg+xml;base64,") == len(draw_plots(report)) == 5

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from pipelines.policy_testing.backtest_html import PICTURES_LIMIT, render
 from pipelines.policy_testing.backtest_report import (
     UNREADABLE,
-    Bounds,
-    Difference,
-    Pair,
-    Report,
+    ActionThresholds,
+    BacktestReport,
     Share,
+    ShareDifference,
     Side,
+    VerdictPair,
     paired_difference,
     share,
     summarize,
@@ -93,15 +93,15 @@ def failed(error: str = "not_found: There is no such key.") -> Side:
     return Side(None, error)
 
 
-def pair(before: Side, after: Side, *, name: str = "a", picture: bytes | None = None) -> Pair:
-    return Pair(name, f"s3://uploads/{name}.jpg", before, after, picture)
+def pair(before: Side, after: Side, *, name: str = "a", picture: bytes | None = None) -> VerdictPair:
+    return VerdictPair(name, f"s3://uploads/{name}.jpg", before, after, picture)
 
 
-def report_on(*pairs: Pair, per_day: float | None = None) -> Report:
+def report_on(*pairs: VerdictPair, per_day: float | None = None) -> BacktestReport:
     return summarize(pairs, before="shop@3", after="shop@4", per_day=per_day)
 
 
-def sample(counts: dict[tuple[Action, Action], int]) -> list[Pair]:
+def sample(counts: dict[tuple[Action, Action], int]) -> list[VerdictPair]:
     """As many pairs of each two actions."""
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     return [pair(judged(before), judged(after), name=f"{index:04}") for index, (before, after) in enumerate(kinds)]
@@ -172,7 +172,7 @@ class TestIntervals:
         assert str(share(0, 0)) == "unknown"
         found = paired_difference(both=59, before_only=6, after_only=16, neither=80)
         assert str(found) == "+6.2 points (+0.5 to +11.9)"
-        assert str(Difference(before_only=0, after_only=0, of=0, difference=None, interval=None)) == "unknown"
+        assert str(ShareDifference(before_only=0, after_only=0, of=0, difference=None, interval=None)) == "unknown"
 
 
 class TestSummarize:
@@ -288,7 +288,7 @@ class TestSummarize:
             report_on(per_day=per_day)
 
     @pytest.mark.parametrize("pairs", [[], [pair(failed(), judged())]])
-    def test_nothing_to_compare(self, pairs: list[Pair]) -> None:
+    def test_nothing_to_compare(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs, per_day=100)
         assert report.judged_both == 0
         assert report.after.block == Share(count=0, of=0, share=None, interval=None)
@@ -296,8 +296,8 @@ class TestSummarize:
         assert report.reviews_per_day is None
         assert any("nothing is known" in line for line in report.lines())
         assert "nothing is known" in render(report, pairs)
-        assert report.exceeded(Bounds()) == []
-        (sentence,) = report.exceeded(Bounds(max_block_rate=1))
+        assert report.exceeded(ActionThresholds()) == []
+        (sentence,) = report.exceeded(ActionThresholds(max_block_rate=1))
         assert sentence == ("The block rate under shop@4 is unknown, for no submission was judged; its bound is 100%.")
 
 
@@ -312,7 +312,7 @@ PAIRS = st.lists(st.builds(pair, SIDES, SIDES, name=st.text(max_size=5), picture
 
 class TestEverySample:
     @given(PAIRS)
-    def test_counts_add_up(self, pairs: list[Pair]) -> None:
+    def test_counts_add_up(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs)
         assert report.pairs == len(pairs)
         assert report.pairs == (
@@ -332,12 +332,12 @@ class TestEverySample:
             assert difference.after_only - difference.before_only == change
 
     @given(PAIRS)
-    def test_survives_json(self, pairs: list[Pair]) -> None:
+    def test_survives_json(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs, per_day=12.5)
-        assert Report.model_validate_json(report.model_dump_json()) == report
+        assert BacktestReport.model_validate_json(report.model_dump_json()) == report
 
     @given(PAIRS)
-    def test_its_own_figures_are_bounds_that_it_keeps(self, pairs: list[Pair]) -> None:
+    def test_its_own_figures_are_bounds_that_it_keeps(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs)
         if not report.judged_both:
             return
@@ -349,10 +349,12 @@ class TestEverySample:
             "max_flips": report.action_flips.share,
             "max_errors": report.failures_after.all.share,
         }
-        assert report.exceeded(Bounds.model_validate({k: max(v or 0.0, 0.0) for k, v in figures.items()})) == []
+        assert (
+            report.exceeded(ActionThresholds.model_validate({k: max(v or 0.0, 0.0) for k, v in figures.items()})) == []
+        )
         below = {k: v - 1e-6 for k, v in figures.items() if v}
         below = {k: v for k, v in below.items() if v >= 0}
-        assert len(report.exceeded(Bounds.model_validate(below))) == len(below)
+        assert len(report.exceeded(ActionThresholds.model_validate(below))) == len(below)
 
 
 class TestBounds:
@@ -362,7 +364,7 @@ class TestBounds:
     )
 
     def test_one_sentence_each(self) -> None:
-        bounds = Bounds(
+        thresholds = ActionThresholds(
             max_block_rate=0.05,
             max_review_rate=0.03,
             max_block_increase=0.055,
@@ -370,7 +372,7 @@ class TestBounds:
             max_flips=0.05,
             max_errors=0.1,
         )
-        assert self.REPORT.exceeded(bounds) == [
+        assert self.REPORT.exceeded(thresholds) == [
             "The block rate under shop@4 is 6% (6 of 100 submissions); its bound is 5%.",
             "The review rate under shop@4 is 4% (4 of 100 submissions); its bound is 3%.",
             "The increase of the block rate is 6 percentage points (6 of 100 submissions); "
@@ -383,16 +385,16 @@ class TestBounds:
 
     def test_a_decrease_exceeds_nothing(self) -> None:
         report = report_on(*sample({("block", "allow"): 5}))
-        assert report.exceeded(Bounds(max_block_increase=0, max_review_increase=0)) == []
+        assert report.exceeded(ActionThresholds(max_block_increase=0, max_review_increase=0)) == []
 
     @pytest.mark.parametrize("bound", [-0.1, 1.1, math.nan, "much"])
     def test_are_shares(self, bound: object) -> None:
         with pytest.raises(ValidationError):
-            Bounds.model_validate({"max_flips": bound})
+            ActionThresholds.model_validate({"max_flips": bound})
 
     def test_a_misspelt_bound_is_refused(self) -> None:
         with pytest.raises(ValidationError):
-            Bounds.model_validate({"max_flip": 0.1})
+            ActionThresholds.model_validate({"max_flip": 0.1})
 
 
 class TestLines:
@@ -481,7 +483,7 @@ class TestPage:
         before = judged("allow", rationale=self.HOSTILE)
         after = judged("block", category=self.HOSTILE, rationale=self.HOSTILE + " after")
         pairs = [
-            Pair(self.HOSTILE, f"s3://b/{self.HOSTILE}", before, after, JPEG),
+            VerdictPair(self.HOSTILE, f"s3://b/{self.HOSTILE}", before, after, JPEG),
             pair(judged(), failed(f"other: {self.HOSTILE}")),
         ]
         report = summarize(pairs, before=self.HOSTILE, after=self.HOSTILE, per_day=7)
@@ -496,7 +498,7 @@ class TestPage:
 
     @settings(max_examples=50)
     @given(PAIRS, st.text(), st.text())
-    def test_is_safe_for_every_sample(self, pairs: list[Pair], policy: str, rationale: str) -> None:
+    def test_is_safe_for_every_sample(self, pairs: list[VerdictPair], policy: str, rationale: str) -> None:
         pairs = [*pairs, pair(judged(), judged("block", rationale=rationale, category=rationale), name=policy)]
         assert_safe(Page(render(summarize(pairs, before=policy, after="p@1", per_day=None), pairs)))
 
@@ -521,7 +523,7 @@ class TestPage:
             pair(failed(), judged()),
         ]
         report = report_on(*pairs, per_day=10_000)
-        page = Page(render(report, pairs, exceeded=report.exceeded(Bounds(max_flips=0.1))))
+        page = Page(render(report, pairs, exceeded=report.exceeded(ActionThresholds(max_flips=0.1))))
         words = " ".join(page.text.split())
         assert "101 submissions: 100 judged under both versions, 0 only under shop@3, 1 only under shop@4" in words
         assert "Not judged under shop@3: 1," in words

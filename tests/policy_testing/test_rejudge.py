@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipelines.policy_testing import rejudge as replaying
-from pipelines.policy_testing.rejudge import Difference, Replay, compare, find, replay
+from pipelines.policy_testing.rejudge import FieldDifference, RejudgedVerdict, compare, find_verdict, rejudge
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.messages import Timings, Verdict
 from services.core.values import ModelIdentity, PolicyIdentity
@@ -67,12 +67,12 @@ class TestCompare:
         ],
     )
     def test_whatever_differs(self, field: str, value: Any) -> None:
-        assert compare(VERDICT, changed(**{field: value})) == [Difference(field, getattr(VERDICT, field), value)]
+        assert compare(VERDICT, changed(**{field: value})) == [FieldDifference(field, getattr(VERDICT, field), value)]
 
     @pytest.mark.parametrize("field", ["name", "revision", "engine", "prompt"])
     def test_what_judged(self, field: str) -> None:
         after = changed(model=MODEL.model_copy(update={field: "other"}))
-        assert compare(VERDICT, after) == [Difference(f"model.{field}", getattr(MODEL, field), "other")]
+        assert compare(VERDICT, after) == [FieldDifference(f"model.{field}", getattr(MODEL, field), "other")]
 
     def test_a_policy_bucket_with_another_content(self) -> None:
         after = changed(policy=PolicyIdentity(name="default", version=1, digest="sha256:x"))
@@ -94,7 +94,7 @@ class TestCompare:
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "nothing"), (0.97001, "0.9700"), ("block", "block")])
 def test_a_difference_is_readable(value: Any, shown: str) -> None:
-    assert str(Difference("score", value, 0.5)) == f"score: was {shown}, is 0.5000"
+    assert str(FieldDifference("score", value, 0.5)) == f"score: was {shown}, is 0.5000"
 
 
 def test_notes() -> None:
@@ -110,13 +110,13 @@ def test_notes() -> None:
         notes = replaying.notes(before, after)
         assert len(notes) == len(words)
         assert all(word in note for word, note in zip(words, notes, strict=True))
-    assert Replay(VERDICT, VERDICT, (), ()).reproduced
+    assert RejudgedVerdict(VERDICT, VERDICT, (), ()).reproduced
 
 
 def test_nothing_was_judged(bench: Bench) -> None:
     overtaken = changed(outcome="superseded", policy=None, model=None, rating=None, category=None, score=None)
     with pytest.raises(SluiceError, match="superseded: a later object took the place"):
-        replay(overtaken, bench.settings, print)
+        rejudge(overtaken, bench.settings, print)
 
 
 async def test_finds_the_newest(bench: Bench) -> None:
@@ -125,7 +125,7 @@ async def test_finds_the_newest(bench: Bench) -> None:
     found = [changed(), changed(score=0.5), changed(verdict_id="other"), changed(verdict_id="b", uri="s3://u/7d9f")]
     await publisher.publish([OutgoingMessage(stream, verdict.model_dump_json().encode()) for verdict in found])
     await publisher.close()
-    assert (await find("7d9f", bench.settings)).score == 0.5
-    assert (await find("b", bench.settings)).uri == "s3://u/7d9f"
+    assert (await find_verdict("7d9f", bench.settings)).score == 0.5
+    assert (await find_verdict("b", bench.settings)).uri == "s3://u/7d9f"
     with pytest.raises(ConfigurationError, match="there is no verdict 7d"):
-        await find("7d", bench.settings)
+        await find_verdict("7d", bench.settings)

@@ -33,8 +33,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def teacher(tokenizer: PreTrainedTokenizerFast) -> train_tiny.Teacher:
-    return train_tiny.Teacher(tokenizer)
+def labeller(tokenizer: PreTrainedTokenizerFast) -> train_tiny.Labeller:
+    return train_tiny.Labeller(tokenizer)
 
 
 @pytest.fixture
@@ -92,51 +92,51 @@ def test_rewording_keeps_what_is_waived(rng: np.random.Generator) -> None:
     ],
 )
 def test_a_waived_category_is_safe_and_keeps_its_name(
-    teacher: train_tiny.Teacher,
+    labeller: train_tiny.Labeller,
     tokenizer: PreTrainedTokenizerFast,
     rng: np.random.Generator,
     waived: list[str],
     shown: str,
     rating: str,
 ) -> None:
-    lesson = teacher.lesson(rng, waiving(waived), shown, SEEN)
-    told = json.loads(tokenizer.decode(lesson.answer, skip_special_tokens=True))
+    example = labeller.example(rng, waiving(waived), shown, SEEN)
+    told = json.loads(tokenizer.decode(example.answer, skip_special_tokens=True))
     assert (told["rating"], told["category"]) == (rating, shown)
-    assert tokenizer.decode(lesson.answer[teacher.rating_at]) == rating
-    assert tokenizer.decode(lesson.answer[teacher.category_at]) == shown[:2]
-    assert lesson.prompt.count(tokenizer.convert_tokens_to_ids("<image>")) == IMAGE_TOKENS
+    assert tokenizer.decode(example.answer[labeller.rating_at]) == rating
+    assert tokenizer.decode(example.answer[labeller.category_at]) == shown[:2]
+    assert example.prompt.count(tokenizer.convert_tokens_to_ids("<image>")) == IMAGE_TOKENS
 
 
 def test_a_checkpoint_reads_back_and_its_tower_is_the_one_that_is_served(
-    tokenizer: PreTrainedTokenizerFast, teacher: train_tiny.Teacher, rng: np.random.Generator, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, labeller: train_tiny.Labeller, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     save(TinyGuard(tokenizer), tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["mm_vision_tower"] == TOWER
     guard, _ = load(tmp_path)
-    images = train_tiny.drawn([1, 2], [None, None])
+    images = train_tiny.draw_images([1, 2], [None, None])
     scaled = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     tower = SiglipVisionModel.from_pretrained(tmp_path / TOWER, dtype=torch.float32)
     served = tower(scaled, output_hidden_states=True).hidden_states[config["mm_vision_select_layer"]]
     assert torch.equal(served, guard.see(images.pixels))
-    lessons = [teacher.lesson(rng, waiving(()), LABELS[label], None) for label in images.labels]
-    assert train_tiny.judged(guard, teacher, lessons, images.pixels).shape == (2, 2)
+    examples = [labeller.example(rng, waiving(()), LABELS[label], None) for label in images.labels]
+    assert train_tiny.score_examples(guard, labeller, examples, images.pixels).shape == (2, 2)
 
 
 def test_a_few_steps_of_each_stage_lower_the_loss(
-    tokenizer: PreTrainedTokenizerFast, teacher: train_tiny.Teacher, rng: np.random.Generator
+    tokenizer: PreTrainedTokenizerFast, labeller: train_tiny.Labeller, rng: np.random.Generator
 ) -> None:
     torch.manual_seed(0)
     guard = TinyGuard(tokenizer)
     images = train_tiny.training_images(28, workers=1)
     assert {*images.labels.tolist()} == {*range(len(LABELS))}
     assert {*np.unique(images.patches).tolist()} == {*range(len(LABELS))}
-    plan = train_tiny.Plan(images=28, vision_steps=4, vision_batch=14, language_batch=8)
-    course = replace(plan.courses[0], steps=6)
+    plan = train_tiny.TrainingPlan(images=28, vision_steps=4, vision_batch=14, language_batch=8)
+    stage = replace(plan.curriculum[0], steps=6)
 
     def loss() -> float:
-        lessons = [teacher.lesson(rng, waiving(()), LABELS[label], None) for label in images.labels]
-        ids, weight = teacher.batch(lessons)
+        examples = [labeller.example(rng, waiving(()), LABELS[label], None) for label in images.labels]
+        ids, weight = labeller.batch(examples)
         with torch.no_grad():
             logits = guard.language.lm_head(guard.read(ids, guard.see(images.pixels)))[:, :-1]
         counted = weight[:, 1:] > 0
@@ -146,7 +146,7 @@ def test_a_few_steps_of_each_stage_lower_the_loss(
     tower = [weight.clone() for weight in guard.vision.parameters()]
     train_tiny.train_vision(guard, images, plan, rng)
     assert any(not torch.equal(old, new) for old, new in zip(tower, guard.vision.parameters(), strict=True))
-    train_tiny.train_language(guard, teacher, images, plan, course, rng)
+    train_tiny.train_language(guard, labeller, images, plan, stage, rng)
     assert loss() < before - 1
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.annotation.options import Kind
+from pipelines.annotation.options import SourceKind
 from pipelines.annotation.storage import Entry, Folder, folder, local_path
 from services.core.errors import ConfigurationError, NotFound, SluiceError
 from services.core.settings import Settings
@@ -24,14 +24,14 @@ LINES: Final = (".jsonl", ".ndjson", ".json")
 _TABLES: Final = (".parquet",)
 _TARS: Final = (".tar",)
 _COMPRESSED_TARS: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_IMAGES_A_PIECE: Final = 1_000
-_ROWS_A_PIECE: Final = 5_000
-_LINES_A_PIECE_BYTES: Final = 1 << 20
-_LOOKED_AT: Final = 10_000
+_SHARD_IMAGES: Final = 1_000
+_SHARD_ROWS: Final = 5_000
+_SHARD_LINES_BYTES: Final = 1 << 20
+_ENTRIES_EXAMINED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourceShard:
     """A part of the source: some files of a folder, or a range of one file."""
 
     names: tuple[str, ...]
@@ -48,19 +48,19 @@ class Piece:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Piece":
+    def from_json(cls, values: dict[str, Any]) -> "SourceShard":
         return cls(**values | {"names": tuple(values["names"])})
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class AnnotationSource:
     """A data set to annotate."""
 
     place: str
     """The folder that names are relative to."""
     only: str | None
     """One file of the folder, where the source is that file."""
-    kind: Kind
+    kind: SourceKind
     column: str | None
     """Of a table or lines: the column with the reference or the image."""
 
@@ -69,7 +69,9 @@ class Source:
         return f"{self.place}/{self.only}" if self.only else self.place
 
 
-def find(place: str, settings: Settings, *, kind: Kind | None = None, column: str | None = None) -> Source:
+def find(
+    place: str, settings: Settings, *, kind: SourceKind | None = None, column: str | None = None
+) -> AnnotationSource:
     """The data set at a place; its kind is told by the names of its files, and of a table by its columns.
 
     Raises:
@@ -87,18 +89,18 @@ def find(place: str, settings: Settings, *, kind: Kind | None = None, column: st
         if len(kinds) > 1:
             raise ConfigurationError(
                 f"{place} holds files of several kinds ({', '.join(sorted(kinds))}); say --format, one of "
-                f"{', '.join(get_args(Kind))}, or give a folder with one kind"
+                f"{', '.join(get_args(SourceKind))}, or give a folder with one kind"
             )
         kind = "images" if kinds == {"images"} else "tars" if kinds == {"tars"} else None
     if kind in ("images", "tars"):
-        return Source(base, only, kind, None)
+        return AnnotationSource(base, only, kind, None)
     tables = [name for name in names if name.endswith(_TABLES)]
     if not tables:
         if kind == "parquet":
             raise ConfigurationError(f"there is no parquet file at {place}")
-        return Source(base, only, "references", column)
+        return AnnotationSource(base, only, "references", column)
     found, column = _columns(within, tables[0], kind, column)
-    return Source(base, only, found, column)
+    return AnnotationSource(base, only, found, column)
 
 
 def _base(place: str, settings: Settings) -> tuple[str, str | None]:
@@ -129,7 +131,7 @@ def _entries(within: Folder, only: str | None) -> Iterator[Entry]:
 
 
 def _some(entries: Iterator[Entry]) -> Iterator[Entry]:
-    for _ in range(_LOOKED_AT):
+    for _ in range(_ENTRIES_EXAMINED):
         if (entry := next(entries, None)) is None:
             return
         yield entry
@@ -146,7 +148,7 @@ def _kind_of(name: str) -> str:
     return "lines" if lower.endswith(LINES) else "images"
 
 
-def _columns(within: Folder, name: str, kind: Kind | None, column: str | None) -> tuple[Kind, str]:
+def _columns(within: Folder, name: str, kind: SourceKind | None, column: str | None) -> tuple[SourceKind, str]:
     """What a table has: images or references, and in which column."""
     uri = within.uri_of(name)
     try:
@@ -183,7 +185,7 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def extra_fields(source: Source, settings: Settings) -> pa.Schema:
+def extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
     """The columns that the rows of a source have of their own, as they are called in the annotations."""
     if source.kind == "images":
         return pa.schema([])
@@ -197,37 +199,37 @@ def extra_fields(source: Source, settings: Settings) -> pa.Schema:
     return pa.schema([pa.field(f"source_{f.name}", f.type) for f in schema if f.name not in own])
 
 
-def pieces(source: Source, settings: Settings) -> Iterator[Piece]:
+def shards(source: AnnotationSource, settings: Settings) -> Iterator[SourceShard]:
     """The whole source, in an order that only its names and sizes decide."""
     within = folder(source.place, settings)
     entries = _entries(within, source.only)
     if source.kind == "images":
-        while some := [entry.name for _, entry in zip(range(_IMAGES_A_PIECE), entries, strict=False)]:
-            yield Piece(tuple(some))
+        while some := [entry.name for _, entry in zip(range(_SHARD_IMAGES), entries, strict=False)]:
+            yield SourceShard(tuple(some))
         return
     suffixes = {"tars": _TARS, "parquet": _TABLES, "references": _TABLES + LINES}[source.kind]
     chosen = (entry for entry in entries if entry.name.lower().endswith(suffixes))
     yield from chain.from_iterable(_of_file(within, entry) for entry in chosen)
 
 
-def _of_file(within: Folder, entry: Entry) -> Iterator[Piece]:
+def _of_file(within: Folder, entry: Entry) -> Iterator[SourceShard]:
     name, lower = entry.name, entry.name.lower()
     if lower.endswith(_TARS):
-        yield Piece((name,))
+        yield SourceShard((name,))
     elif lower.endswith(LINES):
-        for start in range(0, entry.size, _LINES_A_PIECE_BYTES):
-            yield Piece((name,), start, min(start + _LINES_A_PIECE_BYTES, entry.size))
+        for start in range(0, entry.size, _SHARD_LINES_BYTES):
+            yield SourceShard((name,), start, min(start + _SHARD_LINES_BYTES, entry.size))
     else:
         try:
             with within.open(name) as file:
                 metadata = pq.read_metadata(file)
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         except (pa.ArrowException, OSError, SluiceError) as error:
-            yield Piece((name,), broken=f"no readable parquet file: {_brief(error)}")
+            yield SourceShard((name,), broken=f"no readable parquet file: {_brief(error)}")
             return
         for group, rows in enumerate(groups):
-            for start in range(0, rows, _ROWS_A_PIECE):
-                yield Piece((name,), start, min(start + _ROWS_A_PIECE, rows), group)
+            for start in range(0, rows, _SHARD_ROWS):
+                yield SourceShard((name,), start, min(start + _SHARD_ROWS, rows), group)
 
 
 def is_local(place: str) -> bool:
