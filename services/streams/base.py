@@ -96,12 +96,6 @@ class GroupConsumer(Protocol):
         so this is empty.
         """
 
-    def pause(self) -> None:
-        """Let `receive` return nothing until `resume`; the membership is kept, polling goes on."""
-
-    def resume(self) -> None:
-        """The inverse of `pause`."""
-
     async def close(self) -> None:
         """Leave the group. What was settled stays settled, what is held goes to other members at once."""
 

@@ -164,39 +164,6 @@ async def test_lag_counts_what_is_not_settled(streams: Streams) -> None:
     assert (lag.partitions, lag.held) == ((0, set()) if streams.url.startswith("redis") else (3, {0, 1, 2}))
 
 
-async def test_a_paused_member_gets_nothing_until_it_resumes(streams: Streams) -> None:
-    member = await streams.member()
-    await streams.submit("a")
-    held = await collect(member, 1)
-    member.pause()
-    await streams.submit("b")
-    assert await member.receive(10, 1.0) == []
-    await member.settle(held[0], [streams.verdict("a")])
-    member.resume()
-    assert values(await collect(member, 1)) == ["b"]
-
-
-async def test_resuming_wakes_a_waiting_receive(streams: Streams) -> None:
-    member = await streams.member()
-    await streams.submit("a")
-    member.pause()
-    waiting = asyncio.create_task(member.receive(1, 15))
-    await asyncio.sleep(0.1)
-    member.resume()
-    assert values(await waiting) == ["a"]
-
-
-async def test_pausing_takes_effect_on_a_receive_that_waits(streams: Streams) -> None:
-    member = await streams.member()
-    waiting = asyncio.create_task(member.receive(1, 1.5))
-    await asyncio.sleep(0.1)
-    member.pause()
-    await streams.submit("a")
-    assert await waiting == []
-    member.resume()
-    assert values(await collect(member, 1)) == ["a"]
-
-
 async def test_receive_keeps_to_limit_and_timeout(streams: Streams) -> None:
     member = await streams.member()
     began = time.monotonic()

@@ -51,9 +51,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.held)))
-        oldest = offset == min(self.held)
         assert self.tracker.holds(offset)
-        assert self.tracker.finish(offset) is (SettleResult.ADVANCED if oldest else SettleResult.WAITING)
+        assert self.tracker.finish(offset) is SettleResult.DONE
         self.held.remove(offset)
         self.finished.add(offset)
 
@@ -160,7 +159,7 @@ class ReleaseMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.held)))
-        assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.WAITING
+        assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.DONE
         assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.NOT_HELD
         self.held.remove(offset)
         self.done.add(offset)
@@ -252,9 +251,9 @@ def test_one_stuck_offset_holds_the_rest_back() -> None:
     for offset in range(4):
         tracker.receive(offset)
     for offset in (1, 2, 3):
-        assert tracker.finish(offset) is SettleResult.WAITING
+        assert tracker.finish(offset) is SettleResult.DONE
     assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (0, 3, 0, None)
-    assert tracker.finish(0) is SettleResult.ADVANCED
+    assert tracker.finish(0) is SettleResult.DONE
     assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (None, 0, 4, 4)
 
 

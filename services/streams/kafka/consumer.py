@@ -77,7 +77,6 @@ class KafkaGroupConsumer:
         self._unfinished: dict[MessageToken, Message] = {}
         self._buffer: deque[Message] = deque()
         self._arrived = asyncio.Event()
-        self._paused = False
         self._closed = False
         self._closing = threading.Event()
         self._next_commit = 0.0
@@ -135,11 +134,10 @@ class KafkaGroupConsumer:
             if self._duplicate_member is not None:
                 raise self._duplicate_member
             self._arrived.clear()
-            if not self._paused:
-                with self._lock:
-                    batch = [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
-                if batch:
-                    return batch
+            with self._lock:
+                batch = [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
+            if batch:
+                return batch
             remaining = deadline - self._loop.time()
             if remaining <= 0:
                 return []
@@ -198,15 +196,6 @@ class KafkaGroupConsumer:
             blocked = [(each, offset) for each in self._trackers.values() if (offset := each.blocked_by) is not None]
             messages = (self._unfinished.get(MessageToken(tracker, offset)) for tracker, offset in blocked)
             return [message for message in messages if message is not None]
-
-    def pause(self) -> None:
-        """The buffer fills up, then the partitions are paused."""
-        self._paused = True
-
-    def resume(self) -> None:
-        """The inverse of `pause`."""
-        self._paused = False
-        self._arrived.set()
 
     async def close(self) -> None:
         """Commit what is done and leave the group, so that the other members get the rest at once.

@@ -32,10 +32,8 @@ BLOCKED_SHARE: Final = 0.9
 class SettleResult(Enum):
     """What finishing an offset did."""
 
-    ADVANCED = "advanced"
-    """The committable offset moved."""
-    WAITING = "waiting"
-    """Done, but an older offset is held, or the outputs are to be released."""
+    DONE = "done"
+    """It was held and is done now."""
     NOT_HELD = "not_held"
     """Never received here, or finished before."""
     REVOKED = "revoked"
@@ -145,12 +143,10 @@ class OffsetTracker:
             return SettleResult.NOT_HELD
         self._kept[offset] = tuple(outputs)
         self._held -= 1
-        if self._keeps_outputs:
-            return SettleResult.WAITING
-        released = self._done()
-        for each in released:
-            del self._kept[each]
-        return SettleResult.ADVANCED if released else SettleResult.WAITING
+        if not self._keeps_outputs:
+            for each in self._done():
+                del self._kept[each]
+        return SettleResult.DONE
 
     def next_batch(self, limit: int) -> CommittableBatch | None:
         """What may be published and committed now, of up to `limit` offsets; None when there is nothing new."""

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any, Final, Self
@@ -71,13 +70,9 @@ class RedisGroupConsumer:
         self._retention_ms = int(settings.redis_retention_s * 1000)
         self._claim_idle_ms = max(1, int(settings.redis_claim_idle_s * 1000))
         self._held: set[bytes] = set()
-        self._stash: deque[Message] = deque()
-        """Read, but not handed out, because of `pause`."""
         self._cursor: bytes = b"0-0"
         self._next_look = 0.0
         self._next_trim = time.monotonic() + _TRIM_S
-        self._running = asyncio.Event()
-        self._running.set()
         self._closed = False
         self._settle, self._renew, self._take_over, self._leave, self._tidy, self._trim, self._lag = (
             client.register_script(script)
@@ -116,21 +111,14 @@ class RedisGroupConsumer:
         delays = backoff()
         while True:
             remaining = deadline - time.monotonic()
-            if not self._running.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._running.wait(), max(0.0, remaining))
-                if not self._running.is_set():
-                    return []
             try:
-                batch = self._unstash(limit) or await self._abandoned(limit) or await self._new(limit, remaining)
+                batch = await self._abandoned(limit) or await self._new(limit, remaining)
                 delays = backoff()
             except Exception as error:  # noqa: BLE001 - whatever happened, the member goes on; _recover logs it
                 await self._recover(error)
                 batch = []
                 await asyncio.sleep(min(next(delays), max(0.0, deadline - time.monotonic())))
-            if not self._running.is_set():
-                self._stash.extend(batch)
-            elif batch:
+            if batch:
                 return batch
             if time.monotonic() >= deadline:
                 return []
@@ -175,14 +163,6 @@ class RedisGroupConsumer:
         """Entries are acknowledged one by one: none stands before another."""
         return ()
 
-    def pause(self) -> None:
-        """What is held is renewed all the same."""
-        self._running.clear()
-
-    def resume(self) -> None:
-        """The inverse of `pause`."""
-        self._running.set()
-
     async def close(self) -> None:
         """Make what is held claimable at once, and disconnect. Gives up after 5 s when the server is away."""
         if self._closed:
@@ -198,9 +178,6 @@ class RedisGroupConsumer:
         await self._client.aclose(close_connection_pool=True)
 
     # ---- receiving
-
-    def _unstash(self, limit: int) -> list[Message]:
-        return [self._stash.popleft() for _ in range(min(limit, len(self._stash)))]
 
     async def _abandoned(self, limit: int) -> list[Message]:
         """Take over entries that nobody renews; looks once a second, or until there are no more."""
