@@ -5,7 +5,9 @@ from services.streams.base import GroupConsumer, Publisher, Reader
 from services.streams.kafka.consumer import KafkaGroupConsumer
 from services.streams.kafka.producer import KafkaPublisher
 from services.streams.kafka.reader import KafkaReader
-from services.streams.redis.consumer import RedisGroupConsumer, RedisPublisher, RedisReader
+from services.streams.redis.consumer import RedisGroupConsumer
+from services.streams.redis.producer import RedisPublisher
+from services.streams.redis.reader import RedisReader
 
 
 async def open_consumer(settings: Settings, member: str) -> GroupConsumer:

@@ -59,7 +59,7 @@ async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None
 @pytest.mark.parametrize("scheme", ["redis", "kafka"])
 async def test_nobody_answers(open_: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_clients, "CONNECT_S", 0.5)
-    monkeypatch.setattr("services.streams.redis.consumer.CONNECT_S", 0.5)
+    monkeypatch.setattr("services.streams.redis.client.CONNECT_S", 0.5)
     with pytest.raises(StreamUnavailable, match="does not answer"):
         await open_(Streams(scheme, f"{scheme}://127.0.0.1:1").settings())
 

@@ -1,12 +1,10 @@
 """What every Kafka client here shares: how it is configured, which topics it needs, and how it publishes."""
 
-import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -15,18 +13,13 @@ from kafka import errors
 
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.settings import Settings
-from services.streams.base import Message, OutgoingMessage
+from services.streams.base import Message
 from services.streams.kafka import compat as kafka_headers
 
 log = logging.getLogger(__name__)
 
 CONNECT_S: Final = 15.0
 """How long opening waits for a broker before it gives up."""
-
-SENDS_IN_FLIGHT: Final = 256
-"""Calls of `Sender.send` at a time, per sender; kafka-python itself has no bound on what it buffers."""
-
-_CLOSE_S: Final = 3.0
 
 _DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
 """A dead letter is a whole original message (up to 1 MiB by default) and its headers."""
@@ -183,118 +176,6 @@ def backoff(longest_s: float = 5.0) -> Iterator[float]:
     while True:
         yield random.uniform(ceiling / 2, ceiling)
         ceiling = min(longest_s, ceiling * 2)
-
-
-class Sender:
-    """An idempotent producer for an event loop: every send waits for all in-sync replicas."""
-
-    def __init__(self, settings: Settings, *, delivery_s: float) -> None:
-        """Connects, so it blocks. `delivery_s` is how long one try to send may take, at least 5 s.
-
-        Raises:
-            ConfigurationError: an option, or the credentials, are wrong.
-            StreamUnavailable: no broker answers.
-        """
-        self._settings = settings
-        self._delivery_s = delivery_s
-        self._slots = asyncio.Semaphore(SENDS_IN_FLIGHT)
-        # send() of kafka-python blocks while it does not know a topic, so it gets a thread; one, to keep the order.
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-send")
-        self._producer = self._connect()
-        self._closed = False
-
-    def _connect(self) -> Any:
-        return connect(
-            self._settings,
-            kafka.KafkaProducer,
-            acks="all",
-            enable_idempotence=True,
-            compression_type="gzip",
-            max_request_size=REQUEST_LIMIT_BYTES,
-            max_block_ms=5_000,
-            request_timeout_ms=int(self._delivery_s * 1000 * 0.6),
-            delivery_timeout_ms=int(self._delivery_s * 1000),
-        )
-
-    async def send(self, records: Sequence[OutgoingMessage]) -> list[OutgoingMessage]:
-        """Send and wait. Returns the records that were not acknowledged: trying those again can help, until `close`.
-
-        Raises:
-            ConfigurationError: a topic refuses a record for good, such as one that is too large for it.
-        """
-        async with self._slots:
-            if self._closed or not records:
-                return list(records)
-            loop = asyncio.get_running_loop()
-            producer = self._producer
-            futures = await loop.run_in_executor(self._thread, self._append, producer, tuple(records))
-            outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-            failed = []
-            for record, outcome in zip(records, outcomes, strict=True):
-                if not isinstance(outcome, BaseException):
-                    continue
-                log.warning("%s did not take a message: %s", record.stream, outcome)
-                if not isinstance(outcome, errors.RetriableError | errors.AuthorizationError):
-                    await loop.run_in_executor(self._thread, self._renew, producer)
-                # A record that is too large takes everything with it that the producer holds at the moment, so which
-                # one is to blame shows only when each is sent alone.
-                if not isinstance(outcome, REFUSED) or not await loop.run_in_executor(
-                    self._thread, self._send_alone, record
-                ):
-                    failed.append(record)
-            return failed
-
-    def _append(self, producer: Any, records: tuple[OutgoingMessage, ...]) -> list["concurrent.futures.Future[None]"]:
-        futures = []
-        for record in records:
-            future: concurrent.futures.Future[None] = concurrent.futures.Future()
-            future.set_running_or_notify_cancel()  # so that a cancelled waiter cannot cancel it
-            futures.append(future)
-            try:
-                pending = producer.send(record.stream, record.value, key=record.key, headers=list(record.headers))
-            except Exception as error:  # noqa: BLE001 - it goes to whoever waits for this record
-                future.set_exception(error)
-                continue
-            pending.add_callback(lambda _, future=future: future.set_result(None))
-            pending.add_errback(lambda error, future=future: future.set_exception(error))
-        return futures
-
-    def _send_alone(self, record: OutgoingMessage) -> bool:
-        producer = self._connect()
-        try:
-            producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)).get(
-                self._delivery_s
-            )
-        except REFUSED as error:
-            raise ConfigurationError(
-                f"Kafka refuses a message of {len(record.value)} bytes for {record.stream}: {error}. "
-                "Raise the topic's max.message.bytes."
-            ) from error
-        except errors.KafkaError as error:
-            log.warning("%s did not take a message: %s", record.stream, error)
-            return False
-        finally:
-            close_producer(producer, 1)
-        return True
-
-    def _renew(self, broken: Any) -> None:
-        """A producer can end in a state that it does not leave by itself; then a new one takes its place."""
-        if self._producer is not broken or self._closed:
-            return
-        try:
-            self._producer = self._connect()
-        except (ConfigurationError, StreamUnavailable) as error:
-            log.warning("no new Kafka producer: %s", error)
-            return
-        close_producer(broken, 1)
-
-    async def close(self) -> None:
-        """Wait a little for what is in flight, then release the connections."""
-        if not self._closed:
-            self._closed = True
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, close_producer, self._producer, _CLOSE_S)
-            self._thread.shutdown(wait=False)
 
 
 def close_producer(producer: Any, timeout_s: float) -> None:

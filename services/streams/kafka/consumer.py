@@ -25,10 +25,11 @@ from services.core.errors import ConfigurationError, NotOwned
 from services.core.settings import Settings
 from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.kafka import rebalance as kafka_consumer
-from services.streams.kafka.client import Sender, as_message, backoff, connect, ensure_topics
+from services.streams.kafka.client import as_message, backoff, connect, ensure_topics
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
 from services.streams.kafka.offsets import OffsetTracker, SettleResult
+from services.streams.kafka.producer import Sender
 from services.streams.kafka.rebalance import Rebalance, subscribe
 from services.streams.kafka.transactions import Transactions
 

@@ -1,8 +1,10 @@
 """What the Redis Streams transport, publisher and reader share: the connection, the outages, and the entries' form."""
 
+import asyncio
 import base64
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -172,3 +174,39 @@ def _more_headers(content: bytes) -> Headers | None:
 def connections_for(settings: Settings) -> int:
     """Settling takes milliseconds, so a few connections carry many messages; a blocking read has one to itself."""
     return min(32, 4 + settings.in_flight)
+
+
+async def open_client(settings: Settings) -> Redis:
+    """A client of the server in SLUICE_STREAM_URL, which has answered.
+
+    Raises:
+        ConfigurationError: the URL or the credentials are wrong.
+        StreamUnavailable: the server did not answer in time.
+    """
+    client = make_client(settings.stream_url, connections=connections_for(settings))
+    try:
+        await connect(client)
+    except Exception:
+        await client.aclose(close_connection_pool=True)
+        raise
+    return client
+
+
+async def connect(client: Redis) -> None:
+    """Wait for the server.
+
+    Raises:
+        StreamUnavailable: it did not answer within 15 s.
+        ConfigurationError: it refuses the credentials.
+    """
+    deadline = time.monotonic() + CONNECT_S
+    for delay in backoff():
+        try:
+            await client.ping()
+        except (exceptions.RedisError, OSError) as error:
+            failure = refusal(error)
+            if not isinstance(failure, StreamUnavailable) or time.monotonic() + delay > deadline:
+                raise failure from error
+            await asyncio.sleep(delay)
+        else:
+            return

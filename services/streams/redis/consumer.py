@@ -13,21 +13,20 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from redis import exceptions
 from redis.asyncio import Redis
 
-from services.core.errors import NotOwned, StreamUnavailable
+from services.core.errors import NotOwned
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.streams.base import Lag, Message, OutgoingMessage
-from services.streams.redis import scripts as redis_scripts
+from services.streams.redis import scripts
 from services.streams.redis.client import (
-    CONNECT_S,
     backoff,
+    connect,
     connections_for,
     fields_of,
     is_missing_group,
@@ -45,8 +44,6 @@ _TRIM_S: Final = 60.0
 _SILENT_S: Final = 60.0
 """A consumer without entries that was silent for this long, and for 4 times the claim time, is deleted."""
 _RENEW_AT_ONCE: Final = 500
-_PUBLISH_AT_ONCE: Final = 500
-_READ_AT_ONCE: Final = 100
 _CLOSE_S: Final = 5.0
 _AT_ONCE_MS: Final = 1 << 40
 """An idle time that is longer than any claim time."""
@@ -77,13 +74,13 @@ class RedisGroupConsumer:
         self._settle, self._renew, self._take_over, self._leave, self._tidy, self._trim, self._lag = (
             client.register_script(script)
             for script in (
-                redis_scripts.SETTLE,
-                redis_scripts.RENEW,
-                redis_scripts.TAKE_OVER,
-                redis_scripts.LEAVE,
-                redis_scripts.TIDY,
-                redis_scripts.TRIM,
-                redis_scripts.LAG,
+                scripts.SETTLE,
+                scripts.RENEW,
+                scripts.TAKE_OVER,
+                scripts.LEAVE,
+                scripts.TIDY,
+                scripts.TRIM,
+                scripts.LAG,
             )
         )
         self._heartbeat = asyncio.create_task(self._beat(), name=f"redis-heartbeat-{member}")
@@ -247,113 +244,6 @@ class RedisGroupConsumer:
             log.warning("Redis is away, waiting: %s", str(error) or type(error).__name__)
         else:
             log.error("Redis refuses a command, trying on: %s: %s", type(error).__name__, error)
-
-
-class RedisPublisher:
-    """Publishes without being a member. See `Publisher`."""
-
-    def __init__(self, client: Redis) -> None:
-        """Use `open`, which connects."""
-        self._client = client
-
-    @classmethod
-    async def open(cls, settings: Settings) -> Self:
-        """Connect.
-
-        Raises:
-            ConfigurationError: the URL or the credentials are wrong.
-            StreamUnavailable: the server did not answer in time.
-        """
-        return cls(await _connected(settings))
-
-    async def publish(self, records: Sequence[OutgoingMessage]) -> None:
-        """In transactions of up to 500 records. When it raises, some of them may have been published."""
-        for at in range(0, len(records), _PUBLISH_AT_ONCE):
-            pipeline = self._client.pipeline(transaction=True)
-            for record in records[at : at + _PUBLISH_AT_ONCE]:
-                pipeline.execute_command("XADD", record.stream, "*", *fields_of(record))
-            try:
-                await pipeline.execute()
-            except (exceptions.RedisError, OSError) as error:
-                raise refusal(error) from error
-
-    async def close(self) -> None:
-        """Release the connections."""
-        await self._client.aclose(close_connection_pool=True)
-
-
-class RedisReader:
-    """Reads whole streams without being a member. See `Reader`."""
-
-    def __init__(self, client: Redis) -> None:
-        """Use `open`, which connects."""
-        self._client = client
-
-    @classmethod
-    async def open(cls, settings: Settings) -> Self:
-        """Connect.
-
-        Raises:
-            ConfigurationError: the URL or the credentials are wrong.
-            StreamUnavailable: the server did not answer in time.
-        """
-        return cls(await _connected(settings))
-
-    async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
-        """In the order of the ids."""
-        try:
-            newest: Any = await self._client.xrevrange(stream, count=1)
-            end = newest[0][0] if newest else b"0-0"
-            first = b"-" if since is None else str(max(0, int(since.timestamp() * 1000))).encode()
-            while entries := await self._range(stream, first, end):
-                for id_, fields in entries:
-                    yield message_of(stream, id_, fields)
-                first = b"(" + entries[-1][0]
-            while follow:
-                reply: Any = await self._client.xread({stream: end}, count=_READ_AT_ONCE, block=int(_BLOCK_S * 1000))
-                for _, entries in reply or ():
-                    for id_, fields in entries:
-                        yield message_of(stream, id_, fields)
-                    end = entries[-1][0]
-        except (exceptions.RedisError, OSError) as error:
-            raise refusal(error) from error
-
-    async def _range(self, stream: str, first: bytes, end: bytes) -> Any:
-        return await self._client.xrange(stream, first, end, count=_READ_AT_ONCE)
-
-    async def close(self) -> None:
-        """Release the connections."""
-        await self._client.aclose(close_connection_pool=True)
-
-
-async def _connected(settings: Settings) -> Redis:
-    client = make_client(settings.stream_url, connections=connections_for(settings))
-    try:
-        await connect(client)
-    except Exception:
-        await client.aclose(close_connection_pool=True)
-        raise
-    return client
-
-
-async def connect(client: Redis) -> None:
-    """Wait for the server.
-
-    Raises:
-        StreamUnavailable: it did not answer within 15 s.
-        ConfigurationError: it refuses the credentials.
-    """
-    deadline = time.monotonic() + CONNECT_S
-    for delay in backoff():
-        try:
-            await client.ping()
-        except (exceptions.RedisError, OSError) as error:
-            failure = refusal(error)
-            if not isinstance(failure, StreamUnavailable) or time.monotonic() + delay > deadline:
-                raise failure from error
-            await asyncio.sleep(delay)
-        else:
-            return
 
 
 async def _create_group(client: Redis, stream: str, group: str) -> None:

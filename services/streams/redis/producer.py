@@ -1,0 +1,46 @@
+"""Publishes to Redis Streams without being a member of a group."""
+
+from collections.abc import Sequence
+from typing import Final, Self
+
+from redis import exceptions
+from redis.asyncio import Redis
+
+from services.core.settings import Settings
+from services.streams.base import OutgoingMessage
+from services.streams.redis.client import fields_of, open_client, refusal
+
+_PUBLISH_AT_ONCE: Final = 500
+
+
+class RedisPublisher:
+    """Publishes without being a member. See `Publisher`."""
+
+    def __init__(self, client: Redis) -> None:
+        """Use `open`, which connects."""
+        self._client = client
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Connect.
+
+        Raises:
+            ConfigurationError: the URL or the credentials are wrong.
+            StreamUnavailable: the server did not answer in time.
+        """
+        return cls(await open_client(settings))
+
+    async def publish(self, records: Sequence[OutgoingMessage]) -> None:
+        """In transactions of up to 500 records. When it raises, some of them may have been published."""
+        for at in range(0, len(records), _PUBLISH_AT_ONCE):
+            pipeline = self._client.pipeline(transaction=True)
+            for record in records[at : at + _PUBLISH_AT_ONCE]:
+                pipeline.execute_command("XADD", record.stream, "*", *fields_of(record))
+            try:
+                await pipeline.execute()
+            except (exceptions.RedisError, OSError) as error:
+                raise refusal(error) from error
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._client.aclose(close_connection_pool=True)

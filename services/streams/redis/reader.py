@@ -1,0 +1,59 @@
+"""Reads whole Redis streams without being a member of a group."""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any, Final, Self
+
+from redis import exceptions
+from redis.asyncio import Redis
+
+from services.core.settings import Settings
+from services.streams.base import Message
+from services.streams.redis.client import message_of, open_client, refusal
+
+_BLOCK_S: Final = 1.0
+_READ_AT_ONCE: Final = 100
+
+
+class RedisReader:
+    """Reads whole streams without being a member. See `Reader`."""
+
+    def __init__(self, client: Redis) -> None:
+        """Use `open`, which connects."""
+        self._client = client
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Connect.
+
+        Raises:
+            ConfigurationError: the URL or the credentials are wrong.
+            StreamUnavailable: the server did not answer in time.
+        """
+        return cls(await open_client(settings))
+
+    async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
+        """In the order of the ids."""
+        try:
+            newest: Any = await self._client.xrevrange(stream, count=1)
+            end = newest[0][0] if newest else b"0-0"
+            first = b"-" if since is None else str(max(0, int(since.timestamp() * 1000))).encode()
+            while entries := await self._range(stream, first, end):
+                for id_, fields in entries:
+                    yield message_of(stream, id_, fields)
+                first = b"(" + entries[-1][0]
+            while follow:
+                reply: Any = await self._client.xread({stream: end}, count=_READ_AT_ONCE, block=int(_BLOCK_S * 1000))
+                for _, entries in reply or ():
+                    for id_, fields in entries:
+                        yield message_of(stream, id_, fields)
+                    end = entries[-1][0]
+        except (exceptions.RedisError, OSError) as error:
+            raise refusal(error) from error
+
+    async def _range(self, stream: str, first: bytes, end: bytes) -> Any:
+        return await self._client.xrange(stream, first, end, count=_READ_AT_ONCE)
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._client.aclose(close_connection_pool=True)
