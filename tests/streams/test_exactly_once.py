@@ -12,7 +12,7 @@ import pytest
 from kafka.coordinator.base import Generation
 
 from services.core.errors import NotOwned
-from services.streams.kafka.rebalance import FixedCooperativeStickyAssignor
+from services.streams.kafka.compat import FixedCooperativeStickyAssignor
 from services.streams.kafka.transactions import CommitOutcome, Transactions
 from tests.streams.fleet import Fleet
 from tests.streams.worker import MOMENTS
@@ -195,7 +195,7 @@ def test_what_was_lost_is_not_claimed() -> None:
         _subscription=SimpleNamespace(assign_from_subscribed=given_up.append),
         assignment=lambda: {partition},
     )
-    assignor.listener = SimpleNamespace(owner=SimpleNamespace(drop_partitions=given_up.append))  # type: ignore[assignment]
+    assignor.on_lost = given_up.append
     assert [each.partitions for each in assignor.metadata(["submissions"]).owned_partitions] == [[1]]
     assert given_up == []
     assignor.consumer._coordinator._generation = Generation.NO_GENERATION

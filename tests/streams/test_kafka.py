@@ -84,6 +84,8 @@ async def test_a_record_that_is_too_large_is_refused_and_the_message_stays(strea
     await asyncio.gather(*settling.values())
     published = await streams.verdicts()
     if streams.delivery == "at_least_once":
+        # The refused record aborts the batches of the producer, and a batch that the broker has stored is sent again.
+        published = sorted(set(published))
         published.remove("5")  # it was published before the other one was refused
     assert published == sorted([*names[:5], *names[6:], "again"])
 
@@ -251,7 +253,7 @@ async def test_new_partitions_are_read_however_short_the_polls(
 async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second member gets its share without what the first one settled, though that came in no order."""
     monkeypatch.setattr("services.streams.kafka.consumer._COMMIT_S", 600)  # only the revocation commits
-    monkeypatch.setattr("services.streams.kafka.exactly_once._EVERY_S", 600)
+    monkeypatch.setattr("services.streams.kafka.exactly_once._INTERVAL_S", 600)
     first = await streams.member("first", **PATIENT)
     for key in range(12):
         await streams.submit(f"{key}-settled", f"{key}-held", key=str(key).encode())

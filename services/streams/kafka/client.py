@@ -14,7 +14,7 @@ from kafka import errors
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.settings import Settings
 from services.streams.base import Message
-from services.streams.kafka import compat as kafka_headers
+from services.streams.kafka.compat import patch_header_decoding
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def connect(settings: Settings, client: Any, **ours: Any) -> Any:
         StreamUnavailable: no broker answers.
     """
     arguments = options(settings, client, **ours)
-    kafka_headers.patch_header_decoding()
+    patch_header_decoding()
     try:
         return client(**arguments)
     except (errors.SaslAuthenticationFailedError, errors.UnsupportedSaslMechanismError) as error:

@@ -1,21 +1,38 @@
-"""Header names that are not UTF-8 must not stop a consumer.
+"""Every work-around for kafka-python 3.0.12, with the defect that it is for. No other module uses private attributes.
 
-Kafka's brokers take any bytes for the name of a header; kafka-python 3.0.12 raises in the middle of a batch when they
-are not UTF-8 and its `poll` then never returns, so one such record would stop every member that meets it. Here such a
-record is parsed once more, and what cannot be decoded becomes `\\xNN`.
+`tests/streams/test_kafka_compat.py` shows each defect on kafka-python alone. When a release fixes one, its test fails:
+then the work-around can go.
 """
 
-from typing import Any
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
 
+from kafka import errors
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from kafka.record.util import decode_varint
+from kafka.structs import MemberState
 
-_strict: Any = DefaultRecordBatch._read_msg
+log = logging.getLogger(__name__)
+
+KAFKA_PYTHON: Final = "3.0.12"
+"""The release that the work-arounds were written for and tested with."""
+
+
+# ---- Reading: a header name that is not UTF-8 stops the consumer.
+#
+# Brokers accept any bytes as the name of a header. kafka-python raises in the middle of the batch, and `poll` never
+# returns a record again. So one such record would stop every member that receives it. Such a record is parsed once
+# more here, and bytes that are not UTF-8 become `\\xNN`.
+
+strict_read_msg: Any = DefaultRecordBatch._read_msg
+"""kafka-python's own parser, which raises UnicodeDecodeError."""
 
 
 def _read_msg(batch: Any) -> Any:
     try:
-        return _strict(batch)
+        return strict_read_msg(batch)
     except UnicodeDecodeError:
         return _read_leniently(batch)
 
@@ -47,5 +64,119 @@ def _read_leniently(batch: Any) -> Any:
 
 
 def patch_header_decoding() -> None:
-    """From now on, in this process. Does nothing the second time."""
+    """Parse header names that are not UTF-8, from now on, in this process. A second call does nothing."""
     DefaultRecordBatch._read_msg = _read_msg
+
+
+# ---- Polling
+
+
+def reset_stale_parked_records(consumer: Any) -> None:
+    """Let the consumer return the records of a partition that was paused and resumed. Call it before each poll.
+
+    The defect: the fetcher sets the records of a paused partition aside. It restores them only while it has no current
+    records, which it tests with `is None`; but used-up records stay there as an object that is false. So the records
+    that were set aside are never returned.
+    """
+    if not consumer._fetcher._next_partition_records:
+        consumer._fetcher._next_partition_records = None
+
+
+def request_missed_rejoin(consumer: Any) -> None:
+    """Go on with a rejoin that a poll has left unfinished. Call it before each poll; a second request does no harm.
+
+    The defect: when the consumer rejoins because the partitions changed, and the poll ends in the middle of that, the
+    rejoin is forgotten. The member then sends no heartbeats and cannot commit.
+    """
+    if consumer.group_metadata().state == MemberState.REBALANCING:
+        consumer._coordinator.request_rejoin()
+
+
+def raise_if_fenced(consumer: Any) -> None:
+    """Report that another member has joined with this one's `group_instance_id`. Call it before each poll.
+
+    The defect: the broker tells it in the answer to a heartbeat. The consumer logs that, stops its heartbeats, and
+    `poll` goes on as if nothing had happened.
+
+    Raises:
+        FencedInstanceIdError: another member has this one's identity.
+    """
+    coordinator = consumer._coordinator
+    if coordinator.stable() and not coordinator._heartbeat_enabled and not coordinator.need_rejoin():
+        raise errors.FencedInstanceIdError("the heartbeat was refused")
+
+
+# ---- Offsets
+
+
+def forget_offset_fetches(consumer: Any, partitions: Collection[Any] | None = None) -> None:
+    """Make the next question about committed offsets (of exactly `partitions`, or of any) a new one.
+
+    The defect: a question that timed out is kept. The next question about the same partitions, however much later,
+    gets its answer: the offsets of an earlier assignment.
+    """
+    futures = consumer._coordinator._offset_fetch_futures
+    if partitions is None:
+        futures.clear()
+    else:
+        futures.pop(frozenset(partitions), None)
+
+
+# ---- Rebalancing
+
+
+class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
+    """Claims only the partitions that this member owns when it joins.
+
+    The defect: a member that has lost its membership still claims its old partitions. The leader then assigns them to
+    two members in the same generation. When the membership is lost while the member is joining, kafka-python also does
+    not call the rebalance listener, so the member keeps the partitions; `on_lost` is called instead.
+    """
+
+    consumer: Any
+    on_lost: Callable[[Collection[Any]], Any]
+
+    def metadata(self, topics: Any) -> Any:
+        """The subscription in a request to join. Runs on kafka-python's own thread."""
+        if self.consumer._coordinator._generation.is_lost():
+            self.member_assignment = None
+            lost = self.consumer.assignment()
+            if lost:
+                log.warning("lost while joining: %s", sorted(lost))
+                self.consumer._subscription.assign_from_subscribed([])
+                self.on_lost(lost)
+        return super().metadata(topics)
+
+
+async def sleep_on_kafka_thread(consumer: Any, seconds: float) -> None:
+    """Wait in a rebalance listener while the heartbeats go on.
+
+    The defect: the listener is a coroutine of kafka-python's own event loop, which has no public way to wait.
+    """
+    await consumer._net.sleep(seconds)
+
+
+# ---- Transactions
+#
+# The defect: the public methods wait for the broker without a limit. These begin the same requests and return the
+# result to wait for.
+
+
+def begin_abort(producer: Any) -> Any:
+    """As `abort_transaction`, without the wait."""
+    return _sent(producer, producer._transaction_manager.begin_abort())
+
+
+def begin_commit(producer: Any) -> Any:
+    """As `commit_transaction`, without the wait."""
+    return _sent(producer, producer._transaction_manager.begin_commit())
+
+
+def begin_send_offsets(producer: Any, offsets: Mapping[Any, Any], group_metadata: Any) -> Any:
+    """As `send_offsets_to_transaction`, without the wait."""
+    return _sent(producer, producer._transaction_manager.send_offsets_to_transaction(offsets, group_metadata))
+
+
+def _sent(producer: Any, result: Any) -> Any:
+    producer._sender.wakeup()
+    return result

@@ -24,7 +24,7 @@ from kafka.structs import OffsetAndMetadata
 from services.core.errors import ConfigurationError, NotOwned
 from services.core.settings import Settings
 from services.streams.base import Lag, Message, OutgoingMessage
-from services.streams.kafka import rebalance as kafka_consumer
+from services.streams.kafka import compat, rebalance
 from services.streams.kafka.client import as_message, backoff, connect, ensure_topics
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
@@ -258,9 +258,9 @@ class KafkaGroupConsumer:
         paused = self._consumer.paused()
         self._consumer.pause(*(full - paused))
         self._consumer.resume(*(paused & assigned - full))
-        kafka_consumer.request_missed_rejoin(self._consumer)
-        kafka_consumer.raise_if_fenced(self._consumer)
-        kafka_consumer.reset_stale_parked_records(self._consumer)
+        compat.request_missed_rejoin(self._consumer)
+        compat.raise_if_fenced(self._consumer)
+        compat.reset_stale_parked_records(self._consumer)
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
@@ -366,11 +366,11 @@ class KafkaGroupConsumer:
 
     def group(self) -> Any | None:
         """The consumer's group metadata; None while it is not in the group."""
-        return kafka_consumer.group_metadata(self._consumer)
+        return rebalance.group_metadata(self._consumer)
 
     def committed(self, partition: Any) -> int | None:
         """The group's committed offset, once no transaction that could move it is under way."""
-        return kafka_consumer.committed(self._consumer, partition, _LEAVE_MS)
+        return rebalance.committed(self._consumer, partition, _LEAVE_MS)
 
     def on_fenced(self) -> None:
         """The broker knows this member's id as another's: whatever is held is not this member's any more."""

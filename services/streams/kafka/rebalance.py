@@ -1,4 +1,4 @@
-"""The consumer of a group's member, and what kafka-python 3.0.12's needs from its user."""
+"""Joins a consumer group, and hands partitions over when the group rebalances."""
 
 import logging
 import time
@@ -7,50 +7,26 @@ from typing import Any, Final, Protocol
 
 import kafka
 from kafka import AsyncConsumerRebalanceListener, errors
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.structs import MemberState
 
 from services.core.errors import StreamUnavailable
 from services.core.settings import Settings
 from services.streams.kafka.client import connect
+from services.streams.kafka.compat import FixedCooperativeStickyAssignor, forget_offset_fetches, sleep_on_kafka_thread
 
 log = logging.getLogger(__name__)
 
 _HAND_OVER_S: Final = 5.0
-_LOOK_S: Final = 0.01
+_CHECK_S: Final = 0.01
 
 
 class Owner(Protocol):
-    """Whoever holds what the consumer received. Called from kafka-python's own thread."""
+    """Holds the messages that the consumer received. Called from kafka-python's own thread."""
 
     def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, Any]:
-        """Drop what is held of `partitions`. Returns the offsets to commit for them."""
+        """Drop the held messages of `partitions`. Returns the offsets to commit for them."""
 
     def flush(self) -> Any | None:
-        """Begin to commit what is done; an event that tells when, or None where there is nothing to wait for."""
-
-
-class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
-    """Claims only what this member owns when it joins.
-
-    kafka-python 3.0.12 goes on to claim what it has lost, so that the leader gives it to two members in the same
-    generation. And when the membership is lost while the member is joining anyway, it calls nobody and keeps it.
-    """
-
-    consumer: Any
-    listener: "Rebalance"
-
-    def metadata(self, topics: Any) -> Any:
-        """What is sent with a request to join. Runs on kafka-python's own thread."""
-        coordinator = self.consumer._coordinator
-        if coordinator._generation.is_lost():
-            self.member_assignment = None
-            lost = self.consumer.assignment()
-            if lost:
-                log.warning("lost while joining: %s", sorted(lost))
-                self.consumer._subscription.assign_from_subscribed([])
-                self.listener.owner.drop_partitions(lost)
-        return super().metadata(topics)
+        """Start to commit the done offsets. The event is set afterwards. None: there is nothing to wait for."""
 
 
 class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
@@ -63,30 +39,33 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer = consumer
 
     async def on_partitions_assigned(self, assigned: set[Any]) -> None:
-        """Begin at the committed offsets of now."""
-        self.owner.drop_partitions(assigned)  # whatever is left of an earlier time
-        # kafka-python 3.0.12 would take the answer to a question that it gave up asking, during an earlier assignment.
-        self._consumer._coordinator._offset_fetch_futures.clear()
+        """Drop leftovers of an earlier assignment; then kafka-python starts at the committed offsets."""
+        self.owner.drop_partitions(assigned)
+        forget_offset_fetches(self._consumer)
         log.info("assigned: %s", sorted(assigned))
 
     async def on_partitions_revoked(self, revoked: set[Any]) -> None:
-        """The next owner starts after this returned, so what is done is committed first."""
+        """Commit the done offsets: the next owner of the partitions starts when this returns."""
         flushed = self.owner.flush()
         if flushed is not None:
             # Half of the time that the group waits for this member.
-            patience_s = min(_HAND_OVER_S, self._consumer.config["max_poll_interval_ms"] / 2000)
-            deadline = time.monotonic() + patience_s
+            wait_s = min(_HAND_OVER_S, self._consumer.config["max_poll_interval_ms"] / 2000)
+            deadline = time.monotonic() + wait_s
             while not flushed.is_set() and time.monotonic() < deadline:
-                await self._consumer._net.sleep(_LOOK_S)  # the heartbeats go on
+                await sleep_on_kafka_thread(self._consumer, _CHECK_S)
         offsets = self.owner.drop_partitions(revoked)
         if offsets:
             try:
                 await self._consumer.commit_async(offsets)
             except errors.KafkaError as error:
-                log.warning("could not commit on revocation, some messages will be judged again: %s", error)
+                log.warning("committing on revocation failed; some messages will be judged again: %s", error)
+
+    def drop_lost(self, lost: Iterable[Any]) -> None:
+        """Drop the messages of partitions that were lost while the member was joining."""
+        self.owner.drop_partitions(lost)
 
     async def on_partitions_lost(self, lost: set[Any]) -> None:
-        """This member was thrown out: it has nothing to commit any more."""
+        """Drop the messages without a commit: this member is no longer in the group."""
         log.warning("lost: %s", sorted(lost))
         self.owner.drop_partitions(lost)
 
@@ -111,7 +90,8 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
         partition_assignment_strategy=[assignor],
     )
     listener = Rebalance(consumer)
-    assignor.consumer, assignor.listener = consumer, listener
+    assignor.consumer = consumer
+    assignor.on_lost = listener.drop_lost
     consumer.subscribe([settings.submissions_stream], listener=listener)
     try:
         # A member that joins before it knows the partitions makes the group rebalance twice.
@@ -122,35 +102,8 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
     return consumer, listener
 
 
-def request_missed_rejoin(consumer: Any) -> None:
-    """kafka-python 3.0.12 forgets a rejoin of its own (the partitions changed) when a poll ends in the middle of it:
-    no heartbeats, no commits any more. Asking again for the same rejoin does no harm.
-    """
-    if consumer.group_metadata().state == MemberState.REBALANCING:
-        consumer._coordinator.request_rejoin()
-
-
-def reset_stale_parked_records(consumer: Any) -> None:
-    """kafka-python 3.0.12 sets the records of a paused partition aside, and never looks at them again when those of
-    another partition came meanwhile: it takes what is left of those, which is nothing, for something. Before each poll.
-    """
-    if not consumer._fetcher._next_partition_records:
-        consumer._fetcher._next_partition_records = None
-
-
-def raise_if_fenced(consumer: Any) -> None:
-    """kafka-python 3.0.12 notices in a heartbeat that another member has this one's identity, and goes on as before.
-
-    Raises:
-        FencedInstanceIdError: that has happened.
-    """
-    coordinator = consumer._coordinator
-    if coordinator.stable() and not coordinator._heartbeat_enabled and not coordinator.need_rejoin():
-        raise errors.FencedInstanceIdError("the heartbeat was refused")
-
-
 def group_metadata(consumer: Any) -> Any | None:
-    """What a transaction names its member by; None while it is not in the group, when the broker would not check it."""
+    """Identifies the member in a transaction. None while it is not in the group: the broker would not check it then."""
     group = consumer.group_metadata()
     return group if group.generation_id >= 0 and group.member_id else None
 
@@ -161,7 +114,6 @@ def committed(consumer: Any, partition: Any, timeout_ms: int) -> int | None:
     Raises:
         KafkaError: no answer.
     """
-    # See on_partitions_assigned.
-    consumer._coordinator._offset_fetch_futures.pop(frozenset([partition]), None)
+    forget_offset_fetches(consumer, [partition])
     offset: int | None = consumer.committed(partition, timeout_ms=timeout_ms)
     return offset

@@ -28,6 +28,7 @@ from kafka.structs import OffsetAndMetadata
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.settings import Settings
 from services.streams.base import OutgoingMessage
+from services.streams.kafka import compat
 from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_producer, connect
 
 log = logging.getLogger(__name__)
@@ -93,13 +94,11 @@ class Transactions:
             self._write(producer, records)
             member = confirm()
             if member is None:
-                self._wait_for_result(producer, producer._transaction_manager.begin_abort())
+                self._wait_for_result(producer, compat.begin_abort(producer))
                 return CommitOutcome.ABORTED, "a partition went to another member"
             positions = {partition: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
-            self._wait_for_result(
-                producer, producer._transaction_manager.send_offsets_to_transaction(positions, member)
-            )
-            commit = producer._transaction_manager.begin_commit()
+            self._wait_for_result(producer, compat.begin_send_offsets(producer, positions, member))
+            commit = compat.begin_commit(producer)
         except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
             self._discard_producer()
             return _failure_outcome(error), _describe(error)
@@ -192,7 +191,6 @@ class Transactions:
         Raises:
             KafkaError: it failed, or there was no answer in time.
         """
-        producer._sender.wakeup()
         deadline = time.monotonic() + _ANSWER_S
         while not result.wait(timeout_ms=int(_CHECK_S * 1000)):
             if time.monotonic() > deadline or self._stopping.is_set():

@@ -1,0 +1,189 @@
+"""The defects of kafka-python that Sluice works around. A test that fails here says that a work-around can go."""
+
+import inspect
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import kafka
+import pytest
+from kafka.consumer.fetcher import Fetcher
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.errors import CorruptRecordError, FencedInstanceIdError
+from kafka.future import Future
+from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
+from kafka.structs import MemberState, OffsetAndMetadata
+
+from services.streams.kafka import compat
+
+TOPIC_PARTITION = kafka.TopicPartition("submissions", 0)
+
+
+class _Latin1Name(str):
+    """A header name that a careless client sends."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        return b"gr\xf6\xdfe"
+
+
+def test_installed_release_is_the_one_the_workarounds_were_written_for() -> None:
+    """Not every defect shows without a race: check `request_missed_rejoin` by hand, then change the constant."""
+    assert kafka.__version__ == compat.KAFKA_PYTHON
+
+
+def test_header_name_that_is_not_utf8_raises_without_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = DefaultRecordBatchBuilder(
+        magic=2,
+        compression_type=0,
+        is_transactional=0,
+        producer_id=-1,
+        producer_epoch=-1,
+        base_sequence=-1,
+        batch_size=10_000,
+    )
+    builder.append(0, 1_000, b"key", b"value", [(_Latin1Name("x"), b"1"), ("ok", b"2")])
+    data = bytes(builder.build())
+    monkeypatch.setattr(DefaultRecordBatch, "_read_msg", compat.strict_read_msg)
+    with pytest.raises(CorruptRecordError, match="UnicodeDecodeError"):
+        list(DefaultRecordBatch(data))
+    compat.patch_header_decoding()
+    (record,) = DefaultRecordBatch(data)
+    assert (record.key, record.value, record.timestamp) == (b"key", b"value", 1_000)
+    assert list(record.headers) == [("gr\\xf6\\xdfe", b"1"), ("ok", b"2")]
+
+
+def test_parked_records_of_a_resumed_partition_are_not_restored_without_the_reset() -> None:
+    class Records(list[str]):
+        topic_partition = TOPIC_PARTITION
+        next_fetch_offset = 0
+
+    fetcher = Fetcher.__new__(Fetcher)
+    fetcher._subscriptions = SimpleNamespace(is_paused=lambda _: False)
+    fetcher._completed_fetches = deque()
+    fetcher._paused_completed_fetches = {}
+    fetcher._paused_partition_records = {TOPIC_PARTITION: Records(["parked"])}
+    fetcher._next_in_line_exception_metadata = None
+    fetcher._next_partition_records = Records()  # used up
+
+    def append(drained: Any, records: Any, _max: int, _update: bool) -> int:
+        drained[records.topic_partition] += records
+        count = len(records)
+        records.clear()
+        return count
+
+    fetcher._append = append
+    assert fetcher.fetched_records(5)[0] == {}
+    compat.reset_stale_parked_records(SimpleNamespace(_fetcher=fetcher))
+    assert fetcher.fetched_records(5)[0] == {TOPIC_PARTITION: ["parked"]}
+
+
+def test_transaction_requests_have_no_time_limit() -> None:
+    producer = kafka.KafkaProducer
+    for method in (producer.commit_transaction, producer.abort_transaction, producer.send_offsets_to_transaction):
+        assert not [name for name in inspect.signature(method).parameters if "timeout" in name]
+
+
+@pytest.mark.parametrize(("state", "requested"), [(MemberState.REBALANCING, 1), (MemberState.STABLE, 0)])
+def test_missed_rejoin_is_requested_only_while_rebalancing(state: MemberState, requested: int) -> None:
+    requests: list[None] = []
+    consumer = SimpleNamespace(
+        group_metadata=lambda: SimpleNamespace(state=state),
+        _coordinator=SimpleNamespace(request_rejoin=lambda: requests.append(None)),
+    )
+    compat.request_missed_rejoin(consumer)
+    assert len(requests) == requested
+
+
+# ---- with a broker
+
+
+class _Group:
+    """A topic and consumers of kafka-python alone, all in one group."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self.topic = f"test-{uuid.uuid4().hex[:12]}"
+        self._consumers: list[Any] = []
+        admin = kafka.KafkaAdminClient(bootstrap_servers=address)
+        admin.create_topics({self.topic: {"num_partitions": 1, "replication_factor": 1}})
+        admin.wait_for_topics([self.topic])
+        admin.close()
+
+    def join(self, assignor: Any = CooperativeStickyAssignor, **options: Any) -> Any:
+        consumer = kafka.KafkaConsumer(
+            self.topic,
+            bootstrap_servers=self._address,
+            group_id=f"{self.topic}.group",
+            enable_auto_commit=False,
+            heartbeat_interval_ms=200,
+            partition_assignment_strategy=[assignor],
+            **options,
+        )
+        self._consumers.append(consumer)
+        deadline = time.monotonic() + 30
+        while not consumer.assignment():
+            assert time.monotonic() < deadline, "the consumer was not assigned the partition within 30 s"
+            consumer.poll(timeout_ms=200)
+        return consumer
+
+    def close(self) -> None:
+        for consumer in self._consumers:
+            consumer.close(autocommit=False, timeout_ms=1_000)
+
+
+@pytest.fixture
+def group(kafka_address: str) -> Iterator[_Group]:
+    group = _Group(kafka_address)
+    yield group
+    group.close()
+
+
+@pytest.mark.kafka
+def test_stale_offset_fetch_answers_a_new_question_without_the_reset(group: _Group) -> None:
+    consumer = group.join()
+    (partition,) = consumer.assignment()
+    consumer.commit({partition: OffsetAndMetadata(7, "", -1)})
+    stale = {partition: OffsetAndMetadata(3, "", -1)}
+    futures = consumer._coordinator._offset_fetch_futures
+    futures[frozenset([partition])] = Future().success(stale)
+    assert consumer.committed(partition) == 3
+    futures[frozenset([partition])] = Future().success(stale)
+    compat.forget_offset_fetches(consumer, [partition])
+    assert consumer.committed(partition) == 7
+
+
+@pytest.mark.kafka
+def test_member_that_lost_its_membership_claims_its_partitions_without_the_fix(group: _Group) -> None:
+    assignor = CooperativeStickyAssignor()
+    consumer = group.join(assignor)
+    assert consumer._coordinator._generation.generation_id > 0
+    consumer._coordinator.reset_generation()
+    assert consumer._coordinator._generation.is_lost()
+    (claimed,) = assignor.metadata([group.topic]).owned_partitions
+    assert (claimed.topic, claimed.partitions) == (group.topic, [0])
+
+
+@pytest.mark.kafka
+def test_fenced_member_polls_on_without_the_check(group: _Group) -> None:
+    first = group.join(group_instance_id="same")
+    compat.raise_if_fenced(first)
+    group.join(group_instance_id="same")
+    deadline = time.monotonic() + 30
+
+    def is_fenced() -> bool:
+        try:
+            compat.raise_if_fenced(first)
+        except FencedInstanceIdError:
+            return True
+        return False
+
+    while not is_fenced():
+        assert time.monotonic() < deadline, "the first member was not fenced within 30 s"
+        first.poll(timeout_ms=100)
+    for _ in range(5):
+        first.poll(timeout_ms=200)
