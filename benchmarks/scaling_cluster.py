@@ -37,6 +37,7 @@ from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess, free_port
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_reader
 from tests.faults.backends import Backends
 from tests.faults.guard import assessment_of
@@ -343,7 +344,7 @@ async def _lose(kind: str, at_s: float, say: Any) -> None:
 
 
 async def _read(course: Course, settings: Settings, began: float) -> None:
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     try:
         async for message in reader.read(settings.verdicts_stream, follow=True):
             name = Verdict.model_validate_json(message.value).submission_id

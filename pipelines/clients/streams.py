@@ -16,6 +16,7 @@ from services.core.errors import ConfigurationError, Malformed, SluiceError
 from services.core.messages import Submission, Verdict, decode_json
 from services.core.settings import Settings
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader
 
 _BATCH: Final = 500
@@ -55,7 +56,7 @@ async def submit(
     Raises:
         StreamUnavailable: the stream does not answer.
     """
-    publisher = await open_publisher(settings)
+    publisher = await open_publisher(StreamConfig.from_settings(settings))
     count = 0
     remaining = iter(submissions)
     try:
@@ -88,7 +89,7 @@ async def print_verdicts(
     Raises:
         StreamUnavailable: the stream does not answer.
     """
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     try:
         async for message in reader.read(settings.verdicts_stream, follow=follow):
             try:

@@ -27,6 +27,7 @@ from services.core.errors import ConfigurationError, DeadLetterReason
 from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, producer_headers
 from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage, Publisher, Reader
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
@@ -176,7 +177,7 @@ async def print_letters(
         nonlocal foreign
         foreign += 1
 
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     try:
         async for found in select(reader, settings, selection, count):
             write(found)
@@ -205,7 +206,7 @@ async def replay(
         Unavailable: the stream or Redis does not answer. Nothing is lost: what was put back is known next time.
     """
     async with AsyncExitStack() as closing:
-        reader = await open_reader(settings)
+        reader = await open_reader(StreamConfig.from_settings(settings))
         closing.push_async_callback(reader.close)
         replay_log = await closing.enter_async_context(ReplayLog(settings, lease=not dry_run, progress=progress))
         candidates = await _candidates(reader, settings, selection)
@@ -216,7 +217,7 @@ async def replay(
         done = Replayed()
         publisher: Publisher | None = None
         if not dry_run:
-            publisher = await open_publisher(settings)
+            publisher = await open_publisher(StreamConfig.from_settings(settings))
             closing.push_async_callback(publisher.close)
             await replay_log.add(known)
         async with aclosing(_not_yet_replayed(reader, settings, selection, candidates, known, done, limit)) as due:

@@ -20,6 +20,7 @@ from services.core.s3 import s3_client
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, NO_CATEGORY
 from services.streams.base import Message
+from services.streams.config import StreamConfig
 from services.streams.factory import open_reader
 
 _SEED: Final = 2026
@@ -83,7 +84,7 @@ async def _judge(uploads: list[_Upload], settings: Settings, progress: Progress)
         [Submission(id=upload.name, uri=f"s3://{bucket}/{upload.name}") for upload in uploads], settings
     )
     ends: dict[str, Verdict | DeadLetter] = {}
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
 
     async def collect(stream: str, parse: Callable[[Message], tuple[str | None, Verdict | DeadLetter]]) -> None:
         async for message in reader.read(stream, follow=True):

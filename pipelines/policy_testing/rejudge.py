@@ -17,6 +17,7 @@ from services.core.settings import Settings
 from services.core.values import Policy, PolicyIdentity
 from services.policies.document import PolicyDocument
 from services.policies.registry import PolicyRegistry
+from services.streams.config import StreamConfig
 from services.streams.factory import open_reader
 
 SCORE_TOLERANCE: Final = 1e-3
@@ -70,7 +71,7 @@ async def find_verdict(verdict_id: str, settings: Settings) -> Verdict:
         ConfigurationError: there is none.
         StreamUnavailable: the stream does not answer.
     """
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     wanted, found = verdict_id.encode(), None
     try:
         async for message in reader.read(settings.verdicts_stream, follow=False):

@@ -21,6 +21,7 @@ from services.core.errors import Malformed, SluiceError
 from services.core.messages import decode_json
 from services.core.settings import Settings
 from services.streams.base import Message, Reader
+from services.streams.config import StreamConfig
 from services.streams.factory import open_reader
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
@@ -140,7 +141,7 @@ async def reconcile(
     """
     account = ReconciliationReport()
     settled_before = datetime.now(UTC).timestamp() - settle_s
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     try:
         with SpoolDatabase() as books:
             reading = _Reading(reader, settings, span, books, account, write)

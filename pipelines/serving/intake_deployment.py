@@ -19,6 +19,7 @@ from services.core.settings import Settings
 from services.core.telemetry import configure_logging
 from services.core.values import Policy
 from services.policies.traffic_sample import TrafficSample
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
 
 
@@ -40,8 +41,10 @@ class IntakeDeployment:
         sample = await enter(TrafficSample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
         isolation = await enter(CrashIsolation(shared, settings.group, member))
-        backfill = await open_consumer(backfill_settings(settings), member) if settings.backfill_stream else None
-        live = await open_consumer(settings, member)
+        backfill = (
+            await open_consumer(StreamConfig.for_backfill(settings), member) if settings.backfill_stream else None
+        )
+        live = await open_consumer(StreamConfig.from_settings(settings), member)
         self._intake = Intake(live, self._moderation, settings, isolation, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 

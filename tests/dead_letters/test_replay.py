@@ -20,6 +20,7 @@ from services.core.errors import ConfigurationError, StreamUnavailable, Unavaila
 from services.core.messages import DeadLetter, attempts_before, producer_headers
 from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice
 from tests.end_to_end.outside import SLUICE
@@ -58,7 +59,7 @@ async def replay(
 
 async def bury(bench: Bench, *ids: str, **fields: Any) -> None:
     """Dead letters as an intake writes them."""
-    publisher = await open_publisher(bench.settings)
+    publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.dead_letters_stream
     for each in ids:
         original = json.dumps({"id": each, "uri": f"s3://uploads/{each}.jpg", "tenant": "shop"}).encode()
@@ -213,7 +214,7 @@ async def test_killed_between_publication_and_mark(bench: Bench, monkeypatch: py
 
 async def test_killed_at_any_moment(bench: Bench, folder: Path) -> None:
     """The real command, by SIGKILL, while it publishes."""
-    publisher = await open_publisher(bench.settings)
+    publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.dead_letters_stream
     originals = [json.dumps({"id": str(each), "uri": "s3://uploads/x.jpg"}).encode() for each in range(3000)]
     await publisher.publish([OutgoingMessage(stream, each, None, letter().headers()) for each in originals])
@@ -316,7 +317,7 @@ async def test_limit_dry_run_and_an_id_that_is_not_there(bench: Bench) -> None:
 async def test_from_outside(bench: Bench, folder: Path) -> None:
     await bury(bench, "evil\x1b[31m", reason="forbidden", detail="no\x1b]0;x\a way")
     await bury(bench, "plain", failed_at=datetime.now(UTC))
-    publisher = await open_publisher(bench.settings)
+    publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     await publisher.publish([OutgoingMessage(bench.settings.dead_letters_stream, b"not ours")])
     await publisher.close()
 
@@ -373,7 +374,7 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
     _, letters = await bench.settled(4, within_s=60)
     assert sorted(each.attempts for each in letters) == [1, 1, 2]
 
-    publisher = await open_publisher(bench.settings)
+    publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     dead = letter(submission_id="huge")
     huge = OutgoingMessage(bench.settings.dead_letters_stream, os.urandom(1_200_000), b"h", dead.headers())
     small = OutgoingMessage(bench.settings.dead_letters_stream, b"small", b"h", dead.headers())

@@ -15,6 +15,7 @@ import boto3
 from services.core.processes import SupervisedProcess, free_port
 from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.faults import s3
 from tests.faults.proxy import Link
@@ -124,7 +125,7 @@ class Backends:
         closing.callback(self.broker.kill)
         await asyncio.gather(asyncio.to_thread(self.valkey.start), asyncio.to_thread(self.broker.start))
         await asyncio.to_thread(self.store.start, self.settings.policy_bucket)
-        publisher = await open_publisher(self.settings)  # which creates the topics
+        publisher = await open_publisher(StreamConfig.from_settings(self.settings))  # which creates the topics
         await publisher.close()
         return self
 

@@ -25,6 +25,7 @@ from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.traffic_sample import TrafficSample
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
 from tests.faults.guard import GuardClient
 
@@ -57,7 +58,9 @@ async def main(name: str, guard_ports: list[int]) -> None:
         )
         sample = await closing.enter_async_context(TrafficSample(shared, size=settings.sample_size))
         isolation = await closing.enter_async_context(CrashIsolation(shared, settings.group, f"{name}-{os.getpid()}"))
-        intake = Intake(await open_consumer(settings, name), moderation, settings, isolation, sample)
+        intake = Intake(
+            await open_consumer(StreamConfig.from_settings(settings), name), moderation, settings, isolation, sample
+        )
         closing.push_async_callback(intake.drain)
         while not ending.is_set():
             intake.check()

@@ -26,6 +26,7 @@ import redis
 from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
 from services.streams.base import OutgoingMessage, Publisher, Reader
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader
 from tests.faults.backends import Store, environment_of
 from tests.faults.cluster_app import IN_FLIGHT
@@ -186,7 +187,10 @@ async def under_load(service: Service) -> AsyncIterator[Load]:
     On Redis Streams an end is published and its submission acknowledged in one step, so that holds for any failure.
     """
     load = Load(service)
-    publisher, reader = await open_publisher(service.settings), await open_reader(service.settings)
+    publisher, reader = (
+        await open_publisher(StreamConfig.from_settings(service.settings)),
+        await open_reader(StreamConfig.from_settings(service.settings)),
+    )
     sending, reading = (asyncio.create_task(each) for each in (load.send(publisher), load.read(reader)))
     try:
         yield load

@@ -11,6 +11,7 @@ from services.core.errors import ConfigurationError, SluiceError
 from services.core.messages import Timings, Verdict
 from services.core.values import ModelIdentity, PolicyIdentity
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.support.intake_bench import Bench
 
@@ -120,7 +121,7 @@ def test_nothing_was_judged(bench: Bench) -> None:
 
 
 async def test_finds_the_newest(bench: Bench) -> None:
-    publisher = await open_publisher(bench.settings)
+    publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.verdicts_stream
     found = [changed(), changed(score=0.5), changed(verdict_id="other"), changed(verdict_id="b", uri="s3://u/7d9f")]
     await publisher.publish([OutgoingMessage(stream, verdict.model_dump_json().encode()) for verdict in found])

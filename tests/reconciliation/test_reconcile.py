@@ -23,6 +23,7 @@ from services.core.messages import DeadLetter
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice
 from tests.support.fake_guard import says_safe
@@ -141,7 +142,7 @@ async def account(
 
 
 async def publish(settings: Settings, *records: OutgoingMessage) -> None:
-    publisher = await open_publisher(settings)
+    publisher = await open_publisher(StreamConfig.from_settings(settings))
     await publisher.publish(records)
     await publisher.close()
 

@@ -14,6 +14,7 @@ import pytest
 from services.core.errors import NotOwned, StreamUnavailable
 from services.core.processes import SupervisedProcess
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader
 from tests.support.kafka_broker import Broker
 from tests.support.servers import Valkey
@@ -313,7 +314,7 @@ async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
     await asyncio.sleep(0.05)
     await streams.publish(OutgoingMessage(settings.verdicts_stream, b"new", b"k", (("h", b"1"),)))
     assert len(await streams.verdicts()) == 251
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     (only,) = [message async for message in reader.read(settings.verdicts_stream, follow=False, since=moment)]
     assert (only.value, only.key, only.headers) == (b"new", b"k", (("h", b"1"),))
     later = datetime.now(UTC) + timedelta(hours=1)
@@ -325,9 +326,9 @@ async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
 @pytest.mark.parametrize("streams", KINDS, indirect=True)
 async def test_following_a_stream(streams: Streams) -> None:
     settings = streams.settings()
-    publisher = await open_publisher(settings)
+    publisher = await open_publisher(StreamConfig.from_settings(settings))
     await publisher.publish([OutgoingMessage(settings.verdicts_stream, b"0", b"k")])
-    reader = await open_reader(settings)
+    reader = await open_reader(StreamConfig.from_settings(settings))
     following = reader.read(settings.verdicts_stream, follow=True)
     for number in range(1, 4):
         assert (await asyncio.wait_for(anext(following), 10)).value == str(number - 1).encode()

@@ -12,6 +12,7 @@ import pytest
 from kafka.coordinator.base import Generation
 
 from services.core.errors import NotOwned
+from services.streams.config import StreamConfig
 from services.streams.kafka.compat import FixedCooperativeStickyAssignor
 from services.streams.kafka.transactions import CommitOutcome, Transactions
 from tests.streams.fleet import Fleet
@@ -97,7 +98,9 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(streams: Streams)
     member: Any = await streams.member(**PATIENT)
     await streams.submit("a")
     await collect(member, 1)
-    transactions = await asyncio.to_thread(Transactions, streams.settings(), f"{streams.name}/other")
+    transactions = await asyncio.to_thread(
+        Transactions, StreamConfig.from_settings(streams.settings()), f"{streams.name}/other"
+    )
     one, two = (kafka.TopicPartition(streams.settings().submissions_stream, each) for each in (1, 2))
     group = member.group()
     stale = group._replace(generation_id=group.generation_id + 1)
@@ -119,7 +122,10 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(streams: Streams)
 
 async def test_a_zombie_publishes_nothing(streams: Streams) -> None:
     settings = streams.settings()
-    earlier, later = [await asyncio.to_thread(Transactions, settings, f"{streams.name}/same") for _ in range(2)]
+    earlier, later = [
+        await asyncio.to_thread(Transactions, StreamConfig.from_settings(settings), f"{streams.name}/same")
+        for _ in range(2)
+    ]
     member: Any = await streams.member(**PATIENT)
     await streams.submit("a")
     await collect(member, 1)

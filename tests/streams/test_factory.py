@@ -6,6 +6,7 @@ import pytest
 from redis import exceptions
 
 from services.core.errors import ConfigurationError, StreamUnavailable
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
 from services.streams.kafka import client as kafka_clients
 from services.streams.kafka.client import bootstrap_servers
@@ -34,11 +35,11 @@ def test_a_kafka_url_that_is_wrong(url: str) -> None:
         bootstrap_servers(url)
 
 
-@pytest.mark.parametrize("open_", [lambda settings: open_consumer(settings, "m"), open_publisher, open_reader])
+@pytest.mark.parametrize("open_", [lambda config: open_consumer(config, "m"), open_publisher, open_reader])
 @pytest.mark.parametrize("url", ["redis://localhost:6379/0?max_connections=x"])
 async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
-        await open_(Streams("redis", url).settings())
+        await open_(StreamConfig.from_settings(Streams("redis", url).settings()))
 
 
 @pytest.mark.parametrize(
@@ -52,16 +53,16 @@ async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
 async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None:
     settings = Streams("kafka", "kafka://127.0.0.1:1").settings(kafka_options={option: 1})
     with pytest.raises(ConfigurationError, match=complaint):
-        await open_consumer(settings, "member")
+        await open_consumer(StreamConfig.from_settings(settings), "member")
 
 
-@pytest.mark.parametrize("open_", [lambda settings: open_consumer(settings, "m"), open_publisher, open_reader])
+@pytest.mark.parametrize("open_", [lambda config: open_consumer(config, "m"), open_publisher, open_reader])
 @pytest.mark.parametrize("scheme", ["redis", "kafka"])
 async def test_nobody_answers(open_: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_clients, "CONNECT_S", 0.5)
     monkeypatch.setattr("services.streams.redis.client.CONNECT_S", 0.5)
     with pytest.raises(StreamUnavailable, match="does not answer"):
-        await open_(Streams(scheme, f"{scheme}://127.0.0.1:1").settings())
+        await open_(StreamConfig.from_settings(Streams(scheme, f"{scheme}://127.0.0.1:1").settings()))
 
 
 def test_a_wrong_password_is_not_an_outage() -> None:

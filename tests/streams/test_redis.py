@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from services.core.errors import NotOwned, StreamUnavailable
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from services.streams.redis import scripts as redis_scripts
 from tests.streams.fleet import Fleet
@@ -214,7 +215,7 @@ async def test_the_names_of_members_that_are_gone_are_cleared_away(streams: Stre
 async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
     server = Valkey(tmp_path)
     server.start()
-    publisher = await open_publisher(Streams("redis", server.url).settings())
+    publisher = await open_publisher(StreamConfig.from_settings(Streams("redis", server.url).settings()))
     server.kill()
     with pytest.raises(StreamUnavailable):
         await publisher.publish([OutgoingMessage("s", b"v")])

@@ -13,6 +13,7 @@ from typing import Any
 from services.core.errors import NotOwned
 from services.core.settings import Settings
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
 from services.streams.kafka.transactions import Transactions
 
@@ -58,7 +59,7 @@ def outputs_of(message: Message, settings: Settings) -> list[OutgoingMessage]:
 async def main(settings: Settings, seed: int) -> None:
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    transport = await open_consumer(settings, f"worker-{seed}")
+    transport = await open_consumer(StreamConfig.from_settings(settings), f"worker-{seed}")
     chance = random.Random(seed)
     working: set[asyncio.Task[None]] = set()
     while not ending.is_set():

@@ -13,7 +13,6 @@ import pytest
 
 from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
-from pipelines.serving.intake_deployment import backfill_settings
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Verdict
 from services.core.settings import Settings
@@ -26,6 +25,7 @@ from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.fake_guard import FakeGuard
 
@@ -60,9 +60,16 @@ class Bench:
         )
         sample = await self._entered(TrafficSample(self.shared, size=settings.sample_size))
         member = f"m-{len(self.intakes)}"
-        backfill = await open_consumer(backfill_settings(settings), member) if with_backfill else None
+        backfill = await open_consumer(StreamConfig.for_backfill(settings), member) if with_backfill else None
         isolation = await self._entered(CrashIsolation(self.shared, settings.group, member))
-        intake = Intake(await open_consumer(settings, member), moderation, settings, isolation, sample, backfill)
+        intake = Intake(
+            await open_consumer(StreamConfig.from_settings(settings), member),
+            moderation,
+            settings,
+            isolation,
+            sample,
+            backfill,
+        )
         self.intakes.append(intake)
         return intake
 
@@ -78,7 +85,7 @@ class Bench:
         self, value: bytes | dict[str, Any], key: bytes | None = None, stream: str = "", **headers: bytes
     ) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        publisher = await open_publisher(self.settings)
+        publisher = await open_publisher(StreamConfig.from_settings(self.settings))
         await publisher.publish(
             [OutgoingMessage(stream or self.settings.submissions_stream, body, key, tuple(headers.items()))]
         )
@@ -91,7 +98,7 @@ class Bench:
         return [DeadLetter.from_headers(m.headers) for m in await self.read(self.settings.dead_letters_stream)]
 
     async def read(self, stream: str) -> list[Message]:
-        reader = await open_reader(self.settings)
+        reader = await open_reader(StreamConfig.from_settings(self.settings))
         try:
             return [message async for message in reader.read(stream, follow=False)]
         finally:

@@ -19,6 +19,7 @@ from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Message
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
 from services.streams.parsing import parse
 
@@ -47,7 +48,9 @@ async def main(settings: Settings, name: str) -> None:
     shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     moderation: Any = DeadlyModeration()
     async with CrashIsolation(shared, settings.group, name) as isolation:
-        intake = Intake(await open_consumer(settings, name), moderation, settings, isolation)
+        intake = Intake(
+            await open_consumer(StreamConfig.from_settings(settings), name), moderation, settings, isolation
+        )
         await ending.wait()
         await intake.drain()
 

@@ -11,6 +11,7 @@ import pytest
 
 from services.core.settings import Settings
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.kafka_broker import Broker
 from tests.support.servers import Valkey
@@ -54,12 +55,12 @@ class Streams:
         return Settings(**(arguments | overrides))
 
     async def member(self, name: str = "member", **overrides: Any) -> GroupConsumer:
-        transport = await open_consumer(self.settings(**overrides), name)
+        transport = await open_consumer(StreamConfig.from_settings(self.settings(**overrides)), name)
         self._opened.append(transport)
         return transport
 
     async def publish(self, *records: OutgoingMessage) -> None:
-        publisher = await open_publisher(self.settings())
+        publisher = await open_publisher(StreamConfig.from_settings(self.settings()))
         try:
             await publisher.publish(records)
         finally:
@@ -76,7 +77,7 @@ class Streams:
         return sorted(message.value.decode() for message in await self.everything(self.settings().verdicts_stream))
 
     async def everything(self, stream: str) -> list[Message]:
-        reader = await open_reader(self.settings())
+        reader = await open_reader(StreamConfig.from_settings(self.settings()))
         try:
             return [message async for message in reader.read(stream, follow=False)]
         finally:

@@ -12,8 +12,8 @@ import kafka
 from kafka import errors
 
 from services.core.errors import ConfigurationError, StreamUnavailable
-from services.core.settings import Settings
 from services.streams.base import Message
+from services.streams.config import StreamConfig
 from services.streams.kafka.compat import patch_header_decoding
 
 log = logging.getLogger(__name__)
@@ -77,36 +77,36 @@ def bootstrap_servers(url: str) -> list[str]:
     return servers
 
 
-def options(settings: Settings, client: type, **ours: Any) -> dict[str, Any]:
+def options(config: StreamConfig, client: type, **ours: Any) -> dict[str, Any]:
     """The keyword arguments for a client: Sluice's own, then those of SLUICE_KAFKA_OPTIONS that it understands.
 
     Raises:
         ConfigurationError: an option is reserved, or no client knows it.
     """
     clients = (kafka.KafkaConsumer, kafka.KafkaProducer, kafka.KafkaAdminClient)
-    for name in settings.kafka_options:
+    for name in config.kafka_options:
         if name in _RESERVED:
             raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS cannot set {name}: Sluice depends on its own value.")
         if not any(name in each.DEFAULT_CONFIG for each in clients):
             raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS has {name}, which no kafka-python client knows.")
     known: dict[str, Any] = client.DEFAULT_CONFIG  # type: ignore[attr-defined]
     return {
-        "bootstrap_servers": bootstrap_servers(settings.stream_url),
+        "bootstrap_servers": bootstrap_servers(config.url),
         "bootstrap_timeout_ms": int(CONNECT_S * 1000),
         "reconnect_backoff_max_ms": 2_000,
         **ours,
-        **{name: value for name, value in settings.kafka_options.items() if name in known},
+        **{name: value for name, value in config.kafka_options.items() if name in known},
     }
 
 
-def connect(settings: Settings, client: Any, **ours: Any) -> Any:
+def connect(config: StreamConfig, client: Any, **ours: Any) -> Any:
     """Make a kafka-python client. Blocks until a broker answers, up to `CONNECT_S`.
 
     Raises:
         ConfigurationError: an option, or the credentials, are wrong.
         StreamUnavailable: no broker answers.
     """
-    arguments = options(settings, client, **ours)
+    arguments = options(config, client, **ours)
     patch_header_decoding()
     try:
         return client(**arguments)
@@ -119,7 +119,7 @@ def connect(settings: Settings, client: Any, **ours: Any) -> Any:
         raise StreamUnavailable(f"Kafka at {servers} does not answer.") from error
 
 
-def ensure_topics(settings: Settings, admin: Any) -> None:
+def ensure_topics(config: StreamConfig, admin: Any) -> None:
     """Create the topics that do not exist. A missing right to create is fine where they do. Blocks.
 
     Raises:
@@ -127,15 +127,15 @@ def ensure_topics(settings: Settings, admin: Any) -> None:
         StreamUnavailable: the broker went away.
     """
     wanted: dict[str, dict[str, str]] = {
-        settings.submissions_stream: {},
-        settings.verdicts_stream: {},
-        settings.shadow_verdicts_stream: {},
-        settings.dead_letters_stream: {"max.message.bytes": str(_DEAD_LETTER_LIMIT_BYTES)},
+        config.submissions_stream: {},
+        config.verdicts_stream: {},
+        config.shadow_verdicts_stream: {},
+        config.dead_letters_stream: {"max.message.bytes": str(_DEAD_LETTER_LIMIT_BYTES)},
     }
     deadline = time.monotonic() + CONNECT_S
     for delay in backoff():
         try:
-            _create_missing(settings.kafka_partitions, wanted, admin)
+            _create_missing(config.kafka_partitions, wanted, admin)
         except (errors.RetriableError, errors.InvalidReplicationFactorError, OSError) as error:
             # A cluster that is starting has fewer brokers than replicas for a while.
             if time.monotonic() + delay > deadline:

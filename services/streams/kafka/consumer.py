@@ -22,8 +22,8 @@ from kafka import errors
 from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, NotOwned
-from services.core.settings import Settings
 from services.streams.base import Lag, Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.kafka import compat, rebalance
 from services.streams.kafka.client import as_message, backoff, connect, ensure_topics
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
@@ -59,14 +59,14 @@ class KafkaGroupConsumer:
 
     def __init__(
         self,
-        settings: Settings,
+        config: StreamConfig,
         member: str,
         sender: Sender | Transactions,
         joined: tuple[Any, Rebalance],
         meter: LagMeter,
     ) -> None:
         """Use `open`, which makes the parts."""
-        self._settings = settings
+        self._config = config
         self._member = member
         self._consumer, listener = joined
         listener.owner = self
@@ -100,33 +100,32 @@ class KafkaGroupConsumer:
         self._thread.start()
 
     @classmethod
-    async def open(cls, settings: Settings, member: str) -> Self:
+    async def open(cls, config: StreamConfig, member: str) -> Self:
         """Create the topics that are missing and join the group.
 
         Raises:
             ConfigurationError: an option is wrong, or a topic is missing and may not be created.
             StreamUnavailable: no broker answered in time.
         """
-        replicas = max(settings.intake_replicas, settings.intake_max_replicas or 1)
-        if settings.member_id and replicas > 1:
+        if config.member_id and config.max_members > 1:
             raise ConfigurationError(
-                f"SLUICE_MEMBER_ID names one member, but there may be {replicas} intake replicas: "
+                f"SLUICE_MEMBER_ID names one member, but there may be {config.max_members} intake replicas: "
                 "leave it empty, or run one (SLUICE_INTAKE_REPLICAS, SLUICE_INTAKE_MAX_REPLICAS)."
             )
 
         def make() -> tuple[Sender | Transactions, tuple[Any, Rebalance], LagMeter]:
-            admin = connect(settings, kafka.KafkaAdminClient, client_id=f"{member}-admin")
+            admin = connect(config, kafka.KafkaAdminClient, client_id=f"{member}-admin")
             try:
-                ensure_topics(settings, admin)
-                sender = _make_sender(settings)
-                joined = subscribe(settings, member)
+                ensure_topics(config, admin)
+                sender = _make_sender(config)
+                joined = subscribe(config, member)
             except BaseException:
                 admin.close()
                 raise
-            return sender, joined, LagMeter(settings, admin)
+            return sender, joined, LagMeter(config, admin)
 
         sender, joined, meter = await asyncio.to_thread(make)
-        return cls(settings, member, sender, joined, meter)
+        return cls(config, member, sender, joined, meter)
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
         """In offset order per partition."""
@@ -252,9 +251,9 @@ class KafkaGroupConsumer:
             for partition in assigned:
                 if partition not in self._trackers:
                     self._trackers[partition] = self._new_tracker()
-            room = self._settings.in_flight - len(self._buffer)
+            room = self._config.in_flight - len(self._buffer)
             # One poll may bring everything from one partition, so each that is polled has room for a whole one.
-            full = {each for each in assigned if room < 1 or self._trackers[each].room < self._settings.in_flight}
+            full = {each for each in assigned if room < 1 or self._trackers[each].room < self._config.in_flight}
         paused = self._consumer.paused()
         self._consumer.pause(*(full - paused))
         self._consumer.resume(*(paused & assigned - full))
@@ -295,7 +294,7 @@ class KafkaGroupConsumer:
 
     def _new_tracker(self) -> OffsetTracker:
         return OffsetTracker(
-            max(_WINDOW, _WINDOW_SHARES * self._settings.in_flight), keeps_outputs=self._committer is not None
+            max(_WINDOW, _WINDOW_SHARES * self._config.in_flight), keeps_outputs=self._committer is not None
         )
 
     def _rewind(self) -> None:
@@ -384,14 +383,14 @@ class KafkaGroupConsumer:
         now = time.monotonic()
         if len(self._fencings) == _FENCINGS_LIMIT - 1 and now - self._fencings[0] < _FENCINGS_S:
             self._duplicate_member = ConfigurationError(
-                f"Another member of {self._settings.group} has joined with SLUICE_MEMBER_ID="
-                f"{self._settings.member_id}: give every member one of its own, or none."
+                f"Another member of {self._config.group} has joined with SLUICE_MEMBER_ID="
+                f"{self._config.member_id}: give every member one of its own, or none."
             )
             log.error("%s", self._duplicate_member)
             self._closing.set()
             self._notify_receivers()
         elif self._rebuild():
-            log.warning("SLUICE_MEMBER_ID=%s was fenced and has joined again", self._settings.member_id)
+            log.warning("SLUICE_MEMBER_ID=%s was fenced and has joined again", self._config.member_id)
             self._fencings.append(now)
             self._fenced = False
 
@@ -399,7 +398,7 @@ class KafkaGroupConsumer:
         """Replace the consumer. Returns whether that went well."""
         self.drop_partitions(tuple(self._trackers))
         try:
-            consumer, listener = subscribe(self._settings, self._member)
+            consumer, listener = subscribe(self._config, self._member)
             listener.owner = self
             self._consumer, old = consumer, self._consumer
             self._next_commit = 0.0
@@ -436,9 +435,9 @@ def _as_offsets(trackers: Mapping[Any, OffsetTracker]) -> dict[Any, Any]:
     }
 
 
-def _make_sender(settings: Settings) -> Sender | Transactions:
-    if settings.delivery == "at_least_once":
-        return Sender(settings, delivery_s=_DELIVERY_S)
+def _make_sender(config: StreamConfig) -> Sender | Transactions:
+    if config.delivery == "at_least_once":
+        return Sender(config, delivery_s=_DELIVERY_S)
     # A member that comes back as the same one ends what its earlier life had begun; any other has an id of its own. A
     # member's own id has no slash, so no two groups can share one.
-    return Transactions(settings, f"{settings.group}/{settings.member_id or uuid.uuid4().hex}")
+    return Transactions(config, f"{config.group}/{config.member_id or uuid.uuid4().hex}")

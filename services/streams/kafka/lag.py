@@ -9,8 +9,8 @@ from kafka import errors
 from kafka.admin import OffsetSpec
 
 from services.core.errors import StreamUnavailable
-from services.core.settings import Settings
 from services.streams.base import Lag
+from services.streams.config import StreamConfig
 from services.streams.kafka.client import connect
 
 _TIMEOUT_S: Final = 10.0
@@ -19,9 +19,9 @@ _TIMEOUT_S: Final = 10.0
 class LagMeter:
     """End offsets minus committed offsets, through an admin client in a thread of its own."""
 
-    def __init__(self, settings: Settings, admin: Any) -> None:
+    def __init__(self, config: StreamConfig, admin: Any) -> None:
         """Takes over `admin`."""
-        self._settings = settings
+        self._config = config
         self._admin: Any = admin
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-lag")
         self._running: asyncio.Future[Lag] | None = None
@@ -46,7 +46,7 @@ class LagMeter:
 
     def _measure(self) -> Lag:
         if self._admin is None:
-            self._admin = connect(self._settings, kafka.KafkaAdminClient)
+            self._admin = connect(self._config, kafka.KafkaAdminClient)
         try:
             return self._read_offsets()
         except BaseException:
@@ -54,14 +54,14 @@ class LagMeter:
             raise
 
     def _read_offsets(self) -> Lag:
-        topic = self._settings.submissions_stream
+        topic = self._config.submissions_stream
         described = self._admin.describe_topics([topic])
         partitions = [
             kafka.TopicPartition(topic, partition["partition_index"])
             for each in described
             for partition in each["partitions"]
         ]
-        committed = self._admin.list_group_offsets({self._settings.group: partitions})[self._settings.group]
+        committed = self._admin.list_group_offsets({self._config.group: partitions})[self._config.group]
         # A group that has committed nothing begins at the oldest message.
         fresh = [each for each in partitions if each not in committed or committed[each].offset < 0]
         first = self._offsets(fresh, OffsetSpec.EARLIEST)

@@ -10,8 +10,8 @@ import kafka
 from kafka import errors
 
 from services.core.errors import ConfigurationError, StreamUnavailable
-from services.core.settings import Settings
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_producer, connect, ensure_topics
 
 log = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ _CLOSE_S: Final = 3.0
 class Sender:
     """An idempotent producer for an event loop: every send waits for all in-sync replicas."""
 
-    def __init__(self, settings: Settings, *, delivery_s: float) -> None:
+    def __init__(self, config: StreamConfig, *, delivery_s: float) -> None:
         """Connects, so it blocks. `delivery_s` is how long one try to send may take, at least 5 s.
 
         Raises:
             ConfigurationError: an option, or the credentials, are wrong.
             StreamUnavailable: no broker answers.
         """
-        self._settings = settings
+        self._config = config
         self._delivery_s = delivery_s
         self._slots = asyncio.Semaphore(SENDS_IN_FLIGHT)
         # send() of kafka-python blocks while it does not know a topic, so it gets a thread; one, to keep the order.
@@ -43,7 +43,7 @@ class Sender:
 
     def _connect(self) -> Any:
         return connect(
-            self._settings,
+            self._config,
             kafka.KafkaProducer,
             acks="all",
             enable_idempotence=True,
@@ -143,7 +143,7 @@ class KafkaPublisher:
         self._sender = sender
 
     @classmethod
-    async def open(cls, settings: Settings) -> Self:
+    async def open(cls, config: StreamConfig) -> Self:
         """Connect, and create the topics that are missing.
 
         Raises:
@@ -152,12 +152,12 @@ class KafkaPublisher:
         """
 
         def make() -> Sender:
-            admin = connect(settings, kafka.KafkaAdminClient)
+            admin = connect(config, kafka.KafkaAdminClient)
             try:
-                ensure_topics(settings, admin)
+                ensure_topics(config, admin)
             finally:
                 admin.close()
-            return Sender(settings, delivery_s=_PUBLISH_S)
+            return Sender(config, delivery_s=_PUBLISH_S)
 
         return cls(await asyncio.to_thread(make))
 

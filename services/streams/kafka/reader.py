@@ -11,8 +11,8 @@ import kafka
 from kafka import errors
 
 from services.core.errors import StreamUnavailable
-from services.core.settings import Settings
 from services.streams.base import Message
+from services.streams.config import StreamConfig
 from services.streams.kafka.client import as_message, connect
 
 _POLL_MS: Final = 300
@@ -25,21 +25,21 @@ _ANSWER_MS: Final = 10_000
 class KafkaReader:
     """See `Reader`. Each `read` has a consumer and a thread of its own."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, config: StreamConfig) -> None:
         """Use `open`, which tries the connection."""
-        self._settings = settings
+        self._config = config
 
     @classmethod
-    async def open(cls, settings: Settings) -> Self:
+    async def open(cls, config: StreamConfig) -> Self:
         """Try the connection.
 
         Raises:
             ConfigurationError: an option or the credentials are wrong.
             StreamUnavailable: no broker answered in time.
         """
-        probe = await asyncio.to_thread(connect, settings, kafka.KafkaAdminClient)
+        probe = await asyncio.to_thread(connect, config, kafka.KafkaAdminClient)
         await asyncio.to_thread(probe.close)
-        return cls(settings)
+        return cls(config)
 
     async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
         """In offset order per partition; partitions that are added later are not read."""
@@ -47,7 +47,7 @@ class KafkaReader:
         thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-read")
         reading: _Reading | None = None
         try:
-            reading = await loop.run_in_executor(thread, _Reading, self._settings, stream, since)
+            reading = await loop.run_in_executor(thread, _Reading, self._config, stream, since)
             while follow or reading.unread:
                 for message in await loop.run_in_executor(thread, reading.poll_once):
                     yield message
@@ -65,9 +65,9 @@ class KafkaReader:
 class _Reading:
     """One pass over a topic. Every method blocks."""
 
-    def __init__(self, settings: Settings, stream: str, since: datetime | None) -> None:
+    def __init__(self, config: StreamConfig, stream: str, since: datetime | None) -> None:
         self._consumer: Any = connect(
-            settings,
+            config,
             kafka.KafkaConsumer,
             group_id=None,
             enable_auto_commit=False,

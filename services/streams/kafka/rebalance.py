@@ -9,7 +9,7 @@ import kafka
 from kafka import AsyncConsumerRebalanceListener, errors
 
 from services.core.errors import StreamUnavailable
-from services.core.settings import Settings
+from services.streams.config import StreamConfig
 from services.streams.kafka.client import connect
 from services.streams.kafka.compat import FixedCooperativeStickyAssignor, forget_offset_fetches, sleep_on_kafka_thread
 
@@ -70,7 +70,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         self.owner.drop_partitions(lost)
 
 
-def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
+def subscribe(config: StreamConfig, member: str) -> tuple[Any, Rebalance]:
     """A consumer of the submissions that has not joined its group yet, and its listener. Blocks.
 
     Raises:
@@ -79,11 +79,11 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
     """
     assignor = FixedCooperativeStickyAssignor()
     consumer = connect(
-        settings,
+        config,
         kafka.KafkaConsumer,
         client_id=member,
-        group_id=settings.group,
-        group_instance_id=settings.member_id or None,
+        group_id=config.group,
+        group_instance_id=config.member_id or None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
@@ -92,13 +92,13 @@ def subscribe(settings: Settings, member: str) -> tuple[Any, Rebalance]:
     listener = Rebalance(consumer)
     assignor.consumer = consumer
     assignor.on_lost = listener.drop_lost
-    consumer.subscribe([settings.submissions_stream], listener=listener)
+    consumer.subscribe([config.submissions_stream], listener=listener)
     try:
         # A member that joins before it knows the partitions makes the group rebalance twice.
-        consumer.partitions_for_topic(settings.submissions_stream)
+        consumer.partitions_for_topic(config.submissions_stream)
     except (errors.KafkaError, OSError) as error:
         consumer.close(autocommit=False, timeout_ms=0)
-        raise StreamUnavailable(f"Kafka went away while {member} joined {settings.group}: {error}.") from error
+        raise StreamUnavailable(f"Kafka went away while {member} joined {config.group}: {error}.") from error
     return consumer, listener
 
 

@@ -26,8 +26,8 @@ from kafka import errors
 from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, StreamUnavailable
-from services.core.settings import Settings
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.kafka import compat
 from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_producer, connect
 
@@ -64,14 +64,14 @@ class _Refusal(Exception):
 class Transactions:
     """A transactional producer, one transaction at a time. Every method blocks; `stop` may come from another thread."""
 
-    def __init__(self, settings: Settings, transactional_id: str) -> None:
+    def __init__(self, config: StreamConfig, transactional_id: str) -> None:
         """Connects, and ends the transaction that an earlier producer with `transactional_id` left open.
 
         Raises:
             ConfigurationError: an option, or the credentials, are wrong.
             StreamUnavailable: no broker answers.
         """
-        self._settings = settings
+        self._config = config
         self._id = transactional_id
         self._stopping = threading.Event()
         self._producer: Any = None
@@ -121,7 +121,7 @@ class Transactions:
         producer: Any = None
         try:
             producer = connect(
-                self._settings,
+                self._config,
                 kafka.KafkaProducer,
                 acks="all",
                 transactional_id=self._id,

@@ -16,8 +16,8 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
 from services.core.errors import ConfigurationError, StreamUnavailable
-from services.core.settings import Settings
 from services.streams.base import Headers, Message, OutgoingMessage
+from services.streams.config import StreamConfig
 
 CONNECT_S: Final = 15.0
 """How long opening waits for the server before it gives up."""
@@ -171,19 +171,19 @@ def _more_headers(content: bytes) -> Headers | None:
         return None
 
 
-def connections_for(settings: Settings) -> int:
+def connections_for(config: StreamConfig) -> int:
     """Settling takes milliseconds, so a few connections carry many messages; a blocking read has one to itself."""
-    return min(32, 4 + settings.in_flight)
+    return min(32, 4 + config.in_flight)
 
 
-async def open_client(settings: Settings) -> Redis:
+async def open_client(config: StreamConfig) -> Redis:
     """A client of the server in SLUICE_STREAM_URL, which has answered.
 
     Raises:
         ConfigurationError: the URL or the credentials are wrong.
         StreamUnavailable: the server did not answer in time.
     """
-    client = make_client(settings.stream_url, connections=connections_for(settings))
+    client = make_client(config.url, connections=connections_for(config))
     try:
         await connect(client)
     except Exception:

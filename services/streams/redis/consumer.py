@@ -20,9 +20,9 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from services.core.errors import NotOwned
-from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.streams.base import Lag, Message, OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.redis import scripts
 from services.streams.redis.client import (
     backoff,
@@ -52,20 +52,20 @@ _AT_ONCE_MS: Final = 1 << 40
 class RedisGroupConsumer:
     """One member of a consumer group. See `GroupConsumer` for what the methods promise."""
 
-    def __init__(self, settings: Settings, member: str, client: Redis) -> None:
+    def __init__(self, config: StreamConfig, member: str, client: Redis) -> None:
         """Use `open`, which connects."""
         self._client = client
-        self._stream = settings.submissions_stream
-        self._group = settings.group
+        self._stream = config.submissions_stream
+        self._group = config.group
         # A name of its own for each life of a member: what an earlier one held is not what this one holds.
         self._consumer = f"{member}-{uuid.uuid4().hex[:8]}"
         self._kept_streams = (
-            settings.submissions_stream,
-            settings.verdicts_stream,
-            settings.shadow_verdicts_stream,
+            config.submissions_stream,
+            config.verdicts_stream,
+            config.shadow_verdicts_stream,
         )
-        self._retention_ms = int(settings.redis_retention_s * 1000)
-        self._claim_idle_ms = max(1, int(settings.redis_claim_idle_s * 1000))
+        self._retention_ms = int(config.redis_retention_s * 1000)
+        self._claim_idle_ms = max(1, int(config.redis_claim_idle_s * 1000))
         self._held: set[bytes] = set()
         self._cursor: bytes = b"0-0"
         self._next_look = 0.0
@@ -86,21 +86,21 @@ class RedisGroupConsumer:
         self._heartbeat = asyncio.create_task(self._beat(), name=f"redis-heartbeat-{member}")
 
     @classmethod
-    async def open(cls, settings: Settings, member: str) -> Self:
+    async def open(cls, config: StreamConfig, member: str) -> Self:
         """Join the group; stream and group are created where they do not exist.
 
         Raises:
             ConfigurationError: the URL or the credentials are wrong, or the server is not one that can do this.
             StreamUnavailable: the server did not answer in time.
         """
-        client = make_client(settings.stream_url, connections=connections_for(settings))
+        client = make_client(config.url, connections=connections_for(config))
         try:
             await connect(client)
-            await _create_group(client, settings.submissions_stream, settings.group)
+            await _create_group(client, config.submissions_stream, config.group)
         except Exception as error:
             await client.aclose(close_connection_pool=True)
             raise refusal(error) from error
-        return cls(settings, member, client)
+        return cls(config, member, client)
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
         """Abandoned entries first, then new ones, each in the order of their ids."""

@@ -6,8 +6,8 @@ from typing import Final, Self
 from redis import exceptions
 from redis.asyncio import Redis
 
-from services.core.settings import Settings
 from services.streams.base import OutgoingMessage
+from services.streams.config import StreamConfig
 from services.streams.redis.client import fields_of, open_client, refusal
 
 _PUBLISH_AT_ONCE: Final = 500
@@ -21,14 +21,14 @@ class RedisPublisher:
         self._client = client
 
     @classmethod
-    async def open(cls, settings: Settings) -> Self:
+    async def open(cls, config: StreamConfig) -> Self:
         """Connect.
 
         Raises:
             ConfigurationError: the URL or the credentials are wrong.
             StreamUnavailable: the server did not answer in time.
         """
-        return cls(await open_client(settings))
+        return cls(await open_client(config))
 
     async def publish(self, records: Sequence[OutgoingMessage]) -> None:
         """In transactions of up to 500 records. When it raises, some of them may have been published."""

@@ -7,8 +7,8 @@ from typing import Any, Final, Self
 from redis import exceptions
 from redis.asyncio import Redis
 
-from services.core.settings import Settings
 from services.streams.base import Message
+from services.streams.config import StreamConfig
 from services.streams.redis.client import message_of, open_client, refusal
 
 _BLOCK_S: Final = 1.0
@@ -23,14 +23,14 @@ class RedisReader:
         self._client = client
 
     @classmethod
-    async def open(cls, settings: Settings) -> Self:
+    async def open(cls, config: StreamConfig) -> Self:
         """Connect.
 
         Raises:
             ConfigurationError: the URL or the credentials are wrong.
             StreamUnavailable: the server did not answer in time.
         """
-        return cls(await open_client(settings))
+        return cls(await open_client(config))
 
     async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
         """In the order of the ids."""
