@@ -115,7 +115,8 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(streams: Streams)
     outcome, _ = await asyncio.to_thread(publish, [record], {two: 8}, lambda: group)
     assert outcome is CommitOutcome.COMMITTED
     committed = await asyncio.to_thread(lambda: [member.committed(each) for each in (one, two)])
-    assert committed == [None, 8]
+    # The member itself may have committed the beginning of its empty partition by now.
+    assert committed in ([None, 8], [0, 8])
     assert await streams.verdicts() == ["v", "v"]
     await asyncio.to_thread(transactions.close)
 
