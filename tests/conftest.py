@@ -30,6 +30,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     pytest-xdist reads the groups before any `pytest_collection_modifyitems` of a conftest could set them.
     """
     fixtures = set(getattr(item, "fixturenames", ()))
+    if getattr(getattr(item, "callspec", None), "params", {}).get("streams") == "memory":
+        fixtures.discard("streams")
     marks = {mark.name for mark in item.iter_markers()}
     if _ENGINE_FIXTURES & fixtures or _ENGINE_MARKS & marks:
         group = "engine"

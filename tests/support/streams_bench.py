@@ -1,6 +1,7 @@
-"""Both transports behind one set of fixtures: `streams` has settings of its own for every test."""
+"""All stream systems behind one set of fixtures: `streams` has settings of its own for every test."""
 
 import asyncio
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -9,16 +10,20 @@ from typing import Any, Final
 
 import pytest
 
+from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
-from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.base import GroupConsumer, Message, OutgoingMessage, Publisher, Reader
 from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.kafka_broker import Broker
+from tests.support.memory_streams import MemoryBroker, MemoryGroupConsumer, MemoryPublisher, MemoryReader
 from tests.support.servers import Valkey
 
-KINDS = ["redis", pytest.param("kafka", marks=pytest.mark.kafka)]
+KINDS = ["memory", "redis", pytest.param("kafka", marks=pytest.mark.kafka)]
 MEMBERS = [*KINDS, pytest.param("kafka exactly once", marks=pytest.mark.kafka)]
-"""On Redis Streams delivery makes no difference to a member."""
+"""Only on Kafka does the delivery make a difference to a member."""
+SERVERS = MEMBERS[1:]
+"""Those that can have an outage."""
 
 PATIENT: Final[dict[str, Any]] = {"redis_claim_idle_s": 60.0, "session_timeout_ms": 45_000}
 """Members that take nothing over before a minute has passed."""
@@ -29,6 +34,7 @@ class Streams:
 
     def __init__(self, kind: str, url: str) -> None:
         self.url = url
+        self._memory = MemoryBroker() if kind == "memory" else None
         self.delivery = "exactly_once" if "exactly once" in kind else "at_least_once"
         self.name = f"test-{uuid.uuid4().hex[:12]}"
         self._opened: list[Any] = []
@@ -55,12 +61,48 @@ class Streams:
         return Settings(**(arguments | overrides))
 
     async def member(self, name: str = "member", **overrides: Any) -> GroupConsumer:
-        transport = await open_consumer(StreamConfig.from_settings(self.settings(**overrides)), name)
-        self._opened.append(transport)
-        return transport
+        config = StreamConfig.from_settings(self.settings(**overrides))
+        member: GroupConsumer
+        if self._memory is not None:
+            member = MemoryGroupConsumer(
+                self._memory, config.submissions_stream, config.group, config.redis_claim_idle_s
+            )
+        else:
+            member = await open_consumer(config, name)
+        self._opened.append(member)
+        return member
+
+    async def kill_member_holding(self, count: int, directory: Path) -> None:
+        """Let a member receive `count` messages, and kill it before it settles any of them."""
+        if self._memory is not None:
+            doomed: Any = await self.member("doomed")
+            await collect(doomed, count)
+            doomed.kill()
+            return
+        argv = [sys.executable, "-m", "tests.streams.member", self.settings().model_dump_json()]
+        process = SupervisedProcess(argv, log=directory / "log")
+
+        async def all_held() -> bool:
+            assert process.returncode is None, process.tail()
+            return process.tail().count("received") == count
+
+        try:
+            await eventually(all_held)
+        finally:
+            process.kill()
+
+    async def publisher(self) -> Publisher:
+        if self._memory is not None:
+            return MemoryPublisher(self._memory)
+        return await open_publisher(StreamConfig.from_settings(self.settings()))
+
+    async def reader(self) -> Reader:
+        if self._memory is not None:
+            return MemoryReader(self._memory)
+        return await open_reader(StreamConfig.from_settings(self.settings()))
 
     async def publish(self, *records: OutgoingMessage) -> None:
-        publisher = await open_publisher(StreamConfig.from_settings(self.settings()))
+        publisher = await self.publisher()
         try:
             await publisher.publish(records)
         finally:
@@ -77,7 +119,7 @@ class Streams:
         return sorted(message.value.decode() for message in await self.everything(self.settings().verdicts_stream))
 
     async def everything(self, stream: str) -> list[Message]:
-        reader = await open_reader(StreamConfig.from_settings(self.settings()))
+        reader = await self.reader()
         try:
             return [message async for message in reader.read(stream, follow=False)]
         finally:
@@ -122,7 +164,9 @@ async def settle_in_order(transport: GroupConsumer, *settlements: tuple[Message,
 @pytest.fixture(params=MEMBERS)
 async def streams(request: pytest.FixtureRequest) -> AsyncIterator[Streams]:
     """On the session's server of each kind."""
-    if request.param == "redis":
+    if request.param == "memory":
+        url = ""
+    elif request.param == "redis":
         url = request.getfixturevalue("valkey_url")
     else:
         url = f"kafka://{request.getfixturevalue('kafka_address')}"
@@ -131,7 +175,7 @@ async def streams(request: pytest.FixtureRequest) -> AsyncIterator[Streams]:
     await streams.close()
 
 
-@pytest.fixture(params=MEMBERS)
+@pytest.fixture(params=SERVERS)
 async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Streams, Broker | Valkey]]:
     """On a running server that the test may kill and start again: the session's broker for outages, or a Valkey."""
     if request.param == "redis":
