@@ -73,10 +73,3 @@ class IntakeDeployment:
 
     async def __del__(self) -> None:
         await self._closing.aclose()
-
-
-def backfill_settings(settings: Settings) -> Settings:
-    """Return the settings of the consumer of the backfill stream, which has a group of its own."""
-    return settings.model_copy(
-        update={"submissions_stream": settings.backfill_stream, "group": f"{settings.group}.backfill"}
-    )
