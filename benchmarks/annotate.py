@@ -21,12 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.tiny_guard.drawings import draw
-from services.core.messages import Submission, Verdict
+from services.core.messages import Verdict
 from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
 from services.core.values import StoredObject
 from services.images.decoder_pool import DecoderPool
-from services.moderation.moderator import Moderation
+from services.moderation.cascade import judge_image
+from services.moderation.step_timer import StepTimer
+from services.moderation.verdicts import VerdictSubject, build_verdicts
 from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
 from tests.support.fake_guard import FakeGuard
@@ -58,24 +60,17 @@ async def plain(folder: Path, pause_s: float) -> float:
 
     settings, policy = Settings(model="tiny"), BUILT_IN.as_version(1)
     preparer = DecoderPool(settings, 384)
-    moderation = Moderation(policies=None, images=None, preparer=preparer, guard=FakeGuard(says))  # type: ignore[arg-type]
     places = asyncio.Semaphore(IN_FLIGHT)
 
     async def judge(file: Path) -> Verdict:
         async with places:
-            submission = Submission.model_construct(
-                id=file.name,
-                uri=file.as_uri(),
-                version_id=None,
-                etag=None,
-                tenant="default",
-                policy="default",
-                priority="backfill",
-                submitted_at=None,
-                metadata={},
-            )
             stored = StoredObject(await asyncio.to_thread(file.read_bytes), None, None)
-            (verdict,) = await moderation.judge_under(submission, [policy], upload=stored)
+            timer, guard = StepTimer.start(), FakeGuard(says)
+            judged = await judge_image(
+                stored.data, [policy], priority="backfill", guard=guard, preparer=preparer, timer=timer
+            )
+            subject = VerdictSubject(file.name, file.as_uri(), "default")
+            (verdict,) = build_verdicts(subject, stored, [policy], judged, timer)
             assert isinstance(verdict, Verdict)
             return verdict
 

@@ -9,12 +9,14 @@ import pyarrow as pa
 
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, Row, annotation, with_extras
-from services.core.errors import Changed, Forbidden, NotFound, SluiceError, Unjudgeable
-from services.core.messages import ObjectReference, Submission, Verdict, verdict_id
+from services.core.errors import Changed, Forbidden, NotFound, Unjudgeable
+from services.core.messages import Verdict, verdict_id
 from services.core.retry import retry_while_unavailable
 from services.core.values import Policy, Priority
-from services.moderation.moderator import Moderation
+from services.moderation.cascade import judge_image
 from services.moderation.ports import GuardClient, ImagePreparer
+from services.moderation.step_timer import StepTimer
+from services.moderation.verdicts import VerdictSubject, build_verdicts
 
 _BACKFILL: Final[Priority] = "backfill"
 _REFERENCE_ERRORS: Final = (NotFound, Changed, Forbidden)
@@ -30,15 +32,16 @@ class _CachedResult(NamedTuple):
 
 
 class ChunkJudge:
-    """Judges chunks under one policy, by the way that submissions go; live ones go first at the guard."""
+    """Judges chunks under one policy, as submissions are judged; live submissions have priority at the guard."""
 
     def __init__(
         self, *, images: ImageReader, preparer: ImagePreparer, guard: GuardClient, policy: Policy, in_flight: int
     ) -> None:
         self._images = images
-        self._policy = policy
+        self._policies = (policy,)
+        self._preparer = preparer
+        self._guard = guard
         self._places = asyncio.Semaphore(in_flight)
-        self._moderation = Moderation(policies=_None(), images=_None(), preparer=preparer, guard=guard)
 
     async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:
         """The annotations of a chunk, a row for each of its rows, in their order."""
@@ -87,16 +90,13 @@ class ChunkJudge:
                 return Failure(error.reason, str(error)), isinstance(error, _REFERENCE_ERRORS)
 
     async def _judge_now(self, row: Row) -> Verdict:
-        # Not validated: the URIs of files and members of tars are not what a stream takes.
-        submission = Submission.model_construct(
-            **{name: row[name] for name in ("id", "uri", "version_id", "etag", "tenant")},
-            policy=self._policy.identity.name,
-            priority=_BACKFILL,
-            submitted_at=None,
-            metadata={},
-        )
+        subject = VerdictSubject(row["id"], row["uri"], row["tenant"])
         async with self._images.open(row) as stored:
-            (answer,) = await self._moderation.judge_under(submission, [self._policy], upload=stored)
+            timer = StepTimer.start()
+            judged = await judge_image(
+                stored.data, self._policies, priority=_BACKFILL, guard=self._guard, preparer=self._preparer, timer=timer
+            )
+        (answer,) = build_verdicts(subject, stored, self._policies, judged, timer)
         if not isinstance(answer, Verdict):
             raise answer
         if answer.sha256 != row["sha256"]:
@@ -118,13 +118,3 @@ def _as_of(row: Row, answer: Verdict | Failure) -> Verdict | Failure:
         calibration=answer.calibration.digest if answer.calibration else None,
     )
     return answer.model_copy(update=own | {"submission_id": row["id"], "verdict_id": identity})
-
-
-class _None:
-    """The policy is known, and the image comes with the request."""
-
-    async def choose(self, _submission: Submission) -> Any:
-        raise SluiceError("a data set has one policy")
-
-    def open(self, _reference: ObjectReference) -> Any:
-        raise SluiceError("the image is at hand")

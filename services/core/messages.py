@@ -77,11 +77,11 @@ def id_of(name: str) -> str:
     return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
-class Submission(WireModel):
-    """A request to judge one image, by reference."""
+class ImageRequest(WireModel):
+    """A request to judge one image: by reference (`Submission`), or with the image's bytes (`Upload`)."""
 
     id: Annotated[str, Field(min_length=1, max_length=_ID_LIMIT)]
-    uri: Annotated[str, Field(description="s3://bucket/key", max_length=2048)]
+    uri: str
     version_id: str | None = None
     etag: ETag | None = None
     tenant: Annotated[str, _null_as("default"), Field(max_length=256)] = "default"
@@ -94,14 +94,6 @@ class Submission(WireModel):
     submitted_at: Moment | None = None
     metadata: Annotated[dict[str, Any], _null_as({})] = Field(default_factory=dict)
 
-    @field_validator("uri")
-    @classmethod
-    def _names_an_object(cls, uri: str) -> str:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        if not uri.startswith("s3://") or not bucket or not key:
-            raise ValueError("must be s3://bucket/key")
-        return uri
-
     @field_validator("metadata")
     @classmethod
     def _metadata_fits(cls, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +105,9 @@ class Submission(WireModel):
         return metadata
 
     @property
-    def reference(self) -> ObjectReference:
-        bucket, _, key = self.uri.removeprefix("s3://").partition("/")
-        return ObjectReference(bucket=bucket, key=key, version_id=self.version_id, etag=self.etag)
+    def reference(self) -> ObjectReference | None:
+        """The object that has the image; None if the bytes come with the request."""
+        return None
 
     @classmethod
     def parse(cls, document: Any) -> Self:
@@ -135,19 +127,33 @@ class Submission(WireModel):
             raise Malformed("a value is out of range", readable_id(document)) from None
 
 
-class Upload(Submission):
-    """A request to judge one image that came with it: there is no object to refer to."""
+class Submission(ImageRequest):
+    """A request to judge one image, by reference."""
 
-    uri: Annotated[str, Field(pattern=r"^upload:sha256:[0-9a-f]{64}$", description="upload:sha256:<hex>")]
+    uri: Annotated[str, Field(description="s3://bucket/key", max_length=2048)]
 
     @field_validator("uri")
     @classmethod
     def _names_an_object(cls, uri: str) -> str:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not uri.startswith("s3://") or not bucket or not key:
+            raise ValueError("must be s3://bucket/key")
         return uri
+
+    @property
+    def reference(self) -> ObjectReference:
+        bucket, _, key = self.uri.removeprefix("s3://").partition("/")
+        return ObjectReference(bucket=bucket, key=key, version_id=self.version_id, etag=self.etag)
+
+
+class Upload(ImageRequest):
+    """A request to judge one image that came with it: there is no object to refer to."""
+
+    uri: Annotated[str, Field(pattern=r"^upload:sha256:[0-9a-f]{64}$", description="upload:sha256:<hex>")]
 
     @staticmethod
     def uri_of(data: bytes) -> str:
-        """What an image is called that stands nowhere: by the digest of its bytes."""
+        """The URI of an image that is stored nowhere: the digest of its bytes."""
         return f"upload:sha256:{hashlib.sha256(data).hexdigest()}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.core.errors import Malformed
-from services.core.messages import Submission, Upload
+from services.core.messages import ImageRequest, Submission, Upload
 from services.core.values import StoredObject
 from services.gateway.api_keys import ApiKey
 from services.gateway.problems import HttpProblem
@@ -23,7 +23,7 @@ _LARGE: Final = 1 << 20
 class Image:
     """One image to be judged."""
 
-    submission: Submission
+    request: ImageRequest
     upload: StoredObject | None = None
     """Its bytes, where it came with the request or from a URL."""
 
@@ -54,7 +54,7 @@ def from_s3(uri: str, context: RequestContext, *, version_id: str | None = None,
     Raises:
         HttpProblem: a field cannot be one of a submission.
     """
-    return Image(_submission(Submission, context, uri=uri, version_id=version_id, etag=etag))
+    return Image(_request(Submission, context, uri=uri, version_id=version_id, etag=etag))
 
 
 async def from_url(url: str, context: RequestContext, *, downloader: ImageDownloader, lease: MemoryLease) -> Image:
@@ -93,11 +93,11 @@ def data_of(url: str) -> bytes:
 
 
 def _from_upload(data: bytes, context: RequestContext) -> Image:
-    upload = _submission(Upload, context, uri=Upload.uri_of(data))
+    upload = _request(Upload, context, uri=Upload.uri_of(data))
     return Image(upload, StoredObject(data, version_id=None, etag=None))
 
 
-def _submission(model: type[Submission], context: RequestContext, **fields: str | None) -> Submission:
+def _request(model: type[ImageRequest], context: RequestContext, **fields: str | None) -> ImageRequest:
     try:
         return model.parse(
             {"id": context.submission_id, "tenant": context.key.tenant, "policy": context.policy, **fields}

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Final, Protocol, TypeVar
 
-from services.core.messages import Submission, Verdict
+from services.core.messages import ImageRequest, Verdict
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.core.values import Detail, GuardPriority, StoredObject
@@ -22,7 +22,7 @@ class Moderator(Protocol):
 
     async def judge(
         self,
-        submission: Submission,
+        request: ImageRequest,
         *,
         upload: StoredObject | None = None,
         priority: GuardPriority | None = None,
@@ -53,7 +53,7 @@ class LoadShedder:
         try:
             async with asyncio.timeout(self._deadline_s):
                 judging = self._moderation.judge(
-                    image.submission, upload=image.upload, priority="interactive", detail=detail
+                    image.request, upload=image.upload, priority="interactive", detail=detail
                 )
                 return (await judging).verdict
         except TimeoutError:

@@ -1,4 +1,6 @@
-"""The cascade: one image under several policies, first on a small copy where the policy allows, then in full.
+"""The core of moderation: the bytes of one image and policies in, an assessment under each policy out.
+
+It knows nothing of streams, requests and stores. Under each policy, the image goes through a cascade.
 
 With effort `adaptive`, the guard first gives only a score for a small copy of the image (screening). A low score with
 the rating Safe is the answer. All other images, and all policies with effort `full`, get the full assessment.
@@ -12,6 +14,7 @@ from services.core.errors import GuardFailed, UnreadableAnswer
 from services.core.retry import retry_while_unavailable
 from services.core.values import AppliedCalibration, Assessment, Detail, Effort, GuardPriority, Policy, PreparedImage
 from services.moderation.ports import GuardClient, ImagePreparer
+from services.moderation.step_timer import StepTimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,34 @@ class PolicyAssessment:
     answer: Assessment | UnreadableAnswer
     effort: Effort
     detail: Detail = "verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedImage:
+    """One image as the model saw it, with one result for each policy, in order."""
+
+    image: PreparedImage
+    results: list[PolicyAssessment | GuardFailed]
+
+
+async def judge_image(
+    data: bytes,
+    policies: Sequence[Policy],
+    *,
+    priority: GuardPriority,
+    guard: GuardClient,
+    preparer: ImagePreparer,
+    timer: StepTimer,
+    detail: Detail = "verdict",
+) -> JudgedImage:
+    """Decode one image and assess it under each policy. `timer` records the steps `prepare` and `guard`.
+
+    Raises:
+        Unjudgeable: the bytes are not an image that can be decoded.
+    """
+    image = await timer.time("prepare", retry_while_unavailable(lambda: preparer.prepare(data)))
+    assessing = assess_each(image, policies, priority, guard=guard, preparer=preparer, detail=detail)
+    return JudgedImage(image, await timer.time("guard", assessing))
 
 
 async def assess_each(

@@ -1,8 +1,8 @@
 """The whole life of an image: the only place that knows the order of the steps.
 
-    choose the policy ► fetch ► prepare ► assess (cascade.py) ► decide and build the verdict (verdicts.py)
+    choose the policy ► fetch ► judge the bytes (cascade.py) ► decide and build the verdict (verdicts.py)
 
-The stream, the gateway and annotation runs share it; each passes in its own ports (ports.py).
+The stream and the gateway share it; each passes in its own ports (ports.py).
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from functools import partial
 
 from services.core import telemetry
-from services.core.errors import GuardFailed
-from services.core.messages import Submission, Verdict
+from services.core.errors import GuardFailed, Malformed
+from services.core.messages import ImageRequest, Verdict
 from services.core.retry import retry_while_unavailable
 from services.core.values import Detail, GuardPriority, Policy, StoredObject
-from services.moderation.cascade import assess_each
+from services.moderation.cascade import judge_image
 from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
 from services.moderation.step_timer import StepTimer
-from services.moderation.verdicts import build_verdict
+from services.moderation.verdicts import VerdictSubject, build_verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +50,25 @@ class Moderation:
 
     async def judge(
         self,
-        submission: Submission,
+        request: ImageRequest,
         *,
         upload: StoredObject | None = None,
         priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> ModerationResult:
-        """Judge one submission by the version that is active for it now.
+        """Judge one image by the version that is active for it now.
 
         `upload` is the image, if it came with the request: then nothing is fetched. `priority` defaults to the
-        submission's own. With detail `score` the guard gives no category and no rationale.
+        request's own. With detail `score` the guard gives no category and no rationale.
 
         Raises:
-            Unjudgeable: the submission can never be judged; the error's class says why.
+            Unjudgeable: the image can never be judged; the error's class says why.
         """
         started_at = datetime.now(UTC)
-        choice = await retry_while_unavailable(lambda: self._policies.choose(submission))
+        choice = await retry_while_unavailable(lambda: self._policies.choose(request))
         policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
         verdict, *others = await self.judge_under(
-            submission, policies, started_at, upload=upload, priority=priority, detail=detail
+            request, policies, started_at, upload=upload, priority=priority, detail=detail
         )
         if isinstance(verdict, GuardFailed):
             raise verdict
@@ -77,7 +77,7 @@ class Moderation:
 
     async def judge_under(
         self,
-        submission: Submission,
+        request: ImageRequest,
         policies: Sequence[Policy],
         started_at: datetime | None = None,
         *,
@@ -85,31 +85,31 @@ class Moderation:
         priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> list[Verdict | GuardFailed]:
-        """Judge one submission under each of these policies, in order. No circuit breaker or action is counted.
+        """Judge one image under each of these policies, in order. No circuit breaker or action is counted.
 
         The other arguments are those of `judge`.
 
         Raises:
             Unjudgeable: the image cannot be fetched or decoded.
         """
-        timer = StepTimer(submission.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
+        timer = StepTimer(request.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
-            stored = upload if upload else await timer.time("fetch", self._fetch(submission, held))
-            image = await timer.time("prepare", retry_while_unavailable(lambda: self._preparer.prepare(stored.data)))
-            priority = priority or submission.priority
-            assessing = assess_each(
-                image, policies, priority, guard=self._guard, preparer=self._preparer, detail=detail
+            stored = upload if upload else await timer.time("fetch", self._fetch(request, held))
+            judged = await judge_image(
+                stored.data,
+                policies,
+                priority=priority or request.priority,
+                guard=self._guard,
+                preparer=self._preparer,
+                timer=timer,
+                detail=detail,
             )
-            answers = await timer.time("guard", assessing)
-        return [
-            answer
-            if isinstance(answer, GuardFailed)
-            else build_verdict(submission, stored, image, policy, answer, timer)
-            for policy, answer in zip(policies, answers, strict=True)
-        ]
+        return build_verdicts(VerdictSubject.of_request(request), stored, policies, judged, timer)
 
-    async def _fetch(self, submission: Submission, held: AsyncExitStack) -> StoredObject:
-        fetch = partial(self._images.open, submission.reference)
+    async def _fetch(self, request: ImageRequest, held: AsyncExitStack) -> StoredObject:
+        if request.reference is None:
+            raise Malformed(f"{request.uri} is in no bucket; the image has to come with the request", request.id)
+        fetch = partial(self._images.open, request.reference)
         return await retry_while_unavailable(lambda: held.enter_async_context(fetch()))
 
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:

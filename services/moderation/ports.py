@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from services.core.messages import ObjectReference, Submission
+from services.core.messages import ImageRequest, ObjectReference
 from services.core.values import (
     Action,
     Assessment,
@@ -20,8 +20,8 @@ from services.core.values import (
 class PolicySource(Protocol):
     """Where policies come from."""
 
-    async def choose(self, submission: Submission) -> PolicyChoice:
-        """The policy version for a submission. Raises UnknownPolicy, PolicyUnavailable."""
+    async def choose(self, request: ImageRequest) -> PolicyChoice:
+        """The policy version for a request. Raises UnknownPolicy, PolicyUnavailable."""
 
 
 class ImageSource(Protocol):

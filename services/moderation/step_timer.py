@@ -3,8 +3,8 @@
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TypeVar
+from datetime import UTC, datetime
+from typing import Self, TypeVar
 
 from services.core import telemetry
 from services.core.messages import Timings
@@ -19,6 +19,12 @@ class StepTimer:
     submitted_at: datetime
     started_at: datetime
     ms: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, submitted_at: datetime | None = None) -> Self:
+        """A timer that starts now, for an image that was submitted then, or now."""
+        now = datetime.now(UTC)
+        return cls(submitted_at or now, now)
 
     async def time(self, step: str, work: Awaitable[T]) -> T:
         """The result of `work`, whose duration is recorded as `step`."""

@@ -1,11 +1,29 @@
 """Builds verdicts: from an assessment and a policy's thresholds, or for a submission that was not judged."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
-from services.core.messages import Submission, Timings, Verdict, verdict_id
+from services.core.errors import GuardFailed
+from services.core.messages import ImageRequest, Timings, Verdict, verdict_id
 from services.core.values import Action, Assessment, Policy, PreparedImage, ReviewReason, StoredObject, VerdictOutcome
-from services.moderation.cascade import PolicyAssessment
+from services.moderation.cascade import JudgedImage, PolicyAssessment
 from services.moderation.step_timer import StepTimer
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictSubject:
+    """What a verdict says about its image that judging does not change."""
+
+    submission_id: str
+    uri: str
+    tenant: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_request(cls, request: ImageRequest) -> "VerdictSubject":
+        return cls(request.id, request.uri, request.tenant, request.metadata)
 
 
 def decide(assessment: Assessment, policy: Policy) -> Action:
@@ -17,7 +35,11 @@ def decide(assessment: Assessment, policy: Policy) -> Action:
 
 
 def skipped_verdict(
-    submission: Submission, outcome: VerdictOutcome, *, reason: ReviewReason | None = None, action: Action | None = None
+    submission: ImageRequest,
+    outcome: VerdictOutcome,
+    *,
+    reason: ReviewReason | None = None,
+    action: Action | None = None,
 ) -> Verdict:
     """The verdict of a submission that the guard never saw: a newer event superseded it, or it blocked its key."""
     now = datetime.now(UTC)
@@ -56,8 +78,20 @@ def skipped_verdict(
     )
 
 
-def build_verdict(
-    submission: Submission,
+def build_verdicts(
+    subject: VerdictSubject, stored: StoredObject, policies: Sequence[Policy], judged: JudgedImage, timer: StepTimer
+) -> list[Verdict | GuardFailed]:
+    """The verdict under each policy, in order, or the error where the engine refuses the image under it."""
+    return [
+        result
+        if isinstance(result, GuardFailed)
+        else _build_verdict(subject, stored, judged.image, policy, result, timer)
+        for policy, result in zip(policies, judged.results, strict=True)
+    ]
+
+
+def _build_verdict(
+    subject: VerdictSubject,
     stored: StoredObject,
     image: PreparedImage,
     policy: Policy,
@@ -71,19 +105,19 @@ def build_verdict(
     judged_at = datetime.now(UTC)
     return Verdict(
         verdict_id=verdict_id(
-            submission_id=submission.id,
-            uri=submission.uri,
+            submission_id=subject.submission_id,
+            uri=subject.uri,
             object_version=stored.version_id or stored.etag or image.sha256,
             policy_digest=policy.identity.digest,
             model_revision=answer.model.revision if answer.model else "",
             calibration=calibration.digest if calibration else None,
         ),
-        submission_id=submission.id,
-        uri=submission.uri,
+        submission_id=subject.submission_id,
+        uri=subject.uri,
         version_id=stored.version_id,
         etag=stored.etag,
         sha256=image.sha256,
-        tenant=submission.tenant,
+        tenant=subject.tenant,
         outcome="verdict" if assessment else "needs_review",
         reason=None if assessment else "unreadable_answer",
         rating=assessment.rating if assessment else None,
@@ -97,7 +131,7 @@ def build_verdict(
         effort=assessed.effort,
         image=image.facts,
         timings_ms=timer.finish(judged_at),
-        metadata=submission.metadata,
+        metadata=dict(subject.metadata),
         submitted_at=timer.submitted_at,
         judged_at=judged_at,
     )

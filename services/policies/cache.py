@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeVar
 
 from services.core import telemetry
 from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.core.messages import Submission
+from services.core.messages import ImageRequest
 from services.core.tasks import cancel_and_wait
 from services.core.values import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity
 from services.policies.document import PolicyDocument, is_policy_name
@@ -74,23 +74,23 @@ class PolicyCache:
     async def __aexit__(self, *_: object) -> None:
         await self._closing.aclose()
 
-    async def choose(self, submission: Submission) -> PolicyChoice:
+    async def choose(self, request: ImageRequest) -> PolicyChoice:
         """The version that a submission gets, and the one to compare it with. No network where both are known.
 
         Raises:
             UnknownPolicy: no such policy or version, or the reference is not well-formed.
             PolicyUnavailable: it is not known here, and neither Redis nor the policy bucket has it.
         """
-        name, version = _parse(submission.policy)
+        name, version = _parse(request.policy)
         if version is not None:
             return PolicyChoice(await self._policy(name, version))
         if name == DEFAULT_POLICY:
-            name = await self._policy_of(submission.tenant)
+            name = await self._policy_of(request.tenant)
         rollout = await self._rollout(name)
-        version = rollout.version_for(name, submission.id, submission.tenant)
+        version = rollout.version_for(name, request.id, request.tenant)
         if version is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
-        shadow = rollout.shadow_for(name, submission.id)
+        shadow = rollout.shadow_for(name, request.id)
         return PolicyChoice(
             await self._policy(name, version),
             await self._policy(name, shadow) if shadow is not None and shadow != version else None,

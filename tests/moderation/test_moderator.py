@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import GuardFailed, Malformed, UnreadableAnswer
-from services.core.messages import ObjectReference, Submission, Upload
+from services.core.messages import ImageRequest, ObjectReference, Submission, Upload
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
@@ -24,7 +24,9 @@ from services.core.values import (
     PreparedImage,
     StoredObject,
 )
+from services.moderation.cascade import PolicyAssessment, judge_image
 from services.moderation.moderator import Moderation
+from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import decide
 from services.policies.document import PolicyDocument
 from tests.support.fake_guard import MODEL
@@ -58,7 +60,7 @@ class Parts:
         self.admitted: list[Action] = []
         self.open = False
 
-    async def choose(self, _submission: Submission) -> PolicyChoice:
+    async def choose(self, _request: ImageRequest) -> PolicyChoice:
         return self.choice
 
     @asynccontextmanager
@@ -190,6 +192,25 @@ async def test_where_the_breaker_is_open_a_block_becomes_a_review() -> None:
     assert (verdict.rating, verdict.score) == ("Unsafe", 0.9), "what the guard said is kept"
     parts.says[1] = safe()
     assert (await parts().judge(SUBMISSION)).verdict.outcome == "verdict"
+
+
+async def test_judge_of_an_upload_without_bytes_is_malformed() -> None:
+    with pytest.raises(Malformed, match="has to come with the request"):
+        await Parts(POLICY)().judge(Upload(id="a", uri=Upload.uri_of(b"bytes")))
+
+
+async def test_judge_image_returns_one_result_for_each_policy() -> None:
+    parts = Parts(POLICY)
+    parts.says[2] = GuardFailed("refused")
+    timer = StepTimer.start()
+    judged = await judge_image(
+        b"bytes", [POLICY, OTHER], priority="backfill", guard=parts, preparer=_Preparer(), timer=timer
+    )
+    first, second = judged.results
+    assert isinstance(first, PolicyAssessment)
+    assert (first.answer, first.effort, second) == (unsafe(), "full", parts.says[2])
+    assert judged.image.data == b"bytes"
+    assert timer.ms.keys() == {"prepare", "guard"}
 
 
 async def test_an_upload_is_not_fetched_and_takes_the_turn_that_it_is_given() -> None:

@@ -275,7 +275,7 @@ async def _read_request(
             image = from_s3(wanted.uri, _with_fields(context, wanted), version_id=wanted.version_id, etag=wanted.etag)
         else:
             image = await from_url(wanted.uri, _with_fields(context, wanted), downloader=downloader, lease=lease)
-    said = [wanted.id, image.submission.uri, wanted.version_id, wanted.etag, wanted.policy, wanted.detail]
+    said = [wanted.id, image.request.uri, wanted.version_id, wanted.etag, wanted.policy, wanted.detail]
     return _AssessmentJob(image, wanted.detail, hashlib.sha256(to_json(said)).hexdigest())
 
 
