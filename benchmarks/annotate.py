@@ -27,6 +27,7 @@ from services.core.settings import Settings
 from services.core.values import StoredObject
 from services.images.decoder_pool import DecoderPool
 from services.moderation.cascade import judge_image
+from services.moderation.retrying import RetryingPreparer
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 from services.policies.document import BUILT_IN
@@ -67,7 +68,12 @@ async def plain(folder: Path, pause_s: float) -> float:
             stored = StoredObject(await asyncio.to_thread(file.read_bytes), None, None)
             timer, guard = StepTimer.start(), FakeGuard(says)
             judged = await judge_image(
-                stored.data, [policy], priority="backfill", guard=guard, preparer=preparer, timer=timer
+                stored.data,
+                [policy],
+                priority="backfill",
+                guard=guard,
+                preparer=RetryingPreparer(preparer),
+                timer=timer,
             )
             subject = VerdictSubject(file.name, file.as_uri(), "default")
             (verdict,) = build_verdicts(subject, stored, [policy], judged, timer)

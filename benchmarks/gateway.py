@@ -36,7 +36,7 @@ from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.moderator import Moderation
+from services.moderation.retrying import retrying_moderation
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -136,7 +136,7 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
         closing.callback(store.close)
         policies = await closing.enter_async_context(PolicyCache(registry, shared))
         guard = TimedGuard()
-        moderation = Moderation(policies=policies, images=store, preparer=preparer, guard=guard)
+        moderation = retrying_moderation(policies=policies, images=store, preparer=preparer, guard=guard)
         parts = Dependencies(moderation, guard, preparer, policies, registry, shared, keys)
         server = GatewayServer(create_app(parts, settings), settings, listener=listen("127.0.0.1", 0))
         closing.push_async_callback(server.stop)

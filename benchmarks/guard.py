@@ -36,6 +36,7 @@ from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
 from services.images.decoder_pool import DecoderPool
 from services.moderation.cascade import PolicyAssessment, assess_each
+from services.moderation.retrying import RetryingGuard, RetryingPreparer
 from services.policies.document import PolicyDocument
 
 FRESH_SEED = 3_000_000_000
@@ -166,7 +167,9 @@ async def speed(
 
     def by(judged_by: Policy) -> Callable[[Image], Awaitable[int]]:
         async def ours(image: Image) -> int:
-            (answer,) = await assess_each(image.prepared, [judged_by], "live", guard=guard, preparer=preparer)
+            (answer,) = await assess_each(
+                image.prepared, [judged_by], "live", guard=RetryingGuard(guard), preparer=RetryingPreparer(preparer)
+            )
             said = answer.answer if isinstance(answer, PolicyAssessment) else None
             return said.output_tokens if isinstance(said, Assessment) else 0
 

@@ -15,6 +15,7 @@ from services.core.retry import retry_while_unavailable
 from services.core.values import Policy, Priority
 from services.moderation.cascade import judge_image
 from services.moderation.ports import GuardClient, ImagePreparer
+from services.moderation.retrying import RetryingGuard, RetryingPreparer
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 
@@ -39,8 +40,8 @@ class ChunkJudge:
     ) -> None:
         self._images = images
         self._policies = (policy,)
-        self._preparer = preparer
-        self._guard = guard
+        self._preparer = RetryingPreparer(preparer)
+        self._guard = RetryingGuard(guard)
         self._places = asyncio.Semaphore(in_flight)
 
     async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:

@@ -11,6 +11,7 @@ from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderation
+from services.moderation.retrying import retrying_moderation
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
@@ -48,7 +49,7 @@ class Components:
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))
         remote = RemoteGuard(guard, deadline_s=_GUARD_DEADLINES * settings.guard_deadline_s)
-        moderation = Moderation(
+        moderation = retrying_moderation(
             policies=policies,
             images=store,
             preparer=preparer,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from services.core import telemetry
 from services.core.errors import GuardFailed, UnreadableAnswer
-from services.core.retry import retry_while_unavailable
 from services.core.values import AppliedCalibration, Assessment, Detail, Effort, GuardPriority, Policy, PreparedImage
 from services.moderation.ports import GuardClient, ImagePreparer
 from services.moderation.step_timer import StepTimer
@@ -48,8 +47,9 @@ async def judge_image(
 
     Raises:
         Unjudgeable: the bytes are not an image that can be decoded.
+        Unavailable: no decoder or no engine is available; retrying ports (retrying.py) wait instead.
     """
-    image = await timer.time("prepare", retry_while_unavailable(lambda: preparer.prepare(data)))
+    image = await timer.time("prepare", preparer.prepare(data))
     assessing = assess_each(image, policies, priority, guard=guard, preparer=preparer, detail=detail)
     return JudgedImage(image, await timer.time("guard", assessing))
 
@@ -87,7 +87,7 @@ async def screen(
     preparer: ImagePreparer,
 ) -> list[PolicyAssessment | None]:
     """Assess a small copy of the image. The result for policies to which its low score is enough, else None."""
-    small = await retry_while_unavailable(lambda: preparer.first_look(image))
+    small = await preparer.first_look(image)
     try:
         assessments = await _assess(small, policies, "score", priority, guard)
     except (GuardFailed, UnreadableAnswer):
@@ -132,7 +132,7 @@ async def _assess(
     image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority, guard: GuardClient
 ) -> list[Assessment]:
     """The guard's assessments with calibrated scores: every threshold refers to calibrated scores."""
-    assessments = await retry_while_unavailable(lambda: guard.assess_each(image, policies, detail, priority))
+    assessments = await guard.assess_each(image, policies, detail, priority)
     return [apply_calibration(each, policy) for each, policy in zip(assessments, policies, strict=True)]
 
 

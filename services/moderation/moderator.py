@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 from services.core import telemetry
 from services.core.errors import GuardFailed, Malformed
 from services.core.messages import ImageRequest, Verdict
-from services.core.retry import retry_while_unavailable
 from services.core.values import Detail, GuardPriority, Policy, StoredObject
 from services.moderation.cascade import judge_image
 from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
@@ -31,7 +29,7 @@ class ModerationResult:
 
 
 class Moderation:
-    """Judges submissions. Waits while a backend is unavailable; the caller sets the deadline by cancelling."""
+    """Judges submissions. With retrying ports it waits out outages; the caller cancels at its deadline."""
 
     def __init__(
         self,
@@ -65,7 +63,7 @@ class Moderation:
             Unjudgeable: the image can never be judged; the error's class says why.
         """
         started_at = datetime.now(UTC)
-        choice = await retry_while_unavailable(lambda: self._policies.choose(request))
+        choice = await self._policies.choose(request)
         policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
         verdict, *others = await self.judge_under(
             request, policies, started_at, upload=upload, priority=priority, detail=detail
@@ -109,8 +107,7 @@ class Moderation:
     async def _fetch(self, request: ImageRequest, held: AsyncExitStack) -> StoredObject:
         if request.reference is None:
             raise Malformed(f"{request.uri} is in no bucket; the image has to come with the request", request.id)
-        fetch = partial(self._images.open, request.reference)
-        return await retry_while_unavailable(lambda: held.enter_async_context(fetch()))
+        return await held.enter_async_context(self._images.open(request.reference))
 
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
         """The verdict, or a request for review if the policy's circuit breaker is open."""

@@ -19,7 +19,7 @@ from services.core.settings import load
 from services.core.telemetry import configure_logging
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.moderator import Moderation
+from services.moderation.retrying import retrying_moderation
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
@@ -49,7 +49,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
         policies = await closing.enter_async_context(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
-        moderation = Moderation(
+        moderation = retrying_moderation(
             policies=policies,
             images=store,
             preparer=preparer,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.errors import GuardFailed, Malformed, UnreadableAnswer
+from services.core.errors import GuardFailed, Malformed, Unavailable, UnreadableAnswer
 from services.core.messages import ImageRequest, ObjectReference, Submission, Upload
 from services.core.values import (
     CATEGORIES,
@@ -26,6 +26,7 @@ from services.core.values import (
 )
 from services.moderation.cascade import PolicyAssessment, judge_image
 from services.moderation.moderator import Moderation
+from services.moderation.retrying import retrying_moderation
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import decide
 from services.policies.document import PolicyDocument
@@ -197,6 +198,52 @@ async def test_where_the_breaker_is_open_a_block_becomes_a_review() -> None:
 async def test_judge_of_an_upload_without_bytes_is_malformed() -> None:
     with pytest.raises(Malformed, match="has to come with the request"):
         await Parts(POLICY)().judge(Upload(id="a", uri=Upload.uri_of(b"bytes")))
+
+
+async def test_each_port_that_is_unavailable_once_is_asked_again() -> None:
+    parts = Parts(ADAPTIVE)
+    parts.looks = [safe(0.3)]
+    flaky = _UnavailableOnce(parts)
+    moderation = retrying_moderation(policies=flaky, images=flaky, preparer=flaky, guard=flaky)
+    assert (await moderation.judge(SUBMISSION)).verdict.effort == "full"
+    assert flaky.calls == ["choose"] * 2 + ["open"] * 2 + ["prepare"] * 2 + ["first_look"] * 2 + ["assess_each"] * 3
+
+
+class _UnavailableOnce:
+    """Each method of each port fails the first time."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.calls: list[str] = []
+
+    def _count(self, name: str) -> None:
+        self.calls.append(name)
+        if self.calls.count(name) == 1:
+            raise Unavailable(f"{name} is away")
+
+    async def choose(self, request: ImageRequest) -> PolicyChoice:
+        self._count("choose")
+        return await self._parts.choose(request)
+
+    @asynccontextmanager
+    async def open(self, _reference: ObjectReference) -> AsyncIterator[StoredObject]:
+        self._count("open")
+        async with self._parts._stored() as stored:
+            yield stored
+
+    async def prepare(self, data: bytes) -> PreparedImage:
+        self._count("prepare")
+        return await _Preparer().prepare(data)
+
+    async def first_look(self, image: PreparedImage) -> PreparedImage:
+        self._count("first_look")
+        return image
+
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
+    ) -> list[Assessment]:
+        self._count("assess_each")
+        return await self._parts.assess_each(image, policies, detail, priority)
 
 
 async def test_judge_image_returns_one_result_for_each_policy() -> None:

@@ -19,7 +19,7 @@ from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.moderator import Moderation
+from services.moderation.retrying import retrying_moderation
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -96,7 +96,7 @@ class Bench:
         cache = PolicyCache(self.registry, shared, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
         parts = Dependencies(
-            moderation=Moderation(policies=policies, images=store, preparer=self.preparer, guard=self.guard),
+            moderation=retrying_moderation(policies=policies, images=store, preparer=self.preparer, guard=self.guard),
             guard=self.guard,
             preparer=self.preparer,
             policies=policies,

@@ -1,0 +1,87 @@
+"""Ports that wait out outages: each repeats a call while its backend is unavailable, so moderation reads straight.
+
+Wrap ports once, where a moderation is put together. The waits are those of `retry_while_unavailable`.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from services.core.messages import ImageRequest, ObjectReference
+from services.core.retry import retry_while_unavailable
+from services.core.values import (
+    Assessment,
+    Detail,
+    GuardPriority,
+    Policy,
+    PolicyChoice,
+    PreparedImage,
+    StoredObject,
+)
+from services.moderation.moderator import Moderation
+from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
+
+
+@dataclass(frozen=True, slots=True)
+class RetryingPolicies:
+    """Retries while neither Redis nor the policy bucket answers."""
+
+    inner: PolicySource
+
+    async def choose(self, request: ImageRequest) -> PolicyChoice:
+        return await retry_while_unavailable(lambda: self.inner.choose(request))
+
+
+@dataclass(frozen=True, slots=True)
+class RetryingImages:
+    """Retries while the object store does not answer."""
+
+    inner: ImageSource
+
+    @asynccontextmanager
+    async def open(self, reference: ObjectReference) -> AsyncIterator[StoredObject]:
+        async with AsyncExitStack() as held:
+            yield await retry_while_unavailable(lambda: held.enter_async_context(self.inner.open(reference)))
+
+
+@dataclass(frozen=True, slots=True)
+class RetryingPreparer:
+    """Retries while no decoder is available."""
+
+    inner: ImagePreparer
+
+    async def prepare(self, data: bytes) -> PreparedImage:
+        return await retry_while_unavailable(lambda: self.inner.prepare(data))
+
+    async def first_look(self, image: PreparedImage) -> PreparedImage:
+        return await retry_while_unavailable(lambda: self.inner.first_look(image))
+
+
+@dataclass(frozen=True, slots=True)
+class RetryingGuard:
+    """Retries while no engine is available."""
+
+    inner: GuardClient
+
+    async def assess_each(
+        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
+    ) -> list[Assessment]:
+        return await retry_while_unavailable(lambda: self.inner.assess_each(image, policies, detail, priority))
+
+
+def retrying_moderation(
+    *,
+    policies: PolicySource,
+    images: ImageSource,
+    preparer: ImagePreparer,
+    guard: GuardClient,
+    breaker: Breaker | None = None,
+) -> Moderation:
+    """A moderation that waits while any of its backends is unavailable."""
+    return Moderation(
+        policies=RetryingPolicies(policies),
+        images=RetryingImages(images),
+        preparer=RetryingPreparer(preparer),
+        guard=RetryingGuard(guard),
+        breaker=breaker,
+    )
