@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.responses import Response
 
@@ -141,6 +142,13 @@ class HttpProblem(SluiceError):
     def _openai_code(self) -> str:
         known = {"unauthenticated": "invalid_api_key", "rate-limited": "rate_limit_exceeded"}
         return known.get(self.kind) or self.kind.replace("-", "_")
+
+
+def invalid_field(error: ValidationError, field: str | None = None) -> HttpProblem:
+    """The first field that a model refused, as a problem; `field` names it in another way than `a.b`."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = ".".join(map(str, first["loc"])) if field is None else field
+    return HttpProblem("invalid", f"{name or 'the body'}: {first['msg']}", param=name or None)
 
 
 def problem_of(error: Exception) -> HttpProblem:

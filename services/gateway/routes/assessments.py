@@ -22,7 +22,7 @@ from services.gateway.assessment_store import AssessmentStore, StoredAssessment
 from services.gateway.auth import Authenticator
 from services.gateway.image_inputs import Image, RequestContext, from_s3, from_upload, from_url
 from services.gateway.load_shedding import LoadShedder
-from services.gateway.problems import HttpProblem, problem_of
+from services.gateway.problems import HttpProblem, invalid_field, problem_of
 from services.gateway.rate_limits import RateLimiter
 from services.gateway.request_bodies import BodyReader, MemoryLease, decoded, is_form
 from services.gateway.url_fetch import ImageDownloader
@@ -295,9 +295,7 @@ def _parsed(document: Any) -> AssessmentRequest:
     try:
         return AssessmentRequest.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise HttpProblem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+        raise invalid_field(error) from None
 
 
 def _content() -> dict[str, Any]:

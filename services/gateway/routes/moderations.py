@@ -21,7 +21,7 @@ from services.gateway.api_keys import ApiKey
 from services.gateway.auth import Authenticator
 from services.gateway.image_inputs import RequestContext, from_url
 from services.gateway.load_shedding import LoadShedder, cancel_on_disconnect
-from services.gateway.problems import IMAGE_KINDS, HttpProblem, problem_of
+from services.gateway.problems import IMAGE_KINDS, HttpProblem, invalid_field, problem_of
 from services.gateway.request_bodies import BodyReader
 from services.gateway.url_fetch import ImageDownloader
 
@@ -193,7 +193,7 @@ def _parsed(document: Any) -> ModerationRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = _path([part for part in first["loc"] if part not in {"ImageInput", "list[ImageInput]"}])
-        raise HttpProblem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+        raise invalid_field(error, field) from None
 
 
 def _refuse_text(document: Any) -> None:

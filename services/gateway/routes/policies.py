@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from services.core.errors import ConfigurationError, UnknownPolicy
 from services.gateway.api_keys import ApiKey
 from services.gateway.auth import Authenticator
-from services.gateway.problems import HttpProblem
+from services.gateway.problems import HttpProblem, invalid_field
 from services.gateway.request_bodies import BodyReader, decoded
 from services.policies.cache import PolicyCache
 from services.policies.document_yaml import InvalidDocument, read_document, warnings
@@ -254,9 +254,7 @@ def _parsed(model: type[Any], document: Any) -> Any:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise HttpProblem("invalid", f"{field or 'the body'}: {first['msg']}", param=field or None) from None
+        raise invalid_field(error) from None
 
 
 def _entry(change: Change) -> dict[str, Any]:
