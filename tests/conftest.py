@@ -17,18 +17,22 @@ pytest_plugins = [
 hypothesis.settings.register_profile("sluice", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("sluice")
 
-_SERVER_FIXTURES: Final = {"valkey_url", "kafka_address", "outage_broker", "s3_endpoint", "streams", "served"}
-_ENGINE_FIXTURES: Final = {"engine", "scripted"}
-_ENGINE_MARKS: Final = {"engine", "ray"}
-_SERVER_MARKS: Final = {"server", "kafka"}
+_GROUPS: Final = {
+    "service": {"end_to_end"},
+    "ray": {"ray", "scripted"},
+    "engine": {"engine"},
+    "servers": {"server", "kafka", "valkey_url", "kafka_address", "outage_broker", "s3_endpoint", "streams", "served"},
+}
+"""Groups of tests by markers, fixtures and the folder end_to_end. A test is in the first group that fits."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test that needs a server, and name the group that `--dist loadgroup` keeps on one worker.
 
-    A worker starts the servers of its session once. SGLang and Ray are in one group because they need whole cores.
-    pytest-xdist reads the groups before any `pytest_collection_modifyitems` of a conftest could set them.
+    A worker starts the servers of its session once, so the tests of a group share them. pytest-xdist reads the groups
+    before any `pytest_collection_modifyitems` of a conftest could set them.
     """
+<<<<<<< HEAD
     fixtures = set(getattr(item, "fixturenames", ()))
     if getattr(getattr(item, "callspec", None), "params", {}).get("streams") == "memory":
         fixtures.discard("streams")
@@ -41,3 +45,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         return
     item.add_marker(pytest.mark.server)
     item.add_marker(pytest.mark.xdist_group(group))
+=======
+    needs = {mark.name for mark in item.iter_markers()} | set(getattr(item, "fixturenames", ()))
+    needs |= {"end_to_end"} & {item.path.parent.name}
+    group = next((name for name, members in _GROUPS.items() if members & needs), None)
+    if group:
+        item.add_marker(pytest.mark.server)
+        item.add_marker(pytest.mark.xdist_group(group))
+>>>>>>> 03139af (pytest-xdist sees the groups of tests: pytest 9.2 ignores the names that it gives them)
