@@ -32,24 +32,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     A worker starts the servers of its session once, so the tests of a group share them. pytest-xdist reads the groups
     before any `pytest_collection_modifyitems` of a conftest could set them.
     """
-<<<<<<< HEAD
     fixtures = set(getattr(item, "fixturenames", ()))
     if getattr(getattr(item, "callspec", None), "params", {}).get("streams") == "memory":
         fixtures.discard("streams")
-    marks = {mark.name for mark in item.iter_markers()}
-    if _ENGINE_FIXTURES & fixtures or _ENGINE_MARKS & marks:
-        group = "engine"
-    elif _SERVER_FIXTURES & fixtures or _SERVER_MARKS & marks:
-        group = "servers"
-    else:
-        return
-    item.add_marker(pytest.mark.server)
-    item.add_marker(pytest.mark.xdist_group(group))
-=======
-    needs = {mark.name for mark in item.iter_markers()} | set(getattr(item, "fixturenames", ()))
-    needs |= {"end_to_end"} & {item.path.parent.name}
+    needs = {mark.name for mark in item.iter_markers()} | fixtures | ({"end_to_end"} & {item.path.parent.name})
     group = next((name for name, members in _GROUPS.items() if members & needs), None)
     if group:
         item.add_marker(pytest.mark.server)
         item.add_marker(pytest.mark.xdist_group(group))
->>>>>>> 03139af (pytest-xdist sees the groups of tests: pytest 9.2 ignores the names that it gives them)
