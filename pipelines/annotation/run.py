@@ -31,6 +31,7 @@ from services.core.settings import Settings
 from services.core.values import Policy
 from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN
+from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 
 Progress = Callable[[str], None]
@@ -114,7 +115,8 @@ def _exclusive_lock(out: str) -> Iterator[None]:
 def _pinned(reference: str, run: RunState) -> str:
     """The version that the run began with, where only a name is given: the active one may have changed meanwhile."""
     begun = (run.about() or {}).get("policy", "")
-    return begun if "@" not in reference and begun.partition("@")[0] == reference else reference
+    is_same_name = begun and reference == PolicyReference.parse(begun).name
+    return begun if is_same_name else reference
 
 
 async def _policy(reference: str, settings: Settings) -> Policy:
@@ -124,7 +126,7 @@ async def _policy(reference: str, settings: Settings) -> Policy:
             return BUILT_IN.as_version(1)
         raise ConfigurationError(f"SLUICE_POLICY_BUCKET is not set, so there is only {BUILT_IN.name}, not {reference}")
     async with PolicyCache(PolicyRegistry.from_settings(settings), None) as policies:
-        if "@" in reference:
+        if PolicyReference.parse(reference).version is not None:
             return await policies.resolve(reference)
         # The tenant's policy counts as for a submission that names none.
         return (await policies.choose(Submission(id=reference, uri="s3://-/-", policy=reference))).policy

@@ -11,14 +11,13 @@ import typer
 from pipelines.clients.policy_changes import announce
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
-from services.core.errors import ConfigurationError, UnknownPolicy
+from services.core.errors import ConfigurationError
 from services.core.settings import Settings
-from services.core.values import DEFAULT_POLICY
 from services.policies.document import PolicyDocument
 from services.policies.document_yaml import read_document, warnings, write_document
+from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
-from services.policies.tenants import is_document_name
 
 app = typer.Typer(help="Write, try, roll out and take back policy versions.", no_args_is_help=True)
 
@@ -74,31 +73,21 @@ def list_(as_json: AsJson = False) -> None:
     """List the policies: versions, the active one, canary and shadow."""
     registry = PolicyRegistry.from_settings(_settings())
     for name in registry.names():
-        newest, versions = registry.newest_change(name), registry.versions(name)
-        rollout = newest.rollout if newest else None
-        row: dict[str, Any] = {
-            "name": name,
-            "versions": len(versions),
-            "newest": versions[-1] if versions else None,
-            "active": rollout.active if rollout else None,
-            "canary": rollout.canary.model_dump(mode="json") if rollout and rollout.canary else None,
-            "shadow": rollout.shadow.model_dump(mode="json") if rollout and rollout.shadow else None,
-            "tripped": sorted(rollout.tripped) if rollout else [],
-        }
+        row = registry.summary(name).model_dump()
         typer.echo(json.dumps(row) if as_json else _row(row))
 
 
 @app.command()
 def show(policy: Annotated[str, typer.Argument(metavar="NAME[@V]")]) -> None:
     """Print a version, the active one unless given, as YAML that `publish` takes."""
-    stored = _stored(PolicyRegistry.from_settings(_settings()), policy)
+    stored = PolicyRegistry.from_settings(_settings()).find(PolicyReference.parse(policy))
     typer.echo(write_document(stored.document, version=stored.version, digest=stored.digest), nl=False)
 
 
 @app.command()
 def activate(policy: Version, why: Why = "", who: Who = None, as_json: AsJson = False) -> None:
     """Make a version the one that new submissions get; a canary ends, an open circuit breaker closes."""
-    name, version = _pinned(policy)
+    name, version = PolicyReference.parse(policy).pinned()
     _change(lambda registry, by: registry.activate(name, version, who=by, why=why), who, as_json)
 
 
@@ -118,7 +107,8 @@ def canary(
     as_json: AsJson = False,
 ) -> None:
     """Give a share of the submissions another version than the active one, up or down, or end that."""
-    name, version = _parse(policy)
+    reference = PolicyReference.parse(policy)
+    name, version = reference.name, reference.version
     chosen = None
     if version is not None:
         if not percent and not tenant:
@@ -136,7 +126,8 @@ def shadow(
     as_json: AsJson = False,
 ) -> None:
     """Judge submissions by another version as well, for comparison only, or end that."""
-    name, version = _parse(policy)
+    reference = PolicyReference.parse(policy)
+    name, version = reference.name, reference.version
     chosen = Shadow(version=version, percent=percent) if version is not None else None
     _change(lambda registry, by: registry.set_shadow(name, chosen, who=by, why=why), who, as_json)
 
@@ -145,7 +136,7 @@ def shadow(
 def diff(before: Version, after: Version) -> None:
     """Compare two versions: the documents, then the prompts that they make."""
     registry = PolicyRegistry.from_settings(_settings())
-    old, new = _stored(registry, before), _stored(registry, after)
+    old, new = (registry.find(PolicyReference.parse(version)) for version in (before, after))
 
     def compare(what: str, text: Callable[[StoredVersion], str]) -> None:
         lines = difflib.unified_diff(
@@ -191,7 +182,7 @@ def backtest(
     settings = settings_module.load("policy_bucket", "redis_url", "s3_buckets", "ray_address")
     registry = PolicyRegistry.from_settings(settings)
     for version in (policy, against):
-        registry.get(*_pinned(version))
+        registry.get(*PolicyReference.parse(version).pinned())
     if html and not html.parent.is_dir():
         raise ConfigurationError(f"{html} cannot be written: there is no folder {html.parent}")
     report, pairs = backtesting.backtest(
@@ -247,34 +238,11 @@ def _change(change: Callable[[PolicyRegistry, str], Change], who: str | None, as
     typer.echo(_change_json(done) if as_json else _change_line(done))
 
 
-def _stored(registry: PolicyRegistry, reference: str) -> StoredVersion:
-    name, version = _parse(reference)
-    if version is None:
-        newest = registry.newest_change(name)
-        version = newest.rollout.active if newest else None
-        if version is None:
-            raise UnknownPolicy(f"policy {name} has no active version; name one as {name}@1")
-    return registry.get(name, version)
-
-
-def _parse(reference: str) -> tuple[str, int | None]:
-    name, at, number = reference.partition("@")
-    if at and not (number.isascii() and number.isdigit()):
-        raise ConfigurationError(f"{reference!r} is neither NAME nor NAME@V, such as {DEFAULT_POLICY}@3")
-    return _name(name), int(number) if at else None
-
-
-def _pinned(reference: str) -> tuple[str, int]:
-    name, version = _parse(reference)
-    if version is None:
-        raise ConfigurationError(f"{reference!r} names no version; write {reference}@V, such as {reference}@3")
-    return name, version
-
-
 def _name(name: str) -> str:
-    if not is_document_name(name):
-        raise ConfigurationError(f"{name!r} is not a policy name: lower-case letters, digits, - and _ only")
-    return name
+    reference = PolicyReference.parse(name)
+    if reference.version is not None:
+        raise ConfigurationError(f"{name!r} names a version; write {reference.name} alone")
+    return reference.name
 
 
 def _change_json(change: Change) -> str:

@@ -11,6 +11,7 @@ from services.core.errors import ConfigurationError, UnknownPolicy
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import CategoryRules, PolicyDocument
 from services.policies.document_yaml import read_document
+from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 
 _NAMES = {category.partition(":")[0]: category for category in CATEGORIES}
@@ -125,17 +126,11 @@ def published(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
     """A published version, with the calibrations that are applied to its scores.
 
     Raises:
-        ConfigurationError: the reference is not well-formed.
-        UnknownPolicy: there is no such version, or none is active.
+        UnknownPolicy: the reference is not well-formed, there is no such version, or none is active.
     """
-    name, at, number = reference.partition("@")
-    if at and not (number.isascii() and number.isdigit()):
-        raise ConfigurationError(f"{reference!r} is neither NAME nor NAME@V, such as default@3")
-    newest = registry.newest_change(name)
-    version = int(number) if at else newest.rollout.active if newest else None
-    if version is None:
-        raise UnknownPolicy(f"there is no policy {name!r} with an active version")
-    stored = registry.get(name, version)
+    parsed = PolicyReference.parse(reference)
+    stored, newest = registry.find(parsed), registry.newest_change(parsed.name)
     if not isinstance(stored.document, PolicyDocument):
         raise UnknownPolicy(f"{reference} is not a policy to judge by")
-    return EvaluatedPolicy(stored.document, version, newest.rollout.calibrations_of(version) if newest else {})
+    calibrations = newest.rollout.calibrations_of(stored.version) if newest else {}
+    return EvaluatedPolicy(stored.document, stored.version, calibrations)

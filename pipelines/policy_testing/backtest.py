@@ -14,6 +14,7 @@ from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.policies.redis_cache import PolicyRedisCache
+from services.policies.reference import PolicyReference
 from services.policies.traffic_sample import Sampled, draw
 
 _PICTURE_PX: Final = 320
@@ -32,7 +33,7 @@ def backtest(
         ConfigurationError: there is no submission to judge, or no service runs.
         CacheUnavailable: Redis does not answer.
     """
-    name = after.partition("@")[0]
+    name = PolicyReference.parse(after).name
     sample, per_day = asyncio.run(_take(name, count, settings))
     if not sample:
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 from services.core import telemetry
@@ -21,8 +21,9 @@ from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownP
 from services.core.messages import ImageRequest
 from services.core.tasks import cancel_and_wait
 from services.core.values import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity
-from services.policies.document import PolicyDocument, is_policy_name
+from services.policies.document import PolicyDocument
 from services.policies.redis_cache import CachedChange, CacheUnavailable, PolicyRedisCache
+from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change, Rollout
 from services.policies.tenants import TENANTS, TenantsDocument
@@ -81,7 +82,8 @@ class PolicyCache:
             UnknownPolicy: no such policy or version, or the reference is not well-formed.
             PolicyUnavailable: it is not known here, and neither Redis nor the policy bucket has it.
         """
-        name, version = _parse(request.policy)
+        reference = _parse(request.policy)
+        name, version = reference.name, reference.version
         if version is not None:
             return PolicyChoice(await self._policy(name, version))
         if name == DEFAULT_POLICY:
@@ -98,7 +100,8 @@ class PolicyCache:
 
     async def resolve(self, reference: str) -> Policy:
         """The policy that `name` (the active version) or `name@7` stands for; raises as `choose`."""
-        name, version = _parse(reference)
+        parsed = _parse(reference)
+        name, version = parsed.name, parsed.version
         if version is None and (version := (await self._rollout(name)).active) is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
         return await self._policy(name, version)
@@ -295,14 +298,11 @@ class PolicyCache:
             task.exception()  # whoever waited has got it; if everyone left, it is of no interest
 
 
-@lru_cache(maxsize=4096)
-def _parse(reference: str) -> tuple[str, int | None]:
-    name, at, number = reference.partition("@")
-    if at and not (number.isascii() and number.isdigit() and len(number) <= 8):
-        raise UnknownPolicy(f"policy {reference!r} is neither a name nor name@version")
-    if not is_policy_name(name):
-        raise UnknownPolicy(f"{name!r} is not a policy name")
-    return name, int(number) if at else None
+def _parse(reference: str) -> PolicyReference:
+    parsed = PolicyReference.parse(reference)
+    if parsed.name == TENANTS:
+        raise UnknownPolicy(f"{TENANTS!r} is the document that assigns policies to tenants, and not a policy")
+    return parsed
 
 
 async def _in_thread(read: Callable[..., V], *arguments: object) -> V:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import quote
 
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
 from services.core.calibration import FittedCalibration
@@ -24,6 +24,7 @@ from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownP
 from services.core.s3 import s3_client
 from services.core.settings import Settings
 from services.policies.document import BUILT_IN
+from services.policies.reference import PolicyReference
 from services.policies.rollout import Canary, Change, ChangeAction, Rollout, Shadow
 from services.policies.tenants import Document, TenantsDocument, is_document_name, parse_document
 
@@ -60,6 +61,18 @@ class StoredVersion:
         if document is None or document.name != name or document.digest() != stored.get("digest"):
             raise ValueError(f"policy {name}@{version} does not match its digest")
         return cls(name, version, document.digest(), document)
+
+
+class PolicySummary(BaseModel):
+    """The roll-out of one policy."""
+
+    name: str
+    versions: int
+    newest: int | None
+    active: int | None
+    canary: dict[str, Any] | None
+    shadow: dict[str, Any] | None
+    tripped: list[int]
 
 
 class PolicyRegistry:
@@ -105,6 +118,34 @@ class PolicyRegistry:
             return StoredVersion.from_json(name, version, stored)
         except ValueError as error:
             raise PolicyUnavailable(f"policy {name}@{version} is damaged in the bucket: {error}") from error
+
+    def find(self, reference: PolicyReference) -> StoredVersion:
+        """The version that a reference names, or the active one where it names none.
+
+        Raises:
+            UnknownPolicy: there is no such version, or none is active.
+        """
+        name, version = reference.name, reference.version
+        if version is None:
+            newest = self.newest_change(name)
+            version = newest.rollout.active if newest else None
+            if version is None:
+                raise UnknownPolicy(f"policy {name} has no active version; name one as {name}@1")
+        return self.get(name, version)
+
+    def summary(self, name: str) -> PolicySummary:
+        """How many versions a policy has, and which of them are in use."""
+        newest, versions = self.newest_change(name), self.versions(name)
+        rollout = newest.rollout if newest else Rollout()
+        return PolicySummary(
+            name=name,
+            versions=len(versions),
+            newest=versions[-1] if versions else None,
+            active=rollout.active,
+            canary=rollout.canary.model_dump(mode="json") if rollout.canary else None,
+            shadow=rollout.shadow.model_dump(mode="json") if rollout.shadow else None,
+            tripped=sorted(rollout.tripped),
+        )
 
     def names(self) -> list[str]:
         """Every name that has a version, in order."""

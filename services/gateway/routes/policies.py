@@ -18,27 +18,15 @@ from services.gateway.request_bodies import BodyReader, decoded
 from services.policies.cache import PolicyCache
 from services.policies.document_yaml import InvalidDocument, read_document, warnings
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
-from services.policies.registry import PolicyRegistry, StoredVersion
+from services.policies.reference import PolicyReference
+from services.policies.registry import PolicyRegistry, PolicySummary, StoredVersion
 from services.policies.rollout import Change
-from services.policies.tenants import is_document_name
 
 PATH: Final = "/v1/policies"
 _LARGEST_VERSION: Final = 99_999_999
 _EXAMPLE: Final = {"name": "shop", "categories": {"O6": "waive"}, "thresholds": {"review": 0.4, "block": 0.8}}
 
 log = logging.getLogger(__name__)
-
-
-class PolicySummary(BaseModel):
-    """The roll-out of one policy."""
-
-    name: str
-    versions: int
-    newest: int | None
-    active: int | None
-    canary: dict[str, Any] | None
-    shadow: dict[str, Any] | None
-    tripped: list[int]
 
 
 class PolicyVersion(BaseModel):
@@ -99,19 +87,16 @@ class PolicyRoutes:
         self._shared = shared
         self._cache = cache
 
-    async def summaries(self) -> list[dict[str, Any]]:
+    async def summaries(self) -> list[PolicySummary]:
         names = await asyncio.to_thread(self._registry.names)
-        return list(await asyncio.gather(*(asyncio.to_thread(self._summary, name) for name in names)))
+        return list(await asyncio.gather(*(asyncio.to_thread(self._registry.summary, name) for name in names)))
 
     async def version(self, reference: str) -> StoredVersion:
         """
         Raises:
             UnknownPolicy: there is no such version, or none is active.
         """
-        name, at, number = reference.partition("@")
-        if not is_document_name(name) or (at and not (number.isascii() and number.isdigit() and len(number) <= 8)):
-            raise UnknownPolicy(f"{reference!r} is neither a policy nor a version, such as default@3")
-        return await asyncio.to_thread(self._stored, name, int(number) if at else None)
+        return await asyncio.to_thread(self._registry.find, PolicyReference.parse(reference))
 
     async def publish(self, data: bytes) -> tuple[StoredVersion, list[str]]:
         """
@@ -152,27 +137,6 @@ class PolicyRoutes:
             await telling
         except CacheUnavailable as error:
             log.warning("other processes find a change of a policy by looking: %s", error)
-
-    def _stored(self, name: str, version: int | None) -> StoredVersion:
-        if version is None:
-            newest = self._registry.newest_change(name)
-            version = newest.rollout.active if newest else None
-            if version is None:
-                raise UnknownPolicy(f"policy {name} has no active version")
-        return self._registry.get(name, version)
-
-    def _summary(self, name: str) -> dict[str, Any]:
-        newest, versions = self._registry.newest_change(name), self._registry.versions(name)
-        rollout = newest.rollout if newest else None
-        return {
-            "name": name,
-            "versions": len(versions),
-            "newest": versions[-1] if versions else None,
-            "active": rollout.active if rollout else None,
-            "canary": rollout.canary.model_dump(mode="json") if rollout and rollout.canary else None,
-            "shadow": rollout.shadow.model_dump(mode="json") if rollout and rollout.shadow else None,
-            "tripped": sorted(rollout.tripped) if rollout else [],
-        }
 
 
 def router(
