@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipelines.cli.output import print_progress
-from pipelines.clients.policy_changes import announce
+from pipelines.cli.policy_service import change_policy
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
@@ -118,8 +118,7 @@ def calibrate(
         print_progress("nothing is stored; --apply applies it from now on, and --revert undoes that")
         return
     name = fitted.evaluated.document.name
-    change = PolicyRegistry.from_settings(settings).calibrate(name, fitted.to_store(), who=by, why=why)
-    announce(settings, lambda shared: shared.publish_change(name, change))
+    change_policy(settings, lambda service: service.calibrate(name, fitted.to_store(), who=by, why=why))
     print_progress(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")
 
 
@@ -134,9 +133,10 @@ def _revert_calibration(policy: str, revision: str | None, by: str, why: str) ->
         found = f"those of the checkpoints {', '.join(revisions)}; name one by --revision" if revisions else "none"
         raise ConfigurationError(f"{evaluated.name} has several calibrations, or none: {found}")
     name = evaluated.document.name
-    change = registry.revert_calibration(name, evaluated.version, revisions[0], who=by, why=why)
-    announce(settings, lambda shared: shared.publish_change(name, change))
-    return change
+    return change_policy(
+        settings,
+        lambda service: service.revert_calibration(name, evaluated.version, revisions[0], who=by, why=why),
+    )
 
 
 def _lines(fitted: "CalibrationResult") -> list[str]:

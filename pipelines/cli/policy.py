@@ -2,13 +2,13 @@
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipelines.clients.policy_changes import announce
+from pipelines.cli.policy_service import change_policy
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
@@ -18,6 +18,7 @@ from services.policies.document_yaml import read_document, warnings, write_docum
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
+from services.policies.service import PolicyService
 
 app = typer.Typer(help="Write, try, roll out and take back policy versions.", no_args_is_help=True)
 
@@ -62,8 +63,7 @@ def publish(file: File, as_json: AsJson = False) -> None:
     document, settings = _read(file), _settings()
     for warning in warnings(document):
         typer.echo(f"{file}: warning: {warning}", err=True)
-    stored = PolicyRegistry.from_settings(settings).publish(document)
-    announce(settings, lambda shared: shared.cache_version(stored))
+    stored = change_policy(settings, lambda service: service.publish(document))
     identity = {"name": stored.name, "version": stored.version, "digest": stored.digest}
     typer.echo(json.dumps(identity) if as_json else f"{stored.name}@{stored.version} {stored.digest}")
 
@@ -88,13 +88,13 @@ def show(policy: Annotated[str, typer.Argument(metavar="NAME[@V]")]) -> None:
 def activate(policy: Version, why: Why = "", who: Who = None, as_json: AsJson = False) -> None:
     """Make a version the one that new submissions get; a canary ends, an open circuit breaker closes."""
     name, version = PolicyReference.parse(policy).pinned()
-    _change(lambda registry, by: registry.activate(name, version, who=by, why=why), who, as_json)
+    _change(lambda service, by: service.activate(name, version, who=by, why=why), who, as_json)
 
 
 @app.command()
 def rollback(policy: Name, why: Why = "", who: Who = None, as_json: AsJson = False) -> None:
     """Make the version active that was before the present one; again goes further back."""
-    _change(lambda registry, by: registry.rollback(_name(policy), who=by, why=why), who, as_json)
+    _change(lambda service, by: service.rollback(_name(policy), who=by, why=why), who, as_json)
 
 
 @app.command()
@@ -114,7 +114,7 @@ def canary(
         if not percent and not tenant:
             raise ConfigurationError("a canary needs --percent or --tenant; NAME without a version ends it")
         chosen = Canary(version=version, percent=percent, tenants=frozenset(tenant or ()))
-    _change(lambda registry, by: registry.set_canary(name, chosen, who=by, why=why), who, as_json)
+    _change(lambda service, by: service.set_canary(name, chosen, who=by, why=why), who, as_json)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def shadow(
     reference = PolicyReference.parse(policy)
     name, version = reference.name, reference.version
     chosen = Shadow(version=version, percent=percent) if version is not None else None
-    _change(lambda registry, by: registry.set_shadow(name, chosen, who=by, why=why), who, as_json)
+    _change(lambda service, by: service.set_shadow(name, chosen, who=by, why=why), who, as_json)
 
 
 @app.command()
@@ -231,10 +231,8 @@ def _settings() -> Settings:
     return settings_module.load("policy_bucket")
 
 
-def _change(change: Callable[[PolicyRegistry, str], Change], who: str | None, as_json: bool) -> None:
-    settings = _settings()
-    done = change(PolicyRegistry.from_settings(settings), who or user())
-    announce(settings, lambda shared: shared.publish_change(done.name, done))
+def _change(change: Callable[[PolicyService, str], Awaitable[Change]], who: str | None, as_json: bool) -> None:
+    done = change_policy(_settings(), lambda service: change(service, who or user()))
     typer.echo(_change_json(done) if as_json else _change_line(done))
 
 

@@ -32,6 +32,7 @@ from services.moderation.ports import GuardClient, ImagePreparer
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
+from services.policies.service import PolicyService
 
 _BODIES: Final[tuple[type[BaseModel], ...]] = (
     moderations.ModerationRequest,
@@ -106,10 +107,11 @@ def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
     app.include_router(
         moderations.router(authenticator, body_reader, shedder, downloader, parts.policies), responses=_OPENAI_ERRORS
     )
-    work = policies.PolicyRoutes(parts.registry, parts.shared, parts.policies)
+    service = PolicyService(parts.registry, parts.shared, policies=parts.policies, refresh_s=settings.policy_refresh_s)
+    work = policies.PolicyRoutes(parts.registry, service)
     for routes in (
         assessments.router(authenticator, body_reader, jobs, store, downloader),
-        policies.router(authenticator, body_reader, work, parts.registry),
+        policies.router(authenticator, body_reader, work),
         health.router(readiness),
     ):
         app.include_router(routes, responses=_PROBLEMS)

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
@@ -15,6 +14,7 @@ from services.core.values import Action, BlockRateBand, Policy, PolicyIdentity
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry
+from services.policies.service import PolicyService
 
 BREAKER: Final = "circuit breaker"
 """`who` of the changes that it makes."""
@@ -72,7 +72,7 @@ class CircuitBreaker:
 
     def __init__(self, policies: PolicyCache, registry: PolicyRegistry, shared: PolicyRedisCache | None) -> None:
         self._policies = policies
-        self._registry = registry
+        self._service = PolicyService(registry, shared, policies=policies)
         self._shared = shared
         self._watched: dict[PolicyIdentity, _UnsentCounts] = {}
         self._pending_trips: dict[PolicyIdentity, _PendingTrip] = {}
@@ -142,16 +142,10 @@ class CircuitBreaker:
 
     async def _write_trip(self, policy: PolicyIdentity, trip: _PendingTrip) -> None:
         try:
-            change = await asyncio.to_thread(
-                self._registry.trip, policy.name, policy.version, since=trip.since, who=BREAKER, why=trip.why
-            )
+            await self._service.trip(policy.name, policy.version, since=trip.since, who=BREAKER, why=trip.why)
         except ConfigurationError as error:
             raise PolicyUnavailable(str(error)) from error
-        self._policies.accept(change)
         self._pending_trips.pop(policy, None)
-        if self._shared:
-            with suppress(CacheUnavailable):
-                await self._shared.publish_change(policy.name, change)
 
     async def _count(self, watched: _UnsentCounts, since: int) -> tuple[int, int]:
         """Verdicts and blocks in the window, of all processes.

@@ -17,6 +17,7 @@ from services.policies.document import PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary
+from services.policies.service import PolicyService
 from tests.policies.test_cache import unreachable
 from tests.support.servers import Valkey
 
@@ -127,10 +128,10 @@ async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegist
         cache, breaker = await members.join()
         by = await policy(cache)
         valkey.kill()
-        breaker._registry = unreachable()
+        breaker._service = PolicyService(unreachable(), members.shared, policies=cache)
         judge(breaker, by, blocked=30, of=30)
         await until(lambda: not breaker.allows(by, "block"))
-        breaker._registry = registry
+        breaker._service = PolicyService(registry, members.shared, policies=cache)
         await until(lambda: cache.is_tripped(by.identity), within_s=10)
     finally:
         valkey.kill()
@@ -158,14 +159,14 @@ async def test_what_could_not_be_written_down_is_written_down_later_or_decided_a
     cache, breaker = await members.join()
     by = await policy(cache)
     for decided in (False, True):
-        breaker._registry = unreachable()
+        breaker._service = PolicyService(unreachable(), members.shared, policies=cache)
         judge(breaker, by, blocked=30, of=30)
         await until(lambda: not breaker.allows(by, "block"))
         judge(breaker, by, blocked=0, of=500)
         if decided:
             cache.accept(members.registry.activate("default", 1, who="ann", why="let it block"))
             await until(lambda: breaker.allows(by, "block"))
-        breaker._registry = members.registry
+        breaker._service = PolicyService(members.registry, members.shared, policies=cache)
         if not decided:
             await until(lambda: cache.is_tripped(by.identity), within_s=10)
             cache.accept(members.registry.activate("default", 1, who="ann"))

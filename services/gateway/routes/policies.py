@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Request
@@ -15,12 +15,11 @@ from services.gateway.api_keys import ApiKey
 from services.gateway.auth import Authenticator
 from services.gateway.problems import HttpProblem, invalid_field
 from services.gateway.request_bodies import BodyReader, decoded
-from services.policies.cache import PolicyCache
 from services.policies.document_yaml import InvalidDocument, read_document, warnings
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, PolicySummary, StoredVersion
 from services.policies.rollout import Change
+from services.policies.service import PolicyService
 
 PATH: Final = "/v1/policies"
 _LARGEST_VERSION: Final = 99_999_999
@@ -80,12 +79,11 @@ class HistoryEntry(BaseModel):
 
 
 class PolicyRoutes:
-    """The routes' work: the registry in threads, and the news of what was done."""
+    """What the routes do: reads from the registry in threads, and changes by the policy service."""
 
-    def __init__(self, registry: PolicyRegistry, shared: PolicyRedisCache, cache: PolicyCache) -> None:
+    def __init__(self, registry: PolicyRegistry, service: PolicyService) -> None:
         self._registry = registry
-        self._shared = shared
-        self._cache = cache
+        self.service = service
 
     async def summaries(self) -> list[PolicySummary]:
         names = await asyncio.to_thread(self._registry.names)
@@ -111,37 +109,24 @@ class PolicyRoutes:
                 for each in error.issues
             ]
             raise HttpProblem("bad-policy", str(error), problems=problems) from None
-        stored = await asyncio.to_thread(self._registry.publish, document)
-        await self._tell(self._shared.cache_version(stored))
-        return stored, warnings(document)
+        return await self.service.publish(document), warnings(document)
 
-    async def change(self, change: Callable[[], Change]) -> Change:
-        """Make a change of a roll-out, and tell every process.
+    async def change(self, change: Awaitable[Change]) -> Change:
+        """Wait for a change of a roll-out.
 
         Raises:
             HttpProblem: the roll-out does not allow it.
         """
         try:
-            done = await asyncio.to_thread(change)
+            return await change
         except ConfigurationError as error:
             raise HttpProblem("policy-conflict", str(error)) from None
-        self._cache.accept(done)
-        await self._tell(self._shared.publish_change(done.name, done))
-        return done
 
     async def history(self, name: str) -> list[Change]:
         return await asyncio.to_thread(self._registry.history, name)
 
-    async def _tell(self, telling: Awaitable[None]) -> None:
-        try:
-            await telling
-        except CacheUnavailable as error:
-            log.warning("other processes find a change of a policy by looking: %s", error)
 
-
-def router(
-    authenticator: Authenticator, body_reader: BodyReader, work: PolicyRoutes, registry: PolicyRegistry
-) -> APIRouter:
+def router(authenticator: Authenticator, body_reader: BodyReader, work: PolicyRoutes) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["policies"], prefix=PATH)
     Reviewer = Annotated[ApiKey, Depends(authenticator.require("review"))]  # noqa: N806
@@ -186,7 +171,7 @@ def router(
     async def activate(name: str, request: Request, key: Admin) -> Response:
         with body_reader.memory.lease(key.id) as lease:
             wanted = _parsed(Activation, await body_reader.json(request, lease))
-        change = work.change(lambda: registry.activate(name, wanted.version, who=key.name, why=wanted.why))
+        change = work.change(work.service.activate(name, wanted.version, who=key.name, why=wanted.why))
         return _json(_entry(await _absent_is_404(change)))
 
     @routes.post(
@@ -199,7 +184,7 @@ def router(
         with body_reader.memory.lease(key.id) as lease:
             body = await body_reader.read(request, lease)
         wanted = _parsed(Rollback, decoded(body) if body else {})
-        change = work.change(lambda: registry.rollback(name, who=key.name, why=wanted.why))
+        change = work.change(work.service.rollback(name, who=key.name, why=wanted.why))
         return _json(_entry(await _absent_is_404(change)))
 
     return routes
