@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.policy_testing.backtest_report import share
+from pipelines.reporting.statistics import CONFIDENCE, share
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 """From the weights of the rows to some figures at once; NaN where one is not defined."""
 
-CONFIDENCE: Final = 0.95
 RESAMPLES: Final = 1000
 _WEIGHTS_LIMIT: Final = 20_000_000
 """Weights to draw for one statistic; above it there are fewer resamples."""

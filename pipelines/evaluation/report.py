@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation import curves
-from pipelines.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap, Figure, Floats, ratio
+from pipelines.evaluation.bootstrap import RESAMPLES, Bootstrap, Figure, Floats, ratio
 from pipelines.evaluation.metrics import (
     INVALID,
     SAFE,
@@ -21,6 +21,7 @@ from pipelines.evaluation.metrics import (
     rates_by_kind,
 )
 from pipelines.evaluation.results import STEPS, AdaptiveColumns, Columns, PerturbedColumns
+from pipelines.reporting.statistics import CONFIDENCE
 from pipelines.reporting.text import escape_control_chars
 from services.core.values import ModelIdentity
 

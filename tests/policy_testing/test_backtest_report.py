@@ -19,14 +19,11 @@ from pipelines.policy_testing.backtest_report import (
     UNREADABLE,
     ActionThresholds,
     BacktestReport,
-    Share,
-    ShareDifference,
     Side,
     VerdictPair,
-    paired_difference,
-    share,
     summarize,
 )
+from pipelines.reporting.statistics import Share, ShareDifference, paired_difference, share
 from services.core.messages import Timings, Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, Action, Rating
 
