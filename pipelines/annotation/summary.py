@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-from jinja2 import Environment, StrictUndefined
+
+from pipelines.reporting.html import html_template
 
 _BINS: Final = 50
 COLUMNS: Final = ["outcome", "reason", "detail", "rating", "category", "score", "action", "duplicate_of"]
@@ -79,6 +80,4 @@ def _histogram(summary: dict[str, Any]) -> bytes:
     return picture.getvalue()
 
 
-_TEMPLATE: Final = Environment(
-    autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-).from_string(Path(__file__).with_name("summary.html.jinja").read_text(encoding="utf-8"))
+_TEMPLATE: Final = html_template(Path(__file__).with_name("summary.html.jinja"))
