@@ -2,11 +2,11 @@
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.guard_client import RemoteGuard
+from pipelines.serving.guard_client import GUARD_DEADLINES, RemoteGuard
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
@@ -16,9 +16,6 @@ from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
-
-_GUARD_DEADLINES: Final = 4
-"""How many deadlines of the guard a call may take, including the wait for a replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class Components:
         closing.push_async_callback(shared.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))
-        remote = RemoteGuard(guard, deadline_s=_GUARD_DEADLINES * settings.guard_deadline_s)
+        remote = RemoteGuard(guard, deadline_s=GUARD_DEADLINES * settings.guard_deadline_s)
         moderation = retrying_moderation(
             policies=policies,
             images=store,

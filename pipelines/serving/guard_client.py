@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -10,6 +10,9 @@ from ray.serve.handle import DeploymentHandle
 
 from services.core.errors import GuardUnavailable, SluiceError
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
+
+GUARD_DEADLINES: Final = 4
+"""A call may take this many of the guard's own deadlines; that includes the wait for a replica."""
 
 
 class RemoteGuard:
