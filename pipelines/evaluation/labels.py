@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from pipelines.annotation.sources.discover import REFERENCE_COLUMNS
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating
 
 Reason = Literal["malformed", "no_image", "bad_rating", "unknown_category", "unknown_policy", "contradiction"]
 Image = Path | str | bytes
 """A file, an s3:// reference, or the bytes themselves."""
 
-_IMAGE: Final = ("image", "file_name", "image_path", "path", "uri", "image_bytes")
+_IMAGE: Final = (*REFERENCE_COLUMNS, "image_bytes")
 _RATING: Final = ("rating", "safety_rating", "expected_rating", "expected", "label")
 _CATEGORY: Final = ("category", "safety_category")
 _POLICY: Final = ("policy", "augmentation", "policy_id")

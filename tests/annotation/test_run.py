@@ -184,7 +184,11 @@ async def test_lists_of_references(bench: Bench, tmp_path: Path) -> None:
     (lists / "a.png").write_bytes(picture(1))
     (tmp_path / "outside.png").write_bytes(picture(2))
     (lists / "link.png").symlink_to(tmp_path / "outside.png")
-    good = [{"path": "a.png", "caption": "ä", "n": 1}, {"image": (lists / "a.png").as_uri()}, "a.png"]
+    good = [
+        {"path": "a.png", "uri": "s3://other/k", "caption": "ä", "n": 1},
+        {"image": (lists / "a.png").as_uri()},
+        "a.png",
+    ]
     bad = [
         *(
             {"path": "../outside.png"},
@@ -206,7 +210,7 @@ async def test_lists_of_references(bench: Bench, tmp_path: Path) -> None:
     rows = await bench.annotate(str(lists / "l.jsonl"), root=lists)
     assert ends(rows)[:3] == [rows[0]["rating"]] * 3
     assert [row["duplicate_of"] for row in rows[:3]] == [None, 0, 0]
-    assert json.loads(rows[0]["source_json"]) == {"caption": "ä", "n": 1}
+    assert json.loads(rows[0]["source_json"]) == {"uri": "s3://other/k", "caption": "ä", "n": 1}
     assert ends(rows)[3:] == [
         *("forbidden", "forbidden", "forbidden", "not_found"),
         *("malformed", "malformed", "malformed", "malformed", "forbidden", "malformed"),

@@ -60,6 +60,8 @@ class TestSamples:
         assert image({"bytes": None, "path": "x.jpg"}) == HERE / "x.jpg"
         assert image(b"jpeg", "image_bytes") == b"jpeg"
         assert image("/abs.jpg", "file_name") == Path("/abs.jpg")
+        both = {"uri": "s3://b/other.jpg", "image": "s3://b/k.jpg", "rating": "Safe"}
+        assert parse(both, 1, HERE) == LabelledImage("row-1", "s3://b/k.jpg", "Safe", None)
         for nothing in ("", 3, {"bytes": b""}, "a\0b", "\ud800", "http://169.254.169.254/x"):
             assert image(nothing) == "no_image"
 

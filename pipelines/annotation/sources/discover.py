@@ -13,8 +13,8 @@ from pipelines.annotation.storage import Entry, Folder, folder, local_path
 from services.core.errors import ConfigurationError, NotFound, SluiceError
 from services.core.settings import Settings
 
-REFERENCE_COLUMNS: Final = ("uri", "image", "path", "file_name")
-"""The first of these that a list of references has is the reference, unless one is named."""
+REFERENCE_COLUMNS: Final = ("image", "file_name", "image_path", "path", "uri")
+"""The names of the column with the reference, in order of priority; `sluice evaluate` reads them in the same order."""
 BYTES_COLUMNS: Final = ("image", "bytes", "jpg", "png", "webp")
 """Likewise for the images themselves: bytes, or {bytes, path} as Hugging Face stores them."""
 OWN_COLUMNS: Final = ("id", "version_id", "etag", "tenant")
