@@ -8,15 +8,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from services.core.calibration import FittedCalibration
 from services.core.settings import Settings
-from services.policies.cache import PolicyCache
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
 from services.policies.tenants import Document
+
+if TYPE_CHECKING:
+    from services.policies.cache import PolicyCache  # it loads Ray's metrics, which a command need not wait for
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class PolicyService:
         registry: PolicyRegistry,
         redis_cache: PolicyRedisCache | None,
         *,
-        policies: PolicyCache | None = None,
+        policies: "PolicyCache | None" = None,
         refresh_s: float | None = None,
         warn: Callable[[str], object] = log.warning,
     ) -> None:
