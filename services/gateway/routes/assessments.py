@@ -91,6 +91,9 @@ class AssessmentForm(BaseModel):
 class AssessmentResource(BaseModel):
     """An assessment that is not a verdict (yet)."""
 
+    __qualname__ = "Assessment"  # the name in the OpenAPI document, from which clients are generated
+    model_config = ConfigDict(title="Assessment")
+
     id: str
     status: Literal["pending", "failed"]
     problem: dict[str, Any] | None = None
@@ -230,6 +233,7 @@ def router(
     @routes.get(
         f"{PATH}/{{assessment_id}}",
         summary="Ask for an assessment again",
+        operation_id="look_v1_assessments__assessment_id__get",  # a method of generated clients
         responses=answers,
     )
     async def get_assessment(

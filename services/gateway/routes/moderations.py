@@ -68,6 +68,9 @@ class ModerationRequest(BaseModel):
 class OpenAIModerationResult(BaseModel):
     """What was found about one image, with Sluice's own fields beside OpenAI's."""
 
+    __qualname__ = "ModerationResult"  # the name in the OpenAPI document, from which clients are generated
+    model_config = ConfigDict(title="ModerationResult")
+
     flagged: bool
     categories: dict[str, bool]
     category_scores: dict[str, float]
