@@ -18,13 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.core import telemetry
 from services.core.errors import SluiceError
 from services.core.settings import Settings
+from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKeyCache, KeyRegistry
 from services.gateway.assessment_store import AssessmentStore
 from services.gateway.auth import Authenticator
 from services.gateway.load_shedding import LoadShedder
 from services.gateway.problems import MEDIA_TYPE, HttpProblem, problem_of
 from services.gateway.rate_limits import RateLimiter
-from services.gateway.request_bodies import BodyReader, DrainUnreadBodyMiddleware
+from services.gateway.request_bodies import BodyMemory, BodyReader, DrainUnreadBodyMiddleware
 from services.gateway.routes import assessments, health, moderations, policies
 from services.gateway.url_fetch import ImageDownloader
 from services.moderation.moderator import Moderation
@@ -75,11 +76,11 @@ class Dependencies:
 def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
     """The application. Its lifespan begins and ends what it does in the background."""
     keys = ApiKeyCache(parts.keys, refresh_s=settings.gateway_keys_refresh_s)
-    limiter = RateLimiter(parts.shared, settings)
-    authenticator, body_reader = Authenticator(keys, limiter), BodyReader(settings)
     shedder = LoadShedder(parts.moderation, settings)
+    admission = Admission(RateLimiter(parts.shared, settings), BodyMemory(settings.gateway_body_memory_bytes), shedder)
+    authenticator, body_reader = Authenticator(keys, admission), BodyReader(settings)
     store = AssessmentStore(parts.shared, keep_s=settings.gateway_keep_s)
-    jobs = assessments.Assessments(shedder, store, limiter)
+    jobs = assessments.Assessments(store)
     downloader = ImageDownloader(
         settings.gateway_fetch_hosts,
         limit_bytes=min(settings.image_limit_bytes, settings.gateway_body_limit_bytes),
@@ -105,7 +106,7 @@ def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     app.include_router(
-        moderations.router(authenticator, body_reader, shedder, downloader, parts.policies), responses=_OPENAI_ERRORS
+        moderations.router(authenticator, body_reader, downloader, parts.policies), responses=_OPENAI_ERRORS
     )
     service = PolicyService(parts.registry, parts.shared, policies=parts.policies, refresh_s=settings.policy_refresh_s)
     work = policies.PolicyRoutes(parts.registry, service)

@@ -101,7 +101,6 @@ class BodyReader:
     def __init__(self, settings: Settings) -> None:
         self._limit = settings.gateway_body_limit_bytes
         self._deadline_s = settings.gateway_body_deadline_s
-        self.memory = BodyMemory(settings.gateway_body_memory_bytes)
 
     async def read(self, request: Request, lease: MemoryLease) -> bytes:
         """The whole body.

@@ -5,7 +5,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import pytest
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway import assessment_store
+from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_store import AssessmentStore, StoredAssessment
 from services.gateway.problems import PREFIX, HttpProblem
 from services.gateway.rate_limits import RateLimiter
+from services.gateway.request_bodies import BodyMemory
 from services.gateway.routes.assessments import Assessments
 from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
 from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
@@ -271,17 +272,19 @@ async def test_what_a_job_over_the_limit_holds_is_given_back_at_once(
     valkey_url: str, away: Away, is_away: bool
 ) -> None:
     shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    limiter, mine = RateLimiter(shared, Settings(gateway_concurrency=1)), AssessmentStore(shared, keep_s=60)
+    limiter, memory = RateLimiter(shared, Settings(gateway_concurrency=1)), BodyMemory(1000)
+    admission = Admission(limiter, memory, shedder=None)  # type: ignore[arg-type]
+    mine = AssessmentStore(shared, keep_s=60)
     key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
-    jobs: Any = Assessments(None, mine, limiter)  # type: ignore[arg-type]
-    given_back: list[bool] = []
-    held, promised = ExitStack(), pending(mine)
-    held.callback(given_back.append, True)
+    jobs: Any = Assessments(mine)
+    promised = pending(mine)
     if is_away:
         away(assessment_store._SAVE)
-    with limiter.concurrency_slot(key, "jobs"), pytest.raises(HttpProblem, match="jobs at a time"):
-        await jobs.start(promised, None, key, held)
-    assert given_back == [True]
+    async with admission.admit(key, "moderate") as admitted:
+        admitted.memory.reserve(100)
+        with limiter.concurrency_slot(key, "jobs"), pytest.raises(HttpProblem, match="jobs at a time"):
+            await jobs.start(promised, None, admitted)
+        assert memory.used == 0
     known = await mine.get(promised.id)
     assert known is not None
     assert known.status == "failed", "nobody waits for it"

@@ -17,14 +17,12 @@ from pydantic_core import to_json
 from services.core.messages import Verdict
 from services.core.tasks import cancel_and_wait
 from services.core.values import Detail
-from services.gateway.api_keys import ApiKey
+from services.gateway.admission import AdmittedRequest
 from services.gateway.assessment_store import AssessmentStore, StoredAssessment
 from services.gateway.auth import Authenticator
 from services.gateway.image_inputs import Image, RequestContext, from_s3, from_upload, from_url
-from services.gateway.load_shedding import LoadShedder
 from services.gateway.problems import HttpProblem, invalid_field, problem_of
-from services.gateway.rate_limits import RateLimiter
-from services.gateway.request_bodies import BodyReader, MemoryLease, decoded, is_form
+from services.gateway.request_bodies import BodyReader, decoded, is_form
 from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/assessments"
@@ -110,31 +108,28 @@ class _AssessmentJob:
 
 
 class Assessments:
-    """Judges in tasks that outlive their requests; bounded by each key's number of jobs and by the judge."""
+    """Judges in jobs: tasks that may outlive their requests."""
 
-    def __init__(self, shedder: LoadShedder, store: AssessmentStore, limiter: RateLimiter) -> None:
-        self._shedder = shedder
+    def __init__(self, store: AssessmentStore) -> None:
         self._store = store
-        self._limiter = limiter
         self._tasks: dict[str, asyncio.Task[StoredAssessment]] = {}
 
     async def start(
-        self, pending: StoredAssessment, job: _AssessmentJob, key: ApiKey, held: ExitStack
+        self, pending: StoredAssessment, job: _AssessmentJob, admitted: AdmittedRequest
     ) -> asyncio.Task[StoredAssessment]:
-        """Begin to judge. `held` is closed at the end: what the image takes is held until then.
+        """Start to judge.
 
         Raises:
-            HttpProblem: the key has as many jobs as it may have; `held` is closed.
+            HttpProblem: the API key has too many jobs at a time.
         """
         try:
-            held.enter_context(self._limiter.concurrency_slot(key, "jobs"))
+            held = admitted.start_job()
         except HttpProblem as problem:
-            held.close()
-            # Where it was promised already, nobody must wait for it.
+            # Other requests may know the pending assessment already; they must not wait for it.
             await self._store.save(_failed(pending, problem))
             raise
         held.enter_context(self._store.working(pending))
-        task = asyncio.create_task(self._run(pending, job, held))
+        task = asyncio.create_task(self._run(pending, job, admitted, held))
         self._tasks[pending.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
         return task
@@ -158,10 +153,12 @@ class Assessments:
             _, late = await asyncio.wait(tasks, timeout=within_s)
             await asyncio.gather(*map(cancel_and_wait, late))
 
-    async def _run(self, pending: StoredAssessment, job: _AssessmentJob, held: ExitStack) -> StoredAssessment:
+    async def _run(
+        self, pending: StoredAssessment, job: _AssessmentJob, admitted: AdmittedRequest, held: ExitStack
+    ) -> StoredAssessment:
         with held:
             try:
-                verdict = await self._shedder.judge(job.image, job.detail)
+                verdict = await admitted.judge(job.image, job.detail)
                 stored = StoredAssessment(id=pending.id, tenant=pending.tenant, status="done", verdict=verdict)
             except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks has to hear of it
                 stored = _failed(pending, problem_of(error))
@@ -195,22 +192,20 @@ def router(
     )
     async def assess(
         request: Request,
-        key: Annotated[ApiKey, Depends(authenticator.require("moderate"))],
+        admitted: Annotated[AdmittedRequest, Depends(authenticator.require("moderate"))],
         wait: Wait = 0,
         idempotency_key: IdempotencyKey = None,
     ) -> Response:
-        assessment_id = uuid.uuid4().hex
-        with ExitStack() as held:
-            lease = held.enter_context(body_reader.memory.lease(key.id))
-            job = await _read_request(request, RequestContext(key, assessment_id), body_reader, downloader, lease)
-            pending = StoredAssessment(id=assessment_id, tenant=key.tenant, status="pending", process=store.process)
-            if idempotency_key is not None:
-                known = await _claimed(f"{key.id}:{idempotency_key}", job.digest, pending)
-                if known != assessment_id:
-                    return _answer(await assessments.wait_for_result(known, wait), known)
-            elif not wait:
-                await store.create_pending(pending)
-            task = await assessments.start(pending, job, key, held.pop_all())
+        assessment_id, key = uuid.uuid4().hex, admitted.key
+        job = await _read_request(request, admitted, assessment_id, body_reader, downloader)
+        pending = StoredAssessment(id=assessment_id, tenant=key.tenant, status="pending", process=store.process)
+        if idempotency_key is not None:
+            known = await _claimed(f"{key.id}:{idempotency_key}", job.digest, pending)
+            if known != assessment_id:
+                return _answer(await assessments.wait_for_result(known, wait), known)
+        elif not wait:
+            await store.create_pending(pending)
+        task = await assessments.start(pending, job, admitted)
         if wait:
             await asyncio.wait([task], timeout=wait)
             if not task.done() and idempotency_key is None:
@@ -237,10 +232,12 @@ def router(
         responses=answers,
     )
     async def get_assessment(
-        assessment_id: str, key: Annotated[ApiKey, Depends(authenticator.require("moderate"))], wait: Wait = 0
+        assessment_id: str,
+        admitted: Annotated[AdmittedRequest, Depends(authenticator.require("moderate"))],
+        wait: Wait = 0,
     ) -> Response:
         stored = await assessments.wait_for_result(assessment_id, 0) if _ID.fullmatch(assessment_id) else None
-        if stored is None or stored.tenant != key.tenant:
+        if stored is None or stored.tenant != admitted.key.tenant:
             raise HttpProblem("not-found", "there is no such assessment, or it was too long ago")
         if stored.status == "pending" and wait:
             stored = await assessments.wait_for_result(assessment_id, wait)
@@ -261,10 +258,15 @@ def _answer(stored: StoredAssessment | None, assessment_id: str) -> Response:
 
 
 async def _read_request(
-    request: Request, context: RequestContext, body_reader: BodyReader, downloader: ImageDownloader, lease: MemoryLease
+    request: Request,
+    admitted: AdmittedRequest,
+    assessment_id: str,
+    body_reader: BodyReader,
+    downloader: ImageDownloader,
 ) -> _AssessmentJob:
+    context = RequestContext(admitted.key, assessment_id)
     if is_form(request):
-        form = await body_reader.form(request, lease)
+        form = await body_reader.form(request, admitted.memory)
         if form.file is None:
             raise HttpProblem("invalid", "the part `file` with the image is missing", param="file")
         wanted = _parsed(_fields(form.fields))
@@ -272,13 +274,15 @@ async def _read_request(
             raise HttpProblem("invalid", "an upload has no uri: send one or the other", param="uri")
         image = await from_upload(form.file, _with_fields(context, wanted))
     else:
-        wanted = _parsed(await body_reader.json(request, lease))
+        wanted = _parsed(await body_reader.json(request, admitted.memory))
         if wanted.uri is None:
             raise HttpProblem("invalid", "uri is missing; or send the image as multipart/form-data", param="uri")
         if wanted.uri.startswith("s3://"):
             image = from_s3(wanted.uri, _with_fields(context, wanted), version_id=wanted.version_id, etag=wanted.etag)
         else:
-            image = await from_url(wanted.uri, _with_fields(context, wanted), downloader=downloader, lease=lease)
+            image = await from_url(
+                wanted.uri, _with_fields(context, wanted), downloader=downloader, lease=admitted.memory
+            )
     said = [wanted.id, image.request.uri, wanted.version_id, wanted.etag, wanted.policy, wanted.detail]
     return _AssessmentJob(image, wanted.detail, hashlib.sha256(to_json(said)).hexdigest())
 

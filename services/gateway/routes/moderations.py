@@ -17,17 +17,17 @@ from pydantic_core import to_json
 
 from services.core.messages import Verdict
 from services.core.values import CATEGORIES, Policy
-from services.gateway.api_keys import ApiKey
+from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.image_inputs import RequestContext, from_url
-from services.gateway.load_shedding import LoadShedder, cancel_on_disconnect
+from services.gateway.load_shedding import cancel_on_disconnect
 from services.gateway.problems import IMAGE_KINDS, HttpProblem, invalid_field, problem_of
 from services.gateway.request_bodies import BodyReader
 from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/moderations"
 MOST_IMAGES: Final = 16
-_AT_ONCE: Final = 4
+_CONCURRENT_IMAGES: Final = 4
 
 
 class ImageUrl(BaseModel):
@@ -106,7 +106,6 @@ class Policies(Protocol):
 def router(
     authenticator: Authenticator,
     body_reader: BodyReader,
-    shedder: LoadShedder,
     downloader: ImageDownloader,
     policies: Policies,
 ) -> APIRouter:
@@ -120,26 +119,25 @@ def router(
         openapi_extra={"requestBody": {"required": True, "content": _content()}},
     )
     async def moderate(
-        request: Request, key: Annotated[ApiKey, Depends(authenticator.require("moderate"))]
+        request: Request, admitted: Annotated[AdmittedRequest, Depends(authenticator.require("moderate"))]
     ) -> Response:
-        with body_reader.memory.lease(key.id) as lease:
-            document = await body_reader.json(request, lease)
-            wanted = _parsed(document)
-            inputs = wanted.input if isinstance(wanted.input, list) else [wanted.input]
-            del document
-            answer_id = f"modr-{uuid.uuid4().hex}"
-            gate = asyncio.Semaphore(_AT_ONCE)
+        wanted = _parsed(await body_reader.json(request, admitted.memory))
+        inputs = wanted.input if isinstance(wanted.input, list) else [wanted.input]
+        answer_id = f"modr-{uuid.uuid4().hex}"
+        slots = asyncio.Semaphore(_CONCURRENT_IMAGES)
 
-            async def judged(number: int, url: str) -> Verdict:
-                async with gate:
-                    context = RequestContext(key, f"{answer_id}-{number}", wanted.policy)
-                    image = await from_url(url, context, downloader=downloader, lease=lease)
-                    return await shedder.judge(image)
+        async def judge(number: int, url: str) -> Verdict:
+            async with slots:
+                context = RequestContext(admitted.key, f"{answer_id}-{number}", wanted.policy)
+                image = await from_url(url, context, downloader=downloader, lease=admitted.memory)
+                return await admitted.judge(image)
 
-            work = [judged(number, each.image_url.url) for number, each in enumerate(inputs)]
-            ended = await cancel_on_disconnect(asyncio.gather(*work, return_exceptions=True), request.is_disconnected)
+        work = asyncio.gather(
+            *(judge(number, each.image_url.url) for number, each in enumerate(inputs)), return_exceptions=True
+        )
+        results = await cancel_on_disconnect(work, request.is_disconnected)
         verdicts: list[Verdict] = []
-        for number, verdict in enumerate(ended):
+        for number, verdict in enumerate(results):
             if isinstance(verdict, Verdict):
                 verdicts.append(verdict)
             elif isinstance(verdict, Exception):
@@ -152,8 +150,11 @@ def router(
             else:
                 raise verdict
         model = next((verdict.model.name for verdict in verdicts if verdict.model), "")
-        results = [result_of(verdict, await _own_categories(verdict, policies)) for verdict in verdicts]
-        answer = {"id": answer_id, "model": model, "results": results}
+        answer = {
+            "id": answer_id,
+            "model": model,
+            "results": [result_of(verdict, await _own_categories(verdict, policies)) for verdict in verdicts],
+        }
         return Response(to_json(answer), media_type="application/json")
 
     return routes

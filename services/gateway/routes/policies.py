@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
 from services.core.errors import ConfigurationError, UnknownPolicy
-from services.gateway.api_keys import ApiKey
+from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.problems import HttpProblem, invalid_field
 from services.gateway.request_bodies import BodyReader, decoded
@@ -129,8 +129,8 @@ class PolicyRoutes:
 def router(authenticator: Authenticator, body_reader: BodyReader, work: PolicyRoutes) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["policies"], prefix=PATH)
-    Reviewer = Annotated[ApiKey, Depends(authenticator.require("review"))]  # noqa: N806
-    Admin = Annotated[ApiKey, Depends(authenticator.require("admin"))]  # noqa: N806
+    Reviewer = Annotated[AdmittedRequest, Depends(authenticator.require("review"))]  # noqa: N806
+    Admin = Annotated[AdmittedRequest, Depends(authenticator.require("admin"))]  # noqa: N806
 
     @routes.get("", response_model=list[PolicySummary], summary="List the policies")
     async def list_(_: Reviewer) -> Response:
@@ -143,10 +143,9 @@ def router(authenticator: Authenticator, body_reader: BodyReader, work: PolicyRo
         summary="Publish a document, in YAML or JSON, as the next version of its name",
         openapi_extra={"requestBody": {"required": True, "content": _documents()}},
     )
-    async def publish(request: Request, key: Admin) -> Response:
-        with body_reader.memory.lease(key.id) as lease:
-            stored, warned = await work.publish(await body_reader.read(request, lease))
-        log.info("%s published %s@%d", key.name, stored.name, stored.version)
+    async def publish(request: Request, admitted: Admin) -> Response:
+        stored, warned = await work.publish(await body_reader.read(request, admitted.memory))
+        log.info("%s published %s@%d", admitted.key.name, stored.name, stored.version)
         answer = {"name": stored.name, "version": stored.version, "digest": stored.digest, "warnings": warned}
         return _json(answer, 201, {"Location": f"{PATH}/{stored.name}@{stored.version}"})
 
@@ -168,10 +167,9 @@ def router(authenticator: Authenticator, body_reader: BodyReader, work: PolicyRo
         summary="Make a version the one that new submissions get",
         openapi_extra=_body(Activation),
     )
-    async def activate(name: str, request: Request, key: Admin) -> Response:
-        with body_reader.memory.lease(key.id) as lease:
-            wanted = _parsed(Activation, await body_reader.json(request, lease))
-        change = work.change(work.service.activate(name, wanted.version, who=key.name, why=wanted.why))
+    async def activate(name: str, request: Request, admitted: Admin) -> Response:
+        wanted = _parsed(Activation, await body_reader.json(request, admitted.memory))
+        change = work.change(work.service.activate(name, wanted.version, who=admitted.key.name, why=wanted.why))
         return _json(_entry(await _absent_is_404(change)))
 
     @routes.post(
@@ -180,11 +178,10 @@ def router(authenticator: Authenticator, body_reader: BodyReader, work: PolicyRo
         summary="Make the version active that was before the present one",
         openapi_extra=_body(Rollback, required=False),
     )
-    async def rollback(name: str, request: Request, key: Admin) -> Response:
-        with body_reader.memory.lease(key.id) as lease:
-            body = await body_reader.read(request, lease)
+    async def rollback(name: str, request: Request, admitted: Admin) -> Response:
+        body = await body_reader.read(request, admitted.memory)
         wanted = _parsed(Rollback, decoded(body) if body else {})
-        change = work.change(work.service.rollback(name, who=key.name, why=wanted.why))
+        change = work.change(work.service.rollback(name, who=admitted.key.name, why=wanted.why))
         return _json(_entry(await _absent_is_404(change)))
 
     return routes
