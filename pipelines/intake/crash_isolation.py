@@ -20,9 +20,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final, Self
 
-from services.core.errors import GuardFailed
+from services.core.errors import GuardFailed, RedisUnavailable
 from services.core.tasks import cancel_and_wait
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 
 MAX_CRASHES: Final = 3
 """A message with this many crashes is confirmed poison."""
@@ -108,7 +108,7 @@ class CrashIsolation:
 
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._task)
-        with suppress(CacheUnavailable):
+        with suppress(RedisUnavailable):
             await self._shared.run(_LEAVE_SCRIPT, self._keys, self._member)
 
     async def register(self, sources: Sequence[str]) -> list[int]:
@@ -209,7 +209,7 @@ class CrashIsolation:
             try:
                 crashes: list[int] = await self._shared.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
                 self._redis_down = False
-            except CacheUnavailable as error:
+            except RedisUnavailable as error:
                 log.debug("Redis is unavailable; messages are processed without crash isolation: %s", error)
                 crashes = [0] * len(new)
                 self._redis_down = True

@@ -31,7 +31,7 @@ def backtest(
 
     Raises:
         ConfigurationError: there is no submission to judge, or no service runs.
-        CacheUnavailable: Redis does not answer.
+        RedisUnavailable: Redis does not answer.
     """
     name = PolicyReference.parse(after).name
     sample, per_day = asyncio.run(_take(name, count, settings))

@@ -1,9 +1,29 @@
-"""One hierarchy of errors: each knows whether trying again can help and how its submission ends if not.
+"""All errors that Sluice raises on purpose.
 
-Nothing else in Sluice decides either question. Every message is one sentence for the person who runs
-Sluice; it ends up in the header `sluice-detail` of a dead letter or on stderr.
+SluiceError
+  + ConfigurationError      a setting, a file or an argument is wrong; stop and say so
+    - InvalidDocument         a policy document
+  + NotOwned                another group member owns the message; drop it
+  + Unavailable             a backend is unavailable; retry
+    - StreamUnavailable       Kafka or Redis Streams
+    - StoreUnavailable        the object store
+      . Throttled               it throttles
+    - PolicyUnavailable       the policy bucket and its copies
+    - KeysUnavailable         the API keys in the policy bucket
+    - RedisUnavailable        the Redis that processes share
+    - GuardUnavailable        the guard
+      . EngineFailed            its engine, during a call
+  + UnreadableAnswer        the guard's answer cannot be parsed; verdict `needs_review`
+  + Unjudgeable             the submission can never be judged; dead letter with `reason`
+    - Malformed, Forbidden, NotFound, Changed, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
+
+The class alone decides whether to retry and how the submission ends. `str(error)` is one sentence for the operator: it
+becomes the header `sluice-detail` of a dead letter, or goes to stderr. Only the gateway's `HttpProblem` is defined
+elsewhere, because it consists of an HTTP status and fields of the response.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -23,19 +43,45 @@ DeadLetterReason = Literal[
 
 
 class SluiceError(Exception):
-    """Anything that Sluice raises on purpose. `str(error)` is one sentence."""
+    """Base class. `str(error)` is one sentence."""
 
 
 class ConfigurationError(SluiceError):
-    """A setting, a file or an argument of the user is wrong. The sentence says what to do."""
+    """A setting, a file or an argument is wrong. The sentence says what to do."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DocumentIssue:
+    """One mistake in a document."""
+
+    line: int
+    """From 1."""
+    column: int
+    """From 1."""
+    field: str
+    """Such as `thresholds.categories.O7.block` or, counted from 1, `examples.2.expect`; empty for the document."""
+    message: str
+    """What is wrong and what would be right."""
+
+
+class InvalidDocument(ConfigurationError):
+    """A document cannot be read. The sentence is about its first issue."""
+
+    def __init__(self, source: str, issues: Sequence[DocumentIssue]) -> None:
+        self.issues = tuple(sorted(issues))
+        """In the order of the document."""
+        first, more = self.issues[0], len(self.issues) - 1
+        field = f"{first.field}: " if first.field else ""
+        others = f" ({more} more problem{'s' if more > 1 else ''})" if more else ""
+        super().__init__(f"{source}:{first.line}: {field}{first.message}{others}")
 
 
 class NotOwned(SluiceError):
-    """The message belongs to another member by now: that member settles it, this one forgets it."""
+    """The message belongs to another member now. That member settles it; this one drops it."""
 
 
 class Unavailable(SluiceError):
-    """Something Sluice needs is away. Trying again can help, so the submission waits and is never dead-lettered."""
+    """A backend is unavailable. A retry can succeed, so the submission waits and is not dead-lettered."""
 
 
 class StreamUnavailable(Unavailable):
@@ -46,25 +92,41 @@ class StoreUnavailable(Unavailable):
     """The object store does not answer, answers with a server error, or throttles."""
 
 
+class Throttled(StoreUnavailable):
+    """The object store throttled the request (503 SlowDown, 429)."""
+
+
 class PolicyUnavailable(Unavailable):
-    """No policy version can be had right now: neither from the policy bucket nor from a copy."""
+    """Neither the policy bucket nor a copy gives a policy version."""
+
+
+class KeysUnavailable(Unavailable):
+    """The policy bucket does not give the API keys."""
+
+
+class RedisUnavailable(Unavailable):
+    """The Redis at SLUICE_REDIS_URL does not answer."""
 
 
 class GuardUnavailable(Unavailable):
     """The engine is starting, full, hanging or gone."""
 
 
+class EngineFailed(GuardUnavailable):
+    """The engine failed, or stopped, during a call."""
+
+
 class UnreadableAnswer(SluiceError):
-    """The guard's answer could not be read. After one more try the submission ends as `needs_review`."""
+    """The guard's answer cannot be parsed. After one retry the submission ends as `needs_review`."""
 
     def __init__(self, detail: str, model: "ModelIdentity | None" = None) -> None:
         super().__init__(detail)
         self.model = model
-        """What gave the answer."""
+        """The model that gave the answer."""
 
 
 class Unjudgeable(SluiceError):
-    """The submission can never be judged: it ends as a dead letter with `reason`."""
+    """The submission can never be judged. It becomes a dead letter with `reason`."""
 
     reason: ClassVar[DeadLetterReason]
 
@@ -77,23 +139,23 @@ class Malformed(Unjudgeable):
     def __init__(self, detail: str, submission_id: str | None = None) -> None:
         super().__init__(detail)
         self.submission_id = submission_id
-        """The id, where one could be read."""
+        """The id, if it could be read."""
 
 
 class Forbidden(Unjudgeable):
-    """The bucket may not be read: Sluice's settings or the store's own rules say so."""
+    """Sluice's settings or the store do not allow to read the object."""
 
     reason = "forbidden"
 
 
 class NotFound(Unjudgeable):
-    """No such bucket, key or object version."""
+    """The bucket, key or object version does not exist."""
 
     reason = "not_found"
 
 
 class Changed(Unjudgeable):
-    """The object is not the one that the submission names: its ETag differs."""
+    """The ETag of the object differs from the one in the submission."""
 
     reason = "changed"
 
@@ -111,7 +173,7 @@ class NotAnImage(Unjudgeable):
 
 
 class UnknownPolicy(Unjudgeable):
-    """No policy of that name, or no such version of it."""
+    """The policy or the version of it does not exist."""
 
     reason = "unknown_policy"
 

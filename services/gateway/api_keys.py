@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import Field, ValidationError
 from pydantic_core import to_json
 
-from services.core.errors import ConfigurationError, Unavailable
+from services.core.errors import ConfigurationError, KeysUnavailable
 from services.core.messages import Moment
 from services.core.s3 import s3_client
 from services.core.settings import Settings
@@ -48,10 +48,6 @@ _SEARCH_SHARE: Final = 10
 _READERS: Final = 8
 
 log = logging.getLogger(__name__)
-
-
-class KeysUnavailable(Unavailable):
-    """The policy bucket, where API keys are kept, does not answer."""
 
 
 class ApiKey(WireModel):

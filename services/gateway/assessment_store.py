@@ -18,11 +18,12 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import ValidationError
 
+from services.core.errors import RedisUnavailable
 from services.core.messages import Verdict
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 from services.gateway.problems import HttpProblem
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 
 _ALIVE_S: Final = 10
 _HEARTBEAT_S: Final = 3.0
@@ -79,7 +80,7 @@ class Claim(WireModel):
 class AssessmentStore:
     """The records of one deployment. To be used as an async context manager.
 
-    Any method but `keep` raises CacheUnavailable where Redis does not answer.
+    Any method but `keep` raises RedisUnavailable where Redis does not answer.
     """
 
     def __init__(self, shared: PolicyRedisCache, *, keep_s: int) -> None:
@@ -91,14 +92,14 @@ class AssessmentStore:
         self.process = uuid.uuid4().hex
 
     async def __aenter__(self) -> Self:
-        with suppress(CacheUnavailable):
+        with suppress(RedisUnavailable):
             await self._send_heartbeat()
         self._task = asyncio.create_task(self._heartbeat_loop())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._task)
-        with suppress(CacheUnavailable):
+        with suppress(RedisUnavailable):
             await self._retry_saves()
             await self._shared.run("redis.call('DEL', KEYS[1])", [self._key("alive", self.process)])
 
@@ -120,7 +121,7 @@ class AssessmentStore:
         """Remember what has become of an assessment. Where Redis is away it is known here until Redis is back."""
         try:
             await self._save(stored)
-        except CacheUnavailable as error:
+        except RedisUnavailable as error:
             log.warning("assessment %s cannot be remembered now: %s", stored.id, error)
             if len(self._unsaved) < _UNSAVED_LIMIT:
                 self._unsaved[stored.id] = stored
@@ -175,7 +176,7 @@ class AssessmentStore:
             try:
                 await self._send_heartbeat()
                 await self._retry_saves()
-            except CacheUnavailable as error:
+            except RedisUnavailable as error:
                 log.warning("assessments cannot be remembered: %s", error)
 
     async def _send_heartbeat(self) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKey
 from services.gateway.problems import HttpProblem
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 
 _BURST_S: Final = 2.0
 """Seconds of its rate that a key may use at once."""
@@ -91,7 +92,7 @@ class RateLimiter:
             try:
                 name = self._shared.key("gateway", "rate", key_id)
                 return float(await self._shared.run(_TAKE, [name], step_s, burst_s))
-            except CacheUnavailable:
+            except RedisUnavailable:
                 self._alone_until = self._clock() + _REDIS_AWAY_S
         return self._take_alone(key_id, step_s, burst_s)
 

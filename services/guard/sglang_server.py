@@ -17,10 +17,9 @@ from typing import Any, Final
 import httpx
 from PIL import Image
 
-from services.core.errors import GuardFailed, GuardUnavailable
+from services.core.errors import EngineFailed, GuardFailed, GuardUnavailable
 from services.core.processes import SupervisedProcess, free_port
 from services.guard.sglang_command import LaunchConfig, write_secrets
-from services.guard.slots import EngineFailed
 
 logger = logging.getLogger(__name__)
 

@@ -11,16 +11,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from services.core.errors import GuardFailed, GuardUnavailable
+from services.core.errors import EngineFailed, GuardFailed
 from services.core.values import GuardPriority
 
 _FAILURE_LIMIT: Final = 3
 _SUSPECT_LIMIT: Final = 1024
 _ORDER: Final[tuple[GuardPriority, ...]] = ("interactive", "live", "backfill")
-
-
-class EngineFailed(GuardUnavailable):
-    """The engine failed, or stopped, during a call."""
 
 
 class EngineSlots:

@@ -6,15 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from services.core.errors import StoreUnavailable
+from services.core.errors import Throttled
 
 _DECREASE_FACTOR: Final = 0.5
 _COOLDOWN_S: Final = 1.0
 """Pause after a reduction. Throttled requests that began before its end do not reduce the limit again."""
-
-
-class Throttled(StoreUnavailable):
-    """The object store throttled the request (503 SlowDown, 429)."""
 
 
 class AdaptiveLimit:

@@ -13,12 +13,12 @@ from typing import Any, Final, TypeVar
 import urllib3.exceptions
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
-from services.core.errors import Changed, Forbidden, NotFound, StoreUnavailable, TooLarge, Unjudgeable
+from services.core.errors import Changed, Forbidden, NotFound, StoreUnavailable, Throttled, TooLarge, Unjudgeable
 from services.core.messages import ObjectReference
 from services.core.s3 import s3_client
 from services.core.settings import Settings
 from services.core.values import StoredObject
-from services.images.adaptive_limit import AdaptiveLimit, Throttled
+from services.images.adaptive_limit import AdaptiveLimit
 from services.images.memory_budget import ByteBudget
 from services.images.socket_deadline import SocketDeadline, watch_connections
 

@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 from services.core import telemetry
-from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
+from services.core.errors import ConfigurationError, PolicyUnavailable, RedisUnavailable, UnknownPolicy
 from services.core.messages import ImageRequest
 from services.core.tasks import cancel_and_wait
 from services.core.values import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity
 from services.policies.document import PolicyDocument
-from services.policies.redis_cache import CachedChange, CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import CachedChange, PolicyRedisCache
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change, Rollout
@@ -165,7 +165,7 @@ class PolicyCache:
         async def read() -> StoredVersion:
             stored = await _in_thread(self._registry.get, name, version)
             if self._shared:
-                with suppress(CacheUnavailable):
+                with suppress(RedisUnavailable):
                     await self._shared.cache_version(stored)
             return stored
 
@@ -201,7 +201,7 @@ class PolicyCache:
         async def read() -> tuple[Change | None]:
             newest = await _in_thread(self._registry.newest_change, name)
             if self._shared:
-                with suppress(CacheUnavailable):
+                with suppress(RedisUnavailable):
                     # What Redis had before the bucket was read, and the bucket has not, is not so any more.
                     await self._shared.publish_change(name, newest, even_if_older=stale is not None)
             return (newest,)
@@ -229,13 +229,13 @@ class PolicyCache:
                 if (found := await copy(self._shared)) is not None:
                     return found
                 token = await self._shared.lease(what)
-            except CacheUnavailable:
+            except RedisUnavailable:
                 break
             if token:
                 try:
                     return await read()
                 finally:
-                    with suppress(CacheUnavailable):
+                    with suppress(RedisUnavailable):
                         await self._shared.release(what, token)
             await asyncio.sleep(_POLL_S)
         return await read()
@@ -264,7 +264,7 @@ class PolicyCache:
             async for change in self._shared.subscribe(self._refresh_all):
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
                 self.accept(change)
-        except CacheUnavailable as error:
+        except RedisUnavailable as error:
             log.warning("policy changes are looked for every %g s until Redis is back: %s", self._refresh_s, error)
             await asyncio.sleep(random.uniform(0.1, 1))
             self._redis_back_at = time.monotonic()

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
 from services.core import telemetry
-from services.core.errors import ConfigurationError, PolicyUnavailable
+from services.core.errors import ConfigurationError, PolicyUnavailable, RedisUnavailable
 from services.core.tasks import cancel_and_wait
 from services.core.values import Action, BlockRateBand, Policy, PolicyIdentity
 from services.policies.cache import PolicyCache
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.service import PolicyService
 
@@ -165,7 +165,7 @@ class CircuitBreaker:
             judged, blocked = await self._shared.run(
                 _COUNT, [key], band.window_s / _WINDOW_SLICES, _WINDOW_SLICES, judged, blocked
             )
-        except CacheUnavailable:
+        except RedisUnavailable:
             return judged, blocked
         watched.counts -= told  # what was counted meanwhile stays
         watched.began_s = now_s

@@ -8,14 +8,13 @@ import difflib
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from services.core.errors import ConfigurationError
+from services.core.errors import DocumentIssue, InvalidDocument
 from services.policies.document import NAME_PATTERN, ConflictingFields, PolicyDocument
 from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import TENANTS, Document, TenantsDocument, parse_document
@@ -37,32 +36,6 @@ _LONG: Final = 80
 
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _Path = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class DocumentIssue:
-    """One thing that is wrong with a document."""
-
-    line: int
-    """From 1."""
-    column: int
-    """From 1."""
-    field: str
-    """Such as `thresholds.categories.O7.block` or, counted from 1, `examples.2.expect`; empty for the whole."""
-    message: str
-    """What is wrong, and what is right."""
-
-
-class InvalidDocument(ConfigurationError):
-    """A document cannot be read. The sentence is about its first problem."""
-
-    def __init__(self, source: str, issues: Sequence[DocumentIssue]) -> None:
-        self.issues = tuple(sorted(issues))
-        """In the order of the document."""
-        first, more = self.issues[0], len(self.issues) - 1
-        field = f"{first.field}: " if first.field else ""
-        others = f" ({more} more problem{'s' if more > 1 else ''})" if more else ""
-        super().__init__(f"{source}:{first.line}: {field}{first.message}{others}")
 
 
 def read_document(data: bytes, source: str) -> Document:

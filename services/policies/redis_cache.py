@@ -15,7 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from services.core.errors import ConfigurationError, Unavailable
+from services.core.errors import ConfigurationError, RedisUnavailable
 from services.policies.registry import StoredVersion
 from services.policies.rollout import Change
 from services.policies.tenants import TENANTS
@@ -47,10 +47,6 @@ return {{known[1], now_ms - known[2]}}
 _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
-class CacheUnavailable(Unavailable):
-    """Redis does not answer."""
-
-
 @dataclass(frozen=True, slots=True)
 class CachedChange:
     """A roll-out as Redis has it."""
@@ -62,7 +58,7 @@ class CachedChange:
 
 
 class PolicyRedisCache:
-    """The entries of one policy bucket in one Redis. Any method raises CacheUnavailable where Redis does not answer."""
+    """The entries of one policy bucket in one Redis. Any method raises RedisUnavailable where Redis does not answer."""
 
     def __init__(self, url: str, bucket: str) -> None:
         """
@@ -131,7 +127,7 @@ class PolicyRedisCache:
                 message = await self._call(listener.get_message(timeout=_PING_S))
                 if message is None:
                     if silent:
-                        raise CacheUnavailable("Redis (SLUICE_REDIS_URL) does not answer")
+                        raise RedisUnavailable("Redis (SLUICE_REDIS_URL) does not answer")
                     await self._call(listener.ping())
                 silent = message is None
                 try:
@@ -160,4 +156,4 @@ class PolicyRedisCache:
         try:
             return await answer
         except (RedisError, OSError, TimeoutError) as error:
-            raise CacheUnavailable(f"Redis (SLUICE_REDIS_URL) does not answer: {error}") from error
+            raise RedisUnavailable(f"Redis (SLUICE_REDIS_URL) does not answer: {error}") from error

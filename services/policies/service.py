@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from services.core.calibration import FittedCalibration
+from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
 from services.policies.tenants import Document
@@ -104,5 +105,5 @@ class PolicyService:
     async def _notify(self, notification: Awaitable[None]) -> None:
         try:
             await notification
-        except CacheUnavailable as error:
+        except RedisUnavailable as error:
             self._warn(f"{error}: workers will know {self._delay}")

@@ -11,10 +11,11 @@ from typing import Final, Self
 
 from pydantic import ValidationError
 
+from services.core.errors import RedisUnavailable
 from services.core.messages import Moment, Submission, Verdict
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 
 _EVERY_S: Final = 1.0
 _FADES_S: Final = 86_400.0
@@ -106,7 +107,7 @@ class TrafficSample:
             entries = [part for entry in new[name] for part in entry]
             try:
                 lowest = await self._shared.run(_ADD, _keys(self._shared, name), self._size, count, *entries)
-            except CacheUnavailable as error:
+            except RedisUnavailable as error:
                 log.debug("the sample of %s is not kept: %s", name, error)
             else:
                 self._lowest[name] = float(lowest) if lowest else -math.inf
@@ -124,7 +125,7 @@ async def draw(shared: PolicyRedisCache, name: str, count: int) -> tuple[list[Sa
     """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
 
     Raises:
-        CacheUnavailable: Redis does not answer.
+        RedisUnavailable: Redis does not answer.
     """
     members, hours, now = await shared.run(_DRAW, _keys(shared, name), count)
     found = []

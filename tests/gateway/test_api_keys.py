@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, KeysUnavailable
 from services.gateway import api_keys as keys
-from services.gateway.api_keys import ApiKey, ApiKeyCache, KeyRegistry, KeysUnavailable
+from services.gateway.api_keys import ApiKey, ApiKeyCache, KeyRegistry
 from services.gateway.problems import PREFIX
 from tests.support.gateway_bench import Bench, data_url
 

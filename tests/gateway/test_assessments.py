@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway import assessment_store
@@ -21,7 +22,7 @@ from services.gateway.problems import PREFIX, HttpProblem
 from services.gateway.rate_limits import RateLimiter
 from services.gateway.request_bodies import BodyMemory
 from services.gateway.routes.assessments import Assessments
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
@@ -47,7 +48,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Away:
             return await answer(self, script, keys, *arguments)
         if are_run:
             await answer(self, script, keys, *arguments)
-        raise CacheUnavailable("away")
+        raise RedisUnavailable("away")
 
     def set_away(*given: str, runs: bool = False) -> None:
         nonlocal scripts, are_run

@@ -3,8 +3,8 @@ from contextlib import suppress
 
 import pytest
 
-from services.core.errors import GuardFailed, GuardUnavailable
-from services.guard.slots import EngineFailed, EngineSlots
+from services.core.errors import EngineFailed, GuardFailed, GuardUnavailable
+from services.guard.slots import EngineSlots
 
 
 class Engine:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from services.core.errors import StoreUnavailable
-from services.images.adaptive_limit import AdaptiveLimit, Throttled
+from services.core.errors import StoreUnavailable, Throttled
+from services.images.adaptive_limit import AdaptiveLimit
 
 
 class Clock:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.intake.crash_isolation import MAX_CRASHES, CrashIsolation
+from services.core.errors import RedisUnavailable
 from services.core.messages import DeadLetter, Verdict
 from services.core.processes import SupervisedProcess
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import OutgoingMessage
 from tests.support.streams_bench import Streams, eventually
 
@@ -163,7 +164,7 @@ async def test_redis_outage_is_probed_only_by_the_heartbeat(valkey_url: str, mon
 
     async def hang(*_: object) -> None:
         asked.append("in vain")
-        raise CacheUnavailable("no answer")
+        raise RedisUnavailable("no answer")
 
     isolation = CrashIsolation(shared, "away", "member")
     monkeypatch.setattr(shared, "run", hang)

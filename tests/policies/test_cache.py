@@ -14,11 +14,11 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from services.core.errors import PolicyUnavailable, UnknownPolicy
+from services.core.errors import PolicyUnavailable, RedisUnavailable, UnknownPolicy
 from services.core.messages import Submission
 from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN, PolicyDocument
-from services.policies.redis_cache import CacheUnavailable, PolicyRedisCache
+from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Change, Shadow
 from services.policies.tenants import TenantsDocument
@@ -294,7 +294,7 @@ async def test_concurrent_changes_while_redis_is_killed_and_restarted(registry: 
                 await asyncio.to_thread(registry.activate, "default", stored.version, who=f"w{number}"),
                 await asyncio.to_thread(registry.activate, "default", 1, who=f"w{number}"),
             ):
-                with suppress(CacheUnavailable):
+                with suppress(RedisUnavailable):
                     await shared.publish_change("default", done)
             return stored.version
 

@@ -8,17 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, DocumentIssue, InvalidDocument
 from services.policies import document as policy
 from services.policies.document import BUILT_IN, PolicyDocument
-from services.policies.document_yaml import (
-    LARGEST_BYTES,
-    DocumentIssue,
-    InvalidDocument,
-    read_document,
-    warnings,
-    write_document,
-)
+from services.policies.document_yaml import LARGEST_BYTES, read_document, warnings, write_document
 from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import MOST_TENANTS, TenantsDocument
 

@@ -10,12 +10,12 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from services.core.errors import ConfigurationError, UnknownPolicy
+from services.core.errors import ConfigurationError, InvalidDocument, UnknownPolicy
 from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.problems import HttpProblem, invalid_field
 from services.gateway.request_bodies import BodyReader, decoded
-from services.policies.document_yaml import InvalidDocument, read_document, warnings
+from services.policies.document_yaml import read_document, warnings
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, PolicySummary, StoredVersion
 from services.policies.rollout import Change
