@@ -66,4 +66,4 @@ async def test_those_behind_it_are_judged() -> None:
     settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
     await intake.drain()
     assert settled == again
-    assert intake._live.works == {}
+    assert intake._live.in_flight == {}

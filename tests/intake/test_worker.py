@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.intake import worker as intake_module
+from pipelines.intake import processor, worker
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.core.values import Assessment, Detail, PreparedImage, Priority
@@ -274,7 +274,7 @@ async def test_who_asks_for_a_drain_need_not_wait_for_its_end(bench: Bench) -> N
 
 
 async def test_a_lag_that_cannot_be_read_is_unknown_until_it_can(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake_module, "_LAG_EVERY_S", 0.02)
+    monkeypatch.setattr(worker, "_LAG_EVERY_S", 0.02)
     intake = await bench.start()
     transport = intake._live.transport
     lag, failing = transport.lag, True
@@ -384,8 +384,8 @@ async def test_backfill_waits_for_live_submissions_and_is_judged_as_such(bench: 
 async def test_a_store_that_denies_everything_does_not_empty_the_stream(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intake_module, "_DOUBTFUL_IN_A_ROW", 5)
-    monkeypatch.setattr(intake_module, "_DOUBT_S", 0.2)
+    monkeypatch.setattr(processor, "_SYSTEMIC_IN_A_ROW", 5)
+    monkeypatch.setattr(processor, "_SYSTEMIC_RETRY_S", 0.2)
     for number in range(20):
         await bench.submit({"id": str(number), "uri": f"s3://uploads/{bench.settings.group}/{number}.jpg"})
     await bench.start()
@@ -399,7 +399,7 @@ async def test_a_store_that_denies_everything_does_not_empty_the_stream(
     assert (len(verdicts), len(letters)) == (15, 5)
 
 
-async def test_a_submission_that_blocks_the_line_is_given_up_where_others_succeed(bench: Bench) -> None:
+async def test_blocking_submission_needs_review_once_others_succeed(bench: Bench) -> None:
     bench.put("stuck.jpg", draw(1).jpeg)
     bench.put("fine.jpg", draw(2).jpeg)
     stuck = hashlib.sha256(draw(1).jpeg).hexdigest()
@@ -413,7 +413,7 @@ async def test_a_submission_that_blocks_the_line_is_given_up_where_others_succee
     await bench.submit({"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
     intake = await bench.start(blocked_deadline_s=0.1)
     transport = intake._live.transport
-    transport.blocked = lambda: [w.message for w in intake._live.works.values()]  # type: ignore[method-assign]
+    transport.blocked = lambda: [w.message for w in intake._live.in_flight.values()]  # type: ignore[method-assign]
     await asyncio.sleep(2.5)
     assert await bench.verdicts() == [], "alone, it may be an outage"
     for number in range(60):
@@ -424,7 +424,7 @@ async def test_a_submission_that_blocks_the_line_is_given_up_where_others_succee
     assert (blocked.outcome, blocked.reason, blocked.action) == ("needs_review", "blocked", "review")
 
 
-async def test_what_was_given_up_and_cannot_be_settled_is_not_tried_without_a_pause(bench: Bench) -> None:
+async def test_failed_settle_after_deadline_backs_off(bench: Bench) -> None:
     bench.put("refused.jpg")
     intake = await bench.start()
     lane, tries = intake._live, 0
@@ -432,9 +432,8 @@ async def test_what_was_given_up_and_cannot_be_settled_is_not_tried_without_a_pa
     async def refuse(*_: object) -> None:
         nonlocal tries
         tries += 1
-        for work in lane.works.values():
-            if not work.given_up.done():
-                work.given_up.set_result(None)
+        for held in lane.in_flight.values():
+            held.expire()
         raise ConfigurationError("too large")
 
     settle, lane.transport.settle = lane.transport.settle, refuse  # type: ignore[method-assign]
@@ -445,7 +444,7 @@ async def test_what_was_given_up_and_cannot_be_settled_is_not_tried_without_a_pa
     assert len((await bench.settled(1))[0]) == 1
 
 
-async def test_a_submission_that_takes_too_long_expires_where_others_succeed(bench: Bench) -> None:
+async def test_slow_submission_expires_once_others_succeed(bench: Bench) -> None:
     bench.put("stuck.jpg", draw(1).jpeg)
     bench.put("fine.jpg", draw(2).jpeg)
     stuck = hashlib.sha256(draw(1).jpeg).hexdigest()

@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from pipelines.intake import worker as intake_module
+from pipelines.intake import lane
 from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from services.core.messages import Submission
@@ -56,5 +56,5 @@ async def main(settings: Settings, name: str) -> None:
 
 
 if __name__ == "__main__":
-    intake_module.parse = deadly_parse  # type: ignore[assignment]
+    lane.parse = deadly_parse  # type: ignore[assignment]
     asyncio.run(main(Settings.model_validate_json(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,209 @@
+"""One stream of an intake member: receives its messages, has them processed in order, and settles them."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final
+
+from pipelines.intake.crash_isolation import MAX_CRASHES, CrashIsolation, poison_error
+from pipelines.intake.key_order import KeyOrder, KeyTicket, LatestEvents
+from pipelines.intake.processor import Processor
+from services.core.errors import ConfigurationError, NotOwned
+from services.core.values import Priority
+from services.streams.base import GroupConsumer, Message, OutgoingMessage
+from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
+
+RECEIVE_S: Final = 0.5
+"""Longest wait for messages, or for a free slot."""
+_FAULT_PAUSES_S: Final = (1, 5, 30)
+_HELD_LIMIT: Final = 32_768
+"""Messages of one stream that are judged and not settled. It limits the memory while the stream accepts no output. It
+is more than the windows of several Kafka partitions, so that a message that blocks one of them still shows."""
+
+Entry = ParsedSubmission | InvalidMessage
+
+log = logging.getLogger(__name__)
+
+
+class InFlightMessage:
+    """One message that this member has received and not settled."""
+
+    def __init__(self, message: Message, crashes: int) -> None:
+        self.message = replace(message, attempts=crashes + 1) if crashes >= message.attempts else message
+        self.crashes = crashes
+        self.received_at_s = time.monotonic()
+        self.judged = False
+        self.deadline_passed = False
+        self._processing: asyncio.Timeout | None = None
+
+    def expire(self) -> None:
+        """Stop the processing of the message, now and in later tries. Settling goes on."""
+        self.deadline_passed = True
+        if self._processing:
+            self._processing.reschedule(asyncio.get_running_loop().time())
+
+    def deadline(self) -> asyncio.Timeout:
+        """Return a scope that `expire` ends, for the processing of the message."""
+        self._processing = asyncio.timeout(None)
+        return self._processing
+
+    def end_deadline(self) -> None:
+        """Let `expire` no longer end the scope; to be called when the scope is left."""
+        self._processing = None
+
+
+class Lane:
+    """The messages of one stream: a bounded number at a time, in order where they share a key."""
+
+    def __init__(
+        self,
+        transport: GroupConsumer,
+        processor: Processor,
+        isolation: CrashIsolation,
+        limit: int,
+        priority: Priority,
+    ) -> None:
+        self.transport = transport
+        self.priority = priority
+        self.in_flight: dict[str, InFlightMessage] = {}
+        """By the messages' sources; the last one, where a message was received several times."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._processor = processor
+        self._isolation = isolation
+        self._limit = limit
+        self._judging = 0
+        """Messages without outputs. Those that wait to be settled do not count: with exactly-once delivery they wait
+        for the oldest message of their partition."""
+        self._judged = asyncio.Event()
+        self._slots = asyncio.Semaphore(limit)
+        self._key_order = KeyOrder()
+        self._latest = LatestEvents()
+
+    @property
+    def free_slots(self) -> int:
+        """How many more messages may be received."""
+        return min(self._limit - self._judging, _HELD_LIMIT - len(self.tasks))
+
+    async def receive(self) -> None:
+        """Receive as many messages as there are free slots, and start to process them; wait if there are none."""
+        if self.free_slots < 1:
+            self._judged.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._judged.wait(), RECEIVE_S)
+            return
+        messages = await self.transport.receive(self.free_slots, RECEIVE_S)
+        self._judging += len(messages)
+        crashes = await self._isolation.register([message.source for message in messages])
+        for held in map(InFlightMessage, messages, crashes):
+            self.in_flight[held.message.source] = held
+            entries = await self._parse(held)
+            submissions = [entry for entry in entries if isinstance(entry, ParsedSubmission)]
+            for submission in submissions:
+                self._latest.add(submission)
+            ticket = self._key_order.enqueue(entry.key for entry in submissions)
+            task = asyncio.create_task(self._handle(held, entries, ticket), name=held.message.source)
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def expire_blocking_messages(self, deadline_s: float) -> None:
+        """End the processing of messages that have blocked a partition with a full window for `deadline_s`."""
+        for message in self.transport.blocked():
+            held = self.in_flight.get(message.source)
+            late = held is not None and time.monotonic() - held.received_at_s > deadline_s
+            if held and late and not held.deadline_passed and self._processor.failures.take():
+                log.error("%s blocks its partition; it is no longer processed", message.source)
+                held.expire()
+
+    async def _parse(self, held: InFlightMessage) -> Sequence[Entry]:
+        if held.crashes == 0:
+            return parse(held.message)
+        if held.crashes >= MAX_CRASHES:
+            return ()
+        async with self._isolation.isolated(held.message.source, held.crashes, parse=True):
+            return parse(held.message)
+
+    async def _handle(self, held: InFlightMessage, entries: Sequence[Entry], ticket: KeyTicket) -> None:
+        try:
+            await self._key_order.wait(ticket)
+            await self._publish_and_settle(held, entries)
+        finally:
+            self._mark_judged(held)
+            self._key_order.release(ticket)
+            source = held.message.source
+            if self.in_flight.get(source) is held:  # else it was lost to another member and received again
+                del self.in_flight[source]
+
+    def _mark_judged(self, held: InFlightMessage) -> None:
+        if not held.judged:
+            held.judged = True
+            self._isolation.release(held.message.source)
+            self._judging -= 1
+            self._judged.set()
+
+    async def _publish_and_settle(self, held: InFlightMessage, entries: Sequence[Entry]) -> None:
+        message = held.message
+        for pause_s in itertools.chain(_FAULT_PAUSES_S, itertools.repeat(_FAULT_PAUSES_S[-1])):
+            try:
+                outputs = await self._process_entries(held, entries)
+                self._mark_judged(held)
+                await self.transport.settle(message, outputs)
+                return
+            except NotOwned:
+                log.info("%s now belongs to another member", message.source)
+                return
+            except ConfigurationError as error:
+                log.error("cannot settle %s; next try in %d s: %s", message.source, pause_s, error)
+            except Exception:
+                # A defect of Sluice must cost neither this message nor the others.
+                log.exception("cannot handle %s; next try in %d s", message.source, pause_s)
+            await asyncio.sleep(pause_s)
+
+    async def _process_entries(self, held: InFlightMessage, entries: Sequence[Entry]) -> list[OutgoingMessage]:
+        """Return the outputs of all entries. Entries with the same key are processed one after the other."""
+        if held.crashes >= MAX_CRASHES:
+            return [self._processor.dead_letter(held.message, held.message.value, poison_error(), None)]
+        by_key: defaultdict[bytes | None, list[int]] = defaultdict(list)
+        for number, entry in enumerate(entries):
+            by_key[entry.key if isinstance(entry, ParsedSubmission) else None].append(number)
+        outputs: dict[int, list[OutgoingMessage]] = {}
+
+        async def run_key(numbers: list[int]) -> None:
+            for number in numbers:
+                outputs[number] = await self._process(held.message, entries[number])
+
+        if not held.deadline_passed:
+            deadline = held.deadline()
+            try:
+                async with deadline, self._isolation.isolated(held.message.source, held.crashes):
+                    await asyncio.gather(*map(run_key, by_key.values()))
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+            finally:
+                held.end_deadline()
+        for number in range(len(entries)):
+            if number not in outputs:
+                outputs[number] = self._outcome_after_deadline(held.message, entries[number])
+        return [output for numbers in by_key.values() for number in numbers for output in outputs[number]]
+
+    async def _process(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
+        if isinstance(entry, InvalidMessage):
+            return await self._processor.process(message, entry)
+        if self.priority == "backfill":
+            entry = replace(entry, submission=entry.submission.model_copy(update={"priority": "backfill"}))
+        async with self._slots:
+            if self._latest.is_stale(entry):
+                return self._processor.superseded(entry)
+            return await self._processor.process(message, entry)
+
+    def _outcome_after_deadline(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
+        if isinstance(entry, InvalidMessage):
+            return [self._processor.dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
+        if self._latest.is_stale(entry):
+            return self._processor.superseded(entry)
+        return self._processor.blocked(message, entry)

@@ -1,0 +1,126 @@
+"""Makes the outgoing messages of one entry: verdicts or a dead letter. It receives and settles nothing."""
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+from typing import Final
+
+from services.core import telemetry
+from services.core.errors import Expired, Forbidden, GuardFailed, NotFound, Unjudgeable, UnknownPolicy
+from services.core.messages import DeadLetter, attempts_before, producer_headers
+from services.core.retry import FailureBudget
+from services.core.settings import Settings
+from services.core.tasks import cancel_and_wait
+from services.moderation.moderator import Moderation, ModerationResult
+from services.moderation.verdicts import skipped_verdict
+from services.policies.traffic_sample import TrafficSample
+from services.streams.base import Message, OutgoingMessage
+from services.streams.parsing import InvalidMessage, ParsedSubmission
+
+_DETAIL_LIMIT: Final = 500
+_SYSTEMIC_RETRY_S: Final = 15.0
+"""Pause before the next try while no submission can be judged."""
+
+_SYSTEMIC_ERRORS: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
+"""Errors that a wrong setting or a broken component causes for every submission."""
+_SYSTEMIC_IN_A_ROW: Final = 500
+_SYSTEMIC_PER_SUCCESS: Final = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Processor:
+    """Judges one entry of a message at a time, and writes its outcome. All lanes of a member share one."""
+
+    def __init__(self, moderation: Moderation, settings: Settings, sample: TrafficSample | None = None) -> None:
+        self.failures = FailureBudget()
+        """Submissions that may expire: a small share of the judged ones, and none while nothing can be judged."""
+        self._systemic = FailureBudget(_SYSTEMIC_PER_SUCCESS, _SYSTEMIC_IN_A_ROW, _SYSTEMIC_IN_A_ROW)
+        self._moderation = moderation
+        self._settings = settings
+        self._sample = sample
+
+    async def process(self, message: Message, entry: ParsedSubmission | InvalidMessage) -> list[OutgoingMessage]:
+        """Return the verdict of an entry, and a shadow version's if there is one, or its dead letter."""
+        if isinstance(entry, InvalidMessage):
+            return [self.dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
+        while True:
+            try:
+                result = await self._judge(entry)
+            except Unjudgeable as error:
+                if not isinstance(error, _SYSTEMIC_ERRORS) or self._systemic.take():
+                    return [self.dead_letter(message, entry.original, error, entry.submission.id)]
+                # A wrong bucket policy or a broken checkpoint must not empty the stream into the dead letters.
+                log.error(
+                    "no submission can be judged at present; submission %s is tried again in %d s: %s",
+                    *(entry.submission.id, _SYSTEMIC_RETRY_S, error),
+                )
+                telemetry.count_retry(error)
+                await asyncio.sleep(_SYSTEMIC_RETRY_S)
+            else:
+                self.failures.succeeded()
+                self._systemic.succeeded()
+                return self._verdicts(entry, result)
+
+    def superseded(self, entry: ParsedSubmission) -> list[OutgoingMessage]:
+        """Return the verdict of an S3 event that a later event of the same object has overtaken."""
+        return self._verdicts(entry, ModerationResult(skipped_verdict(entry.submission, "superseded")))
+
+    def blocked(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
+        """Return the outcome of a submission whose message held up its partition for too long."""
+        if self._settings.blocked_as == "needs_review":
+            verdict = skipped_verdict(entry.submission, "needs_review", reason="blocked", action="review")
+            return self._verdicts(entry, ModerationResult(verdict))
+        error = Expired(f"it held up its partition for {self._settings.blocked_deadline_s:g} s")
+        return [self.dead_letter(message, entry.original, error, entry.submission.id)]
+
+    def dead_letter(
+        self, message: Message, original: bytes, error: Unjudgeable, submission_id: str | None
+    ) -> OutgoingMessage:
+        """Return the dead letter of a submission that can never be judged."""
+        letter = DeadLetter(
+            submission_id=submission_id,
+            reason=error.reason,
+            detail=" ".join(str(error).split())[:_DETAIL_LIMIT],
+            attempts=message.attempts + attempts_before(message.headers),
+            source=message.source,
+            failed_at=datetime.now(UTC),
+        )
+        telemetry.count_result("dead_letter", letter.reason)
+        log.info("submission %s is a dead letter: %s", submission_id, letter.reason)
+        headers = (*letter.headers(), *producer_headers(message.headers))
+        return OutgoingMessage(self._settings.dead_letters_stream, original, message.key, headers)
+
+    async def _judge(self, entry: ParsedSubmission) -> ModerationResult:
+        """
+        Raises:
+            Expired: the submission could not be judged in time, while others were.
+            Unjudgeable: the submission can never be judged.
+        """
+        judging = asyncio.ensure_future(self._moderation.judge(entry.submission))
+        timeout_s = self._settings.judge_deadline_s
+        try:
+            while True:
+                await asyncio.wait([judging], timeout=timeout_s)
+                if judging.done():
+                    return judging.result()
+                if self.failures.take():
+                    raise Expired(
+                        f"it could not be judged within {self._settings.judge_deadline_s:g} s, while others were"
+                    )
+                timeout_s = _SYSTEMIC_RETRY_S
+        finally:
+            await cancel_and_wait(judging)
+
+    def _verdicts(self, entry: ParsedSubmission, result: ModerationResult) -> list[OutgoingMessage]:
+        verdict, shadow = result.verdict, result.shadow
+        telemetry.count_result(verdict.outcome, verdict.reason)
+        if self._sample:
+            self._sample.add(verdict)
+        streams = self._settings
+        messages = [OutgoingMessage(streams.verdicts_stream, verdict.model_dump_json().encode(), entry.key)]
+        if shadow:
+            messages.append(
+                OutgoingMessage(streams.shadow_verdicts_stream, shadow.model_dump_json().encode(), entry.key)
+            )
+        return messages
