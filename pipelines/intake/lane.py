@@ -5,8 +5,8 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -39,22 +39,27 @@ class InFlightMessage:
         self.received_at_s = time.monotonic()
         self.judged = False
         self.deadline_passed = False
-        self._processing: asyncio.Timeout | None = None
+        self._scope: asyncio.Timeout | None = None
 
     def expire(self) -> None:
         """Stop the processing of the message, now and in later tries. Settling goes on."""
+        if self._scope and not self.deadline_passed:
+            self._scope.reschedule(asyncio.get_running_loop().time())
         self.deadline_passed = True
-        if self._processing:
-            self._processing.reschedule(asyncio.get_running_loop().time())
 
-    def deadline(self) -> asyncio.Timeout:
-        """Return a scope that `expire` ends, for the processing of the message."""
-        self._processing = asyncio.timeout(None)
-        return self._processing
-
-    def end_deadline(self) -> None:
-        """Let `expire` no longer end the scope; to be called when the scope is left."""
-        self._processing = None
+    @asynccontextmanager
+    async def stop_at_deadline(self) -> AsyncIterator[None]:
+        """Run the block until it ends or `expire` is called; `expire` raises nothing here."""
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._scope = scope
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            self._scope = None
 
 
 class Lane:
@@ -177,15 +182,8 @@ class Lane:
                 outputs[number] = await self._process(held.message, entries[number])
 
         if not held.deadline_passed:
-            deadline = held.deadline()
-            try:
-                async with deadline, self._isolation.isolated(held.message.source, held.crashes):
-                    await asyncio.gather(*map(run_key, by_key.values()))
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-            finally:
-                held.end_deadline()
+            async with held.stop_at_deadline(), self._isolation.isolated(held.message.source, held.crashes):
+                await asyncio.gather(*map(run_key, by_key.values()))
         for number in range(len(entries)):
             if number not in outputs:
                 outputs[number] = self._outcome_after_deadline(held.message, entries[number])
