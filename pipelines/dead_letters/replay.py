@@ -1,16 +1,16 @@
-"""Dead letters: what they say, and how they go back on the stream that they came from, each once.
+"""Dead letters: list them, and replay each of them once onto the stream that it came from.
 
-A dead letter is never removed or changed. That it went back is remembered twice:
+A dead letter is never removed or changed. A replay is recorded twice:
 
-- The replayed submission says so itself: its header `sluice-replayed-from` names the dead letter. It is published in
-  one act with what it says, so a crash at any moment leaves both or neither, and every replay looks for these headers
-  first. A submission counts as the replay of a dead letter only if its value is the dead letter's, so that no producer
-  can keep one from being replayed by naming it.
-- Redis keeps a mark for each, because the streams drop old submissions long before the last dead letter is gone.
+- On the stream. The header `sluice-replayed-from` of the replayed submission names the dead letter. Header and
+  submission are published in one act, so a crash at any moment leaves both or neither. Every replay looks for these
+  headers first. A submission counts as a replay only if its value equals the dead letter's value, so a producer cannot
+  prevent a replay by setting the header.
+- In Redis. The replay log outlives the submissions, which the streams drop long before the last dead letter.
 
-Either alone would do for most days: the header alone forgets with the retention of the submissions, a mark alone is
-wrong when the command dies between it and the publication. A lease in Redis keeps two commands from replaying at the
-same time. If Redis loses its data, the headers still say what was replayed within the retention.
+Neither is enough alone: the headers disappear with the retention of the submissions, and the log is wrong if the
+command dies between publication and its entry in the log. A lease in Redis keeps two commands from replaying at the
+same time. If Redis loses its data, the headers still prevent repeats within the retention.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
-_BATCH: Final = 100
+_BATCH_SIZE: Final = 100
 _BATCH_BYTES: Final = 256 << 10
-"""A dead letter that is larger goes alone, so that it is known which one a stream refuses."""
+"""A larger dead letter is published alone, so that an error of the stream names the message that it refuses."""
 
-_CLOCKS: Final = timedelta(hours=1)
+_MAX_CLOCK_SKEW: Final = timedelta(hours=1)
 """Far more than the clocks of two machines differ by."""
 
 
@@ -45,20 +45,19 @@ class StoredDeadLetter:
 
     letter: DeadLetter
     message: Message
-    """Its value, key and `producer_headers` are the original's."""
+    """The message on the dead-letter stream. Value, key and `producer_headers` are those of the original message."""
     entries: Sequence[ParsedSubmission | InvalidMessage]
-    """What the original bytes say, written by whoever submitted them. More than one stand for a message that was given
-    up as a whole."""
+    """The entries of the original message: untrusted input. Several, if the whole message was abandoned."""
 
     @property
     def submission(self) -> Submission | None:
-        """The one that the original bytes say, where they say one."""
+        """The submission in the original message, if it has exactly one valid entry."""
         only = self.entries[0] if len(self.entries) == 1 else None
         return only.submission if isinstance(only, ParsedSubmission) else None
 
     @property
     def submission_id(self) -> str | None:
-        """As the headers have it, else the original."""
+        """From the headers, else from the original message."""
         return self.letter.submission_id or (self.submission.id if self.submission else None)
 
     @property
@@ -70,7 +69,7 @@ class StoredDeadLetter:
         return self.submission.uri if self.submission else None
 
     def to_json(self) -> str:
-        """One JSON object on one line; `dead_letter` says where it stands, `source` where the submission stood."""
+        """One JSON object on one line. `dead_letter` is its position, `source` the position of the submission."""
         headers = self.letter.model_dump(mode="json", by_alias=False)
         return json.dumps(
             {"dead_letter": self.message.source}
@@ -79,7 +78,7 @@ class StoredDeadLetter:
         )
 
     def line(self) -> str:
-        """For people: when, why, how often tried, whose, what, where from, and the detail."""
+        """One line for a terminal: time, reason, attempts, submission id, tenant, uri, source, detail."""
         letter = self.letter
         parts = (
             f"{letter.failed_at:%Y-%m-%d %H:%M:%S}Z",
@@ -96,7 +95,7 @@ class StoredDeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which dead letters are meant; everything that is not set is no condition."""
+    """Conditions on dead letters. All of them must hold; a field that is not set is no condition."""
 
     reasons: Collection[DeadLetterReason] = ()
     tenant: str | None = None
@@ -104,31 +103,31 @@ class Selection:
     newer_than: datetime | None = None
     ids: Collection[str] = ()
 
-    def takes(self, found: StoredDeadLetter) -> bool:
-        """Whether every condition holds."""
-        failed_at = found.letter.failed_at
+    def matches(self, stored: StoredDeadLetter) -> bool:
+        """Whether every condition holds for the dead letter."""
+        failed_at = stored.letter.failed_at
         return (
-            (not self.reasons or found.letter.reason in self.reasons)
-            and (self.tenant is None or found.tenant == self.tenant)
+            (not self.reasons or stored.letter.reason in self.reasons)
+            and (self.tenant is None or stored.tenant == self.tenant)
             and (self.older_than is None or failed_at < self.older_than)
             and (self.newer_than is None or failed_at > self.newer_than)
-            and (not self.ids or found.submission_id in self.ids)
+            and (not self.ids or stored.submission_id in self.ids)
         )
 
 
 @dataclass(slots=True)
-class Replayed:
-    """What came of a replay; numbers of dead letters."""
+class ReplayCounts:
+    """Numbers of selected dead letters, by result."""
 
     replayed: int = 0
-    before: int = 0
-    """Selected, but replayed by an earlier command."""
+    already_replayed: int = 0
+    """Skipped, because an earlier command replayed them."""
     refused: int = 0
-    """The stream does not take them."""
+    """Not replayed, because the stream refuses them, for example as too large."""
 
 
-def read_letter(message: Message) -> StoredDeadLetter | None:
-    """The dead letter in a message of its stream, or None when Sluice did not write it. Never raises."""
+def parse_dead_letter(message: Message) -> StoredDeadLetter | None:
+    """Parse a message of the dead-letter stream; None if Sluice did not write it. Never raises."""
     try:
         letter = DeadLetter.from_headers(message.headers)
     except (ArithmeticError, ValueError):
@@ -146,27 +145,27 @@ def read_letter(message: Message) -> StoredDeadLetter | None:
 async def select(
     reader: Reader, settings: Settings, selection: Selection, on_foreign: Callable[[Message], None] = lambda _: None
 ) -> AsyncIterator[StoredDeadLetter]:
-    """The selected dead letters on the stream, oldest first; `on_foreign` gets the messages that are none.
+    """Yield the selected dead letters, oldest first. Call `on_foreign` with messages that are no dead letters.
 
     Raises:
         StreamUnavailable: the stream does not answer.
     """
     async for message in reader.read(settings.dead_letters_stream, follow=False):
-        found = read_letter(message)
-        if found is None:
+        stored = parse_dead_letter(message)
+        if stored is None:
             on_foreign(message)
-        elif selection.takes(found):
-            yield found
+        elif selection.matches(stored):
+            yield stored
 
 
-async def print_letters(
+async def list_dead_letters(
     settings: Settings,
     selection: Selection,
     *,
     write: Callable[[StoredDeadLetter], None],
     progress: Callable[[str], None],
 ) -> None:
-    """Write the selected dead letters, oldest first.
+    """Call `write` with each selected dead letter, oldest first.
 
     Raises:
         StreamUnavailable: the stream does not answer.
@@ -179,12 +178,12 @@ async def print_letters(
 
     reader = await open_reader(StreamConfig.from_settings(settings))
     try:
-        async for found in select(reader, settings, selection, count):
-            write(found)
+        async for stored in select(reader, settings, selection, count):
+            write(stored)
     finally:
         await reader.close()
     if foreign:
-        progress(f"{foreign} messages on {settings.dead_letters_stream} are not dead letters of Sluice, left out")
+        progress(f"skipped {foreign} messages on {settings.dead_letters_stream} that Sluice did not write")
 
 
 async def replay(
@@ -195,61 +194,61 @@ async def replay(
     dry_run: bool,
     write: Callable[[StoredDeadLetter], None],
     progress: Callable[[str], None],
-) -> Replayed:
-    """Put the selected dead letters back, oldest first, at most `limit`; `write` gets each that is durably back.
+) -> ReplayCounts:
+    """Replay the selected dead letters, oldest first, at most `limit`. Call `write` with each one once it is durable.
 
-    With `dry_run` nothing is published, and `write` gets those that would be.
+    With `dry_run`, nothing is published, and `write` gets the dead letters that would be replayed.
 
     Raises:
-        ConfigurationError: an id in the selection belongs to no dead letter (then nothing is replayed), or a stream
-            refuses what is put back.
-        Unavailable: the stream or Redis does not answer. Nothing is lost: what was put back is known next time.
+        ConfigurationError: an id in the selection belongs to no dead letter (then nothing is replayed), or the stream
+            refuses a batch.
+        Unavailable: the stream or Redis does not answer. The next command continues: it recognizes finished replays.
     """
     async with AsyncExitStack() as closing:
         reader = await open_reader(StreamConfig.from_settings(settings))
         closing.push_async_callback(reader.close)
         replay_log = await closing.enter_async_context(ReplayLog(settings, lease=not dry_run, progress=progress))
         candidates = await _candidates(reader, settings, selection)
-        known = await replay_log.contains(candidates.marks.values())
-        if len(known) < len(set(candidates.marks.values())):
-            progress("looking for what was replayed before")
+        known = await replay_log.contains(candidates.replay_ids.values())
+        if len(known) < len(set(candidates.replay_ids.values())):
+            progress("looking for earlier replays on the streams of submissions")
             known |= await _already_replayed(reader, settings, candidates)
-        done = Replayed()
+        counts = ReplayCounts()
         publisher: Publisher | None = None
         if not dry_run:
             publisher = await open_publisher(StreamConfig.from_settings(settings))
             closing.push_async_callback(publisher.close)
             await replay_log.add(known)
-        async with aclosing(_not_yet_replayed(reader, settings, selection, candidates, known, done, limit)) as due:
+        async with aclosing(_not_yet_replayed(reader, settings, selection, candidates, known, counts, limit)) as due:
             async for batch in _batched(due):
                 if publisher:
                     await replay_log.renew()
                     if not await _publish(publisher, batch, settings, progress):
-                        done.refused += 1
+                        counts.refused += 1
                         continue
-                    await replay_log.add(replay_id(found) for found in batch)
-                done.replayed += len(batch)
-                for found in batch:
-                    write(found)
-        return done
+                    await replay_log.add(replay_id(stored) for stored in batch)
+                counts.replayed += len(batch)
+                for stored in batch:
+                    write(stored)
+        return counts
 
 
-def record_of(found: StoredDeadLetter, settings: Settings) -> OutgoingMessage:
-    """The original submission again, saying where it was and how often it was tried."""
-    letter = found.letter
+def replay_message(stored: StoredDeadLetter, settings: Settings) -> OutgoingMessage:
+    """The original message, with headers for the position of the dead letter and for the earlier attempts."""
+    letter = stored.letter
     came_from = letter.source.partition("/")[0]
-    own = ((REPLAYED_FROM, found.message.source.encode()), (ATTEMPTS, str(max(0, letter.attempts)).encode()))
+    added = ((REPLAYED_FROM, stored.message.source.encode()), (ATTEMPTS, str(max(0, letter.attempts)).encode()))
     return OutgoingMessage(
         settings.backfill_stream if came_from == settings.backfill_stream else settings.submissions_stream,
-        found.message.value,
-        found.message.key,
-        (*own, *producer_headers(found.message.headers)),
+        stored.message.value,
+        stored.message.key,
+        (*added, *producer_headers(stored.message.headers)),
     )
 
 
-def replay_id(found: StoredDeadLetter) -> bytes:
-    """What Redis remembers of a dead letter. A stream that is made anew uses its positions again, hence the time."""
-    return _digest(found.message.source, found.letter.failed_at.isoformat(), value=found.message.value)
+def replay_id(stored: StoredDeadLetter) -> bytes:
+    """The id of a dead letter in the replay log. It has the time, because a recreated stream reuses positions."""
+    return _digest(stored.message.source, stored.letter.failed_at.isoformat(), value=stored.message.value)
 
 
 def _digest(*texts: str, value: bytes) -> bytes:
@@ -258,43 +257,43 @@ def _digest(*texts: str, value: bytes) -> bytes:
 
 @dataclass(slots=True)
 class _Candidates:
-    marks: dict[bytes, bytes] = field(default_factory=dict)
-    """By what a submission shows that is the dead letter's replay: its position and its value."""
-    oldest: datetime | None = None
+    replay_ids: dict[bytes, bytes] = field(default_factory=dict)
+    """By digest of position and value. The replayed submission has both: in its header and as its value."""
+    oldest_at: datetime | None = None
 
 
 async def _candidates(reader: Reader, settings: Settings, selection: Selection) -> _Candidates:
     candidates = _Candidates()
     missing = set(selection.ids)
-    async for found in select(reader, settings, selection):
-        message = found.message
-        missing.discard(found.submission_id or "")
-        candidates.marks[_digest(message.source, value=message.value)] = replay_id(found)
-        candidates.oldest = min(candidates.oldest or message.timestamp, message.timestamp)
+    async for stored in select(reader, settings, selection):
+        message = stored.message
+        missing.discard(stored.submission_id or "")
+        candidates.replay_ids[_digest(message.source, value=message.value)] = replay_id(stored)
+        candidates.oldest_at = min(candidates.oldest_at or message.timestamp, message.timestamp)
     if missing:
         names = ", ".join(escape_control_chars(each) for each in sorted(missing))
         raise ConfigurationError(
-            f"no dead letter that is selected belongs to {names}; nothing was replayed, and `sluice dead-letters list` "
-            "shows those that there are"
+            f"no selected dead letter belongs to {names}; nothing was replayed. `sluice dead-letters list` shows the "
+            "existing ones"
         )
     return candidates
 
 
 async def _already_replayed(reader: Reader, settings: Settings, candidates: _Candidates) -> set[bytes]:
-    """The marks of those candidates whose replay is on a stream of submissions."""
-    found: set[bytes] = set()
-    since = candidates.oldest - _CLOCKS if candidates.oldest else None
+    """The replay ids of the candidates whose replay is on a stream of submissions."""
+    replayed: set[bytes] = set()
+    since = candidates.oldest_at - _MAX_CLOCK_SKEW if candidates.oldest_at else None
     for stream in submission_streams(settings):
         async for message in reader.read(stream, follow=False, since=since):
             position = message.header(REPLAYED_FROM)
             if position is not None:
-                mark = candidates.marks.get(_digest(position.decode(errors="replace"), value=message.value))
-                found |= {mark} if mark else set()
-    return found
+                known_id = candidates.replay_ids.get(_digest(position.decode(errors="replace"), value=message.value))
+                replayed |= {known_id} if known_id else set()
+    return replayed
 
 
 def submission_streams(settings: Settings) -> Sequence[str]:
-    """Where submissions come in."""
+    """The streams that submissions arrive on."""
     return [stream for stream in (settings.submissions_stream, settings.backfill_stream) if stream]
 
 
@@ -304,31 +303,34 @@ async def _not_yet_replayed(
     selection: Selection,
     candidates: _Candidates,
     known: Collection[bytes],
-    done: Replayed,
+    counts: ReplayCounts,
     limit: int | None,
 ) -> AsyncGenerator[StoredDeadLetter, None]:
-    """Those candidates that were not replayed, at most `limit`. A dead letter newer than the look-up is none."""
-    wanted = set(candidates.marks.values())
-    left = limit
-    async for found in select(reader, settings, selection):
-        mark = replay_id(found)
-        if mark in known:
-            done.before += 1
-        elif mark in wanted and left != 0:
-            left = None if left is None else left - 1
-            yield found
+    """Yield the candidates that were not replayed, at most `limit`.
+
+    A dead letter that arrived after the candidates were collected is skipped.
+    """
+    candidate_ids = set(candidates.replay_ids.values())
+    remaining = limit
+    async for stored in select(reader, settings, selection):
+        own_id = replay_id(stored)
+        if own_id in known:
+            counts.already_replayed += 1
+        elif own_id in candidate_ids and remaining != 0:
+            remaining = None if remaining is None else remaining - 1
+            yield stored
 
 
 async def _batched(due: AsyncIterator[StoredDeadLetter]) -> AsyncIterator[list[StoredDeadLetter]]:
     batch: list[StoredDeadLetter] = []
-    size = 0
-    async for found in due:
-        more = len(found.message.value)
-        if batch and (len(batch) == _BATCH or size + more > _BATCH_BYTES):
+    batch_bytes = 0
+    async for stored in due:
+        value_bytes = len(stored.message.value)
+        if batch and (len(batch) == _BATCH_SIZE or batch_bytes + value_bytes > _BATCH_BYTES):
             yield batch
-            batch, size = [], 0
-        batch.append(found)
-        size += more
+            batch, batch_bytes = [], 0
+        batch.append(stored)
+        batch_bytes += value_bytes
     if batch:
         yield batch
 
@@ -336,12 +338,12 @@ async def _batched(due: AsyncIterator[StoredDeadLetter]) -> AsyncIterator[list[S
 async def _publish(
     publisher: Publisher, batch: Sequence[StoredDeadLetter], settings: Settings, progress: Callable[[str], None]
 ) -> bool:
-    """Whether the batch is on its stream; False when that refuses its only record."""
+    """Publish a batch. False if the stream refuses the only message of the batch."""
     try:
-        await publisher.publish([record_of(found, settings) for found in batch])
+        await publisher.publish([replay_message(stored, settings) for stored in batch])
     except ConfigurationError as error:
         if len(batch) > 1:
             raise
-        progress(escape_control_chars(f"{batch[0].message.source} is not replayed: {error}"))
+        progress(escape_control_chars(f"did not replay {batch[0].message.source}: {error}"))
         return False
     return True

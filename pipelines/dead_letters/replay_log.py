@@ -1,4 +1,4 @@
-"""What Redis remembers of replays: which dead letters went back, and who is replaying now."""
+"""The log of replayed dead letters in Redis, and the lease that lets one command replay at a time."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -14,30 +14,30 @@ from services.core.errors import ConfigurationError, SluiceError, Unavailable
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 
-_ANSWER_S: Final = 5.0
+_TIMEOUT_S: Final = 5.0
 _LEASE_S: Final = 20.0
-"""How long a command that was killed keeps the next one waiting."""
-_RENEW_S: Final = _LEASE_S / 4
-_AT_ONCE: Final = 1000
+"""The next command waits this long for a command that was killed."""
+_RENEW_INTERVAL_S: Final = _LEASE_S / 4
+_IDS_PER_CALL: Final = 1000
 
 
 class ReplayLog:
-    """To be used as an async context manager. With `lease`, no other command replays until it ends.
+    """An async context manager. With `lease`, no other command can replay until it is left.
 
-    Every method raises Unavailable where Redis does not answer.
+    Every method raises Unavailable if Redis does not answer.
     """
 
     def __init__(self, settings: Settings, *, lease: bool, progress: Callable[[str], None]) -> None:
         """
         Raises:
-            ConfigurationError: the URL is wrong.
+            ConfigurationError: SLUICE_REDIS_URL is invalid.
         """
         try:
             self._redis = Redis.from_url(
-                settings.redis_url, socket_timeout=_ANSWER_S, socket_connect_timeout=_ANSWER_S, protocol=2
+                settings.redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2
             )
         except ValueError as error:
-            raise ConfigurationError(f"SLUICE_REDIS_URL is wrong: {error}") from None
+            raise ConfigurationError(f"SLUICE_REDIS_URL is invalid: {error}") from None
         self._key = f"sluice:{settings.dead_letters_stream}:replayed"
         self._lock: Lock | None = (
             self._redis.lock(f"sluice:{settings.dead_letters_stream}:replaying", timeout=_LEASE_S) if lease else None
@@ -60,63 +60,68 @@ class ReplayLog:
                 await self._lock.release()
         await self._redis.aclose()
 
-    async def contains(self, marks: Iterable[bytes]) -> set[bytes]:
-        """Those of `marks` that are kept."""
-        found: set[bytes] = set()
-        for some in _chunks(marks):
-            answers = await _answer(self._redis.smismember(self._key, some))
-            found |= {mark for mark, is_member in zip(some, answers, strict=True) if is_member}
-        return found
+    async def contains(self, replay_ids: Iterable[bytes]) -> set[bytes]:
+        """The given ids that are in the log."""
+        known: set[bytes] = set()
+        for chunk in _chunks(replay_ids):
+            answers = await _call(self._redis.smismember(self._key, chunk))
+            known |= {replay_id for replay_id, is_member in zip(chunk, answers, strict=True) if is_member}
+        return known
 
-    async def add(self, marks: Iterable[bytes]) -> None:
-        """Remember `marks` for good."""
-        for some in _chunks(marks):
-            await _answer(self._redis.sadd(self._key, *some))
+    async def add(self, replay_ids: Iterable[bytes]) -> None:
+        """Add ids to the log. They never expire."""
+        for chunk in _chunks(replay_ids):
+            await _call(self._redis.sadd(self._key, *chunk))
 
     async def renew(self) -> None:
-        """Make sure that no other command has begun to replay.
+        """Renew the lease.
 
         Raises:
-            SluiceError: one has, because this one was stopped or Redis was away for too long.
+            SluiceError: the lease expired, because this process was stopped or Redis was down for too long. Another
+                command may be replaying.
         """
         try:
             held = self._lock is not None and await self._lock.reacquire()
         except LockError:
             held = False
         except (RedisError, OSError) as error:
-            raise _away(error) from error
+            raise _unavailable(error) from error
         if not held:
-            raise SluiceError("the right to replay was lost while this command was held up; start it again")
+            raise SluiceError(
+                "the replay lease expired, because this process was stopped or Redis was down for too long. Finished "
+                "replays are recorded: run the command again to continue"
+            )
 
     async def _acquire(self) -> None:
         lock = self._lock
         if lock is None:
             return
-        if not await _answer(lock.acquire(blocking=False)):
-            self._progress(f"another replay is running, or was killed: waiting for up to {_LEASE_S + _RENEW_S:g} s")
-            if not await _answer(lock.acquire(blocking_timeout=_LEASE_S + _RENEW_S)):
-                raise SluiceError("another replay is running; nothing was replayed, try again when it has ended")
+        if not await _call(lock.acquire(blocking=False)):
+            wait_s = _LEASE_S + _RENEW_INTERVAL_S
+            self._progress(f"another replay is running or was killed; waiting up to {wait_s:g} s for its lease")
+            if not await _call(lock.acquire(blocking_timeout=wait_s)):
+                raise SluiceError("another replay is running; nothing was replayed. Run the command again later")
         self._renewing = asyncio.create_task(self._renew_periodically(lock))
 
     async def _renew_periodically(self, lock: Lock) -> None:
         while True:
-            await asyncio.sleep(_RENEW_S)
-            with suppress(RedisError, OSError):  # `renew` finds out
+            await asyncio.sleep(_RENEW_INTERVAL_S)
+            with suppress(RedisError, OSError):  # `renew` reports a lost lease
                 await lock.reacquire()
 
 
-async def _answer(asked: Any) -> Any:
+async def _call(pending: Any) -> Any:
     try:
-        return await asked
+        return await pending
     except (RedisError, OSError) as error:
-        raise _away(error) from error
+        raise _unavailable(error) from error
 
 
-def _away(error: Exception) -> Unavailable:
+def _unavailable(error: Exception) -> Unavailable:
     return Unavailable(f"Redis at SLUICE_REDIS_URL does not answer: {str(error) or type(error).__name__}")
 
 
-def _chunks(marks: Iterable[bytes]) -> Iterable[list[bytes]]:
-    remaining = iter(marks)
-    while some := list(islice(remaining, _AT_ONCE)):
-        yield some
+def _chunks(replay_ids: Iterable[bytes]) -> Iterable[list[bytes]]:
+    remaining = iter(replay_ids)
+    while chunk := list(islice(remaining, _IDS_PER_CALL)):
+        yield chunk

@@ -1,6 +1,6 @@
-"""Which submissions have exactly one end: a join of what was submitted with what came of it. Pure.
+"""Join submissions with their outcomes, to find submissions without exactly one outcome. Pure.
 
-Both sides come sorted by key, so that nothing but the occurrences of one key has to be in memory at a time.
+Both sides arrive sorted by key, so only the messages of one key are in memory at a time.
 """
 
 import heapq
@@ -12,13 +12,13 @@ from operator import attrgetter
 
 @dataclass(frozen=True, slots=True)
 class SeenSubmission:
-    """A submission on the stream. The same one may stand there several times, and each of them has an end."""
+    """A submission on the stream. The same submission may be there several times; each time has an outcome."""
 
     key: bytes
-    at: float
-    """When it was published, in seconds since 1970."""
-    counted: bool
-    """Whether it lies in the range that is reconciled; others only explain ends."""
+    published_at_s: float
+    """Seconds since 1970."""
+    in_range: bool
+    """Whether it lies in the reconciled range. The others only explain outcomes."""
     submission_id: str | None
     uri: str | None
     source: str
@@ -29,71 +29,75 @@ class SubmissionOutcome:
     """A verdict or a dead letter."""
 
     key: bytes
-    """The submission's."""
+    """The key of the submission."""
     identity: str
-    """Equal for repeats of the same end: of a verdict its id, of a dead letter where the submission stood and why."""
+    """Equal for repeats of one outcome: a verdict's id, or a dead letter's reason and position of the submission."""
     kind: str
-    """A verdict's outcome, a dead letter's reason."""
-    dead: bool
-    at: float
+    """The outcome of a verdict, or the reason of a dead letter."""
+    is_dead_letter: bool
+    published_at_s: float
     read_first: bool
-    """It was there before the submissions were read, so the submission that it belongs to is among them."""
+    """Whether it was read before the submissions. Its submission is then among those that were read."""
     submission_id: str | None
     uri: str | None
     source: str
-    """Of a dead letter, where the submission stood; of a verdict, where the verdict itself stands."""
+    """The position of a verdict, or the position of a dead letter's submission."""
     submitted_at: str | None
-    """As a verdict has it."""
+    """The field of a verdict; None for a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReconciledSubmission:
-    """All occurrences of one submission, and all its ends."""
+    """All messages of one submission, with all outcomes."""
 
-    occurrences: tuple[SeenSubmission, ...]
-    ends: tuple[SubmissionOutcome, ...]
-    """Those that count: late ones only where an occurrence had none yet."""
+    submissions: tuple[SeenSubmission, ...]
+    outcomes: tuple[SubmissionOutcome, ...]
+    """Outcomes read after the submissions are included only where a submission had no outcome yet."""
     lost: tuple[SeenSubmission, ...]
-    """Counted, without an end, and old enough to have one."""
+    """In range, without an outcome, and old enough to have one."""
     in_flight: int
-    """Counted, without an end, but too young for one."""
+    """In range, without an outcome, but too young to have one."""
     repeats: int
-    """Ends too many that are like another one."""
+    """Surplus outcomes that equal another outcome."""
     conflicting: int
-    """Different ends too many; what repeats one of them is among the repeats."""
+    """Surplus outcomes that differ from the others. Repeats of a conflicting outcome are in `repeats`."""
 
     @property
-    def counted(self) -> int:
-        return sum(occurrence.counted for occurrence in self.occurrences)
+    def in_range(self) -> int:
+        """How many of the submissions are in range."""
+        return sum(submission.in_range for submission in self.submissions)
 
 
 def match(
-    occurrences: Iterable[SeenSubmission], ends: Iterable[SubmissionOutcome], settled_before: float
+    submissions: Iterable[SeenSubmission], outcomes: Iterable[SubmissionOutcome], settled_before_s: float
 ) -> Iterator[ReconciledSubmission]:
-    """One case per key; both arguments in the order of their keys.
+    """Yield one result for each key. Both arguments must be sorted by key.
 
-    Occurrences of one submission cannot be told apart by a verdict, so its ends go to the oldest ones. Of n occurrences
-    with m ends, n - m are without one, or m - n are too many. As different occurrences may end differently, up to n
-    different ends are explained; what differs beyond that is in conflict, the rest are repeats.
+    A verdict does not say which message of a submission it belongs to, so outcomes are given to the oldest messages.
+    With n messages and m outcomes, n - m messages have no outcome, or m - n outcomes are surplus. Each message may have
+    another outcome, so up to n different outcomes are explained. Further different outcomes are conflicts, and the
+    rest of the surplus are repeats.
 
     Args:
-        settled_before: seconds since 1970; an occurrence after that need not have an end yet.
+        settled_before_s: seconds since 1970. A later submission need not have an outcome yet.
     """
-    both: Iterator[SeenSubmission | SubmissionOutcome] = heapq.merge(occurrences, ends, key=attrgetter("key"))
+    both: Iterator[SeenSubmission | SubmissionOutcome] = heapq.merge(submissions, outcomes, key=attrgetter("key"))
     for _, group in itertools.groupby(both, key=attrgetter("key")):
-        yield _case(list(group), settled_before)
+        yield _match_group(list(group), settled_before_s)
 
 
-def _case(group: list[SeenSubmission | SubmissionOutcome], settled_before: float) -> ReconciledSubmission:
-    occurrences = sorted((each for each in group if isinstance(each, SeenSubmission)), key=attrgetter("at"))
-    ends = [each for each in group if isinstance(each, SubmissionOutcome) and each.read_first]
-    late = [each for each in group if isinstance(each, SubmissionOutcome) and not each.read_first]
-    ends += late[: max(0, len(occurrences) - len(ends))]
-    without = [occurrence for occurrence in occurrences[len(ends) :] if occurrence.counted]
-    lost = tuple(occurrence for occurrence in without if occurrence.at < settled_before)
+def _match_group(group: list[SeenSubmission | SubmissionOutcome], settled_before_s: float) -> ReconciledSubmission:
+    submissions = sorted((each for each in group if isinstance(each, SeenSubmission)), key=attrgetter("published_at_s"))
+    outcomes = [each for each in group if isinstance(each, SubmissionOutcome) and each.read_first]
+    read_later = [each for each in group if isinstance(each, SubmissionOutcome) and not each.read_first]
+    outcomes += read_later[: max(0, len(submissions) - len(outcomes))]
+    open_in_range = [submission for submission in submissions[len(outcomes) :] if submission.in_range]
+    lost = tuple(submission for submission in open_in_range if submission.published_at_s < settled_before_s)
     repeats = conflicting = 0
-    if any(occurrence.counted for occurrence in occurrences):
-        different = len({end.identity for end in ends})
-        conflicting = max(0, different - len(occurrences))
-        repeats = max(0, len(ends) - len(occurrences)) - conflicting
-    return ReconciledSubmission(tuple(occurrences), tuple(ends), lost, len(without) - len(lost), repeats, conflicting)
+    if any(submission.in_range for submission in submissions):
+        different = len({outcome.identity for outcome in outcomes})
+        conflicting = max(0, different - len(submissions))
+        repeats = max(0, len(outcomes) - len(submissions)) - conflicting
+    return ReconciledSubmission(
+        tuple(submissions), tuple(outcomes), lost, len(open_in_range) - len(lost), repeats, conflicting
+    )

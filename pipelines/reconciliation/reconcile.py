@@ -1,7 +1,8 @@
-"""`sluice reconcile`: reads what was submitted and what came of it, and says what has no end, or more than one.
+"""`sluice reconcile`: find submissions that have no outcome, or more than one.
 
-Verdicts and dead letters are read first, then submissions, then what came in the meantime: whatever was read first
-belongs to a submission that is read, so a running service causes no false findings, and no clocks are compared.
+Verdicts and dead letters are read first, then submissions, then the verdicts and dead letters that arrived meanwhile.
+An outcome of the first pass therefore always belongs to a submission that is read. A running service causes no false
+findings, and no clocks are compared.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from pipelines.dead_letters.replay import read_letter, submission_streams
+from pipelines.dead_letters.replay import parse_dead_letter, submission_streams
 from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
 from pipelines.reconciliation.spool import SpoolDatabase
 from pipelines.reporting.text import escape_control_chars
@@ -25,58 +26,59 @@ from services.streams.config import StreamConfig
 from services.streams.factory import open_reader
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
-_MARGIN: Final = timedelta(hours=1)
-"""Submissions from before the range explain ends that came in it."""
-_CLOCKS: Final = timedelta(minutes=10)
-"""Far more than producers' clocks differ by; what is read twice because of it is passed over."""
-_DIGITS: Final = 20
-_NEEDED: Final = {"submission_id", "uri", "verdict_id", "outcome"}
-"""What of a verdict is read."""
-_NAMED: Final = 10
-"""Ends of one submission that a finding names."""
+_LOOK_BACK: Final = timedelta(hours=1)
+"""Submissions from this long before the range are read too: they explain outcomes in the range."""
+_MAX_CLOCK_SKEW: Final = timedelta(minutes=10)
+"""Far more than the clocks of producers differ by. Messages that are read twice because of it are skipped."""
+_MAX_DIGITS: Final = 20
+_VERDICT_FIELDS: Final = {"submission_id", "uri", "verdict_id", "outcome"}
+"""A message without these fields is no verdict."""
+_MAX_NAMED_OUTCOMES: Final = 10
+"""How many outcomes of one submission a finding names."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The submissions that are reconciled, by when they were published: `since` <= t <= `until`."""
+class TimeRange:
+    """The range of submissions to reconcile, by time of publication: `since` <= t <= `until`. None is no limit."""
 
     since: datetime | None = None
     until: datetime | None = None
 
-    def holds(self, moment: datetime) -> bool:
-        """Whether a time lies in it."""
-        return (self.since is None or moment >= self.since) and (self.until is None or moment <= self.until)
+    def contains(self, time: datetime) -> bool:
+        """Whether the range contains the time."""
+        return (self.since is None or time >= self.since) and (self.until is None or time <= self.until)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be."""
+    """A submission or an outcome that is not as it should be. The fields are those of the JSON output."""
 
     finding: str
-    """lost, repeats, conflicting, unexplained, or unreadable (on the stream of verdicts, but no verdict)."""
+    """lost, repeats, conflicting, unexplained, or unreadable (a message on the verdicts stream that is no verdict)."""
     submission_id: str | None
     uri: str | None
     source: str | None
-    """Where a lost submission, or an unexplained end, stands."""
+    """The position of a lost submission, of an unexplained verdict, or of an unexplained dead letter's submission."""
     published_at: str | None
     count: int
-    """Ends too many; else 1."""
+    """The number of surplus outcomes; 1 for the other findings."""
     ends: tuple[str, ...] = ()
+    """Names of the submission's outcomes."""
 
     def to_json(self) -> str:
         """One JSON object on one line."""
         return json.dumps(asdict(self))
 
     def line(self) -> str:
-        """For people."""
+        """One line of text for a terminal."""
         parts = (f"{self.finding:<11}", self.submission_id or "-", self.uri or "-", self.source, self.published_at)
-        named = ", ".join(self.ends)
-        return escape_control_chars("  ".join([*(part for part in parts if part), *([named] if named else [])]))
+        outcomes = ", ".join(self.ends)
+        return escape_control_chars("  ".join([*(part for part in parts if part), *([outcomes] if outcomes else [])]))
 
 
 @dataclass(slots=True)
 class ReconciliationReport:
-    """What there is in the range, in numbers."""
+    """Counts of the submissions and outcomes in the range. The fields are those of the JSON output."""
 
     submissions: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
@@ -89,190 +91,210 @@ class ReconciliationReport:
     conflicting: int = 0
     unexplained: int = 0
     outside: int = 0
-    """Ends without a submission in the range that may well belong to one outside of it."""
+    """Outcomes without a submission in the range whose submission may be outside the range."""
     ignored: int = 0
-    """Messages that ask for nothing, such as deletions."""
+    """Messages that submit nothing, such as S3 events of deletions."""
 
     def to_json(self) -> str:
         """One JSON object on one line."""
-        # Not asdict, which cannot copy a Counter.
+        # dataclasses.asdict cannot copy a Counter.
         return json.dumps({"finding": "account"} | {name: getattr(self, name) for name in self.__slots__})
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for a terminal."""
         return [
             f"submissions   {self.submissions:>12,}{f'  and {self.ignored:,} ignored events' if self.ignored else ''}",
             f"verdicts      {self.verdicts.total():>12,}  {_by_kind(self.verdicts)}".rstrip(),
             f"dead letters  {self.dead_letters.total():>12,}  {_by_kind(self.dead_letters)}".rstrip(),
             f"lost {self.lost:,}, in flight {self.in_flight:,}, conflicting {self.conflicting:,}, "
-            f"repeats {self.repeats:,}, unexplained {self.unexplained:,}, outside of the range {self.outside:,}",
+            f"repeats {self.repeats:,}, unexplained {self.unexplained:,}, outside the range {self.outside:,}",
         ]
 
-    def wrong(self, *, exactly_once: bool) -> str | None:
-        """The sentence that says what does not add up; None when every submission has exactly one end."""
-        found = [
-            f"{count:,} {what}"
-            for count, what in (
-                (self.lost, "submissions have no end"),
-                (self.conflicting, "ends contradict another end of the same submission"),
-                (self.repeats if exactly_once else 0, "ends are repeated in spite of SLUICE_DELIVERY=exactly_once"),
+    def failure(self, *, exactly_once: bool) -> str | None:
+        """A sentence about lost, conflicting and (with `exactly_once`) repeated outcomes; None if there are none."""
+        failures = [
+            sentence
+            for count, sentence in (
+                (self.lost, f"{_counted(self.lost, 'submission')} without an outcome"),
+                (
+                    self.conflicting,
+                    f"{_counted(self.conflicting, 'outcome')} in conflict with another outcome of the same submission",
+                ),
+                (
+                    self.repeats if exactly_once else 0,
+                    f"{_counted(self.repeats, 'repeated outcome')} in spite of SLUICE_DELIVERY=exactly_once",
+                ),
             )
             if count
         ]
-        return ", and ".join(found) or None
+        return f"found {', and '.join(failures)}; the findings name the submissions" if failures else None
 
 
 async def reconcile(
     settings: Settings,
-    span: Span,
+    time_range: TimeRange,
     *,
     settle_s: float,
     write: Callable[[Finding], None],
     progress: Callable[[str], None],
 ) -> ReconciliationReport:
-    """Match every submission of a time range with its ends; `write` gets each finding.
+    """Match every submission of a time range with its outcomes. Call `write` with each finding.
 
     Args:
-        settle_s: a submission without an end counts as lost from this age on, in seconds.
+        settle_s: a submission without an outcome counts as lost if it is older than this, in seconds.
 
     Raises:
         StreamUnavailable: the stream does not answer.
-        SluiceError: there is no room for the temporary file.
+        SluiceError: the temporary file cannot be written, for example because the disk is full.
     """
-    account = ReconciliationReport()
-    settled_before = datetime.now(UTC).timestamp() - settle_s
+    report = ReconciliationReport()
+    settled_before_s = datetime.now(UTC).timestamp() - settle_s
     reader = await open_reader(StreamConfig.from_settings(settings))
     try:
-        with SpoolDatabase() as books:
-            reading = _Reading(reader, settings, span, books, account, write)
+        with SpoolDatabase() as spool:
+            collector = _StreamCollector(reader, settings, time_range, spool, report, write)
             progress("reading verdicts and dead letters")
-            await reading.read_ends(read_first=True)
+            await collector.collect_outcomes(read_first=True)
             progress("reading submissions")
-            await reading.read_submissions()
-            progress("reading what came in the meantime")
-            await reading.read_ends(read_first=False)
+            await collector.collect_submissions()
+            progress("reading verdicts and dead letters that arrived meanwhile")
+            await collector.collect_outcomes(read_first=False)
             progress("matching")
-            for case in match(books.occurrences(), books.ends(), settled_before):
-                for finding in _settle(case, account, reading.is_outside):
+            for reconciled in match(spool.submissions(), spool.outcomes(), settled_before_s):
+                for finding in _add_to_report(reconciled, report, collector.may_be_outside):
                     write(finding)
     except sqlite3.Error as error:
-        raise SluiceError(f"the temporary file cannot be used ({error}); TMPDIR names where it goes") from error
+        raise SluiceError(
+            f"cannot use the temporary file ({error}); nothing was changed. Free some space, or set TMPDIR to another "
+            "folder, and run the command again"
+        ) from error
     finally:
         await reader.close()
-    return account
+    return report
 
 
-def _settle(
-    case: ReconciledSubmission, account: ReconciliationReport, is_outside: Callable[[SubmissionOutcome], bool]
+def _add_to_report(
+    reconciled: ReconciledSubmission, report: ReconciliationReport, may_be_outside: Callable[[SubmissionOutcome], bool]
 ) -> Iterator[Finding]:
-    """Add a case to the account; yield what is wrong with it."""
-    if not case.occurrences:
-        for end in case.ends:
-            if is_outside(end):
-                account.outside += 1
+    """Count one submission in the report; yield its findings."""
+    if not reconciled.submissions:
+        for outcome in reconciled.outcomes:
+            if may_be_outside(outcome):
+                report.outside += 1
             else:
-                account.unexplained += 1
-                yield Finding("unexplained", end.submission_id, end.uri, end.source, _iso(end.at), 1, (_named(end),))
+                report.unexplained += 1
+                yield Finding(
+                    "unexplained",
+                    outcome.submission_id,
+                    outcome.uri,
+                    outcome.source,
+                    _iso_time(outcome.published_at_s),
+                    1,
+                    (_outcome_name(outcome),),
+                )
         return
-    if not case.counted:
+    if not reconciled.in_range:
         return
-    account.submissions += case.counted
-    for end in case.ends:
-        (account.dead_letters if end.dead else account.verdicts)[end.kind] += 1
-    account.lost += len(case.lost)
-    account.in_flight += case.in_flight
-    account.repeats += case.repeats
-    account.conflicting += case.conflicting
-    for occurrence in case.lost:
-        yield Finding("lost", occurrence.submission_id, occurrence.uri, occurrence.source, _iso(occurrence.at), 1)
-    first = case.occurrences[0]
-    named = tuple(dict.fromkeys(_named(end) for end in case.ends))[:_NAMED]
-    for what, count in (("repeats", case.repeats), ("conflicting", case.conflicting)):
+    report.submissions += reconciled.in_range
+    for outcome in reconciled.outcomes:
+        (report.dead_letters if outcome.is_dead_letter else report.verdicts)[outcome.kind] += 1
+    report.lost += len(reconciled.lost)
+    report.in_flight += reconciled.in_flight
+    report.repeats += reconciled.repeats
+    report.conflicting += reconciled.conflicting
+    for lost in reconciled.lost:
+        yield Finding("lost", lost.submission_id, lost.uri, lost.source, _iso_time(lost.published_at_s), 1)
+    first = reconciled.submissions[0]
+    names = tuple(dict.fromkeys(map(_outcome_name, reconciled.outcomes)))[:_MAX_NAMED_OUTCOMES]
+    for finding, count in (("repeats", reconciled.repeats), ("conflicting", reconciled.conflicting)):
         if count:
-            yield Finding(what, first.submission_id, first.uri, None, None, count, named)
+            yield Finding(finding, first.submission_id, first.uri, None, None, count, names)
 
 
-class _Reading:
-    """One pass over the streams, into the books."""
+class _StreamCollector:
+    """Reads the streams once and stores their messages in the spool."""
 
     def __init__(
         self,
         reader: Reader,
         settings: Settings,
-        span: Span,
-        books: SpoolDatabase,
-        account: ReconciliationReport,
+        time_range: TimeRange,
+        spool: SpoolDatabase,
+        report: ReconciliationReport,
         write: Callable[[Finding], None],
     ) -> None:
         self._reader = reader
         self._settings = settings
-        self._span = span
-        self._since = span.since - _MARGIN if span.since else None
-        self._books = books
-        self._account = account
+        self._time_range = time_range
+        self._since = time_range.since - _LOOK_BACK if time_range.since else None
+        self._spool = spool
+        self._report = report
         self._write = write
-        self._begin: datetime | None = None
-        """The oldest submission in the range that was read."""
-        self._first: dict[str, tuple[int, ...]] = {}
-        """Where reading submissions began, by partition."""
-        self._last: dict[str, tuple[int, ...]] = {}
-        """How far ends were read, by partition."""
-        self._newest: dict[str, datetime] = {}
-        """Of the ends, by stream."""
+        self._oldest_submission_at: datetime | None = None
+        self._first_submission_offsets: dict[str, tuple[int, ...]] = {}
+        """By partition."""
+        self._last_outcome_offsets: dict[str, tuple[int, ...]] = {}
+        """By partition."""
+        self._newest_outcome_at: dict[str, datetime] = {}
+        """By stream."""
 
-    async def read_submissions(self) -> None:
-        """Every entry of every message, as an intake parses them."""
+    async def collect_submissions(self) -> None:
+        """Store every entry of every message, parsed as intake parses it."""
         for stream in submission_streams(self._settings):
             async for message in self._reader.read(stream, follow=False, since=self._since):
-                line, place = _place(message.source) or (message.source, ())
-                self._first[line] = min(self._first.get(line, place), place)
-                counted = self._span.holds(message.timestamp)
-                if self._begin is None or message.timestamp < self._begin:
-                    self._begin = message.timestamp
+                partition, offset = _parse_position(message.source) or (message.source, ())
+                first = self._first_submission_offsets.get(partition, offset)
+                self._first_submission_offsets[partition] = min(first, offset)
+                in_range = self._time_range.contains(message.timestamp)
+                if self._oldest_submission_at is None or message.timestamp < self._oldest_submission_at:
+                    self._oldest_submission_at = message.timestamp
                 entries = parse(message)
-                if counted and not entries:
-                    self._account.ignored += 1
+                if in_range and not entries:
+                    self._report.ignored += 1
                 for entry in entries:
-                    self._books.add_occurrence(_occurrence(entry, message, counted))
+                    self._spool.add_submission(_seen_submission(entry, message, in_range))
 
-    async def read_ends(self, *, read_first: bool) -> None:
-        """Verdicts and dead letters; the second time those that came since the first."""
-        for stream, read_end in (
-            (self._settings.verdicts_stream, self._verdict),
-            (self._settings.dead_letters_stream, self._dead_letter),
+    async def collect_outcomes(self, *, read_first: bool) -> None:
+        """Store verdicts and dead letters. A second call stores those that arrived since the first call."""
+        for stream, parse_outcomes in (
+            (self._settings.verdicts_stream, self._parse_verdict),
+            (self._settings.dead_letters_stream, self._parse_dead_letter),
         ):
-            async for message in self._new(stream):
-                for end in read_end(message, read_first):
-                    self._books.add_end(end)
+            async for message in self._read_new(stream):
+                for outcome in parse_outcomes(message, read_first):
+                    self._spool.add_outcome(outcome)
 
-    async def _new(self, stream: str) -> AsyncIterator[Message]:
-        known = dict(self._last)
-        newest = self._newest.get(stream)
-        since = newest - _CLOCKS if newest else self._since
+    async def _read_new(self, stream: str) -> AsyncIterator[Message]:
+        read_before = dict(self._last_outcome_offsets)
+        newest_at = self._newest_outcome_at.get(stream)
+        since = newest_at - _MAX_CLOCK_SKEW if newest_at else self._since
         async for message in self._reader.read(stream, follow=False, since=since):
-            line, place = _place(message.source) or (message.source, ())
-            if place > known.get(line, ()):
-                self._last[line] = max(self._last.get(line, place), place)
-                self._newest[stream] = max(self._newest.get(stream, message.timestamp), message.timestamp)
+            partition, offset = _parse_position(message.source) or (message.source, ())
+            if offset > read_before.get(partition, ()):
+                self._last_outcome_offsets[partition] = max(self._last_outcome_offsets.get(partition, offset), offset)
+                self._newest_outcome_at[stream] = max(
+                    self._newest_outcome_at.get(stream, message.timestamp), message.timestamp
+                )
                 yield message
 
-    def _verdict(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
+    def _parse_verdict(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
         try:
             verdict = decode_json(message.value)
         except Malformed:
             verdict = None
         fields = {name: text for name, text in _fields(verdict) if isinstance(text, str)}
-        if not fields.keys() >= _NEEDED:
-            if read_first and self._span.holds(message.timestamp):
-                self._account.unexplained += 1
-                self._write(Finding("unreadable", None, None, message.source, _iso(message.timestamp.timestamp()), 1))
+        if not fields.keys() >= _VERDICT_FIELDS:
+            if read_first and self._time_range.contains(message.timestamp):
+                self._report.unexplained += 1
+                published_at = _iso_time(message.timestamp.timestamp())
+                self._write(Finding("unreadable", None, None, message.source, published_at, 1))
             return
         yield SubmissionOutcome(
-            key=_key(fields["submission_id"], fields["uri"]),
+            key=_submission_key(fields["submission_id"], fields["uri"]),
             identity=fields["verdict_id"],
             kind=fields["outcome"],
-            dead=False,
-            at=message.timestamp.timestamp(),
+            is_dead_letter=False,
+            published_at_s=message.timestamp.timestamp(),
             read_first=read_first,
             submission_id=fields["submission_id"],
             uri=fields["uri"],
@@ -280,56 +302,55 @@ class _Reading:
             submitted_at=fields.get("submitted_at"),
         )
 
-    def _dead_letter(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
-        found = read_letter(message)
-        if found is None:
+    def _parse_dead_letter(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
+        stored = parse_dead_letter(message)
+        if stored is None:
             return
-        letter = found.letter
-        # A malformed one ends what stands where it stood, whatever it says; nothing is known of one without entries.
-        for entry in found.entries if letter.reason != "malformed" and found.entries else (None,):
+        letter = stored.letter
+        # A malformed message has no reliable id, so its dead letter is matched by position. So is a dead letter in
+        # which no entry can be found.
+        for entry in stored.entries if letter.reason != "malformed" and stored.entries else (None,):
             submission = entry.submission if isinstance(entry, ParsedSubmission) else None
             yield SubmissionOutcome(
-                key=_key(submission.id, submission.uri) if submission else _position_key(letter.source),
+                key=_submission_key(submission.id, submission.uri) if submission else _position_key(letter.source),
                 identity=f"{letter.source} {letter.reason}",
                 kind=letter.reason,
-                dead=True,
-                at=message.timestamp.timestamp(),
+                is_dead_letter=True,
+                published_at_s=message.timestamp.timestamp(),
                 read_first=read_first,
-                submission_id=submission.id if submission else found.submission_id,
-                uri=submission.uri if submission else found.uri,
+                submission_id=submission.id if submission else stored.submission_id,
+                uri=submission.uri if submission else stored.uri,
                 source=letter.source,
                 submitted_at=None,
             )
 
-    def is_outside(self, end: SubmissionOutcome) -> bool:
-        """Whether the submission of an end that explains nothing may lie outside of what was read."""
-        begin = max(filter(None, (self._span.since, self._begin)), default=None)
-        if begin is None or not end.read_first or end.at < begin.timestamp():
+    def may_be_outside(self, outcome: SubmissionOutcome) -> bool:
+        """Whether the submission of an unmatched outcome may be outside the range that was read."""
+        begin = max(filter(None, (self._time_range.since, self._oldest_submission_at)), default=None)
+        if begin is None or not outcome.read_first or outcome.published_at_s < begin.timestamp():
             return True
-        if self._span.until and end.at > self._span.until.timestamp():
+        if self._time_range.until and outcome.published_at_s > self._time_range.until.timestamp():
             return True
-        if end.dead:
-            line, place = _place(end.source) or ("", ())
-            return bool(line) and (line not in self._first or place < self._first[line])
+        if outcome.is_dead_letter:
+            partition, offset = _parse_position(outcome.source) or ("", ())
+            first_offset = self._first_submission_offsets.get(partition)
+            return bool(partition) and (first_offset is None or offset < first_offset)
         try:
-            submitted_at = datetime.fromisoformat(end.submitted_at or "")
+            submitted_at = datetime.fromisoformat(outcome.submitted_at or "")
             return submitted_at.timestamp() < begin.timestamp()
         except (ValueError, OverflowError):
             return False
 
 
-def _occurrence(entry: ParsedSubmission | InvalidMessage, message: Message, counted: bool) -> SeenSubmission:
-    accepted = entry.submission if isinstance(entry, ParsedSubmission) else None
+def _seen_submission(entry: ParsedSubmission | InvalidMessage, message: Message, in_range: bool) -> SeenSubmission:
+    submission = entry.submission if isinstance(entry, ParsedSubmission) else None
+    invalid_id = entry.error.submission_id if isinstance(entry, InvalidMessage) else None
     return SeenSubmission(
-        key=_key(accepted.id, accepted.uri) if accepted else _position_key(message.source),
-        at=message.timestamp.timestamp(),
-        counted=counted,
-        submission_id=accepted.id
-        if accepted
-        else entry.error.submission_id
-        if isinstance(entry, InvalidMessage)
-        else None,
-        uri=accepted.uri if accepted else None,
+        key=_submission_key(submission.id, submission.uri) if submission else _position_key(message.source),
+        published_at_s=message.timestamp.timestamp(),
+        in_range=in_range,
+        submission_id=submission.id if submission else invalid_id,
+        uri=submission.uri if submission else None,
         source=message.source,
     )
 
@@ -338,34 +359,40 @@ def _fields(document: Any) -> Iterable[tuple[str, Any]]:
     return document.items() if isinstance(document, dict) else ()
 
 
-def _key(submission_id: str, uri: str) -> bytes:
-    return _hashed(f"id {len(submission_id)} {submission_id}{uri}")
+def _submission_key(submission_id: str, uri: str) -> bytes:
+    return _digest(f"id {len(submission_id)} {submission_id}{uri}")
 
 
 def _position_key(source: str) -> bytes:
-    """Of a message, or a part of one, that is no submission: it has no other name than where it stands."""
-    return _hashed(f"at {source}")
+    """The key of an entry that is no valid submission: only its position identifies it."""
+    return _digest(f"at {source}")
 
 
-def _hashed(text: str) -> bytes:
+def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _place(source: str) -> tuple[str, tuple[int, ...]] | None:
-    """Partition, and what orders it there; None where `source` is no position."""
-    line, _, last = source.rpartition("/")
-    numbers = last.split("-")
-    is_position = line and all(each.isdecimal() and len(each) <= _DIGITS for each in numbers)
-    return (line, tuple(map(int, numbers))) if is_position else None
+def _parse_position(source: str) -> tuple[str, tuple[int, ...]] | None:
+    """Partition and offset, or on Redis Streams the stream and the numbers of the entry id. None for other text."""
+    partition, _, offset = source.rpartition("/")
+    numbers = offset.split("-")
+    is_position = partition and all(each.isdecimal() and len(each) <= _MAX_DIGITS for each in numbers)
+    return (partition, tuple(map(int, numbers))) if is_position else None
 
 
-def _named(end: SubmissionOutcome) -> str:
-    return f"dead letter {end.kind} of {end.source}" if end.dead else f"{end.kind} {end.identity}"
+def _outcome_name(outcome: SubmissionOutcome) -> str:
+    if outcome.is_dead_letter:
+        return f"dead letter {outcome.kind} of {outcome.source}"
+    return f"{outcome.kind} {outcome.identity}"
 
 
 def _by_kind(counts: Counter[str]) -> str:
     return escape_control_chars(", ".join(f"{kind} {count:,}" for kind, count in counts.most_common()))
 
 
-def _iso(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _iso_time(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

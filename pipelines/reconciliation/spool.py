@@ -1,7 +1,7 @@
-"""What `sluice reconcile` has read, on disk, so that memory does not grow with the streams.
+"""A temporary database for the messages that `sluice reconcile` has read, so memory does not grow with the streams.
 
-It is one of SQLite's temporary databases: it has no name, and is gone with the process. Its file lies in SQLITE_TMPDIR,
-else TMPDIR, and takes some 300 bytes for each submission with its end, twice that while they are sorted.
+SQLite creates the file without a name, so it disappears with the process. The file is in SQLITE_TMPDIR, else in TMPDIR.
+It takes about 300 bytes for each submission with its outcome, and twice that while they are sorted.
 """
 
 import sqlite3
@@ -10,18 +10,18 @@ from typing import Any, Final, Self
 
 from pipelines.reconciliation.matching import SeenSubmission, SubmissionOutcome
 
-_BATCH: Final = 5_000
+_BATCH_ROWS: Final = 5_000
 _CACHE_KIB: Final = 32_768
 
 
 class SpoolDatabase:
-    """Occurrences and ends, in any order in, in the order of their keys out. To be used as a context manager.
+    """Submissions and outcomes: added in any order, read sorted by key. A context manager.
 
-    Every method raises sqlite3.Error where the file cannot be written.
+    Every method raises sqlite3.Error if the file cannot be written.
     """
 
-    _OCCURRENCES: Final = tuple(SeenSubmission.__slots__)
-    _ENDS: Final = tuple(SubmissionOutcome.__slots__)
+    _SUBMISSION_COLUMNS: Final = tuple(SeenSubmission.__slots__)
+    _OUTCOME_COLUMNS: Final = tuple(SubmissionOutcome.__slots__)
 
     def __enter__(self) -> Self:
         self._database = sqlite3.connect("", isolation_level=None)
@@ -30,47 +30,47 @@ class SpoolDatabase:
             "PRAGMA synchronous = OFF",
             "PRAGMA temp_store = FILE",
             f"PRAGMA cache_size = -{_CACHE_KIB}",
-            f"CREATE TABLE occurrences ({', '.join(self._OCCURRENCES)})",
-            f"CREATE TABLE ends ({', '.join(self._ENDS)})",
+            f"CREATE TABLE submissions ({', '.join(self._SUBMISSION_COLUMNS)})",
+            f"CREATE TABLE outcomes ({', '.join(self._OUTCOME_COLUMNS)})",
         ):
             self._database.execute(statement)
-        self._new: dict[str, list[tuple[Any, ...]]] = {"occurrences": [], "ends": []}
+        self._unwritten: dict[str, list[tuple[Any, ...]]] = {"submissions": [], "outcomes": []}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def add_occurrence(self, occurrence: SeenSubmission) -> None:
-        """Keep a submission."""
-        self._add("occurrences", tuple(getattr(occurrence, name) for name in self._OCCURRENCES))
+    def add_submission(self, submission: SeenSubmission) -> None:
+        """Store a submission."""
+        self._add("submissions", tuple(getattr(submission, name) for name in self._SUBMISSION_COLUMNS))
 
-    def add_end(self, end: SubmissionOutcome) -> None:
-        """Keep a verdict or a dead letter."""
-        self._add("ends", tuple(getattr(end, name) for name in self._ENDS))
+    def add_outcome(self, outcome: SubmissionOutcome) -> None:
+        """Store a verdict or a dead letter."""
+        self._add("outcomes", tuple(getattr(outcome, name) for name in self._OUTCOME_COLUMNS))
 
-    def occurrences(self) -> Iterator[SeenSubmission]:
-        """In the order of their keys."""
-        for row in self._sorted("occurrences"):
+    def submissions(self) -> Iterator[SeenSubmission]:
+        """All submissions, sorted by key."""
+        for row in self._sorted_rows("submissions"):
             yield SeenSubmission(*row)
 
-    def ends(self) -> Iterator[SubmissionOutcome]:
-        """In the order of their keys."""
-        for row in self._sorted("ends"):
+    def outcomes(self) -> Iterator[SubmissionOutcome]:
+        """All outcomes, sorted by key."""
+        for row in self._sorted_rows("outcomes"):
             yield SubmissionOutcome(*row)
 
     def _add(self, table: str, row: tuple[Any, ...]) -> None:
-        self._new[table].append(row)
-        if len(self._new[table]) >= _BATCH:
+        self._unwritten[table].append(row)
+        if len(self._unwritten[table]) >= _BATCH_ROWS:
             self._flush(table)
 
     def _flush(self, table: str) -> None:
-        rows = self._new[table]
+        rows = self._unwritten[table]
         if rows:
             self._database.execute("BEGIN")
             self._database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
             self._database.execute("COMMIT")
             rows.clear()
 
-    def _sorted(self, table: str) -> Iterator[Any]:
+    def _sorted_rows(self, table: str) -> Iterator[Any]:
         self._flush(table)
         return self._database.execute(f"SELECT * FROM {table} ORDER BY key")

@@ -1,4 +1,4 @@
-"""Dead letters listed and put back: each once, whatever dies when, and nothing of a submission is lost on the way."""
+"""List and replay dead letters: each is replayed once and unchanged, also after a crash."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dead_letters import replay as dead_letters
-from pipelines.dead_letters.replay import Replayed, Selection, StoredDeadLetter, read_letter
+from pipelines.dead_letters.replay import ReplayCounts, Selection, StoredDeadLetter, parse_dead_letter
 from pipelines.dead_letters.replay_log import ReplayLog
 from services.core.errors import ConfigurationError, StreamUnavailable, Unavailable
 from services.core.messages import DeadLetter, attempts_before, producer_headers
@@ -43,22 +43,24 @@ def message(value: bytes, dead: DeadLetter | None, *headers: tuple[str, bytes]) 
 
 
 def found(value: bytes | dict[str, Any], **fields: Any) -> StoredDeadLetter:
-    result = read_letter(message(value if isinstance(value, bytes) else json.dumps(value).encode(), letter(**fields)))
+    result = parse_dead_letter(
+        message(value if isinstance(value, bytes) else json.dumps(value).encode(), letter(**fields))
+    )
     assert result is not None
     return result
 
 
 async def replay(
     settings: Settings, selection: Selection | None = None, **options: Any
-) -> tuple[Replayed, list[StoredDeadLetter]]:
-    back: list[StoredDeadLetter] = []
+) -> tuple[ReplayCounts, list[StoredDeadLetter]]:
+    replayed: list[StoredDeadLetter] = []
     arguments: dict[str, Any] = {"limit": None, "dry_run": False, "progress": lambda _: None} | options
-    done = await dead_letters.replay(settings, selection or Selection(), write=back.append, **arguments)
-    return done, back
+    counts = await dead_letters.replay(settings, selection or Selection(), write=replayed.append, **arguments)
+    return counts, replayed
 
 
-async def bury(bench: Bench, *ids: str, **fields: Any) -> None:
-    """Dead letters as an intake writes them."""
+async def publish_dead_letters(bench: Bench, *ids: str, **fields: Any) -> None:
+    """Publish dead letters as intake writes them."""
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.dead_letters_stream
     for each in ids:
@@ -68,27 +70,27 @@ async def bury(bench: Bench, *ids: str, **fields: Any) -> None:
     await publisher.close()
 
 
-class TestReading:
-    def test_what_the_original_says(self) -> None:
+class TestParsing:
+    def test_dead_letter_reads_id_tenant_and_uri_from_the_original_message(self) -> None:
         native = found({"id": "a", "uri": "s3://b/k", "tenant": "shop"}, submission_id="a")
         assert (native.submission_id, native.tenant, native.uri) == ("a", "shop", "s3://b/k")
         nothing = found(b"\xff not json", reason="malformed")
         assert (nothing.submission_id, nothing.tenant, nothing.uri) == (None, None, None)
         assert json.loads(nothing.to_json())["uri"] is None
 
-    def test_what_is_no_dead_letter(self) -> None:
-        assert read_letter(message(b"{}", None)) is None
-        assert read_letter(message(b"{}", None, ("sluice-reason", b"boredom"))) is None
+    def test_message_that_sluice_did_not_write_is_no_dead_letter(self) -> None:
+        assert parse_dead_letter(message(b"{}", None)) is None
+        assert parse_dead_letter(message(b"{}", None, ("sluice-reason", b"boredom"))) is None
         wrong_time = [(n, b"+999999-01-01" if n == "sluice-failed-at" else v) for n, v in letter().headers()]
-        assert read_letter(message(b"{}", None, *wrong_time)) is None
+        assert parse_dead_letter(message(b"{}", None, *wrong_time)) is None
 
-    def test_headers_of_the_producer_are_not_mistaken_for_sluices(self) -> None:
-        read = read_letter(message(b"{}", letter(), ("submission_id", b"x"), ("reason", b"y"), ("detail", b"z")))
+    def test_producer_headers_with_similar_names_are_ignored(self) -> None:
+        read = parse_dead_letter(message(b"{}", letter(), ("submission_id", b"x"), ("reason", b"y"), ("detail", b"z")))
         assert read is not None
         assert read.letter == letter()
 
     @given(st.binary(max_size=80), st.text(max_size=20), st.text(max_size=40))
-    def test_hostile_text_is_harmless_in_a_terminal(self, value: bytes, name: str, detail: str) -> None:
+    def test_hostile_text_is_escaped_in_output(self, value: bytes, name: str, detail: str) -> None:
         for each in (
             found(value, detail=detail, submission_id=name),
             found({"id": f"\x1b[2J{name}"[:256], "uri": f"s3://b/\u202e\r\n{name}"}, detail=f"\x1b]0;{detail}\a"),
@@ -100,7 +102,7 @@ class TestReading:
 
 class TestSelection:
     @pytest.mark.parametrize(
-        ("selection", "taken"),
+        ("selection", "matches"),
         [
             (Selection(), True),
             (Selection(reasons=["not_found", "expired"]), True),
@@ -116,21 +118,21 @@ class TestSelection:
             (Selection(tenant="shop", ids={"b"}), False),
         ],
     )
-    def test_conditions(self, selection: Selection, taken: bool) -> None:
-        assert selection.takes(found({"id": "a", "uri": "s3://b/k", "tenant": "shop"})) is taken
+    def test_selection_matches_only_if_every_condition_holds(self, selection: Selection, matches: bool) -> None:
+        assert selection.matches(found({"id": "a", "uri": "s3://b/k", "tenant": "shop"})) is matches
 
 
-def test_attempts_of_submissions_that_were_replayed() -> None:
+def test_attempts_header_counts_only_on_replayed_submissions() -> None:
     replayed = ("sluice-replayed-from", b"x/0/1")
     assert attempts_before([replayed, ("sluice-attempts", b"3")]) == 3
     assert attempts_before([("Sluice-Attempts", b"3"), ("Sluice-Replayed-From", b"x")]) == 3
-    assert attempts_before([("sluice-attempts", b"3")]) == 0, "only a replay counts on"
+    assert attempts_before([("sluice-attempts", b"3")]) == 0, "a producer cannot set attempts"
     for wrong in (b"", b"-1", b"x", b"9" * 5000, "٣".encode()):
         assert attempts_before([replayed, ("sluice-attempts", wrong)]) == 0
     assert producer_headers([("ce_id", b"1"), ("Sluice-Reason", b"x"), replayed]) == (("ce_id", b"1"),)
 
 
-async def test_a_dead_letter_goes_back_whole_and_its_attempts_count_on(bench: Bench) -> None:
+async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_its_attempts(bench: Bench) -> None:
     await bench.start()
     native = {"id": "late", "uri": "s3://uploads/not-yet.jpg"}
     forged = {"sluice-reason": b"forged", "Sluice-Attempts": b"99"}
@@ -140,8 +142,8 @@ async def test_a_dead_letter_goes_back_whole_and_its_attempts_count_on(bench: Be
     assert dict(producer_headers(dead.headers)) == CLOUD_EVENT
     assert {dead.header("Sluice-Attempts"), dead.header("sluice-attempts")} == {b"1"}
 
-    done, back = await replay(bench.settings)
-    assert (done, len(back)) == (Replayed(replayed=1), 1)
+    counts, replayed = await replay(bench.settings)
+    assert (counts, len(replayed)) == (ReplayCounts(replayed=1), 1)
     await bench.settled(2)
     original, again = await bench.read(bench.settings.submissions_stream)
     assert (again.value, again.key) == (original.value, original.key)
@@ -154,15 +156,15 @@ async def test_a_dead_letter_goes_back_whole_and_its_attempts_count_on(bench: Be
     ]
 
     bench.put("not-yet.jpg")
-    done, _ = await replay(bench.settings)
-    assert done == Replayed(replayed=1, before=1)
+    counts, _ = await replay(bench.settings)
+    assert counts == ReplayCounts(replayed=1, already_replayed=1)
     (verdict,), letters = await bench.settled(3)
     assert (verdict.submission_id, len(letters)) == ("late", 2)
-    done, back = await replay(bench.settings)
-    assert (done, back) == (Replayed(before=2), [])
+    counts, replayed = await replay(bench.settings)
+    assert (counts, replayed) == (ReplayCounts(already_replayed=2), [])
 
 
-async def test_one_record_of_several_goes_back_alone(bench: Bench) -> None:
+async def test_dead_letter_of_one_record_replays_only_that_record(bench: Bench) -> None:
     await bench.start()
     bench.put("here.jpg")
     records = [
@@ -180,7 +182,7 @@ async def test_one_record_of_several_goes_back_alone(bench: Bench) -> None:
     assert sorted(each.submission_id for each in verdicts) == ["uploads/comes-later.jpg#01", "uploads/here.jpg#01"]
 
 
-async def test_bytes_that_are_no_submission_go_back_as_they_are(bench: Bench) -> None:
+async def test_malformed_message_is_replayed_unchanged(bench: Bench) -> None:
     await bench.start()
     await bench.submit(b"\xff\x00 not json", x_trace=b"\xff\x00")
     await bench.settled(1)
@@ -191,29 +193,31 @@ async def test_bytes_that_are_no_submission_go_back_as_they_are(bench: Bench) ->
     assert second.header("sluice-attempts") == b"2"
 
 
-async def test_killed_between_publication_and_mark(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    await bury(bench, "a", "b")
-    keep = ReplayLog.add
+async def test_replay_killed_before_its_log_entry_is_not_repeated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish_dead_letters(bench, "a", "b")
+    add = ReplayLog.add
 
-    async def die(self: ReplayLog, marks: Any) -> None:
-        if list(marks):
+    async def fail(self: ReplayLog, replay_ids: Any) -> None:
+        if list(replay_ids):
             raise Unavailable("killed")
 
-    monkeypatch.setattr(ReplayLog, "add", die)
+    monkeypatch.setattr(ReplayLog, "add", fail)
     with pytest.raises(Unavailable):
         await replay(bench.settings)
-    monkeypatch.setattr(ReplayLog, "add", keep)
+    monkeypatch.setattr(ReplayLog, "add", add)
     assert len(await bench.read(bench.settings.submissions_stream)) == 2
-    assert (await replay(bench.settings))[0] == Replayed(before=2)
+    assert (await replay(bench.settings))[0] == ReplayCounts(already_replayed=2)
     assert len(await bench.read(bench.settings.submissions_stream)) == 2
 
     with redis.Redis.from_url(bench.settings.stream_url) as client:
         client.xtrim(bench.settings.submissions_stream, maxlen=0, approximate=False)
-    assert (await replay(bench.settings))[0] == Replayed(before=2), "the marks outlive the submissions"
+    assert (await replay(bench.settings))[0] == ReplayCounts(already_replayed=2), "the log outlives the submissions"
 
 
-async def test_killed_at_any_moment(bench: Bench, folder: Path) -> None:
-    """The real command, by SIGKILL, while it publishes."""
+async def test_command_killed_while_publishing_is_continued_by_the_next(bench: Bench, folder: Path) -> None:
+    """Kill the real command with SIGKILL while it publishes."""
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.dead_letters_stream
     originals = [json.dumps({"id": str(each), "uri": "s3://uploads/x.jpg"}).encode() for each in range(3000)]
@@ -230,22 +234,24 @@ async def test_killed_at_any_moment(bench: Bench, folder: Path) -> None:
     assert 0 < published < len(originals)
     done = await asyncio.to_thread(sluice, "dead-letters", "replay", folder=folder)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, len(originals) - published)
-    assert "was killed: waiting" in done.stderr.decode()
+    assert "was killed; waiting" in done.stderr.decode()
     replayed = [each.value for each in await bench.read(bench.settings.submissions_stream)]
     assert replayed == originals
 
 
-async def test_redis_lost_its_data(bench: Bench) -> None:
-    await bury(bench, "a")
+async def test_replay_after_redis_lost_its_data_is_not_repeated(bench: Bench) -> None:
+    await publish_dead_letters(bench, "a")
     await replay(bench.settings)
     with redis.Redis.from_url(bench.settings.redis_url) as client:
         assert client.delete(f"sluice:{bench.settings.dead_letters_stream}:replayed") == 1
-    assert (await replay(bench.settings))[0] == Replayed(before=1)
+    assert (await replay(bench.settings))[0] == ReplayCounts(already_replayed=1)
 
 
-async def test_only_the_half_that_was_not_published(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    await bury(bench, *"abcd")
-    monkeypatch.setattr(dead_letters, "_BATCH", 2)
+async def test_replay_after_stream_outage_publishes_only_the_rest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish_dead_letters(bench, *"abcd")
+    monkeypatch.setattr(dead_letters, "_BATCH_SIZE", 2)
     opened = open_publisher
 
     async def failing(settings: Settings) -> Any:
@@ -262,61 +268,64 @@ async def test_only_the_half_that_was_not_published(bench: Bench, monkeypatch: p
         return publisher
 
     monkeypatch.setattr(dead_letters, "open_publisher", failing)
-    back: list[StoredDeadLetter] = []
+    replayed: list[StoredDeadLetter] = []
     with pytest.raises(StreamUnavailable):
         await dead_letters.replay(
-            bench.settings, Selection(), limit=None, dry_run=False, write=back.append, progress=print
+            bench.settings, Selection(), limit=None, dry_run=False, write=replayed.append, progress=print
         )
-    assert [each.submission_id for each in back] == ["a", "b"]
+    assert [each.submission_id for each in replayed] == ["a", "b"]
     monkeypatch.setattr(dead_letters, "open_publisher", opened)
-    done, back = await replay(bench.settings)
-    assert (done, [each.submission_id for each in back]) == (Replayed(replayed=2, before=2), ["c", "d"])
+    counts, replayed = await replay(bench.settings)
+    assert (counts, [each.submission_id for each in replayed]) == (
+        ReplayCounts(replayed=2, already_replayed=2),
+        ["c", "d"],
+    )
     values = [json.loads(each.value)["id"] for each in await bench.read(bench.settings.submissions_stream)]
     assert values == list("abcd"), "oldest first"
 
 
-async def test_two_commands_at_once(bench: Bench) -> None:
-    await bury(bench, *"abc")
+async def test_concurrent_commands_replay_each_dead_letter_once(bench: Bench) -> None:
+    await publish_dead_letters(bench, *"abc")
     waited: list[str] = []
     results = await asyncio.gather(*(replay(bench.settings, progress=waited.append) for _ in range(3)))
-    assert sorted(done.replayed for done, _ in results) == [0, 0, 3]
+    assert sorted(counts.replayed for counts, _ in results) == [0, 0, 3]
     assert len(await bench.read(bench.settings.submissions_stream)) == 3
     assert any("another replay" in line for line in waited)
 
 
-async def test_a_producer_cannot_keep_a_dead_letter_from_being_replayed(bench: Bench) -> None:
-    await bury(bench, "a")
+async def test_forged_replay_header_does_not_prevent_a_replay(bench: Bench) -> None:
+    await publish_dead_letters(bench, "a")
     (dead,) = await bench.read(bench.settings.dead_letters_stream)
     await bench.submit({"id": "mine", "uri": "s3://uploads/x.jpg"}, **{"sluice-replayed-from": dead.source.encode()})
-    assert (await replay(bench.settings))[0] == Replayed(replayed=1)
+    assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1)
 
 
-async def test_backfill_goes_back_to_backfill(bench: Bench) -> None:
+async def test_dead_letter_of_backfill_is_replayed_to_backfill(bench: Bench) -> None:
     settings = bench.settings
-    await bury(bench, "slow", source=f"{settings.backfill_stream}/1-0")
-    await bury(bench, "live", source=f"{settings.submissions_stream}/1-0")
+    await publish_dead_letters(bench, "slow", source=f"{settings.backfill_stream}/1-0")
+    await publish_dead_letters(bench, "live", source=f"{settings.submissions_stream}/1-0")
     assert (await replay(settings, Selection(ids={"live", "slow"})))[0].replayed == 2
     live = [json.loads(each.value)["id"] for each in await bench.read(settings.submissions_stream)]
     slow = [json.loads(each.value)["id"] for each in await bench.read(settings.backfill_stream)]
     assert (live, "slow" in slow) == (["live"], True)
-    assert (await replay(settings))[0] == Replayed(before=2)
+    assert (await replay(settings))[0] == ReplayCounts(already_replayed=2)
 
 
-async def test_limit_dry_run_and_an_id_that_is_not_there(bench: Bench) -> None:
-    await bury(bench, *"abc")
-    done, back = await replay(bench.settings, limit=2, dry_run=True)
-    assert (done.replayed, [each.submission_id for each in back]) == (2, ["a", "b"])
+async def test_replay_obeys_limit_and_dry_run_and_rejects_unknown_ids(bench: Bench) -> None:
+    await publish_dead_letters(bench, *"abc")
+    counts, replayed = await replay(bench.settings, limit=2, dry_run=True)
+    assert (counts.replayed, [each.submission_id for each in replayed]) == (2, ["a", "b"])
     assert await bench.read(bench.settings.submissions_stream) == []
-    assert (await replay(bench.settings, limit=1))[0] == Replayed(replayed=1)
+    assert (await replay(bench.settings, limit=1))[0] == ReplayCounts(replayed=1)
     assert [each.submission_id for each in (await replay(bench.settings, limit=1))[1]] == ["b"]
     with pytest.raises(ConfigurationError, match="belongs to nobody; nothing was replayed"):
         await replay(bench.settings, Selection(ids={"c", "nobody"}))
-    assert (await replay(bench.settings, Selection(ids={"a", "c"})))[0] == Replayed(replayed=1, before=1)
+    assert (await replay(bench.settings, Selection(ids={"a", "c"})))[0] == ReplayCounts(replayed=1, already_replayed=1)
 
 
-async def test_from_outside(bench: Bench, folder: Path) -> None:
-    await bury(bench, "evil\x1b[31m", reason="forbidden", detail="no\x1b]0;x\a way")
-    await bury(bench, "plain", failed_at=datetime.now(UTC))
+async def test_commands_list_and_replay_dead_letters(bench: Bench, folder: Path) -> None:
+    await publish_dead_letters(bench, "evil\x1b[31m", reason="forbidden", detail="no\x1b]0;x\a way")
+    await publish_dead_letters(bench, "plain", failed_at=datetime.now(UTC))
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     await publisher.publish([OutgoingMessage(bench.settings.dead_letters_stream, b"not ours")])
     await publisher.close()
@@ -326,7 +335,7 @@ async def test_from_outside(bench: Bench, folder: Path) -> None:
     assert (listed.returncode, len(lines)) == (0, 2)
     assert "\x1b" not in listed.stdout.decode()
     assert all(word in lines[0] for word in ("forbidden", "x1", "shop", "s3://uploads/evil", "s/0/1"))
-    assert "1 messages" in listed.stderr.decode()
+    assert "skipped 1 messages" in listed.stderr.decode()
     rows = [json.loads(line) for line in sluice("dead-letters", "list", "--json", folder=folder).stdout.splitlines()]
     assert rows[0].keys() == {
         *("dead_letter", "submission_id", "reason", "detail", "attempts", "source", "failed_at", "tenant", "uri")
@@ -344,12 +353,14 @@ async def test_from_outside(bench: Bench, folder: Path) -> None:
     assert (done.returncode, json.loads(done.stdout)["submission_id"]) == (0, "plain")
     again = sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
     assert (again.returncode, again.stdout) == (0, b"")
-    assert "left alone" in again.stderr.decode()
+    assert "skipped 1 that were replayed before" in again.stderr.decode()
 
 
 @pytest.mark.kafka
-async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
-    """What differs there: positions, headers that are the record's own, and a stream that refuses what is too large."""
+async def test_kafka_replays_to_the_same_partition_and_reports_refused_messages(
+    bench: Bench, kafka_address: str
+) -> None:
+    """Kafka has other positions, headers of the record itself, and refuses messages that are too large."""
     name = f"replay-{uuid.uuid4().hex[:8]}"
     bench.settings = bench.settings.model_copy(
         update={
@@ -363,14 +374,14 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
     await bench.submit(b"not json")
     await bench.settled(2, within_s=90)
     bench.put("kafka-late.jpg")
-    done, back = await replay(bench.settings, Selection(ids={"late"}))
-    assert (done, [each.message.key for each in back]) == (Replayed(replayed=1), [b"k"])
+    counts, replayed = await replay(bench.settings, Selection(ids={"late"}))
+    assert (counts, [each.message.key for each in replayed]) == (ReplayCounts(replayed=1), [b"k"])
     (verdict,), letters = await bench.settled(3, within_s=60)
     assert (verdict.submission_id, len(letters)) == ("late", 2)
     again = [each for each in await bench.read(bench.settings.submissions_stream) if each.key == b"k"]
     assert len({each.source.rpartition("/")[0] for each in again}) == 1, "the same key, so the same partition"
     assert all(dict(producer_headers(each.headers)) == CLOUD_EVENT for each in again)
-    assert (await replay(bench.settings))[0] == Replayed(replayed=1, before=1)
+    assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1, already_replayed=1)
     _, letters = await bench.settled(4, within_s=60)
     assert sorted(each.attempts for each in letters) == [1, 1, 2]
 
@@ -381,7 +392,7 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
     await publisher.publish([small, huge])
     await publisher.publish([small])
     await publisher.close()
-    said: list[str] = []
-    done, _ = await replay(bench.settings, Selection(ids={"huge"}), progress=said.append)
-    assert done == Replayed(replayed=2, refused=1)
-    assert any("is not replayed: Kafka refuses a message of 1200000 bytes" in line for line in said)
+    progress: list[str] = []
+    counts, _ = await replay(bench.settings, Selection(ids={"huge"}), progress=progress.append)
+    assert counts == ReplayCounts(replayed=2, refused=1)
+    assert any("did not replay" in line and "Kafka refuses a message of 1200000 bytes" in line for line in progress)

@@ -1,4 +1,4 @@
-"""Every submission has exactly one end: the matching against a model of it, and the command on real streams."""
+"""Reconciliation: the matching is compared with a simple model, and the command runs on real streams."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ from pipelines.dead_letters.replay import Selection, replay
 from pipelines.intake.crash_isolation import MAX_CRASHES
 from pipelines.reconciliation import reconcile as reconciliation
 from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
-from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, Span, reconcile
+from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, TimeRange, reconcile
 from services.core.messages import DeadLetter
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
@@ -31,29 +31,29 @@ from tests.support.intake_bench import Bench
 
 __all__ = ["folder"]
 
-SETTLED_BEFORE = 5.0
+SETTLED_BEFORE_S = 5.0
 
 
-def occurrence(key: bytes, at: float, counted: bool = True) -> SeenSubmission:
-    return SeenSubmission(key, at, counted, "id", "uri", f"s/{at}")
+def seen(key: bytes, published_at_s: float, in_range: bool = True) -> SeenSubmission:
+    return SeenSubmission(key, published_at_s, in_range, "id", "uri", f"s/{published_at_s}")
 
 
-def end(key: bytes, identity: str, read_first: bool = True) -> SubmissionOutcome:
+def outcome(key: bytes, identity: str, read_first: bool = True) -> SubmissionOutcome:
     return SubmissionOutcome(key, identity, "verdict", False, 0.0, read_first, "id", "uri", "v/0/1", None)
 
 
 KEYS = st.sampled_from([b"a", b"b", b"c"])
-OCCURRENCES = st.lists(st.builds(occurrence, KEYS, st.integers(0, 9).map(float), st.booleans()), max_size=8)
-ENDS = st.lists(st.builds(end, KEYS, st.sampled_from("xyz"), st.booleans()), max_size=8)
+SUBMISSIONS = st.lists(st.builds(seen, KEYS, st.integers(0, 9).map(float), st.booleans()), max_size=8)
+OUTCOMES = st.lists(st.builds(outcome, KEYS, st.sampled_from("xyz"), st.booleans()), max_size=8)
 
 
-def matched(occurrences: Sequence[SeenSubmission], ends: Sequence[SubmissionOutcome]) -> list[ReconciledSubmission]:
-    in_order = (sorted(each, key=lambda one: one.key) for each in (occurrences, ends))
-    return list(match(*in_order, SETTLED_BEFORE))  # type: ignore[arg-type]
+def matched(submissions: Sequence[SeenSubmission], outcomes: Sequence[SubmissionOutcome]) -> list[ReconciledSubmission]:
+    in_order = (sorted(each, key=lambda one: one.key) for each in (submissions, outcomes))
+    return list(match(*in_order, SETTLED_BEFORE_S))  # type: ignore[arg-type]
 
 
 def fewest_conflicts(identities: Sequence[str], explained: int) -> int:
-    """Try every way to choose the ends that the occurrences explain; what is unlike all of them conflicts, once."""
+    """Try every choice of explained outcomes; return the lowest number of different outcomes that are not explained."""
     return min(
         len(set(identities) - set(chosen))
         for chosen in itertools.combinations(identities, min(explained, len(identities)))
@@ -61,82 +61,86 @@ def fewest_conflicts(identities: Sequence[str], explained: int) -> int:
 
 
 class TestMatching:
-    @given(OCCURRENCES, ENDS)
-    def test_as_the_model_has_it(self, occurrences: list[SeenSubmission], ends: list[SubmissionOutcome]) -> None:
-        cases = matched(occurrences, ends)
-        assert len(cases) == len({each.key for each in [*occurrences, *ends]})
+    @given(SUBMISSIONS, OUTCOMES)
+    def test_matching_agrees_with_the_model(
+        self, submissions: list[SeenSubmission], outcomes: list[SubmissionOutcome]
+    ) -> None:
+        cases = matched(submissions, outcomes)
+        assert len(cases) == len({each.key for each in [*submissions, *outcomes]})
         for case in cases:
-            key = (*case.occurrences, *[each for each in ends if each.key not in {o.key for o in occurrences}])[0].key
-            mine = sorted((each for each in occurrences if each.key == key), key=lambda each: each.at)
-            read_first = [each.identity for each in ends if each.key == key and each.read_first]
-            late = [each.identity for each in ends if each.key == key and not each.read_first]
-            assert list(case.occurrences) == mine
+            unmatched = [each for each in outcomes if each.key not in {one.key for one in submissions}]
+            key = (*case.submissions, *unmatched)[0].key
+            mine = sorted((each for each in submissions if each.key == key), key=lambda each: each.published_at_s)
+            read_first = [each.identity for each in outcomes if each.key == key and each.read_first]
+            late = [each.identity for each in outcomes if each.key == key and not each.read_first]
+            assert list(case.submissions) == mine
             without = mine[len(read_first) + len(late) :]
-            counted = [each for each in without if each.counted]
-            assert list(case.lost) == [each for each in counted if each.at < SETTLED_BEFORE]
-            assert case.in_flight == len(counted) - len(case.lost)
+            in_range = [each for each in without if each.in_range]
+            assert list(case.lost) == [each for each in in_range if each.published_at_s < SETTLED_BEFORE_S]
+            assert case.in_flight == len(in_range) - len(case.lost)
             known = read_first + late[: max(0, len(mine) - len(read_first))]
-            assert sorted(each.identity for each in case.ends) == sorted(known) or not mine
-            if any(each.counted for each in mine):
+            assert sorted(each.identity for each in case.outcomes) == sorted(known) or not mine
+            if any(each.in_range for each in mine):
                 assert case.conflicting == fewest_conflicts(known, len(mine))
                 assert case.repeats + case.conflicting == max(0, len(known) - len(mine))
             else:
                 assert (case.repeats, case.conflicting, case.lost, case.in_flight) == (0, 0, (), 0)
 
     @given(st.lists(st.tuples(KEYS, st.integers(0, 4).map(float)), max_size=10))
-    def test_one_end_each_is_all_there_is_to_it(self, submitted: list[tuple[bytes, float]]) -> None:
-        ends = [end(key, f"{key!r} {number}") for number, (key, _) in enumerate(submitted)]
-        for case in matched([occurrence(*each) for each in submitted], ends):
+    def test_one_outcome_for_each_submission_has_no_findings(self, submitted: list[tuple[bytes, float]]) -> None:
+        outcomes = [outcome(key, f"{key!r} {number}") for number, (key, _) in enumerate(submitted)]
+        for case in matched([seen(*each) for each in submitted], outcomes):
             assert (case.lost, case.in_flight, case.repeats, case.conflicting) == ((), 0, 0, 0)
 
     @given(st.lists(st.tuples(KEYS, st.integers(0, 4).map(float)), min_size=1, max_size=10), st.data())
-    def test_one_that_is_missing_is_found(self, submitted: list[tuple[bytes, float]], data: st.DataObject) -> None:
-        gone = data.draw(st.integers(0, len(submitted) - 1))
-        ends = [end(key, "same") for number, (key, _) in enumerate(submitted) if number != gone]
-        cases = matched([occurrence(*each) for each in submitted], ends)
+    def test_missing_outcome_is_lost(self, submitted: list[tuple[bytes, float]], data: st.DataObject) -> None:
+        missing = data.draw(st.integers(0, len(submitted) - 1))
+        outcomes = [outcome(key, "same") for number, (key, _) in enumerate(submitted) if number != missing]
+        cases = matched([seen(*each) for each in submitted], outcomes)
         assert sum(len(case.lost) for case in cases) == 1
-        assert {each.key for case in cases for each in case.lost} == {submitted[gone][0]}
+        assert {each.key for case in cases for each in case.lost} == {submitted[missing][0]}
 
-    def test_a_conflict_that_is_repeated(self) -> None:
-        (case,) = matched([occurrence(b"a", 0)], [end(b"a", identity) for identity in "xxyy"])
+    def test_repeated_conflict_counts_once_as_conflict(self) -> None:
+        (case,) = matched([seen(b"a", 0)], [outcome(b"a", identity) for identity in "xxyy"])
         assert (case.conflicting, case.repeats) == (1, 2)
 
-    def test_a_dead_letter_and_a_verdict(self) -> None:
-        (case,) = matched([occurrence(b"a", 0)], [end(b"a", "verdict"), end(b"a", "dead letter")])
+    def test_dead_letter_and_verdict_conflict_unless_submitted_twice(self) -> None:
+        (case,) = matched([seen(b"a", 0)], [outcome(b"a", "verdict"), outcome(b"a", "dead letter")])
         assert (case.conflicting, case.repeats) == (1, 0)
-        (case,) = matched([occurrence(b"a", 0), occurrence(b"a", 1)], [end(b"a", "verdict"), end(b"a", "dead letter")])
-        assert (case.conflicting, case.repeats) == (0, 0), "submitted again, a dead letter may well become a verdict"
+        (case,) = matched([seen(b"a", 0), seen(b"a", 1)], [outcome(b"a", "verdict"), outcome(b"a", "dead letter")])
+        assert (case.conflicting, case.repeats) == (0, 0), "the second submission may have another outcome"
 
-    def test_what_came_while_reading_fills_gaps_but_is_never_too_much(self) -> None:
-        (case,) = matched([occurrence(b"a", 0)], [end(b"a", "x", read_first=False), end(b"a", "y", read_first=False)])
+    def test_outcomes_read_later_fill_gaps_but_are_never_surplus(self) -> None:
+        (case,) = matched([seen(b"a", 0)], [outcome(b"a", "x", read_first=False), outcome(b"a", "y", read_first=False)])
         assert (case.lost, case.repeats, case.conflicting) == ((), 0, 0)
 
 
-def test_the_sentence() -> None:
-    assert ReconciliationReport().wrong(exactly_once=True) is None
-    assert ReconciliationReport(repeats=2, unexplained=1, in_flight=4).wrong(exactly_once=False) is None
-    assert "2 ends are repeated" in str(ReconciliationReport(repeats=2).wrong(exactly_once=True))
-    assert ReconciliationReport(lost=1200, conflicting=1).wrong(exactly_once=False) == (
-        "1,200 submissions have no end, and 1 ends contradict another end of the same submission"
+def test_failure_names_lost_and_conflicting_and_with_exactly_once_repeats() -> None:
+    assert ReconciliationReport().failure(exactly_once=True) is None
+    assert ReconciliationReport(repeats=2, unexplained=1, in_flight=4).failure(exactly_once=False) is None
+    assert "2 repeated outcomes" in str(ReconciliationReport(repeats=2).failure(exactly_once=True))
+    assert ReconciliationReport(lost=1200, conflicting=1).failure(exactly_once=False) == (
+        "found 1,200 submissions without an outcome, and 1 outcome in conflict with another outcome of the same "
+        "submission; the findings name the submissions"
     )
 
 
 @pytest.mark.parametrize("source", ["", "s", "s/x", "s/1-", "s/" + "9" * 99, "/1", "s/٣x"])
-def test_no_place(source: str) -> None:
-    assert reconciliation._place(source) is None
+def test_text_that_is_no_position_is_rejected(source: str) -> None:
+    assert reconciliation._parse_position(source) is None
 
 
-def test_places_are_in_order() -> None:
+def test_positions_are_ordered_as_numbers() -> None:
     sources = ["s/99-7", "s/100-3", "s/100-12"]
-    assert sorted(sources, key=lambda each: reconciliation._place(each) or ("", ())) == sources
+    assert sorted(sources, key=lambda each: reconciliation._parse_position(each) or ("", ())) == sources
 
 
-async def account(
-    settings: Settings, span: Span | None = None, settle_s: float = 0
+async def reconciled(
+    settings: Settings, time_range: TimeRange | None = None, settle_s: float = 0
 ) -> tuple[ReconciliationReport, list[Finding]]:
     findings: list[Finding] = []
     result = await reconcile(
-        settings, span or Span(), settle_s=settle_s, write=findings.append, progress=lambda _: None
+        settings, time_range or TimeRange(), settle_s=settle_s, write=findings.append, progress=lambda _: None
     )
     return result, findings
 
@@ -176,7 +180,7 @@ def kinds(findings: list[Finding]) -> Counter[tuple[str, str | None]]:
     return Counter((each.finding, each.submission_id) for each in findings)
 
 
-async def test_everything_that_can_come_of_a_submission(bench: Bench) -> None:
+async def test_every_kind_of_submission_has_one_outcome(bench: Bench) -> None:
     await bench.start()
     for key in ("a.jpg", "b.jpg"):
         bench.put(key)
@@ -195,7 +199,7 @@ async def test_everything_that_can_come_of_a_submission(bench: Bench) -> None:
     bench.put("not-there.jpg")
     await replay(bench.settings, Selection(), limit=None, dry_run=False, write=lambda _: None, progress=lambda _: None)
     await bench.settled(17)
-    result, findings = await account(bench.settings)
+    result, findings = await reconciled(bench.settings)
     assert findings == []
     assert result == ReconciliationReport(
         submissions=17,
@@ -203,10 +207,10 @@ async def test_everything_that_can_come_of_a_submission(bench: Bench) -> None:
         dead_letters=Counter(malformed=10, not_found=3),
         ignored=1,
     )
-    assert result.wrong(exactly_once=True) is None
+    assert result.failure(exactly_once=True) is None
 
 
-async def test_a_message_that_was_given_up_whole_ends_all_of_its_submissions(bench: Bench) -> None:
+async def test_dead_letter_of_a_whole_message_is_the_outcome_of_each_record(bench: Bench) -> None:
     records = [
         {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": "uploads"}, "object": {"key": key}}}
         for key in ("a.jpg", "b.jpg")
@@ -219,12 +223,12 @@ async def test_a_message_that_was_given_up_whole_ends_all_of_its_submissions(ben
     )
     await bench.start()
     await bench.settled(1)
-    result, findings = await account(bench.settings)
+    result, findings = await reconciled(bench.settings)
     assert findings == []
     assert result == ReconciliationReport(submissions=3, dead_letters=Counter(guard_failed=3))
 
 
-async def test_lost_and_in_flight(bench: Bench) -> None:
+async def test_submission_without_outcome_is_in_flight_then_lost(bench: Bench) -> None:
     release = asyncio.Event()
 
     async def hold(image: PreparedImage, detail: Detail) -> Assessment:
@@ -235,17 +239,17 @@ async def test_lost_and_in_flight(bench: Bench) -> None:
     await bench.start()
     bench.put("held.jpg")
     await bench.submit({"id": "held", "uri": "s3://uploads/held.jpg"})
-    assert (await account(bench.settings, settle_s=60))[0] == ReconciliationReport(submissions=1, in_flight=1)
-    result, (finding,) = await account(bench.settings)
+    assert (await reconciled(bench.settings, settle_s=60))[0] == ReconciliationReport(submissions=1, in_flight=1)
+    result, (finding,) = await reconciled(bench.settings)
     assert (result.lost, finding.finding, finding.submission_id) == (1, "lost", "held")
     assert finding.source is not None
     assert finding.source.startswith(bench.settings.submissions_stream)
     release.set()
     await bench.settled(1)
-    assert (await account(bench.settings))[0].lost == 0
+    assert (await reconciled(bench.settings))[0].lost == 0
 
 
-async def test_repeats_conflicts_and_what_nobody_asked_for(bench: Bench) -> None:
+async def test_repeated_conflicting_and_unexplained_outcomes_are_found(bench: Bench) -> None:
     settings = bench.settings
     await publish(settings, *(submission(settings, name) for name in ("once", "twice", "two", "both", "none")))
     await publish(
@@ -259,7 +263,7 @@ async def test_repeats_conflicts_and_what_nobody_asked_for(bench: Bench) -> None
         OutgoingMessage(settings.verdicts_stream, b"[1]"),
         OutgoingMessage(settings.dead_letters_stream, b"not one of Sluice's"),
     )
-    result, findings = await account(settings)
+    result, findings = await reconciled(settings)
     assert kinds(findings) == {
         ("lost", "none"): 1,
         ("repeats", "twice"): 1,
@@ -275,7 +279,7 @@ async def test_repeats_conflicts_and_what_nobody_asked_for(bench: Bench) -> None
     assert set(both.ends) == {"verdict v", "dead letter not_found of s/0/0"}
 
 
-async def test_a_range(bench: Bench) -> None:
+async def test_range_limits_the_submissions_that_are_reconciled(bench: Bench) -> None:
     settings = bench.settings
     await publish(settings, *(submission(settings, name) for name in ("before", "slow")))
     await asyncio.sleep(0.05)
@@ -288,29 +292,31 @@ async def test_a_range(bench: Bench) -> None:
     until = datetime.now(UTC)
     await asyncio.sleep(0.05)
     await publish(settings, verdict(settings, "late"), submission(settings, "after"), verdict(settings, "unknown"))
-    result, findings = await account(settings, Span(since, until))
+    result, findings = await reconciled(settings, TimeRange(since, until))
     assert (result.submissions, result.verdicts, result.outside) == (3, Counter(verdict=2), 2)
     assert kinds(findings) == {("lost", "lost"): 1}
-    assert (await account(settings, Span(since=datetime.now(UTC) + timedelta(hours=2))))[0] == ReconciliationReport()
-    everything, _ = await account(settings)
+    assert (await reconciled(settings, TimeRange(since=datetime.now(UTC) + timedelta(hours=2))))[
+        0
+    ] == ReconciliationReport()
+    everything, _ = await reconciled(settings)
     assert (everything.submissions, everything.lost, everything.unexplained) == (6, 3, 1)
 
 
-async def test_ends_whose_submissions_the_stream_has_dropped(bench: Bench) -> None:
+async def test_outcomes_of_submissions_dropped_by_the_stream_are_outside(bench: Bench) -> None:
     settings = bench.settings
     await publish(settings, submission(settings, "first"), verdict(settings, "first"))
     begin = f"{settings.submissions_stream}/1-0"
     await publish(settings, dead_letter(settings, "dropped", begin), dead_letter(settings, "forged", "nonsense"))
-    result, findings = await account(settings)
+    result, findings = await reconciled(settings)
     assert kinds(findings) == {("unexplained", "forged"): 1}
     assert (result.outside, result.unexplained) == (1, 1)
 
 
-async def test_a_service_that_goes_on_while_it_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two readings, submissions come and end: nothing of that is a finding."""
+async def test_running_service_causes_no_findings(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish submissions and verdicts between the passes of the command."""
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), submission(settings, "b"))
-    read = reconciliation._Reading.read_submissions
+    read = reconciliation._StreamCollector.collect_submissions
 
     async def meanwhile(self: Any) -> None:
         await publish(settings, submission(settings, "c"), verdict(settings, "c"))
@@ -318,12 +324,12 @@ async def test_a_service_that_goes_on_while_it_is_read(bench: Bench, monkeypatch
         await publish(settings, verdict(settings, "b"), verdict(settings, "c"), submission(settings, "d"))
         await publish(settings, verdict(settings, "d"))
 
-    monkeypatch.setattr(reconciliation._Reading, "read_submissions", meanwhile)
-    result, findings = await account(settings)
+    monkeypatch.setattr(reconciliation._StreamCollector, "collect_submissions", meanwhile)
+    result, findings = await reconciled(settings)
     assert (result, findings) == (ReconciliationReport(submissions=3, verdicts=Counter(verdict=3)), [])
 
 
-async def test_from_outside(bench: Bench, folder: Path) -> None:
+async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: Bench, folder: Path) -> None:
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), verdict(settings, "a"))
     fine = sluice("reconcile", "--settle-s", "0", "--json", folder=folder)
@@ -350,7 +356,9 @@ async def test_from_outside(bench: Bench, folder: Path) -> None:
     assert (young.returncode, "in flight 1" in young.stdout.decode()) == (0, True)
     lost = sluice("reconcile", "--settle-s", "0", folder=folder)
     assert lost.returncode == 1
-    assert lost.stderr.decode().splitlines()[-1] == "sluice: 1 submissions have no end"
+    assert lost.stderr.decode().splitlines()[-1] == (
+        "sluice: found 1 submission without an outcome; the findings name the submissions"
+    )
     assert "\x1b" not in lost.stdout.decode()
     assert "lost " in lost.stdout.decode().splitlines()[0]
     once = sluice("reconcile", folder=folder, SLUICE_DELIVERY="exactly_once")
@@ -358,8 +366,8 @@ async def test_from_outside(bench: Bench, folder: Path) -> None:
 
 
 @pytest.mark.kafka
-async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
-    """Several partitions, and topics that are missing."""
+async def test_kafka_partitions_and_missing_topics_are_reconciled(bench: Bench, kafka_address: str) -> None:
+    """Several partitions, and topics that do not exist yet."""
     name = f"reconcile-{uuid.uuid4().hex[:8]}"
     settings = bench.settings = bench.settings.model_copy(
         update={
@@ -369,18 +377,18 @@ async def test_on_kafka(bench: Bench, kafka_address: str) -> None:
             "backfill_stream": f"{name}.backfill",
         }
     )
-    assert (await account(settings))[0] == ReconciliationReport()
+    assert (await reconciled(settings))[0] == ReconciliationReport()
     names = [f"n-{number}" for number in range(30)]
     await publish(settings, *(submission(settings, each) for each in names))
     await publish(settings, OutgoingMessage(settings.submissions_stream, b"not json", b"k"))
     intake = await bench.start()
     await bench.settled(31, within_s=90)
     await intake.drain()
-    result, findings = await account(settings)
+    result, findings = await reconciled(settings)
     assert (result, findings) == (
         ReconciliationReport(submissions=31, dead_letters=Counter(not_found=30, malformed=1)),
         [],
     )
     await publish(settings, dead_letter(settings, "n-3"), submission(settings, "lost"), verdict(settings, "stray"))
-    _, findings = await account(settings)
+    _, findings = await reconciled(settings)
     assert kinds(findings) == {("conflicting", "n-3"): 1, ("lost", "lost"): 1, ("unexplained", "stray"): 1}
