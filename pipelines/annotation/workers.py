@@ -95,19 +95,8 @@ class JudgeWorker:
 
 
 async def _kept(work: Callable[..., T], *arguments: Any) -> T:
-    """Read or write a file of the run; wait a while for a store that is away, and then say so."""
-    away: StoreUnavailable | None = None
-
-    async def attempt() -> T:
-        nonlocal away
-        try:
-            return await asyncio.to_thread(work, *arguments)
-        except StoreUnavailable as error:
-            away = error
-            raise
-
+    """Read or write a file of the run. Retries for a while if the store is unavailable."""
     try:
-        async with asyncio.timeout(_STORE_PATIENCE_S):
-            return await retry_while_unavailable(attempt)
+        return await retry_while_unavailable(lambda: asyncio.to_thread(work, *arguments), within_s=_STORE_PATIENCE_S)
     except TimeoutError:
-        raise away or StoreUnavailable("the object store does not answer") from None
+        raise StoreUnavailable("the object store does not answer") from None

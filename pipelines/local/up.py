@@ -30,6 +30,7 @@ from pipelines.serving.names import APPLICATION, GATEWAY, INTAKE
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
 from services.core.processes import kill_descendants, kill_descendants_on_exit
+from services.core.retry import retry_blocking
 from services.core.settings import Settings
 from services.gateway.api_keys import KeyRegistry
 from services.guard import checkpoints
@@ -181,14 +182,10 @@ def _wait_for_any(addresses: list[tuple[str, int]], setting: str) -> None:
 
 
 def _publish_built_in(settings: Settings) -> None:
-    deadline = time.monotonic() + _REACH_S
-    while True:
-        try:
-            return PolicyRegistry.from_settings(settings).publish_built_in()
-        except PolicyUnavailable as error:
-            if time.monotonic() > deadline:
-                raise ConfigurationError(str(error)) from error
-            time.sleep(1)
+    try:
+        retry_blocking(PolicyRegistry.from_settings(settings).publish_built_in, within_s=_REACH_S)
+    except PolicyUnavailable as error:
+        raise ConfigurationError(str(error)) from error
 
 
 @contextmanager

@@ -1,18 +1,16 @@
 """The application as `serve deploy` and KubeRay build it: `pipelines.serving.build:build`, with typed arguments."""
 
-from collections.abc import Callable
 from typing import Final
 
 from pydantic_settings import SettingsConfigDict
 from ray.serve import Application
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from pipelines.autoscaling import serve_config
 from pipelines.serving.app import application
 from pipelines.serving.names import APPLICATION
-from services.core.errors import PolicyUnavailable
+from services.core.retry import retry_blocking
 from services.core.settings import Settings, require
 from services.policies.registry import PolicyRegistry
 
@@ -44,7 +42,7 @@ def build(arguments: Arguments) -> Application:
     require(arguments)
     gpus = _GUARD_GPUS if arguments.guard_gpus is None else arguments.guard_gpus
     built = application(arguments, guard_gpus=gpus)
-    _retry_while_unavailable(PolicyRegistry.from_settings(arguments).publish_built_in)
+    retry_blocking(PolicyRegistry.from_settings(arguments).publish_built_in, within_s=_POLICY_BUCKET_DEADLINE_S)
     return built
 
 
@@ -65,12 +63,3 @@ def deployment_plan(settings: Settings) -> ServeDeploySchema:
             )
         ],
     )
-
-
-def _retry_while_unavailable(step: Callable[[], None]) -> None:
-    Retrying(
-        retry=retry_if_exception_type(PolicyUnavailable),
-        stop=stop_after_delay(_POLICY_BUCKET_DEADLINE_S),
-        wait=wait_fixed(1),
-        reraise=True,
-    )(step)

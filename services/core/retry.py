@@ -1,36 +1,35 @@
-"""How long to try, and when to give up: waiting for what is away, without making an outage worse."""
+"""Retries: how long to wait between tries, how many retries a process makes, and how many failures are accepted."""
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from services.core import telemetry
 from services.core.errors import Unavailable
 
-_LONGEST_WAIT_S: Final = 10.0
+_FIRST_BACKOFF_S: Final = 0.1
+_MAX_WAIT_S: Final = 10.0
+_MAX_BLOCKING_WAIT_S: Final = 1.0
 _RETRIES_PER_S: Final = 10.0
-_RETRIES_AT_ONCE: Final = 50.0
-_GIVE_UPS_PER_SUCCESS: Final = 0.02
-_GIVE_UPS_AT_ONCE: Final = 10.0
+_RETRIES_BURST: Final = 50.0
+_FAILURES_PER_SUCCESS: Final = 0.02
+_FAILURES_BURST: Final = 10.0
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class RetryBudget:
-    """A process' tries after the first ones, all steps together: so many a second, whoever makes them.
-
-    Those over it wait longer; nothing fails because of it.
-    """
+    """Limits the retries a second of a whole process, over all its steps. Retries above the limit wait longer."""
 
     def __init__(
         self,
         per_s: float = _RETRIES_PER_S,
-        at_once: float = _RETRIES_AT_ONCE,
+        at_once: float = _RETRIES_BURST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._per_s = per_s
@@ -40,7 +39,7 @@ class RetryBudget:
         self._seen_at = clock()
 
     def wait_s(self) -> float:
-        """Take one retry; the seconds to wait before it may be made."""
+        """Take one retry. Returns the seconds to wait before it."""
         now = self._clock()
         self._left = min(self._at_once, self._left + (now - self._seen_at) * self._per_s)
         self._seen_at = now
@@ -49,14 +48,14 @@ class RetryBudget:
 
 
 class FailureBudget:
-    """Whether a submission may be given up, so that an outage never empties a stream into the dead letters.
+    """How many submissions may fail for now. It keeps an outage from turning a whole stream into dead letters.
 
-    Each success earns a fiftieth of a give-up, ten at most are saved, and there are none at the start: a small share
-    of all, a small number in a row, and none while nothing succeeds.
+    Each success earns `per_success` of a failure, and at most `at_once` failures are saved. By default the budget
+    starts empty. So failures are a small share of all submissions, few in a row, and none while nothing succeeds.
     """
 
     def __init__(
-        self, per_success: float = _GIVE_UPS_PER_SUCCESS, at_once: float = _GIVE_UPS_AT_ONCE, left: float = 0.0
+        self, per_success: float = _FAILURES_PER_SUCCESS, at_once: float = _FAILURES_BURST, left: float = 0.0
     ) -> None:
         self._per_success = per_success
         self._at_once = at_once
@@ -67,25 +66,64 @@ class FailureBudget:
         self._left = min(self._at_once, self._left + self._per_success)
 
     def take(self) -> bool:
-        """Take one give-up, if there is one."""
+        """Take one failure from the budget. Returns False if the budget is empty."""
         if self._left < 1:
             return False
         self._left -= 1
         return True
 
 
+def backoff(max_s: float) -> Iterator[float]:
+    """Seconds to wait before each retry, without end: doubling up to `max_s`, with jitter."""
+    ceiling = _FIRST_BACKOFF_S
+    while True:
+        yield random.uniform(ceiling / 2, ceiling)
+        ceiling = min(max_s, ceiling * 2)
+
+
 _PROCESS_BUDGET: Final = RetryBudget()
 
 
-async def retry_while_unavailable(step: Callable[[], Awaitable[T]], budget: RetryBudget = _PROCESS_BUDGET) -> T:
-    """Repeat `step` with full jitter, up to 10 s apart, for as long as something it needs is away."""
+def retry_blocking(step: Callable[[], T], *, within_s: float) -> T:
+    """Repeat `step` while it raises `Unavailable`, at most 1 s apart. Blocks; for use at the start of a process.
+
+    Raises:
+        Unavailable: from the last try, `within_s` seconds after the first one.
+    """
+    deadline = time.monotonic() + within_s
+    for delay in backoff(_MAX_BLOCKING_WAIT_S):
+        try:
+            return step()
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(delay)
+    raise AssertionError
+
+
+async def retry_while_unavailable(
+    step: Callable[[], Awaitable[T]], budget: RetryBudget = _PROCESS_BUDGET, *, within_s: float | None = None
+) -> T:
+    """Repeat `step` while it raises `Unavailable`, with full jitter and at most 10 s apart.
+
+    Raises:
+        Unavailable: from the last try, `within_s` seconds after the first one.
+        TimeoutError: the same, if no try has ended.
+    """
+    from services.core import telemetry  # noqa: PLC0415 - it loads Ray, which commands that use `backoff` do without
+
+    last: Unavailable | None = None
 
     def count(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         telemetry.count_retry(error)
-        log.log(logging.WARNING if state.attempt_number == 3 else logging.DEBUG, "waiting: %s", error)
+        log.log(
+            logging.WARNING if state.attempt_number == 3 else logging.DEBUG,
+            "a backend is unavailable, retrying: %s",
+            error,
+        )
 
-    full_jitter = wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_S)
+    full_jitter = wait_random_exponential(multiplier=0.2, max=_MAX_WAIT_S)
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(Unavailable),
         wait=lambda state: max(full_jitter(state), budget.wait_s()),
@@ -94,7 +132,20 @@ async def retry_while_unavailable(step: Callable[[], Awaitable[T]], budget: Retr
         reraise=True,
     )
 
+    # tenacity awaits coroutine functions only, not other callables that return an awaitable.
     async def attempt() -> T:
-        return await step()  # tenacity awaits coroutine functions only, not whatever returns an awaitable
+        nonlocal last
+        try:
+            return await step()
+        except Unavailable as error:
+            last = error
+            raise
 
-    return await retrying(attempt)
+    deadline = asyncio.timeout(within_s)
+    try:
+        async with deadline:
+            return await retrying(attempt)
+    except TimeoutError:
+        if last is None or not deadline.expired():
+            raise
+        raise last from None

@@ -1,11 +1,14 @@
-"""Retries do not multiply an outage, and an outage does not empty a stream into the dead letters."""
+"""Retries stay below a rate, and failures are limited while nothing succeeds."""
+
+import asyncio
+from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import NotFound, StoreUnavailable
-from services.core.retry import FailureBudget, RetryBudget, retry_while_unavailable
+from services.core.retry import FailureBudget, RetryBudget, backoff, retry_blocking, retry_while_unavailable
 
 
 class Clock:
@@ -17,7 +20,7 @@ class Clock:
 
 
 @given(st.lists(st.floats(0, 0.05), min_size=100, max_size=400))
-def test_retries_are_spread_to_the_rate(gaps: list[float]) -> None:
+def test_retry_budget_many_retries_are_spread_to_the_rate(gaps: list[float]) -> None:
     clock = Clock()
     budget = RetryBudget(per_s=10, at_once=5, clock=clock)
     made = []
@@ -26,39 +29,72 @@ def test_retries_are_spread_to_the_rate(gaps: list[float]) -> None:
         made.append(clock.now + budget.wait_s())
     for start in made:
         within = sum(start <= at < start + 1 for at in made)
-        assert within <= 10 + 5 + 1, "the rate, and what was saved"
+        assert within <= 10 + 5 + 1, "more than the rate and the burst"
 
 
 @given(st.lists(st.booleans(), max_size=2000))
-def test_give_ups_are_a_small_share_and_none_without_success(succeeded: list[bool]) -> None:
-    give_ups = FailureBudget(per_success=0.02, at_once=10)
-    given_up = successes = in_a_row = 0
+def test_failure_budget_allows_small_share_and_none_without_success(succeeded: list[bool]) -> None:
+    budget = FailureBudget(per_success=0.02, at_once=10)
+    failures = successes = in_a_row = 0
     for success in succeeded:
         if success:
-            give_ups.succeeded()
+            budget.succeeded()
             successes += 1
             in_a_row = 0
-        elif give_ups.take():
-            given_up += 1
+        elif budget.take():
+            failures += 1
             in_a_row += 1
-        assert given_up <= successes * 0.02 + 1e-6
+        assert failures <= successes * 0.02 + 1e-6
         assert in_a_row <= 10
 
 
-async def test_what_is_away_is_waited_for_and_what_never_comes_is_not() -> None:
+async def test_retry_while_unavailable_retries_unavailable_and_raises_others() -> None:
     tries = 0
 
-    async def away_twice() -> str:
+    async def unavailable_twice() -> str:
         nonlocal tries
         tries += 1
         if tries < 3:
-            raise StoreUnavailable("away")
-        return "here"
+            raise StoreUnavailable("S3 does not answer")
+        return "answer"
 
-    assert await retry_while_unavailable(away_twice) == "here"
+    assert await retry_while_unavailable(unavailable_twice) == "answer"
 
-    async def gone() -> None:
-        raise NotFound("gone")
+    async def not_found() -> None:
+        raise NotFound("no such object")
 
     with pytest.raises(NotFound):
-        await retry_while_unavailable(gone)
+        await retry_while_unavailable(not_found)
+
+
+@given(st.floats(0.1, 60))
+def test_backoff_doubles_up_to_the_maximum_with_jitter(max_s: float) -> None:
+    ceilings = [min(max_s, 0.1 * 2**number) for number in range(16)]
+    for delay, ceiling in zip(islice(backoff(max_s), 16), ceilings, strict=True):
+        assert ceiling / 2 <= delay <= ceiling
+
+
+async def test_retry_while_unavailable_after_deadline_raises_last_error() -> None:
+    async def unavailable() -> None:
+        raise StoreUnavailable("S3 does not answer")
+
+    with pytest.raises(StoreUnavailable):
+        await retry_while_unavailable(unavailable, within_s=0.3)
+
+
+async def test_retry_while_unavailable_hanging_step_times_out() -> None:
+    with pytest.raises(TimeoutError):
+        await retry_while_unavailable(asyncio.Event().wait, within_s=0.1)
+
+
+def test_retry_blocking_retries_until_deadline() -> None:
+    tries = 0
+
+    def unavailable() -> None:
+        nonlocal tries
+        tries += 1
+        raise StoreUnavailable("S3 does not answer")
+
+    with pytest.raises(StoreUnavailable):
+        retry_blocking(unavailable, within_s=0.3)
+    assert tries >= 3

@@ -2,9 +2,8 @@
 
 import contextlib
 import logging
-import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ import kafka
 from kafka import errors
 
 from services.core.errors import ConfigurationError, StreamUnavailable
+from services.core.retry import backoff
 from services.streams.base import Message
 from services.streams.config import StreamConfig
 from services.streams.kafka.compat import patch_header_decoding
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 CONNECT_S: Final = 15.0
 """How long opening waits for a broker before it gives up."""
+
+MAX_BACKOFF_S: Final = 5.0
+"""The longest pause between tries while the brokers are unavailable."""
 
 _DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
 """A dead letter is a whole original message (up to 1 MiB by default) and its headers."""
@@ -133,7 +136,7 @@ def ensure_topics(config: StreamConfig, admin: Any) -> None:
         config.dead_letters_stream: {"max.message.bytes": str(_DEAD_LETTER_LIMIT_BYTES)},
     }
     deadline = time.monotonic() + CONNECT_S
-    for delay in backoff():
+    for delay in backoff(MAX_BACKOFF_S):
         try:
             _create_missing(config.kafka_partitions, wanted, admin)
         except (errors.RetriableError, errors.InvalidReplicationFactorError, OSError) as error:
@@ -168,14 +171,6 @@ def as_message(record: Any, token: Any = None) -> Message:
         timestamp=datetime.fromtimestamp(max(0, record.timestamp or 0) / 1000, UTC),
         token=token,
     )
-
-
-def backoff(longest_s: float = 5.0) -> Iterator[float]:
-    """Seconds to wait before each new try: growing, with jitter, endless."""
-    ceiling = 0.1
-    while True:
-        yield random.uniform(ceiling / 2, ceiling)
-        ceiling = min(longest_s, ceiling * 2)
 
 
 def close_producer(producer: Any, timeout_s: float) -> None:

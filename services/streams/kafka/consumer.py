@@ -22,10 +22,11 @@ from kafka import errors
 from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, NotOwned
+from services.core.retry import backoff
 from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.kafka import compat, rebalance
-from services.streams.kafka.client import as_message, backoff, connect, ensure_topics
+from services.streams.kafka.client import MAX_BACKOFF_S, as_message, connect, ensure_topics
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
 from services.streams.kafka.offsets import OffsetTracker, SettleResult
@@ -171,7 +172,7 @@ class KafkaGroupConsumer:
         assert self._sender is not None
         token: MessageToken = message.token
         pending = list(records)
-        for delay in backoff():
+        for delay in backoff(MAX_BACKOFF_S):
             if not token.tracker.holds(token.offset):
                 raise NotOwned(f"{message.source} belongs to another member by now.")
             pending = await self._sender.send(pending)
@@ -219,7 +220,7 @@ class KafkaGroupConsumer:
     # ---- the poll thread
 
     def _run(self) -> None:
-        delays = backoff()
+        delays = backoff(MAX_BACKOFF_S)
         failing_since: float | None = None
         while not self._closing.is_set():
             try:
@@ -230,7 +231,7 @@ class KafkaGroupConsumer:
                     self._suspect = False
                 self._poll_once()
                 if failing_since is not None:
-                    delays, failing_since = backoff(), None
+                    delays, failing_since = backoff(MAX_BACKOFF_S), None
             except errors.FencedInstanceIdError:
                 self.on_fenced()
                 failing_since = failing_since or time.monotonic()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from services.core.errors import ConfigurationError, NotOwned
+from services.core.retry import backoff
 from services.streams.base import OutgoingMessage
-from services.streams.kafka.client import backoff
 from services.streams.kafka.offsets import CommittableBatch, OffsetTracker, SettleResult
 from services.streams.kafka.transactions import CommitOutcome, Transactions
 

@@ -3,9 +3,8 @@
 import asyncio
 import base64
 import json
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -16,11 +15,15 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
 from services.core.errors import ConfigurationError, StreamUnavailable
+from services.core.retry import backoff
 from services.streams.base import Headers, Message, OutgoingMessage
 from services.streams.config import StreamConfig
 
 CONNECT_S: Final = 15.0
 """How long opening waits for the server before it gives up."""
+
+MAX_BACKOFF_S: Final = 2.0
+"""The longest pause between tries while the server is unavailable."""
 
 _ANSWER_S: Final = 10.0
 """A server that is silent for longer, blocking reads aside, counts as gone."""
@@ -53,14 +56,6 @@ def is_missing_group(error: BaseException) -> bool:
     """Whether the stream or its group is gone: the server lost its data, or someone deleted them."""
     text = str(error)
     return isinstance(error, exceptions.ResponseError) and ("NOGROUP" in text or "no such key" in text)
-
-
-def backoff(longest_s: float = 2.0) -> Iterator[float]:
-    """Seconds to wait before each new try: growing, with jitter, endless."""
-    ceiling = 0.1
-    while True:
-        yield random.uniform(ceiling / 2, ceiling)
-        ceiling = min(longest_s, ceiling * 2)
 
 
 def make_client(url: str, *, connections: int) -> "Redis":
@@ -200,7 +195,7 @@ async def connect(client: Redis) -> None:
         ConfigurationError: it refuses the credentials.
     """
     deadline = time.monotonic() + CONNECT_S
-    for delay in backoff():
+    for delay in backoff(MAX_BACKOFF_S):
         try:
             await client.ping()
         except (exceptions.RedisError, OSError) as error:

@@ -20,12 +20,13 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from services.core.errors import NotOwned
+from services.core.retry import backoff
 from services.core.tasks import cancel_and_wait
 from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.redis import scripts
 from services.streams.redis.client import (
-    backoff,
+    MAX_BACKOFF_S,
     connect,
     connections_for,
     fields_of,
@@ -105,12 +106,12 @@ class RedisGroupConsumer:
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
         """Abandoned entries first, then new ones, each in the order of their ids."""
         deadline = time.monotonic() + timeout_s
-        delays = backoff()
+        delays = backoff(MAX_BACKOFF_S)
         while True:
             remaining = deadline - time.monotonic()
             try:
                 batch = await self._abandoned(limit) or await self._new(limit, remaining)
-                delays = backoff()
+                delays = backoff(MAX_BACKOFF_S)
             except Exception as error:  # noqa: BLE001 - whatever happened, the member goes on; _recover logs it
                 await self._recover(error)
                 batch = []
@@ -130,7 +131,7 @@ class RedisGroupConsumer:
         if message.token not in self._held:
             raise NotOwned(f"{message.source} belongs to another member by now.")
         unsure = False
-        for delay in backoff():
+        for delay in backoff(MAX_BACKOFF_S):
             if self._closed:
                 raise NotOwned(f"{message.source} went to the other members when this one left.")
             try:
@@ -203,7 +204,7 @@ class RedisGroupConsumer:
     # ---- staying a member
 
     async def _beat(self) -> None:
-        delays = backoff()
+        delays = backoff(MAX_BACKOFF_S)
         while True:
             await asyncio.sleep(self._claim_idle_ms / 3000)
             while True:
@@ -212,7 +213,7 @@ class RedisGroupConsumer:
                     if time.monotonic() >= self._next_trim:
                         self._next_trim = time.monotonic() + _TRIM_S
                         await self._clean()
-                    delays = backoff()
+                    delays = backoff(MAX_BACKOFF_S)
                     break
                 except Exception as error:  # noqa: BLE001 - the heartbeat must not end; _recover logs it
                     await self._recover(error)
