@@ -39,7 +39,8 @@ from ray.serve._private.utils import compress_metric_report, decompress_metric_r
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from pipelines.autoscaling import serve_config as elastic
-from pipelines.autoscaling.serve_policy import ReplicaBounds, serve_options
+from pipelines.autoscaling.decision import ReplicaBounds
+from pipelines.autoscaling.serve_config import autoscaling_config
 from pipelines.autoscaling.simulation.run import SimulatedDay
 from services.streams.base import Lag
 
@@ -103,8 +104,8 @@ class Controller:
         self.targets = {GUARD: GUARDS, INTAKE: MEMBERS}
         self.replicas = {each: [ReplicaID(str(n), each) for n in range(count)] for each, count in self.targets.items()}
         guard, intake = (
-            serve_options(ReplicaBounds(0, 500), CALLS_REPORT_S),
-            serve_options(ReplicaBounds(1, PARTITIONS), elastic.REPORT_S),
+            autoscaling_config(ReplicaBounds(0, 500), CALLS_REPORT_S),
+            autoscaling_config(ReplicaBounds(1, PARTITIONS), elastic.REPORT_S),
         )
         for deployment, options in ((GUARD, guard), (INTAKE, intake)):
             config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options))

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from benchmarks.scaling_oracle import Schedule, cheapest
-from pipelines.autoscaling.serve_policy import Rules
+from pipelines.autoscaling.decision import Rules
 from pipelines.autoscaling.simulation.cluster import Cluster
 from pipelines.autoscaling.simulation.load import WARM_UP_S, Load, draw
 from pipelines.autoscaling.simulation.run import SimulatedDay, run

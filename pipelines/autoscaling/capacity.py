@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
-from pipelines.autoscaling.serve_policy import Rules
+from pipelines.autoscaling.decision import INTAKE_OVERSUBSCRIPTION, Rules
 from pipelines.autoscaling.simulation.cluster import Cluster
 from pipelines.autoscaling.simulation.load import Load, draw
 from pipelines.autoscaling.simulation.run import run
@@ -31,7 +31,6 @@ PROMPT_TOKENS: Final = 1129
 """LlavaGuard's default policy."""
 ANSWER_TOKENS: Final = 23.5
 """20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
-_FEED: Final = 1.25
 _PARTITIONS_PER_MEMBER: Final = 2
 _FEWEST_PARTITIONS: Final = 6
 _SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "day": 86_400}
@@ -127,7 +126,7 @@ def plan(
             f"{card.bandwidth_gb_per_s:g} GB/s" + (f", {SPREAD_SHARE:.0%} of both over {spread} GPUs" * (spread > 1))
         )
     replicas = max(1, math.ceil(round(rate / (1 - rules.headroom) / replica_rate, 6)))
-    members = max(1, math.ceil(_FEED * replicas * rules.guard_in_flight / rules.intake_in_flight))
+    members = max(1, math.ceil(INTAKE_OVERSUBSCRIPTION * replicas * rules.guard_in_flight / rules.intake_in_flight))
     notes = []
     if objective_s < rules.start_s:
         notes.append(

@@ -6,7 +6,7 @@ They do where `guard_max_replicas` is set; else both deployments have as many re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pipelines.autoscaling.serve_policy import ReplicaBounds, serve_options
+from pipelines.autoscaling.decision import ReplicaBounds
 from services.core.settings import Settings
 from services.core.values import Priority
 from services.streams.base import Lag
@@ -35,7 +35,7 @@ def guard_replicas(settings: Settings) -> dict[str, Any]:
     # Whoever asks the gateway waits for the answer, and a guard needs minutes to start.
     least = max(settings.guard_min_replicas, 1 if settings.gateway_replicas else 0)
     return {
-        "autoscaling_config": serve_options(
+        "autoscaling_config": autoscaling_config(
             ReplicaBounds(min(least, settings.guard_max_replicas), settings.guard_max_replicas)
         ),
         "max_surge_percent": _SURGE_PERCENT,
@@ -87,6 +87,20 @@ def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
     return reported
 
 
+def autoscaling_config(bounds: ReplicaBounds, report_s: float = 10.0) -> dict[str, float]:
+    """The `autoscaling_config` of a deployment that `BacklogScaling` decides about; it reports every `report_s`."""
+    return {
+        "min_replicas": bounds.minimum,
+        "max_replicas": bounds.maximum,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "downscale_to_zero_delay_s": 0,
+        # Deprecated for an environment variable that Serve 2.60 defines and does not read.
+        "metrics_interval_s": report_s,
+        "look_back_period_s": 1.2 * report_s,  # Serve wants more than the interval; the newest point is all that counts
+    }
+
+
 def _reporting(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
     """Of a deployment that calls the guard. Where nodes have labels, it never takes the CPU beside a GPU: no guard
     could start there, and the node would never go.
@@ -94,7 +108,7 @@ def _reporting(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
     resources: dict[str, Any] = {"num_cpus": 1, "label_selector": {"sluice.io/role": "!guard"}}
     if not is_autoscaled(settings):
         return {"num_replicas": bounds.minimum, "ray_actor_options": resources}
-    return {"autoscaling_config": serve_options(bounds, REPORT_S), "ray_actor_options": resources}
+    return {"autoscaling_config": autoscaling_config(bounds, REPORT_S), "ray_actor_options": resources}
 
 
 def _most_intake(settings: Settings) -> int:

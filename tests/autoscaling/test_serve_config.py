@@ -7,7 +7,8 @@ import pytest
 from ray.serve.config import AutoscalingConfig
 
 from pipelines.autoscaling import serve_config as elastic
-from pipelines.autoscaling.serve_policy import BacklogScaling, Rules
+from pipelines.autoscaling.decision import Rules
+from pipelines.autoscaling.serve_policy import BacklogScaling
 from pipelines.serving.build import Arguments, deployment_plan
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling_oracle import cheapest
-from pipelines.autoscaling.serve_policy import Rules
+from pipelines.autoscaling.decision import Rules
 from pipelines.autoscaling.simulation.cluster import Cluster, SimulatedFleet
 from pipelines.autoscaling.simulation.load import DAY_S, WARM_UP_S, Load, draw
 from pipelines.autoscaling.simulation.run import run, weighted_percentile

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.autoscaling.decision import INTAKE_OVERSUBSCRIPTION
 from pipelines.autoscaling.simulation.cluster import Cluster, SimulatedFleet
 from pipelines.autoscaling.simulation.load import WARM_UP_S, Counts
 from pipelines.autoscaling.simulation.scalers import Scaler, View
 
 _METRICS_S = 2
 """How old the numbers are that a scaler sees."""
-_FEED = 1.25
-"""Intake has so many times the places of the largest guard: a member less is nobody's bottleneck."""
 MINUTE_S = 60
 
 
@@ -56,7 +55,7 @@ def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> Simula
     settled = np.zeros(seconds + 1)
     replicas, target = np.zeros(seconds, np.int64), np.zeros(seconds, np.int64)
     published = np.concatenate([[0], np.cumsum(arrivals)]).astype(float)
-    places_most = _FEED * cluster.max_replicas * cluster.guard_in_flight
+    places_most = INTAKE_OVERSUBSCRIPTION * cluster.max_replicas * cluster.guard_in_flight
     held = places_most if scaler.members is None else scaler.members * cluster.intake_in_flight
     fed = held // cluster.guard_in_flight
     seen = (0, 0.0, 0.0, 0.0)

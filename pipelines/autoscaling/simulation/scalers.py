@@ -5,7 +5,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipelines.autoscaling import serve_policy as scaling
+from pipelines.autoscaling.decision import Backlog, ReplicaBounds, ReplicaCounts, Rules, decide
+from pipelines.autoscaling.measurements import Measurements, Reading
 from pipelines.autoscaling.simulation.cluster import Cluster
 
 
@@ -46,20 +47,20 @@ class Sluice:
     every_s: int = 2
     members: int | None = None
 
-    def __init__(self, rules: scaling.Rules, cluster: Cluster) -> None:
-        self._rules, self._bounds = rules, scaling.ReplicaBounds(0, cluster.max_replicas)
-        self._measured = scaling.Measurements(rules)
-        self._intake = scaling.ReplicaCounts(1, 1, scaling.ReplicaBounds(1, cluster.max_replicas))
+    def __init__(self, rules: Rules, cluster: Cluster) -> None:
+        self._rules, self._bounds = rules, ReplicaBounds(0, cluster.max_replicas)
+        self._measured = Measurements(rules)
+        self._intake = ReplicaCounts(1, 1, ReplicaBounds(1, cluster.max_replicas))
 
     def replicas(self, view: View) -> int:
-        guard = scaling.ReplicaCounts(
+        guard = ReplicaCounts(
             view.running, view.target, self._bounds, _since(view.now_s, view.up_s), _since(view.now_s, view.down_s)
         )
-        live = scaling.Backlog(view.backlog)
+        live = Backlog(view.backlog)
         self._measured.record_replicas(view.now_s, guard)
-        self._measured.record_reading(scaling.Reading(view.now_s, live, view.published, at_guard=view.at_guard), guard)
-        decision = scaling.decide(self._measured.observe(view.now_s, guard, self._intake, live), self._rules)
-        self._intake = scaling.ReplicaCounts(decision.intake, decision.intake, self._intake.bounds)
+        self._measured.record_reading(Reading(view.now_s, live, view.published, at_guard=view.at_guard), guard)
+        decision = decide(self._measured.observe(view.now_s, guard, self._intake, live), self._rules)
+        self._intake = ReplicaCounts(decision.intake, decision.intake, self._intake.bounds)
         return decision.guard
 
 
