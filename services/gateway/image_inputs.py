@@ -16,7 +16,7 @@ from services.gateway.url_fetch import ImageDownloader
 
 _LONGEST_URL: Final = 2048
 _LONGEST_MEDIA_TYPE: Final = 200
-_LARGE: Final = 1 << 20
+_LARGE_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ async def from_upload(data: bytes, context: RequestContext) -> Image:
     Raises:
         HttpProblem: a field cannot be one of a submission.
     """
-    if len(data) < _LARGE:
-        return _from_upload(data, context)
-    return await asyncio.to_thread(_from_upload, data, context)  # hashing megabytes would keep everyone else waiting
+    # The URI has the digest of the bytes. Hashing megabytes on the event loop would delay all other requests.
+    uri = Upload.uri_of(data) if len(data) < _LARGE_BYTES else await asyncio.to_thread(Upload.uri_of, data)
+    return Image(_request(Upload, context, uri=uri), StoredObject(data, version_id=None, etag=None))
 
 
 def from_s3(uri: str, context: RequestContext, *, version_id: str | None = None, etag: str | None = None) -> Image:
@@ -66,7 +66,8 @@ async def from_url(url: str, context: RequestContext, *, downloader: ImageDownlo
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         lease.reserve(len(url) * 3 // 4)
-        return await from_upload(data_of(url) if len(url) < _LARGE else await asyncio.to_thread(data_of, url), context)
+        data = data_of(url) if len(url) < _LARGE_BYTES else await asyncio.to_thread(data_of, url)
+        return await from_upload(data, context)
     if len(url) > _LONGEST_URL:
         raise HttpProblem("invalid", f"a URL has {_LONGEST_URL} characters at most, unless it is a data: URL")
     if scheme == "s3":
@@ -90,11 +91,6 @@ def data_of(url: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         raise HttpProblem("invalid", "the data: URL is not base64") from None
-
-
-def _from_upload(data: bytes, context: RequestContext) -> Image:
-    upload = _request(Upload, context, uri=Upload.uri_of(data))
-    return Image(upload, StoredObject(data, version_id=None, etag=None))
 
 
 def _request(model: type[ImageRequest], context: RequestContext, **fields: str | None) -> ImageRequest:

@@ -51,7 +51,7 @@ class ImageDownloader:
         host = self._checked(url)
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await self._fetch(url, host, lease)
+                return await self._download(url, host, lease)
         except TimeoutError:
             raise _refused(f"{host} did not deliver within {self._deadline_s:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ssl.SSLError) as error:
@@ -72,7 +72,7 @@ class ImageDownloader:
             raise _refused(f"URLs of {host} are not fetched here; send the image as a data: URL, or as s3://")
         return host
 
-    async def _fetch(self, url: str, host: str, lease: MemoryLease) -> bytes:
+    async def _download(self, url: str, host: str, lease: MemoryLease) -> bytes:
         headers: dict[bytes | str, bytes | str] = {
             "Accept": "image/*",
             "Accept-Encoding": "identity",

@@ -104,28 +104,29 @@ async def screen(
 
 
 async def _assess_full(
-    image: PreparedImage, policies: Sequence[Policy], priority: GuardPriority, guard: GuardClient, detail: Detail
+    image: PreparedImage,
+    policies: Sequence[Policy],
+    priority: GuardPriority,
+    guard: GuardClient,
+    detail: Detail,
+    *,
+    is_retry: bool = False,
 ) -> list[PolicyAssessment | GuardFailed]:
-    """Assess under all policies in one call, so that the engine reads the image once. If it fails, one by one."""
+    """Assess under all policies in one call, so that the engine reads the image once.
+
+    If the call fails, it is repeated once for each policy by itself. A refusal under a single policy is not retried.
+    """
     try:
         assessments = await _assess(image, policies, detail, priority, guard)
         return [PolicyAssessment(assessment, "full", detail) for assessment in assessments]
-    except (GuardFailed, UnreadableAnswer) as error:
-        if isinstance(error, GuardFailed) and len(policies) == 1:
-            return [error]
-        return [await _retry_full(image, policy, priority, guard, detail) for policy in policies]
-
-
-async def _retry_full(
-    image: PreparedImage, policy: Policy, priority: GuardPriority, guard: GuardClient, detail: Detail
-) -> PolicyAssessment | GuardFailed:
-    try:
-        (assessment,) = await _assess(image, [policy], detail, priority, guard)
-        return PolicyAssessment(assessment, "full", detail)
-    except UnreadableAnswer as error:
-        return PolicyAssessment(error, "full")
     except GuardFailed as error:
-        return error
+        if len(policies) == 1:
+            return [error]
+    except UnreadableAnswer as error:
+        if is_retry:
+            return [PolicyAssessment(error, "full")]
+    retries = [await _assess_full(image, [policy], priority, guard, detail, is_retry=True) for policy in policies]
+    return [result for (result,) in retries]
 
 
 async def _assess(

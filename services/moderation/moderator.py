@@ -92,7 +92,13 @@ class Moderation:
         """
         timer = StepTimer(request.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as held:
-            stored = upload if upload else await timer.time("fetch", self._fetch(request, held))
+            stored = upload
+            if stored is None:
+                if request.reference is None:
+                    raise Malformed(
+                        f"{request.uri} is in no bucket; the image has to come with the request", request.id
+                    )
+                stored = await timer.time("fetch", held.enter_async_context(self._images.open(request.reference)))
             judged = await judge_image(
                 stored.data,
                 policies,
@@ -103,11 +109,6 @@ class Moderation:
                 detail=detail,
             )
         return build_verdicts(VerdictSubject.of_request(request), stored, policies, judged, timer)
-
-    async def _fetch(self, request: ImageRequest, held: AsyncExitStack) -> StoredObject:
-        if request.reference is None:
-            raise Malformed(f"{request.uri} is in no bucket; the image has to come with the request", request.id)
-        return await held.enter_async_context(self._images.open(request.reference))
 
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
         """The verdict, or a request for review if the policy's circuit breaker is open."""
