@@ -1,11 +1,23 @@
-"""Assessments as they are remembered in Redis, so that they can be asked for later and are not made twice.
+"""Assessments in Redis: clients ask for them later, and an idempotency key is judged once.
 
-A promise that Redis took without an answer has nobody who works on it. So whoever does work renews the record, and how
-much of its life is left says for how long nobody did.
+Each assessment is a state machine with two states, PENDING and DONE:
 
-assessment:<id>            JSON: tenant, status, then the verdict or the problem
-idempotency:<digest>       JSON: the digest of the request, and the id of its assessment
-alive:<process>            that the process which judges is there; gone a few seconds after it
+    (absent) ── create, claim, replace ──► PENDING ── finish ──► DONE (status `done` or `failed`)
+                                            │   ▲
+                                            └───┘ renewing, while a process judges it
+
+DONE is final: `create` and renewals do not change it. If a request waits for its verdict, its assessment is finished
+without being pending; a `create` that comes too late changes nothing.
+
+A pending assessment that no process renews is abandoned: its process has ended, or Redis created it although the
+process saw an error. `get` then reports the problem `interrupted`. The time to live in Redis tells when the assessment
+was last renewed.
+
+Keys in Redis:
+
+    assessment:<id>         JSON: tenant, status, then the verdict or the problem
+    idempotency:<digest>    JSON: the digest of the request, and the id of its assessment
+    alive:<process>         exists while the process runs, and a few seconds longer
 """
 
 import asyncio
@@ -28,20 +40,21 @@ from services.policies.redis_cache import PolicyRedisCache
 _ALIVE_S: Final = 10
 _HEARTBEAT_S: Final = 3.0
 _PENDING_S: Final = 3600
-"""The life of a record that is pending, from when it was promised or renewed."""
+"""Time to live of a pending assessment, from its creation or renewal."""
 _UNSAVED_LIMIT: Final = 1000
-"""Ends that wait for Redis. Nothing can be promised while it is away, so the first of them are those that matter."""
+"""Finished assessments that this process keeps while Redis is unavailable. None is created meanwhile, so the first ones
+are those that clients can ask for."""
 
-_CREATE_PENDING: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
-_SAVE: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
+_CREATE: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
+_FINISH: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
 _GET: Final = "return {redis.call('GET', KEYS[1]), redis.call('TTL', KEYS[1])}"
-_HEARTBEAT: Final = """
+_RENEW: Final = """
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
 for n = 2, #KEYS do
   if redis.call('GET', KEYS[n]) == ARGV[n + 1] then redis.call('EXPIRE', KEYS[n], ARGV[2]) end
 end
 """
-"""The first key is the process, each other one a record, which is renewed only where it is still that of ARGV."""
+"""The first key is the process; the others are assessments. Each is renewed if it is still the pending one of ARGV."""
 _CLAIM: Final = """
 if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[3]) then return redis.call('GET', KEYS[1]) end
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[4])
@@ -58,78 +71,107 @@ log = logging.getLogger(__name__)
 
 
 class StoredAssessment(WireModel):
-    """One assessment."""
+    """One assessment in one of its states."""
 
     id: str
     tenant: str
     status: Literal["pending", "done", "failed"]
     process: str = ""
-    """Who judges it."""
+    """The process that judges it, while it is pending."""
     verdict: Verdict | None = None
     problem: dict[str, Any] | None = None
 
+    @property
+    def is_pending(self) -> bool:
+        return self.status == "pending"
+
+    def done(self, verdict: Verdict) -> "StoredAssessment":
+        """This assessment, DONE with a verdict."""
+        return StoredAssessment(id=self.id, tenant=self.tenant, status="done", verdict=verdict)
+
+    def failed(self, problem: HttpProblem) -> "StoredAssessment":
+        """This assessment, DONE with a problem."""
+        return StoredAssessment(id=self.id, tenant=self.tenant, status="failed", problem=problem.document())
+
 
 class Claim(WireModel):
-    """What an idempotency key stands for."""
+    """The request and the assessment of an idempotency key."""
 
     request: str
-    """SHA-256 of the request that came with it first."""
+    """SHA-256 of the first request with the key."""
     assessment: str
 
 
 class AssessmentStore:
-    """The records of one deployment. To be used as an async context manager.
+    """The assessments of one deployment. To be used as an async context manager.
 
-    Any method but `keep` raises RedisUnavailable where Redis does not answer.
+    All asynchronous methods but `finish` raise RedisUnavailable if Redis does not answer.
     """
 
     def __init__(self, shared: PolicyRedisCache, *, keep_s: int) -> None:
-        """`keep_s`: how long an assessment and an idempotency key are remembered."""
+        """`keep_s`: time to live of finished assessments and of idempotency keys."""
         self._shared = shared
         self._keep_s = keep_s
-        self._at_work: dict[str, str] = {}
+        self._renewed: dict[str, str] = {}
         self._unsaved: dict[str, StoredAssessment] = {}
         self.process = uuid.uuid4().hex
 
     async def __aenter__(self) -> Self:
         with suppress(RedisUnavailable):
-            await self._send_heartbeat()
+            await self._renew()
         self._task = asyncio.create_task(self._heartbeat_loop())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._task)
         with suppress(RedisUnavailable):
-            await self._retry_saves()
+            await self._save_finished()
             await self._shared.run("redis.call('DEL', KEYS[1])", [self._key("alive", self.process)])
 
-    async def create_pending(self, pending: StoredAssessment) -> None:
-        """Remember that there is an assessment, unless it is known what has become of it."""
+    def pending(self, tenant: str) -> StoredAssessment:
+        """A new assessment of this process. Redis has it after `create`, `claim` or `replace`."""
+        return StoredAssessment(id=uuid.uuid4().hex, tenant=tenant, status="pending", process=self.process)
+
+    async def create(self, pending: StoredAssessment) -> None:
+        """absent -> PENDING. An assessment that is DONE already stays so."""
         name = self._key("assessment", pending.id)
-        await self._shared.run(_CREATE_PENDING, [name], pending.model_dump_json(), _PENDING_S)
+        await self._shared.run(_CREATE, [name], pending.model_dump_json(), _PENDING_S)
+
+    async def claim(self, key: str, request: str, pending: StoredAssessment) -> Claim:
+        """absent -> PENDING, if this is the first request with the idempotency key. Returns the key's claim."""
+        claim, names = self._claim(key, request, pending)
+        body = pending.model_dump_json()
+        known = await self._shared.run(_CLAIM, names, claim.model_dump_json(), body, self._keep_s, _PENDING_S)
+        return Claim.model_validate_json(known) if known else claim
+
+    async def replace(self, key: str, known: Claim, pending: StoredAssessment) -> bool:
+        """absent -> PENDING, in place of the claim's assessment. False if another request has replaced it before."""
+        claim, names = self._claim(key, known.request, pending)
+        bodies = (claim.model_dump_json(), pending.model_dump_json(), known.model_dump_json())
+        return bool(await self._shared.run(_REPLACE, names, *bodies, self._keep_s, _PENDING_S))
 
     @contextmanager
-    def working(self, pending: StoredAssessment) -> Iterator[None]:
-        """What was promised is being worked on for as long as the block runs."""
-        self._at_work[pending.id] = pending.model_dump_json()
+    def renewing(self, pending: StoredAssessment) -> Iterator[None]:
+        """PENDING -> PENDING: each heartbeat renews the assessment until the block ends."""
+        self._renewed[pending.id] = pending.model_dump_json()
         try:
             yield
         finally:
-            del self._at_work[pending.id]
+            del self._renewed[pending.id]
 
-    async def save(self, stored: StoredAssessment) -> None:
-        """Remember what has become of an assessment. Where Redis is away it is known here until Redis is back."""
+    async def finish(self, done: StoredAssessment) -> None:
+        """PENDING -> DONE. While Redis is unavailable, this process keeps the result and saves it later."""
         try:
-            await self._save(stored)
+            await self._save(done)
         except RedisUnavailable as error:
-            log.warning("assessment %s cannot be remembered now: %s", stored.id, error)
+            log.warning("Redis could not save assessment %s: %s. It is saved when Redis is back.", done.id, error)
             if len(self._unsaved) < _UNSAVED_LIMIT:
-                self._unsaved[stored.id] = stored
+                self._unsaved[done.id] = done
 
     async def get(self, assessment_id: str) -> StoredAssessment | None:
-        """An assessment; one that nobody works on any more has failed. None where nothing is known of it."""
-        if late := self._unsaved.get(assessment_id):
-            return late
+        """An assessment, or None if it is absent. An abandoned one is failed."""
+        if unsaved := self._unsaved.get(assessment_id):
+            return unsaved
         body, left_s = await self._shared.run(_GET, [self._key("assessment", assessment_id)])
         if body is None:
             return None
@@ -137,31 +179,18 @@ class AssessmentStore:
             stored = StoredAssessment.model_validate_json(body)
         except ValidationError:
             return None
-        if stored.status == "pending" and not await self._owner_alive(stored, left_s):
-            problem = HttpProblem("interrupted", "nobody judges it any more; send it again")
-            return stored.model_copy(update={"status": "failed", "problem": problem.document()})
+        if stored.is_pending and not await self._owner_alive(stored, left_s):
+            return stored.failed(HttpProblem("interrupted", "the process that judged it has ended; send it again"))
         return stored
 
-    async def claim(self, key: str, request: str, pending: StoredAssessment) -> Claim:
-        """What an idempotency key stands for: `pending`, kept with it from now on, or what it stood for before."""
-        claim, names = self._claim(key, request, pending)
-        body = pending.model_dump_json()
-        known = await self._shared.run(_CLAIM, names, claim.model_dump_json(), body, self._keep_s, _PENDING_S)
-        return Claim.model_validate_json(known) if known else claim
-
-    async def replace(self, key: str, known: Claim, pending: StoredAssessment) -> bool:
-        """Let an idempotency key stand for another assessment; whether nobody else did so before."""
-        claim, names = self._claim(key, known.request, pending)
-        bodies = (claim.model_dump_json(), pending.model_dump_json(), known.model_dump_json())
-        return bool(await self._shared.run(_REPLACE, names, *bodies, self._keep_s, _PENDING_S))
-
     def _claim(self, key: str, request: str, pending: StoredAssessment) -> tuple[Claim, list[str]]:
+        """The claim of a new assessment, and the names in Redis of the idempotency key and the assessment."""
         names = [self._key("idempotency", _digest(key)), self._key("assessment", pending.id)]
         return Claim(request=request, assessment=pending.id), names
 
     async def _owner_alive(self, pending: StoredAssessment, left_s: int) -> bool:
-        """`left_s`: of its life, in seconds."""
-        if pending.id in self._at_work:
+        """Whether a process still judges it. `left_s`: the rest of its time to live."""
+        if pending.id in self._renewed:
             return True
         if _PENDING_S - left_s > _ALIVE_S:
             return False
@@ -174,23 +203,23 @@ class AssessmentStore:
         while True:
             await asyncio.sleep(_HEARTBEAT_S)
             try:
-                await self._send_heartbeat()
-                await self._retry_saves()
+                await self._renew()
+                await self._save_finished()
             except RedisUnavailable as error:
-                log.warning("assessments cannot be remembered: %s", error)
+                log.warning("Redis could not renew the pending assessments: %s. Retrying in %g s.", error, _HEARTBEAT_S)
 
-    async def _send_heartbeat(self) -> None:
-        names = [self._key("alive", self.process), *(self._key("assessment", each) for each in self._at_work)]
-        await self._shared.run(_HEARTBEAT, names, _ALIVE_S, _PENDING_S, *self._at_work.values())
+    async def _renew(self) -> None:
+        names = [self._key("alive", self.process), *(self._key("assessment", each) for each in self._renewed)]
+        await self._shared.run(_RENEW, names, _ALIVE_S, _PENDING_S, *self._renewed.values())
 
-    async def _retry_saves(self) -> None:
-        for stored in list(self._unsaved.values()):
-            await self._save(stored)
-            del self._unsaved[stored.id]
+    async def _save_finished(self) -> None:
+        for done in list(self._unsaved.values()):
+            await self._save(done)
+            del self._unsaved[done.id]
 
-    async def _save(self, stored: StoredAssessment) -> None:
-        name = self._key("assessment", stored.id)
-        await self._shared.run(_SAVE, [name], stored.model_dump_json(), self._keep_s)
+    async def _save(self, done: StoredAssessment) -> None:
+        name = self._key("assessment", done.id)
+        await self._shared.run(_FINISH, [name], done.model_dump_json(), self._keep_s)
 
     def _key(self, *parts: str) -> str:
         return self._shared.key("gateway", *parts)

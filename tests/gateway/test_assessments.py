@@ -17,7 +17,7 @@ from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway import assessment_store
 from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey
-from services.gateway.assessment_store import AssessmentStore, StoredAssessment
+from services.gateway.assessment_store import AssessmentStore
 from services.gateway.problems import PREFIX, HttpProblem
 from services.gateway.rate_limits import RateLimiter
 from services.gateway.request_bodies import BodyMemory
@@ -63,10 +63,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody works on is noticed soon."""
     monkeypatch.setattr(assessment_store, "_ALIVE_S", 2)
     monkeypatch.setattr(assessment_store, "_HEARTBEAT_S", 0.2)
-
-
-def pending(of: AssessmentStore) -> StoredAssessment:
-    return StoredAssessment(id=uuid.uuid4().hex, tenant="shop", status="pending", process=of.process)
 
 
 def form(data: bytes = JPEG) -> dict[str, Any]:
@@ -224,7 +220,7 @@ async def test_a_verdict_outlives_an_outage_of_redis(quick: None, bench: Bench, 
     async with bench.client(**{"Idempotency-Key": "b"}) as here, other.client() as elsewhere:
         location = (await here.post(PATH, **form())).headers["location"]
         await gate.until_waiting(1)
-        away(assessment_store._SAVE)
+        away(assessment_store._FINISH)
         gate.opened.set()
         known = await here.get(f"{location}?wait=20")
         await asyncio.sleep(0.5)
@@ -241,10 +237,10 @@ async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(v
     shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     other = AssessmentStore(shared, keep_s=60)
     async with AssessmentStore(shared, keep_s=60) as mine:
-        promised = pending(mine)
-        await mine.create_pending(promised)
-        away(assessment_store._SAVE)
-        await mine.save(promised.model_copy(update={"status": "failed"}))
+        promised = mine.pending("shop")
+        await mine.create(promised)
+        away(assessment_store._FINISH)
+        await mine.finish(promised.model_copy(update={"status": "failed"}))
         assert await other.get(promised.id) == promised
         away()
     known = await other.get(promised.id)
@@ -256,12 +252,12 @@ async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(v
 async def test_a_promise_that_comes_late_does_not_undo_an_end(valkey_url: str) -> None:
     shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
     async with AssessmentStore(shared, keep_s=60) as mine:
-        promised = pending(mine)
+        promised = mine.pending("shop")
         failed = promised.model_copy(update={"status": "failed"})
-        with mine.working(promised):
-            await mine.save(failed)
-            await mine.create_pending(promised)
-            await mine._send_heartbeat()
+        with mine.renewing(promised):
+            await mine.finish(failed)
+            await mine.create(promised)
+            await mine._renew()
         assert await mine.get(promised.id) == failed
         _, left_s = await shared.run(assessment_store._GET, [mine._key("assessment", promised.id)])
         assert left_s <= 60, "its life is that of an end"
@@ -278,9 +274,9 @@ async def test_what_a_job_over_the_limit_holds_is_given_back_at_once(
     mine = AssessmentStore(shared, keep_s=60)
     key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
     jobs: Any = Assessments(mine)
-    promised = pending(mine)
+    promised = mine.pending("shop")
     if is_away:
-        away(assessment_store._SAVE)
+        away(assessment_store._FINISH)
     async with admission.admit(key, "moderate") as admitted:
         admitted.memory.reserve(100)
         with limiter.concurrency_slot(key, "jobs"), pytest.raises(HttpProblem, match="jobs at a time"):

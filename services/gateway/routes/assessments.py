@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import re
-import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from services.gateway.request_bodies import BodyReader, decoded, is_form
 from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/assessments"
-_PASSING: Final = frozenset({429, 500, 503})
+_TEMPORARY: Final = frozenset({429, 500, 503})
 LONGEST_WAIT_S: Final = 300
 _LOOK_S: Final = 0.1
 _ID: Final = re.compile("[0-9a-f]{32}")
@@ -126,9 +125,9 @@ class Assessments:
             held = admitted.start_job()
         except HttpProblem as problem:
             # Other requests may know the pending assessment already; they must not wait for it.
-            await self._store.save(_failed(pending, problem))
+            await self._store.finish(pending.failed(problem))
             raise
-        held.enter_context(self._store.working(pending))
+        held.enter_context(self._store.renewing(pending))
         task = asyncio.create_task(self._run(pending, job, admitted, held))
         self._tasks[pending.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
@@ -143,7 +142,7 @@ class Assessments:
                 return task.result()
         while True:
             stored = await self._store.get(assessment_id)
-            if stored is None or stored.status != "pending" or asyncio.get_running_loop().time() >= deadline:
+            if stored is None or not stored.is_pending or asyncio.get_running_loop().time() >= deadline:
                 return stored
             await asyncio.sleep(_LOOK_S)
 
@@ -158,16 +157,11 @@ class Assessments:
     ) -> StoredAssessment:
         with held:
             try:
-                verdict = await admitted.judge(job.image, job.detail)
-                stored = StoredAssessment(id=pending.id, tenant=pending.tenant, status="done", verdict=verdict)
-            except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks has to hear of it
-                stored = _failed(pending, problem_of(error))
-            await self._store.save(stored)
-            return stored
-
-
-def _failed(pending: StoredAssessment, problem: HttpProblem) -> StoredAssessment:
-    return StoredAssessment(id=pending.id, tenant=pending.tenant, status="failed", problem=problem.document())
+                done = pending.done(await admitted.judge(job.image, job.detail))
+            except Exception as error:  # noqa: BLE001 - any error is the result that clients ask for
+                done = pending.failed(problem_of(error))
+            await self._store.finish(done)
+            return done
 
 
 def router(
@@ -196,32 +190,31 @@ def router(
         wait: Wait = 0,
         idempotency_key: IdempotencyKey = None,
     ) -> Response:
-        assessment_id, key = uuid.uuid4().hex, admitted.key
-        job = await _read_request(request, admitted, assessment_id, body_reader, downloader)
-        pending = StoredAssessment(id=assessment_id, tenant=key.tenant, status="pending", process=store.process)
+        pending = store.pending(admitted.key.tenant)
+        job = await _read_request(request, admitted, pending.id, body_reader, downloader)
         if idempotency_key is not None:
-            known = await _claimed(f"{key.id}:{idempotency_key}", job.digest, pending)
-            if known != assessment_id:
-                return _answer(await assessments.wait_for_result(known, wait), known)
+            claimed = await _claim(f"{admitted.key.id}:{idempotency_key}", job.digest, pending)
+            if claimed != pending.id:
+                return _answer(await assessments.wait_for_result(claimed, wait), claimed)
         elif not wait:
-            await store.create_pending(pending)
+            await store.create(pending)
         task = await assessments.start(pending, job, admitted)
         if wait:
             await asyncio.wait([task], timeout=wait)
             if not task.done() and idempotency_key is None:
-                await store.create_pending(pending)
-        return _answer(task.result() if task.done() else pending, assessment_id)
+                await store.create(pending)
+        return _answer(task.result() if task.done() else pending, pending.id)
 
-    async def _claimed(name: str, request: str, pending: StoredAssessment) -> str:
-        """The assessment that an idempotency key stands for: a new one, unless it was used before."""
+    async def _claim(name: str, request: str, pending: StoredAssessment) -> str:
+        """The id of an idempotency key's assessment: `pending`, or that of an earlier request with the key."""
         known = await store.claim(name, request, pending)
         if known.request != request:
-            raise HttpProblem("idempotency-key-reused", "the idempotency key came with another request before")
+            raise HttpProblem("idempotency-key-reused", "an earlier request with this idempotency key was different")
         if known.assessment != pending.id:
             stored = await store.get(known.assessment)
-            # What was not judged for a passing reason may be tried again, by one of those who ask.
-            passing = stored is None or (stored.problem is not None and stored.problem["status"] in _PASSING)
-            if passing and await store.replace(name, known, pending):
+            # A temporary failure may be tried again, by one of the requests that find it.
+            may_retry = stored is None or (stored.problem is not None and stored.problem["status"] in _TEMPORARY)
+            if may_retry and await store.replace(name, known, pending):
                 return pending.id
         return known.assessment
 
@@ -239,7 +232,7 @@ def router(
         stored = await assessments.wait_for_result(assessment_id, 0) if _ID.fullmatch(assessment_id) else None
         if stored is None or stored.tenant != admitted.key.tenant:
             raise HttpProblem("not-found", "there is no such assessment, or it was too long ago")
-        if stored.status == "pending" and wait:
+        if stored.is_pending and wait:
             stored = await assessments.wait_for_result(assessment_id, wait)
         return _answer(stored, assessment_id)
 
