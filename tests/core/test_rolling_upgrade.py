@@ -18,7 +18,7 @@ import pytest
 from kafka.admin import KafkaAdminClient
 from redis.asyncio import Redis
 
-from pipelines.dead_letters.replay import StoredDeadLetter, record_of, replay_id
+from pipelines.dead_letters.replay import StoredDeadLetter, replay_id, replay_message
 from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.intake.crash_isolation import CrashIsolation
 from services.core.calibration import IsotonicMap
@@ -309,10 +309,10 @@ async def write_assessments(redis_cache: PolicyRedisCache) -> None:
     store = AssessmentStore(redis_cache, keep_s=86_400)
     store.process = "gateway-0"
     async with store:
-        await store.create_pending(ASSESSMENTS["asm_pending"])
+        await store.create(ASSESSMENTS["asm_pending"])
         await store.claim("order-1", REQUEST, ASSESSMENTS["asm_claimed"])
-        await store.save(ASSESSMENTS["asm_done"])
-        await store.save(ASSESSMENTS["asm_failed"])
+        await store.finish(ASSESSMENTS["asm_done"])
+        await store.finish(ASSESSMENTS["asm_failed"])
 
 
 async def write_streams(settings: Settings) -> None:
@@ -325,7 +325,7 @@ async def write_streams(settings: Settings) -> None:
                 settings.verdicts_stream, verdict("upl-1").model_dump_json().encode(), b"s3://uploads/upl-1.jpg"
             ),
             OutgoingMessage(settings.dead_letters_stream, value, b"k", LETTER_HEADERS),
-            record_of(DEAD, settings),
+            replay_message(DEAD, settings),
             OutgoingMessage(settings.backfill_stream, b"\xff", None, ()),
         ]
     )
