@@ -1,4 +1,4 @@
-"""The stream system behind one interface: what a member of a group promises to whoever works with it.
+"""The interfaces of a stream system: the member of a consumer group, the publisher and the reader.
 
 A message is in one of three states: *held* (received, not settled), *settled* (its outputs are published and it is
 acknowledged, as one act), or *not owned* (another member has it by now). Only `settle` moves a message forward; a
@@ -15,7 +15,7 @@ Headers = tuple[tuple[str, bytes], ...]
 
 @dataclass(frozen=True, slots=True)
 class OutgoingMessage:
-    """Something to publish. On Kafka a record's key, value and headers; on Redis Streams the fields of an entry."""
+    """A message to publish: on Kafka a record's key, value and headers, on Redis Streams the fields of an entry."""
 
     stream: str
     value: bytes
@@ -25,13 +25,13 @@ class OutgoingMessage:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Something received and held until it is settled."""
+    """A message that was received. It is held until it is settled."""
 
     value: bytes
     key: bytes | None
     headers: Headers
     source: str
-    """Where it stands: `stream/partition/offset` (Kafka) or `stream/id` (Redis Streams)."""
+    """Its position: `stream/partition/offset` (Kafka) or `stream/id` (Redis Streams)."""
     timestamp: datetime
     """When it was published (UTC)."""
     attempts: int = 1
@@ -46,15 +46,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """What waits: messages published and not settled, by partition (Redis Streams: one partition, `0`)."""
+    """The backlog: messages published and not settled, by partition (Redis Streams: one partition, `0`)."""
 
     by_partition: Mapping[int, int]
     published: int = 0
     """Messages ever published, settled or not: a count that only grows while the stream is the same."""
     partitions: int = 0
-    """Of which each is worked by one member; 0 on Redis Streams, where every member may take every message."""
+    """Each is consumed by one member. 0 on Redis Streams, where every member may receive every message."""
     held: frozenset[int] = frozenset()
-    """Those that this member works on."""
+    """The partitions that this member consumes."""
 
     @property
     def total(self) -> int:
@@ -82,7 +82,7 @@ class GroupConsumer(Protocol):
         """
 
     async def lag(self) -> Lag:
-        """What waits for the whole group.
+        """The backlog of the whole group.
 
         Raises:
             StreamUnavailable: the stream system does not answer.
@@ -97,7 +97,7 @@ class GroupConsumer(Protocol):
         """
 
     async def close(self) -> None:
-        """Leave the group. What was settled stays settled, what is held goes to other members at once."""
+        """Leave the group. Settled messages stay settled; held messages go to other members at once."""
 
 
 class Publisher(Protocol):

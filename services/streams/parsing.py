@@ -1,4 +1,4 @@
-"""What a stream message says: native submissions, S3 event notifications, and CloudEvents around either.
+"""Parses stream messages: native submissions, S3 event notifications, and CloudEvents around either.
 
 Pure: bytes and headers in, values out. Whatever the bytes are, `parse` returns; it never raises.
 """
@@ -25,7 +25,7 @@ _ENVELOPE_LIMIT_BYTES: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class ParsedSubmission:
-    """One submission that a message holds."""
+    """One submission of a message."""
 
     submission: Submission
     """`submitted_at` is always set: the producer's, else when the message was published."""
@@ -39,7 +39,7 @@ class ParsedSubmission:
 
 @dataclass(frozen=True, slots=True)
 class InvalidMessage:
-    """A part of a message, or all of it, that is no submission."""
+    """A message, or a part of one, that is not a valid submission."""
 
     error: Malformed
     key: bytes | None
@@ -54,7 +54,7 @@ Parsed = tuple[ParsedSubmission | InvalidMessage, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Event:
-    """One creation of an object, whoever reported it."""
+    """The creation of one object, from any of the event formats."""
 
     bucket: Any
     key: Any

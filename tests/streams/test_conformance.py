@@ -17,7 +17,7 @@ from tests.support.servers import Valkey
 from tests.support.streams_bench import KINDS, PATIENT, Streams, collect, eventually, settle_in_order, values
 
 
-async def test_a_message_arrives_as_it_was_published(streams: Streams) -> None:
+async def test_message_arrives_unchanged(streams: Streams) -> None:
     stream = streams.settings().submissions_stream
     records = [
         OutgoingMessage(stream, b"plain", b"key"),
@@ -41,13 +41,13 @@ async def test_a_message_arrives_as_it_was_published(streams: Streams) -> None:
         assert abs(message.timestamp - datetime.now(UTC)) < timedelta(minutes=1)
 
 
-async def test_one_key_arrives_in_order(streams: Streams) -> None:
+async def test_messages_of_one_key_arrive_in_order(streams: Streams) -> None:
     numbers = [str(number) for number in range(300)]
     await streams.submit(*numbers)
     assert values(await collect(await streams.member(), 300)) == numbers
 
 
-async def test_settling_publishes_the_outputs_as_they_are(streams: Streams) -> None:
+async def test_settle_publishes_outputs_unchanged(streams: Streams) -> None:
     settings = streams.settings()
     await streams.submit("a")
     member = await streams.member()
@@ -61,7 +61,7 @@ async def test_settling_publishes_the_outputs_as_they_are(streams: Streams) -> N
     assert (letter.value, letter.key) == (b"a", None)
 
 
-async def test_what_was_settled_never_comes_back_whatever_the_order(streams: Streams) -> None:
+async def test_messages_settled_out_of_order_are_not_redelivered(streams: Streams) -> None:
     await streams.submit(*"abcdef")
     first = await streams.member()
     received = await collect(first, 6)
@@ -75,7 +75,7 @@ async def test_what_was_settled_never_comes_back_whatever_the_order(streams: Str
     assert await streams.verdicts() == list("abcdef")
 
 
-async def test_settling_without_outputs_acknowledges(streams: Streams) -> None:
+async def test_settle_without_outputs_acknowledges(streams: Streams) -> None:
     await streams.submit("ignored")
     member = await streams.member()
     (message,) = await collect(member, 1)
@@ -88,7 +88,7 @@ async def test_settling_without_outputs_acknowledges(streams: Streams) -> None:
     await eventually(nothing_waits)
 
 
-async def test_settling_twice_publishes_once(streams: Streams) -> None:
+async def test_second_settle_raises_not_owned(streams: Streams) -> None:
     await streams.submit("a")
     member = await streams.member()
     (message,) = await collect(member, 1)
@@ -98,7 +98,7 @@ async def test_settling_twice_publishes_once(streams: Streams) -> None:
     assert await streams.verdicts() == ["a"]
 
 
-async def test_a_killed_member_loses_its_messages_to_another(streams: Streams, tmp_path: Path) -> None:
+async def test_messages_of_a_killed_member_go_to_another(streams: Streams, tmp_path: Path) -> None:
     await streams.submit("a", "b")
     await streams.kill_member_holding(2, tmp_path)
     survivor = await streams.member("survivor")
@@ -109,7 +109,7 @@ async def test_a_killed_member_loses_its_messages_to_another(streams: Streams, t
     assert await streams.verdicts() == ["a", "b"]
 
 
-async def test_nothing_is_published_for_a_message_that_another_member_has(streams: Streams) -> None:
+async def test_settle_of_a_message_owned_by_another_member_publishes_nothing(streams: Streams) -> None:
     await streams.submit(*(f"m{number}" for number in range(12)), key=None)
     for number in range(12):  # one key each, so that every Kafka partition has some
         await streams.submit(f"k{number}", key=str(number).encode())
@@ -124,7 +124,7 @@ async def test_nothing_is_published_for_a_message_that_another_member_has(stream
     assert await streams.verdicts() == ["quick"]
 
 
-async def test_lag_counts_what_is_not_settled(streams: Streams) -> None:
+async def test_lag_counts_unsettled_messages(streams: Streams) -> None:
     member = await streams.member()
 
     async def none_waits() -> bool:
@@ -150,7 +150,7 @@ async def test_lag_counts_what_is_not_settled(streams: Streams) -> None:
     assert (lag.partitions, lag.held) == ((3, {0, 1, 2}) if streams.url.startswith("kafka") else (0, set()))
 
 
-async def test_receive_keeps_to_limit_and_timeout(streams: Streams) -> None:
+async def test_receive_respects_limit_and_timeout(streams: Streams) -> None:
     member = await streams.member()
     began = time.monotonic()
     assert await asyncio.wait_for(member.receive(10, 0.3), 30) == []
@@ -195,7 +195,7 @@ async def test_two_members_share_the_work(streams: Streams) -> None:
         await asyncio.gather(*workers)
 
 
-async def test_closing_hands_over_at_once_and_loses_nothing(streams: Streams) -> None:
+async def test_close_hands_held_messages_over_at_once(streams: Streams) -> None:
     await streams.submit(*"abcdef")
     leaving = await streams.member("leaving", **PATIENT)
     held = await collect(leaving, 6)
@@ -209,7 +209,7 @@ async def test_closing_hands_over_at_once_and_loses_nothing(streams: Streams) ->
     assert await streams.verdicts() == ["a", "b"]
 
 
-async def test_a_slow_settle_keeps_its_message(streams: Streams) -> None:
+async def test_slow_member_keeps_its_message(streams: Streams) -> None:
     short: dict[str, Any] = {"redis_claim_idle_s": 0.6, "max_poll_interval_ms": 2_000}
     members = [await streams.member(name, **short) for name in ("one", "two")]
     await _let_both_work(streams, members)
@@ -252,7 +252,7 @@ async def _let_both_work(streams: Streams, members: Sequence[GroupConsumer]) -> 
     await eventually(drained)
 
 
-async def test_an_outage_is_waited_out(served: tuple[Streams, Broker | Valkey]) -> None:
+async def test_settle_and_receive_wait_for_the_end_of_an_outage(served: tuple[Streams, Broker | Valkey]) -> None:
     streams, server = served
     member = await streams.member(**PATIENT)
     await streams.submit("before", "held")
@@ -275,7 +275,7 @@ async def test_an_outage_is_waited_out(served: tuple[Streams, Broker | Valkey]) 
     assert (published if streams.delivery == "exactly_once" else sorted(set(published))) == ["after", "before", "held"]
 
 
-async def test_closing_during_an_outage_ends(served: tuple[Streams, Broker | Valkey]) -> None:
+async def test_close_during_an_outage_returns(served: tuple[Streams, Broker | Valkey]) -> None:
     streams, server = served
     member = await streams.member()
     await streams.submit("a")
@@ -289,7 +289,7 @@ async def test_closing_during_an_outage_ends(served: tuple[Streams, Broker | Val
 
 
 @pytest.mark.parametrize("streams", KINDS, indirect=True)
-async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
+async def test_read_since_a_time_returns_later_messages(streams: Streams) -> None:
     settings = streams.settings()
     await streams.publish(
         *(OutgoingMessage(settings.verdicts_stream, f"old{number}".encode()) for number in range(250))
@@ -309,7 +309,7 @@ async def test_reading_a_stream_from_a_moment_on(streams: Streams) -> None:
 
 
 @pytest.mark.parametrize("streams", KINDS, indirect=True)
-async def test_following_a_stream(streams: Streams) -> None:
+async def test_read_with_follow_returns_new_messages(streams: Streams) -> None:
     settings = streams.settings()
     publisher = await streams.publisher()
     await publisher.publish([OutgoingMessage(settings.verdicts_stream, b"0", b"k")])

@@ -30,7 +30,9 @@ async def streams(kafka_address: str) -> AsyncIterator[Streams]:
     await streams.close()
 
 
-async def test_whatever_is_killed(tmp_path: Path, outage_broker: Broker) -> None:
+async def test_outputs_are_published_once_when_members_and_broker_are_killed(
+    tmp_path: Path, outage_broker: Broker
+) -> None:
     broker = outage_broker
     if not broker.is_running:
         await asyncio.to_thread(broker.start)
@@ -68,7 +70,9 @@ async def test_whatever_is_killed(tmp_path: Path, outage_broker: Broker) -> None
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
-async def test_a_commit_whose_end_is_not_known(streams: Streams, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_commit_with_unknown_outcome_publishes_once(
+    streams: Streams, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The transaction is committed or it is not; either way its outputs are there once."""
     member: Any = await streams.member(**PATIENT)
     await streams.submit("a", "b", "c")
@@ -121,7 +125,7 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(streams: Streams)
     await asyncio.to_thread(transactions.close)
 
 
-async def test_a_zombie_publishes_nothing(streams: Streams) -> None:
+async def test_fenced_producer_publishes_nothing(streams: Streams) -> None:
     settings = streams.settings()
     earlier, later = [
         await asyncio.to_thread(Transactions, StreamConfig.from_settings(settings), f"{streams.name}/same")
@@ -138,7 +142,7 @@ async def test_a_zombie_publishes_nothing(streams: Streams) -> None:
         await asyncio.to_thread(each.close)
 
 
-async def test_what_is_done_behind_a_held_message_is_published_after_it(streams: Streams) -> None:
+async def test_outputs_behind_a_held_message_are_published_after_it(streams: Streams) -> None:
     member = await streams.member()
     await streams.submit(*"abcd")
     received = await collect(member, 4)
@@ -154,7 +158,7 @@ async def test_what_is_done_behind_a_held_message_is_published_after_it(streams:
     assert [each.value for each in published] == [b"a", b"b", b"c", b"d"]
 
 
-async def test_a_settle_that_nobody_waits_for_is_settled_all_the_same(streams: Streams) -> None:
+async def test_cancelled_settle_is_committed(streams: Streams) -> None:
     member = await streams.member()
     await streams.submit("a", "b")
     a, b = await collect(member, 2)
@@ -172,9 +176,7 @@ async def test_a_settle_that_nobody_waits_for_is_settled_all_the_same(streams: S
 
 
 @pytest.mark.parametrize("while_joining", [False, True])
-async def test_what_a_member_held_when_it_fell_out_of_the_group_is_not_its_own(
-    streams: Streams, while_joining: bool
-) -> None:
+async def test_messages_held_before_a_lost_membership_are_not_owned(streams: Streams, while_joining: bool) -> None:
     """kafka-python alone would keep it, and claim it, when that happens while the member is joining anyway."""
     member: Any = await streams.member(**PATIENT)
     await streams.submit("a", "b")
@@ -191,7 +193,7 @@ async def test_what_a_member_held_when_it_fell_out_of_the_group_is_not_its_own(
     assert await streams.verdicts() == ["a", "b"]
 
 
-def test_what_was_lost_is_not_claimed() -> None:
+def test_lost_partitions_are_not_claimed() -> None:
     """The leader would give it to two members in the same generation."""
     partition = kafka.TopicPartition("submissions", 1)
     given_up: list[Any] = []

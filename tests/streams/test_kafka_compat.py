@@ -125,10 +125,11 @@ class _Group:
             **options,
         )
         self._consumers.append(consumer)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not consumer.assignment():
-            assert time.monotonic() < deadline, "the consumer was not assigned the partition within 30 s"
-            consumer.poll(timeout_ms=200)
+            assert time.monotonic() < deadline, "the consumer was not assigned the partition within 60 s"
+            compat.request_missed_rejoin(consumer)
+            consumer.poll(timeout_ms=1_000)
         return consumer
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What every Kafka client here shares: how it is configured, which topics it needs, and how it publishes."""
+"""Shared by all Kafka clients: their options, the topics to create, and the conversion of records to messages."""
 
 import contextlib
 import logging
@@ -60,7 +60,7 @@ REFUSED: Final = (
     ValueError,
     TypeError,
 )
-"""What a record itself is to blame for: sending it again cannot help."""
+"""Errors caused by the record itself: sending it again cannot help."""
 
 
 def bootstrap_servers(url: str) -> list[str]:

@@ -1,9 +1,10 @@
-"""The transport on Apache Kafka: one kafka-python consumer in a thread of its own, one producer.
+"""The group consumer on Apache Kafka: one kafka-python consumer in a thread of its own, and one producer.
 
-The thread polls whatever the event loop does, so an assessment may take as long as it likes: the membership does not
-depend on it. What is received waits in a bounded buffer; when that is full, or when one partition's window is, the
-partitions are paused. At least once: offsets are committed as far as the trackers allow, every `_COMMIT_S`, on
-revocation and on close. Exactly once: they are committed with the outputs, by `TransactionalCommitter`.
+The thread polls independently of the event loop, so a slow assessment does not end the membership. Received messages
+wait in a bounded buffer. When the buffer or the window of a partition is full, the partitions are paused.
+
+At least once: offsets are committed as far as the trackers allow, every `_COMMIT_S`, on revocation and on close.
+Exactly once: they are committed with the outputs, by `TransactionalCommitter`.
 """
 
 import asyncio
@@ -38,18 +39,18 @@ log = logging.getLogger(__name__)
 
 _COMMIT_S: Final = 0.5
 _COMMIT_TIMEOUT_S: Final = 35.0
-"""A commit without an answer, longer than any request may take."""
+"""Without an answer for this long, a commit counts as failed. Longer than any request may take."""
 _POLL_MS: Final = 200
 _WINDOW: Final = 4096
 """Offsets per partition between the oldest unfinished one and the newest received one."""
 _WINDOW_SHARES: Final = 16
 """Or this many times `in_flight`, if that is more: a partition is paused with a share or less to go, nearly full."""
 _REBUILD_S: Final = 30.0
-"""A consumer that has failed at everything for this long is replaced."""
+"""After polls have failed for this long, the consumer is replaced."""
 _FENCINGS_LIMIT: Final = 4
 _FENCINGS_S: Final = 60.0
-"""A member that is fenced joins again: a broker that restarts may know an earlier life of it. As many fencings in this
-time are another member's doing."""
+"""A fenced member joins again, because a broker that restarts may know an earlier start of it. So many fencings within
+this time mean that another member has the same id."""
 _LEAVE_MS: Final = 3_000
 _DELIVERY_S: Final = 30.0
 _FLUSH_S: Final = 3.0
@@ -299,7 +300,7 @@ class KafkaGroupConsumer:
         )
 
     def _rewind(self) -> None:
-        """After a poll that failed: what it may have consumed without returning it is fetched again."""
+        """Seek back after a failed poll: it may have consumed records without returning them."""
         with self._lock:
             positions = {partition: tracker.position for partition, tracker in self._trackers.items()}
         for partition in self._consumer.assignment():
@@ -328,7 +329,7 @@ class KafkaGroupConsumer:
     def _committed(self, offsets: dict[Any, Any], outcome: Any) -> None:
         self._next_commit = time.monotonic() + _COMMIT_S
         if isinstance(outcome, Exception):
-            log.info("a commit failed, the next one makes up for it: %s", outcome)
+            log.info("a commit failed; the next one includes its offsets: %s", outcome)
             return
         with self._lock:
             for partition, offset in offsets.items():
@@ -336,7 +337,7 @@ class KafkaGroupConsumer:
                     self._trackers[partition].commit(offset.offset)
 
     def _drop_partition(self, partition: Any) -> None:
-        """Give up what is held of a partition. The caller holds the lock."""
+        """Drop the held messages of a partition. The caller holds the lock."""
         tracker = self._trackers.pop(partition, None)
         if tracker is not None:
             tracker.revoke()
@@ -346,7 +347,7 @@ class KafkaGroupConsumer:
     # ---- for the rebalance listener and the committer
 
     def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, Any]:
-        """Drop what is held of `partitions`. Returns the offsets to commit for them."""
+        """Drop the held messages of `partitions`. Returns the offsets to commit for them."""
         with self._lock:
             offsets = _as_offsets({each: self._trackers[each] for each in partitions if each in self._trackers})
             for partition in partitions:
@@ -373,14 +374,14 @@ class KafkaGroupConsumer:
         return rebalance.committed(self._consumer, partition, _LEAVE_MS)
 
     def on_fenced(self) -> None:
-        """The broker knows this member's id as another's: whatever is held is not this member's any more."""
+        """Drop all held messages: the broker knows this member's id as another's."""
         self.drop_partitions(tuple(self._trackers))
         self._fenced = True
 
     # ---- the poll thread's ends
 
     def _rejoin(self) -> None:
-        """After a fencing. Fences, in turn, any other member with this one's id; so one of them has to stop."""
+        """Join again after a fencing. That fences any other member with this id, so one of them has to stop."""
         now = time.monotonic()
         if len(self._fencings) == _FENCINGS_LIMIT - 1 and now - self._fencings[0] < _FENCINGS_S:
             self._duplicate_member = ConfigurationError(
@@ -414,7 +415,7 @@ class KafkaGroupConsumer:
             try:
                 self._consumer.commit(self._committable(), timeout_ms=_LEAVE_MS)
             except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
-                log.warning("the last commit failed, so some messages will be judged again: %s", error)
+                log.warning("the last commit failed; some messages will be judged again: %s", error)
         self.drop_partitions(tuple(self._trackers))
         try:
             self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
@@ -424,7 +425,7 @@ class KafkaGroupConsumer:
     def _notify_receivers(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
-        except RuntimeError:  # the loop is gone; so is whoever waited
+        except RuntimeError:  # the loop has ended, and every waiter with it
             self._closing.set()
 
 

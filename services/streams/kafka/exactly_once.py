@@ -1,9 +1,8 @@
-"""Exactly-once delivery on Kafka: what is done is published in the order of its offsets, one transaction at a time.
+"""Exactly-once delivery on Kafka: outputs are published in the order of the offsets, one transaction at a time.
 
 A thread takes the oldest done offsets of every partition from the trackers, publishes their outputs and commits the
-offsets in one transaction, and only then tells whoever settled them. Of a transaction that was aborted nothing needs to
-be remembered: the trackers still hold all of it, for the next one. What belongs to a partition that was revoked is left
-to its next owner.
+offsets in one transaction. Only then does `settle` return. After an aborted transaction the trackers still hold its
+outputs, so the next transaction includes them. Messages of a revoked partition are left to its next owner.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _INTERVAL_S: Final = 0.1
 _MESSAGES_LIMIT: Final = 500
-"""Of one transaction. When as many are done it begins at once."""
+"""Messages of one transaction. When this many are done, the transaction begins at once."""
 _CLOSE_S: Final = 2.0
 
 
@@ -37,7 +36,7 @@ class MessageToken:
 
 
 class Membership(Protocol):
-    """What the committer ask of the group's member. Called from their thread."""
+    """The member of the group, as the committer sees it. Called from the committer's thread."""
 
     def trackers(self) -> Mapping[Any, OffsetTracker]:
         """By partition. The caller holds the lock."""
@@ -54,7 +53,7 @@ class Membership(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _PartitionBatch:
-    """What one transaction takes of one partition."""
+    """The part of a transaction that belongs to one partition."""
 
     partition: Any
     tracker: OffsetTracker
@@ -62,7 +61,7 @@ class _PartitionBatch:
 
 
 class TransactionalCommitter:
-    """The done offsets of one member on their way out. `settle` belongs to the event loop, the rest to any thread."""
+    """Publishes and commits the done offsets of one member. Only `settle` belongs to the event loop."""
 
     def __init__(self, transactions: Transactions, lock: threading.Lock) -> None:
         """`lock` guards the trackers. Takes over `transactions`."""
@@ -82,7 +81,7 @@ class TransactionalCommitter:
         self._thread: threading.Thread | None = None
 
     def start(self, membership: Membership, name: str) -> None:
-        """Begin to release."""
+        """Start the thread."""
         self._thread = threading.Thread(
             target=self._run, args=(membership,), name=f"kafka-committer-{name}", daemon=True
         )
@@ -109,13 +108,13 @@ class TransactionalCommitter:
             raise NotOwned(f"{source} went to another member before it was published.") from None
 
     def wake(self) -> None:
-        """There may be something to release, or somebody to tell that nothing will be."""
+        """Check for offsets to commit, and for waiters whose partition was revoked."""
         with self._changed:
             self._wake_requested = True
             self._changed.notify()
 
     def flush(self) -> threading.Event:
-        """Release what is done now without waiting for more. The event is set when that has happened."""
+        """Commit the done offsets without waiting for more. The event is set afterwards."""
         flushed = threading.Event()
         with self._changed:
             self._flushing.append(flushed)
@@ -123,7 +122,7 @@ class TransactionalCommitter:
         return flushed
 
     def close(self) -> None:
-        """Stop, and release the connections. Whoever still waits is told that the message is not owned."""
+        """Stop, and release the connections. Each `settle` that still waits raises `NotOwned`."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -146,9 +145,9 @@ class TransactionalCommitter:
             try:
                 went_well = self._commit_all(membership)
             except ConfigurationError as error:
-                log.error("cannot publish, trying on: %s", error)
+                log.error("publishing to Kafka failed; retrying: %s", error)
             except Exception:
-                log.exception("releasing failed, trying on")
+                log.exception("committing a transaction failed; retrying")
             self._reject_revoked()
             if went_well:
                 delays = backoff(1.0)
@@ -162,7 +161,7 @@ class TransactionalCommitter:
                     self._changed.wait_for(lambda: self._closing, next(delays))
 
     def _wait_for_work(self, began: float) -> list[threading.Event] | None:
-        """Who waits for this turn's end; None when there is to be no further turn."""
+        """Wait for done offsets. Returns the events to set after the commit; None: the committer is closing."""
         with self._changed:
             while not (self._closing or self._flushing or self._finished >= _MESSAGES_LIMIT):
                 remaining = began + _INTERVAL_S - time.monotonic()
@@ -176,8 +175,8 @@ class TransactionalCommitter:
             return flushing
 
     def _commit_all(self, membership: Membership) -> bool:
-        """Whether everything that was done is released now."""
-        if not self._transactions.ready():  # what a failure left open holds others up
+        """Commit all done offsets. Returns whether that succeeded."""
+        if not self._transactions.ready():  # an open transaction of a failed commit blocks readers
             return False
         while partition_batches := self._collect_batches(membership):
             confirm = self._ownership_check(membership, partition_batches)
@@ -189,7 +188,7 @@ class TransactionalCommitter:
                 confirm,
             )
             if outcome is CommitOutcome.UNKNOWN:
-                log.warning("a transaction's end is not known, asking for the offsets: %s", words)
+                log.warning("the outcome of a transaction is unknown; reading the committed offsets: %s", words)
                 outcome = self._resolve_unknown_commit(membership, partition_batches)
             if not self._apply_outcome(membership, partition_batches, outcome, words):
                 return False
@@ -225,7 +224,7 @@ class TransactionalCommitter:
     def _apply_outcome(
         self, membership: Membership, partition_batches: Sequence[_PartitionBatch], outcome: CommitOutcome, words: str
     ) -> bool:
-        """Whether to go on at once."""
+        """Update the trackers and the waiters. Returns whether to continue at once."""
         tokens = [MessageToken(each.tracker, offset) for each in partition_batches for offset in each.batch.offsets]
         if outcome is CommitOutcome.COMMITTED:
             with self._lock:
@@ -257,7 +256,7 @@ class TransactionalCommitter:
     def _resolve_unknown_commit(
         self, membership: Membership, partition_batches: Sequence[_PartitionBatch]
     ) -> CommitOutcome:
-        """Whether a transaction was committed whose answer was lost: if it was, its offsets were."""
+        """Find out from the committed offsets whether a transaction was committed whose answer was lost."""
         delays = backoff(1.0)
         while not self._closing:
             witness = next(
@@ -272,13 +271,13 @@ class TransactionalCommitter:
                         found = committed is not None and committed >= witness.batch.committable
                         return CommitOutcome.COMMITTED if found else CommitOutcome.ABORTED
             except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
-                log.warning("the committed offsets are not known: %s: %s", type(error).__name__, error)
+                log.warning("reading the committed offsets failed; retrying: %s: %s", type(error).__name__, error)
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, next(delays))
         return CommitOutcome.ABORTED
 
     def _reject_revoked(self) -> None:
-        """Tell whoever waits for a partition that is gone."""
+        """Raise `NotOwned` in each `settle` whose partition was revoked."""
         with self._lock:
             gone = [token for token in self._settling if token.tracker.revoked]
         self._resolve_waiters(gone, NotOwned("revoked"))
@@ -288,7 +287,7 @@ class TransactionalCommitter:
             futures = [future for token in tokens if (future := self._settling.pop(token, None)) is not None]
         try:
             self._loop.call_soon_threadsafe(_resolve_futures, futures, error)
-        except RuntimeError:  # the loop is gone; so is whoever waited
+        except RuntimeError:  # the loop has ended, and every waiter with it
             return
 
 

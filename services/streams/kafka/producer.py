@@ -71,7 +71,7 @@ class Sender:
             for record, outcome in zip(records, outcomes, strict=True):
                 if not isinstance(outcome, BaseException):
                     continue
-                log.warning("%s did not take a message: %s", record.stream, outcome)
+                log.warning("a message for %s was not acknowledged: %s", record.stream, outcome)
                 if not isinstance(outcome, errors.RetriableError | errors.AuthorizationError):
                     await loop.run_in_executor(self._thread, self._renew, producer)
                 # A record that is too large takes everything with it that the producer holds at the moment, so which
@@ -109,7 +109,7 @@ class Sender:
                 "Raise the topic's max.message.bytes."
             ) from error
         except errors.KafkaError as error:
-            log.warning("%s did not take a message: %s", record.stream, error)
+            log.warning("a message for %s was not acknowledged: %s", record.stream, error)
             return False
         finally:
             close_producer(producer, 1)
@@ -122,7 +122,7 @@ class Sender:
         try:
             self._producer = self._connect()
         except (ConfigurationError, StreamUnavailable) as error:
-            log.warning("no new Kafka producer: %s", error)
+            log.warning("replacing the Kafka producer failed; the next send tries again: %s", error)
             return
         close_producer(broken, 1)
 

@@ -44,7 +44,7 @@ _RETRY_MS: Final = 20
 
 
 class CommitOutcome(Enum):
-    """What became of a transaction."""
+    """The outcome of a transaction."""
 
     COMMITTED = "committed"
     ABORTED = "aborted"
@@ -54,7 +54,7 @@ class CommitOutcome(Enum):
     FENCED = "fenced"
     """Nothing was published: the broker knows this member's id as another's."""
     UNKNOWN = "unknown"
-    """Nobody answered. After `recover` the committed offsets say whether it was committed."""
+    """There was no answer. After `recover` the committed offsets say whether it was committed."""
 
 
 class _Refusal(Exception):
@@ -135,7 +135,7 @@ class Transactions:
             )
             producer.init_transactions()
         except (errors.KafkaError, StreamUnavailable) as error:
-            log.warning("no transactional Kafka producer: %s", _describe(error))
+            log.warning("opening a transactional Kafka producer failed; retrying: %s", _describe(error))
             if producer is not None:
                 close_producer(producer, 0)
             if isinstance(error, errors.AuthorizationError):

@@ -1,4 +1,4 @@
-"""What the Redis Streams transport, publisher and reader share: the connection, the outages, and the entries' form."""
+"""Shared by the consumer, producer and reader of Redis Streams: connection, outages, and the format of an entry."""
 
 import asyncio
 import base64
@@ -44,7 +44,7 @@ _OUTAGE_CODES: Final = ("MISCONF", "NOREPLICAS", "BUSY", "UNBLOCKED", "UNKILLABL
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether waiting can help: the server is away, starting, full, or not the master any more."""
+    """Whether a retry can help: the server is unreachable, starting, full, or no longer the master."""
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
         return False
     if isinstance(error, _OUTAGES):
@@ -94,13 +94,13 @@ def _as_it_is(reply: Any, **_: Any) -> Any:
 
 
 def refusal(error: Exception) -> Exception:
-    """What to raise for an error that ends a command: Sluice's own where the error is one of those."""
+    """The error to raise for a failed command: Sluice's own if it describes the failure, else `error` itself."""
     if is_outage(error):
         return StreamUnavailable(f"Redis does not answer: {str(error) or type(error).__name__}.")
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError | exceptions.NoPermissionError):
         return ConfigurationError(f"Redis refuses the credentials in SLUICE_STREAM_URL: {error}.")
     if isinstance(error, exceptions.ResponseError):
-        return ConfigurationError(f"Redis refuses what Sluice asks for: {error}.")
+        return ConfigurationError(f"Redis rejects a command: {error}.")
     return error
 
 

@@ -1,9 +1,9 @@
-"""The transport on Redis Streams (Redis 6.2 or later, Valkey): a consumer group on one stream.
+"""The group consumer on Redis Streams (Redis 6.2 or later, Valkey).
 
-An entry that a member has received stays *pending* in its name until it is acknowledged. A heartbeat renews what the
-member holds; an entry that nobody renewed for `redis_claim_idle_s` is taken over by whoever looks next. Settling is one
-server-side script that publishes and acknowledges only if this member still owns the entry, so an output is published
-once per entry however often members fail. How durable that is depends on the server's `appendfsync`.
+An entry that a member has received stays *pending* for that member until it is acknowledged. A heartbeat renews the
+entries that the member holds. If an entry is not renewed for `redis_claim_idle_s`, the next member that receives claims
+it. Settling is one server-side script, which publishes and acknowledges only if this member still owns the entry. So
+each output is published once per entry, however often members fail. The server's `appendfsync` sets its durability.
 
 On Redis Cluster the streams need one hash tag, for example `{sluice}.submissions`.
 """
@@ -40,10 +40,10 @@ from services.streams.redis.client import (
 log = logging.getLogger(__name__)
 
 _BLOCK_S: Final = 1.0
-"""One blocking read; between two of them abandoned entries are looked for."""
+"""Length of one blocking read. Between two reads the member claims abandoned entries."""
 _TRIM_S: Final = 60.0
 _SILENT_S: Final = 60.0
-"""A consumer without entries that was silent for this long, and for 4 times the claim time, is deleted."""
+"""A consumer without entries is deleted after it was silent for this long and for 4 times the claim time."""
 _RENEW_AT_ONCE: Final = 500
 _CLOSE_S: Final = 5.0
 _AT_ONCE_MS: Final = 1 << 40
@@ -58,7 +58,7 @@ class RedisGroupConsumer:
         self._client = client
         self._stream = config.submissions_stream
         self._group = config.group
-        # A name of its own for each life of a member: what an earlier one held is not what this one holds.
+        # Each start of a member gets a new name, because it does not hold the entries of an earlier start.
         self._consumer = f"{member}-{uuid.uuid4().hex[:8]}"
         self._kept_streams = (
             config.submissions_stream,
@@ -69,22 +69,22 @@ class RedisGroupConsumer:
         self._claim_idle_ms = max(1, int(config.redis_claim_idle_s * 1000))
         self._held: set[bytes] = set()
         self._cursor: bytes = b"0-0"
-        self._next_look = 0.0
+        self._next_claim = 0.0
         self._next_trim = time.monotonic() + _TRIM_S
         self._closed = False
-        self._settle, self._renew, self._take_over, self._leave, self._tidy, self._trim, self._lag = (
+        self._settle, self._renew, self._claim, self._leave, self._delete_idle, self._trim, self._lag = (
             client.register_script(script)
             for script in (
                 scripts.SETTLE,
                 scripts.RENEW,
-                scripts.TAKE_OVER,
+                scripts.CLAIM,
                 scripts.LEAVE,
-                scripts.TIDY,
+                scripts.DELETE_IDLE_CONSUMERS,
                 scripts.TRIM,
                 scripts.LAG,
             )
         )
-        self._heartbeat = asyncio.create_task(self._beat(), name=f"redis-heartbeat-{member}")
+        self._heartbeat = asyncio.create_task(self._renew_periodically(), name=f"redis-heartbeat-{member}")
 
     @classmethod
     async def open(cls, config: StreamConfig, member: str) -> Self:
@@ -110,9 +110,9 @@ class RedisGroupConsumer:
         while True:
             remaining = deadline - time.monotonic()
             try:
-                batch = await self._abandoned(limit) or await self._new(limit, remaining)
+                batch = await self._claim_abandoned(limit) or await self._new(limit, remaining)
                 delays = backoff(MAX_BACKOFF_S)
-            except Exception as error:  # noqa: BLE001 - whatever happened, the member goes on; _recover logs it
+            except Exception as error:  # noqa: BLE001 - the member goes on after any error; _recover logs it
                 await self._recover(error)
                 batch = []
                 await asyncio.sleep(min(next(delays), max(0.0, deadline - time.monotonic())))
@@ -136,7 +136,7 @@ class RedisGroupConsumer:
                 raise NotOwned(f"{message.source} went to the other members when this one left.")
             try:
                 outcome = await self._settle(keys=keys, args=arguments)
-            except Exception as error:  # noqa: BLE001 - whatever happened, the message waits; _recover logs it
+            except Exception as error:  # noqa: BLE001 - the message is retried after any error; _recover logs it
                 # The answer may have been lost after the server did its work.
                 unsure = unsure or isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError)
                 await self._recover(error)
@@ -158,11 +158,11 @@ class RedisGroupConsumer:
         return Lag({0: int(pending) + int(waiting)}, published=int(published))
 
     def blocked(self) -> Sequence[Message]:
-        """Entries are acknowledged one by one: none stands before another."""
+        """Always empty: entries are acknowledged one by one, so none waits for another."""
         return ()
 
     async def close(self) -> None:
-        """Make what is held claimable at once, and disconnect. Gives up after 5 s when the server is away."""
+        """Make the held entries claimable at once, and disconnect. Gives up after 5 s if the server does not answer."""
         if self._closed:
             return
         self._closed = True
@@ -171,22 +171,24 @@ class RedisGroupConsumer:
             async with asyncio.timeout(_CLOSE_S):
                 await self._leave(keys=[self._stream], args=[self._group, self._consumer, _AT_ONCE_MS])
         except (exceptions.RedisError, OSError, TimeoutError) as error:
-            log.warning("left without a word, the others take over in %d ms: %s", self._claim_idle_ms, error)
+            log.warning(
+                "could not leave the group; its messages are reclaimed in %d ms: %s", self._claim_idle_ms, error
+            )
         self._held.clear()
         await self._client.aclose(close_connection_pool=True)
 
     # ---- receiving
 
-    async def _abandoned(self, limit: int) -> list[Message]:
-        """Take over entries that nobody renews; looks once a second, or until there are no more."""
-        if time.monotonic() < self._next_look:
+    async def _claim_abandoned(self, limit: int) -> list[Message]:
+        """Claim entries that no member renews, once a second; more often while there are more."""
+        if time.monotonic() < self._next_claim:
             return []
-        cursor, entries = await self._take_over(
+        cursor, entries = await self._claim(
             keys=[self._stream], args=[self._group, self._consumer, self._claim_idle_ms, self._cursor, limit]
         )
         self._cursor = cursor
         if cursor == b"0-0":
-            self._next_look = time.monotonic() + min(_BLOCK_S, self._claim_idle_ms / 3000)
+            self._next_claim = time.monotonic() + min(_BLOCK_S, self._claim_idle_ms / 3000)
         others = [entry for entry in entries if entry[0] not in self._held]
         return [self._hold(id_, fields, int(deliveries)) for id_, fields, deliveries in others]
 
@@ -203,7 +205,7 @@ class RedisGroupConsumer:
 
     # ---- staying a member
 
-    async def _beat(self) -> None:
+    async def _renew_periodically(self) -> None:
         delays = backoff(MAX_BACKOFF_S)
         while True:
             await asyncio.sleep(self._claim_idle_ms / 3000)
@@ -212,7 +214,7 @@ class RedisGroupConsumer:
                     await self._renew_held()
                     if time.monotonic() >= self._next_trim:
                         self._next_trim = time.monotonic() + _TRIM_S
-                        await self._clean()
+                        await self._delete_expired()
                     delays = backoff(MAX_BACKOFF_S)
                     break
                 except Exception as error:  # noqa: BLE001 - the heartbeat must not end; _recover logs it
@@ -226,25 +228,25 @@ class RedisGroupConsumer:
             lost = await self._renew(keys=[self._stream], args=[self._group, self._consumer, *some])
             self._held.difference_update(lost)
 
-    async def _clean(self) -> None:
-        """Drop old settled entries, and the names of members that are gone. Dead letters are kept."""
+    async def _delete_expired(self) -> None:
+        """Delete old settled entries, and the consumers of members that have ended. Dead letters are kept."""
         for stream in self._kept_streams:
             await self._trim(keys=[stream], args=[self._retention_ms])
         silent_ms = max(int(_SILENT_S * 1000), 4 * self._claim_idle_ms)
-        await self._tidy(keys=[self._stream], args=[self._group, self._consumer, silent_ms])
+        await self._delete_idle(keys=[self._stream], args=[self._group, self._consumer, silent_ms])
 
     async def _recover(self, error: Exception) -> None:
-        """Do what can be done about a failed command; the caller waits and tries again."""
+        """Repair the connection or the group after a failed command. The caller waits and retries."""
         if isinstance(error, exceptions.ReadOnlyError):
             await self._client.connection_pool.disconnect(inuse_connections=False)  # find the new master
         if is_missing_group(error):
-            log.warning("the group %s is gone, creating it again: %s", self._group, error)
+            log.warning("the consumer group %s does not exist any more; creating it again: %s", self._group, error)
             with contextlib.suppress(exceptions.RedisError, OSError):
                 await _create_group(self._client, self._stream, self._group)
         elif is_outage(error):
-            log.warning("Redis is away, waiting: %s", str(error) or type(error).__name__)
+            log.warning("Redis does not answer; retrying: %s", str(error) or type(error).__name__)
         else:
-            log.error("Redis refuses a command, trying on: %s: %s", type(error).__name__, error)
+            log.error("Redis rejects a command; retrying: %s: %s", type(error).__name__, error)
 
 
 async def _create_group(client: Redis, stream: str, group: str) -> None:

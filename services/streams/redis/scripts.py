@@ -1,4 +1,4 @@
-"""The server-side scripts of the Redis Streams transport. Each is atomic: the server runs nothing in between.
+"""The server-side scripts of the Redis Streams consumer. Each is atomic: the server runs nothing in between.
 
 KEYS[1] is the submissions stream throughout; ARGV begins with the group and, where one acts, the consumer.
 They use nothing newer than Redis 6.2, so they run on every Valkey.
@@ -36,7 +36,7 @@ end
 return lost
 """
 
-TAKE_OVER: Final = """
+CLAIM: Final = """
 -- ARGV: group, consumer, idle ms, cursor, count.  Returns the next cursor and {id, fields, deliveries} for each entry.
 local reply = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], 'COUNT', ARGV[5])
 local taken = {}
@@ -66,7 +66,7 @@ end
 return 0
 """
 
-TIDY: Final = """
+DELETE_IDLE_CONSUMERS: Final = """
 -- ARGV: group, consumer, idle ms.  Deletes the other consumers that hold nothing and were silent for that long.
 local deleted = 0
 for _, fields in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
