@@ -200,9 +200,9 @@ async def test_the_names_of_members_that_are_gone_are_cleared_away(streams: Stre
     assert await names() == {"leaving"}  # deleting it would delete what it held
     heir = await streams.member("heir", **PATIENT)
     await collect(heir, 2)
-    tidy = client.register_script(redis_scripts.TIDY)
+    delete_idle = client.register_script(redis_scripts.DELETE_IDLE_CONSUMERS)
     for silent_ms, expected in ((60_000, {"leaving", "heir"}), (0, {"heir"})):
-        await tidy(keys=[settings.submissions_stream], args=[settings.group, "someone", silent_ms])
+        await delete_idle(keys=[settings.submissions_stream], args=[settings.group, "someone", silent_ms])
         assert await names() == expected
     idle = await streams.member("idle")
     await idle.receive(1, 0.01)
