@@ -233,6 +233,10 @@ class PolicyCache:
                 break
             if token:
                 try:
+                    # Between the check above and the lease, another process may have read it and released its lease.
+                    with suppress(RedisUnavailable):
+                        if (found := await copy(self._shared)) is not None:
+                            return found
                     return await read()
                 finally:
                     with suppress(RedisUnavailable):

@@ -16,6 +16,8 @@ from botocore.config import Config
 
 from services.core.errors import PolicyUnavailable, RedisUnavailable, UnknownPolicy
 from services.core.messages import Submission
+from services.policies import cache as policy_cache
+from services.policies import redis_cache
 from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN, PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
@@ -246,15 +248,46 @@ async def test_a_copy_of_another_bucket_is_found_by_its_digest(
         assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
 
 
-async def test_processes_that_start_at_once_read_the_bucket_once(filled: PolicyRegistry, valkey_url: str) -> None:
+async def test_processes_that_start_at_once_read_the_bucket_once(
+    filled: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A slow machine is no reason to read again: no copy gets old, no lease ends and no answer is late in this test.
+    monkeypatch.setattr(redis_cache, "_ANSWER_S", 60.0)
+    monkeypatch.setattr(redis_cache, "_LEASE_MS", 60_000)
+    monkeypatch.setattr(policy_cache, "_LEASE_WAIT_S", 60.0)
     counting, bucket = Counting(filled, pause_s=0.2), uuid.uuid4().hex
     copies = [PolicyRedisCache(valkey_url, bucket) for _ in range(64)]
     async with AsyncExitStack() as stack:
-        caches = [await stack.enter_async_context(PolicyCache(counting, shared)) for shared in copies]
+        caches = [await stack.enter_async_context(PolicyCache(counting, shared, refresh_s=60)) for shared in copies]
         assert set(await asyncio.gather(*(version_of(cache) for cache in caches))) == {1}
     assert counting.reads == {"default@1": 1, "default": 1, "tenants": 1}
     for shared in copies:
         await shared.close()
+
+
+async def test_process_that_gets_the_lease_late_takes_the_copy(
+    filled: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look for a copy and its lease, another process reads the bucket and releases the lease."""
+    counting, bucket = Counting(filled), uuid.uuid4().hex
+    slow, quick = PolicyRedisCache(valkey_url, bucket), PolicyRedisCache(valkey_url, bucket)
+    lease = slow.lease
+    overtaken: set[str] = set()
+
+    async def lease_late(what: str) -> str | None:
+        if what not in overtaken:
+            overtaken.add(what)
+            async with PolicyCache(counting, quick, refresh_s=60) as quicker:
+                await quicker.choose(submission())
+        return await lease(what)
+
+    monkeypatch.setattr(slow, "lease", lease_late)
+    async with PolicyCache(counting, slow, refresh_s=60) as cache:
+        assert await version_of(cache) == 1
+    assert overtaken
+    assert counting.reads == {"default@1": 1, "default": 1, "tenants": 1}
+    await slow.close()
+    await quick.close()
 
 
 async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
