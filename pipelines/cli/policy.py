@@ -50,7 +50,7 @@ def check(
 
         if not isinstance(document, PolicyDocument):
             raise ConfigurationError(f"{file} is no policy, so it has no examples; leave --examples out")
-        settings = settings_module.load("s3_buckets", "ray_address")
+        settings = settings_module.load("ray_address")
         failed = run_examples(document, file.parent, settings, write=typer.echo)
         if failed:
             raise ConfigurationError(f"{failed} of {len(document.examples)} examples did not come out as expected")

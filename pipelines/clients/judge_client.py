@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pipelines.clients.ray_address import NO_CLUSTER, answers
 from services.core.errors import ConfigurationError, GuardFailed, SluiceError, Unjudgeable
-from services.core.messages import Submission, Verdict
+from services.core.messages import ImageRequest, Upload, Verdict
 from services.core.settings import Settings
 from services.core.values import Policy
 
@@ -46,8 +46,15 @@ ForkingPickler.register(MappingProxyType, lambda mapping: (_read_only, (dict(map
 class JudgeRequest:
     """One submission, and what it is to be judged by: versions such as `default@3`, or policies not published yet."""
 
-    submission: Submission
+    submission: ImageRequest
     policies: tuple[str | Policy, ...]
+    image: bytes | None = None
+    """The image file's bytes; None if the service is to fetch the submission's object."""
+
+    @classmethod
+    def of_bytes(cls, submission_id: str, image: bytes, policy: Policy) -> Self:
+        """A request that carries its image, so that the service reads no bucket for it."""
+        return cls(Upload(id=submission_id, uri=Upload.uri_of(image), policy=policy.identity.name), (policy,), image)
 
 
 class JudgeClient:

@@ -24,9 +24,12 @@ from pipelines.clients.judge_client import JudgeRequest, JudgeResult
 from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 from services.core.tasks import cancel_and_wait
+from services.images.memory_budget import ByteBudget
 
 _PAUSES_S: Final = (1.0, 5.0, 15.0)
 """A replica that died is replaced meanwhile."""
+_IMAGE_BYTES_IN_FLIGHT: Final = 64 << 20
+"""Images that travel to the service at a time. Ray keeps each in its object store, of which `sluice up` has 200 MiB."""
 
 
 def _connect(address: str) -> DeploymentHandle[Any]:
@@ -74,10 +77,13 @@ async def _judge_all(
     channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], trials: Sequence[JudgeRequest], in_flight: int
 ) -> None:
     waiting = iter(enumerate(trials))
+    budget = ByteBudget(_IMAGE_BYTES_IN_FLIGHT)
 
     async def work() -> None:
         for number, trial in waiting:
-            channel.send((number, await _judge(intake, trial)))
+            async with budget.reserve(len(trial.image or b"")):
+                result = await _judge(intake, trial)
+            channel.send((number, result))
 
     tasks = [asyncio.create_task(work()) for _ in range(in_flight)]
     try:
@@ -93,7 +99,9 @@ async def _judge_all(
 async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeResult:
     submission = trial.submission.model_copy(update={"priority": "backfill"})
     for pause_s in (*_PAUSES_S, None):
-        response = intake.judge_under.remote(submission, trial.policies)
+        # Services of earlier versions take no third argument. Requests without an image work there, too.
+        image = () if trial.image is None else (trial.image,)
+        response = intake.judge_under.remote(submission, trial.policies, *image)
         try:
             outcome: JudgeResult = await response
         except asyncio.CancelledError:
@@ -103,6 +111,11 @@ async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeRes
             # Serve's error is also an instance of its cause's class, but its text is a traceback.
             if isinstance(error.cause, Unjudgeable):
                 return error.cause
+            if image and isinstance(error.cause, TypeError) and "judge_under()" in str(error.cause):
+                raise ConfigurationError(
+                    "the service was started by an earlier version of Sluice, which accepts no image files from this "
+                    "command; upgrade the service, or name images that lie in a bucket (s3://...)"
+                ) from None
             if not isinstance(error.cause, Unavailable) or pause_s is None:
                 raise error.cause from None
         except (RayActorError, RayServeException) as error:

@@ -1,4 +1,4 @@
-"""Files that a command puts into a bucket which the service reads."""
+"""The files that `sluice submit` uploads to a bucket which the service reads."""
 
 import uuid
 from pathlib import Path
@@ -17,16 +17,14 @@ _FOLDER: Final = "submitted"
 class Uploads:
     """Uploads to the first bucket of SLUICE_S3_BUCKETS."""
 
-    def __init__(self, settings: Settings, folder: str = _FOLDER) -> None:
-        """`folder`: what the keys begin with.
-
+    def __init__(self, settings: Settings) -> None:
+        """
         Raises:
             ConfigurationError: no bucket is set.
         """
         if not settings.s3_buckets:
             raise ConfigurationError("SLUICE_S3_BUCKETS is not set; files are uploaded to the first bucket it names")
         self._bucket = settings.s3_buckets[0]
-        self._folder = folder
         self._s3 = s3_client(settings, retries={"mode": "standard"})
 
     def put_file(self, file: Path) -> ObjectReference:
@@ -40,13 +38,13 @@ class Uploads:
             raise ConfigurationError(f"{file} is neither a file nor an s3:// URI")
         try:
             with file.open("rb") as body:
-                return self.put(file.name, body)
+                return self._put(file.name, body)
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
 
-    def put(self, name: str, body: bytes | BinaryIO) -> ObjectReference:
-        """Upload bytes or an open file, under a key of their own that ends in `name`; raises StoreUnavailable."""
-        key = f"{self._folder}/{uuid.uuid4()}/{name}"
+    def _put(self, name: str, body: BinaryIO) -> ObjectReference:
+        """Upload an open file under a key of its own that ends in `name`; raises StoreUnavailable."""
+        key = f"{_FOLDER}/{uuid.uuid4()}/{name}"
         try:
             answer = self._s3.put_object(Bucket=self._bucket, Key=key, Body=body)
         except (BotoCoreError, ClientError) as error:
@@ -54,11 +52,3 @@ class Uploads:
         return ObjectReference(
             bucket=self._bucket, key=key, version_id=answer.get("VersionId"), etag=answer.get("ETag")
         )
-
-    def remove(self, uploaded: ObjectReference) -> None:
-        """Delete what was uploaded, in a bucket with versions that version; raises StoreUnavailable."""
-        pins = {"VersionId": uploaded.version_id} if uploaded.version_id else {}
-        try:
-            self._s3.delete_object(Bucket=uploaded.bucket, Key=uploaded.key, **pins)  # type: ignore[arg-type]
-        except (BotoCoreError, ClientError) as error:
-            raise StoreUnavailable(f"{uploaded.uri} cannot be removed again: {error}") from error

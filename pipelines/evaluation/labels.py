@@ -15,7 +15,9 @@ from typing import Any, Final, Literal
 from pipelines.annotation.sources.discover import REFERENCE_COLUMNS
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating
 
-Reason = Literal["malformed", "no_image", "bad_rating", "unknown_category", "unknown_policy", "contradiction"]
+Reason = Literal[
+    "malformed", "no_image", "too_large", "bad_rating", "unknown_category", "unknown_policy", "contradiction"
+]
 Image = Path | str | bytes
 """A file, an s3:// reference, or the bytes themselves."""
 

@@ -1,36 +1,37 @@
-"""Runs a data set through the running service: the same path as a submission's, and nothing is published or counted.
+"""Judges a labelled data set on the running service. Nothing is published or counted, and no bucket is written to.
 
-Rows go in batches. While one is judged the images of the next are uploaded; what was uploaded is removed afterwards.
+Rows go in batches. A file or bytes travel with the request to judge them; an s3:// image is fetched by the service.
+While one batch is judged, the files of the next are read.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
-from pipelines.clients.uploads import Uploads
-from pipelines.evaluation.labels import Image, LabelledImage, RejectedRecord, parse
+from pipelines.evaluation.labels import Image, LabelledImage, Reason, RejectedRecord, parse
 from pipelines.evaluation.metrics import DEFAULT
 from pipelines.evaluation.perturbations import PERTURBATIONS, perturbed
 from pipelines.evaluation.policies import PolicySelector, RowPolicy
 from pipelines.evaluation.results import Columns
-from services.core.errors import ConfigurationError, StoreUnavailable, Unavailable, Unjudgeable
+from services.core.errors import Unavailable, Unjudgeable
 from services.core.messages import ObjectReference, Submission, Verdict
 from services.core.settings import Settings
 from services.core.values import Policy
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 
-_FOLDER: Final = "evaluation"
-_UPLOADERS: Final = 8
+_READERS: Final = 8
 _BATCH_S: Final = 10.0
 """What a batch should take: long enough that its end does not leave the service idle, short enough for a word."""
 _FIRST_BATCH: Final = 32
 _BATCH_LIMIT: Final = 1024
+_PERTURBED_BATCH: Final = 8
+"""Rows of a batch while images are perturbed: each of these images is in memory with all of its variants."""
 _BATCH_BYTES: Final = 64 << 20
 _URI_LIMIT: Final = 2048
 _PICTURE_PX: Final = 2048
@@ -60,19 +61,28 @@ class EvaluationOptions:
 
 @dataclass(slots=True)
 class _Row:
-    """One row of a batch, and where its image lies."""
+    """One row of a batch, with its image."""
 
     sample: LabelledImage
     row_policy: RowPolicy
-    reference: ObjectReference
-    variants: list[ObjectReference]
+    source: ObjectReference | bytes
+    """Where the service reads the image, or the image itself."""
+    variants: list[bytes]
+    """The image after each perturbation, as JPEG files."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Why a row has no image to judge."""
+
+    reason: Reason
+    detail: str
 
 
 @dataclass(slots=True)
 class _Batch:
     rows: list[_Row] = field(default_factory=list)
     refused: list[RejectedRecord] = field(default_factory=list)
-    uploaded: list[ObjectReference] = field(default_factory=list)
 
 
 class SampleJudge:
@@ -101,37 +111,27 @@ class SampleJudge:
         self.left_out = 0
         self._keeps = keep
         self._write = write
-        self._uploads = Uploads(settings, _FOLDER)
         self._to_perturb = options.perturbed
-        self._left_behind = 0
 
     def run(self, records: Iterable[Any], folder: Path, total: int | None, progress: Progress) -> Columns:
         """Judge all records.
 
         Raises:
-            ConfigurationError: the service has ended, or nothing can be uploaded.
-            StoreUnavailable: the bucket does not answer.
+            ConfigurationError: the service has ended.
         """
         pace = _Pace(total, progress)
         batches = self._batches(records, folder, pace)
-        with ThreadPoolExecutor(_UPLOADERS, thread_name_prefix="upload") as uploaders, ThreadPoolExecutor(1) as ahead:
-            self._uploaders = uploaders
-            preparing: Future[_Batch] | None = None
-            try:
-                preparing = ahead.submit(self._prepared, next(batches, []))
-                while True:
-                    batch = preparing.result()
-                    following = next(batches, [])
-                    preparing = ahead.submit(self._prepared, following)
-                    self._judge(batch)
-                    pace.advance(len(batch.rows) + len(batch.refused))
-                    if not following:
-                        break
-            finally:
-                if preparing is not None and preparing.exception() is None:
-                    self._remove(preparing.result())
-        if self._left_behind:
-            progress(f"{self._left_behind} uploaded images could not be removed; they begin with {_FOLDER}/")
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers, ThreadPoolExecutor(1) as ahead:
+            self._readers = readers
+            preparing = ahead.submit(self._prepare, next(batches, []))
+            while True:
+                batch = preparing.result()
+                following = next(batches, [])
+                preparing = ahead.submit(self._prepare, following)
+                self._judge(batch)
+                pace.advance(len(batch.rows) + len(batch.refused))
+                if not following:
+                    break
         return self.columns
 
     def _batches(
@@ -145,53 +145,51 @@ class SampleJudge:
                 self.left_out += 1
                 continue
             batch.append(found)
-            held_bytes += len(found.image) if isinstance(found, LabelledImage) and isinstance(found.image, bytes) else 0
-            if len(batch) >= pace.batch or held_bytes > _BATCH_BYTES:
+            held_bytes += _size(found.image) if isinstance(found, LabelledImage) else 0
+            rows = _PERTURBED_BATCH if self._to_perturb else pace.batch
+            if len(batch) >= rows or held_bytes > _BATCH_BYTES:
                 yield batch
                 batch, held_bytes = [], 0
         if batch:
             yield batch
 
-    def _prepared(self, found: Sequence[LabelledImage | RejectedRecord]) -> _Batch:
-        """A batch with every image where the service reads it; on failure nothing stays uploaded."""
+    def _prepare(self, found: Sequence[LabelledImage | RejectedRecord]) -> _Batch:
+        """Choose the policy of each row and read its image."""
         batch = _Batch()
-        try:
-            chosen: list[tuple[LabelledImage, RowPolicy]] = []
-            for each in found:
-                row_policy = each if isinstance(each, RejectedRecord) else self._selector.of(each)
-                if isinstance(row_policy, RejectedRecord):
-                    batch.refused.append(row_policy)
-                elif isinstance(each, LabelledImage):
-                    chosen.append((each, row_policy))
-            images = dict.fromkeys(sample.image for sample, _ in chosen)
-            places = dict(zip(images, self._uploaders.map(self._placed, images), strict=True))
-            batch.uploaded += [
-                place for image, place in places.items() if _is_ours(image) and isinstance(place, ObjectReference)
-            ]
-            for sample, row_policy in chosen:
-                place = places[sample.image]
-                if isinstance(place, str):
-                    batch.refused.append(RejectedRecord(sample.id, "no_image", place))
-                else:
-                    batch.rows.append(_Row(sample, row_policy, place, []))
-            self._perturb(batch)
-        except BaseException:
-            self._remove(batch)
-            raise
+        chosen: list[tuple[LabelledImage, RowPolicy]] = []
+        for each in found:
+            row_policy = each if isinstance(each, RejectedRecord) else self._selector.of(each)
+            if isinstance(row_policy, RejectedRecord):
+                batch.refused.append(row_policy)
+            elif isinstance(each, LabelledImage):
+                chosen.append((each, row_policy))
+        images = dict.fromkeys(sample.image for sample, _ in chosen)
+        sources = dict(zip(images, self._readers.map(self._read, images), strict=True))
+        for sample, row_policy in chosen:
+            source = sources[sample.image]
+            if isinstance(source, _Unreadable):
+                batch.refused.append(RejectedRecord(sample.id, source.reason, source.detail))
+            else:
+                batch.rows.append(_Row(sample, row_policy, source, []))
+        self._perturb(batch)
         return batch
 
-    def _placed(self, image: Image) -> ObjectReference | str:
-        """Where the service reads an image, or why it cannot."""
+    def _read(self, image: Image) -> "ObjectReference | bytes | _Unreadable":
+        """The bytes of a file or of the data set, or the object that the service fetches itself."""
         if isinstance(image, str):
             bucket, _, key = image.removeprefix("s3://").partition("/")
-            named = bucket and key and len(image) <= _URI_LIMIT
-            return ObjectReference(bucket=bucket, key=key) if named else f"its image {image[:80]} names no object"
+            if bucket and key and len(image) <= _URI_LIMIT:
+                return ObjectReference(bucket=bucket, key=key)
+            return _Unreadable("no_image", f"its image {image[:80]} names no object")
+        limit = self._settings.image_limit_bytes
         try:
-            return self._uploads.put("image", image) if isinstance(image, bytes) else self._uploads.put_file(image)
-        except ConfigurationError as error:
-            return str(error).replace(" is neither a file nor an s3:// URI", " does not exist")
+            if isinstance(image, Path) and not image.is_file():
+                return _Unreadable("no_image", f"its image {str(image)[:80]} does not exist")
+            if (size := _size(image)) > limit:
+                return _Unreadable("too_large", f"its image has {size} bytes, the limit is {limit}")
+            return image if isinstance(image, bytes) else image.read_bytes()
         except OSError as error:
-            return f"{str(image)[:80]} cannot be read: {error.strerror}"
+            return _Unreadable("no_image", f"its image {str(image)[:80]} cannot be read: {error.strerror}")
 
     def _perturb(self, batch: _Batch) -> None:
         rows = [row for row in batch.rows if row.row_policy.kind == DEFAULT][: self._to_perturb]
@@ -200,21 +198,16 @@ class SampleJudge:
         self._to_perturb -= len(rows)
         for row, picture in zip(rows, asyncio.run(_pictures(rows, self._settings)), strict=True):
             if picture is not None:
-                files = perturbed(picture, self._options.seed)
-                row.variants = list(self._uploaders.map(lambda file: self._uploads.put("perturbed.jpg", file), files))
-                batch.uploaded += row.variants
+                row.variants = list(perturbed(picture, self._options.seed))
 
     def _judge(self, batch: _Batch) -> None:
-        try:
-            trials: list[JudgeRequest] = []
-            for row in batch.rows:
-                trials.append(_trial(row.sample.id, row.reference, row.row_policy.full))
-                if self._options.adaptive:
-                    trials.append(_trial(row.sample.id, row.reference, row.row_policy.adaptive))
-                trials += [_trial(row.sample.id, variant, row.row_policy.full) for variant in row.variants]
-            outcomes = iter(map(_only, self._service.judge(trials, lambda _line: None) if trials else []))
-        finally:
-            self._remove(batch)
+        requests: list[JudgeRequest] = []
+        for row in batch.rows:
+            requests.append(_request(row.sample.id, row.source, row.row_policy.full))
+            if self._options.adaptive:
+                requests.append(_request(row.sample.id, row.source, row.row_policy.adaptive))
+            requests += [_request(row.sample.id, variant, row.row_policy.full) for variant in row.variants]
+        outcomes = iter(map(_only, self._service.judge(requests, lambda _line: None) if requests else []))
         for refused in batch.refused:
             self._fail(refused.id, None, refused.reason, refused.detail)
         for row in batch.rows:
@@ -257,18 +250,6 @@ class SampleJudge:
         self.columns.fail(name, reason, detail)
         self._write((_described(sample) if sample else {"id": name}) | {"error": reason, "detail": detail})
 
-    def _remove(self, batch: _Batch) -> None:
-        for left in self._uploaders.map(self._removed, batch.uploaded):
-            self._left_behind += left
-        batch.uploaded.clear()
-
-    def _removed(self, uploaded: ObjectReference) -> int:
-        try:
-            self._uploads.remove(uploaded)
-        except StoreUnavailable:
-            return 1
-        return 0
-
 
 class _Pace:
     """How fast it goes: a word after each batch, and how large the next one should be."""
@@ -300,11 +281,10 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _trial(name: str, reference: ObjectReference, policy: Policy) -> JudgeRequest:
-    submission = Submission(
-        id=name or "row", uri=reference.uri, version_id=reference.version_id, etag=reference.etag, priority="backfill"
-    )
-    return JudgeRequest(submission, (policy,))
+def _request(name: str, source: ObjectReference | bytes, policy: Policy) -> JudgeRequest:
+    if isinstance(source, bytes):
+        return JudgeRequest.of_bytes(name or "row", source, policy)
+    return JudgeRequest(Submission(id=name or "row", uri=source.uri), (policy,))
 
 
 def _only(outcome: JudgeResult) -> Verdict | Unjudgeable:
@@ -322,9 +302,14 @@ def _described(sample: LabelledImage) -> dict[str, Any]:
     }
 
 
-def _is_ours(image: Image) -> bool:
-    """Whether it was uploaded for the service to read."""
-    return not isinstance(image, str)
+def _size(image: Image) -> int:
+    """The bytes that an image takes in memory: none if the service fetches it, or if its file cannot be read."""
+    if isinstance(image, bytes):
+        return len(image)
+    try:
+        return image.stat().st_size if isinstance(image, Path) else 0
+    except (OSError, ValueError):
+        return 0
 
 
 async def _pictures(rows: Sequence[_Row], settings: Settings) -> list[bytes | None]:
@@ -334,10 +319,13 @@ async def _pictures(rows: Sequence[_Row], settings: Settings) -> list[bytes | No
         found: list[bytes | None] = []
         for row in rows:
             try:
-                async with store.open(row.reference) as stored:
-                    found.append((await preparer.prepare(stored.data)).data)
+                if isinstance(row.source, bytes):
+                    found.append((await preparer.prepare(row.source)).data)
+                else:
+                    async with store.open(row.source) as stored:
+                        found.append((await preparer.prepare(stored.data)).data)
             except (Unjudgeable, Unavailable):
-                found.append(None)  # the row itself says why
+                found.append(None)  # judging the row itself reports the reason
         return found
     finally:
         preparer.close()

@@ -1,30 +1,28 @@
 """The examples of a policy document, judged by the running service before the document is published."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import typer
 
-from pipelines.clients.judge_client import JudgeRequest, JudgeResult, open_client
-from pipelines.clients.uploads import Uploads
-from services.core.errors import ConfigurationError
-from services.core.messages import ObjectReference, Submission, Verdict
+from pipelines.clients.judge_client import JudgeClient, JudgeRequest, JudgeResult, open_client
+from services.core.errors import ConfigurationError, TooLarge
+from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
+from services.core.values import Policy
 from services.policies.document import Example, Expectation, PolicyDocument
 
-_FOLDER: Final = "policy-examples"
+_BATCH_BYTES: Final = 64 << 20
 
 
 def run_examples(document: PolicyDocument, folder: Path, settings: Settings, write: Callable[[str], None]) -> int:
     """Judge every example and write a line on each; return how many came out otherwise than expected.
 
-    Files, seen from `folder`, and drawn images lie in the first bucket of SLUICE_S3_BUCKETS meanwhile.
+    Paths of files are relative to `folder`. Files and drawn images travel with the request; nothing is uploaded.
 
     Raises:
         ConfigurationError: a file cannot be read, or no service runs.
-        StoreUnavailable: an image cannot be uploaded, or not be removed again.
     """
     examples = document.examples
     if not examples:
@@ -33,22 +31,8 @@ def run_examples(document: PolicyDocument, folder: Path, settings: Settings, wri
     for example in examples:
         if (file := _file(example, folder)) and not file.is_file():
             raise ConfigurationError(f"{name_of(example)}: there is no file {file}")
-    with open_client(settings) as service, _stored(examples, folder, settings) as references:
-        policy = document.as_version(0)
-        trials = [
-            JudgeRequest(
-                Submission(
-                    id=f"example-{number}",
-                    uri=reference.uri,
-                    version_id=reference.version_id,
-                    etag=reference.etag,
-                    policy=document.name,
-                ),
-                (policy,),
-            )
-            for number, reference in enumerate(references, start=1)
-        ]
-        outcomes = service.judge(trials, progress=lambda line: typer.echo(line, err=True))
+    with open_client(settings) as service:
+        outcomes = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes)
     problems = [problem(example.expect, outcome) for example, outcome in zip(examples, outcomes, strict=True)]
     for example, wrong in zip(examples, problems, strict=True):
         write(f"FAIL  {name_of(example)}: {wrong}" if wrong else f"ok    {name_of(example)}")
@@ -81,26 +65,42 @@ def name_of(example: Example) -> str:
     return example.name or example.image or (f"synthetic {drawn.label}, seed {drawn.seed}" if drawn else "")
 
 
-@contextmanager
-def _stored(examples: Sequence[Example], folder: Path, settings: Settings) -> Iterator[list[ObjectReference]]:
-    """Where the image of each example lies; what was uploaded for it is removed at the end."""
-    uploads = Uploads(settings, _FOLDER)
-    with ExitStack() as stack:
+def _judge(
+    service: JudgeClient, examples: Sequence[Example], policy: Policy, folder: Path, limit_bytes: int
+) -> list[JudgeResult]:
+    """Judge the examples, about 64 MiB of images at a time."""
+    outcomes: dict[int, JudgeResult] = {}
+    batch: dict[int, JudgeRequest] = {}
+    for number, example in enumerate(examples, start=1):
+        request = _request(number, example, policy, folder, limit_bytes)
+        if isinstance(request, TooLarge):
+            outcomes[number] = request
+        else:
+            batch[number] = request
+        if number == len(examples) or sum(len(each.image or b"") for each in batch.values()) >= _BATCH_BYTES:
+            judged = service.judge(list(batch.values()), progress=lambda line: typer.echo(line, err=True))
+            outcomes |= zip(batch, judged, strict=True)
+            batch.clear()
+    return [outcomes[number] for number in sorted(outcomes)]
 
-        def passing(reference: ObjectReference) -> ObjectReference:
-            stack.callback(uploads.remove, reference)
-            return reference
 
-        references = []
-        for example in examples:
-            if file := _file(example, folder):
-                references.append(passing(uploads.put_file(file)))
-            elif example.synthetic:
-                references.append(passing(uploads.put("drawn.jpg", _drawn(example))))
-            else:
-                bucket, _, key = (example.image or "").removeprefix("s3://").partition("/")
-                references.append(ObjectReference(bucket=bucket, key=key))
-        yield references
+def _request(number: int, example: Example, policy: Policy, folder: Path, limit_bytes: int) -> JudgeRequest | TooLarge:
+    """The request to judge one example; a file or a drawing travels with it.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+    """
+    name = f"example-{number}"
+    if file := _file(example, folder):
+        try:
+            if (size := file.stat().st_size) > limit_bytes:
+                return TooLarge(f"the image has {size} bytes, more than {limit_bytes}")
+            return JudgeRequest.of_bytes(name, file.read_bytes(), policy)
+        except OSError as error:
+            raise ConfigurationError(f"{name_of(example)}: {file} cannot be read: {error.strerror}") from error
+    if example.synthetic:
+        return JudgeRequest.of_bytes(name, _drawn(example), policy)
+    return JudgeRequest(Submission(id=name, uri=example.image or "", policy=policy.identity.name), (policy,))
 
 
 def _file(example: Example, folder: Path) -> Path | None:

@@ -13,11 +13,11 @@ from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import Intake
 from pipelines.serving.components import Components
 from pipelines.serving.names import INTAKE
-from services.core.errors import Unjudgeable
-from services.core.messages import Submission, Verdict
+from services.core.errors import TooLarge, Unjudgeable
+from services.core.messages import ImageRequest, Verdict
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
-from services.core.values import Policy
+from services.core.values import Policy, StoredObject
 from services.policies.traffic_sample import TrafficSample
 from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
@@ -37,6 +37,7 @@ class IntakeDeployment:
         parts = await Components.from_settings(settings, side_px, guard, self._closing)
         self._policies, self._moderation, shared = parts.policies, parts.moderation, parts.shared
         self._guard = parts.guard
+        self._image_limit_bytes = settings.image_limit_bytes
         enter = self._closing.enter_async_context
         sample = await enter(TrafficSample(shared, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
@@ -49,15 +50,20 @@ class IntakeDeployment:
         self._closing.push_async_callback(self._intake.drain)
 
     async def judge_under(
-        self, submission: Submission, policies: Sequence[str | Policy]
+        self, request: ImageRequest, policies: Sequence[str | Policy], image: bytes | None = None
     ) -> list[Verdict | Unjudgeable]:
-        """Judge a submission by each policy or policy version. Nothing is published, counted or acted upon.
+        """Judge an image by each policy or policy version. Nothing is published, counted or acted upon.
+
+        `image` is the image file, if it came with the request; None to fetch the object that the request names.
 
         Raises:
-            Unjudgeable: the image cannot be fetched or prepared, or a policy version does not exist.
+            Unjudgeable: the image is too large, it cannot be fetched or prepared, or a policy version does not exist.
         """
+        if image is not None and len(image) > self._image_limit_bytes:
+            raise TooLarge(f"the image has {len(image)} bytes, more than {self._image_limit_bytes}")
+        upload = None if image is None else StoredObject(image, None, None)
         resolved = [await self._policies.resolve(p) if isinstance(p, str) else p for p in policies]
-        return list(await self._moderation.judge_under(submission, resolved))
+        return list(await self._moderation.judge_under(request, resolved, upload=upload))
 
     async def drain(self) -> None:
         """Receive no more, finish what is in flight, leave the group."""

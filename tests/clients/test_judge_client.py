@@ -84,6 +84,15 @@ def test_a_policy_that_is_not_published(scripted: Scripted) -> None:
     assert outcome[0].category == "default"
 
 
+def test_images_that_exceed_the_object_store_together_arrive(scripted: Scripted) -> None:
+    """Five images of 30 MB are more than the 100 MiB that Ray has for objects on this cluster."""
+    policy = BUILT_IN.as_version(0)
+    images = [bytes([number]) * 30_000_000 for number in range(5)]
+    requests = [JudgeRequest.of_bytes(f"image-{number}", image, policy) for number, image in enumerate(images)]
+    outcomes = judge(scripted.settings, *requests)
+    assert [type(outcome) for outcome in outcomes] == [list] * len(images), outcomes
+
+
 def test_several_times_on_one_connection(scripted: Scripted) -> None:
     with open_client(scripted.settings) as service:
         assert service.judge([], progress=print) == []
@@ -103,7 +112,9 @@ def test_whoever_gives_up_leaves_nothing_behind(scripted: Scripted, tmp_path: Pa
         # Whoever runs the tests in the background has SIGINT ignored, and every child inherits that.
         "import signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pipelines.clients.judge_client import *\n"
+        "from pipelines.clients.judge_client import JudgeRequest, open_client\n"
+        "from services.core.messages import Submission\n"
+        "from services.core.settings import Settings\n"
         f"with open_client(Settings(ray_address={scripted.settings.ray_address!r})) as service:\n"
         f"    service.judge([JudgeRequest(Submission(id='hang', uri='s3://hangs{marker}'), ('default',))], print)\n"
     )

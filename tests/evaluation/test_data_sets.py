@@ -25,7 +25,7 @@ from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find
 from pipelines.evaluation.results import Columns
 from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
-from services.core.messages import Submission
+from services.core.messages import ImageRequest
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import BUILT_IN, PolicyDocument
@@ -272,18 +272,19 @@ class Script:
     def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         self.trials += trials
         self.batches.append(len(trials))
-        return [self._judge(trial.submission, trial.policies[0]) for trial in trials]
+        return [self._judge(trial.submission, trial.policies[0], trial.image) for trial in trials]
 
-    def _judge(self, submission: Submission, policy: str | Policy) -> JudgeResult:
+    def _judge(self, submission: ImageRequest, policy: str | Policy, image: bytes | None) -> JudgeResult:
         assert isinstance(policy, Policy)
-        assert submission.priority == "backfill"
         name, _, _ = submission.id.partition("-")
         if name == "absent":
             return NotFound("there is no such key")
         if name == "refused":
             return [GuardFailed("The engine refuses it.")]
-        bucket, _, key = submission.uri.removeprefix("s3://").partition("/")
-        assert self._bench.s3.get_object(Bucket=bucket, Key=key)["Body"].read(), "it is there while it is judged"
+        if image is None:
+            bucket, _, key = submission.uri.removeprefix("s3://").partition("/")
+            image = self._bench.s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+        assert Image.open(io.BytesIO(image)).format == "JPEG"
         if name == "unreadable":
             return [changed(rating=None, category=None, score=None, outcome="needs_review", reason="unreadable_answer")]
         safe = name == "safe" or "non-violating" in policy.prompt
@@ -334,9 +335,10 @@ def data_set(bench: Bench, tmp_path: Path) -> Path:
     return tmp_path / "d.jsonl"
 
 
-def uploaded(bench: Bench) -> list[str]:
-    found = bench.s3.list_objects_v2(Bucket="uploads", Prefix="evaluation/")
-    return [entry["Key"] for entry in found.get("Contents", ())]
+def objects(bench: Bench) -> list[tuple[str, str]]:
+    """Every object of the bucket that the service reads, with its version or ETag."""
+    found = bench.s3.list_objects_v2(Bucket="uploads")
+    return [(entry["Key"], entry["ETag"]) for entry in found.get("Contents", ())]
 
 
 def evaluated(bench: Bench, data_set: Path, said: list[str], **fields: Any) -> Any:
@@ -351,7 +353,11 @@ def evaluated(bench: Bench, data_set: Path, said: list[str], **fields: Any) -> A
 
 def test_an_evaluation(bench: Bench, service: Script, data_set: Path, tmp_path: Path) -> None:
     said: list[str] = []
+    before = objects(bench)
     report = evaluated(bench, data_set, said, out=tmp_path / "out")
+    assert objects(bench) == before, "nothing is written to the bucket"
+    assert {trial.image is None for trial in service.trials if trial.submission.id == "safe-1"} == {True, False}
+    assert all(trial.image for trial in service.trials if trial.submission.id == "unsafe-1")
     assert (report.rows, report.judged, report.images) == (10, 4, 2)
     assert report.failures == {
         "no_image": 1,
@@ -366,7 +372,6 @@ def test_an_evaluation(bench: Bench, service: Script, data_set: Path, tmp_path: 
     assert (report.per.value, report.per.of) == (1.0, 1)
     assert report.adaptive.escalated.value == 0.5, "the Unsafe row and the unreadable one"
     assert {robust.rows for robust in report.robustness} == {2}, "of the unreadable row there is no rating to flip"
-    assert uploaded(bench) == [], "nothing stays in the bucket"
     assert any(re.search(r"10 of 10 rows, [\d.]+ a second, 0 s left", line) for line in said)
     rows = [json.loads(line) for line in (tmp_path / "out" / runs.ROWS).read_text().splitlines()]
     assert len(rows) == 10
@@ -410,7 +415,7 @@ def test_nothing_can_be_judged(bench: Bench, service: Script, tmp_path: Path) ->
         )
 
 
-def test_a_service_that_ends_leaves_nothing_uploaded(
+def test_service_that_ends_stops_the_evaluation(
     bench: Bench, service: Script, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ends(_trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
@@ -419,7 +424,16 @@ def test_a_service_that_ends_leaves_nothing_uploaded(
     monkeypatch.setattr(service, "judge", ends)
     with pytest.raises(ConfigurationError, match="has ended"):
         evaluated(bench, data_set, [])
-    assert uploaded(bench) == []
+
+
+def test_file_larger_than_the_limit_is_not_sent(bench: Bench, service: Script, tmp_path: Path) -> None:
+    (tmp_path / "large.jpg").write_bytes(bytes(bench.settings.image_limit_bytes + 1))
+    (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
+    rows = [{"id": f"safe-{name}", "image": name, "rating": "Safe"} for name in ("large.jpg", "a.jpg")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluated(bench, tmp_path / "d.jsonl", [], options=EvaluationOptions())
+    assert (report.judged, report.failures) == (1, {"too_large": 1})
+    assert [trial.submission.id for trial in service.trials] == ["safe-a.jpg"]
 
 
 def test_many_rows_go_in_bounded_batches_and_are_never_held(bench: Bench, service: Script) -> None:
@@ -441,7 +455,7 @@ def test_many_rows_go_in_bounded_batches_and_are_never_held(bench: Bench, servic
     assert (columns.judged, columns.failures) == (200, {"not_found": 19_800})
     assert len(columns.examples) == 20
     assert max(service.batches) <= 1024
-    assert max(held) <= 3 * 1024, "one batch is judged, one uploaded, one read"
+    assert max(held) <= 3 * 1024, "one batch is judged, one prepared, one read"
     assert said[-1].startswith("20,000 rows")
 
 

@@ -1,12 +1,19 @@
-"""Whether an example came out as expected."""
+"""The examples of a policy document: how each is sent to the service, and whether it came out as expected."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.policy_testing.examples import name_of, problem
-from services.core.errors import GuardFailed, NotFound
-from services.policies.document import Example, Expectation
+from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
+from pipelines.policy_testing import examples
+from pipelines.policy_testing.examples import name_of, problem, run_examples
+from services.core.errors import ConfigurationError, GuardFailed, NotFound
+from services.core.messages import Upload
+from services.core.settings import Settings
+from services.policies.document import Example, Expectation, PolicyDocument
 from tests.policy_testing.test_rejudge import changed
 
 
@@ -53,3 +60,73 @@ def test_names() -> None:
     assert name_of(Example.model_validate(drawn | {"name": "a knife"})) == "a knife"
     file = Example.model_validate({"image": "pictures/a.jpg", "expect": {"rating": "Safe"}})
     assert name_of(file) == "pictures/a.jpg"
+
+
+class ScriptedService:
+    """Answers Unsafe to every request and keeps the requests."""
+
+    def __init__(self) -> None:
+        self.requests: list[JudgeRequest] = []
+        self.batches: list[int] = []
+
+    def judge(self, trials: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
+        self.requests += trials
+        self.batches.append(len(trials))
+        return [[changed()] for _ in trials]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> ScriptedService:
+    scripted = ScriptedService()
+    monkeypatch.setattr(examples, "open_client", lambda _settings: nullcontext(scripted))
+    return scripted
+
+
+def document_of(*images: dict[str, Any]) -> PolicyDocument:
+    return PolicyDocument.model_validate(
+        {"name": "shop", "examples": [image | {"expect": {"rating": "Unsafe"}} for image in images]}
+    )
+
+
+def test_files_and_drawings_travel_with_the_request_objects_are_named(service: ScriptedService, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"bytes of a")
+    document = document_of({"image": "a.jpg"}, {"synthetic": {"label": "O2", "seed": 7}}, {"image": "s3://uploads/k"})
+    lines: list[str] = []
+    assert run_examples(document, tmp_path, Settings(), lines.append) == 0
+    file, drawing, stored = service.requests
+    assert (file.image, file.submission.uri) == (b"bytes of a", Upload.uri_of(b"bytes of a"))
+    assert drawing.image is not None
+    assert drawing.image.startswith(b"\xff\xd8"), "a JPEG file"
+    assert (stored.image, stored.submission.uri) == (None, "s3://uploads/k")
+    assert lines == ["ok    a.jpg", "ok    synthetic O2, seed 7", "ok    s3://uploads/k"]
+
+
+def test_file_larger_than_the_limit_fails_and_is_not_sent(service: ScriptedService, tmp_path: Path) -> None:
+    (tmp_path / "large.jpg").write_bytes(bytes(11))
+    (tmp_path / "small.jpg").write_bytes(bytes(10))
+    document = document_of({"image": "large.jpg"}, {"image": "small.jpg"})
+    lines: list[str] = []
+    assert run_examples(document, tmp_path, Settings(image_limit_bytes=10), lines.append) == 1
+    assert [request.submission.id for request in service.requests] == ["example-2"]
+    assert lines == [
+        "FAIL  large.jpg: it cannot be judged (too_large): the image has 11 bytes, more than 10",
+        "ok    small.jpg",
+    ]
+
+
+def test_many_large_files_go_in_batches(
+    service: ScriptedService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "_BATCH_BYTES", 20)
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").write_bytes(bytes(10))
+    document = document_of(*({"image": f"{number}.jpg"} for number in range(5)))
+    assert run_examples(document, tmp_path, Settings(), lambda _line: None) == 0
+    assert service.batches == [2, 2, 1]
+    assert [request.submission.id for request in service.requests] == [f"example-{n}" for n in range(1, 6)]
+
+
+def test_missing_file_nothing_is_judged(service: ScriptedService, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"absent\.jpg: there is no file"):
+        run_examples(document_of({"image": "absent.jpg"}), tmp_path, Settings(), print)
+    assert service.requests == []

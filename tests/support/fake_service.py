@@ -16,7 +16,7 @@ import ray
 from ray import serve
 
 from services.core.errors import GuardFailed, NotFound, Unjudgeable
-from services.core.messages import Submission, Timings, Verdict
+from services.core.messages import Submission, Timings, Upload, Verdict
 from services.core.values import Policy
 
 
@@ -25,7 +25,7 @@ class ScriptedIntake:
     """What a submission's id says is what happens."""
 
     async def judge_under(
-        self, submission: Submission, policies: Sequence[str | Policy]
+        self, submission: Submission, policies: Sequence[str | Policy], image: bytes | None = None
     ) -> list[Verdict | Unjudgeable]:
         match submission.id.partition("-")[0]:
             case "absent":
@@ -39,6 +39,8 @@ class ScriptedIntake:
             case "hang":
                 _mark(submission)
                 await asyncio.sleep(3600)
+        if image is not None and submission.uri != Upload.uri_of(image):
+            raise NotFound("the bytes are not those that were sent")
         await asyncio.sleep(0.01 * (len(submission.id) % 3))
         return [
             _verdict(submission, policy if isinstance(policy, str) else policy.identity.name) for policy in policies
