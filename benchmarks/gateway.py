@@ -30,13 +30,13 @@ from ray._private.async_compat import try_install_uvloop
 from pipelines.local import backends as embedded
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
-from services.gateway.api_keys import KeyRegistry
+from services.gateway.api_keys import ApiKeyRegistry
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import retrying_moderation
+from services.moderation.retrying import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -114,7 +114,7 @@ class Running:
     """A gateway that runs in this process."""
 
     url: str
-    keys: KeyRegistry
+    keys: ApiKeyRegistry
 
 
 @asynccontextmanager
@@ -127,7 +127,7 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
         boto3.client("s3", endpoint_url=settings.s3_endpoint).put_object(
             Bucket="uploads", Key="a.jpg", Body=picture(512, "JPEG")
         )
-        registry, keys = PolicyRegistry.from_settings(settings), KeyRegistry.from_settings(settings)
+        registry, keys = PolicyRegistry.from_settings(settings), ApiKeyRegistry.from_settings(settings)
         registry.publish_built_in()
         shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
@@ -136,8 +136,8 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
         closing.callback(store.close)
         policies = await closing.enter_async_context(PolicyCache(registry, shared))
         guard = TimedGuard()
-        moderation = retrying_moderation(policies=policies, images=store, preparer=preparer, guard=guard)
-        parts = Dependencies(moderation, guard, preparer, policies, registry, shared, keys)
+        moderator = build_retrying_moderator(policies=policies, images=store, preparer=preparer, guard=guard)
+        parts = Dependencies(moderator, guard, preparer, policies, registry, shared, keys)
         server = GatewayServer(create_app(parts, settings), settings, listener=listen("127.0.0.1", 0))
         closing.push_async_callback(server.stop)
         await server.start()

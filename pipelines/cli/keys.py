@@ -8,7 +8,7 @@ import typer
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
-from services.gateway.api_keys import ROLES, ApiKey, KeyRegistry, Role
+from services.gateway.api_keys import ROLES, ApiKey, ApiKeyRegistry, Role
 
 app = typer.Typer(help="Create, list and revoke API keys of the gateway.", no_args_is_help=True)
 
@@ -37,7 +37,7 @@ def create(
 def list_(as_json: AsJson = False) -> None:
     """List all keys, revoked ones too, oldest first."""
     registry = _registry()
-    index = registry.index()
+    index = registry.read_index()
     for key in sorted(registry.get_each(list(index)), key=lambda key: key.created_at):
         revoked = index[key.id]
         shown = key.model_dump(mode="json", include=_FIELDS) | {"revoked": revoked}
@@ -51,8 +51,8 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     typer.echo(f"key {key_id} is revoked", err=True)
 
 
-def _registry() -> KeyRegistry:
-    return KeyRegistry.from_settings(settings_module.load("policy_bucket"))
+def _registry() -> ApiKeyRegistry:
+    return ApiKeyRegistry.from_settings(settings_module.load("policy_bucket"))
 
 
 def _role(role: str) -> Role:

@@ -11,8 +11,8 @@ from services.core.messages import DeadLetter, attempts_before, producer_headers
 from services.core.retry import FailureBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
-from services.moderation.moderator import Moderation, ModerationResult
-from services.moderation.verdicts import skipped_verdict
+from services.moderation.moderator import ModerationResult, Moderator
+from services.moderation.verdicts import build_skipped_verdict
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, OutgoingMessage
 from services.streams.parsing import InvalidMessage, ParsedSubmission
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 class Processor:
     """Judges one entry of a message at a time, and writes its outcome. All lanes of a member share one."""
 
-    def __init__(self, moderation: Moderation, settings: Settings, sample: TrafficSample | None = None) -> None:
+    def __init__(self, moderator: Moderator, settings: Settings, sample: TrafficSample | None = None) -> None:
         self.failures = FailureBudget()
         """Submissions that may expire: a small share of the judged ones, and none while nothing can be judged."""
         self._systemic = FailureBudget(_SYSTEMIC_PER_SUCCESS, _SYSTEMIC_IN_A_ROW, _SYSTEMIC_IN_A_ROW)
-        self._moderation = moderation
+        self._moderator = moderator
         self._settings = settings
         self._sample = sample
 
@@ -64,12 +64,12 @@ class Processor:
 
     def superseded(self, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """Return the verdict of an S3 event that a later event of the same object has overtaken."""
-        return self._verdicts(entry, ModerationResult(skipped_verdict(entry.submission, "superseded")))
+        return self._verdicts(entry, ModerationResult(build_skipped_verdict(entry.submission, "superseded")))
 
     def blocked(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """Return the outcome of a submission whose message held up its partition for too long."""
         if self._settings.blocked_as == "needs_review":
-            verdict = skipped_verdict(entry.submission, "needs_review", reason="blocked", action="review")
+            verdict = build_skipped_verdict(entry.submission, "needs_review", reason="blocked", action="review")
             return self._verdicts(entry, ModerationResult(verdict))
         error = Expired(f"it held up its partition for {self._settings.blocked_deadline_s:g} s")
         return [self.dead_letter(message, entry.original, error, entry.submission.id)]
@@ -97,7 +97,7 @@ class Processor:
             Expired: the submission could not be judged in time, while others were.
             Unjudgeable: the submission can never be judged.
         """
-        judging = asyncio.ensure_future(self._moderation.judge(entry.submission))
+        judging = asyncio.ensure_future(self._moderator.judge(entry.submission))
         timeout_s = self._settings.judge_deadline_s
         try:
             while True:

@@ -12,7 +12,7 @@ from services.core import telemetry
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.core.values import Priority
-from services.moderation.moderator import Moderation
+from services.moderation.moderator import Moderator
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import GroupConsumer, Lag
 
@@ -32,14 +32,14 @@ class Intake:
     def __init__(
         self,
         transport: GroupConsumer,
-        moderation: Moderation,
+        moderator: Moderator,
         settings: Settings,
         isolation: CrashIsolation,
         sample: TrafficSample | None = None,
         backfill: GroupConsumer | None = None,
     ) -> None:
         self._settings = settings
-        processor = Processor(moderation, settings, sample)
+        processor = Processor(moderator, settings, sample)
         self._live = Lane(transport, processor, isolation, settings.in_flight, "live")
         self._lanes = [self._live]
         if backfill:

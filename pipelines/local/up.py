@@ -32,7 +32,7 @@ from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceEr
 from services.core.processes import kill_descendants, kill_descendants_on_exit
 from services.core.retry import retry_blocking
 from services.core.settings import Settings
-from services.gateway.api_keys import KeyRegistry
+from services.gateway.api_keys import ApiKeyRegistry
 from services.guard import checkpoints
 from services.policies.registry import PolicyRegistry
 
@@ -204,7 +204,7 @@ def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Map
             port = stack.enter_context(reserve_port(settings.gateway_host, wanted))
         variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
         if embed:
-            keys = KeyRegistry.from_settings(settings)
+            keys = ApiKeyRegistry.from_settings(settings)
             key, token = keys.create("embedded", "admin", who="sluice up")
             stack.callback(_revoke, keys, key.id)
             variables["SLUICE_API_KEY"] = token
@@ -217,7 +217,7 @@ def gateway_url(host: str, port: int) -> str:
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def _revoke(keys: KeyRegistry, key_id: str) -> None:
+def _revoke(keys: ApiKeyRegistry, key_id: str) -> None:
     try:
         keys.revoke(key_id, who="sluice up")
     except SluiceError as error:

@@ -10,8 +10,8 @@ from pipelines.serving.guard_client import GUARD_DEADLINES, RemoteGuard
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.moderator import Moderation
-from services.moderation.retrying import retrying_moderation
+from services.moderation.moderator import Moderator
+from services.moderation.retrying import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
@@ -20,9 +20,9 @@ from services.policies.registry import PolicyRegistry
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """A moderation, and those of its parts that the deployments use themselves."""
+    """A moderator, and those of its parts that the deployments use themselves."""
 
-    moderation: Moderation
+    moderator: Moderator
     guard: RemoteGuard
     preparer: DecoderPool
     policies: PolicyCache
@@ -46,11 +46,11 @@ class Components:
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))
         remote = RemoteGuard(guard, deadline_s=GUARD_DEADLINES * settings.guard_deadline_s)
-        moderation = retrying_moderation(
+        moderator = build_retrying_moderator(
             policies=policies,
             images=store,
             preparer=preparer,
             guard=remote,
             breaker=await enter(CircuitBreaker(policies, registry, shared)),
         )
-        return cls(moderation, remote, preparer, policies, registry, shared)
+        return cls(moderator, remote, preparer, policies, registry, shared)

@@ -15,7 +15,7 @@ from pipelines.serving.names import GATEWAY
 from services.core.errors import GuardUnavailable
 from services.core.settings import Settings
 from services.core.telemetry import configure_logging
-from services.gateway.api_keys import KeyRegistry
+from services.gateway.api_keys import ApiKeyRegistry
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 
@@ -44,13 +44,13 @@ class GatewayDeployment:
         parts = await Components.from_settings(settings, side_px, guard, self._closing)
         app = create_app(
             Dependencies(
-                moderation=parts.moderation,
+                moderator=parts.moderator,
                 guard=parts.guard,
                 preparer=parts.preparer,
                 policies=parts.policies,
                 registry=parts.registry,
-                shared=parts.shared,
-                keys=KeyRegistry.from_settings(settings),
+                redis_cache=parts.shared,
+                keys=ApiKeyRegistry.from_settings(settings),
             ),
             settings,
         )

@@ -35,7 +35,7 @@ class IntakeDeployment:
         configure_logging(settings.log_file)
         self._closing = AsyncExitStack()
         parts = await Components.from_settings(settings, side_px, guard, self._closing)
-        self._policies, self._moderation, shared = parts.policies, parts.moderation, parts.shared
+        self._policies, self._moderator, shared = parts.policies, parts.moderator, parts.shared
         self._guard = parts.guard
         self._image_limit_bytes = settings.image_limit_bytes
         enter = self._closing.enter_async_context
@@ -46,7 +46,7 @@ class IntakeDeployment:
             await open_consumer(StreamConfig.for_backfill(settings), member) if settings.backfill_stream else None
         )
         live = await open_consumer(StreamConfig.from_settings(settings), member)
-        self._intake = Intake(live, self._moderation, settings, isolation, sample, backfill)
+        self._intake = Intake(live, self._moderator, settings, isolation, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 
     async def judge_under(
@@ -63,7 +63,7 @@ class IntakeDeployment:
             raise TooLarge(f"the image has {len(image)} bytes, more than {self._image_limit_bytes}")
         upload = None if image is None else StoredObject(image, None, None)
         resolved = [await self._policies.resolve(p) if isinstance(p, str) else p for p in policies]
-        return list(await self._moderation.judge_under(request, resolved, upload=upload))
+        return list(await self._moderator.judge_under(request, resolved, upload=upload))
 
     async def drain(self) -> None:
         """Receive no more, finish what is in flight, leave the group."""

@@ -69,7 +69,7 @@ class ApiKey(WireModel):
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
-class KeyRegistry:
+class ApiKeyRegistry:
     """Creates, lists and revokes keys in one bucket. Blocking: call it off the event loop.
 
     Any method raises KeysUnavailable where the bucket does not answer.
@@ -128,11 +128,11 @@ class KeyRegistry:
         Raises:
             ConfigurationError: there is no such key.
         """
-        if not re.fullmatch("[0-9a-f]{16}", key_id) or key_id not in self.index():
+        if not re.fullmatch("[0-9a-f]{16}", key_id) or key_id not in self.read_index():
             raise ConfigurationError(f"there is no API key with the id {key_id!r}; `sluice keys list` has them all")
         self._put(f"keys/{key_id}/revoked.json", to_json({"at": datetime.now(UTC), "who": who}))
 
-    def index(self) -> dict[str, bool]:
+    def read_index(self) -> dict[str, bool]:
         """The ids of all keys, and whether each is revoked. What else lies beside them is passed over."""
         found: dict[str, set[str]] = {"key": set(), "revoked": set()}
         for path in self._paths():
@@ -191,7 +191,7 @@ class ApiKeyCache:
     """The keys as this process knows them. To be used as an async context manager."""
 
     def __init__(
-        self, registry: KeyRegistry, *, refresh_s: float = 2.0, clock: Callable[[], float] = time.monotonic
+        self, registry: ApiKeyRegistry, *, refresh_s: float = 2.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`refresh_s`: how often the bucket is asked, so how long a revoked key may still be taken."""
         self._registry = registry
@@ -274,7 +274,7 @@ class ApiKeyCache:
 
     async def _compare(self) -> None:
         began = self._tried_at = self._clock()
-        index = await asyncio.to_thread(self._registry.index)
+        index = await asyncio.to_thread(self._registry.read_index)
         valid = {key_id for key_id, revoked in index.items() if not revoked}
         # First those that are gone: a new one that cannot be read must not keep them.
         self._keys = {key_id: key for key_id, key in self._keys.items() if key_id in valid}

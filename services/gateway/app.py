@@ -19,7 +19,7 @@ from services.core import telemetry
 from services.core.errors import SluiceError
 from services.core.settings import Settings
 from services.gateway.admission import Admission
-from services.gateway.api_keys import ApiKeyCache, KeyRegistry
+from services.gateway.api_keys import ApiKeyCache, ApiKeyRegistry
 from services.gateway.assessment_store import AssessmentStore
 from services.gateway.auth import Authenticator
 from services.gateway.load_shedding import LoadShedder
@@ -28,7 +28,7 @@ from services.gateway.rate_limits import RateLimiter
 from services.gateway.request_bodies import BodyMemory, BodyReader, DrainUnreadBodyMiddleware
 from services.gateway.routes import assessments, health, moderations, policies
 from services.gateway.url_fetch import ImageDownloader
-from services.moderation.moderator import Moderation
+from services.moderation.moderator import Moderator
 from services.moderation.ports import GuardClient, ImagePreparer
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
@@ -64,22 +64,24 @@ class OpenAIError(BaseModel):
 class Dependencies:
     """What the gateway is made of; none of it is started or ended by the gateway."""
 
-    moderation: Moderation
+    moderator: Moderator
     guard: GuardClient
     preparer: ImagePreparer
     policies: PolicyCache
     registry: PolicyRegistry
-    shared: PolicyRedisCache
-    keys: KeyRegistry
+    redis_cache: PolicyRedisCache
+    keys: ApiKeyRegistry
 
 
 def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
     """The application. Its lifespan begins and ends what it does in the background."""
     keys = ApiKeyCache(parts.keys, refresh_s=settings.gateway_keys_refresh_s)
-    shedder = LoadShedder(parts.moderation, settings)
-    admission = Admission(RateLimiter(parts.shared, settings), BodyMemory(settings.gateway_body_memory_bytes), shedder)
+    shedder = LoadShedder(parts.moderator, settings)
+    admission = Admission(
+        RateLimiter(parts.redis_cache, settings), BodyMemory(settings.gateway_body_memory_bytes), shedder
+    )
     authenticator, body_reader = Authenticator(keys, admission), BodyReader(settings)
-    store = AssessmentStore(parts.shared, keep_s=settings.gateway_keep_s)
+    store = AssessmentStore(parts.redis_cache, keep_s=settings.gateway_keep_s)
     jobs = assessments.Assessments(store)
     downloader = ImageDownloader(
         settings.gateway_fetch_hosts,
@@ -108,7 +110,9 @@ def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
     app.include_router(
         moderations.router(authenticator, body_reader, downloader, parts.policies), responses=_OPENAI_ERRORS
     )
-    service = PolicyService(parts.registry, parts.shared, policies=parts.policies, refresh_s=settings.policy_refresh_s)
+    service = PolicyService(
+        parts.registry, parts.redis_cache, policies=parts.policies, refresh_s=settings.policy_refresh_s
+    )
     work = policies.PolicyRoutes(parts.registry, service)
     for routes in (
         assessments.router(authenticator, body_reader, jobs, store, downloader),

@@ -4,38 +4,24 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Final, Protocol, TypeVar
 
-from services.core.messages import ImageRequest, Verdict
+from services.core.messages import Verdict
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
-from services.core.values import Detail, GuardPriority, StoredObject
+from services.core.values import Detail
 from services.gateway.image_inputs import Image
 from services.gateway.problems import HttpProblem
-from services.moderation.moderator import ModerationResult
+from services.moderation.moderator import Moderator
 
 _WATCH_S: Final = 0.1
 
 T = TypeVar("T")
 
 
-class Moderator(Protocol):
-    """What judges: `services.moderation.moderator.Moderation`."""
-
-    async def judge(
-        self,
-        request: ImageRequest,
-        *,
-        upload: StoredObject | None = None,
-        priority: GuardPriority | None = None,
-        detail: Detail = "verdict",
-    ) -> ModerationResult:
-        """The verdict for one submission."""
-
-
 class LoadShedder:
     """Judges images one by one for all requests of this gateway."""
 
-    def __init__(self, moderation: Moderator, settings: Settings) -> None:
-        self._moderation = moderation
+    def __init__(self, moderator: Moderator, settings: Settings) -> None:
+        self._moderator = moderator
         self._limit = settings.gateway_in_flight
         self._deadline_s = settings.gateway_deadline_s
         self.in_flight = 0
@@ -52,7 +38,7 @@ class LoadShedder:
         self.in_flight += 1
         try:
             async with asyncio.timeout(self._deadline_s):
-                judging = self._moderation.judge(
+                judging = self._moderator.judge(
                     image.request, upload=image.upload, priority="interactive", detail=detail
                 )
                 return (await judging).verdict

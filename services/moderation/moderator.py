@@ -28,7 +28,7 @@ class ModerationResult:
     shadow: Verdict | None = None
 
 
-class Moderation:
+class Moderator:
     """Judges submissions. With retrying ports it waits out outages; the caller cancels at its deadline."""
 
     def __init__(

@@ -18,7 +18,7 @@ from services.core.values import (
     PreparedImage,
     StoredObject,
 )
-from services.moderation.moderator import Moderation
+from services.moderation.moderator import Moderator
 from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
 
 
@@ -69,16 +69,16 @@ class RetryingGuard:
         return await retry_while_unavailable(lambda: self.inner.assess_each(image, policies, detail, priority))
 
 
-def retrying_moderation(
+def build_retrying_moderator(
     *,
     policies: PolicySource,
     images: ImageSource,
     preparer: ImagePreparer,
     guard: GuardClient,
     breaker: Breaker | None = None,
-) -> Moderation:
+) -> Moderator:
     """A moderation that waits while any of its backends is unavailable."""
-    return Moderation(
+    return Moderator(
         policies=RetryingPolicies(policies),
         images=RetryingImages(images),
         preparer=RetryingPreparer(preparer),

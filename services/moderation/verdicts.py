@@ -34,7 +34,7 @@ def decide(assessment: Assessment, policy: Policy) -> Action:
     return "review" if assessment.score >= thresholds.review else "allow"
 
 
-def skipped_verdict(
+def build_skipped_verdict(
     submission: ImageRequest,
     outcome: VerdictOutcome,
     *,

@@ -41,7 +41,7 @@ from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import retrying_moderation
+from services.moderation.retrying import build_retrying_moderator
 from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
@@ -161,10 +161,10 @@ async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_en
 
     allowed = settings.model_copy(update={"s3_buckets": (public,)})
     store, preparer = ObjectStore(allowed), DecoderPool(allowed, 384)
-    moderation = retrying_moderation(policies=None, images=store, preparer=preparer, guard=bench.guard)  # type: ignore[arg-type]
+    moderator = build_retrying_moderator(policies=None, images=store, preparer=preparer, guard=bench.guard)  # type: ignore[arg-type]
     for row in rows:
         same = Submission(id=row["submission_id"], uri=row["uri"], version_id=row["version_id"])
-        (verdict,) = await moderation.judge_under(same, [POLICY])
+        (verdict,) = await moderator.judge_under(same, [POLICY])
         assert not isinstance(verdict, GuardFailed)
         assert (verdict.verdict_id, verdict.score) == (row["verdict_id"], row["score"])
     preparer.close()

@@ -19,7 +19,7 @@ from services.core.settings import load
 from services.core.telemetry import configure_logging
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import retrying_moderation
+from services.moderation.retrying import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
@@ -49,7 +49,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
         policies = await closing.enter_async_context(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
-        moderation = retrying_moderation(
+        moderator = build_retrying_moderator(
             policies=policies,
             images=store,
             preparer=preparer,
@@ -59,7 +59,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         sample = await closing.enter_async_context(TrafficSample(shared, size=settings.sample_size))
         isolation = await closing.enter_async_context(CrashIsolation(shared, settings.group, f"{name}-{os.getpid()}"))
         intake = Intake(
-            await open_consumer(StreamConfig.from_settings(settings), name), moderation, settings, isolation, sample
+            await open_consumer(StreamConfig.from_settings(settings), name), moderator, settings, isolation, sample
         )
         closing.push_async_callback(intake.drain)
         while not ending.is_set():

@@ -8,14 +8,14 @@ import pytest
 
 from services.core.errors import ConfigurationError, KeysUnavailable
 from services.gateway import api_keys as keys
-from services.gateway.api_keys import ApiKey, ApiKeyCache, KeyRegistry
+from services.gateway.api_keys import ApiKey, ApiKeyCache, ApiKeyRegistry
 from services.gateway.problems import PREFIX
 from tests.support.gateway_bench import Bench, data_url
 
 REQUEST = {"input": {"type": "image_url", "image_url": {"url": data_url()}}}
 
 
-class Bucket(KeyRegistry):
+class Bucket(ApiKeyRegistry):
     """Keys in memory; away when told so."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Bucket(KeyRegistry):
         self.keys[key_id] = ApiKey.model_validate(made | {"id": key_id} | fields)
         return token
 
-    def index(self) -> dict[str, bool]:
+    def read_index(self) -> dict[str, bool]:
         self.looks += 1
         if self.away:
             raise KeysUnavailable("away")
@@ -61,10 +61,10 @@ def test_nothing_is_kept_that_a_key_can_be_made_of(idle: Bench) -> None:
     assert token not in body
     assert idle.keys.get(key.id) == key
     assert (key.role, key.tenant, key.created_by) == ("review", "shop", "ada")
-    assert idle.keys.index() == {key.id: False}
+    assert idle.keys.read_index() == {key.id: False}
     for _ in range(2):
         idle.keys.revoke(key.id)
-    assert idle.keys.index() == {key.id: True}
+    assert idle.keys.read_index() == {key.id: True}
     for wrong in ("", "nothing", "0" * 16, "../../policies"):
         with pytest.raises(ConfigurationError):
             idle.keys.revoke(wrong)
@@ -91,8 +91,8 @@ async def test_what_else_lies_among_the_keys_is_passed_over(idle: Bench, caplog:
     }
     for name, data in stray.items():
         idle.s3.put_object(Bucket=idle.settings.policy_bucket, Key=f"keys/{name}", Body=data)
-    assert idle.keys.index() == {good.id: False, gone.id: True, newer: False, broken: False, copy: False}
-    assert {key.id for key in idle.keys.get_each(list(idle.keys.index()))} == {good.id, gone.id}
+    assert idle.keys.read_index() == {good.id: False, gone.id: True, newer: False, broken: False, copy: False}
+    assert {key.id for key in idle.keys.get_each(list(idle.keys.read_index()))} == {good.id, gone.id}
     assert all(f"the API key {key_id} is refused" in caplog.text for key_id in (newer, broken, copy))
     async with ApiKeyCache(idle.keys, refresh_s=3600) as ring:
         ring.check()
@@ -101,7 +101,7 @@ async def test_what_else_lies_among_the_keys_is_passed_over(idle: Bench, caplog:
         later, later_token = idle.keys.create("later", "moderate")
         assert await ring.find(later_token) == later
     idle.keys.revoke(newer)
-    assert idle.keys.index()[newer], "a key that cannot be read can be revoked"
+    assert idle.keys.read_index()[newer], "a key that cannot be read can be revoked"
 
 
 async def test_a_new_key_is_known_and_a_revoked_one_refused_within_seconds(bench: Bench) -> None:

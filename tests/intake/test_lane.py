@@ -14,7 +14,7 @@ from pipelines.intake.processor import Processor
 from services.core.messages import DeadLetter, Submission, Verdict
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
-from services.moderation.verdicts import skipped_verdict
+from services.moderation.verdicts import build_skipped_verdict
 from services.streams.base import Message, OutgoingMessage
 from tests.support.memory_streams import MemoryBroker, MemoryGroupConsumer
 
@@ -43,7 +43,7 @@ class FullIsolation:
         yield
 
 
-class RecordingModeration:
+class RecordingModerator:
     """Keeps the submission "stuck" for ever, and judges every other one at once."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class RecordingModeration:
             self.stuck.set()
             await asyncio.Event().wait()
         self.judged.append(submission.id)
-        return ModerationResult(skipped_verdict(submission, "needs_review"))
+        return ModerationResult(build_skipped_verdict(submission, "needs_review"))
 
 
 class FreeIsolation(FullIsolation):
@@ -72,9 +72,9 @@ class Bench:
     def __init__(self, isolation: FullIsolation, value: object) -> None:
         self.broker = MemoryBroker()
         self.isolation = isolation
-        self.moderation: Any = RecordingModeration()
+        self.moderator: Any = RecordingModerator()
         self.consumer = MemoryGroupConsumer(self.broker, SETTINGS.submissions_stream, "group", 60)
-        processor = Processor(self.moderation, SETTINGS)
+        processor = Processor(self.moderator, SETTINGS)
         self.lane = Lane(self.consumer, processor, isolation, 4, "live")  # type: ignore[arg-type]
         self.value = json.dumps(value).encode()
 
@@ -108,7 +108,7 @@ async def test_deadline_while_waiting_for_isolation_settles_the_message_once(cra
     (verdict,) = bench.verdicts()
     assert (verdict.submission_id, verdict.outcome, verdict.reason) == ("waits", "needs_review", "blocked")
     assert bench.dead_letters() == []
-    assert bench.moderation.judged == []
+    assert bench.moderator.judged == []
     assert (await bench.consumer.lag()).total == 0, "the message is settled"
     assert len(bench.isolation.released) == 1
 
@@ -129,16 +129,16 @@ async def test_deadline_keeps_the_outputs_of_finished_entries() -> None:
         return {"eventName": "ObjectCreated:Put", "s3": s3}
 
     bench = Bench(FreeIsolation(0), {"Records": [created("a.jpg", "01"), created("b.jpg", "02"), {"eventName": 5}]})
-    judge = bench.moderation.judge
+    judge = bench.moderator.judge
 
     async def stuck_at_b(submission: Submission) -> ModerationResult:
         stuck = submission.uri.endswith("b.jpg")
         result: ModerationResult = await judge(submission.model_copy(update={"id": "stuck"}) if stuck else submission)
         return result
 
-    bench.moderation.judge = stuck_at_b
+    bench.moderator.judge = stuck_at_b
     await bench.receive()
-    await bench.moderation.stuck.wait()
+    await bench.moderator.stuck.wait()
     bench.expire()
     await bench.finish()
     reasons = {verdict.uri: verdict.reason for verdict in bench.verdicts()}

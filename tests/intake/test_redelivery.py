@@ -11,7 +11,7 @@ from services.core.errors import NotOwned
 from services.core.messages import Submission
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
-from services.moderation.verdicts import skipped_verdict
+from services.moderation.verdicts import build_skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Lag, Message, OutgoingMessage
 
@@ -49,7 +49,7 @@ class Slow:
 
     async def judge(self, submission: Submission) -> ModerationResult:
         await asyncio.sleep(0.05)
-        return ModerationResult(skipped_verdict(submission, "needs_review"))
+        return ModerationResult(build_skipped_verdict(submission, "needs_review"))
 
 
 def message(offset: int, assignment: str) -> Message:
@@ -60,9 +60,9 @@ def message(offset: int, assignment: str) -> Message:
 async def test_those_behind_it_are_judged() -> None:
     again = [message(offset, "second assignment") for offset in range(3)]
     transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
-    moderation: Any = Slow()
+    moderator: Any = Slow()
     shared = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # where nothing is
-    intake = Intake(transport, moderation, Settings(), CrashIsolation(shared, "sluice", "member"))
+    intake = Intake(transport, moderator, Settings(), CrashIsolation(shared, "sluice", "member"))
     settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
     await intake.drain()
     assert settled == again

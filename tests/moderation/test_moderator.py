@@ -25,8 +25,8 @@ from services.core.values import (
     StoredObject,
 )
 from services.moderation.cascade import PolicyAssessment, judge_image
-from services.moderation.moderator import Moderation
-from services.moderation.retrying import retrying_moderation
+from services.moderation.moderator import Moderator
+from services.moderation.retrying import build_retrying_moderator
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import decide
 from services.policies.document import PolicyDocument
@@ -68,8 +68,8 @@ class Parts:
     async def _stored(self) -> AsyncIterator[StoredObject]:
         yield StoredObject(b"bytes", None, "etag")
 
-    def __call__(self) -> Moderation:
-        return Moderation(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
+    def __call__(self) -> Moderator:
+        return Moderator(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
@@ -204,8 +204,8 @@ async def test_each_port_that_is_unavailable_once_is_asked_again() -> None:
     parts = Parts(ADAPTIVE)
     parts.looks = [safe(0.3)]
     flaky = _UnavailableOnce(parts)
-    moderation = retrying_moderation(policies=flaky, images=flaky, preparer=flaky, guard=flaky)
-    assert (await moderation.judge(SUBMISSION)).verdict.effort == "full"
+    moderator = build_retrying_moderator(policies=flaky, images=flaky, preparer=flaky, guard=flaky)
+    assert (await moderator.judge(SUBMISSION)).verdict.effort == "full"
     assert flaky.calls == ["choose"] * 2 + ["open"] * 2 + ["prepare"] * 2 + ["first_look"] * 2 + ["assess_each"] * 3
 
 
@@ -262,9 +262,9 @@ async def test_judge_image_returns_one_result_for_each_policy() -> None:
 
 async def test_an_upload_is_not_fetched_and_takes_the_turn_that_it_is_given() -> None:
     parts = Parts(POLICY)
-    moderation = Moderation(policies=parts, images=_NoImages(), preparer=_Preparer(), guard=parts)
+    moderator = Moderator(policies=parts, images=_NoImages(), preparer=_Preparer(), guard=parts)
     upload = Upload(id="a", uri=Upload.uri_of(b"bytes"))
-    result = await moderation.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
+    result = await moderator.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
     verdict = result.verdict
     assert verdict.uri == f"upload:sha256:{hashlib.sha256(b'bytes').hexdigest()}"
     assert (verdict.action, verdict.etag, verdict.version_id) == ("block", None, None)

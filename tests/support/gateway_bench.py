@@ -14,12 +14,12 @@ import pytest
 from pipelines.tiny_guard.drawings import draw
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, Assessment, Detail, PreparedImage
-from services.gateway.api_keys import KeyRegistry, Role
+from services.gateway.api_keys import ApiKeyRegistry, Role
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import retrying_moderation
+from services.moderation.retrying import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -66,7 +66,7 @@ class Bench:
         self.preparer = preparer
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
-        self.keys = KeyRegistry(self.s3, settings.policy_bucket)
+        self.keys = ApiKeyRegistry(self.s3, settings.policy_bucket)
         self.app: Any = None
         self._closing = AsyncExitStack()
         self._tokens: dict[tuple[str, str], str] = {}
@@ -96,12 +96,14 @@ class Bench:
         cache = PolicyCache(self.registry, shared, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
         parts = Dependencies(
-            moderation=retrying_moderation(policies=policies, images=store, preparer=self.preparer, guard=self.guard),
+            moderator=build_retrying_moderator(
+                policies=policies, images=store, preparer=self.preparer, guard=self.guard
+            ),
             guard=self.guard,
             preparer=self.preparer,
             policies=policies,
             registry=self.registry,
-            shared=shared,
+            redis_cache=shared,
             keys=self.keys,
         )
         return create_app(parts, self.settings)

@@ -18,7 +18,7 @@ from services.core.messages import DeadLetter, Verdict
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import retrying_moderation
+from services.moderation.retrying import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
@@ -51,7 +51,7 @@ class Bench:
         self._closing.callback(store.close)
         self._closing.callback(preparer.close)
         policies = await self._entered(PolicyCache(self.registry, self.shared, refresh_s=settings.policy_refresh_s))
-        moderation = retrying_moderation(
+        moderator = build_retrying_moderator(
             policies=policies,
             images=store,
             preparer=preparer,
@@ -64,7 +64,7 @@ class Bench:
         isolation = await self._entered(CrashIsolation(self.shared, settings.group, member))
         intake = Intake(
             await open_consumer(StreamConfig.from_settings(settings), member),
-            moderation,
+            moderator,
             settings,
             isolation,
             sample,

@@ -16,7 +16,7 @@ from pipelines.intake.worker import Intake
 from services.core.messages import Submission
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
-from services.moderation.verdicts import skipped_verdict
+from services.moderation.verdicts import build_skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Message
 from services.streams.config import StreamConfig
@@ -32,13 +32,13 @@ def deadly_parse(message: Message) -> Any:
     return parse(message)
 
 
-class DeadlyModeration:
+class DeadlyModerator:
     async def judge(self, submission: Submission) -> ModerationResult:
         await asyncio.sleep(_TAKES_S)
         if "deadly-to-judge" in submission.id:
             os.kill(os.getpid(), signal.SIGKILL)
         return ModerationResult(
-            skipped_verdict(submission, "needs_review", reason="unreadable_answer", action="review")
+            build_skipped_verdict(submission, "needs_review", reason="unreadable_answer", action="review")
         )
 
 
@@ -46,11 +46,9 @@ async def main(settings: Settings, name: str) -> None:
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
-    moderation: Any = DeadlyModeration()
+    moderator: Any = DeadlyModerator()
     async with CrashIsolation(shared, settings.group, name) as isolation:
-        intake = Intake(
-            await open_consumer(StreamConfig.from_settings(settings), name), moderation, settings, isolation
-        )
+        intake = Intake(await open_consumer(StreamConfig.from_settings(settings), name), moderator, settings, isolation)
         await ending.wait()
         await intake.drain()
 
