@@ -41,7 +41,7 @@ class DataSet:
         return sum(int(_parquet(file).metadata.num_rows) for file in self.files)
 
     def records(self) -> Iterator[Any]:
-        """Decoded records, or `Unreadable` where one is no JSON.
+        """Decoded records, or `UnreadableRecord` where one is no JSON.
 
         Raises:
             ConfigurationError: a file cannot be read.

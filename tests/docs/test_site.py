@@ -49,7 +49,7 @@ def test_dead_link_fails_the_build(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_every_file_that_a_page_of_the_root_links_to_exists(name: str) -> None:
+def test_links_of_root_pages_lead_to_existing_files(name: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
 
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []

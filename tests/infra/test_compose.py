@@ -1,4 +1,4 @@
-"""compose.yaml without a Docker engine: the specification's own models, and what the services are told."""
+"""infra/compose.yaml, checked without a Docker engine: against the specification, and against Sluice's settings."""
 
 import json
 import os
@@ -24,7 +24,7 @@ each_service = pytest.mark.parametrize("name", SERVICES)
 
 
 def interpolated(value: str) -> str:
-    """With the default of each variable, and of those that have none what a user would set."""
+    """The value with each variable replaced by its default, or by `set` if it has no default."""
     return re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda match: match[2] or "set", value)
 
 
@@ -32,7 +32,7 @@ def environment(name: str) -> dict[str, str]:
     return {key: interpolated(str(value)) for key, value in SERVICES[name]["environment"].items()}
 
 
-def test_the_specification_knows_every_field() -> None:
+def test_compose_file_is_valid_and_an_unknown_field_is_not() -> None:
     PyCompose.from_yaml(yaml.safe_dump(COMPOSE)).validate()
 
     wrong = json.loads(json.dumps(COMPOSE))
@@ -42,24 +42,24 @@ def test_the_specification_knows_every_field() -> None:
 
 
 @each_service
-def test_a_service_is_pinned_watched_and_on_loopback_only(name: str) -> None:
+def test_service_has_a_version_a_health_check_and_loopback_ports(name: str) -> None:
     service = SERVICES[name]
 
     assert re.search(r":v?\d", service["image"]), "no version"
-    assert "healthcheck" in service or "build" in service, "nothing says whether it is healthy"
+    assert "healthcheck" in service or "build" in service, "no health check"
     assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ()))
     for needed in service.get("depends_on", {}):
         assert needed in SERVICES
 
 
 @each_service
-def test_what_a_service_mounts_is_there(name: str) -> None:
+def test_mounted_folders_and_volumes_exist(name: str) -> None:
     for mount in SERVICES[name].get("volumes", ()):
         source = mount.partition(":")[0]
         assert (INFRA / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], mount
 
 
-def test_nothing_secret_has_a_default() -> None:
+def test_secrets_have_no_default() -> None:
     text = (INFRA / "compose.yaml").read_text(encoding="utf-8")
     secret = re.findall(r"\$\{(\w*(?:SECRET|TOKEN|PASSWORD)\w*)(:?[-?]?[^}]*)\}", text)
 
@@ -67,40 +67,40 @@ def test_nothing_secret_has_a_default() -> None:
     assert {rest[:2] for name, rest in secret if name != "HF_TOKEN"} == {":?"}
 
 
-def test_sluice_accepts_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = environment("sluice")
+def test_settings_of_the_sluice_service_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = environment("sluice")
     for name in [name for name in os.environ if name.startswith("SLUICE_")]:
         monkeypatch.delenv(name)
-    for name, value in told.items():
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
 
     settings = load()
 
     resolve(settings.model)
-    assert all(name.removeprefix("SLUICE_").lower() in Settings.model_fields for name in told if "SLUICE_" in name)
+    assert all(name.removeprefix("SLUICE_").lower() in Settings.model_fields for name in given if "SLUICE_" in name)
     for url, service in ((settings.stream_url, "kafka"), (settings.redis_url, "valkey"), (settings.s3_endpoint, "s3")):
         assert f"//{service}:" in str(url)
     assert float(SERVICES["sluice"]["stop_grace_period"].removesuffix("s")) >= settings.drain_s + 15
 
 
-def test_the_ports_of_ray_and_of_the_gateway_do_not_meet() -> None:
+def test_ports_of_ray_and_gateway_differ() -> None:
     (script,) = (part for part in SERVICES["sluice"]["command"] if "ray start" in part)
-    taken = [int(port) for port in re.findall(r"-port=(\d+)", script)]
+    ray_ports = [int(port) for port in re.findall(r"-port=(\d+)", script)]
 
-    assert len(taken) == 2
-    assert Settings.model_fields["gateway_port"].default not in taken
-    assert environment("sluice")["SLUICE_RAY_ADDRESS"] == f"127.0.0.1:{taken[0]}"
+    assert len(ray_ports) == 2
+    assert Settings.model_fields["gateway_port"].default not in ray_ports
+    assert environment("sluice")["SLUICE_RAY_ADDRESS"] == f"127.0.0.1:{ray_ports[0]}"
 
 
-def test_kafka_is_the_release_that_is_tested() -> None:
+def test_kafka_image_has_the_tested_release() -> None:
     pom = ElementTree.parse(INFRA / "kafka" / "pom.xml")
     (version,) = (element.text for element in pom.iter() if element.tag.endswith("kafka.version"))
 
     assert SERVICES["kafka"]["image"] == f"apache/kafka:{version}"
 
 
-def test_the_buckets_are_made_and_made_once(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"{what}-{uuid.uuid4()}" for what in ("uploads", "more-uploads", "policies")]
+def test_buckets_script_run_twice_creates_each_bucket_once(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{name}-{uuid.uuid4()}" for name in ("uploads", "more-uploads", "policies")]
     monkeypatch.setenv("SLUICE_S3_ENDPOINT", s3_endpoint)
     monkeypatch.setenv("SLUICE_S3_BUCKETS", ",".join(names[:2]))
     monkeypatch.setenv("SLUICE_POLICY_BUCKET", names[2])
@@ -109,11 +109,11 @@ def test_the_buckets_are_made_and_made_once(s3_endpoint: str, monkeypatch: pytes
     runpy.run_path(script)
     runpy.run_path(script)
 
-    there = {bucket["Name"] for bucket in boto3.client("s3", endpoint_url=s3_endpoint).list_buckets()["Buckets"]}
-    assert set(names) <= there
+    existing = {bucket["Name"] for bucket in boto3.client("s3", endpoint_url=s3_endpoint).list_buckets()["Buckets"]}
+    assert set(names) <= existing
 
 
-def test_prometheus_reads_where_ray_writes() -> None:
+def test_prometheus_mounts_the_folder_that_ray_writes() -> None:
     scraped = document(INFRA / "prometheus" / "prometheus.yaml")["scrape_configs"]
     (found,) = [path for job in scraped for each in job["file_sd_configs"] for path in each["files"]]
     folder = str(Path(found).parent)

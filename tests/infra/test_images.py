@@ -1,4 +1,4 @@
-"""The images without a Docker engine: the Dockerfile is linted, their locks are parts of the one that is tested."""
+"""The images, checked without a Docker engine: the Dockerfile, and the lock of each image against the tested lock."""
 
 import re
 import shutil
@@ -32,30 +32,30 @@ def pinned(lock: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def needed() -> set[str]:
-    """The packages that pyproject.toml asks for, without extras."""
+def dependencies() -> set[str]:
+    """The packages in the dependencies of pyproject.toml, without extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
 
 
 @pytest.mark.parametrize("role", ["cpu", "gpu"])
-def test_a_lock_has_what_the_project_needs_as_it_was_tested(role: str) -> None:
+def test_image_lock_has_every_dependency_in_the_tested_version(role: str) -> None:
     tested, locked = pinned(TESTED), pinned(DOCKER / f"{role}.lock")
     left_out = set((DOCKER / "cpu.excludes").read_text().split()) if role == "cpu" else set()
 
     assert locked.items() <= tested.items(), "run `make lock`"
     assert all(len(entry) > 1 for entry in locked.values()), "a package without a hash"
-    assert needed() - locked.keys() == left_out, "run `make lock`"
+    assert dependencies() - locked.keys() == left_out, "run `make lock`"
     assert not locked.keys() & {"pytest", "moto", "mypy"}
 
 
-def test_the_cpu_image_has_no_engine_and_the_gpu_image_has() -> None:
+def test_only_the_gpu_image_has_the_engine() -> None:
     assert not ENGINE & pinned(DOCKER / "cpu.lock").keys()
     assert pinned(DOCKER / "gpu.lock").keys() >= ENGINE
 
 
-def test_the_head_intake_and_the_commands_run_on_what_the_cpu_image_has() -> None:
-    # Packages in no lock are not absent, nor are those that Ray's wheel contains (its folder thirdparty_files).
+def test_commands_and_deployments_import_with_the_packages_of_the_cpu_image() -> None:
+    # Ray's wheel contains some packages itself, in its folder thirdparty_files.
     in_ray = {path.name for path in (Path(ray.__file__).parent / "thirdparty_files").iterdir()}
     left_out = pinned(TESTED).keys() - pinned(DOCKER / "cpu.lock").keys()
     absent = sorted(
@@ -82,7 +82,7 @@ import pipelines.cli.main, pipelines.serving.build, pipelines.autoscaling.serve_
     assert done.returncode == 0, done.stderr
 
 
-def test_the_dockerfile_has_no_known_fault() -> None:
+def test_dockerfile_passes_hadolint() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     assert hadolint
 
@@ -100,7 +100,7 @@ def instructions() -> Iterator[tuple[str, str]]:
             yield name, arguments.strip()
 
 
-def test_images_are_pinned_and_what_runs_is_not_root() -> None:
+def test_base_images_have_a_version_and_final_stages_a_user() -> None:
     stages: dict[str, str] = {}
     users: dict[str, str] = {}
     stage = ""
@@ -116,7 +116,7 @@ def test_images_are_pinned_and_what_runs_is_not_root() -> None:
     assert users == {"cpu": "1000:1000", "gpu": "1000:1000"}
 
 
-def test_everything_that_is_installed_has_a_hash_or_a_version() -> None:
+def test_installed_packages_have_a_hash_or_a_version() -> None:
     for name, arguments in instructions():
         if name != "RUN":
             continue
@@ -127,7 +127,7 @@ def test_everything_that_is_installed_has_a_hash_or_a_version() -> None:
             assert all("==" in each for each in wanted if not each.startswith("-"))
 
 
-def test_docker_is_sent_what_the_dockerfile_copies() -> None:
+def test_build_context_has_every_copied_file() -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {
         source
@@ -142,12 +142,12 @@ def test_docker_is_sent_what_the_dockerfile_copies() -> None:
 
 
 @pytest.mark.parametrize(("ready", "node_answers", "healthy"), [(True, 1, True), (False, 0, True), (False, 1, False)])
-def test_a_service_is_healthy_when_ready_and_a_node_of_ray_when_it_answers(
+def test_health_check_passes_if_sluice_is_ready_or_the_ray_node_answers(
     ready: bool, node_answers: int, healthy: bool, tmp_path: Path
 ) -> None:
-    asks = tmp_path / "python"
-    asks.write_text(f"#!/bin/sh\nexit {node_answers}\n")
-    asks.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexit {node_answers}\n")
+    python.chmod(0o755)
     if ready:
         (tmp_path / ".sluice").mkdir()
         (tmp_path / ".sluice" / "env").touch()

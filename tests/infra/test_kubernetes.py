@@ -1,4 +1,4 @@
-"""The manifests, as kustomize renders them: valid, and saying what they should. Nothing here needs a cluster."""
+"""The Kubernetes manifests, rendered by kustomize and checked without a cluster."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 @cache
 def rendered(overlay: str) -> list[Any]:
-    """Every object of an overlay, as `kubectl apply -k` would send it."""
+    """Every object of an overlay, as `kubectl apply -k` sends it."""
     kubectl = shutil.which("kubectl", path=str(Path(sys.executable).parent))
     assert kubectl
     done = subprocess.run([kubectl, "kustomize", str(FOLDER / overlay)], capture_output=True, text=True, check=False)
@@ -53,13 +53,13 @@ def groups(overlay: str) -> dict[str, Any]:
 
 
 def settings(overlay: str) -> dict[str, str]:
-    """The settings that are not secret."""
+    """The settings in the ConfigMap: all but the secret ones."""
     (found,) = of_kind(overlay, "ConfigMap")
     return {str(name): str(value) for name, value in found["data"].items()}
 
 
 @each_overlay
-def test_kubernetes_knows_every_field(overlay: str) -> None:
+def test_manifests_match_the_kubernetes_schema(overlay: str) -> None:
     version = kubernetes_validate.latest_version()
     for each in rendered(overlay):
         if each["kind"] != "RayService":
@@ -70,12 +70,12 @@ def test_kubernetes_knows_every_field(overlay: str) -> None:
 
 
 @each_overlay
-def test_kuberay_knows_every_field(overlay: str) -> None:
+def test_rayservice_matches_the_kuberay_schema(overlay: str) -> None:
     (service,) = of_kind(overlay, "RayService")
     jsonschema.Draft202012Validator(RAYSERVICE).validate(service)
 
 
-def test_a_field_that_does_not_exist_is_found() -> None:
+def test_unknown_field_violates_the_kuberay_schema() -> None:
     (service,) = json.loads(json.dumps(of_kind("base", "RayService")))
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
 
@@ -84,9 +84,7 @@ def test_a_field_that_does_not_exist_is_found() -> None:
 
 
 @each_overlay
-def test_it_deploys_the_application_of_serve_yaml_with_settings_that_exist(
-    overlay: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rayservice_deploys_the_application_of_serve_yaml(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (service,) = of_kind(overlay, "RayService")
     (here,) = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"])).applications
     (there,) = ServeDeploySchema.model_validate(document(INFRA / "serve.yaml")).applications
@@ -106,28 +104,28 @@ def test_it_deploys_the_application_of_serve_yaml_with_settings_that_exist(
 
 
 @each_overlay
-def test_there_is_a_pod_for_every_replica(overlay: str) -> None:
-    told, found = settings(overlay), groups(overlay)
+def test_pod_bounds_match_the_replica_settings(overlay: str) -> None:
+    configured, found = settings(overlay), groups(overlay)
 
     assert set(found) == ROLES
     assert found["head"]["resources"] == {"CPU": "0"}
-    assert found["intake"]["minReplicas"] == int(told["SLUICE_INTAKE_REPLICAS"])
-    assert found["intake"]["maxReplicas"] == int(told["SLUICE_INTAKE_MAX_REPLICAS"])
-    assert found["guard"]["minReplicas"] == int(told["SLUICE_GUARD_MIN_REPLICAS"])
-    assert found["guard"]["maxReplicas"] == int(told["SLUICE_GUARD_MAX_REPLICAS"])
-    assert found["gateway"]["minReplicas"] == int(told["SLUICE_GATEWAY_REPLICAS"])
+    assert found["intake"]["minReplicas"] == int(configured["SLUICE_INTAKE_REPLICAS"])
+    assert found["intake"]["maxReplicas"] == int(configured["SLUICE_INTAKE_MAX_REPLICAS"])
+    assert found["guard"]["minReplicas"] == int(configured["SLUICE_GUARD_MIN_REPLICAS"])
+    assert found["guard"]["maxReplicas"] == int(configured["SLUICE_GUARD_MAX_REPLICAS"])
+    assert found["gateway"]["minReplicas"] == int(configured["SLUICE_GATEWAY_REPLICAS"])
     for role in ("intake", "gateway", "guard"):
         assert found[role]["minReplicas"] <= found[role]["replicas"] <= found[role]["maxReplicas"]
 
 
 @each_overlay
-def test_every_pod_is_probed_bounded_and_not_root(overlay: str) -> None:
+def test_pods_have_probes_memory_limits_and_no_root(overlay: str) -> None:
     for role, group in groups(overlay).items():
         pod = group["template"]["spec"]
         assert group["template"]["metadata"]["labels"]["sluice.io/role"] == group["labels"]["sluice.io/role"] == role
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        # Ray's autoscaler ends the pods itself; one that came back by itself would be a stranger to it.
+        # Ray's autoscaler deletes the pods. It would not know a pod that Kubernetes restarted.
         assert "restartPolicy" not in pod
         (container,) = pod["containers"]
         assert {"livenessProbe", "readinessProbe"} <= container.keys()
@@ -142,20 +140,20 @@ def test_every_pod_is_probed_bounded_and_not_root(overlay: str) -> None:
 
 
 @each_overlay
-def test_the_head_survives_and_asks_for_a_token(overlay: str) -> None:
+def test_head_keeps_its_state_in_redis_and_requires_a_token(overlay: str) -> None:
     config = cluster(overlay)
 
     assert config["authOptions"] == {"mode": "token", "secretName": "sluice-ray-token"}
     assert config["gcsFaultToleranceOptions"]["redisAddress"]
     assert "value" not in config["gcsFaultToleranceOptions"]["redisPassword"]
-    # One for all clusters would make two of them, during an upgrade, one.
+    # With one namespace, the two clusters of an upgrade would share their state.
     assert "externalStorageNamespace" not in config["gcsFaultToleranceOptions"]
     assert config["autoscalerOptions"]["version"] == "v2"
     assert config["autoscalerOptions"]["idleTimeoutSeconds"] > 0
 
 
 @each_overlay
-def test_there_are_no_secrets_and_the_docs_name_those_that_are_needed(overlay: str) -> None:
+def test_manifests_contain_no_secret_and_the_docs_list_each_needed_one(overlay: str) -> None:
     assert not of_kind(overlay, "Secret")
     docs = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     named = set(secrets(rendered(overlay)))
@@ -165,7 +163,7 @@ def test_there_are_no_secrets_and_the_docs_name_those_that_are_needed(overlay: s
 
 
 @each_overlay
-def test_guards_get_no_settings_and_no_kubernetes_token(overlay: str) -> None:
+def test_guard_pods_get_no_settings_and_no_kubernetes_token(overlay: str) -> None:
     guard = groups(overlay)["guard"]["template"]["spec"]
     accounts = {each["metadata"]["name"]: each for each in of_kind(overlay, "ServiceAccount")}
 
@@ -175,7 +173,7 @@ def test_guards_get_no_settings_and_no_kubernetes_token(overlay: str) -> None:
 
 
 def secrets(node: Any) -> Iterator[str]:
-    """The names of the secrets that are asked for anywhere below."""
+    """The names of the secrets that a node or its children refer to."""
     if isinstance(node, list):
         for each in node:
             yield from secrets(each)
@@ -190,7 +188,7 @@ def secrets(node: Any) -> Iterator[str]:
 
 
 @each_overlay
-def test_selectors_find_pods_that_exist(overlay: str) -> None:
+def test_selectors_match_existing_pods(overlay: str) -> None:
     pods = [group["template"]["metadata"]["labels"] for group in groups(overlay).values()]
     pods += [each["spec"]["template"]["metadata"]["labels"] for each in of_kind(overlay, "StatefulSet")]
     selectors = [each["spec"]["selector"]["matchLabels"] for each in of_kind(overlay, "PodDisruptionBudget")]
@@ -207,7 +205,7 @@ def test_selectors_find_pods_that_exist(overlay: str) -> None:
 
 
 @each_overlay
-def test_the_network_is_closed_but_for_what_is_named(overlay: str) -> None:
+def test_network_policies_deny_all_other_traffic(overlay: str) -> None:
     policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(overlay, "NetworkPolicy")}
 
     assert policies["nothing-else"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
@@ -215,14 +213,14 @@ def test_the_network_is_closed_but_for_what_is_named(overlay: str) -> None:
 
 
 @each_overlay
-def test_a_changed_setting_is_an_upgrade(overlay: str) -> None:
+def test_changed_setting_changes_the_name_of_the_config_map(overlay: str) -> None:
     (generated,) = of_kind(overlay, "ConfigMap")
     (container,) = groups(overlay)["head"]["template"]["spec"]["containers"]
 
-    assert generated["metadata"]["name"] != "sluice-settings", "its name carries a hash of the content"
+    assert generated["metadata"]["name"] != "sluice-settings", "the name has no hash of the content"
     assert {"configMapRef": {"name": generated["metadata"]["name"]}} in container["envFrom"]
 
 
-def test_kustomize_is_told_the_same_everywhere() -> None:
-    told = {(FOLDER / overlay / "names.yaml").read_text() for overlay in OVERLAYS}
-    assert len(told) == 1
+def test_name_references_are_equal_in_all_overlays() -> None:
+    texts = {(FOLDER / overlay / "names.yaml").read_text() for overlay in OVERLAYS}
+    assert len(texts) == 1

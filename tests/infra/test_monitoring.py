@@ -1,6 +1,7 @@
-"""The dashboard, the alerts and the scrape configuration ask for metrics that exist, in PromQL that parses."""
+"""The dashboard and the alerts query existing metrics in valid PromQL; promtool tests the alerts."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -27,27 +28,27 @@ METRICS: Final = {
     if isinstance(metric, (Counter, Gauge, Histogram))
 }
 RAYS_OWN: Final = {"serve": "serve/_private", "cluster": "dashboard/modules/reporter"}
-"""Where Ray defines the metrics of its own that are asked for, by the first word of their names."""
+"""The folder in which Ray defines each family of its own metrics, by the first word of the name."""
 GIVEN_BY_RAY: Final = {"WorkerId", "NodeAddress", "SessionName"}
 
 
 @dataclass(frozen=True)
 class Query:
-    """One expression, and where it stands."""
+    """One PromQL expression and its place in the dashboard or the alerts."""
 
     where: str
     expression: str
 
 
 def selectors_of(expression: Any) -> list[VectorSelector]:
-    """Every series that an expression asks for."""
+    """Every selector of series in an expression."""
     found: list[VectorSelector] = []
     promql_parser.walk(expression, lambda node: collect(node, VectorSelector, found))
     return found
 
 
 def collect(node: Any, kind: type, found: list[Any]) -> bool:
-    """Keep the nodes of one kind, and walk on."""
+    """Add a node of the given kind to `found`; True continues the walk."""
     if isinstance(node, kind):
         found.append(node)
     return True
@@ -66,7 +67,7 @@ each_query = pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.w
 
 
 @each_query
-def test_it_asks_for_metrics_and_labels_that_exist(query: Query) -> None:
+def test_query_names_existing_metrics_and_labels(query: Query) -> None:
     selectors = selectors_of(promql_parser.parse(query.expression))
 
     assert selectors
@@ -76,7 +77,7 @@ def test_it_asks_for_metrics_and_labels_that_exist(query: Query) -> None:
         if selector.name in RECORDED:
             continue
         name = selector.name.removeprefix("ray_")
-        assert name != selector.name, f"Ray exports nothing without its prefix: {selector.name}"
+        assert name != selector.name, f"{selector.name} lacks the prefix ray_"
         if name.startswith("sluice_"):
             metric = METRICS.get(base_name(name))
             assert metric is not None, f"services/core/telemetry.py has no {base_name(name)}"
@@ -85,7 +86,7 @@ def test_it_asks_for_metrics_and_labels_that_exist(query: Query) -> None:
             assert is_rays_own(name), f"Ray has no {name}"
 
 
-def test_queries_ask_for_no_deprecated_name() -> None:
+def test_query_names_no_deprecated_metric_or_label() -> None:
     deprecated = {("sluice_waits_total", None), ("sluice_submissions_total", "end")}
     for query in QUERIES:
         for selector in selectors_of(promql_parser.parse(query.expression)):
@@ -95,7 +96,7 @@ def test_queries_ask_for_no_deprecated_name() -> None:
 
 
 def base_name(name: str) -> str:
-    """Of a metric as it is defined: what is exported of a histogram has a suffix."""
+    """The name of the metric in the code: an exported histogram has a suffix."""
     for suffix in ("_bucket", "_sum", "_count"):
         if isinstance(METRICS.get(name.removesuffix(suffix)), Histogram):
             return name.removesuffix(suffix)
@@ -108,7 +109,7 @@ def is_rays_own(name: str) -> bool:
 
 
 @each_query
-def test_aggregations_keep_labels_that_exist(query: Query) -> None:
+def test_aggregation_keeps_existing_labels(query: Query) -> None:
     aggregations: list[AggregateExpr] = []
     promql_parser.walk(promql_parser.parse(query.expression), lambda node: collect(node, AggregateExpr, aggregations))
 
@@ -119,7 +120,7 @@ def test_aggregations_keep_labels_that_exist(query: Query) -> None:
                 assert set(aggregation.modifier.labels) <= set(metric.info["tag_keys"]) | GIVEN_BY_RAY | {"le"}
 
 
-def test_the_dashboard_can_be_provisioned() -> None:
+def test_dashboard_panels_have_a_data_source_a_description_and_room() -> None:
     (source,) = document(INFRA / "grafana" / "provisioning" / "datasources" / "prometheus.yaml")["datasources"]
     panels = DASHBOARD["panels"]
 
@@ -135,17 +136,26 @@ def test_the_dashboard_can_be_provisioned() -> None:
         taken |= cells
 
 
-def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
+def test_alert_has_a_summary_and_an_action() -> None:
     alerts = [rule for rule in RULES if "alert" in rule]
 
     assert {rule["labels"]["severity"] for rule in alerts} == {"page", "ticket"}
     assert all(set(rule["annotations"]) == {"summary", "action"} for rule in alerts)
 
 
-def test_alerts_fire_when_they_should_and_only_then() -> None:
+def require_promtool() -> str:
+    """The path of promtool. Without promtool the test is skipped, or fails if SLUICE_TEST_REQUIRE_PROMTOOL=1."""
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("needs promtool, which comes with Prometheus (Debian: the package prometheus)")
+        reason = "promtool not found: install Prometheus (Debian: the package prometheus)"
+        if os.environ.get("SLUICE_TEST_REQUIRE_PROMTOOL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return promtool
+
+
+def test_alert_rules_pass_their_promtool_tests() -> None:
+    promtool = require_promtool()
     folder = INFRA / "prometheus"
     checks = (["check", "config", "prometheus.yaml"], ["test", "rules", "alerts_test.yaml"])
     for check in checks:

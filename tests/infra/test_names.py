@@ -1,4 +1,4 @@
-"""What the files of a deployment name exists."""
+"""The deployment files name only settings that exist."""
 
 import re
 from pathlib import Path
@@ -14,12 +14,12 @@ FILES: Final = sorted(deployment_files())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_setting_that_a_file_names_exists(path: Path) -> None:
+def test_deployment_file_names_only_existing_settings(path: Path) -> None:
     named = set(re.findall(r"\bSLUICE_(?!TEST_)[A-Z0-9_]*[A-Z0-9]\b", path.read_text(encoding="utf-8")))
 
     assert named <= SETTINGS
 
 
-def test_settings_are_named_at_all() -> None:
+def test_compose_file_is_searched_for_settings() -> None:
     assert INFRA / "compose.yaml" in FILES
     assert "SLUICE_" in (INFRA / "compose.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""ray_cluster.yaml: valid for Ray, and what Ray makes of it on an AWS that moto plays."""
+"""ray_cluster.yaml: valid for Ray; its nodes start on an AWS simulated by moto."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ ROLES: Final = sorted((INFRA / "aws").glob("sluice-*.json"))
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    """What stands for the SSH key; Ray hashes it into the identity of a node type."""
+    """A file in place of the SSH key. Ray hashes it into the identity of a node type."""
     path = tmp_path / "sluice.pem"
     path.write_text("key")
     return path
@@ -46,7 +46,7 @@ def autoscaler(key: Path) -> AutoscalingConfig:
 
 @pytest.fixture
 def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An AWS account with a private network; yields what stands in the place of the file's own identifiers."""
+    """An AWS account with a private network. Yields its identifiers by the placeholders of the file."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     region = CLUSTER["provider"]["region"]
@@ -75,11 +75,11 @@ def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
         }
 
 
-def test_ray_accepts_it() -> None:
+def test_cluster_file_is_valid_for_ray() -> None:
     validate_config(prepare_config(CLUSTER))
 
 
-def test_the_head_has_no_work_and_everything_else_is_counted(autoscaler: AutoscalingConfig) -> None:
+def test_head_node_has_no_cpu_for_work_and_intake_nodes_no_gpu(autoscaler: AutoscalingConfig) -> None:
     types = autoscaler.get_node_type_configs()
 
     assert types["head"].resources["CPU"] == 0
@@ -91,7 +91,7 @@ def test_the_head_has_no_work_and_everything_else_is_counted(autoscaler: Autosca
 
 
 @pytest.mark.parametrize("name", GPU_CLASSES)
-def test_each_class_of_gpu_is_there_as_spot_and_on_demand_and_costs_nothing_at_rest(
+def test_gpu_class_has_spot_and_on_demand_nodes_with_a_minimum_of_zero(
     name: str, autoscaler: AutoscalingConfig
 ) -> None:
     types = autoscaler.get_node_type_configs()
@@ -106,7 +106,7 @@ def test_each_class_of_gpu_is_there_as_spot_and_on_demand_and_costs_nothing_at_r
         assert autoscaler.get_docker_config(node.name)["image"].endswith("sluice-gpu:0.1.0")
 
 
-def test_guards_ask_for_spot_nodes_of_the_open_class(autoscaler: AutoscalingConfig) -> None:
+def test_guard_replicas_get_spot_nodes_of_the_open_class_first(autoscaler: AutoscalingConfig) -> None:
     reply = schedule(autoscaler, {"CPU": 1, "GPU": 1}, 20)
     launched = {launch.instance_type: launch.count for launch in reply.to_launch}
 
@@ -115,8 +115,8 @@ def test_guards_ask_for_spot_nodes_of_the_open_class(autoscaler: AutoscalingConf
 
 
 @pytest.mark.parametrize(("count", "nodes"), [(12, 4), (100, 8)])
-def test_intakes_ask_for_cpu_nodes_only(count: int, nodes: int, autoscaler: AutoscalingConfig) -> None:
-    """However many there are: a GPU node with an intake in place of a guard is paid for nothing."""
+def test_intake_replicas_get_cpu_nodes_only(count: int, nodes: int, autoscaler: AutoscalingConfig) -> None:
+    """A GPU node with an intake replica would cost a GPU without a guard on it."""
     options = elastic.intake_replicas(Settings())["ray_actor_options"]
     ((label, value),) = options["label_selector"].items()
     assert value.startswith("!")
@@ -132,7 +132,7 @@ def schedule(
     count: int,
     labels: Sequence[tuple[str, int, list[str]]] = (),
 ) -> Any:
-    """What autoscaler v2 does about so many actors on an empty cluster."""
+    """The reply of autoscaler v2 to `count` actors on an empty cluster."""
     request = ResourceRequestUtil.make(bundle, label_selectors=[list(labels)] if labels else None)
     requests = ResourceRequestUtil.group_by_count([request] * count)
     return ResourceDemandScheduler().schedule(
@@ -145,7 +145,7 @@ def schedule(
     )
 
 
-def test_ray_starts_every_type_of_node_in_the_private_network(account: dict[str, str], key: Path) -> None:
+def test_every_node_type_starts_in_the_private_network(account: dict[str, str], key: Path) -> None:
     text = (ROOT / "ray_cluster.yaml").read_text(encoding="utf-8")
     for placeholder, identifier in account.items():
         text = text.replace(placeholder, identifier)
@@ -165,7 +165,7 @@ def test_ray_starts_every_type_of_node_in_the_private_network(account: dict[str,
         assert not instance.get("PublicIpAddress")
         assert instance["SubnetId"] in account.values()
         assert [group["GroupId"] for group in instance["SecurityGroups"]] == [account["sg-0123456789abcdef0"]]
-        # The head may only start nodes with this tag, and only end those that have it.
+        # The head may start and terminate only nodes with this tag.
         assert {"Key": TAG_RAY_CLUSTER_NAME, "Value": "sluice"} in instance["Tags"]
     assert Counter(instance.get("InstanceLifecycle", "on-demand") for instance in instances) == {
         "spot": len(GPU_CLASSES),
@@ -173,7 +173,7 @@ def test_ray_starts_every_type_of_node_in_the_private_network(account: dict[str,
     }
 
 
-def test_nodes_get_the_roles_that_are_defined_and_the_head_may_hand_out_no_others() -> None:
+def test_node_roles_are_defined_and_the_head_may_pass_no_others() -> None:
     types = CLUSTER["available_node_types"]
     given = {name: node["node_config"]["IamInstanceProfile"]["Name"] for name, node in types.items()}
     head = json.loads((INFRA / "aws" / "sluice-head.json").read_text())
@@ -184,16 +184,16 @@ def test_nodes_get_the_roles_that_are_defined_and_the_head_may_hand_out_no_other
 
 
 @pytest.mark.parametrize("policy", ROLES, ids=lambda path: path.stem)
-def test_a_role_names_each_action_and_what_it_may_be_done_to(policy: Path) -> None:
+def test_role_names_each_action_and_resource(policy: Path) -> None:
     for statement in json.loads(policy.read_text())["Statement"]:
         actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
         assert not any("*" in action for action in actions)
-        # AWS knows no narrower resource for what only looks at nodes.
+        # AWS has no narrower resource for actions that describe nodes.
         if not all(action.startswith("ec2:Describe") for action in actions):
             assert statement["Resource"] != "*"
 
 
-def test_every_node_asks_for_the_token() -> None:
+def test_every_node_requires_the_ray_token() -> None:
     types = CLUSTER["available_node_types"]
     assert "--env=RAY_AUTH_MODE=token" in CLUSTER["docker"]["run_options"]
     assert CLUSTER["file_mounts"] == {"/home/sluice/.ray/auth_token": "~/.ray/auth_token"}
