@@ -38,10 +38,10 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve._private.utils import compress_metric_report, decompress_metric_report
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from pipelines.autoscaling import serve_config as elastic
+from pipelines.autoscaling import serve_config
 from pipelines.autoscaling.decision import ReplicaBounds
 from pipelines.autoscaling.serve_config import autoscaling_config
-from pipelines.autoscaling.simulation.run import SimulatedDay
+from pipelines.autoscaling.simulation.day import SimulatedDay
 from services.streams.base import Lag
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks in benchmarks/ only
@@ -105,7 +105,7 @@ class Controller:
         self.replicas = {each: [ReplicaID(str(n), each) for n in range(count)] for each, count in self.targets.items()}
         guard, intake = (
             autoscaling_config(ReplicaBounds(0, 500), CALLS_REPORT_S),
-            autoscaling_config(ReplicaBounds(1, PARTITIONS), elastic.REPORT_S),
+            autoscaling_config(ReplicaBounds(1, PARTITIONS), serve_config.REPORT_INTERVAL_S),
         )
         for deployment, options in ((GUARD, guard), (INTAKE, intake)):
             config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options))
@@ -121,8 +121,10 @@ class Controller:
             held = frozenset(range(member, PARTITIONS, MEMBERS))
             live = Lag(waiting, published=900 * second, partitions=PARTITIONS, held=held)
             backfill = Lag({0: 10}, published=second, partitions=1, held=frozenset({0}))
-            values = elastic.report({"live": live, "backfill": backfill}, at_guard=50)
-            metrics = {name: self._points(now_s, value, elastic.REPORT_S) for name, value in values.items()}
+            values = serve_config.report({"live": live, "backfill": backfill}, at_guard=50)
+            metrics = {
+                name: self._points(now_s, value, serve_config.REPORT_INTERVAL_S) for name, value in values.items()
+            }
             sent = compress_metric_report(ReplicaMetricReport(replica, metrics, now_s))
             started = time.thread_time()
             self.state.record_request_metrics_for_replica(decompress_metric_report(sent))

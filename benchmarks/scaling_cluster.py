@@ -30,8 +30,8 @@ from ray import serve
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.serve import Application
 
-from pipelines.serving import build as serve_app
-from pipelines.serving.app import application
+from pipelines.serving import build as serve_build
+from pipelines.serving.app import bind_application
 from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess, free_port
@@ -79,9 +79,9 @@ class TimedGuard:
         return [assessment_of(image.sha256)] * len(policies)
 
 
-def build(arguments: serve_app.Arguments) -> Application:
+def build(arguments: serve_build.Arguments) -> Application:
     """The product's application, with that guard."""
-    return application(arguments, guard_gpus=1, guard=TimedGuard)
+    return bind_application(arguments, guard_gpus=1, guard=TimedGuard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +272,9 @@ async def run(say: Any) -> Course:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         await closing.enter_async_context(cluster(folder, backends.environment))
         say("Ray runs")
-        plan = serve_app.deployment_plan(settings)
+        plan = serve_build.make_deploy_schema(settings)
         plan.applications[0].import_path = "benchmarks.scaling_cluster:build"
-        serve.start(proxy_location="Disabled", logging_config=serve_app.QUIET)
+        serve.start(proxy_location="Disabled", logging_config=serve_build.LOGGING_CONFIG)
         serve.context._get_global_client().deploy_apps(plan)
         await _intake_runs()
         say("Intake runs")

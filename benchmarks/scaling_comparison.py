@@ -9,10 +9,10 @@ import numpy as np
 
 from benchmarks.scaling_oracle import Schedule, cheapest
 from pipelines.autoscaling.decision import Rules
-from pipelines.autoscaling.simulation.cluster import Cluster
-from pipelines.autoscaling.simulation.load import WARM_UP_S, Load, draw
-from pipelines.autoscaling.simulation.run import SimulatedDay, run
-from pipelines.autoscaling.simulation.scalers import Keda, RayDefault, Scaler, Sluice
+from pipelines.autoscaling.simulation.cluster import ClusterSpec
+from pipelines.autoscaling.simulation.day import SimulatedDay, simulate_day
+from pipelines.autoscaling.simulation.load import WARM_UP_S, LoadProfile, draw_arrivals
+from pipelines.autoscaling.simulation.scalers import KedaScaler, RayDefaultScaler, Scaler, SluiceScaler
 
 S = TypeVar("S", bound=Scaler)
 
@@ -32,8 +32,8 @@ class Day:
     work_gpu_hours: float
     """Of replicas that judge without a pause, loading left out: nothing can be cheaper."""
     sluice: SimulatedDay
-    ray: tuple[RayDefault, SimulatedDay]
-    keda: tuple[Keda, SimulatedDay]
+    ray: tuple[RayDefaultScaler, SimulatedDay]
+    keda: tuple[KedaScaler, SimulatedDay]
     oracle: Schedule
 
     @property
@@ -47,22 +47,27 @@ class Day:
         return float(np.mean(outcome.p99_by_minute_s()[counts] <= self.objective_s)) if counts.any() else 1.0
 
 
-def compare(seed: int, objective_s: float, load: Load = Load(), cluster: Cluster = Cluster()) -> Day:  # noqa: B008
+def compare(
+    seed: int,
+    objective_s: float,
+    load: LoadProfile = LoadProfile(),  # noqa: B008 - immutable
+    cluster: ClusterSpec = ClusterSpec(),  # noqa: B008 - immutable
+) -> Day:
     """Simulate the day of a seed.
 
     The baselines get what no user has: of a range of settings the cheapest one that, on this very day, keeps the p99
     of all submissions within the objective (or comes nearest to it, where none does).
     """
-    arrivals = draw(load, seed)
+    arrivals = draw_arrivals(load, seed)
     # Nobody is told the true rate of a replica; Sluice begins with one that is 20 % off, and measures.
     rules = Rules(objective_s=objective_s, replica_rate=0.8 * cluster.replica_rate)
 
     most = cluster.max_replicas * cluster.guard_in_flight / cluster.intake_in_flight
-    ray = [RayDefault(cluster, each, math.ceil(feed * most)) for feed in _RAY_FEEDS for each in _RAY_TARGETS]
-    keda = [Keda(cluster, share * cluster.replica_rate * objective_s) for share in _KEDA_SHARES]
+    ray = [RayDefaultScaler(cluster, each, math.ceil(feed * most)) for feed in _RAY_FEEDS for each in _RAY_TARGETS]
+    keda = [KedaScaler(cluster, share * cluster.replica_rate * objective_s) for share in _KEDA_SHARES]
 
     def tuned(scalers: Sequence[S]) -> tuple[S, SimulatedDay]:
-        tried = [(each, run(arrivals, each, cluster, seed)) for each in scalers]
+        tried = [(each, simulate_day(arrivals, each, cluster, seed)) for each in scalers]
         keep = [each for each in tried if each[1].percentile_s(0.99) <= objective_s]
         if keep:
             return min(keep, key=lambda each: each[1].gpu_hours)
@@ -71,7 +76,7 @@ def compare(seed: int, objective_s: float, load: Load = Load(), cluster: Cluster
     return Day(
         objective_s=objective_s,
         work_gpu_hours=float(arrivals[WARM_UP_S:].sum()) / cluster.replica_rate / 3600,
-        sluice=run(arrivals, Sluice(rules, cluster), cluster, seed),
+        sluice=simulate_day(arrivals, SluiceScaler(rules, cluster), cluster, seed),
         ray=tuned(ray),
         keda=tuned(keda),
         oracle=cheapest(arrivals, cluster, objective_s),

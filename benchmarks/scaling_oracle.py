@@ -15,8 +15,8 @@ import numpy.typing as npt
 import scipy.optimize
 import scipy.sparse
 
-from pipelines.autoscaling.simulation.cluster import Cluster
-from pipelines.autoscaling.simulation.load import WARM_UP_S, Counts
+from pipelines.autoscaling.simulation.cluster import ClusterSpec
+from pipelines.autoscaling.simulation.load import WARM_UP_S, ArrivalCounts
 
 _SLOT_S = 60
 _LATE_COST = 1e3
@@ -33,7 +33,7 @@ class Schedule:
     gpu_hours: float
 
 
-def cheapest(arrivals: Counts, cluster: Cluster, objective_s: float) -> Schedule:
+def cheapest(arrivals: ArrivalCounts, cluster: ClusterSpec, objective_s: float) -> Schedule:
     """The schedule for the day that follows the warm-up."""
     came = np.concatenate([[0], np.cumsum(arrivals[WARM_UP_S:])]).astype(float)
     seconds = len(came) - 1

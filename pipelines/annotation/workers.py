@@ -15,7 +15,7 @@ from pipelines.annotation.schema import to_parquet
 from pipelines.annotation.sources.discover import AnnotationSource
 from pipelines.annotation.state import Listing, RunState
 from pipelines.annotation.storage import folder
-from pipelines.serving.guard_client import GUARD_DEADLINES, RemoteGuard
+from pipelines.serving.guard_client import RemoteGuard
 from services.core.errors import StoreUnavailable
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
@@ -68,7 +68,7 @@ class JudgeWorker:
         self._policy = policy
         self._run = job.run()
         handle: Any = serve.get_deployment_handle("Guard", application)
-        self._guard = RemoteGuard(handle, deadline_s=GUARD_DEADLINES * job.settings.guard_deadline_s)
+        self._guard = RemoteGuard.from_settings(handle, job.settings)
         self._starting = asyncio.Lock()
         self._judge: ChunkJudge | None = None
 

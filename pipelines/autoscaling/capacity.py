@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
 from pipelines.autoscaling.decision import INTAKE_OVERSUBSCRIPTION, Rules
-from pipelines.autoscaling.simulation.cluster import Cluster
-from pipelines.autoscaling.simulation.load import Load, draw
-from pipelines.autoscaling.simulation.run import run
-from pipelines.autoscaling.simulation.scalers import Sluice
+from pipelines.autoscaling.simulation.cluster import ClusterSpec
+from pipelines.autoscaling.simulation.day import simulate_day
+from pipelines.autoscaling.simulation.load import LoadProfile, draw_arrivals
+from pipelines.autoscaling.simulation.scalers import SluiceScaler
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import GIB, Checkpoint, resolve
 
@@ -24,7 +24,7 @@ COMPUTE_SHARE: Final = 0.40
 """Of the published dense bf16 operations, while prompts are read."""
 MEMORY_SHARE: Final = 0.60
 """Of the published memory bandwidth, while answers are written."""
-SPREAD_SHARE: Final = 0.85
+TENSOR_PARALLEL_SHARE: Final = 0.85
 """What is left of that when a replica is spread over several GPUs."""
 
 PROMPT_TOKENS: Final = 1129
@@ -32,8 +32,8 @@ PROMPT_TOKENS: Final = 1129
 ANSWER_TOKENS: Final = 23.5
 """20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
 _PARTITIONS_PER_MEMBER: Final = 2
-_FEWEST_PARTITIONS: Final = 6
-_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "day": 86_400}
+_MIN_PARTITIONS: Final = 6
+_SECONDS_PER_UNIT: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "day": 86_400}
 
 IMAGE_TOKENS: Final[dict[str, dict[ImageSize, int]]] = {
     "LlavaQwenForCausalLM": {"small": 1485, "medium": 4725, "large": 7269},  # anyres, tiles of 384 px
@@ -45,7 +45,7 @@ IMAGE_TOKENS: Final[dict[str, dict[ImageSize, int]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class GpuSpec:
     """A GPU as its vendor describes it."""
 
     bf16_tflops: float
@@ -55,15 +55,15 @@ class Card:
     bandwidth_gb_per_s: float
 
 
-CARDS: Final = {
-    "t4": Card(65, 15.0, 320),
-    "l4": Card(121, 22.5, 300),
-    "a10g": Card(70, 22.5, 600),
-    "l40s": Card(362, 45.0, 864),
-    "a100-40gb": Card(312, 40.0, 1555),
-    "a100-80gb": Card(312, 80.0, 2039),
-    "h100": Card(989, 79.6, 3350),
-    "h200": Card(989, 140.4, 4800),
+GPU_SPECS: Final = {
+    "t4": GpuSpec(65, 15.0, 320),
+    "l4": GpuSpec(121, 22.5, 300),
+    "a10g": GpuSpec(70, 22.5, 600),
+    "l40s": GpuSpec(362, 45.0, 864),
+    "a100-40gb": GpuSpec(312, 40.0, 1555),
+    "a100-80gb": GpuSpec(312, 80.0, 2039),
+    "h100": GpuSpec(989, 79.6, 3350),
+    "h200": GpuSpec(989, 140.4, 4800),
 }
 """From NVIDIA's data sheets, without sparsity."""
 
@@ -94,7 +94,7 @@ class CapacityPlan:
         return asdict(self)
 
 
-def plan(
+def plan_capacity(
     *,
     rate: float,
     objective_s: float,
@@ -111,19 +111,22 @@ def plan(
     Raises:
         ConfigurationError: a name is unknown, or eight of these cards do not hold the checkpoint.
     """
-    row, card = resolve(checkpoint), _card(gpu)
-    spread = row.tensor_parallel_size([round(card.memory_gib * GIB)] * 8)
+    model, spec = resolve(checkpoint), _find_gpu_spec(gpu)
+    spread = model.tensor_parallel_size([round(spec.memory_gib * GIB)] * 8)
     if not spread:
         raise ConfigurationError(
-            f"{row.name} wants {row.gpu_memory_bytes / GIB:.0f} GiB, more than eight {gpu} have; choose a larger card"
+            f"{model.name} needs {model.gpu_memory_bytes / GIB:.0f} GiB, and eight {gpu} have less; "
+            "choose a GPU with more memory"
         )
     source = "given"
     if replica_rate is None:
-        replica_rate = computed_rate(row, card, spread, image, rules.guard_in_flight)
+        replica_rate = compute_replica_rate(model, spec, spread, image, rules.guard_in_flight)
         source = (
-            f"computed, not measured: {row.parameters / 1e9:g} billion weights, {_tokens(row, image)} tokens read and "
-            f"{ANSWER_TOKENS:g} written, {COMPUTE_SHARE:.0%} of {card.bf16_tflops:g} TFLOPS and {MEMORY_SHARE:.0%} of "
-            f"{card.bandwidth_gb_per_s:g} GB/s" + (f", {SPREAD_SHARE:.0%} of both over {spread} GPUs" * (spread > 1))
+            f"computed, not measured: {model.parameters / 1e9:g} billion weights, "
+            f"{_count_tokens(model, image)} tokens read and {ANSWER_TOKENS:g} written, "
+            f"{COMPUTE_SHARE:.0%} of {spec.bf16_tflops:g} TFLOPS and {MEMORY_SHARE:.0%} of "
+            f"{spec.bandwidth_gb_per_s:g} GB/s"
+            + (f", {TENSOR_PARALLEL_SHARE:.0%} of both over {spread} GPUs" * (spread > 1))
         )
     replicas = max(1, math.ceil(round(rate / (1 - rules.headroom) / replica_rate, 6)))
     members = max(1, math.ceil(INTAKE_OVERSUBSCRIPTION * replicas * rules.guard_in_flight / rules.intake_in_flight))
@@ -134,7 +137,7 @@ def plan(
             "beyond the replicas that run: set SLUICE_GUARD_MIN_REPLICAS to what the highest rate needs"
         )
     return CapacityPlan(
-        checkpoint=row.name,
+        checkpoint=model.name,
         gpu=gpu.lower(),
         rate=rate,
         objective_s=objective_s,
@@ -144,20 +147,20 @@ def plan(
         gpus_per_replica=spread,
         nodes=math.ceil(replicas / max(1, (gpus_per_node or spread) // spread)),
         intake_members=members,
-        partitions=max(_FEWEST_PARTITIONS, _PARTITIONS_PER_MEMBER * members),
+        partitions=max(_MIN_PARTITIONS, _PARTITIONS_PER_MEMBER * members),
         gpu_hours_per_million=replicas * spread / rate * 1e6 / 3600,
         notes=tuple(notes),
-        day=_simulated(rate, objective_s, replica_rate, spread, rules) if day else None,
+        day=_simulate_day(rate, objective_s, replica_rate, spread, rules) if day else None,
     )
 
 
-def computed_rate(row: Checkpoint, card: Card, gpus: int, image: ImageSize, in_flight: int) -> float:
+def compute_replica_rate(model: Checkpoint, spec: GpuSpec, gpus: int, image: ImageSize, in_flight: int) -> float:
     """Submissions a second of one replica: see the module's own words."""
-    share = SPREAD_SHARE if gpus > 1 else 1.0
-    operations = 2.0 * row.parameters * _tokens(row, image)
-    reading_s = operations / (COMPUTE_SHARE * share * gpus * card.bf16_tflops * 1e12)
-    weights_bytes = 2.0 * row.parameters
-    step_s = weights_bytes / (MEMORY_SHARE * share * gpus * card.bandwidth_gb_per_s * 1e9)
+    share = TENSOR_PARALLEL_SHARE if gpus > 1 else 1.0
+    operations = 2.0 * model.parameters * _count_tokens(model, image)
+    reading_s = operations / (COMPUTE_SHARE * share * gpus * spec.bf16_tflops * 1e12)
+    weights_bytes = 2.0 * model.parameters
+    step_s = weights_bytes / (MEMORY_SHARE * share * gpus * spec.bandwidth_gb_per_s * 1e9)
     return 1 / (reading_s + ANSWER_TOKENS * step_s / in_flight)
 
 
@@ -168,10 +171,10 @@ def parse_rate(text: str) -> float:
         ConfigurationError: it is none of these.
     """
     number, _, unit = text.partition("/")
-    return _positive(number, text, "a rate such as 400/s or 1000000/h") / _unit(unit or "s", text)
+    return _parse_positive(number, text, "a rate such as 400/s or 1000000/h") / _parse_time_unit(unit or "s", text)
 
 
-def _positive(number: str, text: str, what: str) -> float:
+def _parse_positive(number: str, text: str, what: str) -> float:
     try:
         value = float(number)
     except ValueError:
@@ -181,33 +184,34 @@ def _positive(number: str, text: str, what: str) -> float:
     return value
 
 
-def _unit(unit: str, text: str) -> int:
-    if unit not in _SECONDS:
-        raise ConfigurationError(f"{text!r} has no unit of time; use one of {', '.join(_SECONDS)}")
-    return _SECONDS[unit]
+def _parse_time_unit(unit: str, text: str) -> int:
+    if unit not in _SECONDS_PER_UNIT:
+        raise ConfigurationError(f"{text!r} has no unit of time; use one of {', '.join(_SECONDS_PER_UNIT)}")
+    return _SECONDS_PER_UNIT[unit]
 
 
-def _card(gpu: str) -> Card:
-    if gpu.lower() not in CARDS:
-        raise ConfigurationError(f"--gpu {gpu} is not in the table of cards: {', '.join(CARDS)}; give --replica-rate "
-                                 "and the card that comes nearest")  # fmt: skip
-    return CARDS[gpu.lower()]
+def _find_gpu_spec(gpu: str) -> GpuSpec:
+    if gpu.lower() not in GPU_SPECS:
+        raise ConfigurationError(
+            f"--gpu {gpu} is unknown; give one of {', '.join(GPU_SPECS)}, the nearest one, and --replica-rate"
+        )
+    return GPU_SPECS[gpu.lower()]
 
 
-def _tokens(row: Checkpoint, image: ImageSize) -> int:
-    return PROMPT_TOKENS + IMAGE_TOKENS[row.architecture][image]
+def _count_tokens(model: Checkpoint, image: ImageSize) -> int:
+    return PROMPT_TOKENS + IMAGE_TOKENS[model.architecture][image]
 
 
-def _simulated(rate: float, objective_s: float, replica_rate: float, gpus: int, rules: Rules) -> dict[str, float]:
+def _simulate_day(rate: float, objective_s: float, replica_rate: float, gpus: int, rules: Rules) -> dict[str, float]:
     most = 10 * math.ceil(rate / replica_rate)
-    cluster = Cluster(
+    cluster = ClusterSpec(
         replica_rate=replica_rate,
         guard_in_flight=rules.guard_in_flight,
         intake_in_flight=rules.intake_in_flight,
         max_replicas=max(20, most),
     )
     told = Rules(objective_s=objective_s, replica_rate=replica_rate)
-    simulated = run(draw(Load(mean_rate=rate), 1), Sluice(told, cluster), cluster, 1)
+    simulated = simulate_day(draw_arrivals(LoadProfile(mean_rate=rate), 1), SluiceScaler(told, cluster), cluster, 1)
     return {
         "p50_s": simulated.percentile_s(0.5),
         "p95_s": simulated.percentile_s(0.95),

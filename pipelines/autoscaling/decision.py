@@ -94,7 +94,7 @@ class Backlog:
     """0: every member may take every message."""
 
     @property
-    def busiest(self) -> float:
+    def busiest_partition(self) -> float:
         return max(self.by_partition.values(), default=0.0)
 
 
@@ -128,48 +128,50 @@ class Decision:
 
     guard: int
     intake: int
-    why: str
+    reason: str
 
 
-def decide(seen: Observation, rules: Rules) -> Decision:
+def decide(observed: Observation, rules: Rules) -> Decision:
     """The wanted replicas.
 
     Up in one step to what the objective needs, replicas that are still loading counted; down slowly; to zero when
     nothing has come for a while, and up from it with the first submission. What is not known changes nothing.
     """
-    if seen.live is None or seen.arrivals is None:
-        intake = max(1, seen.intake.bounds.clamp(seen.intake.target))
+    if observed.live is None or observed.arrivals is None:
+        intake = max(1, observed.intake.bounds.clamp(observed.intake.target))
         return Decision(
-            seen.guard.bounds.clamp(seen.guard.target), intake, "no current measurement, so nothing changes"
+            observed.guard.bounds.clamp(observed.guard.target), intake, "no current measurement, so nothing changes"
         )
-    guard, why = _guard(seen, seen.live, seen.arrivals, rules)
-    return Decision(guard, _intake(seen, seen.live, guard, rules), why)
+    guard, reason = _decide_guard(observed, observed.live, observed.arrivals, rules)
+    return Decision(guard, _decide_intake(observed, observed.live, guard, rules), reason)
 
 
-def _guard(seen: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -> tuple[int, str]:
-    counts = seen.guard
-    minimum = _replicas_for_objective(seen, live, arrivals.rate, rules)
-    desired = max(minimum, _replicas_for_objective(seen, live, arrivals.rate, rules, rules.headroom))
-    peak = _replicas_for_objective(seen, live, arrivals.peak, rules, rules.headroom)
-    retained = max(desired, peak, _replicas_to_drain(seen, live, rules))
-    if seen.idle_s < rules.idle_s:
+def _decide_guard(observed: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -> tuple[int, str]:
+    counts = observed.guard
+    minimum = _replicas_for_objective(observed, live, arrivals.rate, rules)
+    desired = max(minimum, _replicas_for_objective(observed, live, arrivals.rate, rules, rules.headroom))
+    peak = _replicas_for_objective(observed, live, arrivals.peak, rules, rules.headroom)
+    retained = max(desired, peak, _replicas_to_drain(observed, live, rules))
+    if observed.idle_s < rules.idle_s:
         retained = max(retained, min(1, counts.target))
-    target, why = counts.target, "enough replicas"
-    if minimum > counts.target and counts.running and seen.underused_s >= _UNDERUSED_S:
-        why = "guard is not the bottleneck"
+    target, reason = counts.target, "enough replicas"
+    if minimum > counts.target and counts.running and observed.underused_s >= _UNDERUSED_S:
+        reason = "guard is not the bottleneck"
     elif minimum > counts.target:
-        target, why = desired, "the objective needs more replicas"
+        target, reason = desired, "the objective needs more replicas"
     elif retained < counts.target:
-        why = "fewer replicas suffice, but not for long enough yet"
-        long_enough = seen.measured_for_s >= rules.scale_down_s and _has_elapsed(
+        reason = "fewer replicas suffice, but not for long enough yet"
+        long_enough = observed.measured_for_s >= rules.scale_down_s and _has_elapsed(
             counts.since_scale_up_s, rules.scale_down_s
         )
         if long_enough and _has_elapsed(counts.since_scale_down_s, rules.scale_down_every_s):
-            target, why = retained, "fewer replicas suffice"
-    return counts.bounds.clamp(target), why
+            target, reason = retained, "fewer replicas suffice"
+    return counts.bounds.clamp(target), reason
 
 
-def _replicas_for_objective(seen: Observation, live: Backlog, rate: float, rules: Rules, headroom: float = 0.0) -> int:
+def _replicas_for_objective(
+    observed: Observation, live: Backlog, rate: float, rules: Rules, headroom: float = 0.0
+) -> int:
     """Guard replicas that keep every live submission within the objective, and backfill at its pace.
 
     Those that are asked for now judge after `start` seconds. Until then the running ones work on the backlog, and it
@@ -177,62 +179,62 @@ def _replicas_for_objective(seen: Observation, live: Backlog, rate: float, rules
     the start. For an objective shorter than the start these are lost, and the backlog is drained as fast as a part of
     the start.
     """
-    one, start_s = _replica_rate(seen, rules), _start_s(seen, rules)
-    capacity, wait_budget_s = seen.guard.running * one, _WAIT_SHARE * rules.objective_s
-    assignable = _assignable_backlog(seen, live, rules)
+    one, start_s = _replica_rate(observed, rules), _start_s(observed, rules)
+    capacity, wait_budget_s = observed.guard.running * one, _WAIT_SHARE * rules.objective_s
+    assignable = _assignable_backlog(observed, live, rules)
     at_start = max(0.0, assignable + (rate - capacity) * start_s) / max(wait_budget_s, _CATCH_UP_SHARE * start_s)
     already = max(0.0, assignable - capacity * start_s) / max(wait_budget_s - start_s, _CATCH_UP_SHARE * start_s)
     # Nobody can help that member later, so the busiest partition has half of the objective.
-    busiest = min(_guards_per_member(rules) * one, 2 * live.busiest / rules.objective_s)
-    backfill = seen.backfill_peak / rules.backfill_objective_s
+    busiest = min(_guards_per_member(rules) * one, 2 * live.busiest_partition / rules.objective_s)
+    backfill = observed.backfill_peak / rules.backfill_objective_s
     work = max(rate / (1 - headroom), at_start, already, busiest) + backfill
-    anything = live.total > 0 or work > 0 or seen.active_callers > 0
-    replicas = work / one + seen.active_callers / rules.guard_in_flight
+    anything = live.total > 0 or work > 0 or observed.active_callers > 0
+    replicas = work / one + observed.active_callers / rules.guard_in_flight
     return max(1 if anything else 0, math.ceil(round(replicas, 6)))
 
 
-def _intake(seen: Observation, live: Backlog, guard: int, rules: Rules) -> int:
+def _decide_intake(observed: Observation, live: Backlog, guard: int, rules: Rules) -> int:
     """Members that keep the guard busy, and do not let the busiest partition share one if that makes it late."""
-    counts = seen.intake
+    counts = observed.intake
     desired = math.ceil(INTAKE_OVERSUBSCRIPTION * guard * rules.guard_in_flight / rules.intake_in_flight)
-    if live.partitions > 1 and live.busiest > 0:
-        in_time = _guards_per_member(rules) * _replica_rate(seen, rules) * rules.objective_s / 2
-        another = (live.total - live.busiest) / (live.partitions - 1)
-        beside = (in_time - live.busiest) / another if another > 0 else live.partitions
+    if live.partitions > 1 and live.busiest_partition > 0:
+        in_time = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s / 2
+        another = (live.total - live.busiest_partition) / (live.partitions - 1)
+        beside = (in_time - live.busiest_partition) / another if another > 0 else live.partitions
         desired = max(desired, math.ceil(live.partitions / (1 + max(0, math.floor(min(beside, live.partitions))))))
-    if seen.underused_s >= _UNDERUSED_S and _has_elapsed(counts.since_scale_up_s, _UNDERUSED_S):
+    if observed.underused_s >= _UNDERUSED_S and _has_elapsed(counts.since_scale_up_s, _UNDERUSED_S):
         desired = max(desired, counts.target + max(1, counts.target // 2))
     most = min(counts.bounds.maximum, live.partitions) if live.partitions else counts.bounds.maximum
     target = max(1, counts.bounds.minimum, min(most, max(desired, counts.target)))
     settled = _has_elapsed(counts.since_scale_up_s, 2 * rules.scale_down_s) and _has_elapsed(
         counts.since_scale_down_s, rules.scale_down_s
     )
-    long_enough = settled and seen.measured_for_s >= rules.scale_down_s
+    long_enough = settled and observed.measured_for_s >= rules.scale_down_s
     if desired <= _INTAKE_SHRINK_SHARE * counts.target and long_enough and not counts.loading:
         target = max(1, counts.bounds.minimum, min(most, desired))
     return target
 
 
-def _replicas_to_drain(seen: Observation, live: Backlog, rules: Rules) -> int:
+def _replicas_to_drain(observed: Observation, live: Backlog, rules: Rules) -> int:
     """Guard replicas that work off in time what waits: those that go now do not help with it."""
-    work = _assignable_backlog(seen, live, rules) / (_WAIT_SHARE * rules.objective_s)
-    return math.ceil(round(work / _replica_rate(seen, rules), 6))
+    work = _assignable_backlog(observed, live, rules) / (_WAIT_SHARE * rules.objective_s)
+    return math.ceil(round(work / _replica_rate(observed, rules), 6))
 
 
-def _assignable_backlog(seen: Observation, live: Backlog, rules: Rules) -> float:
+def _assignable_backlog(observed: Observation, live: Backlog, rules: Rules) -> float:
     """The live backlog; of a partition's no more than the one member that works it can give to the guard in time."""
-    most = _guards_per_member(rules) * _replica_rate(seen, rules) * rules.objective_s
-    if live.busiest <= most:
+    most = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s
+    if live.busiest_partition <= most:
         return live.total
     return live.total - sum(each - most for each in live.by_partition.values() if each > most)
 
 
-def _replica_rate(seen: Observation, rules: Rules) -> float:
-    return seen.replica_rate or rules.replica_rate
+def _replica_rate(observed: Observation, rules: Rules) -> float:
+    return observed.replica_rate or rules.replica_rate
 
 
-def _start_s(seen: Observation, rules: Rules) -> float:
-    return rules.start_s if seen.start_s is None else seen.start_s
+def _start_s(observed: Observation, rules: Rules) -> float:
+    return rules.start_s if observed.start_s is None else observed.start_s
 
 
 def _guards_per_member(rules: Rules) -> float:

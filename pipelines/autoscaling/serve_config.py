@@ -11,15 +11,15 @@ from services.core.settings import Settings
 from services.core.values import Priority
 from services.streams.base import Lag
 
-_POLICY: Final = "pipelines.autoscaling.serve_policy:BacklogScaling"
+_POLICY_FUNCTION: Final = "pipelines.autoscaling.serve_policy:BacklogScaling"
 
-_SURGE_PERCENT: Final = 25
+_MAX_SURGE_PERCENT: Final = 25
 """Guard replicas of a new version that start before old ones end. Only here: where nodes do not come on demand they
 would wait for a GPU for ever."""
 
-REPORT_S: Final = 1.0
+REPORT_INTERVAL_S: Final = 1.0
 """Between two reports of whoever calls the guard. Serve's own 10 s would be most of the time that a decision takes."""
-_BUSIEST: Final = 4
+_MAX_REPORTED_PARTITIONS: Final = 4
 """Partitions of which a member reports: only the busiest ones count, and each costs the controller time."""
 
 
@@ -28,7 +28,7 @@ def is_autoscaled(settings: Settings) -> bool:
     return settings.guard_max_replicas is not None
 
 
-def guard_replicas(settings: Settings) -> dict[str, Any]:
+def guard_options(settings: Settings) -> dict[str, Any]:
     """The options of the deployment `Guard` that say how many there are."""
     if settings.guard_max_replicas is None:
         return {"num_replicas": settings.guard_replicas}
@@ -38,30 +38,30 @@ def guard_replicas(settings: Settings) -> dict[str, Any]:
         "autoscaling_config": autoscaling_config(
             ReplicaBounds(min(least, settings.guard_max_replicas), settings.guard_max_replicas)
         ),
-        "max_surge_percent": _SURGE_PERCENT,
+        "max_surge_percent": _MAX_SURGE_PERCENT,
     }
 
 
-def intake_replicas(settings: Settings) -> dict[str, Any]:
+def intake_options(settings: Settings) -> dict[str, Any]:
     """The same of the deployment `Intake`, with what it needs beside."""
-    return _reporting(settings, ReplicaBounds(settings.intake_replicas, _most_intake(settings)))
+    return _reporting_options(settings, ReplicaBounds(settings.intake_replicas, _max_intake_replicas(settings)))
 
 
-def gateway_replicas(settings: Settings) -> dict[str, Any]:
+def gateway_options(settings: Settings) -> dict[str, Any]:
     """The same of the deployment `Gateway`: always as many, but what they have at the guard counts."""
-    return _reporting(settings, ReplicaBounds(settings.gateway_replicas, settings.gateway_replicas))
+    return _reporting_options(settings, ReplicaBounds(settings.gateway_replicas, settings.gateway_replicas))
 
 
-def most_replicas(settings: Settings) -> int:
+def count_max_replicas(settings: Settings) -> int:
     """Of Guard and Intake together, at any time."""
     guard = settings.guard_max_replicas or settings.guard_replicas
-    return guard + (_most_intake(settings) if is_autoscaled(settings) else settings.intake_replicas)
+    return guard + (_max_intake_replicas(settings) if is_autoscaled(settings) else settings.intake_replicas)
 
 
 def scaling_policy(settings: Settings) -> dict[str, Any]:
     """`autoscaling_policy` of the application."""
     return {
-        "policy_function": _POLICY,
+        "policy_function": _POLICY_FUNCTION,
         "policy_kwargs": {
             "objective_s": settings.objective_s,
             "backfill_objective_s": settings.backfill_objective_s,
@@ -82,13 +82,13 @@ def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
         reported |= {f"{priority}_backlog": lag.total, f"{priority}_published": lag.published}
     if live := lags.get("live"):
         reported["live_partitions"] = live.partitions
-        busiest = sorted(live.held, key=lambda each: live.by_partition.get(each, 0))[-_BUSIEST:]
+        busiest = sorted(live.held, key=lambda each: live.by_partition.get(each, 0))[-_MAX_REPORTED_PARTITIONS:]
         reported |= {f"live_backlog_{each}": live.by_partition.get(each, 0) for each in busiest}
     return reported
 
 
-def autoscaling_config(bounds: ReplicaBounds, report_s: float = 10.0) -> dict[str, float]:
-    """The `autoscaling_config` of a deployment that `BacklogScaling` decides about; it reports every `report_s`."""
+def autoscaling_config(bounds: ReplicaBounds, report_interval_s: float = 10.0) -> dict[str, float]:
+    """Return the `autoscaling_config` of a deployment that `BacklogScaling` scales. It reports at this interval."""
     return {
         "min_replicas": bounds.minimum,
         "max_replicas": bounds.maximum,
@@ -96,20 +96,21 @@ def autoscaling_config(bounds: ReplicaBounds, report_s: float = 10.0) -> dict[st
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0,
         # Deprecated for an environment variable that Serve 2.60 defines and does not read.
-        "metrics_interval_s": report_s,
-        "look_back_period_s": 1.2 * report_s,  # Serve wants more than the interval; the newest point is all that counts
+        "metrics_interval_s": report_interval_s,
+        # Serve requires more than the interval. Only the newest point counts.
+        "look_back_period_s": 1.2 * report_interval_s,
     }
 
 
-def _reporting(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
+def _reporting_options(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
     """Of a deployment that calls the guard. Where nodes have labels, it never takes the CPU beside a GPU: no guard
     could start there, and the node would never go.
     """
     resources: dict[str, Any] = {"num_cpus": 1, "label_selector": {"sluice.io/role": "!guard"}}
     if not is_autoscaled(settings):
         return {"num_replicas": bounds.minimum, "ray_actor_options": resources}
-    return {"autoscaling_config": autoscaling_config(bounds, REPORT_S), "ray_actor_options": resources}
+    return {"autoscaling_config": autoscaling_config(bounds, REPORT_INTERVAL_S), "ray_actor_options": resources}
 
 
-def _most_intake(settings: Settings) -> int:
+def _max_intake_replicas(settings: Settings) -> int:
     return max(settings.intake_replicas, settings.intake_max_replicas or settings.intake_replicas)

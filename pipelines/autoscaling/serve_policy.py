@@ -99,7 +99,7 @@ class BacklogScaling:
         if (decision.guard, decision.intake) != (guard.target, intake.target):
             log.info(
                 "guard %d -> %d, intake %d -> %d: %s",
-                *(guard.target, decision.guard, intake.target, decision.intake, decision.why),
+                *(guard.target, decision.guard, intake.target, decision.intake, decision.reason),
             )
         return {guard_id: decision.guard, intake_id: decision.intake}
 

@@ -27,7 +27,7 @@ def plan(
     """Compute the replicas, nodes, partitions and GPU-hours that a load needs."""
     from pipelines.autoscaling import capacity  # noqa: PLC0415 - the others need not wait for it
 
-    found = capacity.plan(
+    found = capacity.plan_capacity(
         rate=capacity.parse_rate(rate),
         objective_s=parse_duration(objective),
         checkpoint=checkpoint,

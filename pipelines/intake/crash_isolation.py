@@ -28,10 +28,10 @@ MAX_CRASHES: Final = 3
 """A message with this many crashes is confirmed poison."""
 
 _SUSPECT_CONCURRENCY: Final = 8
-_HEARTBEAT_S: Final = 1.0
+_HEARTBEAT_INTERVAL_S: Final = 1.0
 _DEAD_AFTER_S: Final = 4.0
 """Without a heartbeat for this long, a process counts as crashed."""
-_CRASHES_KEPT_S: Final = 86_400
+_CRASH_COUNT_TTL_S: Final = 86_400
 _ISOLATION_S: Final = 20.0
 """How long the others wait for a suspected or isolated message. A poison message crashes the process well before."""
 
@@ -86,9 +86,9 @@ def _limit_isolation(end_isolation: Callable[[], None]) -> Iterator[None]:
 class CrashIsolation:
     """Which messages one intake process may process at the same time. Use it as an async context manager."""
 
-    def __init__(self, shared: PolicyRedisCache, group: str, member: str) -> None:
+    def __init__(self, redis_cache: PolicyRedisCache, group: str, member: str) -> None:
         """`member` names this process; a restarted process needs another name."""
-        self._shared = shared
+        self._redis_cache = redis_cache
         self._prefix = f"sluice:{group}:"
         self._member = member
         self._in_flight: set[str] = set()
@@ -103,18 +103,18 @@ class CrashIsolation:
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._heartbeat())
+        self._heartbeats = asyncio.create_task(self._send_heartbeats())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await cancel_and_wait(self._task)
+        await cancel_and_wait(self._heartbeats)
         with suppress(RedisUnavailable):
-            await self._shared.run(_LEAVE_SCRIPT, self._keys, self._member)
+            await self._redis_cache.run(_LEAVE_SCRIPT, self._keys, self._member)
 
     async def register(self, sources: Sequence[str]) -> list[int]:
         """Return the crashes of each message. Messages without a crash are in flight until `release`."""
         if not self._redis_down:
-            return await self._update(sources) if sources else []
+            return await self._update_registry(sources) if sources else []
         self._in_flight.update(sources)  # the heartbeat registers them when Redis is back
         return [0] * len(sources)
 
@@ -123,27 +123,27 @@ class CrashIsolation:
         self._in_flight.discard(source)
 
     @asynccontextmanager
-    async def isolated(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
+    async def isolate(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
         """Wait until a message with that many crashes may be processed, and keep its restriction during the block.
 
         With `parse` the block only parses the message. That takes a moment, so a suspected message does not wait for
         one of the few slots then.
         """
         if parse and crashes < MAX_CRASHES - 1:
-            async with self._registered(source):
+            async with self._keep_registered(source):
                 yield
         elif crashes == 0:
-            async with self._shared_slot():
+            async with self._run_unrestricted():
                 yield
         elif crashes < MAX_CRASHES - 1:
-            async with self._limited(source):
+            async with self._run_limited(source):
                 yield
         else:
-            async with self._exclusive(source):
+            async with self._run_exclusively(source):
                 yield
 
     @asynccontextmanager
-    async def _shared_slot(self) -> AsyncIterator[None]:
+    async def _run_unrestricted(self) -> AsyncIterator[None]:
         await self._wait_until(lambda: self._exclusive_source is None)
         self._running += 1
         try:
@@ -153,14 +153,14 @@ class CrashIsolation:
             self._notify()
 
     @asynccontextmanager
-    async def _limited(self, source: str) -> AsyncIterator[None]:
+    async def _run_limited(self, source: str) -> AsyncIterator[None]:
         await self._suspect_slots.acquire()
         with _limit_isolation(self._suspect_slots.release):
-            async with self._shared_slot(), self._registered(source):
+            async with self._run_unrestricted(), self._keep_registered(source):
                 yield
 
     @asynccontextmanager
-    async def _exclusive(self, source: str) -> AsyncIterator[None]:
+    async def _run_exclusively(self, source: str) -> AsyncIterator[None]:
         await self._wait_until(lambda: self._exclusive_source is None)
         self._exclusive_source = source
 
@@ -184,7 +184,7 @@ class CrashIsolation:
         self._changed.clear()
 
     @asynccontextmanager
-    async def _registered(self, source: str) -> AsyncIterator[None]:
+    async def _keep_registered(self, source: str) -> AsyncIterator[None]:
         try:
             await self._add_in_flight(source)
             yield
@@ -194,20 +194,20 @@ class CrashIsolation:
     async def _add_in_flight(self, source: str) -> None:
         self._in_flight.add(source)
         if not self._redis_down:
-            await self._update()
+            await self._update_registry()
 
-    async def _update(self, new: Sequence[str] = ()) -> list[int]:
+    async def _update_registry(self, new: Sequence[str] = ()) -> list[int]:
         async with self._updating:
             arguments: tuple[str | float, ...] = (
                 self._prefix,
                 self._member,
                 _DEAD_AFTER_S,
-                _CRASHES_KEPT_S,
+                _CRASH_COUNT_TTL_S,
                 len(self._in_flight),
                 *self._in_flight,
             )
             try:
-                crashes: list[int] = await self._shared.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
+                crashes: list[int] = await self._redis_cache.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
                 self._redis_down = False
             except RedisUnavailable as error:
                 log.debug("Redis is unavailable; messages are processed without crash isolation: %s", error)
@@ -216,10 +216,10 @@ class CrashIsolation:
             self._in_flight.update(source for source, count in zip(new, crashes, strict=True) if count == 0)
             return crashes
 
-    async def _heartbeat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            await self._update()
-            await asyncio.sleep(_HEARTBEAT_S)
+            await self._update_registry()
+            await asyncio.sleep(_HEARTBEAT_INTERVAL_S)
 
     @property
     def _keys(self) -> list[str]:

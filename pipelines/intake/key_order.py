@@ -8,7 +8,7 @@ from typing import Final
 
 from services.streams.parsing import ParsedSubmission, is_before
 
-_OBJECTS_REMEMBERED: Final = 10_000
+_MAX_OBJECTS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class LatestEvents:
             return
         latest = self._latest.pop(uri, sequencer)
         self._latest[uri] = sequencer if is_before(latest, sequencer) else latest
-        if len(self._latest) > _OBJECTS_REMEMBERED:
+        if len(self._latest) > _MAX_OBJECTS:
             self._latest.popitem(last=False)
 
     def is_stale(self, entry: ParsedSubmission) -> bool:

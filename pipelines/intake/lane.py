@@ -18,10 +18,10 @@ from services.core.values import Priority
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
-RECEIVE_S: Final = 0.5
+RECEIVE_TIMEOUT_S: Final = 0.5
 """Longest wait for messages, or for a free slot."""
-_FAULT_PAUSES_S: Final = (1, 5, 30)
-_HELD_LIMIT: Final = 32_768
+_RETRY_PAUSES_S: Final = (1, 5, 30)
+_MAX_UNSETTLED_MESSAGES: Final = 32_768
 """Messages of one stream that are judged and not settled. It limits the memory while the stream accepts no output. It
 is more than the windows of several Kafka partitions, so that a message that blocks one of them still shows."""
 
@@ -67,13 +67,13 @@ class Lane:
 
     def __init__(
         self,
-        transport: GroupConsumer,
+        consumer: GroupConsumer,
         processor: Processor,
         isolation: CrashIsolation,
         limit: int,
         priority: Priority,
     ) -> None:
-        self.transport = transport
+        self.consumer = consumer
         self.priority = priority
         self.in_flight: dict[str, InFlightMessage] = {}
         """By the messages' sources; the last one, where a message was received several times."""
@@ -92,16 +92,16 @@ class Lane:
     @property
     def free_slots(self) -> int:
         """How many more messages may be received."""
-        return min(self._limit - self._judging, _HELD_LIMIT - len(self.tasks))
+        return min(self._limit - self._judging, _MAX_UNSETTLED_MESSAGES - len(self.tasks))
 
     async def receive(self) -> None:
         """Receive as many messages as there are free slots, and start to process them; wait if there are none."""
         if self.free_slots < 1:
             self._judged.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._judged.wait(), RECEIVE_S)
+                await asyncio.wait_for(self._judged.wait(), RECEIVE_TIMEOUT_S)
             return
-        messages = await self.transport.receive(self.free_slots, RECEIVE_S)
+        messages = await self.consumer.receive(self.free_slots, RECEIVE_TIMEOUT_S)
         self._judging += len(messages)
         crashes = await self._isolation.register([message.source for message in messages])
         for held in map(InFlightMessage, messages, crashes):
@@ -117,10 +117,10 @@ class Lane:
 
     def expire_blocking_messages(self, deadline_s: float) -> None:
         """End the processing of messages that have blocked a partition with a full window for `deadline_s`."""
-        for message in self.transport.blocked():
+        for message in self.consumer.blocked():
             held = self.in_flight.get(message.source)
             late = held is not None and time.monotonic() - held.received_at_s > deadline_s
-            if held and late and not held.deadline_passed and self._processor.failures.take():
+            if held and late and not held.deadline_passed and self._processor.expiry_budget.take():
                 log.error("%s blocks its partition; it is no longer processed", message.source)
                 held.expire()
 
@@ -129,7 +129,7 @@ class Lane:
             return parse(held.message)
         if held.crashes >= MAX_CRASHES:
             return ()
-        async with self._isolation.isolated(held.message.source, held.crashes, parse=True):
+        async with self._isolation.isolate(held.message.source, held.crashes, parse=True):
             return parse(held.message)
 
     async def _handle(self, held: InFlightMessage, entries: Sequence[Entry], ticket: KeyTicket) -> None:
@@ -152,11 +152,11 @@ class Lane:
 
     async def _publish_and_settle(self, held: InFlightMessage, entries: Sequence[Entry]) -> None:
         message = held.message
-        for pause_s in itertools.chain(_FAULT_PAUSES_S, itertools.repeat(_FAULT_PAUSES_S[-1])):
+        for pause_s in itertools.chain(_RETRY_PAUSES_S, itertools.repeat(_RETRY_PAUSES_S[-1])):
             try:
                 outputs = await self._process_entries(held, entries)
                 self._mark_judged(held)
-                await self.transport.settle(message, outputs)
+                await self.consumer.settle(message, outputs)
                 return
             except NotOwned:
                 log.info("%s now belongs to another member", message.source)
@@ -171,7 +171,7 @@ class Lane:
     async def _process_entries(self, held: InFlightMessage, entries: Sequence[Entry]) -> list[OutgoingMessage]:
         """Return the outputs of all entries. Entries with the same key are processed one after the other."""
         if held.crashes >= MAX_CRASHES:
-            return [self._processor.dead_letter(held.message, held.message.value, poison_error(), None)]
+            return [self._processor.make_dead_letter(held.message, held.message.value, poison_error(), None)]
         by_key: defaultdict[bytes | None, list[int]] = defaultdict(list)
         for number, entry in enumerate(entries):
             by_key[entry.key if isinstance(entry, ParsedSubmission) else None].append(number)
@@ -182,7 +182,7 @@ class Lane:
                 outputs[number] = await self._process(held.message, entries[number])
 
         if not held.deadline_passed:
-            async with held.stop_at_deadline(), self._isolation.isolated(held.message.source, held.crashes):
+            async with held.stop_at_deadline(), self._isolation.isolate(held.message.source, held.crashes):
                 await asyncio.gather(*map(run_key, by_key.values()))
         for number in range(len(entries)):
             if number not in outputs:
@@ -196,12 +196,12 @@ class Lane:
             entry = replace(entry, submission=entry.submission.model_copy(update={"priority": "backfill"}))
         async with self._slots:
             if self._latest.is_stale(entry):
-                return self._processor.superseded(entry)
+                return self._processor.make_superseded_verdict(entry)
             return await self._processor.process(message, entry)
 
     def _outcome_after_deadline(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
         if isinstance(entry, InvalidMessage):
-            return [self._processor.dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
+            return [self._processor.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
         if self._latest.is_stale(entry):
-            return self._processor.superseded(entry)
-        return self._processor.blocked(message, entry)
+            return self._processor.make_superseded_verdict(entry)
+        return self._processor.make_blocked_outcome(message, entry)

@@ -17,14 +17,14 @@ from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, OutgoingMessage
 from services.streams.parsing import InvalidMessage, ParsedSubmission
 
-_DETAIL_LIMIT: Final = 500
+_MAX_DETAIL_CHARS: Final = 500
 _SYSTEMIC_RETRY_S: Final = 15.0
 """Pause before the next try while no submission can be judged."""
 
 _SYSTEMIC_ERRORS: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
 """Errors that a wrong setting or a broken component causes for every submission."""
-_SYSTEMIC_IN_A_ROW: Final = 500
-_SYSTEMIC_PER_SUCCESS: Final = 10.0
+_SYSTEMIC_ERRORS_IN_A_ROW: Final = 500
+_SYSTEMIC_ERRORS_PER_SUCCESS: Final = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,11 @@ class Processor:
     """Judges one entry of a message at a time, and writes its outcome. All lanes of a member share one."""
 
     def __init__(self, moderator: Moderator, settings: Settings, sample: TrafficSample | None = None) -> None:
-        self.failures = FailureBudget()
+        self.expiry_budget = FailureBudget()
         """Submissions that may expire: a small share of the judged ones, and none while nothing can be judged."""
-        self._systemic = FailureBudget(_SYSTEMIC_PER_SUCCESS, _SYSTEMIC_IN_A_ROW, _SYSTEMIC_IN_A_ROW)
+        self._systemic_budget = FailureBudget(
+            _SYSTEMIC_ERRORS_PER_SUCCESS, _SYSTEMIC_ERRORS_IN_A_ROW, _SYSTEMIC_ERRORS_IN_A_ROW
+        )
         self._moderator = moderator
         self._settings = settings
         self._sample = sample
@@ -43,13 +45,13 @@ class Processor:
     async def process(self, message: Message, entry: ParsedSubmission | InvalidMessage) -> list[OutgoingMessage]:
         """Return the verdict of an entry, and a shadow version's if there is one, or its dead letter."""
         if isinstance(entry, InvalidMessage):
-            return [self.dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
+            return [self.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
         while True:
             try:
                 result = await self._judge(entry)
             except Unjudgeable as error:
-                if not isinstance(error, _SYSTEMIC_ERRORS) or self._systemic.take():
-                    return [self.dead_letter(message, entry.original, error, entry.submission.id)]
+                if not isinstance(error, _SYSTEMIC_ERRORS) or self._systemic_budget.take():
+                    return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
                 # A wrong bucket policy or a broken checkpoint must not empty the stream into the dead letters.
                 log.error(
                     "no submission can be judged at present; submission %s is tried again in %d s: %s",
@@ -58,30 +60,30 @@ class Processor:
                 telemetry.count_retry(error)
                 await asyncio.sleep(_SYSTEMIC_RETRY_S)
             else:
-                self.failures.succeeded()
-                self._systemic.succeeded()
-                return self._verdicts(entry, result)
+                self.expiry_budget.succeeded()
+                self._systemic_budget.succeeded()
+                return self._make_verdicts(entry, result)
 
-    def superseded(self, entry: ParsedSubmission) -> list[OutgoingMessage]:
+    def make_superseded_verdict(self, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """Return the verdict of an S3 event that a later event of the same object has overtaken."""
-        return self._verdicts(entry, ModerationResult(build_skipped_verdict(entry.submission, "superseded")))
+        return self._make_verdicts(entry, ModerationResult(build_skipped_verdict(entry.submission, "superseded")))
 
-    def blocked(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
+    def make_blocked_outcome(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """Return the outcome of a submission whose message held up its partition for too long."""
         if self._settings.blocked_as == "needs_review":
             verdict = build_skipped_verdict(entry.submission, "needs_review", reason="blocked", action="review")
-            return self._verdicts(entry, ModerationResult(verdict))
+            return self._make_verdicts(entry, ModerationResult(verdict))
         error = Expired(f"it held up its partition for {self._settings.blocked_deadline_s:g} s")
-        return [self.dead_letter(message, entry.original, error, entry.submission.id)]
+        return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
 
-    def dead_letter(
+    def make_dead_letter(
         self, message: Message, original: bytes, error: Unjudgeable, submission_id: str | None
     ) -> OutgoingMessage:
         """Return the dead letter of a submission that can never be judged."""
         letter = DeadLetter(
             submission_id=submission_id,
             reason=error.reason,
-            detail=" ".join(str(error).split())[:_DETAIL_LIMIT],
+            detail=" ".join(str(error).split())[:_MAX_DETAIL_CHARS],
             attempts=message.attempts + attempts_before(message.headers),
             source=message.source,
             failed_at=datetime.now(UTC),
@@ -104,7 +106,7 @@ class Processor:
                 await asyncio.wait([judging], timeout=timeout_s)
                 if judging.done():
                     return judging.result()
-                if self.failures.take():
+                if self.expiry_budget.take():
                     raise Expired(
                         f"it could not be judged within {self._settings.judge_deadline_s:g} s, while others were"
                     )
@@ -112,7 +114,7 @@ class Processor:
         finally:
             await cancel_and_wait(judging)
 
-    def _verdicts(self, entry: ParsedSubmission, result: ModerationResult) -> list[OutgoingMessage]:
+    def _make_verdicts(self, entry: ParsedSubmission, result: ModerationResult) -> list[OutgoingMessage]:
         verdict, shadow = result.verdict, result.shadow
         telemetry.count_result(verdict.outcome, verdict.reason)
         if self._sample:

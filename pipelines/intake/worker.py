@@ -6,7 +6,7 @@ import time
 from typing import Final
 
 from pipelines.intake.crash_isolation import CrashIsolation
-from pipelines.intake.lane import RECEIVE_S, Lane
+from pipelines.intake.lane import RECEIVE_TIMEOUT_S, Lane
 from pipelines.intake.processor import Processor
 from services.core import telemetry
 from services.core.settings import Settings
@@ -16,13 +16,13 @@ from services.moderation.moderator import Moderator
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import GroupConsumer, Lag
 
-_WATCH_S: Final = 1.0
-_LAG_EVERY_S: Final = 1.0
+_WATCH_INTERVAL_S: Final = 1.0
+_LAG_INTERVAL_S: Final = 1.0
 
 log = logging.getLogger(__name__)
 
 
-class Intake:
+class IntakeWorker:
     """Keeps a bounded number of submissions in flight between the streams and the moderation.
 
     A message is settled once, with the outputs of all its submissions. Messages that are not settled when the member
@@ -31,7 +31,7 @@ class Intake:
 
     def __init__(
         self,
-        transport: GroupConsumer,
+        live: GroupConsumer,
         moderator: Moderator,
         settings: Settings,
         isolation: CrashIsolation,
@@ -40,8 +40,8 @@ class Intake:
     ) -> None:
         self._settings = settings
         processor = Processor(moderator, settings, sample)
-        self._live = Lane(transport, processor, isolation, settings.in_flight, "live")
-        self._lanes = [self._live]
+        self.live = Lane(live, processor, isolation, settings.in_flight, "live")
+        self._lanes = [self.live]
         if backfill:
             self._lanes.append(Lane(backfill, processor, isolation, max(1, settings.in_flight // 2), "backfill"))
         self.lags: dict[Priority, Lag] = {}
@@ -76,19 +76,19 @@ class Intake:
             if late:
                 log.warning("%d messages were not finished within the drain; other members receive them", len(late))
                 await asyncio.gather(*map(cancel_and_wait, late))
-        await asyncio.gather(*(lane.transport.close() for lane in self._lanes))
+        await asyncio.gather(*(lane.consumer.close() for lane in self._lanes))
 
     async def _receive(self, lane: Lane) -> None:
         while not self._draining:
-            if lane is not self._live and self._live.free_slots < self._settings.in_flight / 2:
-                await asyncio.sleep(RECEIVE_S)
+            if lane is not self.live and self.live.free_slots < self._settings.in_flight / 2:
+                await asyncio.sleep(RECEIVE_TIMEOUT_S)
                 continue
             await lane.receive()
             telemetry.IN_FLIGHT.set(sum(len(each.tasks) for each in self._lanes))
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(_WATCH_S)
+            await asyncio.sleep(_WATCH_INTERVAL_S)
             for lane in self._lanes:
                 lane.expire_blocking_messages(self._settings.blocked_deadline_s)
 
@@ -96,11 +96,11 @@ class Intake:
         while True:
             for lane in self._lanes:
                 try:
-                    self.lags[lane.priority] = lag = await lane.transport.lag()
+                    self.lags[lane.priority] = lag = await lane.consumer.lag()
                 except Exception as error:  # noqa: BLE001 - the lag is read again in a second, whatever failed
                     self.lags.pop(lane.priority, None)
                     log.warning("cannot read the lag of the %s stream; next try in a second: %s", lane.priority, error)
                     continue
                 for partition, waiting in lag.by_partition.items():
                     telemetry.LAG.set(waiting, {"priority": lane.priority, "partition": str(partition)})
-            await asyncio.sleep(_LAG_EVERY_S)
+            await asyncio.sleep(_LAG_INTERVAL_S)

@@ -25,7 +25,7 @@ from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, deploy_failure_caus
 from pipelines.local.backends import backends
 from pipelines.local.port import reserve_port
 from pipelines.serving import build
-from pipelines.serving.app import application
+from pipelines.serving.app import bind_application
 from pipelines.serving.names import APPLICATION, GATEWAY, INTAKE
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
@@ -234,7 +234,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     else:
         ray.init(
             "local",
-            num_cpus=max(os.cpu_count() or 1, serve_config.most_replicas(settings) + settings.gateway_replicas),
+            num_cpus=max(os.cpu_count() or 1, serve_config.count_max_replicas(settings) + settings.gateway_replicas),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             **QUIET,
@@ -242,7 +242,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
     try:
-        serve.start(proxy_location="Disabled", logging_config=build.QUIET)
+        serve.start(proxy_location="Disabled", logging_config=build.LOGGING_CONFIG)
         yield
     finally:
         # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
@@ -268,12 +268,12 @@ def _deploy(settings: Settings, progress: Progress) -> None:
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     if serve_config.is_autoscaled(settings):
-        plan = build.deployment_plan(settings.model_copy(update={"guard_gpus": gpus}))
+        plan = build.make_deploy_schema(settings.model_copy(update={"guard_gpus": gpus}))
         # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
         serve.context._get_global_client().deploy_apps(plan)
     else:
-        built = application(settings, guard_gpus=gpus)
-        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=build.QUIET)
+        built = bind_application(settings, guard_gpus=gpus)
+        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=build.LOGGING_CONFIG)
         serve.run_many([target], wait_for_applications_running=False)
     wait_until_running(
         APPLICATION,

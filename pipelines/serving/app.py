@@ -19,7 +19,7 @@ _STOP_S: Final = 10.0
 """Time of a replica after the drain to close its connections and child processes."""
 
 
-def application(settings: Settings, *, guard_gpus: float, guard: Any = GuardDeployment) -> Application:
+def bind_application(settings: Settings, *, guard_gpus: float, guard: Any = GuardDeployment) -> Application:
     """Build the application for `serve.run`. `guard` is the deployment that judges; tests give another one.
 
     Raises:
@@ -27,19 +27,19 @@ def application(settings: Settings, *, guard_gpus: float, guard: Any = GuardDepl
     """
     side_px = resolve(settings.model).max_side_px
     guard = guard.options(
-        **serve_config.guard_replicas(settings),
+        **serve_config.guard_options(settings),
         max_ongoing_requests=_guard_calls(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings)
     intake: Application = IntakeDeployment.options(  # type: ignore[attr-defined]
-        **serve_config.intake_replicas(settings),
+        **serve_config.intake_options(settings),
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings, side_px, guard)
     if not settings.gateway_replicas:
         return intake
     gateway: Application = GatewayDeployment.options(  # type: ignore[attr-defined]
-        **serve_config.gateway_replicas(settings),
+        **serve_config.gateway_options(settings),
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     ).bind(settings, side_px, guard, intake)
     return gateway

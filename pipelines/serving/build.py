@@ -8,13 +8,13 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from pipelines.autoscaling import serve_config
-from pipelines.serving.app import application
+from pipelines.serving.app import bind_application
 from pipelines.serving.names import APPLICATION
 from services.core.retry import retry_blocking
 from services.core.settings import Settings, require
 from services.policies.registry import PolicyRegistry
 
-QUIET: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)
+LOGGING_CONFIG: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 _GUARD_GPUS: Final = 1.0
 """GPUs of a guard replica unless a setting says otherwise; they cannot be counted where GPU nodes start on demand."""
@@ -41,12 +41,12 @@ def build(arguments: Arguments) -> Application:
     """
     require(arguments)
     gpus = _GUARD_GPUS if arguments.guard_gpus is None else arguments.guard_gpus
-    built = application(arguments, guard_gpus=gpus)
+    built = bind_application(arguments, guard_gpus=gpus)
     retry_blocking(PolicyRegistry.from_settings(arguments).publish_built_in, within_s=_POLICY_BUCKET_DEADLINE_S)
     return built
 
 
-def deployment_plan(settings: Settings) -> ServeDeploySchema:
+def make_deploy_schema(settings: Settings) -> ServeDeploySchema:
     """Return the configuration for `serve deploy`. Only this way can an application have its own autoscaling policy."""
     return ServeDeploySchema(
         proxy_location=ProxyLocation.Disabled,
@@ -59,7 +59,7 @@ def deployment_plan(settings: Settings) -> ServeDeploySchema:
                 autoscaling_policy=serve_config.scaling_policy(settings)
                 if serve_config.is_autoscaled(settings)
                 else None,
-                logging_config=QUIET,
+                logging_config=LOGGING_CONFIG,
             )
         ],
     )

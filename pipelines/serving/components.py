@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.guard_client import GUARD_DEADLINES, RemoteGuard
+from pipelines.serving.guard_client import RemoteGuard
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
@@ -45,7 +45,7 @@ class Components:
         closing.push_async_callback(shared.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))
-        remote = RemoteGuard(guard, deadline_s=GUARD_DEADLINES * settings.guard_deadline_s)
+        remote = RemoteGuard.from_settings(guard, settings)
         moderator = build_retrying_moderator(
             policies=policies,
             images=store,

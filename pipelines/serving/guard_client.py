@@ -2,28 +2,33 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from services.core.errors import GuardUnavailable, SluiceError
+from services.core.settings import Settings
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 
-GUARD_DEADLINES: Final = 4
-"""A call may take this many of the guard's own deadlines; that includes the wait for a replica."""
+_DEADLINES_PER_CALL: Final = 4
+"""A call may take this many times the guard's own deadline, because it may have to wait for a replica."""
 
 
 class RemoteGuard:
     """Calls the guard through a Serve handle. It assesses and raises as `GuardInference` does."""
 
     def __init__(self, handle: DeploymentHandle[Any], *, deadline_s: float) -> None:
-        """`deadline_s` holds for one call, waiting for a replica included; it is longer than the guard's own."""
+        """`deadline_s` is the longest time of a call, including the wait for a replica."""
         self._handle = handle
         self._deadline_s = deadline_s
         self.in_flight = 0
         """Calls without an answer yet, including calls that wait for a replica."""
+
+    @classmethod
+    def from_settings(cls, handle: DeploymentHandle[Any], settings: Settings) -> Self:
+        return cls(handle, deadline_s=_DEADLINES_PER_CALL * settings.guard_deadline_s)
 
     async def assess(
         self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.autoscaling import serve_config
 from pipelines.intake.crash_isolation import CrashIsolation
-from pipelines.intake.worker import Intake
+from pipelines.intake.worker import IntakeWorker
 from pipelines.serving.components import Components
 from pipelines.serving.names import INTAKE
 from services.core.errors import TooLarge, Unjudgeable
@@ -46,7 +46,7 @@ class IntakeDeployment:
             await open_consumer(StreamConfig.for_backfill(settings), member) if settings.backfill_stream else None
         )
         live = await open_consumer(StreamConfig.from_settings(settings), member)
-        self._intake = Intake(live, self._moderator, settings, isolation, sample, backfill)
+        self._intake = IntakeWorker(live, self._moderator, settings, isolation, sample, backfill)
         self._closing.push_async_callback(self._intake.drain)
 
     async def judge_under(

@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.autoscaling import capacity as planning
-from pipelines.autoscaling.capacity import CARDS, IMAGE_TOKENS, computed_rate, parse_rate, plan
+from pipelines.autoscaling import capacity
+from pipelines.autoscaling.capacity import GPU_SPECS, IMAGE_TOKENS, compute_replica_rate, parse_rate, plan_capacity
 from pipelines.cli.main import app
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import CHECKPOINTS, resolve
@@ -15,7 +15,7 @@ SMALL, LARGE = "LlavaGuard-v1.2-0.5B-OV", "LlavaGuard-v1.2-7B-OV"
 
 
 def test_a_measured_rate_is_taken_as_it_is() -> None:
-    found = plan(rate=400, objective_s=600, checkpoint=SMALL, gpu="l4", replica_rate=10)
+    found = plan_capacity(rate=400, objective_s=600, checkpoint=SMALL, gpu="l4", replica_rate=10)
     assert found.replicas == 43  # 40, and 5 % that stay free
     assert found.nodes == 43
     assert found.intake_members == 14
@@ -28,17 +28,19 @@ def test_the_computed_rate_can_be_followed_by_hand() -> None:
     """7B on an H100: 5854 tokens of 1024 x 768, 16 GFLOP each; a step of the answer reads 16 GB."""
     reading_s = 2 * 8e9 * 5854 / (0.4 * 989e12)
     writing_s = 23.5 * 16e9 / (0.6 * 3350e9) / 16
-    assert computed_rate(resolve(LARGE), CARDS["h100"], 1, "medium", 16) == pytest.approx(1 / (reading_s + writing_s))
-    found = plan(rate=10, objective_s=600, checkpoint=LARGE, gpu="H100")
+    assert compute_replica_rate(resolve(LARGE), GPU_SPECS["h100"], 1, "medium", 16) == pytest.approx(
+        1 / (reading_s + writing_s)
+    )
+    found = plan_capacity(rate=10, objective_s=600, checkpoint=LARGE, gpu="H100")
     assert found.source.startswith("computed, not measured")
     assert found.replica_rate == pytest.approx(1 / (reading_s + writing_s))
 
 
 def test_a_checkpoint_is_spread_over_as_many_cards_as_hold_it() -> None:
-    found = plan(rate=10, objective_s=600, checkpoint=LARGE, gpu="l4")
+    found = plan_capacity(rate=10, objective_s=600, checkpoint=LARGE, gpu="l4")
     assert found.gpus_per_replica == 2
     assert found.nodes == found.replicas
-    eight = plan(rate=10, objective_s=600, checkpoint=LARGE, gpu="l4", gpus_per_node=8)
+    eight = plan_capacity(rate=10, objective_s=600, checkpoint=LARGE, gpu="l4", gpus_per_node=8)
     assert eight.nodes == -(-found.replicas // 4)
 
 
@@ -47,8 +49,8 @@ def test_every_checkpoint_has_its_tokens() -> None:
 
 
 def test_a_short_objective_comes_with_a_warning() -> None:
-    assert plan(rate=10, objective_s=30, checkpoint=SMALL, gpu="l4").notes
-    assert not plan(rate=10, objective_s=600, checkpoint=SMALL, gpu="l4").notes
+    assert plan_capacity(rate=10, objective_s=30, checkpoint=SMALL, gpu="l4").notes
+    assert not plan_capacity(rate=10, objective_s=600, checkpoint=SMALL, gpu="l4").notes
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,9 @@ def test_what_is_no_rate(text: str) -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ConfigurationError, match="h100"):
-        plan(rate=1, objective_s=600, checkpoint=SMALL, gpu="voodoo")
+        plan_capacity(rate=1, objective_s=600, checkpoint=SMALL, gpu="voodoo")
     with pytest.raises(ConfigurationError, match="neither a folder"):
-        plan(rate=1, objective_s=600, checkpoint="no-such-model", gpu="l4")
+        plan_capacity(rate=1, objective_s=600, checkpoint="no-such-model", gpu="l4")
 
 
 def test_the_command() -> None:
@@ -84,9 +86,9 @@ def test_the_command() -> None:
 
 
 def test_the_day_costs_more_than_a_constant_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = planning.draw(planning.Load(mean_rate=20), 1)[: 3600 + 7200]
-    monkeypatch.setattr(planning, "draw", lambda load, seed: short)
-    found = plan(rate=20, objective_s=300, checkpoint=SMALL, gpu="l4", replica_rate=5, day=True)
+    short = capacity.draw_arrivals(capacity.LoadProfile(mean_rate=20), 1)[: 3600 + 7200]
+    monkeypatch.setattr(capacity, "draw_arrivals", lambda load, seed: short)
+    found = plan_capacity(rate=20, objective_s=300, checkpoint=SMALL, gpu="l4", replica_rate=5, day=True)
     assert found.day is not None
     assert found.day["p99_s"] > 0
     assert found.day["most_replicas"] >= found.day["fewest_replicas"] > 0

@@ -7,13 +7,13 @@ import pytest
 
 from benchmarks.scaling_oracle import cheapest
 from pipelines.autoscaling.decision import Rules
-from pipelines.autoscaling.simulation.cluster import Cluster, SimulatedFleet
-from pipelines.autoscaling.simulation.load import DAY_S, WARM_UP_S, Load, draw
-from pipelines.autoscaling.simulation.run import run, weighted_percentile
-from pipelines.autoscaling.simulation.scalers import Keda, RayDefault, Sluice, View
+from pipelines.autoscaling.simulation.cluster import ClusterSpec, SimulatedFleet
+from pipelines.autoscaling.simulation.day import simulate_day, weighted_percentile
+from pipelines.autoscaling.simulation.load import DAY_S, WARM_UP_S, LoadProfile, draw_arrivals
+from pipelines.autoscaling.simulation.scalers import ClusterView, KedaScaler, RayDefaultScaler, SluiceScaler
 
-SURE = Cluster(node_s=(300, 300), cold_start_s=(100, 100), spot_losses_per_hour=0)
-"""Without chance."""
+SURE = ClusterSpec(node_s=(300, 300), cold_start_s=(100, 100), spot_losses_per_hour=0)
+"""Without randomness."""
 
 
 class Always:
@@ -25,24 +25,26 @@ class Always:
     def __init__(self, replicas: int) -> None:
         self._replicas = replicas
 
-    def replicas(self, view: View) -> int:
+    def replicas(self, view: ClusterView) -> int:
         return self._replicas
 
 
-def view(now_s: float, *, backlog: float = 0, at_guard: float = 0, running: int = 0, wanted: int | None = None) -> View:
-    return View(now_s, backlog, 0.0, at_guard, running, running if wanted is None else wanted, None, None)
+def view(
+    now_s: float, *, backlog: float = 0, at_guard: float = 0, running: int = 0, wanted: int | None = None
+) -> ClusterView:
+    return ClusterView(now_s, backlog, 0.0, at_guard, running, running if wanted is None else wanted, None, None)
 
 
-def fleet(cluster: Cluster = SURE) -> SimulatedFleet:
+def fleet(cluster: ClusterSpec = SURE) -> SimulatedFleet:
     return SimulatedFleet(cluster, np.random.default_rng(1))
 
 
 def test_a_day_is_the_same_for_the_same_seed_only() -> None:
-    one = draw(Load(), 1)
+    one = draw_arrivals(LoadProfile(), 1)
     assert len(one) == WARM_UP_S + DAY_S
-    assert (one == draw(Load(), 1)).all()
-    assert (one != draw(Load(), 2)).any()
-    assert draw(Load(spikes=0), 1)[WARM_UP_S:].mean() == pytest.approx(100, rel=0.05)
+    assert (one == draw_arrivals(LoadProfile(), 1)).all()
+    assert (one != draw_arrivals(LoadProfile(), 2)).any()
+    assert draw_arrivals(LoadProfile(spikes=0), 1)[WARM_UP_S:].mean() == pytest.approx(100, rel=0.05)
 
 
 def test_a_replica_takes_its_node_and_its_cold_start_and_a_warm_node_only_the_latter() -> None:
@@ -91,11 +93,11 @@ def test_what_is_lost_is_replaced() -> None:
 
 def test_everything_is_judged_and_waits_as_long_as_it_must() -> None:
     arrivals = np.full(WARM_UP_S + 1200, 10)
-    day = run(arrivals, Always(3), SURE, 1)
+    day = simulate_day(arrivals, Always(3), SURE, 1)
     assert set(day.waits_s) == {SURE.service_s}
     assert day.gpu_hours == pytest.approx(3 * 1200 / 3600)
     arrivals[WARM_UP_S] += 100  # 110 at 15 a second: the last one ends in the eighth second
-    day = run(arrivals, Always(3), SURE, 1)
+    day = simulate_day(arrivals, Always(3), SURE, 1)
     assert day.waits_s.max() == 7 + SURE.service_s
     assert day.backlog[-1] == 0
 
@@ -107,7 +109,7 @@ def test_weighted_percentiles() -> None:
 
 
 def test_ray_serves_default_waits_for_its_delays() -> None:
-    ray = RayDefault(SURE, target_ongoing_requests=2)
+    ray = RayDefaultScaler(SURE, target_ongoing_requests=2)
     assert ray.replicas(view(0, at_guard=1)) == 1
     decided = [ray.replicas(view(second, at_guard=20, running=4)) for second in range(40, 74, 2)]
     assert decided[:15] == [4] * 15  # upscale_delay_s
@@ -117,7 +119,7 @@ def test_ray_serves_default_waits_for_its_delays() -> None:
 
 
 def test_kedas_rule() -> None:
-    keda = Keda(SURE, lag_threshold=100)
+    keda = KedaScaler(SURE, lag_threshold=100)
     assert keda.replicas(view(0, backlog=1)) == 1
     assert keda.replicas(view(15, backlog=5000, running=1)) == 5  # at most four more, or twice as many
     assert keda.replicas(view(30, backlog=1050, running=10)) == 10  # within the tolerance
@@ -150,9 +152,9 @@ def test_the_oracle_misses_what_the_bounds_do_not_allow() -> None:
 def test_sluice_is_cheaper_than_the_baselines_on_an_afternoon_with_a_spike() -> None:
     arrivals = np.random.default_rng(5).poisson(50, WARM_UP_S + 14_400)
     arrivals[WARM_UP_S + 5000 : WARM_UP_S + 6000] *= 5
-    cluster = Cluster(max_replicas=200)
-    sluice = run(arrivals, Sluice(Rules(objective_s=300, replica_rate=4), cluster), cluster, 1)
-    keda = run(arrivals, Keda(cluster, 0.17 * 300 * cluster.replica_rate), cluster, 1)
+    cluster = ClusterSpec(max_replicas=200)
+    sluice = simulate_day(arrivals, SluiceScaler(Rules(objective_s=300, replica_rate=4), cluster), cluster, 1)
+    keda = simulate_day(arrivals, KedaScaler(cluster, 0.17 * 300 * cluster.replica_rate), cluster, 1)
     assert sluice.p99_by_minute_s().max() <= 300
     assert sluice.gpu_hours < keda.gpu_hours
     assert sluice.gpu_hours < 1.25 * cheapest(arrivals, cluster, 300).gpu_hours

@@ -17,9 +17,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import DeploymentSchema
 
-from pipelines.autoscaling import serve_config as elastic
-from pipelines.serving import build as serve_app
-from pipelines.serving.app import application
+from pipelines.autoscaling import serve_config
+from pipelines.serving import build as serve_build
+from pipelines.serving.app import bind_application
 from services.core.settings import Settings, load
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from tests.faults.guard import assessment_of
@@ -47,21 +47,21 @@ class TimedGuard:
         return [replace(said, model=said.model.model_copy(update={"engine": self._engine}))] * len(policies)
 
 
-def build(arguments: serve_app.Arguments) -> Application:
+def build(arguments: serve_build.Arguments) -> Application:
     """The product's application, with that guard."""
-    return application(arguments, guard_gpus=1, guard=TimedGuard)
+    return bind_application(arguments, guard_gpus=1, guard=TimedGuard)
 
 
 def deploy(settings: Settings, most_guards: int | None) -> None:
     """Tell Serve what is wanted; it goes on by itself."""
-    plan = serve_app.deployment_plan(settings)
+    plan = serve_build.make_deploy_schema(settings)
     (deployed,) = plan.applications
     deployed.import_path = f"{__spec__.name}:{build.__name__}"
     bounds = settings if most_guards is None else settings.model_copy(update={"guard_max_replicas": most_guards})
     # Always there: where it comes or goes, Serve builds the application anew.
-    guard = DeploymentSchema(name="Guard", autoscaling_config=elastic.guard_replicas(bounds)["autoscaling_config"])
+    guard = DeploymentSchema(name="Guard", autoscaling_config=serve_config.guard_options(bounds)["autoscaling_config"])
     deployed.deployments = [guard]
-    serve.start(proxy_location="Disabled", logging_config=serve_app.QUIET)
+    serve.start(proxy_location="Disabled", logging_config=serve_build.LOGGING_CONFIG)
     serve.context._get_global_client().deploy_apps(plan)
 
 

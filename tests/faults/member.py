@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import Final
 
 from pipelines.intake.crash_isolation import CrashIsolation
-from pipelines.intake.worker import Intake
+from pipelines.intake.worker import IntakeWorker
 from services.core.errors import Unavailable
 from services.core.settings import load
 from services.core.telemetry import configure_logging
@@ -58,7 +58,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         )
         sample = await closing.enter_async_context(TrafficSample(shared, size=settings.sample_size))
         isolation = await closing.enter_async_context(CrashIsolation(shared, settings.group, f"{name}-{os.getpid()}"))
-        intake = Intake(
+        intake = IntakeWorker(
             await open_consumer(StreamConfig.from_settings(settings), name), moderator, settings, isolation, sample
         )
         closing.push_async_callback(intake.drain)

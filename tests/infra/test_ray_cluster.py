@@ -19,7 +19,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
-from pipelines.autoscaling import serve_config as elastic
+from pipelines.autoscaling import serve_config
 from services.core.settings import Settings
 from tests.support.deployment_files import INFRA, ROOT, document
 
@@ -117,7 +117,7 @@ def test_guard_replicas_get_spot_nodes_of_the_open_class_first(autoscaler: Autos
 @pytest.mark.parametrize(("count", "nodes"), [(12, 4), (100, 8)])
 def test_intake_replicas_get_cpu_nodes_only(count: int, nodes: int, autoscaler: AutoscalingConfig) -> None:
     """A GPU node with an intake replica would cost a GPU without a guard on it."""
-    options = elastic.intake_replicas(Settings())["ray_actor_options"]
+    options = serve_config.intake_options(Settings())["ray_actor_options"]
     ((label, value),) = options["label_selector"].items()
     assert value.startswith("!")
     avoided = (label, LabelSelectorOperator.LABEL_OPERATOR_NOT_IN, [value[1:]])

@@ -73,7 +73,7 @@ async def test_message_with_two_crashes_runs_alone(valkey_url: str) -> None:
         seen: dict[str, set[str]] = {}
 
         async def work(source: str, crashes: int) -> None:
-            async with isolation.isolated(source, crashes):
+            async with isolation.isolate(source, crashes):
                 at_work.add(source)
                 await asyncio.sleep(0.05)
                 seen[source] = set(at_work)
@@ -121,7 +121,7 @@ async def test_slow_process_with_heartbeat_is_not_counted_as_crashed(valkey_url:
     await isolation.register(["in flight"])
     await shared._redis.sadd(f"sluice:{group}:in-hand:dead", "in flight of the dead")
     await shared._redis.zadd(f"sluice:{group}:alive", {"member": 1, "dead": 1})
-    await isolation._update()
+    await isolation._update_registry()
     assert await CrashIsolation(shared, group, "new").register(["in flight", "in flight of the dead"]) == [0, 1]
     await shared.close()
 
@@ -137,7 +137,7 @@ async def test_waiting_suspect_does_not_hold_up_other_messages(
     for_ever, began = asyncio.Event(), asyncio.Semaphore(0)
 
     async def touch(source: str, crashes: int, *, wait: bool) -> None:
-        async with isolation.isolated(source, crashes):
+        async with isolation.isolate(source, crashes):
             began.release()
             if wait:
                 await for_ever.wait()
@@ -170,7 +170,7 @@ async def test_redis_outage_is_probed_only_by_the_heartbeat(valkey_url: str, mon
     monkeypatch.setattr(shared, "run", hang)
     assert await isolation.register(["a"]) == [0]
     assert await isolation.register(["b"]) == [0]
-    async with isolation.isolated("c", 1):
+    async with isolation.isolate("c", 1):
         pass
     assert asked == ["in vain"]
     monkeypatch.setattr(shared, "run", answer)

@@ -36,7 +36,7 @@ class FullIsolation:
         self.released.append(source)
 
     @asynccontextmanager
-    async def isolated(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
+    async def isolate(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
         if not parse:
             self.waiting.set()
             await asyncio.Event().wait()
@@ -62,7 +62,7 @@ class FreeIsolation(FullIsolation):
     """A `CrashIsolation` that never waits."""
 
     @asynccontextmanager
-    async def isolated(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
+    async def isolate(self, source: str, crashes: int, *, parse: bool = False) -> AsyncIterator[None]:
         yield
 
 

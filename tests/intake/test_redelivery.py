@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.intake.crash_isolation import CrashIsolation
-from pipelines.intake.worker import Intake
+from pipelines.intake.worker import IntakeWorker
 from services.core.errors import NotOwned
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -62,8 +62,8 @@ async def test_those_behind_it_are_judged() -> None:
     transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
     moderator: Any = Slow()
     shared = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # where nothing is
-    intake = Intake(transport, moderator, Settings(), CrashIsolation(shared, "sluice", "member"))
+    intake = IntakeWorker(transport, moderator, Settings(), CrashIsolation(shared, "sluice", "member"))
     settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
     await intake.drain()
     assert settled == again
-    assert intake._live.in_flight == {}
+    assert intake.live.in_flight == {}

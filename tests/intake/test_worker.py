@@ -270,13 +270,13 @@ async def test_who_asks_for_a_drain_need_not_wait_for_its_end(bench: Bench) -> N
     asked.cancel()
     await asyncio.gather(asked, intake.drain(), return_exceptions=True)
     assert asked.cancelled()
-    assert intake._live.transport._closed  # type: ignore[attr-defined]
+    assert intake.live.consumer._closed  # type: ignore[attr-defined]
 
 
 async def test_a_lag_that_cannot_be_read_is_unknown_until_it_can(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_LAG_EVERY_S", 0.02)
+    monkeypatch.setattr(worker, "_LAG_INTERVAL_S", 0.02)
     intake = await bench.start()
-    transport = intake._live.transport
+    transport = intake.live.consumer
     lag, failing = transport.lag, True
 
     async def changed_password() -> Lag:
@@ -384,7 +384,7 @@ async def test_backfill_waits_for_live_submissions_and_is_judged_as_such(bench: 
 async def test_a_store_that_denies_everything_does_not_empty_the_stream(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processor, "_SYSTEMIC_IN_A_ROW", 5)
+    monkeypatch.setattr(processor, "_SYSTEMIC_ERRORS_IN_A_ROW", 5)
     monkeypatch.setattr(processor, "_SYSTEMIC_RETRY_S", 0.2)
     for number in range(20):
         await bench.submit({"id": str(number), "uri": f"s3://uploads/{bench.settings.group}/{number}.jpg"})
@@ -412,8 +412,8 @@ async def test_blocking_submission_needs_review_once_others_succeed(bench: Bench
     bench.guard.script = script
     await bench.submit({"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
     intake = await bench.start(blocked_deadline_s=0.1)
-    transport = intake._live.transport
-    transport.blocked = lambda: [w.message for w in intake._live.in_flight.values()]  # type: ignore[method-assign]
+    transport = intake.live.consumer
+    transport.blocked = lambda: [w.message for w in intake.live.in_flight.values()]  # type: ignore[method-assign]
     await asyncio.sleep(2.5)
     assert await bench.verdicts() == [], "alone, it may be an outage"
     for number in range(60):
@@ -427,7 +427,7 @@ async def test_blocking_submission_needs_review_once_others_succeed(bench: Bench
 async def test_failed_settle_after_deadline_backs_off(bench: Bench) -> None:
     bench.put("refused.jpg")
     intake = await bench.start()
-    lane, tries = intake._live, 0
+    lane, tries = intake.live, 0
 
     async def refuse(*_: object) -> None:
         nonlocal tries
@@ -436,11 +436,11 @@ async def test_failed_settle_after_deadline_backs_off(bench: Bench) -> None:
             held.expire()
         raise ConfigurationError("too large")
 
-    settle, lane.transport.settle = lane.transport.settle, refuse  # type: ignore[method-assign]
+    settle, lane.consumer.settle = lane.consumer.settle, refuse  # type: ignore[method-assign]
     await bench.submit({"id": "1", "uri": "s3://uploads/refused.jpg"})
     await asyncio.sleep(2.5)
     assert 1 <= tries <= 3
-    lane.transport.settle = settle  # type: ignore[method-assign]
+    lane.consumer.settle = settle  # type: ignore[method-assign]
     assert len((await bench.settled(1))[0]) == 1
 
 

@@ -12,7 +12,7 @@ import boto3
 import pytest
 
 from pipelines.intake.crash_isolation import CrashIsolation
-from pipelines.intake.worker import Intake
+from pipelines.intake.worker import IntakeWorker
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Verdict
 from services.core.settings import Settings
@@ -41,10 +41,12 @@ class Bench:
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
         self.shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
-        self.intakes: list[Intake] = []
+        self.intakes: list[IntakeWorker] = []
         self._closing = AsyncExitStack()
 
-    async def start(self, endpoint: str | None = None, *, with_backfill: bool = False, **overrides: Any) -> Intake:
+    async def start(
+        self, endpoint: str | None = None, *, with_backfill: bool = False, **overrides: Any
+    ) -> IntakeWorker:
         """An intake member; `endpoint` names another S3 server for it."""
         settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
         store, preparer = ObjectStore(settings), DecoderPool(settings, 384)
@@ -62,7 +64,7 @@ class Bench:
         member = f"m-{len(self.intakes)}"
         backfill = await open_consumer(StreamConfig.for_backfill(settings), member) if with_backfill else None
         isolation = await self._entered(CrashIsolation(self.shared, settings.group, member))
-        intake = Intake(
+        intake = IntakeWorker(
             await open_consumer(StreamConfig.from_settings(settings), member),
             moderator,
             settings,

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.intake import lane
 from pipelines.intake.crash_isolation import CrashIsolation
-from pipelines.intake.worker import Intake
+from pipelines.intake.worker import IntakeWorker
 from services.core.messages import Submission
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
@@ -48,7 +48,9 @@ async def main(settings: Settings, name: str) -> None:
     shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     moderator: Any = DeadlyModerator()
     async with CrashIsolation(shared, settings.group, name) as isolation:
-        intake = Intake(await open_consumer(StreamConfig.from_settings(settings), name), moderator, settings, isolation)
+        intake = IntakeWorker(
+            await open_consumer(StreamConfig.from_settings(settings), name), moderator, settings, isolation
+        )
         await ending.wait()
         await intake.drain()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class ClusterSpec:
     """What a replica and its node are like: one GPU each. Durations in seconds."""
 
     replica_rate: float = 5.0
@@ -33,16 +33,16 @@ class Cluster:
 class SimulatedFleet:
     """The guard's replicas over a day. Time in seconds; it only goes on."""
 
-    cluster: Cluster
-    chance: np.random.Generator
+    cluster: ClusterSpec
+    rng: np.random.Generator
     running: int = 0
     target: int = 0
     gpu_s: float = 0.0
     """Seconds of GPUs that were there: with a replica that judges or loads, or without one."""
     changes: int = 0
     lost: int = 0
-    up_s: float | None = None
-    down_s: float | None = None
+    scaled_up_at_s: float | None = None
+    scaled_down_at_s: float | None = None
     _now_s: float = 0.0
     _events: list[tuple[float, int]] = field(default_factory=list)
     _provisioning: dict[int, None] = field(default_factory=dict)
@@ -60,9 +60,9 @@ class SimulatedFleet:
             return
         self.changes += 1
         if replicas > self.target:
-            self.up_s = self._now_s
+            self.scaled_up_at_s = self._now_s
         else:
-            self.down_s = self._now_s
+            self.scaled_down_at_s = self._now_s
         self.target = replicas
         self._reconcile()
 
@@ -83,9 +83,9 @@ class SimulatedFleet:
         self._bill(now_s)
 
     def lose(self, duration_s: float) -> int:
-        """Lose spot nodes by chance, as it happens within `duration_s`; how many."""
+        """Lose spot nodes at random, at the rate of `duration_s`. Return how many."""
         rate = self.running * self.cluster.spot_losses_per_hour * duration_s / 3600
-        lost = min(self.running, int(self.chance.poisson(rate))) if rate else 0
+        lost = min(self.running, int(self.rng.poisson(rate))) if rate else 0
         if lost:
             self.running -= lost
             self.lost += lost
@@ -111,7 +111,7 @@ class SimulatedFleet:
     def _push(self, pending: dict[int, None], after_s: tuple[float, float]) -> None:
         number = next(self._numbers)
         pending[number] = None
-        heapq.heappush(self._events, (self._now_s + self.chance.uniform(*after_s), number))
+        heapq.heappush(self._events, (self._now_s + self.rng.uniform(*after_s), number))
 
     def _bill(self, now_s: float) -> None:
         self.gpu_s += (self.running + len(self._loading) + len(self._idle)) * (now_s - self._now_s)

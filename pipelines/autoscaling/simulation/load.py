@@ -1,4 +1,4 @@
-"""A day of submissions: a curve with a night and an evening, spikes that nothing announces, and chance."""
+"""A day of submissions: a curve with a night and an evening, spikes that nothing announces, and randomness."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,14 +6,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-Counts = npt.NDArray[np.int64]
+ArrivalCounts = npt.NDArray[np.int64]
 DAY_S: Final = 86_400
 WARM_UP_S: Final = 3600
 """Simulated before the day, so that nobody begins with an empty cluster; it counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadProfile:
     """What a day is like. Rates in submissions a second."""
 
     mean_rate: float = 100.0
@@ -27,31 +27,31 @@ class Load:
     """How long it takes to rise; it falls twice as slowly."""
 
 
-def draw(load: Load, seed: int) -> Counts:
+def draw_arrivals(load: LoadProfile, seed: int) -> ArrivalCounts:
     """Submissions in every second of the warm-up and of the day."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     at_s = np.arange(WARM_UP_S + DAY_S) - WARM_UP_S
     phase = 2 * np.pi * (at_s / DAY_S - 20 / 24)  # busiest at eight in the evening
     curve = 1 + 0.25 * np.cos(2 * phase) * (1 - load.night_share) / 2
     low, high = load.night_share, 1.0
     curve = (low + (high - low) * (1 + np.cos(phase)) / 2) * curve
     rate = load.mean_rate * curve / curve.mean()
-    slow = np.exp(_drift(len(at_s), chance))
+    slow = np.exp(_drift(len(at_s), rng))
     rate *= slow / slow.mean()
     factor = np.ones(len(at_s))
     for number in range(load.spikes):
-        height = 10.0 if number == load.spikes - 1 else chance.uniform(2, 5)
-        start_s = chance.uniform(0, DAY_S)
-        rise_s, hold_s = chance.uniform(*load.slope_s), chance.uniform(*load.hold_s)
+        height = 10.0 if number == load.spikes - 1 else rng.uniform(2, 5)
+        start_s = rng.uniform(0, DAY_S)
+        rise_s, hold_s = rng.uniform(*load.slope_s), rng.uniform(*load.hold_s)
         corners_s = start_s + np.cumsum([0, rise_s, hold_s, 2 * rise_s])
         factor = np.maximum(factor, np.interp(at_s, corners_s, [1, height, height, 1]))
-    counts: Counts = chance.poisson(rate * factor).astype(np.int64)
+    counts: ArrivalCounts = rng.poisson(rate * factor).astype(np.int64)
     return counts
 
 
-def _drift(seconds: int, chance: np.random.Generator) -> npt.NDArray[np.float64]:
+def _drift(seconds: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """A slow random walk around 0, so that no curve is known in advance: about 10 % over half an hour."""
-    steps = chance.normal(0, 0.07, seconds // 600 + 2)
+    steps = rng.normal(0, 0.07, seconds // 600 + 2)
     level = np.zeros(len(steps))
     for i in range(1, len(steps)):
         level[i] = 0.8 * level[i - 1] + steps[i]

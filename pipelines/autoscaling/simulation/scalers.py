@@ -7,11 +7,11 @@ from typing import Protocol
 
 from pipelines.autoscaling.decision import Backlog, ReplicaBounds, ReplicaCounts, Rules, decide
 from pipelines.autoscaling.measurements import Measurements, Reading
-from pipelines.autoscaling.simulation.cluster import Cluster
+from pipelines.autoscaling.simulation.cluster import ClusterSpec
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ClusterView:
     """What can be read at a moment. Time in seconds."""
 
     now_s: float
@@ -22,9 +22,9 @@ class View:
     """Submissions that intake has given to the guard."""
     running: int
     target: int
-    up_s: float | None
+    scaled_up_at_s: float | None
     """When there was last asked for more."""
-    down_s: float | None
+    scaled_down_at_s: float | None
 
 
 class Scaler(Protocol):
@@ -34,27 +34,31 @@ class Scaler(Protocol):
     members: int | None
     """Of intake, if they are a fixed number; None: never too few."""
 
-    def replicas(self, view: View) -> int: ...
+    def replicas(self, view: ClusterView) -> int: ...
 
 
 def _since(now_s: float, at_s: float | None) -> float | None:
     return None if at_s is None else now_s - at_s
 
 
-class Sluice:
+class SluiceScaler:
     """The decision and the measurements that production runs, on what Intake would have recorded."""
 
     every_s: int = 2
     members: int | None = None
 
-    def __init__(self, rules: Rules, cluster: Cluster) -> None:
+    def __init__(self, rules: Rules, cluster: ClusterSpec) -> None:
         self._rules, self._bounds = rules, ReplicaBounds(0, cluster.max_replicas)
         self._measured = Measurements(rules)
         self._intake = ReplicaCounts(1, 1, ReplicaBounds(1, cluster.max_replicas))
 
-    def replicas(self, view: View) -> int:
+    def replicas(self, view: ClusterView) -> int:
         guard = ReplicaCounts(
-            view.running, view.target, self._bounds, _since(view.now_s, view.up_s), _since(view.now_s, view.down_s)
+            view.running,
+            view.target,
+            self._bounds,
+            _since(view.now_s, view.scaled_up_at_s),
+            _since(view.now_s, view.scaled_down_at_s),
         )
         live = Backlog(view.backlog)
         self._measured.record_replicas(view.now_s, guard)
@@ -65,7 +69,7 @@ class Sluice:
 
 
 @dataclass
-class RayDefault:
+class RayDefaultScaler:
     """Ray Serve 2.60's own policy (`ray/serve/autoscaling_policy.py`) with its defaults, on ongoing requests.
 
     Ongoing requests are averaged over `look_back_period_s`; the wanted replicas are as many as bring them to
@@ -73,7 +77,7 @@ class RayDefault:
     started; to zero it goes from one. What is ongoing is bounded by what a fixed number of intake members holds.
     """
 
-    cluster: Cluster
+    cluster: ClusterSpec
     target_ongoing_requests: float
     members: int | None = None
     look_back_period_s: float = 30.0
@@ -84,7 +88,7 @@ class RayDefault:
     _direction: int = 0
     _since_s: float = 0.0
 
-    def replicas(self, view: View) -> int:
+    def replicas(self, view: ClusterView) -> int:
         self._ongoing.append((view.now_s, view.at_guard))
         while self._ongoing[0][0] < view.now_s - self.look_back_period_s:
             self._ongoing.popleft()
@@ -103,7 +107,7 @@ class RayDefault:
 
 
 @dataclass
-class Keda:
+class KedaScaler:
     """KEDA's Kafka scaler: as many replicas as there is lag / `lag_threshold`, through a HorizontalPodAutoscaler.
 
     What is its default: the autoscaler looks every 15 s, ignores what is within 10 %, adds at most four replicas or as
@@ -112,7 +116,7 @@ class Keda:
     no consumer, so it is not held to the number of partitions (`allowIdleConsumers: true`).
     """
 
-    cluster: Cluster
+    cluster: ClusterSpec
     lag_threshold: float
     members: int | None = None
     every_s: int = 15
@@ -121,7 +125,7 @@ class Keda:
     _desired: deque[tuple[float, int]] = field(default_factory=deque)
     _active_s: float = 0.0
 
-    def replicas(self, view: View) -> int:
+    def replicas(self, view: ClusterView) -> int:
         if view.backlog > 0:
             self._active_s = view.now_s
         if view.target == 0:

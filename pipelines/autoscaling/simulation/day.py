@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.autoscaling.decision import INTAKE_OVERSUBSCRIPTION
-from pipelines.autoscaling.simulation.cluster import Cluster, SimulatedFleet
-from pipelines.autoscaling.simulation.load import WARM_UP_S, Counts
-from pipelines.autoscaling.simulation.scalers import Scaler, View
+from pipelines.autoscaling.simulation.cluster import ClusterSpec, SimulatedFleet
+from pipelines.autoscaling.simulation.load import WARM_UP_S, ArrivalCounts
+from pipelines.autoscaling.simulation.scalers import ClusterView, Scaler
 
 _METRICS_S = 2
 """How old the numbers are that a scaler sees."""
@@ -21,7 +21,7 @@ class SimulatedDay:
 
     waits_s: npt.NDArray[np.float64]
     """From submission to verdict, of the submissions of each second: the wait of the last one of them."""
-    arrived: Counts
+    arrived: ArrivalCounts
     replicas: npt.NDArray[np.int64]
     target: npt.NDArray[np.int64]
     backlog: npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ class SimulatedDay:
         return np.array([weighted_percentile(w, a, 0.99) for w, a in zip(waits, arrived, strict=True)])
 
 
-def weighted_percentile(values: npt.NDArray[np.float64], weights: Counts, share: float) -> float:
+def weighted_percentile(values: npt.NDArray[np.float64], weights: ArrivalCounts, share: float) -> float:
     """The smallest value that so large a share of the weights does not exceed; 0 without any weight."""
     order = np.argsort(values)
     heap = np.cumsum(weights[order])
@@ -48,7 +48,7 @@ def weighted_percentile(values: npt.NDArray[np.float64], weights: Counts, share:
     return float(values[order[np.searchsorted(heap, share * heap[-1])]])
 
 
-def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> SimulatedDay:
+def simulate_day(arrivals: ArrivalCounts, scaler: Scaler, cluster: ClusterSpec, seed: int) -> SimulatedDay:
     """Simulate. Submissions are judged in the order in which they came; all partitions are worked alike."""
     seconds = len(arrivals)
     fleet = SimulatedFleet(cluster, np.random.default_rng(seed + 1_000_003))
@@ -77,7 +77,11 @@ def run(arrivals: Counts, scaler: Scaler, cluster: Cluster, seed: int) -> Simula
         if (second + _METRICS_S) % scaler.every_s == 0:
             seen = (second, waiting + busy, published[second + 1], at_guard)
         if second % scaler.every_s == 0 and second >= _METRICS_S:
-            fleet.set_target(scaler.replicas(View(*seen, fleet.running, fleet.target, fleet.up_s, fleet.down_s)))
+            fleet.set_target(
+                scaler.replicas(
+                    ClusterView(*seen, fleet.running, fleet.target, fleet.scaled_up_at_s, fleet.scaled_down_at_s)
+                )
+            )
     fleet.advance(seconds)
     settled = np.maximum.accumulate(settled)
     ends = np.searchsorted(settled[1:], published[1:] - 1e-6)
