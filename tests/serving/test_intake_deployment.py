@@ -36,7 +36,7 @@ def moderation() -> Moderation:
 
 async def judge_under(moderation: Moderation, request: ImageRequest, image: bytes | None) -> Any:
     """Call the deployment's method for a replica that is a member of no group."""
-    replica = SimpleNamespace(_moderation=moderation, _image_limit_bytes=LIMIT_BYTES)
+    replica = SimpleNamespace(_moderator=moderation, _image_limit_bytes=LIMIT_BYTES)
     return await IntakeDeployment.func_or_class.judge_under(replica, request, [POLICY], image)  # type: ignore[attr-defined]
 
 
