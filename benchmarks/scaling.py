@@ -38,7 +38,7 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve._private.utils import compress_metric_report, decompress_metric_report
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from pipelines.autoscaling import serve_config
+from pipelines.autoscaling import recorded_metrics, serve_config
 from pipelines.autoscaling.decision import ReplicaBounds
 from pipelines.autoscaling.serve_config import autoscaling_config
 from pipelines.autoscaling.simulation.day import SimulatedDay
@@ -121,7 +121,7 @@ class Controller:
             held = frozenset(range(member, PARTITIONS, MEMBERS))
             live = Lag(waiting, published=900 * second, partitions=PARTITIONS, held=held)
             backfill = Lag({0: 10}, published=second, partitions=1, held=frozenset({0}))
-            values = serve_config.report({"live": live, "backfill": backfill}, at_guard=50)
+            values = recorded_metrics.encode({"live": live, "backfill": backfill}, at_guard=50)
             metrics = {
                 name: self._points(now_s, value, serve_config.REPORT_INTERVAL_S) for name, value in values.items()
             }

@@ -1,65 +1,61 @@
-"""What Ray Serve is told where replicas follow the backlog: bounds, the policy, and what Intake reports.
+"""Serve's configuration of replicas: fixed numbers, or bounds and the policy that scales between them.
 
-They do where `guard_max_replicas` is set; else both deployments have as many replicas as the settings say.
+The replicas follow the backlog if the setting `guard_max_replicas` is set. Otherwise each deployment has the number of
+replicas that the settings say.
 """
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from pipelines.autoscaling.decision import ReplicaBounds
 from services.core.settings import Settings
-from services.core.values import Priority
-from services.streams.base import Lag
-
-_POLICY_FUNCTION: Final = "pipelines.autoscaling.serve_policy:BacklogScaling"
-
-_MAX_SURGE_PERCENT: Final = 25
-"""Guard replicas of a new version that start before old ones end. Only here: where nodes do not come on demand they
-would wait for a GPU for ever."""
 
 REPORT_INTERVAL_S: Final = 1.0
-"""Between two reports of whoever calls the guard. Serve's own 10 s would be most of the time that a decision takes."""
-_MAX_REPORTED_PARTITIONS: Final = 4
-"""Partitions of which a member reports: only the busiest ones count, and each costs the controller time."""
+"""Time between two reports of a deployment that calls the guard. With Serve's own 10 s, a decision would mostly wait
+for the report."""
+
+_POLICY_FUNCTION: Final = "pipelines.autoscaling.serve_policy:BacklogScaling"
+_GUARD_REPORT_INTERVAL_S: Final = 10.0
+_MAX_SURGE_PERCENT: Final = 25
+"""Guard replicas of a new version that start before replicas of the old version stop. Only with autoscaling: on a
+cluster without autoscaling the new replicas would wait for a GPU for ever."""
 
 
 def is_autoscaled(settings: Settings) -> bool:
-    """Whether the replicas follow the backlog."""
+    """Return whether the replicas follow the backlog."""
     return settings.guard_max_replicas is not None
 
 
 def guard_options(settings: Settings) -> dict[str, Any]:
-    """The options of the deployment `Guard` that say how many there are."""
+    """Return the options of the deployment Guard that set its replicas."""
     if settings.guard_max_replicas is None:
         return {"num_replicas": settings.guard_replicas}
-    # Whoever asks the gateway waits for the answer, and a guard needs minutes to start.
-    least = max(settings.guard_min_replicas, 1 if settings.gateway_replicas else 0)
+    # A client of the gateway waits for its answer, and a guard takes minutes to start.
+    minimum = max(settings.guard_min_replicas, 1 if settings.gateway_replicas else 0)
+    bounds = ReplicaBounds(min(minimum, settings.guard_max_replicas), settings.guard_max_replicas)
     return {
-        "autoscaling_config": autoscaling_config(
-            ReplicaBounds(min(least, settings.guard_max_replicas), settings.guard_max_replicas)
-        ),
+        "autoscaling_config": autoscaling_config(bounds, _GUARD_REPORT_INTERVAL_S),
         "max_surge_percent": _MAX_SURGE_PERCENT,
     }
 
 
 def intake_options(settings: Settings) -> dict[str, Any]:
-    """The same of the deployment `Intake`, with what it needs beside."""
-    return _reporting_options(settings, ReplicaBounds(settings.intake_replicas, _max_intake_replicas(settings)))
+    """Return the options of the deployment Intake that set its replicas and their resources."""
+    return _caller_options(settings, ReplicaBounds(settings.intake_replicas, _max_intake_replicas(settings)))
 
 
 def gateway_options(settings: Settings) -> dict[str, Any]:
-    """The same of the deployment `Gateway`: always as many, but what they have at the guard counts."""
-    return _reporting_options(settings, ReplicaBounds(settings.gateway_replicas, settings.gateway_replicas))
+    """Return the options of the deployment Gateway. Its number is fixed, but its calls to the guard count."""
+    return _caller_options(settings, ReplicaBounds(settings.gateway_replicas, settings.gateway_replicas))
 
 
 def count_max_replicas(settings: Settings) -> int:
-    """Of Guard and Intake together, at any time."""
+    """Return the most replicas that Guard and Intake together may have."""
     guard = settings.guard_max_replicas or settings.guard_replicas
     return guard + (_max_intake_replicas(settings) if is_autoscaled(settings) else settings.intake_replicas)
 
 
 def scaling_policy(settings: Settings) -> dict[str, Any]:
-    """`autoscaling_policy` of the application."""
+    """Return the `autoscaling_policy` of the application."""
     return {
         "policy_function": _POLICY_FUNCTION,
         "policy_kwargs": {
@@ -75,36 +71,26 @@ def scaling_policy(settings: Settings) -> dict[str, Any]:
     }
 
 
-def report(lags: Mapping[Priority, Lag], at_guard: int) -> dict[str, float]:
-    """What `pipelines.autoscaling.serve_policy` reads: see there."""
-    reported: dict[str, float] = {"at_guard": at_guard}
-    for priority, lag in lags.items():
-        reported |= {f"{priority}_backlog": lag.total, f"{priority}_published": lag.published}
-    if live := lags.get("live"):
-        reported["live_partitions"] = live.partitions
-        busiest = sorted(live.held, key=lambda each: live.by_partition.get(each, 0))[-_MAX_REPORTED_PARTITIONS:]
-        reported |= {f"live_backlog_{each}": live.by_partition.get(each, 0) for each in busiest}
-    return reported
-
-
-def autoscaling_config(bounds: ReplicaBounds, report_interval_s: float = 10.0) -> dict[str, float]:
-    """Return the `autoscaling_config` of a deployment that `BacklogScaling` scales. It reports at this interval."""
+def autoscaling_config(bounds: ReplicaBounds, report_interval_s: float) -> dict[str, float]:
+    """Return the `autoscaling_config` of a deployment that `BacklogScaling` scales."""
     return {
         "min_replicas": bounds.minimum,
         "max_replicas": bounds.maximum,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0,
-        # Deprecated for an environment variable that Serve 2.60 defines and does not read.
+        # Serve 2.60 deprecates this for an environment variable that it defines and does not read.
         "metrics_interval_s": report_interval_s,
         # Serve requires more than the interval. Only the newest point counts.
         "look_back_period_s": 1.2 * report_interval_s,
     }
 
 
-def _reporting_options(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
-    """Of a deployment that calls the guard. Where nodes have labels, it never takes the CPU beside a GPU: no guard
-    could start there, and the node would never go.
+def _caller_options(settings: Settings, bounds: ReplicaBounds) -> dict[str, Any]:
+    """Return the options of a deployment that calls the guard.
+
+    On a cluster with node labels, its replicas avoid the nodes of the guard. A replica that took the CPU beside a GPU
+    would keep the guard from starting there, and the node from being released.
     """
     resources: dict[str, Any] = {"num_cpus": 1, "label_selector": {"sluice.io/role": "!guard"}}
     if not is_autoscaled(settings):

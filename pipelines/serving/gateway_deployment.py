@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.autoscaling import recorded_metrics
 from pipelines.serving.components import Components
 from pipelines.serving.names import GATEWAY
 from services.core.errors import GuardUnavailable
@@ -70,8 +71,8 @@ class GatewayDeployment:
         return str(self._readiness.not_ready_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return what the autoscaling policy reads; see `pipelines.autoscaling.serve_policy`."""
-        return {"at_guard": self._guard.in_flight}
+        """Return what the autoscaling policy reads; see `pipelines.autoscaling.recorded_metrics`."""
+        return recorded_metrics.encode({}, self._guard.in_flight)
 
     async def drain(self) -> None:
         """Accept no more requests, and finish those in progress."""

@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.autoscaling import serve_config
+from pipelines.autoscaling import recorded_metrics
 from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import IntakeWorker
 from pipelines.serving.components import Components
@@ -70,8 +70,8 @@ class IntakeDeployment:
         await self._intake.drain()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return what the autoscaling policy reads; see `pipelines.autoscaling.serve_policy`."""
-        return serve_config.report(self._intake.lags, self._guard.in_flight)
+        """Return what the autoscaling policy reads; see `pipelines.autoscaling.recorded_metrics`."""
+        return recorded_metrics.encode(self._intake.lags, self._guard.in_flight)
 
     def check_health(self) -> None:
         """Raise what made the member stop receiving, if anything did. Serve then replaces the replica."""

@@ -1,4 +1,4 @@
-"""What Serve is told where replicas follow the backlog, and what Intake reports."""
+"""Serve's configuration of replicas, with and without autoscaling."""
 
 from dataclasses import fields
 from typing import Any
@@ -12,13 +12,12 @@ from pipelines.autoscaling.serve_policy import BacklogScaling
 from pipelines.serving.build import Arguments, make_deploy_schema
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
-from services.streams.base import Lag
 from tests.support.streams_bench import Streams
 
-ELASTIC: dict[str, Any] = {"guard_max_replicas": 20, "intake_max_replicas": 6}
+AUTOSCALED: dict[str, Any] = {"guard_max_replicas": 20, "intake_max_replicas": 6}
 
 
-def test_without_a_maximum_the_numbers_stand() -> None:
+def test_replicas_without_a_maximum_are_fixed() -> None:
     settings = Settings(guard_replicas=3, intake_replicas=2)
     assert serve_config.guard_options(settings) == {"num_replicas": 3}
     assert serve_config.intake_options(settings)["num_replicas"] == 2
@@ -27,11 +26,11 @@ def test_without_a_maximum_the_numbers_stand() -> None:
     assert make_deploy_schema(settings).applications[0].autoscaling_policy is None
 
 
-@pytest.mark.parametrize(("gateways", "asked", "least"), [(0, 0, 0), (0, 2, 2), (1, 0, 1), (1, 30, 20)])
-def test_the_guard_goes_to_zero_where_nobody_waits_at_a_gateway(gateways: int, asked: int, least: int) -> None:
-    settings = Settings(gateway_replicas=gateways, guard_min_replicas=asked, **ELASTIC)
+@pytest.mark.parametrize(("gateways", "setting", "minimum"), [(0, 0, 0), (0, 2, 2), (1, 0, 1), (1, 30, 20)])
+def test_guard_minimum_with_a_gateway_is_at_least_one(gateways: int, setting: int, minimum: int) -> None:
+    settings = Settings(gateway_replicas=gateways, guard_min_replicas=setting, **AUTOSCALED)
     config = AutoscalingConfig(**serve_config.guard_options(settings)["autoscaling_config"])
-    assert (config.min_replicas, config.max_replicas) == (least, 20)
+    assert (config.min_replicas, config.max_replicas) == (minimum, 20)
     config = AutoscalingConfig(**serve_config.intake_options(settings)["autoscaling_config"])
     assert (config.min_replicas, config.max_replicas) == (1, 6)
     if gateways:
@@ -40,8 +39,8 @@ def test_the_guard_goes_to_zero_where_nobody_waits_at_a_gateway(gateways: int, a
     assert serve_config.count_max_replicas(settings) == 26
 
 
-def test_the_plan_builds_the_application_that_the_settings_describe() -> None:
-    settings = Settings(objective_s=40, kafka_options={"sasl_mechanism": "PLAIN"}, s3_buckets=("a", "b"), **ELASTIC)
+def test_deploy_schema_carries_the_settings_and_the_rules() -> None:
+    settings = Settings(objective_s=40, kafka_options={"sasl_mechanism": "PLAIN"}, s3_buckets=("a", "b"), **AUTOSCALED)
     (application,) = make_deploy_schema(settings).applications
     assert Arguments(**application.args).model_dump() == settings.model_dump()
     assert application.autoscaling_policy is not None
@@ -50,31 +49,12 @@ def test_the_plan_builds_the_application_that_the_settings_describe() -> None:
     assert BacklogScaling(**arguments)._rules.objective_s == 40
 
 
-def test_a_plan_that_names_no_rule_has_those_of_the_settings() -> None:
+def test_scaling_policy_of_default_settings_is_the_default_rules() -> None:
     assert Rules(**serve_config.scaling_policy(Settings())["policy_kwargs"]) == Rules()
 
 
-def test_what_is_reported() -> None:
-    live = Lag({0: 5, 1: 7, 2: 0}, published=90, partitions=3, held=frozenset({1, 2}))
-    backfill = Lag({0: 400}, published=1000, partitions=1, held=frozenset({0}))
-    assert serve_config.report({"live": live, "backfill": backfill}, at_guard=4) == {
-        "at_guard": 4,
-        "live_backlog": 12,
-        "live_published": 90,
-        "live_partitions": 3,
-        "live_backlog_1": 7,
-        "live_backlog_2": 0,
-        "backfill_backlog": 400,
-        "backfill_published": 1000,
-    }
-
-
-def test_what_cannot_be_read_is_not_reported() -> None:
-    assert serve_config.report({}, at_guard=0) == {"at_guard": 0}
-
-
 @pytest.mark.kafka
-async def test_a_name_is_for_one_replica(kafka_address: str) -> None:
+async def test_member_id_with_several_intake_replicas_is_rejected(kafka_address: str) -> None:
     streams = Streams("at least once", f"kafka://{kafka_address}")
     with pytest.raises(ConfigurationError, match="there may be 6 intake replicas"):
-        await streams.member(member_id="one", **ELASTIC)
+        await streams.member(member_id="one", **AUTOSCALED)

@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from pipelines.autoscaling import serve_policy
 from pipelines.autoscaling.decision import ReplicaBounds
-from pipelines.autoscaling.serve_config import autoscaling_config
+from pipelines.autoscaling.serve_config import REPORT_INTERVAL_S, autoscaling_config
 
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
 
@@ -37,7 +37,9 @@ class Controller:
         self.state.register(policy)
         self.targets = {GUARD: guard_bounds.minimum, INTAKE: 1}
         for deployment, bounds in ((GUARD, guard_bounds), (INTAKE, ReplicaBounds(1, 12))):
-            config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**autoscaling_config(bounds)))
+            config = DeploymentConfig(
+                autoscaling_config=AutoscalingConfig(**autoscaling_config(bounds, REPORT_INTERVAL_S))
+            )
             info = DeploymentInfo(config, None, 0, "", version="1")  # type: ignore[arg-type]  # no replica is made of it
             self.state.register_deployment(deployment, info, self.targets[deployment])
         self.run(GUARD, guard_bounds.minimum)
@@ -132,7 +134,7 @@ def test_partitions_of_all_members_count() -> None:
     assert controller.decide()[INTAKE] == 12
 
 
-def test_pickled_policy_imports_only_the_decision_and_the_measurements(tmp_path: Path) -> None:
+def test_pickled_policy_imports_only_its_own_folder(tmp_path: Path) -> None:
     """As Serve does it: the policy's own module is pickled by value, other modules by their names."""
     cloudpickle.register_pickle_by_value(serve_policy)
     try:
@@ -155,4 +157,5 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("pipeli
         "pipelines.autoscaling",
         "pipelines.autoscaling.decision",
         "pipelines.autoscaling.measurements",
+        "pipelines.autoscaling.recorded_metrics",
     }
