@@ -72,8 +72,7 @@ class BacklogScaling:
         observation = measurements.observe(now_s, guard, intake, reading.live if reading else None, active_callers)
         decision = decide(observation, self._rules)
         if not guard.running and decision.guard:
-            # With calls waiting at a handle Serve would start a single replica, whatever is returned here.
-            vars(contexts[guard_id])["total_num_requests"] = 0.0
+            _bypass_cold_start(contexts[guard_id])
         _log_change(decision, guard, intake)
         return {guard_id: decision.guard, intake_id: decision.intake}
 
@@ -96,6 +95,22 @@ def count_replicas(context: Any, now_s: float) -> ReplicaCounts:
         since_scale_up_s=None if up_s is None else now_s - up_s,
         since_scale_down_s=None if down_s is None else now_s - down_s,
     )
+
+
+def _bypass_cold_start(context: Any) -> None:
+    """Make Serve use the policy's answer for a deployment that has no running replica.
+
+    If calls wait for such a deployment, `_get_cold_start_scale_up_replicas` (ray/serve/autoscaling_policy.py) replaces
+    the answer: it starts one replica, however many the policy wants. Serve calls that function after the policy, with
+    the same context. If the context counts no request, the function does nothing. `total_num_requests` is a cached
+    property, so a value in the context's `__dict__` takes its place.
+
+    This is right for Ray 2.60 only, which pyproject.toml requires. Before https://github.com/ray-project/ray/pull/60851
+    the same function kept a deployment without replicas and without requests as it is, so the guard would never leave
+    zero. Two tests in tests/autoscaling/test_serve_policy.py run Serve's own code. The first one fails when this
+    function no longer works, the second one when it is no longer needed.
+    """
+    vars(context)["total_num_requests"] = 0.0
 
 
 def _log_change(decision: Decision, guard: ReplicaCounts, intake: ReplicaCounts) -> None:

@@ -26,15 +26,22 @@ GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice"
 ANY_NUMBER = ReplicaBounds(0, 100)
 
 
-class Controller:
-    """What Serve's controller holds of an application, without a cluster."""
+def want_thirteen_guards(contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
+    """A policy that does nothing about Serve's cold start."""
+    return {each: 13 for each, context in contexts.items() if context.deployment_name == "Guard"}, {}
 
-    def __init__(self, guard_bounds: ReplicaBounds = ANY_NUMBER, **rules: Any) -> None:
-        policy = AutoscalingPolicy(
-            policy_function="pipelines.autoscaling.serve_policy:BacklogScaling", policy_kwargs=rules
-        )
+
+class Controller:
+    """The state that Serve's controller has of an application, without a cluster."""
+
+    def __init__(
+        self,
+        guard_bounds: ReplicaBounds = ANY_NUMBER,
+        policy: str = "pipelines.autoscaling.serve_policy:BacklogScaling",
+        **rules: Any,
+    ) -> None:
         self.state = ApplicationAutoscalingState("sluice")
-        self.state.register(policy)
+        self.state.register(AutoscalingPolicy(policy_function=policy, policy_kwargs=rules))
         self.targets = {GUARD: guard_bounds.minimum, INTAKE: 1}
         for deployment, bounds in ((GUARD, guard_bounds), (INTAKE, ReplicaBounds(1, 12))):
             config = DeploymentConfig(
@@ -64,15 +71,28 @@ def metrics(backlog: float, published: float, **more: float) -> dict[str, float]
     return {"live_backlog": backlog, "live_published": published, "live_partitions": 12, "at_guard": 0} | more
 
 
+def add_waiting_calls(controller: Controller, monkeypatch: pytest.MonkeyPatch, count: float) -> None:
+    guard_state = controller.state._deployment_autoscaling_states[GUARD]
+    monkeypatch.setattr(guard_state, "get_total_num_requests", lambda: count)
+
+
 def test_serve_with_waiting_calls_scales_from_zero_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(every_s=0, replica_rate=5)
-    guard_state = controller.state._deployment_autoscaling_states[GUARD]
-    monkeypatch.setattr(guard_state, "get_total_num_requests", lambda: 64.0)
+    add_waiting_calls(controller, monkeypatch, 64.0)
     now_s = time.time()
     controller.report(metrics(0, 1000), at_s=now_s - 2)
     controller.decide()
     controller.report(metrics(3000, 4000), at_s=now_s)
     assert controller.decide()[GUARD] > 10
+
+
+def test_serve_with_waiting_calls_and_another_policy_starts_one_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, Serve no longer replaces the policy's answer: remove `_bypass_cold_start`."""
+    controller = Controller(policy=f"{__name__}:{want_thirteen_guards.__name__}")
+    assert controller.decide()[GUARD] == 13
+    controller = Controller(policy=f"{__name__}:{want_thirteen_guards.__name__}")
+    add_waiting_calls(controller, monkeypatch, 64.0)
+    assert controller.decide()[GUARD] == 1
 
 
 def test_serve_without_load_scales_to_zero() -> None:
@@ -102,8 +122,7 @@ def test_serve_without_current_numbers_keeps_the_replicas(case: str) -> None:
 
 def test_call_outside_the_stream_starts_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(every_s=0)
-    guard_state = controller.state._deployment_autoscaling_states[GUARD]
-    monkeypatch.setattr(guard_state, "get_total_num_requests", lambda: 1.0)
+    add_waiting_calls(controller, monkeypatch, 1.0)
     for ago_s in (4, 2):
         controller.report(metrics(0, 1000), at_s=time.time() - ago_s)
         controller.decide()
