@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from pipelines.annotation.curate import Curated
 from pipelines.reporting.html import html_template
 
 _BINS: Final = 50
@@ -55,6 +56,26 @@ class Counts:
             },
             "score_histogram": self.scores,
         }
+
+
+def lines(summary: dict[str, Any], curated: Curated | None) -> list[str]:
+    """The counts for people, and those of the curated set if one was written."""
+    counted = [
+        (name, value, rows)
+        for name in ("outcome", "rating", "category", "action")
+        for value, rows in summary[name].items()
+    ]
+    counted += [("error", reason, found["rows"]) for reason, found in summary["errors"].items()]
+    if curated:
+        counted.append(("curated", f"in {curated.files} files", curated.images))
+    return [f"{name:<9} {value:<42} {rows:>12,}" for name, value, rows in counted]
+
+
+def with_curated(summary: dict[str, Any], curated: Curated | None) -> dict[str, Any]:
+    """The summary with the counts of the curated set, if one was written."""
+    if not curated:
+        return summary
+    return summary | {"curated": {"images": curated.images, "files": curated.files, "lost": curated.lost}}
 
 
 def page(summary: dict[str, Any]) -> str:

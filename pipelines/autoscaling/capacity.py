@@ -93,6 +93,23 @@ class CapacityPlan:
         """For JSON."""
         return asdict(self)
 
+    def lines(self) -> list[str]:
+        """The figures for people."""
+        rows = {
+            "replicas": f"{self.replicas} of {self.gpus_per_replica} {self.gpu}, {self.replica_rate:.2f}/s each",
+            "nodes": self.nodes,
+            "intake members": self.intake_members,
+            "partitions": f"{self.partitions} at least",
+            "GPU-hours a million": f"{self.gpu_hours_per_million:.1f}",
+        }
+        if self.day:
+            rows["a day with spikes"] = (
+                f"p50 {self.day['p50_s']:.0f} s, p95 {self.day['p95_s']:.0f} s, p99 {self.day['p99_s']:.0f} s; "
+                f"{self.day['fewest_replicas']:.0f} to {self.day['most_replicas']:.0f} replicas, "
+                f"{self.day['gpu_hours_per_million']:.1f} GPU-hours a million (simulated)"
+            )
+        return [f"{name:<20} {value}" for name, value in rows.items()]
+
 
 def plan_capacity(
     *,

@@ -1,4 +1,4 @@
-"""`sluice annotate`: judge a data set, and pick from it what is wanted."""
+"""`sluice annotate`: judge a data set, and write a curated set of the images that pass a filter."""
 
 import json
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from pipelines.annotation import filters as filtering
 from pipelines.annotation.options import AnnotateOptions, CuratedFormat, SourceKind
+from pipelines.cli.output import print_progress
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.values import DEFAULT_POLICY
@@ -16,53 +17,63 @@ def annotate(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A folder, a file or an s3:// prefix: images, lists of references, tars, parquet."
+            metavar="SOURCE", help="A folder, a file or an s3:// prefix with images, reference lists, tars or parquet."
         ),
     ],
-    out: Annotated[str, typer.Option(metavar="DEST", help="A folder or an s3:// prefix for the annotations.")],
+    out: Annotated[str, typer.Option(metavar="DEST", help="Write the annotations to this folder or s3:// prefix.")],
     policy: Annotated[
-        str, typer.Option(metavar="NAME[@V]", help="NAME for the version that is active at the beginning.")
+        str, typer.Option(metavar="NAME[@V]", help="NAME is the version that is active at the start of the run.")
     ] = DEFAULT_POLICY,
     kind: Annotated[
-        SourceKind | None, typer.Option("--format", help="What the source is, where its names do not tell.")
+        SourceKind | None, typer.Option("--format", help="The format of the source. Default: detected from file names.")
     ] = None,
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="The column with the references or the images.")
     ] = None,
     root: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A list may name files below this folder; its own folder unless given."),
+        typer.Option(
+            metavar="DIR", help="References may name files below this folder. Default: the folder of the list."
+        ),
     ] = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Start so many guards, instead of sharing the service's.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Start N guard replicas instead of sharing those of the service."),
     ] = None,
     share_guard: Annotated[
-        bool, typer.Option("--share-guard", help="Judge on the running service's guard, or not at all.")
+        bool, typer.Option("--share-guard", help="Judge on the guard of the running service. Fails if none runs.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes that read and prepare; one a guard unless given.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes that read and decode images. Default: one per guard replica."),
     ] = None,
     chunk_rows: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Images that are kept as one: what a kill costs a worker.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Images per chunk. A worker that is killed loses one chunk of work."),
     ] = None,
     wanted: Annotated[
-        str | None, typer.Option("--filter", metavar="CONDITIONS", help="Such as rating=Safe,score<0.2")
+        str | None,
+        typer.Option(
+            "--filter", metavar="CONDITIONS", help="Conditions of the curated set, such as rating=Safe,score<0.2"
+        ),
     ] = None,
     curated: Annotated[
-        str | None, typer.Option(metavar="DEST", help="Where what the filter keeps is written to.")
+        str | None,
+        typer.Option(metavar="DEST", help="Write the images that pass the filter to this folder or s3:// prefix."),
     ] = None,
     form: Annotated[
-        CuratedFormat, typer.Option("--as", help="References to the images, or tars with them.")
+        CuratedFormat, typer.Option("--as", help="Write references to the images, or tars that contain them.")
     ] = "references",
-    as_json: Annotated[bool, typer.Option("--json", help="The summary as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
-    """Judge every image of a data set and write a row for each; killed, the same command goes on where it was."""
-    from pipelines.annotation import run as annotating  # noqa: PLC0415 - it takes Ray
+    """Judge every image of a data set and write one row for each. The same command resumes a killed run."""
+    from pipelines.annotation import run as annotating  # noqa: PLC0415 - it loads Ray
+    from pipelines.annotation import summary as summaries  # noqa: PLC0415
 
     if (wanted is None) != (curated is None):
-        raise ConfigurationError("--filter says what to keep and --curated where to write it; give both")
+        raise ConfigurationError("--filter and --curated need each other; give both or none")
     if share_guard and replicas:
-        raise ConfigurationError("--share-guard and --replicas exclude each other; give one of them")
+        raise ConfigurationError("--share-guard and --replicas exclude each other; give only one of them")
     options = AnnotateOptions(
         source=source,
         out=out,
@@ -80,21 +91,13 @@ def annotate(
     )
     settings = settings_module.load("model")
     try:
-        summary, kept = annotating.annotate(options, settings, lambda line: typer.echo(line, err=True))
+        summary, kept = annotating.annotate(options, settings, print_progress)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
+        print_progress("stopped; the same command resumes the run")
         raise typer.Exit(130) from None
     if as_json:
-        if kept:
-            summary = summary | {"curated": {"images": kept.images, "files": kept.files, "lost": kept.lost}}
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps(summaries.with_curated(summary, kept)))
         return
-    for name in ("outcome", "rating", "category", "action"):
-        for value, rows in summary[name].items():
-            typer.echo(f"{name:<9} {value:<42} {rows:>12,}")
-    for reason, found in summary["errors"].items():
-        typer.echo(f"{'error':<9} {reason:<42} {found['rows']:>12,}")
-    if kept:
-        typer.echo(f"{'curated':<9} {f'in {kept.files} files':<42} {kept.images:>12,}")
-        if kept.lost:
-            typer.echo(f"{kept.lost} images could not be read any more and are not among them", err=True)
+    typer.echo("\n".join(summaries.lines(summary, kept)))
+    if kept and kept.lost:
+        print_progress(f"{kept.lost} images could not be read any more and are not in the curated set")

@@ -1,4 +1,4 @@
-"""`sluice dead-letters` and `sluice reconcile`."""
+"""`sluice dead-letters` and `sluice reconcile`: list and replay dead letters, and find lost submissions."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -22,11 +22,15 @@ app = typer.Typer(help="List and replay dead letters.", no_args_is_help=True)
 
 T = TypeVar("T")
 
-Reasons = Annotated[list[str] | None, typer.Option("--reason", metavar="REASON", help="Only this; may be repeated.")]
+Reasons = Annotated[
+    list[str] | None, typer.Option("--reason", metavar="REASON", help="Only this reason. Can be repeated.")
+]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Only submissions of this tenant.")]
-Older = Annotated[str | None, typer.Option("--older-than", metavar="AGE|TIME", help="2h, 7d, or 2026-11-21T10:00:00Z.")]
-Newer = Annotated[str | None, typer.Option("--newer-than", metavar="AGE|TIME", help="Likewise.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+Older = Annotated[
+    str | None, typer.Option("--older-than", metavar="AGE|TIME", help="Such as 2h, 7d or 2026-11-21T10:00:00Z.")
+]
+Newer = Annotated[str | None, typer.Option("--newer-than", metavar="AGE|TIME", help="As --older-than.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 @app.command("list")
@@ -52,7 +56,7 @@ def list_(
 @app.command()
 def replay(
     ids: Annotated[
-        list[str] | None, typer.Option("--id", metavar="SUBMISSION_ID", help="Only this submission; may be repeated.")
+        list[str] | None, typer.Option("--id", metavar="SUBMISSION_ID", help="Only this submission. Can be repeated.")
     ] = None,
     reason: Reasons = None,
     tenant: Tenant = None,
@@ -86,8 +90,10 @@ def replay(
 
 
 def reconcile(
-    since: Annotated[str | None, typer.Option(metavar="AGE|TIME", help="2h, 7d, or 2026-11-21T10:00:00Z.")] = None,
-    until: Annotated[str | None, typer.Option(metavar="AGE|TIME", help="Likewise; now unless given.")] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="AGE|TIME", help="Such as 2h, 7d or 2026-11-21T10:00:00Z.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="AGE|TIME", help="As --since. Default: now.")] = None,
     settle_s: Annotated[
         float, typer.Option("--settle-s", min=0, help="Submissions younger than this may be in flight.")
     ] = 60,

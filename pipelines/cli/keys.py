@@ -1,4 +1,4 @@
-"""`sluice keys`: who may ask the gateway for what."""
+"""`sluice keys`: create, list and revoke API keys of the gateway."""
 
 import json
 from typing import Annotated
@@ -8,24 +8,27 @@ import typer
 from pipelines.reporting.text import user
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
-from services.gateway.api_keys import ROLES, ApiKey, ApiKeyRegistry, Role
+from services.gateway.api_keys import ROLES, ApiKeyRegistry, Role
 
 app = typer.Typer(help="Create, list and revoke API keys of the gateway.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-_FIELDS = {"id", "name", "role", "tenant", "rate_per_s", "concurrency", "created_at", "created_by"}
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose key it is; it stands in the history of what is done with it.")],
-    role: Annotated[str, typer.Option(help="moderate: judge; review: read policies, too; admin: change them.")],
-    tenant: Annotated[str, typer.Option(help="Whose images are judged with it.")] = "default",
-    rate: Annotated[float | None, typer.Option(metavar="N", help="Requests a second.")] = None,
-    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Requests at a time, per gateway.")] = None,
+    name: Annotated[str, typer.Argument(help="The owner of the key. Histories and logs show this name.")],
+    role: Annotated[
+        str, typer.Option(help="moderate: judge images; review: also read policies; admin: also change them.")
+    ],
+    tenant: Annotated[str, typer.Option(help="The tenant of the images that are judged with this key.")] = "default",
+    rate: Annotated[float | None, typer.Option(metavar="N", help="Limit of requests per second.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Limit of concurrent requests, per gateway replica.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Create a key and print it. It is shown this once: only its digest is kept."""
+    """Create a key and print it. It cannot be shown again, because only its digest is stored."""
     key, token = _registry().create(
         name, _role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=user()
     )
@@ -35,18 +38,17 @@ def create(
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """List all keys, revoked ones too, oldest first."""
+    """List all keys, including revoked ones, oldest first."""
     registry = _registry()
     index = registry.read_index()
     for key in sorted(registry.get_each(list(index)), key=lambda key: key.created_at):
         revoked = index[key.id]
-        shown = key.model_dump(mode="json", include=_FIELDS) | {"revoked": revoked}
-        typer.echo(json.dumps(shown) if as_json else _line(key, revoked))
+        typer.echo(key.listing_json(revoked=revoked) if as_json else key.listing_line(revoked=revoked))
 
 
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """Revoke a key for ever. Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S."""
+    """Revoke a key permanently. Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S."""
     _registry().revoke(key_id, who=user())
     typer.echo(f"key {key_id} is revoked", err=True)
 
@@ -60,12 +62,3 @@ def _role(role: str) -> Role:
         if role == known:
             return known
     raise ConfigurationError(f"{role!r} is not a role; --role is one of {', '.join(ROLES)}")
-
-
-def _line(key: ApiKey, revoked: bool) -> str:
-    limits = [
-        f"{key.rate_per_s:g}/s" if key.rate_per_s else "",
-        f"{key.concurrency} at a time" if key.concurrency else "",
-    ]
-    parts = [key.role, f"tenant {key.tenant}", *filter(None, limits), "revoked" if revoked else ""]
-    return f"{key.id} {key.created_at:%Y-%m-%d} {key.name:<24} {', '.join(filter(None, parts))}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from pipelines.cli import annotate, dead_letters, evaluate, keys, plan, policy, replay, submit, up, verdicts
-from pipelines.cli.env_file import read_env_file
 from pipelines.cli.output import print_progress
+from pipelines.local.env_file import read_env_file
 from services.core.errors import SluiceError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; a failure is one sentence on stderr and exit status 1."""
+    """Run the command line. On a failure print one sentence on stderr and exit with status 1."""
     try:
         app()
     except SluiceError as error:
@@ -61,7 +61,7 @@ def _load_env_file(context: typer.Context) -> None:
 @app.command(hidden=True)
 def schemas(folder: Path) -> None:
     """Export the JSON Schemas of the wire."""
-    from pipelines.cli.schemas import export  # noqa: PLC0415 - no other command needs it
+    from services.core.json_schemas import export  # noqa: PLC0415 - no other command needs it
 
     for file in export(folder):
         typer.echo(file)

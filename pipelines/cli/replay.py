@@ -9,26 +9,21 @@ from pipelines.cli.output import print_progress
 from services.core import settings as settings_module
 from services.core.errors import SluiceError
 
-# Each command imports what it runs: `sluice submit` need not wait for Ray.
+# Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
 # ruff: noqa: PLC0415
 
 
 def replay(
     verdict_id: Annotated[str, typer.Argument(metavar="VERDICT_ID")],
-    as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
 ) -> None:
-    """Judge again what a verdict was about, and say whether the same comes of it. Nothing is published."""
-    from pipelines.clients import streams
+    """Judge the image of a verdict again and compare the two verdicts. The command publishes no verdicts."""
     from pipelines.policy_testing import rejudge
 
     settings = settings_module.load("stream_url", "policy_bucket", "ray_address")
     verdict = asyncio.run(rejudge.find_verdict(verdict_id, settings))
     replayed = rejudge.rejudge(verdict, settings, progress=print_progress)
-    if as_json:
-        typer.echo(replayed.to_json())
-    else:
-        found = map(str, replayed.differences) if replayed.differences else [streams.one_line(replayed.after)]
-        typer.echo("\n".join(found))
+    typer.echo(replayed.to_json() if as_json else "\n".join(replayed.lines()))
     for note in replayed.notes:
         print_progress(f"note: {note}")
     if not replayed.reproduced:

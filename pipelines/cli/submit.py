@@ -8,16 +8,17 @@ import typer
 
 from services.core import settings as settings_module
 
-# Each command imports what it runs: `sluice submit` need not wait for Ray.
+# Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
 # ruff: noqa: PLC0415
 
 
 def submit(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="s3:// URIs or files; - reads submissions as JSON lines.")
+        list[str],
+        typer.Argument(metavar="REF...", help="s3:// URIs or files. - reads submissions from stdin as JSON lines."),
     ],
-    policy: Annotated[str, typer.Option(help="NAME for the active version, NAME@V for that one.")] = "default",
-    tenant: Annotated[str, typer.Option()] = "default",
+    policy: Annotated[str, typer.Option(help="NAME for the active version, NAME@V for one version.")] = "default",
+    tenant: Annotated[str, typer.Option(help="The tenant of the submissions.")] = "default",
 ) -> None:
     """Submit images and print the id of each submission."""
     from pipelines.clients import streams

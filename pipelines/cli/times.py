@@ -1,4 +1,4 @@
-"""Parse the durations and points in time that people type."""
+"""Parses durations and points in time on the command line."""
 
 import math
 import re
@@ -14,7 +14,7 @@ _NUMBER_WITH_UNIT: Final = re.compile(r"(.*?)([a-z]*)")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `90s`, `15m`, `1h30m`, `1.5h`, `7d` or `2w`; a bare number is seconds.
+    """Return the seconds of `90s`, `15m`, `1h30m`, `1.5h`, `7d` or `2w`. A number without a unit is in seconds.
 
     A single number may have any form that Python's `float` accepts, such as `1e3s`, `.5h` or `1_000s`.
 

@@ -5,19 +5,20 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.env_file import env_file_written
 from pipelines.cli.output import TimedProgress
+from pipelines.local.env_file import env_file_written
 
-# Each command imports what it runs: `sluice submit` need not wait for Ray.
+# Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
 # ruff: noqa: PLC0415
 
 
 def up(
     embedded: Annotated[
-        bool, typer.Option("--embedded", help="Start a stream, a cache and an S3 server too, where none is set.")
+        bool,
+        typer.Option("--embedded", help="Also start a stream, a cache and an S3 server, unless the settings name one."),
     ] = False,
 ) -> None:
-    """Run the service in the foreground until SIGINT or SIGTERM, then drain."""
+    """Run the service in the foreground until SIGINT or SIGTERM, then drain it."""
     from pipelines.local.up import ShutdownRequested, running_service
 
     progress = TimedProgress()
@@ -34,7 +35,7 @@ def up(
 
 
 def demo() -> None:
-    """Judge a handful of drawn images from submission to verdict, on embedded backends."""
+    """Judge some drawn images, from submission to verdict, on embedded backends."""
     from pipelines.local.demo import demonstrate
     from pipelines.local.up import ShutdownRequested
 

@@ -8,13 +8,13 @@ import typer
 from pipelines.cli.output import print_progress
 from services.core import settings as settings_module
 
-# Each command imports what it runs: `sluice submit` need not wait for Ray.
+# Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
 # ruff: noqa: PLC0415
 
 
 def verdicts(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more at the end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One verdict as JSON a line.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="At the end, wait for new verdicts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each verdict as one line of JSON.")] = False,
 ) -> None:
     """Print the verdicts on the stream, oldest first."""
     from pipelines.clients import streams

@@ -10,7 +10,7 @@ from services.core.calibration import Calibration
 from services.core.errors import ConfigurationError, UnknownPolicy
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import CategoryRules, PolicyDocument
-from services.policies.document_yaml import read_document
+from services.policies.document_yaml import read_document_file
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 
@@ -113,10 +113,7 @@ def find(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
     """
     if not reference.endswith((".yaml", ".yml")):
         return published(reference, registry)
-    try:
-        document = read_document(Path(reference).read_bytes(), reference)
-    except OSError as error:
-        raise ConfigurationError(f"{reference} cannot be read: {error.strerror}") from None
+    document = read_document_file(Path(reference))
     if not isinstance(document, PolicyDocument):
         raise ConfigurationError(f"{reference} is no policy")
     return EvaluatedPolicy(document, 0, {})

@@ -12,11 +12,12 @@ from typing import Any, Final
 import numpy as np
 
 from pipelines.clients.judge_client import Progress, open_client
+from pipelines.clients.policy_changes import change_policy
 from pipelines.evaluation.calibration import Changes, Fit, Method, changes, fit
 from pipelines.evaluation.datasets import DataSet, open_data_set
 from pipelines.evaluation.html import render
 from pipelines.evaluation.labels import LabelledImage
-from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find
+from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find, published
 from pipelines.evaluation.report import EvaluationReport, summarize
 from pipelines.evaluation.results import Columns
 from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
@@ -24,6 +25,7 @@ from services.core.calibration import FittedCalibration
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
+from services.policies.rollout import Change
 
 PAGE, FIGURES, ROWS = "evaluation.html", "evaluation.json", "rows.jsonl"
 _TOLD: Final = 3
@@ -61,6 +63,52 @@ class CalibrationResult:
             unsafe=self.fit.unsafe,
             ece_before=self.fit.ece_before,
             ece_after=self.fit.ece_after,
+        )
+
+    def lines(self) -> list[str]:
+        """The fit and its effects for people."""
+        fit, changes = self.fit, self.changes
+        lines = [
+            f"{self.evaluated.name}, checkpoint {self.revision}: {fit.map.method} over {fit.samples:,} samples "
+            f"({fit.unsafe:,} Unsafe)",
+            f"calibration error {fit.ece_before:.3f} to {fit.ece_after:.3f}, Brier score {fit.brier_before:.3f} to "
+            f"{fit.brier_after:.3f}, each on images that the map was not fitted on",
+            f"actions that would change: {changes.changed:,} of {fit.samples:,}",
+        ]
+        lines += [f"  {before} to {after}: {n:,}" for (before, after), n in changes.rows.items() if before != after]
+        for name, (before, after) in (
+            ("Unsafe and allowed", changes.unsafe_allowed),
+            ("Safe and blocked", changes.safe_blocked),
+            ("Safe and reviewed", changes.safe_reviewed),
+        ):
+            lines.append(f"{name}: {before:,} before, {after:,} after")
+        if self.left_out:
+            lines.append(f"left out: {self.left_out:,} rows that waive categories or name another policy")
+        if self.failures:
+            lines.append("not judged: " + ", ".join(f"{reason} {count:,}" for reason, count in self.failures.items()))
+        return lines
+
+    def to_json(self, *, applied: bool) -> str:
+        """The same as one JSON object; `applied` says whether the calibration is stored."""
+        fit, changes = self.fit, self.changes
+        return json.dumps(
+            {
+                "policy": {"name": self.evaluated.document.name, "version": self.evaluated.version},
+                "revision": self.revision,
+                "digest": fit.map.digest,
+                "map": fit.map.model_dump(mode="json"),
+                "samples": fit.samples,
+                "unsafe": fit.unsafe,
+                "ece": {"before": fit.ece_before, "after": fit.ece_after},
+                "brier": {"before": fit.brier_before, "after": fit.brier_after},
+                "actions": [{"before": a, "after": b, "rows": n} for (a, b), n in changes.rows.items()],
+                "unsafe_allowed": changes.unsafe_allowed,
+                "safe_blocked": changes.safe_blocked,
+                "safe_reviewed": changes.safe_reviewed,
+                "left_out": self.left_out,
+                "failures": self.failures,
+                "applied": applied,
+            }
         )
 
 
@@ -134,6 +182,41 @@ def calibrate(
         changes=changes(unsafe, rows.score, categories, fitted.map, raw.document.as_version(raw.version)),
         failures=dict(columns.failures.most_common()),
         left_out=judging.left_out,
+    )
+
+
+def apply_calibration(
+    fitted: CalibrationResult, settings: Settings, *, who: str, why: str, warn: Callable[[str], object]
+) -> Change:
+    """Store a calibration. From then on every process applies it to the scores of its version and checkpoint."""
+    name = fitted.evaluated.document.name
+    return change_policy(
+        settings, lambda service: service.calibrate(name, fitted.to_store(), who=who, why=why), warn=warn
+    )
+
+
+def revert_calibration(
+    policy: str, revision: str | None, settings: Settings, *, who: str, why: str, warn: Callable[[str], object]
+) -> Change:
+    """Apply the calibration that was applied before the present one, or none. `revision` names a checkpoint.
+
+    Raises:
+        UnknownPolicy: there is no such version.
+        ConfigurationError: the version has no calibration, or it has several and `revision` is missing.
+    """
+    evaluated = published(policy, PolicyRegistry.from_settings(settings))
+    revisions = [revision] if revision else sorted(evaluated.calibrations)
+    if not revisions:
+        raise ConfigurationError(f"{evaluated.name} has no calibration, so there is none to revert")
+    if len(revisions) > 1:
+        raise ConfigurationError(
+            f"{evaluated.name} has calibrations of several checkpoints ({', '.join(revisions)}); give --revision"
+        )
+    name, version = evaluated.document.name, evaluated.version
+    return change_policy(
+        settings,
+        lambda service: service.revert_calibration(name, version, revisions[0], who=who, why=why),
+        warn=warn,
     )
 
 

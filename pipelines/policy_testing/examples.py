@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-import typer
-
-from pipelines.clients.judge_client import JudgeClient, JudgeRequest, JudgeResult, open_client
+from pipelines.clients.judge_client import JudgeClient, JudgeRequest, JudgeResult, Progress, open_client
 from services.core.errors import ConfigurationError, TooLarge
 from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
@@ -16,7 +14,9 @@ from services.policies.document import Example, Expectation, PolicyDocument
 _BATCH_BYTES: Final = 64 << 20
 
 
-def run_examples(document: PolicyDocument, folder: Path, settings: Settings, write: Callable[[str], None]) -> int:
+def run_examples(
+    document: PolicyDocument, folder: Path, settings: Settings, *, write: Callable[[str], None], progress: Progress
+) -> int:
     """Judge every example and write a line on each; return how many came out otherwise than expected.
 
     Paths of files are relative to `folder`. Files and drawn images travel with the request; nothing is uploaded.
@@ -32,7 +32,7 @@ def run_examples(document: PolicyDocument, folder: Path, settings: Settings, wri
         if (file := _file(example, folder)) and not file.is_file():
             raise ConfigurationError(f"{name_of(example)}: there is no file {file}")
     with open_client(settings) as service:
-        outcomes = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes)
+        outcomes = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes, progress)
     problems = [problem(example.expect, outcome) for example, outcome in zip(examples, outcomes, strict=True)]
     for example, wrong in zip(examples, problems, strict=True):
         write(f"FAIL  {name_of(example)}: {wrong}" if wrong else f"ok    {name_of(example)}")
@@ -66,7 +66,12 @@ def name_of(example: Example) -> str:
 
 
 def _judge(
-    service: JudgeClient, examples: Sequence[Example], policy: Policy, folder: Path, limit_bytes: int
+    service: JudgeClient,
+    examples: Sequence[Example],
+    policy: Policy,
+    folder: Path,
+    limit_bytes: int,
+    progress: Progress,
 ) -> list[JudgeResult]:
     """Judge the examples, about 64 MiB of images at a time."""
     outcomes: dict[int, JudgeResult] = {}
@@ -78,7 +83,7 @@ def _judge(
         else:
             batch[number] = request
         if number == len(examples) or sum(len(each.image or b"") for each in batch.values()) >= _BATCH_BYTES:
-            judged = service.judge(list(batch.values()), progress=lambda line: typer.echo(line, err=True))
+            judged = service.judge(list(batch.values()), progress)
             outcomes |= zip(batch, judged, strict=True)
             batch.clear()
     return [outcomes[number] for number in sorted(outcomes)]

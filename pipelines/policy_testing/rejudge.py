@@ -11,6 +11,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from pipelines.clients.judge_client import JudgeRequest, open_client
+from pipelines.clients.streams import one_line
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
@@ -52,8 +53,12 @@ class RejudgedVerdict:
     def reproduced(self) -> bool:
         return not self.differences
 
+    def lines(self) -> list[str]:
+        """For people: the differences, or the verdict if there are none."""
+        return [str(each) for each in self.differences] or [one_line(self.after)]
+
     def to_json(self) -> str:
-        """One JSON object: what was found, and both verdicts."""
+        """One JSON object: the differences, and both verdicts."""
         found = {
             "verdict_id": self.before.verdict_id,
             "reproduced": self.reproduced,

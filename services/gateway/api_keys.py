@@ -10,6 +10,7 @@ random bits: nobody can guess it from a plain SHA-256, and a slow hash would onl
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import re
 import secrets
@@ -67,6 +68,19 @@ class ApiKey(WireModel):
     def may(self, role: Role) -> bool:
         """Whether the key's role is `role` or more."""
         return ROLES.index(self.role) >= ROLES.index(role)
+
+    def listing_json(self, *, revoked: bool) -> str:
+        """One JSON object for a list of keys. The digest is left out."""
+        return json.dumps(self.model_dump(mode="json", exclude={"digest"}) | {"revoked": revoked})
+
+    def listing_line(self, *, revoked: bool) -> str:
+        """One line for a list of keys."""
+        limits = [
+            f"{self.rate_per_s:g}/s" if self.rate_per_s else "",
+            f"{self.concurrency} at a time" if self.concurrency else "",
+        ]
+        parts = [self.role, f"tenant {self.tenant}", *limits, "revoked" if revoked else ""]
+        return f"{self.id} {self.created_at:%Y-%m-%d} {self.name:<24} {', '.join(filter(None, parts))}"
 
 
 class ApiKeyRegistry:

@@ -8,13 +8,14 @@ import difflib
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from services.core.errors import DocumentIssue, InvalidDocument
+from services.core.errors import ConfigurationError, DocumentIssue, InvalidDocument
 from services.policies.document import NAME_PATTERN, ConflictingFields, PolicyDocument
 from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import TENANTS, Document, TenantsDocument, parse_document
@@ -36,6 +37,19 @@ _LONG: Final = 80
 
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _Path = tuple[str | int, ...]
+
+
+def read_document_file(file: Path) -> Document:
+    """Read one YAML document from a file.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+        InvalidDocument: as `read_document`.
+    """
+    try:
+        return read_document(file.read_bytes(), str(file))
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def read_document(data: bytes, source: str) -> Document:

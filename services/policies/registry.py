@@ -74,6 +74,17 @@ class PolicySummary(BaseModel):
     shadow: dict[str, Any] | None
     tripped: list[int]
 
+    def line(self) -> str:
+        """One line for people."""
+        parts = [
+            f"active {self.active}" if self.active else "not active",
+            f"{self.versions} versions",
+            f"canary {self.canary['version']} ({self.canary['percent']:g} %)" if self.canary else "",
+            f"shadow {self.shadow['version']} ({self.shadow['percent']:g} %)" if self.shadow else "",
+            f"circuit breaker open: {', '.join(map(str, self.tripped))}" if self.tripped else "",
+        ]
+        return f"{self.name:<24} {', '.join(part for part in parts if part)}"
+
 
 class PolicyRegistry:
     """Publishes, finds and rolls out policy versions in one bucket. Blocking: call it off the event loop.

@@ -1,6 +1,7 @@
 """Who gets which version of a policy: the state of its roll-out, and the changes of that state. Pure."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -174,3 +175,22 @@ class Change(WireModel):
     why: str = ""
     at: Moment
     rollout: Rollout
+
+    def history_json(self) -> str:
+        """One JSON object for a history: the change without the state since then."""
+        entry = self.model_dump(mode="json", by_alias=True, exclude={"rollout"})
+        share = self._share()
+        return json.dumps(entry | (share.model_dump(mode="json", exclude={"version"}) if share else {}))
+
+    def history_line(self) -> str:
+        """One line for a history, such as `2026-11-21 10:00:00Z activate from shop@1 to shop@2 by ann: stricter`."""
+        before = "" if self.previous is None else f" from {self.name}@{self.previous}"
+        after = " to none" if self.version is None else f" to {self.name}@{self.version}"
+        share = self._share()
+        percent = f" for {share.percent:g} %" if share else ""
+        why = f": {self.why}" if self.why else ""
+        return f"{self.at:%Y-%m-%d %H:%M:%S}Z {self.action}{before}{after}{percent} by {self.who}{why}"
+
+    def _share(self) -> Canary | Shadow | None:
+        """The canary or the shadow that this change has set."""
+        return {"canary": self.rollout.canary, "shadow": self.rollout.shadow}.get(self.action)

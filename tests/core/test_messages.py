@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.cli.schemas import MESSAGES, schema
 from services.core.errors import Malformed
+from services.core.json_schemas import MESSAGES, schema
 from services.core.messages import METADATA_LIMIT_BYTES, DeadLetter, Submission, decode_json, verdict_id
 
 MINIMAL = {"id": "upl-42", "uri": "s3://uploads/2026/cat.jpg"}

@@ -351,7 +351,7 @@ def test_nothing_is_stored_without_apply(bench: Bench, service: Script, data_set
     assert "actions that would change: " in result.stdout
     assert "Safe and blocked: 10 before, 1 after" in result.stdout
     assert "left out: 1 rows" in result.stdout
-    assert "nothing is stored" in result.stderr
+    assert "the calibration is not stored" in result.stderr
     assert [change.action for change in bench.registry.history("default")] == ["activate"]
 
 
@@ -366,12 +366,12 @@ def test_apply_again_and_take_back(bench: Bench, service: Script, data_set: Path
     again = sluice(str(data_set), "--method", "isotonic", "--apply", "--json")
     assert '"method": "isotonic"' in again.stdout
     assert all(not policy.calibrations for policy in service.policies), "it is fitted on the guard's own scores"
-    assert "taken back" in sluice("--take-back", "--policy", "default@1").stdout
+    assert "calibration reverted" in sluice("--take-back", "--policy", "default@1").stdout
     newest = bench.registry.newest_change("default")
     assert newest is not None
     assert newest.rollout.calibrations_of(1) == {"r1": found}
     sluice("--take-back")
-    assert "several calibrations, or none: none" in sluice("--take-back")
+    assert "has no calibration" in sluice("--take-back")
 
 
 def test_bad_arguments(service: Script, data_set: Path, sluice: Any, tmp_path: Path) -> None:

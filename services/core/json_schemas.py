@@ -1,4 +1,4 @@
-"""The JSON Schemas of the three messages, for those who write clients in other languages."""
+"""Exports the JSON Schemas of the three messages, for clients in other languages."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`.sluice/env`: how the commands in one folder find the service that runs there."""
+"""Reads and writes `.sluice/env`, by which the commands in a folder find the service that was started there."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,14 @@ _OTHERS: Final = (
     *("SLUICE_GATEWAY_URL", "SLUICE_API_KEY"),
 )
 _NOT_WRITTEN: Final = {"kafka_options"}
-"""A shell that reads the file would take the quotes out of JSON. Who runs the commands has it in the environment."""
+"""A shell that reads the file would remove the quotes from JSON. The user sets these in the environment."""
 
 
 def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
-    """The variables in the file; none when there is no file.
+    """Return the variables in the file; none if there is no file.
 
     Raises:
-        ConfigurationError: it cannot be read.
+        ConfigurationError: the file cannot be read.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -30,17 +30,17 @@ def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
         return {}
     except OSError as error:
         raise ConfigurationError(
-            f"{file} cannot be read ({error.strerror}); be the user who runs `sluice up`, or in another folder"
+            f"{file} cannot be read ({error.strerror}); run this as the user who runs `sluice up`, or in another folder"
         ) from None
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 @contextmanager
 def env_file_written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
-    """Keep the settings in `file`, readable by its owner only, for as long as the block runs.
+    """Keep the settings in `file` while the block runs. Only its owner can read the file.
 
-    `others` are the variables that reach the embedded backends, the gateway and Ray: the credentials of the backends,
-    the gateway's URL and key, and Ray's way to authenticate among them are written too, and nothing else.
+    Of `others`, the file also gets the credentials of the embedded backends, the gateway's URL and key, and the
+    authentication mode of Ray.
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude=_NOT_WRITTEN)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
@@ -56,6 +56,6 @@ def env_file_written(settings: Settings, others: Mapping[str, str], file: Path =
     try:
         yield
     finally:
-        # A service started later in the same folder has put its own file there.
+        # A service that was started later in the same folder has replaced the file by its own.
         if file.exists() and file.read_text(encoding="utf-8") == content:
             file.unlink()
