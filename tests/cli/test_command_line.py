@@ -1,17 +1,19 @@
-"""`sluice` as its users call it: results on stdout, one sentence on stderr when something is wrong."""
+"""`sluice` as users call it: results on stdout, and one sentence on stderr after a failure."""
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.cli.env_file import env_file_written, read_env_file
 from pipelines.local.backends import backends
+from pipelines.local.env_file import env_file_written, read_env_file
 from services.core.settings import Settings, load
 from tests.end_to_end.outside import SLUICE
+from tests.support.command_line import run_sluice
 from tests.support.intake_bench import Bench
 from tests.support.s3_server import CREDENTIALS
 from tests.support.servers import Valkey
@@ -25,7 +27,7 @@ def sluice(*arguments: str, folder: Path, stdin: bytes = b"", **variables: str) 
 
 
 def fails(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
-    """With a status, nothing on stdout, and one sentence."""
+    """It fails with a sentence that has these words, and without a traceback."""
     message = result.stderr.decode()
     assert result.returncode != 0
     assert "Traceback" not in message
@@ -41,7 +43,9 @@ def folder(bench: Bench, tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def test_submit_and_verdicts(bench: Bench, folder: Path, tmp_path: Path) -> None:
+async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdicts(
+    bench: Bench, folder: Path, tmp_path: Path
+) -> None:
     await bench.start()
     bench.put("a.jpg")
     picture = tmp_path / "bild ä.jpg"
@@ -65,7 +69,7 @@ async def test_submit_and_verdicts(bench: Bench, folder: Path, tmp_path: Path) -
     assert b"is not a verdict" in shown.stderr
 
 
-async def test_submit_json_lines_up_to_the_first_that_is_wrong(bench: Bench, folder: Path) -> None:
+async def test_submit_of_json_lines_stops_at_the_first_invalid_line(bench: Bench, folder: Path) -> None:
     await bench.start()
     bench.put("a.jpg")
     good = [{"id": f"line-{number}", "uri": "s3://uploads/a.jpg", "metadata": {"a": None}} for number in range(2)]
@@ -77,43 +81,60 @@ async def test_submit_json_lines_up_to_the_first_that_is_wrong(bench: Bench, fol
     assert [verdict.metadata for verdict in verdicts] == [{"a": None}] * 2
 
 
-async def test_submit_what_cannot_be_submitted(folder: Path) -> None:
+async def test_submit_of_an_invalid_reference_fails(folder: Path) -> None:
     fails(sluice("submit", "no/such/file.jpg", folder=folder), "neither a file nor an s3:// URI")
     fails(sluice("submit", "s3://uploads", folder=folder), "s3://bucket/key")
 
 
-def test_without_a_service(tmp_path: Path) -> None:
+def test_command_without_a_service_names_the_missing_settings(tmp_path: Path) -> None:
     fails(sluice("verdicts", folder=tmp_path), "SLUICE_STREAM_URL", "sluice up --embedded")
     fails(sluice("up", folder=tmp_path, SLUICE_MODEL="tiny"), "SLUICE_STREAM_URL", "SLUICE_S3_BUCKETS")
+    (tmp_path / ".sluice" / "env").mkdir(parents=True)
+    fails(sluice("verdicts", folder=tmp_path), ".sluice/env cannot be read")
+
+
+def test_command_with_an_invalid_setting_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for name, value in {
         "SLUICE_STREAM_URL": "amqp://x",
         "SLUICE_REDIS_URL": "redis://host:port",
         "SLUICE_S3_ENDPOINT": "minio:9000",
         "SLUICE_KAFKA_OPTIONS": "{",
     }.items():
-        fails(sluice("up", folder=tmp_path, **{name: value}), f"{name} is wrong")
-    (tmp_path / ".sluice" / "env").mkdir(parents=True)
-    fails(sluice("verdicts", folder=tmp_path), ".sluice/env cannot be read")
+        with monkeypatch.context() as environment:
+            environment.setenv(name, value)
+            refused = run_sluice("verdicts")
+        assert refused.returncode == 1
+        assert f"{name} is wrong" in refused.stderr
 
 
-def test_aws_settings_that_cannot_be_used(tmp_path: Path) -> None:
-    variables = {"SLUICE_POLICY_BUCKET": "policies", "AWS_PROFILE": "absent"}
-    fails(sluice("policy", "list", folder=tmp_path, **variables), "S3 cannot be used", "absent")
+def test_command_with_an_absent_aws_profile_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLUICE_POLICY_BUCKET", "policies")
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    refused = run_sluice("policy", "list")
+    assert refused.returncode == 1
+    assert "S3 cannot be used" in refused.stderr
+    assert "absent" in refused.stderr
 
 
 @pytest.mark.parametrize(("value", "stream"), [("", ""), (None, "sluice.submissions.backfill"), ("slow", "slow")])
-def test_backfill_can_be_switched_off(value: str | None, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_stream_setting_when_empty_is_off(
+    value: str | None, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if value is not None:
         monkeypatch.setenv("SLUICE_BACKFILL_STREAM", value)
     assert load("group").backfill_stream == Settings().backfill_stream == stream
 
 
-def test_up_with_a_model_that_nobody_knows(tmp_path: Path) -> None:
+def test_up_with_an_unknown_model_fails_and_writes_no_env_file(tmp_path: Path) -> None:
     fails(sluice("up", "--embedded", folder=tmp_path, SLUICE_MODEL="gpt-2"), "SLUICE_MODEL=gpt-2", "tiny")
     assert not (tmp_path / ".sluice" / "env").exists()
 
 
-def test_up_with_a_stream_that_is_not_there(tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_without_a_reachable_stream_names_the_setting(
+    tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables = {
         **CREDENTIALS,
         "SLUICE_STREAM_URL": "kafka://127.0.0.1:9",
@@ -123,10 +144,19 @@ def test_up_with_a_stream_that_is_not_there(tmp_path: Path, s3_endpoint: str, mo
         "SLUICE_POLICY_BUCKET": "policies",
         "SLUICE_MODEL": "tiny",
     }
-    fails(sluice("up", folder=tmp_path, **variables), "SLUICE_STREAM_URL", "127.0.0.1:9")
+    # As the command `sluice up`, but with one second for the backends to answer instead of 20.
+    impatient = "import pipelines.local.up as up; up._REACH_S = 1; from pipelines.cli.main import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", impatient, "up"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        env={**{name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}, **variables},
+    )
+    fails(result, "SLUICE_STREAM_URL", "127.0.0.1:9")
 
 
-def test_environment_file(tmp_path: Path) -> None:
+def test_env_file_is_private_and_removed_at_the_end(tmp_path: Path) -> None:
     file = tmp_path / ".sluice" / "env"
     settings = Settings(stream_url="redis://h:1/0", s3_buckets=("a", "b"), kafka_options={"sasl_plain_password": "s"})
     variables = {"AWS_SECRET_ACCESS_KEY": "throw-away", "OTHER": "x"}
@@ -141,7 +171,7 @@ def test_environment_file(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_environment_file_of_a_later_service_stays(tmp_path: Path) -> None:
+def test_env_file_of_a_later_service_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "env"
     with env_file_written(Settings(group="first"), {}, file):
         file.write_text("SLUICE_GROUP=second\n")
@@ -149,7 +179,7 @@ def test_environment_file_of_a_later_service_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_backends_fill_in_only_what_is_missing(tmp_path: Path) -> None:
+def test_embedded_backends_do_not_replace_given_settings(tmp_path: Path) -> None:
     valkey = Valkey(tmp_path)
     valkey.start()
     given: dict[str, Any] = {"SLUICE_STREAM_URL": "kafka://broker:9092", "SLUICE_REDIS_URL": valkey.url}
@@ -162,9 +192,14 @@ def test_backends_fill_in_only_what_is_missing(tmp_path: Path) -> None:
         valkey.kill()
 
 
-def test_calibrate_revert_replaces_take_back(tmp_path: Path) -> None:
-    shown = sluice("calibrate", "--help", folder=tmp_path, COLUMNS="200", NO_COLOR="1").stdout.decode()
+def test_calibrate_accepts_the_hidden_option_take_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = run_sluice("calibrate", "--help").stdout
     assert "--revert" in shown
     assert "--take-back" not in shown
     for option in ("--revert", "--take-back"):
-        fails(sluice("calibrate", "images", option, folder=tmp_path), "--revert takes no data set")
+        refused = run_sluice("calibrate", "images", option)
+        assert refused.returncode == 1
+        assert "--revert takes no data set" in refused.stderr

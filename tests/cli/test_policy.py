@@ -1,9 +1,8 @@
-"""`sluice policy` from outside, against a real S3 server and Valkey; no service runs."""
+"""`sluice policy` against a real S3 server and Valkey. No service runs."""
 
 import asyncio
 import json
 import subprocess
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import boto3
 import pytest
 
 from services.policies.redis_cache import PolicyRedisCache
+from tests.support.command_line import run_sluice
 
 Sluice = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -38,13 +38,9 @@ def sluice(bucket: str, s3_endpoint: str, valkey_url: str, tmp_path: Path, monke
     monkeypatch.setenv("SLUICE_POLICY_BUCKET", bucket)
     monkeypatch.setenv("SLUICE_S3_ENDPOINT", s3_endpoint)
     monkeypatch.setenv("SLUICE_REDIS_URL", valkey_url)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "shop.yaml").write_text(STRICT)
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("sluice")), "policy", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-
-    return run
+    return lambda *arguments: run_sluice("policy", *arguments)
 
 
 def lines(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -52,7 +48,9 @@ def lines(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def test_the_life_of_a_policy(sluice: Sluice, tmp_path: Path, valkey_url: str, bucket: str) -> None:
+def test_policy_from_publish_to_rollback_is_in_its_history(
+    sluice: Sluice, tmp_path: Path, valkey_url: str, bucket: str
+) -> None:
     first = lines(sluice("publish", "shop.yaml", "--json"))[0]
     assert first.keys() == {"name", "version", "digest"}
     assert (first["name"], first["version"]) == ("shop", 1)
@@ -102,7 +100,9 @@ def test_the_life_of_a_policy(sluice: Sluice, tmp_path: Path, valkey_url: str, b
     assert asyncio.run(told()) == 5, "Redis was told, and so every process"
 
 
-def test_one_sentence_for_what_is_wrong(sluice: Sluice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arguments_and_documents_fail_with_one_sentence(
+    sluice: Sluice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.yaml").write_text("name: shop\nthresholds:\n  review: 0.9\n  block: 0.5\n")
     (tmp_path / "huge.yaml").write_text("name: shop\n" + "# padding\n" * 1_100_000)
     (tmp_path / "bomb.yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n")
@@ -133,7 +133,7 @@ def test_one_sentence_for_what_is_wrong(sluice: Sluice, tmp_path: Path, monkeypa
     assert "absent-bucket" in sluice("publish", "shop.yaml").stderr
 
 
-def test_redis_away_is_no_reason_to_wait(sluice: Sluice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_without_redis_succeeds_and_warns(sluice: Sluice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://127.0.0.1:9/0")
     lines(sluice("publish", "shop.yaml", "--json"))
     run = sluice("activate", "shop@1", "--json")
@@ -141,7 +141,7 @@ def test_redis_away_is_no_reason_to_wait(sluice: Sluice, monkeypatch: pytest.Mon
     assert "workers will know within 5 s" in run.stderr
 
 
-def test_warnings_do_not_keep_from_publishing(sluice: Sluice, tmp_path: Path) -> None:
+def test_document_with_warnings_is_published(sluice: Sluice, tmp_path: Path) -> None:
     (tmp_path / "lax.yaml").write_text("name: lax\ncategories: {O1: waive, O2: waive, O5: waive, O9: waive}\n")
     run = sluice("check", "lax.yaml")
     assert run.returncode == 0

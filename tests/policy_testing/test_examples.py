@@ -92,7 +92,7 @@ def test_files_and_drawings_travel_with_the_request_objects_are_named(service: S
     (tmp_path / "a.jpg").write_bytes(b"bytes of a")
     document = document_of({"image": "a.jpg"}, {"synthetic": {"label": "O2", "seed": 7}}, {"image": "s3://uploads/k"})
     lines: list[str] = []
-    assert run_examples(document, tmp_path, Settings(), lines.append) == 0
+    assert run_examples(document, tmp_path, Settings(), write=lines.append, progress=print) == 0
     file, drawing, stored = service.requests
     assert (file.image, file.submission.uri) == (b"bytes of a", Upload.uri_of(b"bytes of a"))
     assert drawing.image is not None
@@ -106,7 +106,7 @@ def test_file_larger_than_the_limit_fails_and_is_not_sent(service: ScriptedServi
     (tmp_path / "small.jpg").write_bytes(bytes(10))
     document = document_of({"image": "large.jpg"}, {"image": "small.jpg"})
     lines: list[str] = []
-    assert run_examples(document, tmp_path, Settings(image_limit_bytes=10), lines.append) == 1
+    assert run_examples(document, tmp_path, Settings(image_limit_bytes=10), write=lines.append, progress=print) == 1
     assert [request.submission.id for request in service.requests] == ["example-2"]
     assert lines == [
         "FAIL  large.jpg: it cannot be judged (too_large): the image has 11 bytes, more than 10",
@@ -121,12 +121,12 @@ def test_many_large_files_go_in_batches(
     for number in range(5):
         (tmp_path / f"{number}.jpg").write_bytes(bytes(10))
     document = document_of(*({"image": f"{number}.jpg"} for number in range(5)))
-    assert run_examples(document, tmp_path, Settings(), lambda _line: None) == 0
+    assert run_examples(document, tmp_path, Settings(), write=lambda _line: None, progress=print) == 0
     assert service.batches == [2, 2, 1]
     assert [request.submission.id for request in service.requests] == [f"example-{n}" for n in range(1, 6)]
 
 
 def test_missing_file_nothing_is_judged(service: ScriptedService, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent\.jpg: there is no file"):
-        run_examples(document_of({"image": "absent.jpg"}), tmp_path, Settings(), print)
+        run_examples(document_of({"image": "absent.jpg"}), tmp_path, Settings(), write=print, progress=print)
     assert service.requests == []
