@@ -45,8 +45,7 @@ class ImageReader:
         """
         place = row["place"]
         if place is None:
-            bucket, _, key = row["uri"].removeprefix("s3://").partition("/")
-            reference = ObjectReference(bucket=bucket, key=key, version_id=row["version_id"], etag=row["etag"])
+            reference = ObjectReference.from_uri(row["uri"], version_id=row["version_id"], etag=row["etag"])
             if self._store is None:
                 self._store = ObjectStore(self._readable)
             async with self._store.open(reference) as stored:

@@ -5,27 +5,20 @@ import io
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, TypeVar
+from typing import Any, BinaryIO, Final, Protocol
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from services.core.errors import Changed, ConfigurationError, Forbidden, NotFound, StoreUnavailable
-from services.core.s3 import s3_client
+from services.core.errors import ConfigurationError, Forbidden, NotFound
+from services.core.s3 import Bucket, s3_client
+from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
 
-_ABSENT: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404"}
-_TAKEN: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
-_DENIED: Final = {"AccessDenied", "403"}
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _READ_AHEAD_BYTES: Final = 8 << 20
-_DELETE_AT_A_TIME: Final = 1000
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +66,17 @@ def folder(place: str, settings: Settings) -> Folder:
         ConfigurationError: it is no such place.
     """
     if place.startswith("s3://"):
-        bucket, _, prefix = place.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise ConfigurationError(f"{place!r} names no bucket; write s3://bucket/prefix")
+        try:
+            bucket, prefix = parse_s3_uri(place)
+        except ValueError:
+            raise ConfigurationError(f"{place!r} names no bucket; write s3://bucket/prefix") from None
         client = s3_client(
-            settings, connect_timeout=5, read_timeout=60, retries={"mode": "standard", "max_attempts": 6}
+            settings.s3_endpoint,
+            connect_timeout=5,
+            read_timeout=60,
+            retries={"mode": "standard", "max_attempts": 6},
         )
-        return BucketFolder(client, bucket, prefix.strip("/"))
+        return BucketFolder(Bucket(client, bucket), prefix.strip("/"))
     return LocalFolder(local_path(place))
 
 
@@ -205,69 +202,50 @@ def open_local(file: Path) -> BinaryIO:
 class BucketFolder:
     """A prefix in a bucket."""
 
-    def __init__(self, client: Any, bucket: str, prefix: str) -> None:
-        self._client = client
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
 
     @property
     def uri(self) -> str:
-        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        return self._bucket.uri(self._prefix).rstrip("/")
 
     def entries(self, below: str = "") -> Iterator[Entry]:
-        below = f"{below}/" if below else ""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + below)
-        iterator = iter(pages)
-        while page := self._asked(lambda: next(iterator, None)):
-            for each in page.get("Contents", ()):
-                name = each["Key"].removeprefix(self._prefix)
-                if name and not name.endswith("/"):
-                    yield Entry(name, each["Size"])
+        for found in self._bucket.entries(self._prefix + (f"{below}/" if below else "")):
+            name = found.key.removeprefix(self._prefix)
+            if name and not name.endswith("/"):
+                yield Entry(name, found.size)
 
     def read(self, name: str) -> bytes | None:
         try:
-            return asked(lambda: _content(self._client, self._at(name)), self.uri_of(name))
+            return self._bucket.read(self._prefix + name)
         except NotFound:
             return None
 
     def open(self, name: str) -> BinaryIO:
-        head = self._asked(lambda: self._client.head_object(**self._at(name)))
-        ranged = _Ranged(self._client, self._at(name), head["ContentLength"], head["ETag"])
-        return io.BufferedReader(ranged, _READ_AHEAD_BYTES)
+        key = self._prefix + name
+        return io.BufferedReader(_Ranged(self._bucket, key, *self._bucket.head(key)), _READ_AHEAD_BYTES)
 
     def create(self, name: str, data: bytes) -> bool:
-        try:
-            self._asked(lambda: self._client.put_object(**self._at(name), Body=data, IfNoneMatch="*"))
-        except Changed:
-            return False
-        return True
+        return self._bucket.create(self._prefix + name, data)
 
     def put(self, name: str, data: bytes) -> None:
-        self._asked(lambda: self._client.put_object(**self._at(name), Body=data))
+        self._bucket.put(self._prefix + name, data)
 
     def remove(self, below: str) -> None:
-        keys = [{"Key": self._prefix + entry.name} for entry in self.entries(below)]
-        for first in range(0, len(keys), _DELETE_AT_A_TIME):
-            some = {"Objects": keys[first : first + _DELETE_AT_A_TIME], "Quiet": True}
-            self._asked(lambda some=some: self._client.delete_objects(Bucket=self._bucket, Delete=some))  # type: ignore[misc]
+        self._bucket.delete_each([self._prefix + entry.name for entry in self.entries(below)])
 
     def uri_of(self, name: str) -> str:
-        return f"s3://{self._bucket}/{self._prefix}{name}"
-
-    def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + name}
-
-    def _asked(self, request: Callable[[], T]) -> T:
-        return asked(request, self.uri)
+        return self._bucket.uri(self._prefix + name)
 
 
 class _Ranged(io.RawIOBase):
     """An object in S3 as a file, read by ranges; pinned to its ETag."""
 
-    def __init__(self, client: Any, at: dict[str, str], size: int, etag: str) -> None:
+    def __init__(self, bucket: Bucket, key: str, size: int, etag: str) -> None:
         super().__init__()
-        self._client = client
-        self._at = at
+        self._bucket = bucket
+        self._key = key
         self._size = size
         self._etag = etag
         self._position = 0
@@ -290,36 +268,7 @@ class _Ranged(io.RawIOBase):
         last = min(self._position + len(buffer), self._size) - 1
         if last < self._position:
             return 0
-        wanted = f"bytes={self._position}-{last}"
-        data = asked(
-            lambda: _content(self._client, self._at | {"Range": wanted, "IfMatch": self._etag}),
-            f"s3://{self._at['Bucket']}/{self._at['Key']}",
-        )
+        data = self._bucket.read(self._key, byte_range=f"bytes={self._position}-{last}", etag=self._etag)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-
-def _content(client: Any, at: dict[str, str]) -> bytes:
-    return bytes(client.get_object(**at)["Body"].read())
-
-
-def asked(request: Callable[[], T], what: str) -> T:
-    """The answer to a request, its failure as one of Sluice's errors.
-
-    Raises:
-        NotFound, Changed, Forbidden, StoreUnavailable.
-    """
-    try:
-        return request()
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        if code in _ABSENT:
-            raise NotFound(f"{what} does not exist ({code})") from None
-        if code in _TAKEN:
-            raise Changed(f"{what} is not what it was ({code})") from None
-        if code in _DENIED:
-            raise Forbidden(f"the store denies {what} ({code})") from None
-        raise StoreUnavailable(f"the object store answers {code} for {what}") from None
-    except (BotoCoreError, OSError) as error:
-        raise StoreUnavailable(f"the object store does not answer: {type(error).__name__}: {error}"[:300]) from None

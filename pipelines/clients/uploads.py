@@ -4,11 +4,9 @@ import uuid
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from services.core.errors import ConfigurationError, StoreUnavailable
+from services.core.errors import ConfigurationError, StoreUnavailable, Unjudgeable
 from services.core.messages import ObjectReference
-from services.core.s3 import s3_client
+from services.core.s3 import Bucket, s3_client
 from services.core.settings import Settings
 
 _FOLDER: Final = "submitted"
@@ -24,8 +22,7 @@ class Uploads:
         """
         if not settings.s3_buckets:
             raise ConfigurationError("SLUICE_S3_BUCKETS is not set; files are uploaded to the first bucket it names")
-        self._bucket = settings.s3_buckets[0]
-        self._s3 = s3_client(settings, retries={"mode": "standard"})
+        self._bucket = Bucket(s3_client(settings.s3_endpoint, retries={"mode": "standard"}), settings.s3_buckets[0])
 
     def put_file(self, file: Path) -> ObjectReference:
         """Upload one file, under a key of its own.
@@ -46,9 +43,7 @@ class Uploads:
         """Upload an open file under a key of its own that ends in `name`; raises StoreUnavailable."""
         key = f"{_FOLDER}/{uuid.uuid4()}/{name}"
         try:
-            answer = self._s3.put_object(Bucket=self._bucket, Key=key, Body=body)
-        except (BotoCoreError, ClientError) as error:
-            raise StoreUnavailable(f"{name} cannot be uploaded to the bucket {self._bucket}: {error}") from error
-        return ObjectReference(
-            bucket=self._bucket, key=key, version_id=answer.get("VersionId"), etag=answer.get("ETag")
-        )
+            version_id, etag = self._bucket.put(key, body)
+        except (Unjudgeable, StoreUnavailable) as error:
+            raise StoreUnavailable(f"{name} cannot be uploaded to the bucket {self._bucket.name}: {error}") from error
+        return ObjectReference(bucket=self._bucket.name, key=key, version_id=version_id, etag=etag)

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -177,9 +178,9 @@ class SampleJudge:
     def _read(self, image: Image) -> "ObjectReference | bytes | _Unreadable":
         """The bytes of a file or of the data set, or the object that the service fetches itself."""
         if isinstance(image, str):
-            bucket, _, key = image.removeprefix("s3://").partition("/")
-            if bucket and key and len(image) <= _URI_LIMIT:
-                return ObjectReference(bucket=bucket, key=key)
+            if len(image) <= _URI_LIMIT:
+                with suppress(ValueError):
+                    return ObjectReference.from_uri(image)
             return _Unreadable("no_image", f"its image {image[:80]} names no object")
         limit = self._settings.image_limit_bytes
         try:

@@ -13,13 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-import boto3
 import redis
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError
 
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, StoreUnavailable
 from services.core.processes import SupervisedProcess, free_port
+from services.core.s3 import map_s3_errors, s3_client
 
 _START_S: Final = 30.0
 
@@ -93,15 +91,23 @@ def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, st
     child = SupervisedProcess(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log=folder / "s3.log"
     )
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id=credentials["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=credentials["AWS_SECRET_ACCESS_KEY"],
-        region_name=credentials["AWS_DEFAULT_REGION"],
-        config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5),
+    s3 = s3_client(
+        endpoint,
+        credentials={
+            "aws_access_key_id": credentials["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": credentials["AWS_SECRET_ACCESS_KEY"],
+            "region_name": credentials["AWS_DEFAULT_REGION"],
+        },
+        retries={"max_attempts": 0},
+        connect_timeout=1,
+        read_timeout=5,
     )
-    with _running(child, "the S3 server", lambda: "Buckets" in s3.list_buckets()):
+
+    def answers() -> bool:
+        with map_s3_errors("the S3 server"):
+            return "Buckets" in s3.list_buckets()
+
+    with _running(child, "the S3 server", answers):
         for bucket in buckets:
             s3.create_bucket(Bucket=bucket.strip())
         yield credentials | {"SLUICE_S3_ENDPOINT": endpoint}
@@ -116,7 +122,7 @@ def _running(child: SupervisedProcess, name: str, answers: Callable[[], bool]) -
             try:
                 if answers():
                     break
-            except (redis.RedisError, BotoCoreError, OSError):
+            except (redis.RedisError, StoreUnavailable, OSError):
                 pass
             if child.returncode is not None or time.monotonic() > deadline:
                 raise ConfigurationError(f"{name} did not start; its last lines were:\n{child.tail(5)}")

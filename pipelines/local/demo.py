@@ -16,7 +16,7 @@ from pipelines.clients import streams
 from pipelines.local.up import Progress, running_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Submission, Verdict
-from services.core.s3 import s3_client
+from services.core.s3 import Bucket, s3_client
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, NO_CATEGORY
 from services.streams.base import Message
@@ -76,13 +76,10 @@ def _samples() -> list[_Upload]:
 
 async def _judge(uploads: list[_Upload], settings: Settings, progress: Progress) -> dict[str, Verdict | DeadLetter]:
     """Upload, submit, and wait for the end of each submission; by the upload's name."""
-    s3 = s3_client(settings)
-    bucket = settings.s3_buckets[0]
+    bucket = Bucket(s3_client(settings.s3_endpoint), settings.s3_buckets[0])
     for upload in uploads:
-        await asyncio.to_thread(s3.put_object, Bucket=bucket, Key=upload.name, Body=upload.data)
-    await streams.submit(
-        [Submission(id=upload.name, uri=f"s3://{bucket}/{upload.name}") for upload in uploads], settings
-    )
+        await asyncio.to_thread(bucket.put, upload.name, upload.data)
+    await streams.submit([Submission(id=upload.name, uri=bucket.uri(upload.name)) for upload in uploads], settings)
     ends: dict[str, Verdict | DeadLetter] = {}
     reader = await open_reader(StreamConfig.from_settings(settings))
 

@@ -92,14 +92,13 @@ async def _with_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], s
 
 async def _picture(verdict: Verdict, store: ObjectStore, preparer: DecoderPool) -> bytes | None:
     """A JPEG of what was judged, None where it cannot be had any more."""
-    bucket, _, key = verdict.uri.removeprefix("s3://").partition("/")
-    reference = ObjectReference(bucket=bucket, key=key, version_id=verdict.version_id, etag=verdict.etag)
     try:
+        reference = ObjectReference.from_uri(verdict.uri, version_id=verdict.version_id, etag=verdict.etag)
         async with store.open(reference) as stored:
             image = await preparer.prepare(stored.data)
             if image.data == stored.data:
                 # A small image is passed on as it is; what strangers uploaded does not go into anyone's browser.
                 image = await preparer.smaller(image, max(image.width, image.height) - 1)
             return image.data
-    except (Unjudgeable, Unavailable):
+    except (Unjudgeable, Unavailable, ValueError):  # the URI of an upload names no object
         return None

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic_core import from_json, to_json
 
 from services.core.errors import DeadLetterReason, Malformed
+from services.core.s3_uri import parse_s3_uri
 from services.core.values import (
     Action,
     AppliedCalibration,
@@ -63,6 +64,18 @@ class ObjectReference(WireModel):
     key: str
     version_id: str | None = None
     etag: ETag | None = None
+
+    @classmethod
+    def from_uri(cls, uri: str, *, version_id: str | None = None, etag: str | None = None) -> Self:
+        """The object at `s3://bucket/key`.
+
+        Raises:
+            ValueError: the URI has another form.
+        """
+        bucket, key = parse_s3_uri(uri)
+        if not key:
+            raise ValueError("must be s3://bucket/key")
+        return cls(bucket=bucket, key=key, version_id=version_id, etag=etag)
 
     @property
     def uri(self) -> str:
@@ -135,15 +148,14 @@ class Submission(ImageRequest):
     @field_validator("uri")
     @classmethod
     def _names_an_object(cls, uri: str) -> str:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        if not uri.startswith("s3://") or not bucket or not key:
+        _, key = parse_s3_uri(uri)
+        if not key:
             raise ValueError("must be s3://bucket/key")
         return uri
 
     @property
     def reference(self) -> ObjectReference:
-        bucket, _, key = self.uri.removeprefix("s3://").partition("/")
-        return ObjectReference(bucket=bucket, key=key, version_id=self.version_id, etag=self.etag)
+        return ObjectReference.from_uri(self.uri, version_id=self.version_id, etag=self.etag)
 
 
 class Upload(ImageRequest):

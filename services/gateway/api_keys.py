@@ -15,19 +15,18 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import Field, ValidationError
 from pydantic_core import to_json
 
-from services.core.errors import ConfigurationError, KeysUnavailable
+from services.core.errors import ConfigurationError, KeysUnavailable, StoreUnavailable, Unjudgeable
 from services.core.messages import Moment
-from services.core.s3 import s3_client
+from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
@@ -90,16 +89,12 @@ class ApiKeyRegistry:
     """
 
     def __init__(self, s3: "S3Client", bucket: str) -> None:
-        self._s3 = s3
-        self._bucket = bucket
+        self._objects = Bucket(s3, bucket)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """The policy bucket of these settings, with credentials the usual AWS way."""
-        client = s3_client(
-            settings, connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}
-        )
-        return cls(client, settings.policy_bucket)
+        return cls(s3_client(settings.s3_endpoint, **SMALL_OBJECT_CONFIG), settings.policy_bucket)
 
     def create(
         self,
@@ -133,7 +128,7 @@ class ApiKeyRegistry:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise ConfigurationError(f"the key's {first['loc'][0]} is wrong: {first['msg']}") from None
-        self._put(f"keys/{key_id}/key.json", key.model_dump_json().encode())
+        self._create(f"keys/{key_id}/key.json", key.model_dump_json().encode())
         return key, token
 
     def revoke(self, key_id: str, *, who: str = "") -> None:
@@ -144,22 +139,21 @@ class ApiKeyRegistry:
         """
         if not re.fullmatch("[0-9a-f]{16}", key_id) or key_id not in self.read_index():
             raise ConfigurationError(f"there is no API key with the id {key_id!r}; `sluice keys list` has them all")
-        self._put(f"keys/{key_id}/revoked.json", to_json({"at": datetime.now(UTC), "who": who}))
+        self._create(f"keys/{key_id}/revoked.json", to_json({"at": datetime.now(UTC), "who": who}))
 
     def read_index(self) -> dict[str, bool]:
         """The ids of all keys, and whether each is revoked. What else lies beside them is passed over."""
         found: dict[str, set[str]] = {"key": set(), "revoked": set()}
-        for path in self._paths():
-            if parts := _PATH.fullmatch(path):
-                found[parts[2]].add(parts[1])
+        with self._map_bucket_errors():
+            for entry in self._objects.entries("keys/"):
+                if parts := _PATH.fullmatch(entry.key):
+                    found[parts[2]].add(parts[1])
         return {key_id: key_id in found["revoked"] for key_id in sorted(found["key"])}
 
     def get(self, key_id: str) -> ApiKey | None:
         """One key, revoked or not; None where what is kept of it is wrong, or of a newer release."""
-        try:
-            body: bytes = self._s3.get_object(Bucket=self._bucket, Key=f"keys/{key_id}/key.json")["Body"].read()
-        except (ClientError, BotoCoreError) as error:
-            raise KeysUnavailable(f"the API key {key_id} cannot be read in the policy bucket: {error}") from error
+        with self._map_bucket_errors():
+            body = self._objects.read(f"keys/{key_id}/key.json")
         try:
             key = ApiKey.model_validate_json(body)
         except ValidationError as error:
@@ -176,29 +170,16 @@ class ApiKeyRegistry:
         with ThreadPoolExecutor(_READERS) as readers:
             return [key for key in readers.map(self.get, key_ids) if key is not None]
 
-    def _put(self, path: str, body: bytes) -> None:
-        try:
-            self._s3.put_object(
-                Bucket=self._bucket, Key=path, Body=body, ContentType="application/json", IfNoneMatch="*"
-            )
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code not in {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}:
-                raise KeysUnavailable(f"the policy bucket {self._bucket!r} cannot be used: {error}") from error
-        except BotoCoreError as error:
-            raise KeysUnavailable(f"the policy bucket {self._bucket!r} does not answer: {error}") from error
+    def _create(self, key: str, body: bytes) -> None:
+        with self._map_bucket_errors():
+            self._objects.create(key, body, content_type="application/json")
 
-    def _paths(self) -> Iterator[str]:
-        more: dict[str, Any] = {}
-        while True:
-            try:
-                page: Mapping[str, Any] = self._s3.list_objects_v2(Bucket=self._bucket, Prefix="keys/", **more)
-            except (ClientError, BotoCoreError) as error:
-                raise KeysUnavailable(f"the policy bucket {self._bucket!r} does not answer: {error}") from error
-            yield from (str(found["Key"]) for found in page.get("Contents", ()))
-            if not page.get("IsTruncated"):
-                return
-            more["ContinuationToken"] = page["NextContinuationToken"]
+    @contextmanager
+    def _map_bucket_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (Unjudgeable, StoreUnavailable) as error:
+            raise KeysUnavailable(f"the policy bucket {self._objects.name!r} cannot be used: {error}") from error
 
 
 class ApiKeyCache:

@@ -7,15 +7,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from http.client import HTTPException
 from typing import Any, Final, TypeVar
 
-import urllib3.exceptions
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
-
-from services.core.errors import Changed, Forbidden, NotFound, StoreUnavailable, Throttled, TooLarge, Unjudgeable
+from services.core.errors import Changed, Forbidden, NotFound, StoreUnavailable, TooLarge
 from services.core.messages import ObjectReference
-from services.core.s3 import s3_client
+from services.core.s3 import map_s3_errors, s3_client
 from services.core.settings import Settings
 from services.core.values import StoredObject
 from services.images.adaptive_limit import AdaptiveLimit
@@ -30,42 +26,6 @@ _GRACE_S: Final = 1.0
 _CHUNK_BYTES: Final = 1 << 18
 _KEY_LIMIT_BYTES: Final = 1024
 _ETAG_PATTERN: Final = re.compile(r"[\x21\x23-\x7e]+")
-
-_CONFIGURATION_CODES: Final = frozenset(
-    {
-        "AuthorizationHeaderMalformed",
-        "AuthorizationQueryParametersError",
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "IllegalLocationConstraintException",
-        "InvalidAccessKeyId",
-        "InvalidSecurity",
-        "InvalidToken",
-        "NotSignedUp",
-        "PermanentRedirect",
-        "RequestExpired",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-        "UnrecognizedClientException",
-        "XAmzContentSHA256Mismatch",
-    }
-)
-"""Credentials, clock or region of Sluice itself are wrong: no fault of any submission, so all of them wait."""
-_THROTTLE_CODES: Final = frozenset(
-    {
-        "RequestLimitExceeded",
-        "SlowDown",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequests",
-    }
-)
-_TRANSIENT_CODES: Final = frozenset({"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"})
-_ABSENT_CODES: Final = frozenset(
-    {"InvalidBucketName", "KeyTooLongError", "MethodNotAllowed", "NoSuchBucket", "NoSuchKey", "NoSuchVersion"}
-)
-_TRANSIENT_STATUSES: Final = frozenset({301, 307, 401, 407, 408, 425, 429})
 
 T = TypeVar("T")
 
@@ -86,7 +46,7 @@ class ObjectStore:
         self._requests = AdaptiveLimit(connections)
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fetch")
         self._client = s3_client(
-            settings,
+            settings.s3_endpoint,
             connect_timeout=min(_CONNECT_TIMEOUT_S, self._deadline_s),
             read_timeout=min(_READ_TIMEOUT_S, self._deadline_s),
             max_pool_connections=connections,
@@ -179,6 +139,7 @@ class _Download:
     ) -> None:
         self._client = client
         self._reference = reference
+        self._name = f"{reference.uri} in version {reference.version_id}" if reference.version_id else reference.uri
         self._limit_bytes = limit_bytes
         self._socket_deadline = socket_deadline
         self._response: dict[str, Any] = {}
@@ -192,14 +153,8 @@ class _Download:
             pins["VersionId"] = reference.version_id
         if reference.etag:
             pins["IfMatch"] = f'"{reference.etag}"'
-        try:
+        with map_s3_errors(self._name):
             self._response = self._client.get_object(Bucket=reference.bucket, Key=reference.key, **pins)
-        except ClientError as error:
-            raise _meaning(error, reference) from None
-        except ParamValidationError:
-            raise NotFound(f"{reference.uri} cannot be the name of an object") from None
-        except (BotoCoreError, urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError) as error:
-            raise StoreUnavailable(f"the object store does not answer: {_brief(error)}") from None
         try:
             return self._checked_size()
         except BaseException:
@@ -210,12 +165,11 @@ class _Download:
         """Read the body: never more than the limit and one chunk in memory."""
         content = io.BytesIO()  # `getvalue` gives its buffer away without a copy
         try:
-            while chunk := self._response["Body"].read(_CHUNK_BYTES):
-                content.write(chunk)
-                if content.tell() > self._limit_bytes:
-                    raise self._too_large(content.tell())
-        except (BotoCoreError, urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError) as error:
-            raise StoreUnavailable(f"the object store broke off: {_brief(error)}") from None
+            with map_s3_errors(self._name):
+                while chunk := self._response["Body"].read(_CHUNK_BYTES):
+                    content.write(chunk)
+                    if content.tell() > self._limit_bytes:
+                        raise self._too_large(content.tell())
         finally:
             self.close()
         if self._socket_deadline.expired or (self._size is not None and content.tell() != self._size):
@@ -252,29 +206,5 @@ class _Download:
         return TooLarge(f"the object has {size} bytes or more, the limit is {self._limit_bytes}")
 
 
-def _meaning(error: ClientError, reference: ObjectReference) -> Unjudgeable | StoreUnavailable:
-    """What an error answer of S3 says about the submission, if anything."""
-    answer = error.response.get("Error", {})
-    code, text = str(answer.get("Code", "")), str(answer.get("Message", ""))[:200]
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in _CONFIGURATION_CODES:
-        return StoreUnavailable(f"the object store refuses Sluice's credentials or region: {code}: {text}")
-    if code in _THROTTLE_CODES | _TRANSIENT_CODES or status >= 500 or status in _TRANSIENT_STATUSES:
-        kind = Throttled if code in _THROTTLE_CODES or status == 429 else StoreUnavailable
-        return kind(f"the object store answers {status} {code}: {text}")
-    if status == 412 or code == "PreconditionFailed":
-        return Changed(f"{reference.uri} no longer has the ETag {reference.etag}")
-    if code in _ABSENT_CODES or status in (404, 405) or "version id" in text.lower():
-        version = f" in version {reference.version_id}" if reference.version_id else ""
-        return NotFound(f"{reference.uri} does not exist{version} ({code})")
-    if code == "InvalidObjectState":
-        return Forbidden(f"{reference.uri} is archived and must be restored before it can be read")
-    return Forbidden(f"the store denies {reference.uri}: {code}: {text}")
-
-
 def _late(deadline_s: float) -> str:
     return f"the object store did not deliver within {deadline_s:g} s"
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]

@@ -10,18 +10,25 @@ listed.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import quote
 
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
 from services.core.calibration import FittedCalibration
-from services.core.errors import ConfigurationError, PolicyUnavailable, UnknownPolicy
-from services.core.s3 import s3_client
+from services.core.errors import (
+    ConfigurationError,
+    NotFound,
+    PolicyUnavailable,
+    StoreUnavailable,
+    Unjudgeable,
+    UnknownPolicy,
+)
+from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
 from services.policies.document import BUILT_IN
 from services.policies.reference import PolicyReference
@@ -32,8 +39,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _LARGEST_NUMBER: Final = 99_999_999
-_ABSENT_CODES: Final = {"NoSuchKey", "404"}
-_EXISTS_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 _READER_THREADS: Final = 16
 
 
@@ -93,17 +98,14 @@ class PolicyRegistry:
     """
 
     def __init__(self, s3: "S3Client", bucket: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._s3 = s3
+        self.objects = Bucket(s3, bucket)
         self.bucket = bucket
         self._clock = clock
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """The policy bucket of these settings, with credentials the usual AWS way."""
-        client = s3_client(
-            settings, connect_timeout=5, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}
-        )
-        return cls(client, settings.policy_bucket)
+        return cls(s3_client(settings.s3_endpoint, **SMALL_OBJECT_CONFIG), settings.policy_bucket)
 
     def publish(self, document: Document) -> StoredVersion:
         """Write the document as the next version of its name."""
@@ -160,9 +162,8 @@ class PolicyRegistry:
 
     def names(self) -> list[str]:
         """Every name that has a version, in order."""
-        pages = self._pages("policies/", Delimiter="/")
-        found = [str(prefix["Prefix"]) for page in pages for prefix in page.get("CommonPrefixes", ())]
-        return sorted(prefix.split("/")[1] for prefix in found)
+        with self._map_bucket_errors():
+            return sorted(folder.split("/")[1] for folder in self.objects.folders("policies/"))
 
     def versions(self, name: str) -> list[int]:
         """The numbers of all versions, oldest first."""
@@ -355,61 +356,36 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
     def _create(self, key: str, body: bytes) -> bool:
-        """Write an object unless there is one of that key; say whether it was written."""
-        try:
-            self._call("put_object", Key=key, Body=body, ContentType="application/json", IfNoneMatch="*")
-        except ClientError as error:
-            if _code(error) in _EXISTS_CODES:
-                return False
-            raise
-        return True
+        """Write an object unless the key is taken. Returns whether it was written."""
+        with self._map_bucket_errors():
+            return self.objects.create(key, body, content_type="application/json")
 
     def _first_key(self, prefix: str) -> str | None:
-        listing = self._call("list_objects_v2", Prefix=prefix, MaxKeys=1)
-        return next((str(found["Key"]) for found in listing.get("Contents", ())), None)
+        with self._map_bucket_errors():
+            return self.objects.first_key(prefix)
 
     def _newest_number(self, prefix: str) -> int:
         key = self._first_key(prefix)
         return _number(prefix, key) if key else 0
 
     def _numbers(self, prefix: str) -> list[int]:
-        keys = [str(found["Key"]) for page in self._pages(prefix) for found in page.get("Contents", ())]
-        return sorted(_number(prefix, key) for key in keys)
-
-    def _pages(self, prefix: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-        while True:
-            page = self._call("list_objects_v2", Prefix=prefix, **arguments)
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+        with self._map_bucket_errors():
+            return sorted(_number(prefix, entry.key) for entry in self.objects.entries(prefix))
 
     def _read(self, key: str) -> bytes | None:
-        try:
-            data: bytes = self._call("get_object", Key=key)["Body"].read()
-        except ClientError as error:
-            if _code(error) in _ABSENT_CODES:
-                return None
-            raise
-        except BotoCoreError as error:
-            raise PolicyUnavailable(f"{key} in the policy bucket cannot be read: {error}") from error
-        return data
+        with self._map_bucket_errors():
+            return self.objects.find(key)
 
-    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """One S3 call; what is the caller's to handle comes back as ClientError."""
+    @contextmanager
+    def _map_bucket_errors(self) -> Iterator[None]:
         try:
-            answer: dict[str, Any] = getattr(self._s3, operation)(Bucket=self.bucket, **arguments)
-        except ClientError as error:
-            if _code(error) in _ABSENT_CODES | _EXISTS_CODES:
-                raise
-            if _code(error) == "NoSuchBucket":
-                raise ConfigurationError(
-                    f"the policy bucket {self.bucket!r} does not exist; create it or correct SLUICE_POLICY_BUCKET"
-                ) from error
+            yield
+        except NotFound as error:
+            raise ConfigurationError(
+                f"the policy bucket {self.bucket!r} does not exist; create it or correct SLUICE_POLICY_BUCKET"
+            ) from error
+        except (Unjudgeable, StoreUnavailable) as error:
             raise PolicyUnavailable(f"the policy bucket {self.bucket!r} cannot be used: {error}") from error
-        except BotoCoreError as error:
-            raise PolicyUnavailable(f"the policy bucket {self.bucket!r} does not answer: {error}") from error
-        return answer
 
 
 _Step = tuple[Rollout, int | None, int | None]
@@ -444,7 +420,3 @@ def _key(prefix: str, number: int) -> str:
 
 def _number(prefix: str, key: str) -> int:
     return _LARGEST_NUMBER - int(key.removeprefix(prefix).partition(".")[0])
-
-
-def _code(error: ClientError) -> str:
-    return error.response.get("Error", {}).get("Code", "")

@@ -10,11 +10,10 @@ from typing import Any
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError
 
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, StoreUnavailable, TooLarge
 from services.core.messages import ObjectReference
-from services.images.object_store import ObjectStore, _meaning
+from services.images.object_store import ObjectStore
 from tests.images.test_decoder_pool import make_settings
 from tests.support.s3_server import CREDENTIALS
 
@@ -410,7 +409,3 @@ async def test_what_an_error_answer_means(status: int, code: str, text: str, err
             await store.read(reference("x", etag="e"))
         assert str(caught.value)
         store.close()
-
-
-def test_an_answer_without_any_detail() -> None:
-    assert isinstance(_meaning(ClientError({}, "GetObject"), reference("x")), Forbidden | StoreUnavailable)

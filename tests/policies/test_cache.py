@@ -33,7 +33,7 @@ class Counting(PolicyRegistry):
     """Counts what is read from the bucket."""
 
     def __init__(self, registry: PolicyRegistry, pause_s: float = 0.0) -> None:
-        super().__init__(registry._s3, registry.bucket)
+        super().__init__(registry.objects.client, registry.bucket)
         self.reads = Counter[str]()
         self._pause_s = pause_s
 

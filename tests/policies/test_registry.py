@@ -124,8 +124,8 @@ def test_tenants_may_only_be_given_policies_that_are_active(registry: PolicyRegi
 def test_a_damaged_version_is_not_served(registry: PolicyRegistry) -> None:
     registry.publish(BUILT_IN)
     key = "policies/default/versions/99999998.json"
-    body = registry._s3.get_object(Bucket=registry.bucket, Key=key)["Body"].read()
-    registry._s3.put_object(Bucket=registry.bucket, Key=key, Body=body.replace(b'"full"', b'"adaptive"'))
+    body = registry.objects.read(key)
+    registry.objects.put(key, body.replace(b'"full"', b'"adaptive"'))
     with pytest.raises(PolicyUnavailable, match="does not match its digest"):
         registry.get("default", 1)
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pipelines.annotation.options import SourceKind
 from pipelines.annotation.storage import Entry, Folder, folder, local_path
 from services.core.errors import ConfigurationError, NotFound, SluiceError
+from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
 
 REFERENCE_COLUMNS: Final = ("image", "file_name", "image_path", "path", "uri")
@@ -239,7 +240,7 @@ def is_local(place: str) -> bool:
 
 def bucket_of(place: str) -> str | None:
     """The bucket of a place in S3."""
-    return place.removeprefix("s3://").partition("/")[0] if place.startswith("s3://") else None
+    return parse_s3_uri(place)[0] if place.startswith("s3://") else None
 
 
 def _brief(error: BaseException) -> str:
