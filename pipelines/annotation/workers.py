@@ -86,6 +86,7 @@ class JudgeWorker:
                 settings = self._job.settings
                 self._judge = ChunkJudge(
                     images=ImageReader(settings, self._job.source),
+                    # The guard may be that of a running service, whose checkpoint these settings do not name.
                     preparer=DecoderPool(settings, await self._guard.max_side_px()),
                     guard=self._guard,
                     policy=self._policy,

@@ -51,12 +51,15 @@ class IntakeWorker:
         self._receiving = [asyncio.create_task(self._receive(lane)) for lane in self._lanes]
         self._watching = [asyncio.create_task(self._report_lag()), asyncio.create_task(self._watch())]
 
-    def check(self) -> None:
-        """Raise what made the member stop receiving, if anything did."""
+    def check_health(self) -> None:
+        """
+        Raises:
+            Exception: the error that made the worker stop receiving.
+        """
         for task in self._receiving:
             if task.done() and not self._draining:
                 task.result()
-                raise RuntimeError("intake stopped receiving")
+                raise RuntimeError("the intake worker has stopped receiving")
 
     async def drain(self) -> None:
         """Receive no more, finish what is in flight within `drain_s`, then leave the groups. Safe to repeat."""

@@ -1,7 +1,7 @@
 """The Serve application: its deployments Gateway (HTTP), Intake (streams) and Guard (the model), bound together.
 
-Gateway is the ingress; without gateway replicas Intake is. With autoscaling, the replicas of Intake and Guard follow
-the backlog; see `pipelines.autoscaling.serve_config`.
+Gateway is the ingress. Without gateway replicas, Intake is the ingress. With autoscaling, the replicas of Intake and
+Guard follow the backlog; see `pipelines.autoscaling.serve_config`.
 """
 
 from typing import Any, Final
@@ -15,42 +15,43 @@ from pipelines.serving.intake_deployment import IntakeDeployment
 from services.core.settings import Settings
 from services.guard.checkpoints import resolve
 
-_STOP_S: Final = 10.0
-"""Time of a replica after the drain to close its connections and child processes."""
+_CLOSE_S: Final = 10.0
+"""Time that a replica has after the drain to close its connections and child processes."""
 
 
 def bind_application(settings: Settings, *, guard_gpus: float, guard: Any = GuardDeployment) -> Application:
-    """Build the application for `serve.run`. `guard` is the deployment that judges; tests give another one.
+    """Return the application for `serve.run`. `guard` is the deployment that judges; tests pass another one.
 
     Raises:
         ConfigurationError: SLUICE_MODEL names no checkpoint.
     """
-    side_px = resolve(settings.model).max_side_px
+    # Intake and Gateway start while no guard runs, on nodes that need not have the checkpoint, so they can neither ask
+    # the guard for this number nor look it up.
+    max_side_px = resolve(settings.model).max_side_px
+    shutdown_s = settings.drain_s + _CLOSE_S
     guard = guard.options(
         **serve_config.guard_options(settings),
-        max_ongoing_requests=_guard_calls(settings),
+        max_ongoing_requests=_count_guard_calls(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},
-        graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
+        graceful_shutdown_timeout_s=shutdown_s,
     ).bind(settings)
     intake: Application = IntakeDeployment.options(  # type: ignore[attr-defined]
-        **serve_config.intake_options(settings),
-        graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
-    ).bind(settings, side_px, guard)
+        **serve_config.intake_options(settings), graceful_shutdown_timeout_s=shutdown_s
+    ).bind(settings, max_side_px, guard)
     if not settings.gateway_replicas:
         return intake
     gateway: Application = GatewayDeployment.options(  # type: ignore[attr-defined]
-        **serve_config.gateway_options(settings),
-        graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
-    ).bind(settings, side_px, guard, intake)
+        **serve_config.gateway_options(settings), graceful_shutdown_timeout_s=shutdown_s
+    ).bind(settings, max_side_px, guard, intake)
     return gateway
 
 
-def _guard_calls(settings: Settings) -> int:
+def _count_guard_calls(settings: Settings) -> int:
     """Return how many calls a guard replica accepts at a time.
 
     Calls that wait inside the replica are ordered by priority; calls that wait for the replica are not. So the limit
-    has room for all that Intake has in flight, and for the calls of Gateway on top: an HTTP request never waits behind
-    the stream. With autoscaling, Intake has hardly more members than the guard needs, so its minimum is enough here.
+    has room for everything that Intake has in flight, and for the calls of Gateway on top: an HTTP request never waits
+    behind the stream. With autoscaling, Intake has hardly more members than the guard needs, so its minimum is enough.
     """
-    of_intake = 2 * settings.guard_in_flight + settings.intake_replicas * settings.in_flight
-    return of_intake + settings.gateway_replicas * settings.gateway_in_flight
+    intake_calls = 2 * settings.guard_in_flight + settings.intake_replicas * settings.in_flight
+    return intake_calls + settings.gateway_replicas * settings.gateway_in_flight

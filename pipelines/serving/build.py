@@ -15,18 +15,20 @@ from services.core.settings import Settings, require
 from services.policies.registry import PolicyRegistry
 
 LOGGING_CONFIG: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Serve's own log: warnings only."""
 
 _GUARD_GPUS: Final = 1.0
-"""GPUs of a guard replica unless a setting says otherwise; they cannot be counted where GPU nodes start on demand."""
+"""GPUs of a guard replica without the setting `guard_gpus`. The build cannot count the GPUs of nodes that start on
+demand."""
 _POLICY_BUCKET_DEADLINE_S: Final = 60.0
-"""How long to retry while the policy bucket is down; Serve does not repeat a failed build."""
+"""How long the build is retried while the policy bucket is down. Serve does not repeat a failed build."""
 
 
 class Arguments(Settings):
-    """`args` of the application: every setting by its name in lower case, without the prefix.
+    """The application's `args`: each setting by its name in lower case, without the prefix SLUICE_.
 
-    Settings that are not given are read from the environment of the node that builds. Unknown names are refused, so
-    that a typing error is found before anything is deployed.
+    A setting without an argument is read from the environment of the node that builds. An unknown name is an error, so
+    that a misspelled setting is found before anything is deployed.
     """
 
     model_config = SettingsConfigDict(extra="forbid")
@@ -47,7 +49,7 @@ def build(arguments: Arguments) -> Application:
 
 
 def make_deploy_schema(settings: Settings) -> ServeDeploySchema:
-    """Return the configuration for `serve deploy`. Only this way can an application have its own autoscaling policy."""
+    """Return the configuration for `serve deploy`. Only with it can an application have its own autoscaling policy."""
     return ServeDeploySchema(
         proxy_location=ProxyLocation.Disabled,
         applications=[

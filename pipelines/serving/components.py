@@ -1,4 +1,4 @@
-"""The components that judge images, built from the settings; Intake and Gateway use the same ones."""
+"""The components that judge images, built from the settings. Intake and Gateway use the same ones."""
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,37 +20,37 @@ from services.policies.registry import PolicyRegistry
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """A moderator, and those of its parts that the deployments use themselves."""
+    """The moderator, and the parts of it that the deployments also use directly."""
 
     moderator: Moderator
     guard: RemoteGuard
-    preparer: DecoderPool
+    decoder_pool: DecoderPool
     policies: PolicyCache
     registry: PolicyRegistry
-    shared: PolicyRedisCache
+    redis_cache: PolicyRedisCache
 
     @classmethod
     async def from_settings(
-        cls, settings: Settings, side_px: int, guard: DeploymentHandle[Any], closing: AsyncExitStack
+        cls, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any], closing: AsyncExitStack
     ) -> Self:
-        """Build and start all components; `closing` stops them. The guard need not be ready yet.
+        """Start all components, and have `closing` stop them. The guard need not be ready yet.
 
-        `side_px` is the longest side of an image, in pixels, that the model can use.
+        `max_side_px` is the longest side of an image, in pixels, that the model can use.
         """
-        preparer, store = DecoderPool(settings, side_px), ObjectStore(settings)
-        closing.callback(preparer.close)
-        closing.callback(store.close)
+        decoder_pool, images = DecoderPool(settings, max_side_px), ObjectStore(settings)
+        closing.callback(decoder_pool.close)
+        closing.callback(images.close)
         registry = PolicyRegistry.from_settings(settings)
-        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
-        closing.push_async_callback(shared.close)
+        redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+        closing.push_async_callback(redis_cache.close)
         enter = closing.enter_async_context
-        policies = await enter(PolicyCache(registry, shared, refresh_s=settings.policy_refresh_s))
-        remote = RemoteGuard.from_settings(guard, settings)
+        policies = await enter(PolicyCache(registry, redis_cache, refresh_s=settings.policy_refresh_s))
+        remote_guard = RemoteGuard.from_settings(guard, settings)
         moderator = build_retrying_moderator(
             policies=policies,
-            images=store,
-            preparer=preparer,
-            guard=remote,
-            breaker=await enter(CircuitBreaker(policies, registry, shared)),
+            images=images,
+            preparer=decoder_pool,
+            guard=remote_guard,
+            breaker=await enter(CircuitBreaker(policies, registry, redis_cache)),
         )
-        return cls(moderator, remote, preparer, policies, registry, shared)
+        return cls(moderator, remote_guard, decoder_pool, policies, registry, redis_cache)

@@ -1,4 +1,4 @@
-"""The client of the guard deployment: calls it through a Serve handle and raises Sluice's own errors."""
+"""The client of the guard deployment: it calls a Serve handle and raises Sluice's own errors."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,30 +17,28 @@ _DEADLINES_PER_CALL: Final = 4
 
 
 class RemoteGuard:
-    """Calls the guard through a Serve handle. It assesses and raises as `GuardInference` does."""
+    """The guard behind a Serve handle. Its methods raise the errors of `GuardInference`."""
 
     def __init__(self, handle: DeploymentHandle[Any], *, deadline_s: float) -> None:
         """`deadline_s` is the longest time of a call, including the wait for a replica."""
         self._handle = handle
         self._deadline_s = deadline_s
         self.in_flight = 0
-        """Calls without an answer yet, including calls that wait for a replica."""
+        """Calls without an answer yet, including those that wait for a replica."""
 
     @classmethod
     def from_settings(cls, handle: DeploymentHandle[Any], settings: Settings) -> Self:
         return cls(handle, deadline_s=_DEADLINES_PER_CALL * settings.guard_deadline_s)
 
-    async def assess(
-        self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"
-    ) -> Assessment:
-        """As `GuardInference.assess`. Raises GuardUnavailable if there is no replica, or if it dies during the call."""
-        assessment: Assessment = await self._call("assess", image, policy, detail, priority)
-        return assessment
-
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
-        """As `GuardInference.assess_each`, on one replica; raises as `assess`. The deadline holds for each policy."""
+        """Judge an image by each policy, on one replica. The deadline is that of one call for each policy.
+
+        Raises:
+            GuardUnavailable: no replica answered within the deadline, or the replica died during the call.
+            SluiceError: any error of `GuardInference.assess_each`.
+        """
         if not policies:
             return []
         assessments: list[Assessment] = await self._call(
@@ -49,7 +47,7 @@ class RemoteGuard:
         return assessments
 
     async def max_side_px(self) -> int:
-        """Longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
+        """Return the longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
         return int(await self._call("max_side_px"))
 
     async def _call(self, method: str, *args: Any, calls: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""Intake as a Ray Serve deployment: reads the streams, has submissions judged, and publishes their outcomes."""
+"""Intake as a Ray Serve deployment: one member of the consumer group and its streams."""
 
 import os
 from collections.abc import Sequence
@@ -25,36 +25,47 @@ from services.streams.factory import open_consumer
 
 @serve.deployment(name=INTAKE, max_ongoing_requests=100, health_check_period_s=5)
 class IntakeDeployment:
-    """One replica: one member of the consumer group."""
+    """One replica: one member of the consumer group. It also judges single images for the command line."""
 
-    async def __init__(self, settings: Settings, side_px: int, guard: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Join the group and start to receive; the guard need not be ready yet.
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any]
+    ) -> None:
+        """Join the consumer group and start to receive. The guard need not be ready yet.
 
-        `side_px` is the longest side of an image, in pixels, that the model can use.
+        `max_side_px` is the longest side of an image, in pixels, that the model can use.
+
+        Raises:
+            ConfigurationError: the stream system refuses the settings.
         """
         configure_logging(settings.log_file)
         self._closing = AsyncExitStack()
-        parts = await Components.from_settings(settings, side_px, guard, self._closing)
-        self._policies, self._moderator, shared = parts.policies, parts.moderator, parts.shared
-        self._guard = parts.guard
+        try:
+            await self._start(settings, max_side_px, guard)
+        except BaseException:
+            await self._closing.aclose()
+            raise
+
+    async def _start(self, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any]) -> None:
+        components = await Components.from_settings(settings, max_side_px, guard, self._closing)
+        self._guard, self._policies, self._moderator = components.guard, components.policies, components.moderator
         self._image_limit_bytes = settings.image_limit_bytes
         enter = self._closing.enter_async_context
-        sample = await enter(TrafficSample(shared, size=settings.sample_size))
+        sample = await enter(TrafficSample(components.redis_cache, size=settings.sample_size))
         member = f"{os.uname().nodename}-{os.getpid()}-{serve.get_replica_context().replica_id.unique_id}"
-        isolation = await enter(CrashIsolation(shared, settings.group, member))
+        isolation = await enter(CrashIsolation(components.redis_cache, settings.group, member))
         backfill = (
             await open_consumer(StreamConfig.for_backfill(settings), member) if settings.backfill_stream else None
         )
         live = await open_consumer(StreamConfig.from_settings(settings), member)
-        self._intake = IntakeWorker(live, self._moderator, settings, isolation, sample, backfill)
-        self._closing.push_async_callback(self._intake.drain)
+        self._worker = IntakeWorker(live, self._moderator, settings, isolation, sample, backfill)
+        self._closing.push_async_callback(self._worker.drain)
 
     async def judge_under(
         self, request: ImageRequest, policies: Sequence[str | Policy], image: bytes | None = None
     ) -> list[Verdict | Unjudgeable]:
-        """Judge an image by each policy or policy version. Nothing is published, counted or acted upon.
+        """Judge an image by each policy or policy version, without publishing or counting anything.
 
-        `image` is the image file, if it came with the request; None to fetch the object that the request names.
+        `image` is the image file, if it came with the request. With None, the object that the request names is fetched.
 
         Raises:
             Unjudgeable: the image is too large, it cannot be fetched or prepared, or a policy version does not exist.
@@ -66,16 +77,19 @@ class IntakeDeployment:
         return list(await self._moderator.judge_under(request, resolved, upload=upload))
 
     async def drain(self) -> None:
-        """Receive no more, finish what is in flight, leave the group."""
-        await self._intake.drain()
+        """Receive no more messages, finish those in flight, and leave the group."""
+        await self._worker.drain()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return what the autoscaling policy reads; see `pipelines.autoscaling.recorded_metrics`."""
-        return recorded_metrics.encode(self._intake.lags, self._guard.in_flight)
+        """Return the numbers that the autoscaling policy reads; see `pipelines.autoscaling.recorded_metrics`."""
+        return recorded_metrics.encode(self._worker.lags, self._guard.in_flight)
 
     def check_health(self) -> None:
-        """Raise what made the member stop receiving, if anything did. Serve then replaces the replica."""
-        self._intake.check()
+        """
+        Raises:
+            Exception: the error that made the worker stop receiving. Serve replaces the replica.
+        """
+        self._worker.check_health()
 
     async def __del__(self) -> None:
         await self._closing.aclose()

@@ -63,7 +63,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         )
         closing.push_async_callback(intake.drain)
         while not ending.is_set():
-            intake.check()
+            intake.check_health()
             with suppress(TimeoutError):
                 await asyncio.wait_for(ending.wait(), _CHECK_S)
 

@@ -1,4 +1,4 @@
-"""The application as `serve deploy` builds it, without a cluster."""
+"""The application that `serve deploy` builds, without a cluster."""
 
 import uuid
 from typing import Any
@@ -23,7 +23,7 @@ SERVE_YAML = ServeDeploySchema.model_validate(document(INFRA / "serve.yaml"))
 
 @pytest.fixture
 def arguments(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Those of serve.yaml, but for an S3 server that is there."""
+    """The `args` of serve.yaml, with the S3 server and a new bucket of this test."""
     monkeypatch.setenv("SLUICE_S3_ENDPOINT", s3_endpoint)
     bucket = f"policies-{uuid.uuid4()}"
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=bucket)
@@ -31,23 +31,25 @@ def arguments(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """What Serve does on the cluster before it deploys anything."""
+    """Build the application as Serve does on the cluster before it deploys anything."""
     return call_user_app_builder_with_args_if_necessary(import_attr(DEPLOYED.import_path), arguments)
 
 
-def test_serve_yaml_builds_the_same_application_as_up_does(arguments: dict[str, Any], s3_endpoint: str) -> None:
+def test_serve_yaml_builds_both_deployments_and_publishes_the_policy(
+    arguments: dict[str, Any], s3_endpoint: str
+) -> None:
     built = build_app(build(arguments), name=APPLICATION)
 
     assert DEPLOYED.name == APPLICATION
     assert {deployment.name for deployment in built.deployments} >= {"Intake", "Guard"}
     guard = next(deployment for deployment in built.deployments if deployment.name == "Guard")
-    # GPU nodes that come on demand are not there to be counted when the application is built.
+    # The build cannot count the GPUs of nodes that start on demand.
     assert guard.ray_actor_options["num_gpus"] == 1
     registry = PolicyRegistry(boto3.client("s3", endpoint_url=s3_endpoint), arguments["policy_bucket"])
     assert registry.versions("default") == [1]
 
 
-def test_building_again_leaves_the_policies_alone(arguments: dict[str, Any], s3_endpoint: str) -> None:
+def test_second_build_leaves_the_policies_unchanged(arguments: dict[str, Any], s3_endpoint: str) -> None:
     build(arguments)
     build(arguments)
 
@@ -55,7 +57,9 @@ def test_building_again_leaves_the_policies_alone(arguments: dict[str, Any], s3_
     assert [change.action for change in registry.history("default")] == ["activate"]
 
 
-def test_settings_come_from_the_environment_too(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_without_an_argument_come_from_the_environment(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLUICE_GROUP", "of-the-environment")
     monkeypatch.setenv("SLUICE_MODEL", "tiny")
 
@@ -65,18 +69,18 @@ def test_settings_come_from_the_environment_too(arguments: dict[str, Any], monke
     assert read.model == DEPLOYED.args["model"]
 
 
-def test_a_setting_that_does_not_exist_is_refused(arguments: dict[str, Any]) -> None:
+def test_unknown_setting_is_rejected(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"intake_replica\n.*not permitted"):
         build(arguments | {"intake_replica": 3})
 
 
-def test_what_is_missing_is_named(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_setting_is_named(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLUICE_STREAM_URL", raising=False)
     del arguments["stream_url"]
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL not set"):
         build(arguments)
 
 
-def test_a_checkpoint_that_does_not_exist_is_refused(arguments: dict[str, Any]) -> None:
+def test_unknown_checkpoint_is_rejected(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_MODEL=LlavaGuard-9"):
         build(arguments | {"model": "LlavaGuard-9"})

@@ -1,4 +1,4 @@
-"""The guard behind a Serve handle: in this process with a made-up engine, and once on a real Ray."""
+"""The guard behind a Serve handle: in this process on a fake engine, and once on a Ray cluster with the real one."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray import serve
 
-from pipelines.serving import guard_deployment as deployment
+from pipelines.serving import guard_deployment
 from pipelines.serving.guard_client import RemoteGuard
 from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
@@ -21,6 +21,10 @@ from services.core.settings import Settings
 from services.core.values import Assessment, ModelIdentity
 from services.guard.checkpoints import resolve
 from tests.support.engine import drawn, policy, prepared
+
+pytestmark = pytest.mark.filterwarnings(  # Serve awaits it; the garbage collector calls it a second time
+    "ignore:coroutine 'GuardDeployment.__del__' was never awaited:RuntimeWarning"
+)
 
 
 def settings(state_dir: Path, **changes: Any) -> Settings:
@@ -36,7 +40,7 @@ def settings(state_dir: Path, **changes: Any) -> Settings:
 
 
 class FakeEngine:
-    """Says what a test wants it to say."""
+    """Generates what a test tells it to."""
 
     down_s = 0.0
     state = "ready"
@@ -51,10 +55,10 @@ class FakeEngine:
     def from_settings(cls, _: Settings) -> "FakeEngine":
         return cls()
 
-    async def start(self) -> None:
-        await asyncio.sleep(0)
+    async def __aenter__(self) -> "FakeEngine":
+        return self
 
-    async def stop(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         type(self).stopped += 1
 
     async def health_check(self) -> None:
@@ -78,10 +82,17 @@ ONE_TOKEN = {
 }
 
 
-@pytest.fixture
-def fake_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteGuard:
-    monkeypatch.setattr(deployment, "Engine", FakeEngine)
+@pytest.fixture(autouse=True)
+def _fake_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("engine"):
+        return
+    monkeypatch.setattr(guard_deployment, "Engine", FakeEngine)
     monkeypatch.setattr(FakeEngine, "generates", ONE_TOKEN)
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> RemoteGuard:
+    """A guard in this process, on a fake engine."""
     handle = serve.run(
         GuardDeployment.bind(settings(tmp_path)),
         name="guard-test",
@@ -91,73 +102,84 @@ def fake_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteGuard:
     return RemoteGuard(handle, deadline_s=20)
 
 
-class TestInThisProcess:
-    async def test_an_assessment_comes_back(self, fake_guard: RemoteGuard) -> None:
-        assessment = await fake_guard.assess(drawn(1), policy(), "score")
-        assert assessment.score == pytest.approx(0.0998, abs=1e-3)
-        assert assessment.rating == "Safe"
-        assert await fake_guard.max_side_px() == resolve("tiny").max_side_px
-
-    async def test_an_assessment_for_each_policy(self, fake_guard: RemoteGuard) -> None:
-        each = await fake_guard.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
-        assert [type(assessment) for assessment in each] == [Assessment, Assessment]
-        assert each[0].model.prompt != each[1].model.prompt
-        assert await fake_guard.assess_each(drawn(1), [], "score") == []
-
-    @pytest.mark.parametrize(
-        "error",
-        [GuardFailed("It is garbage."), GuardUnavailable("It is gone."), UnreadableAnswer("It mumbles.")],
-        ids=lambda error: type(error).__name__,
-    )
-    async def test_errors_come_as_they_are(self, fake_guard, monkeypatch, error) -> None:
-        monkeypatch.setattr(FakeEngine, "generates", error)
-        with pytest.raises(type(error)) as caught:
-            await fake_guard.assess(drawn(1), policy(), "verdict")
-        assert type(caught.value) is type(error)
-        assert str(caught.value) == str(error)
+async def start_replica(tmp_path: Path, **changes: Any) -> Any:
+    """Start a replica without Serve."""
+    replica = object.__new__(GuardDeployment.func_or_class)
+    await replica.__init__(settings(tmp_path, **changes))
+    return replica
 
 
-async def replica(tmp_path: Path, **changes: Any) -> Any:
-    made = object.__new__(GuardDeployment.func_or_class)
-    await made.__init__(settings(tmp_path, **changes))
-    return made
+async def test_remote_guard_returns_the_assessment(guard: RemoteGuard) -> None:
+    (assessment,) = await guard.assess_each(drawn(1), [policy()], "score")
+    assert assessment.score == pytest.approx(0.0998, abs=1e-3)
+    assert assessment.rating == "Safe"
+    assert await guard.max_side_px() == resolve("tiny").max_side_px
 
 
-class TestTheReplica:
-    @pytest.fixture(autouse=True)
-    def _made_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(deployment, "Engine", FakeEngine)
-        monkeypatch.setattr(FakeEngine, "generates", ONE_TOKEN)
+async def test_remote_guard_with_several_policies_returns_an_assessment_for_each(guard: RemoteGuard) -> None:
+    each = await guard.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
+    assert [type(assessment) for assessment in each] == [Assessment, Assessment]
+    assert each[0].model.prompt != each[1].model.prompt
+    assert await guard.assess_each(drawn(1), [], "score") == []
 
-    @pytest.fixture
-    async def replica(self, tmp_path: Path) -> Any:
-        return await replica(tmp_path, guard_start_s=100)
 
-    async def test_is_unhealthy_only_after_a_whole_start(self, replica, monkeypatch) -> None:
-        await replica.check_health()
-        monkeypatch.setattr(FakeEngine, "down_s", 99)
-        await replica.check_health()
-        monkeypatch.setattr(FakeEngine, "down_s", 101)
-        with pytest.raises(GuardUnavailable, match="101 s"):
-            await replica.check_health()
+@pytest.mark.parametrize(
+    "error",
+    [GuardFailed("It is garbage."), GuardUnavailable("It is gone."), UnreadableAnswer("It mumbles.")],
+    ids=lambda error: type(error).__name__,
+)
+async def test_remote_guard_raises_the_replicas_own_error(
+    guard: RemoteGuard, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(FakeEngine, "generates", error)
+    with pytest.raises(type(error)) as caught:
+        await guard.assess_each(drawn(1), [policy()], "verdict")
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+    assert guard.in_flight == 0
 
-    async def test_reconfigure_keeps_the_engine(self, replica) -> None:
-        engine = replica._engine
-        replica.reconfigure({"guard_in_flight": 3})
-        assert replica._guard.engine is engine
-        with pytest.raises(ConfigurationError, match="model"):
-            replica.reconfigure({"model": "other"})
 
-    async def test_stops_its_engine(self, replica) -> None:
-        before = FakeEngine.stopped
-        await replica.__del__()
-        assert FakeEngine.stopped == before + 1
+async def test_replica_is_unhealthy_only_after_a_whole_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = await start_replica(tmp_path, guard_start_s=100)
+    replica.check_health()
+    monkeypatch.setattr(FakeEngine, "down_s", 99)
+    replica.check_health()
+    monkeypatch.setattr(FakeEngine, "down_s", 101)
+    with pytest.raises(GuardUnavailable, match="101 s"):
+        replica.check_health()
+
+
+async def test_replica_reconfigured_keeps_its_engine(tmp_path: Path) -> None:
+    replica = await start_replica(tmp_path)
+    engine = replica._inference.engine
+    replica.reconfigure({"guard_in_flight": 3})
+    assert replica._inference.engine is engine
+    with pytest.raises(ConfigurationError, match="cannot change model of a running guard"):
+        replica.reconfigure({"model": "other"})
+
+
+async def test_replica_stops_its_engine_at_the_end(tmp_path: Path) -> None:
+    replica = await start_replica(tmp_path)
+    before = FakeEngine.stopped
+    await replica.__del__()
+    assert FakeEngine.stopped == before + 1
+
+
+async def test_replica_that_cannot_start_stops_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def give_one_token_for_everything(_: FakeEngine, text: str) -> list[int]:
+        return [1]
+
+    monkeypatch.setattr(FakeEngine, "tokenize", give_one_token_for_everything)
+    before = FakeEngine.stopped
+    with pytest.raises(ConfigurationError):
+        await start_replica(tmp_path)
+    assert FakeEngine.stopped == before + 1
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_on_a_real_ray(tmp_path: Path) -> None:
+async def test_guard_on_a_ray_cluster_survives_the_death_of_its_replica(tmp_path: Path) -> None:
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         one = GuardDeployment.options(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=16)
@@ -166,7 +188,7 @@ async def test_on_a_real_ray(tmp_path: Path) -> None:
         judged_by = policy()
         # Policies come from the registry with a read-only mapping.
         object.__setattr__(judged_by, "category_thresholds", MappingProxyType({}))
-        assessment = await guard.assess(drawn(1), judged_by, "verdict")
+        (assessment,) = await guard.assess_each(drawn(1), [judged_by], "verdict")
         assert isinstance(assessment, Assessment)
         assert isinstance(assessment.model, ModelIdentity)
 
@@ -174,18 +196,20 @@ async def test_on_a_real_ray(tmp_path: Path) -> None:
         assert first.score == pytest.approx(second.score, abs=1e-5)
 
         with pytest.raises(GuardFailed) as caught:
-            await guard.assess(prepared(b"garbage"), judged_by, "score")
+            await guard.assess_each(prepared(b"garbage"), [judged_by], "score")
         assert type(caught.value) is GuardFailed
         assert "\n" not in str(caught.value)
 
         engines = [process for process in psutil.process_iter() if _is_engine_of(process, tmp_path)]
         assert engines
         owner = psutil.Process(_guardian(engines[0]).ppid())
-        calls = [asyncio.create_task(guard.assess(drawn(seed), policy("always"), "verdict")) for seed in range(3)]
+        calls = [
+            asyncio.create_task(guard.assess_each(drawn(seed), [policy("always")], "verdict")) for seed in range(3)
+        ]
         await asyncio.sleep(0.3)
         os.kill(owner.pid, signal.SIGKILL)
         results = await asyncio.gather(*calls, return_exceptions=True)
-        assert {type(result) for result in results} <= {GuardUnavailable, Assessment}
+        assert {type(result) for result in results} <= {GuardUnavailable, list}
         assert GuardUnavailable in {type(result) for result in results}
         _, left = psutil.wait_procs(engines, timeout=10)
         assert not left

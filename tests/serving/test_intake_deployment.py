@@ -16,7 +16,7 @@ LIMIT_BYTES = 10
 POLICY = BUILT_IN.as_version(1)
 
 
-class Moderation:
+class FakeModerator:
     """Keeps the image that each request came with; None if the object is to be fetched."""
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class Moderation:
 
 
 @pytest.fixture
-def moderation() -> Moderation:
-    return Moderation()
+def moderator() -> FakeModerator:
+    return FakeModerator()
 
 
-async def judge_under(moderation: Moderation, request: ImageRequest, image: bytes | None) -> Any:
+async def judge_under(moderator: FakeModerator, request: ImageRequest, image: bytes | None) -> Any:
     """Call the deployment's method for a replica that is a member of no group."""
-    replica = SimpleNamespace(_moderator=moderation, _image_limit_bytes=LIMIT_BYTES)
+    replica = SimpleNamespace(_moderator=moderator, _image_limit_bytes=LIMIT_BYTES)
     return await IntakeDeployment.func_or_class.judge_under(replica, request, [POLICY], image)  # type: ignore[attr-defined]
 
 
@@ -44,25 +44,25 @@ def upload(image: bytes) -> Upload:
     return Upload(id="upl-1", uri=Upload.uri_of(image))
 
 
-async def test_image_with_the_request_is_judged(moderation: Moderation) -> None:
+async def test_image_with_the_request_is_judged(moderator: FakeModerator) -> None:
     image = b"x" * LIMIT_BYTES
-    assert await judge_under(moderation, upload(image), image) == [(Upload.uri_of(image), "default")]
-    assert moderation.images == [image]
+    assert await judge_under(moderator, upload(image), image) == [(Upload.uri_of(image), "default")]
+    assert moderator.images == [image]
 
 
-async def test_empty_image_with_the_request_is_judged_and_not_fetched(moderation: Moderation) -> None:
-    await judge_under(moderation, upload(b""), b"")
-    assert moderation.images == [b""]
+async def test_empty_image_with_the_request_is_judged_and_not_fetched(moderator: FakeModerator) -> None:
+    await judge_under(moderator, upload(b""), b"")
+    assert moderator.images == [b""]
 
 
-async def test_no_image_with_the_request_object_is_fetched(moderation: Moderation) -> None:
+async def test_no_image_with_the_request_object_is_fetched(moderator: FakeModerator) -> None:
     uri = "s3://uploads/a"
-    assert await judge_under(moderation, Submission(id="upl-1", uri=uri), None) == [(uri, "default")]
-    assert moderation.images == [None]
+    assert await judge_under(moderator, Submission(id="upl-1", uri=uri), None) == [(uri, "default")]
+    assert moderator.images == [None]
 
 
-async def test_image_larger_than_the_limit_is_rejected(moderation: Moderation) -> None:
+async def test_image_larger_than_the_limit_is_rejected(moderator: FakeModerator) -> None:
     image = b"x" * (LIMIT_BYTES + 1)
     with pytest.raises(TooLarge, match="the image has 11 bytes, more than 10"):
-        await judge_under(moderation, upload(image), image)
-    assert moderation.images == []
+        await judge_under(moderator, upload(image), image)
+    assert moderator.images == []
