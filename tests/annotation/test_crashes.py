@@ -98,7 +98,7 @@ def fuse(monkeypatch: pytest.MonkeyPatch) -> Fuse:
     monkeypatch.setattr(cluster, "guard", nothing)
     monkeypatch.setattr(cluster, "run_units", run_units)
     monkeypatch.setattr(cluster, "run_here", run_units)
-    monkeypatch.setattr(workers, "RemoteGuard", lambda *_, **__: Guard())
+    monkeypatch.setattr(workers.RemoteGuard, "from_settings", lambda *_: Guard())
     monkeypatch.setattr(workers.serve, "get_deployment_handle", lambda *_: None)
     monkeypatch.setattr(workers, "DecoderPool", DecoderPool)
     monkeypatch.setattr(summary, "page", lambda _: "")  # it takes longer than all the rest
