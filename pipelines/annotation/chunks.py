@@ -1,9 +1,9 @@
-"""Makes chunks of an index: rows in the order of the source, with what is the same as an earlier one beside it.
+"""Divides an index into chunks: rows in the order of the source, each duplicate in the chunk of the first such image.
 
-A chunk is what is judged and kept as one. A row whose image was seen before goes to the chunk of the first one with
-the same bytes, so that nothing has to be known of other chunks to judge an image once. Digests are sorted in one of
-SQLite's temporary files (SQLITE_TMPDIR, else TMPDIR; some 100 bytes for each image, twice that while they are sorted),
-so that memory does not grow with the source.
+A chunk is judged and stored as a whole. A row whose image occurred before goes into the chunk of the first row with the
+same bytes, so a worker judges each image once without knowing other chunks. Digests are sorted in a temporary file of
+SQLite (in SQLITE_TMPDIR, else TMPDIR; about 100 bytes for each image, twice that while they are sorted), so memory does
+not grow with the source.
 """
 
 import pickle
@@ -12,24 +12,26 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Final
+from typing import Final, Self
 
 import pyarrow as pa
 
-from pipelines.annotation.schema import BATCH_ROWS, PLAN, ParquetBuffer, Row, to_parquet, with_extras
+from pipelines.annotation.image_row import PLAN, ImageRow, PlannedImage
+from pipelines.annotation.schema import BATCH_ROWS, ParquetBuffer, to_parquet, with_extras
 
 _CACHE_KIB: Final = 65_536
 _CHUNK_ROWS: Final = (50, 5_000)
+"""The least and the most rows of a chunk, unless the number is given."""
 _CHUNKS: Final = 10_000
 
-Tables = Callable[[], Iterable[pa.Table]]
-Write = Callable[[str, int, bytes], None]
-"""Takes the name of a part, its rows and the parquet file of them."""
+ReadIndex = Callable[[], Iterable[pa.Table]]
+WriteChunk = Callable[[str, int, bytes], None]
+"""Takes the name of a file of the plan, its number of rows, and its content as parquet."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnnotationPlan:
-    """What there is to do."""
+    """The size of a run."""
 
     rows: int
     chunks: int
@@ -38,78 +40,92 @@ class AnnotationPlan:
     unreadable: int
 
 
-def chunk_rows(rows: int) -> int:
-    """How many rows a chunk has, so that there are some thousands of chunks at most."""
+def choose_chunk_rows(rows: int) -> int:
+    """The rows of a chunk for a source of `rows` rows, so that there are at most some thousands of chunks."""
     return min(max(rows // _CHUNKS, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
 
 
-def make(tables: Tables, extras: pa.Schema, write: Write, per_chunk: int | None) -> AnnotationPlan:
-    """Write the chunks, some of them in two parts: `000123` and, with duplicates from later chunks, `000123-late`.
+def plan_chunks(
+    read_index: ReadIndex, extras: pa.Schema, write: WriteChunk, per_chunk: int | None = None
+) -> AnnotationPlan:
+    """Write the chunks. The same index always gives the same chunks.
 
-    The same index always gives the same chunks.
+    Chunk 123 is the file `000123`. Duplicates from later chunks are in a second file, `000123-late`.
 
     Args:
-        tables: the index, the same each time that it is asked for.
-        write: writes a part.
-        per_chunk: rows of a chunk; chosen by the number of rows unless given.
+        read_index: returns the index. It is called twice and has to return the same tables.
+        extras: the source's own columns.
+        write: writes a file of the plan.
+        per_chunk: rows of a chunk; None to choose them by the number of rows.
     """
     schema = with_extras(PLAN, extras)
-    with _Digests() as digests:
+    with _DigestDatabase() as digests:
         rows = unreadable = 0
-        for table in tables():
+        for table in read_index():
             found = table.column("sha256").to_pylist()
             digests.add(rows, found)
             rows += len(found)
             unreadable += found.count(None)
-        size = per_chunk or chunk_rows(rows)
-        firsts = digests.duplicates()
-        duplicates = _write_chunks(tables(), firsts, size, schema, write, digests)
-        for chunk, late in digests.late():
-            part = ParquetBuffer(schema)
-            while some := list(islice(late, BATCH_ROWS)):
-                part.add(pa.Table.from_pylist(some, schema))
-            write(f"{chunk:06d}-late", part.rows, part.finish())
-    return AnnotationPlan(rows, -(-rows // size), size, duplicates, unreadable)
+        size = per_chunk or choose_chunk_rows(rows)
+        writer = _ChunkWriter(size, schema, write, digests)
+        for table in read_index():
+            for columns in table.to_pylist():
+                writer.add(ImageRow.from_columns(columns))
+        writer.finish()
+    return AnnotationPlan(rows, -(-rows // size), size, writer.duplicates, unreadable)
 
 
-def _write_chunks(
-    tables: Iterable[pa.Table],
-    firsts: Iterator[tuple[int, int]],
-    size: int,
-    schema: pa.Schema,
-    write: Write,
-    digests: "_Digests",
-) -> int:
-    def keep(number: int) -> None:
-        write(f"{number:06d}", len(chunk), to_parquet(pa.Table.from_pylist(chunk, schema)))
+class _ChunkWriter:
+    """Writes the rows of an index as chunks, in their order."""
 
-    row = duplicates = 0
-    upcoming = next(firsts, None)
-    chunk: list[Row] = []
-    for table in tables:
-        for values in table.to_pylist():
-            first = None
-            if upcoming is not None and upcoming[0] == row:
-                first, upcoming = upcoming[1], next(firsts, None)
-                duplicates += 1
-            planned = {"row": row, "duplicate_of": first, **values}
-            if first is not None and first // size != row // size:
-                digests.put_off(first // size, planned)
-            else:
-                chunk.append(planned)
-            row += 1
-            if row % size == 0:
-                keep(row // size - 1)
-                chunk = []
-    if row % size:
-        keep(row // size)
-    return duplicates
+    def __init__(self, size: int, schema: pa.Schema, write: WriteChunk, digests: "_DigestDatabase") -> None:
+        self.duplicates = 0
+        self._size = size
+        self._schema = schema
+        self._write = write
+        self._digests = digests
+        self._sorted_duplicates = digests.duplicates()
+        self._next_duplicate = next(self._sorted_duplicates, None)
+        self._row = 0
+        self._chunk: list[PlannedImage] = []
+
+    def add(self, image: ImageRow) -> None:
+        first = None
+        if self._next_duplicate is not None and self._next_duplicate[0] == self._row:
+            first = self._next_duplicate[1]
+            self._next_duplicate = next(self._sorted_duplicates, None)
+            self.duplicates += 1
+        planned = PlannedImage(self._row, first, image)
+        if first is not None and first // self._size != self._row // self._size:
+            self._digests.defer(first // self._size, planned)
+        else:
+            self._chunk.append(planned)
+        self._row += 1
+        if self._row % self._size == 0:
+            self._write_chunk(self._row // self._size - 1)
+
+    def finish(self) -> None:
+        """Write the last chunk, and the duplicates that belong to earlier chunks."""
+        if self._row % self._size:
+            self._write_chunk(self._row // self._size)
+        for number, deferred in self._digests.deferred():
+            part = ParquetBuffer(self._schema)
+            while batch := list(islice(deferred, BATCH_ROWS)):
+                part.add(self._table(batch))
+            self._write(f"{number:06d}-late", part.rows, part.finish())
+
+    def _write_chunk(self, number: int) -> None:
+        self._write(f"{number:06d}", len(self._chunk), to_parquet(self._table(self._chunk)))
+        self._chunk = []
+
+    def _table(self, rows: Iterable[PlannedImage]) -> pa.Table:
+        return pa.Table.from_pylist([row.to_columns() for row in rows], self._schema)
 
 
-class _Digests:
-    """Digests of all rows on disk. To be used as a context manager."""
+class _DigestDatabase:
+    """The digests of all rows, on disk, and rows that are deferred to an earlier chunk. A context manager."""
 
-    def __enter__(self) -> "_Digests":
+    def __enter__(self) -> Self:
         self._database = sqlite3.connect("", isolation_level=None)
         for statement in (
             "PRAGMA journal_mode = OFF",
@@ -118,7 +134,7 @@ class _Digests:
             f"PRAGMA cache_size = -{_CACHE_KIB}",
             "CREATE TABLE digests (digest BLOB, row INTEGER)",
             "CREATE TABLE late (chunk INTEGER, row INTEGER, planned BLOB)",
-            "BEGIN",  # and never committed: each commit would write a page
+            "BEGIN",  # never committed, because every commit would write to disk
         ):
             self._database.execute(statement)
         return self
@@ -127,26 +143,26 @@ class _Digests:
         self._database.close()
 
     def add(self, first_row: int, digests: list[str | None]) -> None:
-        """Those of consecutive rows; None where a row has none."""
+        """Store the digests of consecutive rows; None if a row has none."""
         numbered = enumerate(digests, first_row)
         self._database.executemany(
             "INSERT INTO digests VALUES (?, ?)", ((bytes.fromhex(each), row) for row, each in numbered if each)
         )
 
     def duplicates(self) -> Iterator[tuple[int, int]]:
-        """Every row with the bytes of an earlier one, and the first of them; in the order of the rows."""
+        """Each row whose bytes an earlier row has, with the first such row; in the order of the rows."""
         self._database.execute(
             "CREATE TABLE duplicates AS SELECT row, first FROM (SELECT row, MIN(row) OVER (PARTITION BY digest) AS "
             "first FROM digests) WHERE row <> first"
         )
         return iter(self._database.execute("SELECT row, first FROM duplicates ORDER BY row"))
 
-    def put_off(self, chunk: int, planned: Row) -> None:
-        """Keep a row for a chunk before its own."""
-        self._database.execute("INSERT INTO late VALUES (?, ?, ?)", (chunk, planned["row"], pickle.dumps(planned)))
+    def defer(self, chunk: int, planned: PlannedImage) -> None:
+        """Store a row for a chunk before its own."""
+        self._database.execute("INSERT INTO late VALUES (?, ?, ?)", (chunk, planned.row, pickle.dumps(planned)))
 
-    def late(self) -> Iterator[tuple[int, Iterator[Row]]]:
-        """The rows that were put off, by chunk."""
+    def deferred(self) -> Iterator[tuple[int, Iterator[PlannedImage]]]:
+        """The deferred rows of each chunk."""
         found = self._database.execute("SELECT chunk, planned FROM late ORDER BY chunk, row")
         for chunk, rows in groupby(found, itemgetter(0)):
             yield chunk, (pickle.loads(planned) for _, planned in rows)

@@ -1,10 +1,10 @@
-"""Writes what a filter keeps of the annotations: references, or tars with the images themselves."""
+"""Writes a curated set: the annotations that a filter selects, as references or as tars with the images."""
 
 import asyncio
 import io
 import json
 import tarfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,93 +12,104 @@ import pyarrow as pa
 
 from pipelines.annotation.filters import Filter
 from pipelines.annotation.image_reader import ImageReader
-from pipelines.annotation.reader import annotations, parts
-from pipelines.annotation.schema import Row, to_parquet
+from pipelines.annotation.image_row import ImageRow
+from pipelines.annotation.reader import list_partition_files, read_annotations
+from pipelines.annotation.schema import image_row_of, to_parquet
 from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, Unjudgeable
 from services.core.retry import retry_while_unavailable
 
 MARKER: Final = "_curated.json"
-_PARTS: Final = {"references": "references-", "tars": "curated-"}
 _TAR_IMAGES: Final = 1_000
 _TAR_BYTES: Final = 256 << 20
 _READS_IN_FLIGHT: Final = 8
-_DETAILS: Final = ("row", "uri", "sha256", "rating", "category", "rationale", "score", "action")
-_REFERENCE: Final = {
+_TAR_COLUMNS: Final = ("row", "uri", "sha256", "rating", "category", "rationale", "score", "action")
+_REFERENCE_NAMES: Final = {
     "submission_id": "id",
     "uri": "uri",
     "version_id": "version_id",
     "etag": "etag",
     "tenant": "tenant",
 }
-_KEPT: Final = ("row", "sha256", "rating", "category", "score", "action", "verdict_id")
+_REFERENCE_COLUMNS: Final = ("row", "sha256", "rating", "category", "score", "action", "verdict_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Curated:
-    """What was written."""
+class CuratedSet:
+    """The size of a curated set."""
 
     images: int
     files: int
     lost: int
-    """Images that could not be read any more."""
+    """Images that are not readable any more, and are left out."""
 
 
-def begin(folder: Folder, about: dict[str, Any]) -> None:
-    """Take a folder for a curated set, an empty one or one with the same set, which is made anew.
+def claim_folder(folder: Folder, about: dict[str, Any]) -> None:
+    """Mark a folder as the one of a curated set. It has to be empty, or to have the same set, which is replaced.
 
     Raises:
-        ConfigurationError: it holds something else.
+        ConfigurationError: the folder has something else.
     """
     kept = folder.read(MARKER)
     if kept is None:
         if (entry := next(iter(folder.entries()), None)) is not None:
-            raise ConfigurationError(f"{folder.uri} is not empty (there is {entry.name}); say another --curated")
+            raise ConfigurationError(
+                f"{folder.uri} is not empty (it has {entry.name}); name another folder by --curated"
+            )
         folder.put(MARKER, json.dumps(about).encode())
     elif json.loads(kept) != about:
-        raise ConfigurationError(f"{folder.uri} holds another curated set; say another --curated, or empty it")
+        raise ConfigurationError(
+            f"{folder.uri} has another curated set; name another folder by --curated, or empty this one"
+        )
 
 
-def references(source: Folder, wanted: Filter, into: Folder, progress: Callable[[int], None]) -> Curated:
-    """Write a parquet file with references for each part that has any; `sluice annotate` reads such, too."""
+def write_references(
+    annotations: Folder, row_filter: Filter, into: Folder, progress: Callable[[int], None]
+) -> CuratedSet:
+    """Write references as parquet, a file for each partition file with selected rows. `sluice annotate` reads them."""
     images = files = 0
-    for number, name in enumerate(parts(source)):
-        kept = [rows for rows in _filtered(source, name, wanted) if rows.num_rows]
-        if kept:
-            table = pa.concat_tables(kept)
-            own = [c for c in table.column_names if c.startswith("source_")]
-            table = table.select([*_REFERENCE, *_KEPT, *own]).rename_columns([*_REFERENCE.values(), *_KEPT, *own])
-            into.put(f"{_PARTS['references']}{number:06d}.parquet", to_parquet(table))
+    for number, name in enumerate(list_partition_files(annotations)):
+        selected = [rows for rows in _select(annotations, name, row_filter) if rows.num_rows]
+        if selected:
+            table = pa.concat_tables(selected)
+            extras = [column for column in table.column_names if column.startswith("source_")]
+            table = table.select([*_REFERENCE_NAMES, *_REFERENCE_COLUMNS, *extras]).rename_columns(
+                [*_REFERENCE_NAMES.values(), *_REFERENCE_COLUMNS, *extras]
+            )
+            into.put(f"references-{number:06d}.parquet", to_parquet(table))
             images, files = images + table.num_rows, files + 1
-        progress(sum(rows.num_rows for rows in kept))
-    return Curated(images, files, 0)
+        progress(sum(rows.num_rows for rows in selected))
+    return CuratedSet(images, files, 0)
 
 
-async def tars(
-    source: Folder, wanted: Filter, into: Folder, images: ImageReader, progress: Callable[[int], None]
-) -> Curated:
-    """Write WebDataset tars: of each image the original bytes, and what was said about it as JSON."""
-    number = lost = total = 0
+async def write_tars(
+    annotations: Folder, row_filter: Filter, into: Folder, images: ImageReader, progress: Callable[[int], None]
+) -> CuratedSet:
+    """Write WebDataset tars: for each image the original bytes, and its annotation as JSON."""
+    files = lost = total = 0
     tar = _Tar()
-    async for row, data in _with_bytes(source, wanted, images):
+
+    def finish_tar() -> None:
+        nonlocal files, tar
+        into.put(f"curated-{files:06d}.tar", tar.close())
+        progress(tar.images)
+        files, tar = files + 1, _Tar()
+
+    async for annotation, data in _with_bytes(annotations, row_filter, images):
         if data is None:
             lost += 1
             continue
-        tar.add(row, data)
+        tar.add(annotation, data)
         total += 1
         if tar.images == _TAR_IMAGES or tar.size >= _TAR_BYTES:
-            into.put(f"{_PARTS['tars']}{number:06d}.tar", tar.close())
-            progress(tar.images)
-            number, tar = number + 1, _Tar()
+            finish_tar()
     if tar.images:
-        into.put(f"{_PARTS['tars']}{number:06d}.tar", tar.close())
-        progress(tar.images)
-        number += 1
-    return Curated(total, number, lost)
+        finish_tar()
+    return CuratedSet(total, files, lost)
 
 
 class _Tar:
-    """A tar in memory. Names are made of row numbers: those of strangers do not get into it."""
+    """A tar in memory. Its names are row numbers, because names from the source are not trusted."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -109,12 +120,12 @@ class _Tar:
     def size(self) -> int:
         return self._buffer.tell()
 
-    def add(self, row: Row, data: bytes) -> None:
-        key = f"{row['row']:012d}"
-        ending = (row["image"] or {}).get("format") or "bin"
-        own = {name.removeprefix("source_"): value for name, value in row.items() if name.startswith("source_")}
-        details = {name: row[name] for name in _DETAILS} | ({"source": own} if own else {})
-        self._add(f"{key}.{'jpg' if ending == 'jpeg' else ending}", data)
+    def add(self, annotation: Mapping[str, Any], data: bytes) -> None:
+        key = f"{annotation['row']:012d}"
+        suffix = (annotation["image"] or {}).get("format") or "bin"
+        extras = {name.removeprefix("source_"): each for name, each in annotation.items() if name.startswith("source_")}
+        details = {name: annotation[name] for name in _TAR_COLUMNS} | ({"source": extras} if extras else {})
+        self._add(f"{key}.{'jpg' if suffix == 'jpeg' else suffix}", data)
         self._add(f"{key}.json", json.dumps(details, default=str).encode())
         self.images += 1
 
@@ -128,30 +139,32 @@ class _Tar:
         self._tar.addfile(info, io.BytesIO(data))
 
 
-def _filtered(source: Folder, name: str, wanted: Filter) -> Iterator[pa.Table]:
-    for rows in annotations(source, name):
-        mask = [wanted.keeps(row) for row in rows.select(wanted.fields).to_pylist()]
+def _select(annotations: Folder, name: str, row_filter: Filter) -> Iterator[pa.Table]:
+    for rows in read_annotations(annotations, name):
+        mask = [row_filter.keeps(row) for row in rows.select(row_filter.fields).to_pylist()]
         yield rows.filter(pa.array(mask, pa.bool_()))
 
 
-async def _with_bytes(source: Folder, wanted: Filter, images: ImageReader) -> AsyncIterator[tuple[Row, bytes | None]]:
-    """Each row that is kept with its image, None where that cannot be had any more."""
+async def _with_bytes(
+    annotations: Folder, row_filter: Filter, images: ImageReader
+) -> AsyncIterator[tuple[dict[str, Any], bytes | None]]:
+    """Each selected annotation with its image; None if the image is not readable any more."""
 
-    async def read(row: Row) -> bytes | None:
+    async def read(annotation: Mapping[str, Any]) -> bytes | None:
         try:
-            return await retry_while_unavailable(lambda: _read(row, images))
+            return await retry_while_unavailable(lambda: _read(image_row_of(annotation), images))
         except Unjudgeable:
             return None
 
-    for name in parts(source):
-        for rows in _filtered(source, name, wanted):
-            kept = rows.to_pylist()
-            for first in range(0, len(kept), _READS_IN_FLIGHT):
-                some = kept[first : first + _READS_IN_FLIGHT]
-                for row, data in zip(some, await asyncio.gather(*map(read, some)), strict=True):
-                    yield row, data
+    for name in list_partition_files(annotations):
+        for rows in _select(annotations, name, row_filter):
+            selected = rows.to_pylist()
+            for first in range(0, len(selected), _READS_IN_FLIGHT):
+                batch = selected[first : first + _READS_IN_FLIGHT]
+                for annotation, data in zip(batch, await asyncio.gather(*map(read, batch)), strict=True):
+                    yield annotation, data
 
 
-async def _read(row: Row, images: ImageReader) -> bytes:
+async def _read(row: ImageRow, images: ImageReader) -> bytes:
     async with images.open(row) as stored:
         return stored.data

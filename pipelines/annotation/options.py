@@ -1,4 +1,4 @@
-"""What a user of `sluice annotate` can ask for. Without Ray, which reads its environment when it is imported."""
+"""The options of `sluice annotate`. Imports no Ray, because Ray reads its environment when it is imported."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,15 +6,15 @@ from typing import Literal
 from pipelines.annotation.filters import Filter
 
 SourceKind = Literal["images", "references", "tars", "parquet"]
-"""`images`: every file is one. `references`: JSON lines or parquet. `parquet`: with the images' bytes."""
+"""`images`: every file is an image. `references`: JSON lines or parquet. `parquet`: tables with the images' bytes."""
 
 CuratedFormat = Literal["references", "tars"]
-"""Of a curated set."""
+"""The format of a curated set."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnnotateOptions:
-    """One call of the command; what is None is decided by the source, the settings or what runs."""
+    """The arguments of one run. An option that is None is chosen from the source, the settings and the cluster."""
 
     source: str
     out: str
@@ -26,6 +26,6 @@ class AnnotateOptions:
     share_guard: bool = False
     workers: int | None = None
     chunk_rows: int | None = None
-    wanted: Filter | None = None
+    row_filter: Filter | None = None
     curated: str | None = None
     curated_format: CuratedFormat = "references"

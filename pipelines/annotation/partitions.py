@@ -1,4 +1,4 @@
-"""Puts the annotations of all chunks into partitions, where others read them."""
+"""Writes the annotations of all chunks as Hive partitions, the output of a run."""
 
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -14,36 +14,39 @@ from services.core.errors import SluiceError
 _FILE_ROWS: Final = 50_000
 
 
-def publish(run: RunState, chunks: int, progress: Callable[[int], None]) -> None:
-    """Write the partitions. Chunks never change once they are there, so this may be done again at any time."""
-    for part, table in enumerate(_parts(run, chunks)):
-        for below, rows in _partitions(table):
+def publish_partitions(run: RunState, chunks: int, progress: Callable[[int], None]) -> None:
+    """Write the partitions. Chunks never change once they are stored, so a repeated call writes the same files."""
+    for part, table in enumerate(_merge_chunks(run, chunks)):
+        for below, rows in _split_by_partition(table):
             run.folder.put(f"{below}/part-{part:06d}.parquet", to_parquet(rows))
         progress(table.num_rows)
 
 
-def _parts(run: RunState, chunks: int) -> Iterator[pa.Table]:
-    """The annotations, enough rows for a file at a time."""
-    some: list[pa.Table] = []
+def _merge_chunks(run: RunState, chunks: int) -> Iterator[pa.Table]:
+    """The annotations, in tables with enough rows for a file."""
+    merged: list[pa.Table] = []
     for number in range(chunks):
-        for table in _chunk(run, number):
-            some.append(table)
-            if sum(each.num_rows for each in some) >= _FILE_ROWS:
-                yield pa.concat_tables(some).sort_by("row")
-                some = []
-    if some:
-        yield pa.concat_tables(some).sort_by("row")
+        for table in _read_chunk(run, number):
+            merged.append(table)
+            if sum(each.num_rows for each in merged) >= _FILE_ROWS:
+                yield pa.concat_tables(merged).sort_by("row")
+                merged = []
+    if merged:
+        yield pa.concat_tables(merged).sort_by("row")
 
 
-def _chunk(run: RunState, number: int) -> Iterator[pa.Table]:
-    rows = run.rows("chunks", f"{number:06d}")
+def _read_chunk(run: RunState, number: int) -> Iterator[pa.Table]:
+    rows = run.read_table("chunks", f"{number:06d}")
     if rows is None:
-        raise SluiceError(f"chunk {number} of {run.folder.uri} is gone; another run has finished it, or it was removed")
+        raise SluiceError(
+            f"chunk {number} of {run.folder.uri} is missing: another run finished, or someone removed it; run the "
+            "command again"
+        )
     return rows
 
 
-def _partitions(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Each combination of values that occurs, as the name of its folder, with its rows without them."""
+def _split_by_partition(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """For each combination of the partition columns, the folder and the rows, without these columns."""
     for values in table.select(PARTITIONS).group_by(list(PARTITIONS)).aggregate([]).to_pylist():
         rows = table
         for name in PARTITIONS:

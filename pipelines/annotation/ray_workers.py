@@ -1,4 +1,4 @@
-"""The Ray cluster that a data set is annotated on, the guard that it is judged by, and the workers in between."""
+"""Runs the workers of `sluice annotate` on a Ray cluster, and provides the guard that judges for them."""
 
 import asyncio
 import logging
@@ -27,15 +27,17 @@ from services.guard import checkpoints
 
 _GUARD: Final = "Guard"
 _STOP_S: Final = 10.0
-_CALLS: Final = 2
-"""Units that a worker is at: the next one is under way while the last images of one are judged."""
+_CALLS_PER_WORKER: Final = 2
+"""A worker starts the next shard or chunk while the last images of the one before are judged."""
 
 Progress = Callable[[str], None]
+WorkResult = dict[str, int]
+"""`number`: the shard or chunk; `rows`: its rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """Where a guard is, and what it can take."""
+class GuardPool:
+    """The guard replicas of a Serve application."""
 
     application: str
     replicas: int
@@ -43,25 +45,25 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How workers are run."""
+    """How many workers run, and where."""
 
     workers: int
-    here: bool
-    """On this machine only: nobody else has the files."""
+    this_machine: bool
+    """Whether all workers run on this machine, because the files are local."""
 
 
 @contextmanager
-def joined(settings: Settings, progress: Progress) -> Iterator[None]:
-    """The cluster at SLUICE_RAY_ADDRESS; unset, one of this machine's own, which ends with this process.
+def join_cluster(settings: Settings, progress: Progress) -> Iterator[None]:
+    """Join the cluster at SLUICE_RAY_ADDRESS. If it is unset, start one on this machine that ends with the process.
 
     Raises:
-        ConfigurationError: it does not answer.
+        ConfigurationError: the cluster does not answer.
     """
     address = settings.ray_address or ""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",  # its errors come as exceptions, too
+        "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors are raised as exceptions, too
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }.items():
         os.environ.setdefault(name, value)
@@ -73,7 +75,7 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
     else:
         join(address)
     for name in ("ray.serve", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said in a sentence of our own
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported by exceptions of Sluice
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -85,52 +87,58 @@ def joined(settings: Settings, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def guard(settings: Settings, name: str, replicas: int | None, share: bool, progress: Progress) -> Iterator[Pool]:
-    """The running service's guard, or a pool of its own: with `replicas`, and where no service runs.
+def guard_lease(
+    settings: Settings, name: str, replicas: int | None, share: bool, progress: Progress
+) -> Iterator[GuardPool]:
+    """Use the guard of the running service. With `replicas`, or if no service runs, deploy guards of its own.
 
-    `name` is that of the pool's application, which is found again by a run that goes on after it was killed.
+    `name` is the application of these guards. A run that resumes a killed one finds them by this name.
 
     Raises:
-        ConfigurationError: there is no service to share the guard of, or no room for a pool.
+        ConfigurationError: no service runs although `share` is set, or the guards do not start.
     """
-    running = _replicas(APPLICATION)
+    running = _guard_replicas(APPLICATION)
     if share and not running:
-        raise ConfigurationError("no service runs whose guard could be shared; leave --share-guard out")
+        raise ConfigurationError(
+            "--share-guard needs a running service, and none runs; start one with `sluice up`, or leave the option out"
+        )
     if running and (share or replicas is None):
-        progress("judging on the running service's guard, after everything live")
-        yield Pool(APPLICATION, running)
+        progress("judging with the guard of the running service, after all live submissions")
+        yield GuardPool(APPLICATION, running)
         return
     wanted = replicas or 1
-    _deploy(settings, name, wanted, progress)
+    _deploy_guard(settings, name, wanted, progress)
     try:
-        yield Pool(name, wanted)
+        yield GuardPool(name, wanted)
     finally:
         with suppress(Exception):
             serve.delete(name)
 
 
-def run_units(
-    worker: type[Any], arguments: Mapping[str, Any], units: Sequence[int], placement: Placement
-) -> Iterator[dict[str, Any]]:
-    """Have every unit worked on by `worker(**arguments).work(unit)`, and yield what each says, as they come.
+def run_on_workers(
+    worker: type[Any], arguments: Mapping[str, Any], numbers: Sequence[int], placement: Placement
+) -> Iterator[WorkResult]:
+    """Call `worker(**arguments).work(number)` on workers for every number; yield the results as they finish.
 
-    A worker that dies is replaced, and its units are worked on again.
+    Ray replaces a worker that dies, and the calls that it had not finished are repeated.
 
     Raises:
         SluiceError: a worker failed.
     """
-    count = min(placement.workers, len(units))
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if placement.here else None
-    pool = ActorPoolStrategy(size=count, max_concurrent_calls_per_actor=_CALLS, enable_true_multi_threading=True)
-    data = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+    count = min(placement.workers, len(numbers))
+    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if placement.this_machine else None
+    pool = ActorPoolStrategy(
+        size=count, max_concurrent_calls_per_actor=_CALLS_PER_WORKER, enable_true_multi_threading=True
+    )
+    data = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     worked = data.map_batches(
-        _Worker,
+        _WorkerActor,
         batch_size=1,
         compute=pool,
         fn_constructor_args=(worker, dict(arguments)),
-        # On one machine the guard has taken the CPUs, and waits for images most of the time.
+        # If the guard has reserved all CPUs of a small machine, workers share them: the guard mostly waits for images.
         num_cpus=1 if ray.available_resources().get("CPU", 0) > count else 0,
-        label_selector=here,
+        label_selector=this_node,
     )
     try:
         for batch in worked.iter_batches(batch_size=None, prefetch_batches=0):
@@ -138,40 +146,41 @@ def run_units(
             for values in zip(*batch.values(), strict=True):
                 yield {name: int(value) for name, value in zip(names, values, strict=True)}
     except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        raise own_error(error) or SluiceError(f"a worker failed: {last_line(error)}") from None
+        raise own_error(error) or SluiceError(
+            f"a worker failed: {last_line(error)}; run the command again to resume"
+        ) from None
 
 
-def run_here(worker: type[Any], arguments: Mapping[str, Any], units: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """As `run_units` in this process: for so few units that starting workers would take longer."""
-    if units:
-        made = _Worker(worker, arguments)
-        for unit in units:
-            done = made({"unit": [unit]})
-            yield {name: values[0] for name, values in done.items()}
+def run_in_process(worker: type[Any], arguments: Mapping[str, Any], numbers: Sequence[int]) -> Iterator[WorkResult]:
+    """Like `run_on_workers`, but in this process: for so few calls that it would take longer to start workers."""
+    if numbers:
+        actor = _WorkerActor(worker, arguments)
+        for number in numbers:
+            yield {name: values[0] for name, values in actor({"number": [number]}).items()}
 
 
-class _Worker:
-    """An actor of Ray Data's: runs an asynchronous worker on a loop of its own, several units at a time."""
+class _WorkerActor:
+    """An actor of Ray Data. Runs an asynchronous worker on its own event loop, with several calls at a time."""
 
     def __init__(self, worker: type[Any], arguments: Mapping[str, Any]) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._worker = self._on_loop(_create(worker, arguments))
+        self._worker = self._run(_create(worker, arguments))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        done: dict[str, int] = self._on_loop(self._worker.work(int(batch["unit"][0])))
-        return {name: [value] for name, value in done.items()}
+        result: WorkResult = self._run(self._worker.work(int(batch["number"][0])))
+        return {name: [value] for name, value in result.items()}
 
-    def _on_loop(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
 async def _create(worker: type[Any], arguments: Mapping[str, Any]) -> Any:
     return worker(**arguments)
 
 
-def _replicas(application: str) -> int:
-    """Of the guard of an application that runs; 0 where none does."""
+def _guard_replicas(application: str) -> int:
+    """The guard replicas of an application; 0 if it does not run."""
     try:
         found = serve.status().applications.get(application)
     except (RayError, RayServeException, ValueError):
@@ -182,21 +191,21 @@ def _replicas(application: str) -> int:
     return max(1, deployment.replica_states.get("RUNNING", 0)) if deployment else 0
 
 
-def _deploy(settings: Settings, name: str, replicas: int, progress: Progress) -> None:
-    """Run a pool of guards, and wait until every one is ready."""
+def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progress) -> None:
+    """Deploy guards, and wait until all are ready."""
     checkpoints.resolve(settings.model)
     gpus = settings.guard_gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     free = ray.available_resources()
-    if _replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):
+    if _guard_replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):
         progress(
-            f"{replicas} guards need {gpus * replicas:g} GPUs and {free.get('GPU', 0):g} are free; waiting for more"
+            f"{replicas} guards need {gpus * replicas:g} GPUs, and {free.get('GPU', 0):g} are free; waiting for more"
         )
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(proxy_location="Disabled", logging_config=quiet)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    application = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator makes a Deployment of it
+    application = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator returns a Deployment
         num_replicas=replicas,
         max_ongoing_requests=2 * settings.guard_in_flight,
         ray_actor_options={"num_cpus": 1 if free.get("CPU", 0) >= replicas else 0, "num_gpus": gpus},
@@ -206,7 +215,7 @@ def _deploy(settings: Settings, name: str, replicas: int, progress: Progress) ->
     serve.run_many([target], wait_for_applications_running=False)
     wait_until_running(
         name,
-        loading=f"loading {settings.model} into {replicas} engines of its own",
+        loading=f"loading {settings.model} into {replicas} engines",
         progress=progress,
         explain=lambda messages: f"the guard did not start: {last_line(messages)}",
     )

@@ -1,4 +1,4 @@
-"""Reads annotations back from their partitions, some at a time."""
+"""Reads annotations from their partitions, in batches."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 from pipelines.annotation.schema import NO_VALUE, PARTITIONS
 from pipelines.annotation.storage import Folder
 
-_ROWS_AT_A_TIME: Final = 4_096
+_BATCH_ROWS: Final = 4_096
 
 
-def parts(folder: Folder) -> Iterator[str]:
+def list_partition_files(folder: Folder) -> Iterator[str]:
     """The names of all files with annotations."""
     for entry in folder.entries():
         steps = entry.name.split("/")
@@ -21,13 +21,13 @@ def parts(folder: Folder) -> Iterator[str]:
             yield entry.name
 
 
-def annotations(folder: Folder, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of one of them, with the values that its folders' names say."""
+def read_annotations(folder: Folder, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of such a file, with the columns that are in the names of its folders."""
     values = dict(step.split("=", 1) for step in name.split("/")[:-1])
     with folder.open(name) as file:
         table = pq.ParquetFile(file)
         stored = None if columns is None else [c for c in columns if c not in PARTITIONS]
-        for batch in table.iter_batches(_ROWS_AT_A_TIME, columns=stored):
+        for batch in table.iter_batches(_BATCH_ROWS, columns=stored):
             rows = pa.Table.from_batches([batch])
             for column in PARTITIONS:
                 if columns is None or column in columns:

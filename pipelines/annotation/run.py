@@ -1,30 +1,34 @@
-"""The order of a run of `sluice annotate`: find, list, index, plan, judge, publish, summarize; then curate."""
+"""The steps of `sluice annotate`: find the source, list, index, plan, judge, publish, summarize, and curate."""
 
 import asyncio
 import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, Final
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from pipelines.annotation import chunks as plan
-from pipelines.annotation import curate as curating
-from pipelines.annotation import summary
-from pipelines.annotation.chunks import AnnotationPlan
-from pipelines.annotation.curate import Curated
+from pipelines.annotation.chunks import AnnotationPlan, plan_chunks
+from pipelines.annotation.curate import CuratedSet, claim_folder, write_references, write_tars
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.options import AnnotateOptions
-from pipelines.annotation.partitions import publish
+from pipelines.annotation.partitions import publish_partitions
 from pipelines.annotation.progress import StageProgress
-from pipelines.annotation.reader import annotations, parts
-from pipelines.annotation.sources import discover as sources
-from pipelines.annotation.sources.discover import AnnotationSource, SourceShard
+from pipelines.annotation.reader import list_partition_files, read_annotations
+from pipelines.annotation.sources.discover import (
+    AnnotationSource,
+    SourceShard,
+    extra_fields,
+    find_source,
+    is_local,
+    list_shards,
+)
 from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, RunState
 from pipelines.annotation.storage import folder, local_path
+from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -34,71 +38,66 @@ from services.policies.document import BUILT_IN
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 
+if TYPE_CHECKING:
+    from pipelines.annotation.workers import Job
+
 Progress = Callable[[str], None]
 
 APPLICATION: Final = "sluice-annotate"
-_LOCAL_SHARDS_LIMIT: Final = 2
+_IN_PROCESS_SHARDS: Final = 2
+"""So few shards are indexed in this process, because it would take longer to start workers."""
 
 
-def annotate(options: AnnotateOptions, settings: Settings, progress: Progress) -> tuple[dict[str, Any], Curated | None]:
-    """Do what is left to do of a run, whoever began it; its summary, and what was curated.
+def annotate(
+    options: AnnotateOptions, settings: Settings, progress: Progress
+) -> tuple[dict[str, Any], CuratedSet | None]:
+    """Start a run, or resume the one in the output folder. Returns the summary and the curated set, if one is wanted.
 
     Raises:
-        ConfigurationError: the source, the folder to write to, the policy or the guard are not to be had.
-        SluiceError: it could not be finished; the same call goes on from there.
+        ConfigurationError: the source, the output folder, the policy or the guard is not usable.
+        SluiceError: the run could not finish; the same call resumes it.
     """
-    out = _place(options.out)
-    run = RunState(folder(out, settings))
-    _check_apart(options, out, settings)
-    source = sources.find(options.source, settings, kind=options.kind, column=options.column)
+    out = _to_uri(options.out)
+    state = RunState(folder(out, settings))
+    _check_options(options, out, settings)
+    source = find_source(options.source, settings, kind=options.kind, column=options.column)
     with _exclusive_lock(out):
-        policy = asyncio.run(_policy(_pinned(options.policy, run), settings))
-        run.begin(
-            {
-                "source": source.uri,
-                "kind": source.kind,
-                "column": source.column,
-                "policy": f"{policy.identity.name}@{policy.identity.version}",
-                "digest": policy.identity.digest,
-                "calibrations": {revision: each.digest for revision, each in sorted(policy.calibrations.items())},
-                "model": settings.model,
-                "chunk_rows": options.chunk_rows,
-            }
-        )
-        done = run.summary()
-        if done is None:
-            done = _finish(run, source, policy, options, settings, progress)
+        policy = asyncio.run(_resolve_policy(_pin_version(options.policy, state), settings))
+        state.begin(_describe(source, policy, options, settings))
+        summary = state.summary()
+        if summary is None:
+            summary = _Run(state, source, policy, options, settings, progress).finish()
         else:
-            progress(f"{run.folder.uri} is complete")
-        run.delete_temporary()
-        return done, _curate(run, source, options, settings, progress) if options.wanted and options.curated else None
+            progress(f"{state.folder.uri} is complete")
+        state.delete_temporary()
+        return summary, _curate(state, source, options, settings, progress)
 
 
-def _place(place: str) -> str:
-    return place.rstrip("/") if place.startswith("s3://") else local_path(place).as_uri()
+def _to_uri(location: str) -> str:
+    return location.rstrip("/") if location.startswith("s3://") else local_path(location).as_uri()
 
 
-def _check_apart(options: AnnotateOptions, out: str, settings: Settings) -> None:
-    """Whoever reads what is written would never come to an end."""
-    source = _place(options.source)
-    for name, place in (("--out", out), ("--curated", _place(options.curated) if options.curated else None)):
-        if place and (f"{place}/".startswith(f"{source}/") or f"{source}/".startswith(f"{place}/")):
-            raise ConfigurationError(f"{name} and the source lie in one another; say another {name}")
+def _check_options(options: AnnotateOptions, out: str, settings: Settings) -> None:
+    """Reject an output folder inside the source, because the run would read its own output forever."""
+    source = _to_uri(options.source)
+    for name, uri in (("--out", out), ("--curated", _to_uri(options.curated) if options.curated else None)):
+        if uri and (f"{uri}/".startswith(f"{source}/") or f"{source}/".startswith(f"{uri}/")):
+            raise ConfigurationError(f"{name} and the source lie in one another; name another folder by {name}")
     if not settings.model:
-        raise ConfigurationError("SLUICE_MODEL is not set; name a checkpoint, or `tiny` for a try")
+        raise ConfigurationError("SLUICE_MODEL is not set; name a checkpoint, or `tiny` to try the command")
 
 
 @contextmanager
 def _exclusive_lock(out: str) -> Iterator[None]:
-    """Nobody else on this machine works in a folder of this machine. In a bucket two would only waste their time."""
-    if not sources.is_local(out):
+    """Lock a local output folder against other runs. Two runs in a bucket are safe: they only do the work twice."""
+    if not is_local(out):
         yield
         return
     state = local_path(out) / STATE
     try:
         fresh = not state.parent.exists() or not any(state.parent.iterdir())
         if not fresh and not state.exists():
-            yield  # `begin` says what is wrong with it
+            yield  # `RunState.begin` reports that the folder has other files
             return
         state.mkdir(parents=True, exist_ok=True)
         lock = (state / "lock").open("w")
@@ -108,19 +107,21 @@ def _exclusive_lock(out: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigurationError(f"another `sluice annotate` is writing to {out}; wait for its end") from None
+            raise ConfigurationError(
+                f"another `sluice annotate` is writing to {out}; wait until it has ended, or name another folder"
+            ) from None
         yield
 
 
-def _pinned(reference: str, run: RunState) -> str:
-    """The version that the run began with, where only a name is given: the active one may have changed meanwhile."""
-    begun = (run.about() or {}).get("policy", "")
+def _pin_version(reference: str, state: RunState) -> str:
+    """The version that the run began with if only a name is given, because the active version may have changed."""
+    begun = (state.about() or {}).get("policy", "")
     is_same_name = begun and reference == PolicyReference.parse(begun).name
     return begun if is_same_name else reference
 
 
-async def _policy(reference: str, settings: Settings) -> Policy:
-    """A version, calibrated as the service has it; without a policy bucket, the built-in one."""
+async def _resolve_policy(reference: str, settings: Settings) -> Policy:
+    """A policy version with the service's calibration. Without a policy bucket there is only the built-in version."""
     if not settings.policy_bucket:
         if reference in (BUILT_IN.name, f"{BUILT_IN.name}@1"):
             return BUILT_IN.as_version(1)
@@ -128,125 +129,165 @@ async def _policy(reference: str, settings: Settings) -> Policy:
     async with PolicyCache(PolicyRegistry.from_settings(settings), None) as policies:
         if PolicyReference.parse(reference).version is not None:
             return await policies.resolve(reference)
-        # The tenant's policy counts as for a submission that names none.
+        # As for a submission that names no policy, the tenant's policy is used.
         return (await policies.choose(Submission(id=reference, uri="s3://-/-", policy=reference))).policy
 
 
-def _finish(
-    run: RunState,
-    source: AnnotationSource,
-    policy: Policy,
-    options: AnnotateOptions,
-    settings: Settings,
-    progress: Progress,
-) -> dict[str, Any]:
-    from pipelines.annotation import ray_workers as cluster  # noqa: PLC0415 - it takes Ray, and the rest does not
-    from pipelines.annotation.workers import IndexWorker, Job, JudgeWorker  # noqa: PLC0415
+def _describe(source: AnnotationSource, policy: Policy, options: AnnotateOptions, settings: Settings) -> dict[str, Any]:
+    """The description of a run: a run with another one cannot resume it."""
+    return {
+        "source": source.uri,
+        "kind": source.kind,
+        "column": source.column,
+        "policy": f"{policy.identity.name}@{policy.identity.version}",
+        "digest": policy.identity.digest,
+        "calibrations": {revision: each.digest for revision, each in sorted(policy.calibrations.items())},
+        "model": settings.model,
+        "chunk_rows": options.chunk_rows,
+    }
 
-    listing = _listing(run, source, settings, progress)
-    local = sources.is_local(source.place)
-    root = local_path(options.root) if options.root else local_path(source.place) if local else None
-    job = Job(settings, _place(options.out), source, listing, root)
-    here = root is not None or sources.is_local(job.out)
-    with cluster.joined(settings, progress):
-        todo = run.plan()
-        if todo is None:
-            left = sorted(set(range(listing.shards)) - run.done("index"))
-            placement = cluster.Placement(options.workers or 1, here)
-            with StageProgress("indexed", None, progress) as stage:
-                few = len(left) <= _LOCAL_SHARDS_LIMIT
-                run_units = partial(cluster.run_units, placement=placement) if not few else cluster.run_here
-                for word in run_units(IndexWorker, {"job": job}, left):
-                    stage.add(word["rows"])
-            todo = _plan(run, listing, options.chunk_rows, progress)
-        left = sorted(set(range(todo.chunks)) - run.done("chunks"))
-        judged = min((todo.chunks - len(left)) * todo.chunk_rows, todo.rows)
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The steps from the listing of the source to the summary. Each skips the work that is already stored."""
+
+    state: RunState
+    source: AnnotationSource
+    policy: Policy
+    options: AnnotateOptions
+    settings: Settings
+    progress: Progress
+
+    def finish(self) -> dict[str, Any]:
+        from pipelines.annotation import ray_workers  # noqa: PLC0415 - it imports Ray, and a complete run needs none
+
+        listing = self._list()
+        job = self._job(listing)
+        with ray_workers.join_cluster(self.settings, self.progress):
+            plan = self.state.plan()
+            if plan is None:
+                self._index(job)
+                plan = self._plan(listing)
+            self._judge(job, plan)
+        with StageProgress("published", plan.rows, self.progress) as stage:
+            publish_partitions(self.state, plan.chunks, stage.add)
+        return self._summarize(plan)
+
+    def _list(self) -> Listing:
+        listing = self.state.listing()
+        if listing is None:
+            with StageProgress("listed", None, self.progress) as stage:
+
+                def counted() -> Iterator[SourceShard]:
+                    for shard in list_shards(self.source, self.settings):
+                        stage.add(len(shard.names))
+                        yield shard
+
+                listing = self.state.save_listing(counted(), extra_fields(self.source, self.settings))
+        if listing.shards == 0:
+            raise ConfigurationError(f"there is nothing to annotate at {self.source.uri}: all files are empty")
+        return listing
+
+    def _job(self, listing: Listing) -> "Job":
+        from pipelines.annotation.workers import Job  # noqa: PLC0415
+
+        is_source_local = is_local(self.source.folder_uri)
+        root = self.options.root or (self.source.folder_uri if is_source_local else None)
+        return Job(self.settings, _to_uri(self.options.out), self.source, listing, local_path(root) if root else None)
+
+    def _index(self, job: "Job") -> None:
+        from pipelines.annotation import ray_workers  # noqa: PLC0415
+        from pipelines.annotation.workers import IndexWorker  # noqa: PLC0415
+
+        left = sorted(set(range(job.listing.shards)) - self.state.finished("index"))
+        with StageProgress("indexed", None, self.progress) as stage:
+            if len(left) <= _IN_PROCESS_SHARDS:
+                results = ray_workers.run_in_process(IndexWorker, {"job": job}, left)
+            else:
+                placement = ray_workers.Placement(self.options.workers or 1, job.this_machine)
+                results = ray_workers.run_on_workers(IndexWorker, {"job": job}, left, placement)
+            for result in results:
+                stage.add(result["rows"])
+
+    def _plan(self, listing: Listing) -> AnnotationPlan:
+        def read_index() -> Iterator[pa.Table]:
+            for number in range(listing.shards):
+                if (rows := self.state.read_table("index", f"{number:06d}")) is None:
+                    raise SluiceError(
+                        f"the index of {self.state.folder.uri} is not complete; run the same command again"
+                    )
+                yield from rows
+
+        with StageProgress("planned", None, self.progress) as stage:
+
+            def write(name: str, rows: int, parquet: bytes) -> None:
+                self.state.save_table("plan", name, parquet)
+                stage.add(rows)
+
+            plan = plan_chunks(read_index, listing.extras, write, self.options.chunk_rows)
+        if plan.rows == 0:
+            raise ConfigurationError(f"there is no image in {self.source.uri}; name another source")
+        self.state.save_plan(plan)
+        self.progress(f"{plan.rows:,} images, {plan.duplicates:,} of them duplicates, {plan.unreadable:,} unreadable")
+        return plan
+
+    def _judge(self, job: "Job", plan: AnnotationPlan) -> None:
+        from pipelines.annotation import ray_workers  # noqa: PLC0415
+        from pipelines.annotation.workers import JudgeWorker  # noqa: PLC0415
+
+        left = sorted(set(range(plan.chunks)) - self.state.finished("chunks"))
+        if not left:
+            return
+        judged = min((plan.chunks - len(left)) * plan.chunk_rows, plan.rows)
         name = f"{APPLICATION}-{hashlib.sha256(job.out.encode()).hexdigest()[:8]}"
-        with ExitStack() as stack:
-            if left:
-                pool = stack.enter_context(
-                    cluster.guard(settings, name, options.replicas, options.share_guard, progress)
-                )
-                placement = cluster.Placement(options.workers or pool.replicas, here)
-                arguments = {"job": job, "policy": policy, "application": pool.application}
-                counting = stack.enter_context(StageProgress("judged", todo.rows, progress, done=judged))
-                for word in cluster.run_units(JudgeWorker, arguments, left, placement):
-                    counting.add(word["rows"])
-    with StageProgress("published", todo.rows, progress) as stage:
-        publish(run, todo.chunks, stage.add)
-    return _summarize(run, source, policy, todo)
+        options = self.options
+        with (
+            ray_workers.guard_lease(self.settings, name, options.replicas, options.share_guard, self.progress) as pool,
+            StageProgress("judged", plan.rows, self.progress, done=judged) as stage,
+        ):
+            placement = ray_workers.Placement(options.workers or pool.replicas, job.this_machine)
+            arguments = {"job": job, "policy": self.policy, "application": pool.application}
+            for result in ray_workers.run_on_workers(JudgeWorker, arguments, left, placement):
+                stage.add(result["rows"])
 
-
-def _listing(run: RunState, source: AnnotationSource, settings: Settings, progress: Progress) -> Listing:
-    listing = run.listing()
-    if listing is None:
-        with StageProgress("listed", None, progress) as stage:
-
-            def counted() -> Iterator[SourceShard]:
-                for shard in sources.shards(source, settings):
-                    stage.add(len(shard.names))
-                    yield shard
-
-            listing = run.keep_listing(counted(), sources.extra_fields(source, settings))
-    if listing.shards == 0:
-        raise ConfigurationError(f"there is nothing to annotate at {source.uri}: what it holds is empty")
-    return listing
-
-
-def _plan(run: RunState, listing: Listing, chunk_rows: int | None, progress: Progress) -> AnnotationPlan:
-    def index() -> Iterator[pa.Table]:
-        for number in range(listing.shards):
-            if (rows := run.rows("index", f"{number:06d}")) is None:
-                raise SluiceError(f"the index of {run.folder.uri} is not complete; start the same command again")
-            yield from rows
-
-    with StageProgress("planned", None, progress) as stage:
-
-        def keep(name: str, rows: int, parquet: bytes) -> None:
-            run.keep("plan", name, parquet)
-            stage.add(rows)
-
-        todo = plan.make(index, listing.extras, keep, chunk_rows)
-    if todo.rows == 0:
-        raise ConfigurationError("there is no image in the source")
-    run.keep_plan(todo)
-    progress(
-        f"{todo.rows:,} images, {todo.duplicates:,} of them with the bytes of another, {todo.unreadable:,} unreadable"
-    )
-    return todo
-
-
-def _summarize(run: RunState, source: AnnotationSource, policy: Policy, todo: AnnotationPlan) -> dict[str, Any]:
-    counts = summary.Counts()
-    for name in parts(run.folder):
-        for rows in annotations(run.folder, name, summary.COLUMNS):
-            counts.add(rows)
-    if counts.rows != todo.rows:
-        raise SluiceError(
-            f"{run.folder.uri} holds {counts.rows} annotations of {todo.rows} images; something else wrote there"
-        )
-    identity = policy.identity
-    done = {"source": source.uri, "policy": f"{identity.name}@{identity.version}", **counts.to_json()}
-    run.folder.put(PAGE, summary.page(done).encode())
-    run.folder.put(SUMMARY, json.dumps(done, indent=1).encode())
-    return done
+    def _summarize(self, plan: AnnotationPlan) -> dict[str, Any]:
+        counts, out = SummaryCounts(), self.state.folder
+        for name in list_partition_files(out):
+            for rows in read_annotations(out, name, SUMMARY_COLUMNS):
+                counts.add(rows)
+        if counts.rows != plan.rows:
+            raise SluiceError(
+                f"{out.uri} has {counts.rows} annotations of {plan.rows} images, so another program has written or "
+                "removed files there; use an empty folder"
+            )
+        identity = self.policy.identity
+        summary = {
+            "source": self.source.uri,
+            "policy": f"{identity.name}@{identity.version}",
+            **counts.to_json(),
+        }
+        out.put(PAGE, render_page(summary).encode())
+        out.put(SUMMARY, json.dumps(summary, indent=1).encode())
+        return summary
 
 
 def _curate(
-    run: RunState, source: AnnotationSource, options: AnnotateOptions, settings: Settings, progress: Progress
-) -> Curated:
-    assert options.wanted is not None
-    assert options.curated is not None
-    into = folder(_place(options.curated), settings)
-    curating.begin(into, {"annotations": run.folder.uri, "filter": options.wanted.text, "as": options.curated_format})
+    state: RunState, source: AnnotationSource, options: AnnotateOptions, settings: Settings, progress: Progress
+) -> CuratedSet | None:
+    """Write the curated set, if the options ask for one."""
+    row_filter = options.row_filter
+    if row_filter is None or options.curated is None:
+        return None
+    into = folder(_to_uri(options.curated), settings)
+    claim_folder(into, {"annotations": state.folder.uri, "filter": row_filter.text, "as": options.curated_format})
     with StageProgress("curated", None, progress) as stage:
         if options.curated_format == "references":
-            return curating.references(run.folder, options.wanted, into, stage.add)
+            return write_references(state.folder, row_filter, into, stage.add)
 
-        async def write() -> Curated:
+        async def write() -> CuratedSet:
             images = ImageReader(settings, source)
             try:
-                return await curating.tars(run.folder, options.wanted, into, images, stage.add)  # type: ignore[arg-type]
+                return await write_tars(state.folder, row_filter, into, images, stage.add)
             finally:
                 images.close()
 

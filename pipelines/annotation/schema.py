@@ -1,38 +1,17 @@
-"""The tables of a run: what is known of an image before it is judged, and the row that comes of it."""
+"""The annotations of a run: their columns, and how tables are kept as parquet files."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import to_json
 
+from pipelines.annotation.image_row import LOCATION, FileLocation, ImageRow, PlannedImage
 from services.core.messages import Verdict
 
-_MOMENT: Final = pa.timestamp("us", tz="UTC")
-_PLACE: Final = pa.struct(
-    [("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("group", pa.int64()), ("etag", pa.string())]
-)
-"""Where the bytes of an image lie that is no object in S3: bytes of a file, or a row of a parquet row group."""
-
-INDEX: Final = pa.schema(
-    [
-        ("id", pa.string()),
-        ("uri", pa.string()),
-        ("version_id", pa.string()),
-        ("etag", pa.string()),
-        ("tenant", pa.string()),
-        ("sha256", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("place", _PLACE),
-    ]
-)
-"""A row for each image of a piece: its digest, or the reason why it cannot be read."""
-
-PLAN: Final = pa.schema([("row", pa.int64()), ("duplicate_of", pa.int64()), *INDEX])
-"""`row` counts through the whole source; `duplicate_of` is the row with the same bytes that is judged."""
+_TIME: Final = pa.timestamp("us", tz="UTC")
 
 ANNOTATION: Final = pa.schema(
     [
@@ -72,32 +51,30 @@ ANNOTATION: Final = pa.schema(
             pa.struct([(step, pa.int64()) for step in ("queued", "fetch", "prepare", "guard", "total")]),
         ),
         ("metadata", pa.string()),
-        ("submitted_at", _MOMENT),
-        ("judged_at", _MOMENT),
-        ("place", _PLACE),
+        ("submitted_at", _TIME),
+        ("judged_at", _TIME),
+        ("place", LOCATION),
     ]
 )
-"""A verdict's fields under their own names, `metadata` as JSON; of what can never be judged, the outcome is
-`dead_letter`, with its reason and a sentence in `detail`. The source's own columns follow, as `source_<name>`."""
+"""The fields of a verdict under their own names; `metadata` is JSON. If an image can never be judged, its outcome is
+`dead_letter`, with a reason and a sentence in `detail`. The source's own columns follow, as `source_<name>`."""
 
 PARTITIONS: Final = ("outcome", "rating")
 NO_VALUE: Final = "none"
-"""Where a partition's column is null: pandas cannot read what Hive writes there."""
+"""The value of a partition whose column is null. Hive's own value for null is unreadable for pandas."""
 DEAD_LETTER: Final = "dead_letter"
 
 BATCH_ROWS: Final = 5_000
-"""Rows that are worked on at a time. An image may have any number of duplicates, and all are in one chunk."""
-
-Row = dict[str, Any]
+"""Rows in memory at a time. One chunk has all duplicates of an image, and their number has no limit."""
 
 
 def with_extras(schema: pa.Schema, extras: pa.Schema) -> pa.Schema:
-    """The schema with the source's own columns."""
+    """The schema, followed by the source's own columns."""
     return pa.schema([*schema, *extras])
 
 
 class ParquetBuffer:
-    """A parquet file, compressed in memory, that is made of one table after the other."""
+    """A compressed parquet file in memory, to which tables are appended."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.rows = 0
@@ -105,18 +82,18 @@ class ParquetBuffer:
         self._writer = pq.ParquetWriter(self._buffer, schema, compression="zstd")
 
     def add(self, table: pa.Table) -> None:
-        """Append its rows."""
+        """Append the rows of a table."""
         self._writer.write_table(table)
         self.rows += table.num_rows
 
     def finish(self) -> bytes:
-        """The file. Nothing can be added any more."""
+        """The bytes of the file. Nothing can be added afterwards."""
         self._writer.close()
         return self._buffer.getvalue()
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A parquet file of one table."""
+    """The parquet file of one table."""
     buffer = ParquetBuffer(table.schema)
     buffer.add(table)
     return buffer.finish()
@@ -135,15 +112,35 @@ class Failure(NamedTuple):
     detail: str
 
 
-def annotation(planned: Row, answer: Verdict | Failure, extras: list[str]) -> Row:
-    """The row of an image. `planned` is its row of the plan, the verdict is its own."""
-    row: Row = {name: planned[name] for name in ("row", "duplicate_of", "place", *extras)}
+def annotation_columns(planned: PlannedImage, answer: Verdict | Failure, duplicate_of: int | None) -> dict[str, Any]:
+    """The values of the columns of an annotation. `duplicate_of` is the row whose answer is reused, if there is one."""
+    image = planned.image
+    columns = planned.to_columns()
+    kept = {"row": planned.row, "duplicate_of": duplicate_of, "place": columns["place"], **image.extras}
     if isinstance(answer, Verdict):
-        return row | answer.model_dump() | {"metadata": to_json(answer.metadata).decode(), "detail": None}
-    return row | {
-        "submission_id": planned["id"],
+        return kept | answer.model_dump() | {"metadata": to_json(answer.metadata).decode(), "detail": None}
+    return kept | {
+        "submission_id": image.id,
+        "uri": image.uri,
+        "version_id": image.version_id,
+        "etag": image.etag,
+        "sha256": image.sha256,
+        "tenant": image.tenant,
         "outcome": DEAD_LETTER,
         "reason": answer.reason,
         "detail": answer.detail,
-        **{name: planned[name] for name in ("uri", "version_id", "etag", "sha256", "tenant")},
     }
+
+
+def image_row_of(annotation: Mapping[str, Any]) -> ImageRow:
+    """The image that an annotation is about, to read it again."""
+    place = annotation["place"]
+    return ImageRow(
+        id=annotation["submission_id"],
+        uri=annotation["uri"],
+        version_id=annotation["version_id"],
+        etag=annotation["etag"],
+        tenant=annotation["tenant"],
+        sha256=annotation["sha256"],
+        place=FileLocation(**place) if place else None,
+    )

@@ -1,17 +1,16 @@
-"""What a run of `sluice annotate` has done so far, in the folder that it writes to.
+"""The state of a run of `sluice annotate`: files in its output folder, so that a killed run can be resumed.
 
-    _sluice/run.json              what the run is about; written first, and never changed
-    _sluice/listing/.../000123.json  pieces of the source; listing.json follows the last one and says where they are
-    _sluice/index/000123.parquet  the images of a piece, with their digests
-    _sluice/plan/000123.parquet   the rows of a chunk; plan.json follows the last one
-    _sluice/chunks/000123.parquet the annotations of a chunk: it is done when the file is there, and not before
-    outcome=.../rating=.../part-00012.parquet   the annotations, made of the chunks at the end
+    _sluice/run.json              the source, policy and model of the run; written first, and never changed
+    _sluice/listing/.../000123.json  shards of the source; listing.json is written after the last one and locates them
+    _sluice/index/000123.parquet  the images of a shard, with their digests
+    _sluice/plan/000123.parquet   the rows of a chunk; plan.json is written after the last one
+    _sluice/chunks/000123.parquet the annotations of a chunk: the chunk is done once the file exists
+    outcome=.../rating=.../part-00012.parquet   the annotations, written from the chunks at the end
     _summary.json, _summary.html  written last
 
-Every file is written whole or not at all, and what others build upon (run, listing, index, plan, chunks) only where
-there is none yet. So whenever a run is killed, and whoever of it lives on for a while, the next one goes on with what
-is there; a chunk that two worked on is that of the one who came first, for everyone. Names that begin with _ are not
-read as data by pyarrow, Spark and Ray.
+Every file is written whole or not at all. Files that later steps read (run, listing, index, plan, chunks) are never
+overwritten. So a new run resumes a killed one, even while some of its workers are still alive: if two workers judge the
+same chunk, the first file counts. pyarrow, Spark and Ray do not read files as data whose names begin with _.
 """
 
 import base64
@@ -22,7 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 
@@ -32,6 +31,9 @@ from pipelines.annotation.sources.discover import SourceShard
 from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, SluiceError
 
+Stage = Literal["index", "plan", "chunks"]
+"""The tables of a run: what is indexed, planned, and judged."""
+
 FORMAT: Final = 1
 STATE: Final = "_sluice"
 SUMMARY: Final = "_summary.json"
@@ -39,7 +41,7 @@ PAGE: Final = "_summary.html"
 _RUN: Final = f"{STATE}/run.json"
 _LISTING: Final = f"{STATE}/listing.json"
 _PLAN: Final = f"{STATE}/plan.json"
-_SCRATCH: Final = ("listing", "index", "plan", "chunks")
+_TEMPORARY: Final = ("listing", "index", "plan", "chunks")
 _LISTING_FILE_SHARDS: Final = 200
 _LISTING_FILE_NAMES: Final = 5_000
 _NUMBERED: Final = re.compile(r"(\d{6,})\.parquet")
@@ -47,14 +49,14 @@ _NUMBERED: Final = re.compile(r"(\d{6,})\.parquet")
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The pieces of the source, as they were when the run began."""
+    """Where the shards of the source are stored, as they were when the run began."""
 
     folder: str
     firsts: tuple[int, ...]
-    """The number of the first piece in each file of the folder."""
+    """The number of the first shard in each file of the folder."""
     shards: int
     extras: pa.Schema
-    """Of the source's own columns."""
+    """The source's own columns."""
 
 
 class RunState:
@@ -64,119 +66,122 @@ class RunState:
         self.folder = folder
 
     def begin(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Say what the run is about, or find that it has begun; what it said then.
+        """Store the description of a new run, or check it against the run in this folder. Returns the stored one.
 
         Raises:
-            ConfigurationError: the folder holds something else.
+            ConfigurationError: the folder has another run, or something else.
         """
         about = {"format": FORMAT, **about}
         if (begun := self.about()) is None:
             entry = next(iter(self.folder.entries()), None)
             if entry is not None and not entry.name.startswith(f"{STATE}/"):
                 raise ConfigurationError(
-                    f"{self.folder.uri} is not empty, and not with annotations ({entry.name}); say another --out"
+                    f"{self.folder.uri} has other files than annotations ({entry.name}); name another folder by --out"
                 )
             self.folder.create(_RUN, json.dumps(about, indent=1).encode())
             begun = self.about() or {}
         for name, value in about.items():
             if begun.get(name) != value:
                 raise ConfigurationError(
-                    f"{self.folder.uri} holds annotations of another run: its {name} is {_shown(begun.get(name))}, not "
-                    f"{_shown(value)}; say another --out, or empty that folder to begin anew"
+                    f"{self.folder.uri} has annotations of another run: its {name} is {_display(begun.get(name))}, not "
+                    f"{_display(value)}; name another folder by --out, or empty this one to start again"
                 )
         return begun
 
     def about(self) -> dict[str, Any] | None:
-        """What a run in this folder is about, None where there is none."""
+        """The description of the run in this folder; None if there is no run."""
         about: dict[str, Any] | None = self._json(_RUN)
         return about
 
-    def keep_listing(self, shards: Iterator[SourceShard], extras: pa.Schema) -> Listing:
-        """Write down the pieces, unless that was done before."""
+    def save_listing(self, shards: Iterator[SourceShard], extras: pa.Schema) -> Listing:
+        """Store the shards, unless an earlier run stored them."""
         if (listing := self.listing()) is not None:
             return listing
-        # A folder of its own for each attempt: the source may have changed since an earlier one.
+        # Each attempt has its own folder, because the source may have changed since an earlier attempt.
         below = f"{STATE}/listing/{uuid.uuid4().hex}"
         firsts, total = list[int](), 0
-        for some in _batched(shards):
-            text = json.dumps([shard.to_json() for shard in some])
+        for batch in _batch_shards(shards):
+            text = json.dumps([shard.to_json() for shard in batch])
             self.folder.create(f"{below}/{total:06d}.json", text.encode())
             firsts.append(total)
-            total += len(some)
+            total += len(batch)
         schema = base64.b64encode(extras.serialize().to_pybytes()).decode()
         kept = {"folder": below, "firsts": firsts, "pieces": total, "extras": schema}
         self.folder.create(_LISTING, json.dumps(kept).encode())
         return self.listing() or Listing(below, tuple(firsts), total, extras)
 
     def listing(self) -> Listing | None:
-        """The pieces, None where they are not complete."""
+        """Where the shards are stored; None if they are not complete."""
         if (kept := self._json(_LISTING)) is None:
             return None
         extras = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(kept["extras"])))
         return Listing(kept["folder"], tuple(kept["firsts"]), kept["pieces"], extras)
 
     def shard(self, listing: Listing, number: int) -> SourceShard:
-        """One of the pieces."""
+        """Read one shard."""
         first = listing.firsts[bisect_right(listing.firsts, number) - 1]
         return SourceShard.from_json(self._json(f"{listing.folder}/{first:06d}.json")[number - first])
 
-    def keep_plan(self, plan: AnnotationPlan) -> None:
-        """Say that the chunks are complete."""
+    def save_plan(self, plan: AnnotationPlan) -> None:
+        """Mark the plan as complete."""
         self.folder.create(_PLAN, json.dumps(asdict(plan)).encode())
 
     def plan(self) -> AnnotationPlan | None:
-        """What there is to do, None where that is not known yet."""
+        """The size of the run; None if the plan is not complete."""
         kept = self._json(_PLAN)
         return AnnotationPlan(**kept) if kept else None
 
-    def keep(self, what: str, name: str, parquet: bytes) -> None:
-        """Write a file of `index`, `plan` or `chunks`, unless there is one."""
-        self.folder.create(f"{STATE}/{what}/{name}.parquet", parquet)
+    def save_table(self, stage: Stage, name: str, parquet: bytes) -> None:
+        """Write a file of a stage, unless it exists."""
+        self.folder.create(f"{STATE}/{stage}/{name}.parquet", parquet)
 
-    def rows(self, what: str, name: str) -> Iterator[pa.Table] | None:
-        """What one of those files holds, some rows at a time; None where there is none."""
-        data = self.folder.read(f"{STATE}/{what}/{name}.parquet")
+    def read_table(self, stage: Stage, name: str) -> Iterator[pa.Table] | None:
+        """The rows of a file of a stage, in batches; None if it does not exist."""
+        data = self.folder.read(f"{STATE}/{stage}/{name}.parquet")
         return None if data is None else from_parquet(data)
 
-    def done(self, what: str) -> set[int]:
-        """The numbers of the tables of `index` or `chunks` that are there."""
-        below = f"{STATE}/{what}"
+    def finished(self, stage: Stage) -> set[int]:
+        """The numbers of the shards in the index, or of the judged chunks."""
+        below = f"{STATE}/{stage}"
         names = (entry.name.removeprefix(f"{below}/") for entry in self.folder.entries(below))
         return {int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))}
 
-    def planned(self, chunk: int) -> Iterator[pa.Table]:
-        """The rows of a chunk, some at a time and in their order."""
-        parts = [self.rows("plan", name) for name in (f"{chunk:06d}", f"{chunk:06d}-late")]
+    def read_planned(self, chunk: int) -> Iterator[pa.Table]:
+        """The rows of a chunk in their order, in batches."""
+        parts = [self.read_table("plan", name) for name in (f"{chunk:06d}", f"{chunk:06d}-late")]
         if not (found := [part for part in parts if part is not None]):
-            raise SluiceError(f"the plan of {self.folder.uri} is gone; another run has finished it, or it was removed")
+            raise SluiceError(
+                f"chunk {chunk} of {self.folder.uri} is missing: another run finished, or someone removed it; run the "
+                "command again"
+            )
         return chain.from_iterable(found)
 
     def summary(self) -> dict[str, Any] | None:
-        """What came of the run, None where it is not complete."""
+        """The summary of the run; None if the run is not complete."""
         summary: dict[str, Any] | None = self._json(SUMMARY)
         return summary
 
     def delete_temporary(self) -> None:
-        """Remove what a complete run needs no more."""
-        for what in _SCRATCH:
-            self.folder.remove(f"{STATE}/{what}")
+        """Remove the files that a complete run does not need."""
+        for name in _TEMPORARY:
+            self.folder.remove(f"{STATE}/{name}")
 
     def _json(self, name: str) -> Any:
         data = self.folder.read(name)
         return None if data is None else json.loads(data)
 
 
-def _batched(shards: Iterator[SourceShard]) -> Iterator[list[SourceShard]]:
-    some, names = list[SourceShard](), 0
+def _batch_shards(shards: Iterator[SourceShard]) -> Iterator[list[SourceShard]]:
+    batch, names = list[SourceShard](), 0
     for shard in shards:
-        some.append(shard)
+        batch.append(shard)
         names += len(shard.names)
-        if len(some) >= _LISTING_FILE_SHARDS or names >= _LISTING_FILE_NAMES:
-            yield some
-            some, names = [], 0
-    if some:
-        yield some
+        if len(batch) >= _LISTING_FILE_SHARDS or names >= _LISTING_FILE_NAMES:
+            yield batch
+            batch, names = [], 0
+    if batch:
+        yield batch
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

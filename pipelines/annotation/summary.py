@@ -1,4 +1,4 @@
-"""What came of a data set: counts, scores and errors, as JSON and as a page."""
+"""The summary of a run: counts, scores and errors, as JSON and as an HTML page."""
 
 import base64
 import io
@@ -9,16 +9,16 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.annotation.curate import Curated
+from pipelines.annotation.curate import CuratedSet
 from pipelines.reporting.html import html_template
 
 _BINS: Final = 50
-COLUMNS: Final = ["outcome", "reason", "detail", "rating", "category", "score", "action", "duplicate_of"]
+SUMMARY_COLUMNS: Final = ["outcome", "reason", "detail", "rating", "category", "score", "action", "duplicate_of"]
 _EXAMPLES: Final = 3
 
 
-class Counts:
-    """Counts rows as they come; memory does not grow with them."""
+class SummaryCounts:
+    """Counts annotations. Memory does not grow with their number."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -29,7 +29,7 @@ class Counts:
         self.scores = [0] * _BINS
 
     def add(self, rows: pa.Table) -> None:
-        """Count rows with `COLUMNS`."""
+        """Count annotations with the columns `SUMMARY_COLUMNS`."""
         self.rows += rows.num_rows
         self.duplicates += rows.num_rows - rows.column("duplicate_of").null_count
         for name, counter in self.by.items():
@@ -45,7 +45,7 @@ class Counts:
                 self.scores[min(int(score * _BINS), _BINS - 1)] += 1
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that was counted; `score_histogram` has equal bins from 0 to 1."""
+        """The counts. `score_histogram` has bins of equal width from 0 to 1."""
         return {
             "rows": self.rows,
             "duplicates": self.duplicates,
@@ -58,8 +58,8 @@ class Counts:
         }
 
 
-def lines(summary: dict[str, Any], curated: Curated | None) -> list[str]:
-    """The counts for people, and those of the curated set if one was written."""
+def summary_lines(summary: dict[str, Any], curated: CuratedSet | None) -> list[str]:
+    """The counts as lines for a terminal, with those of the curated set if one was written."""
     counted = [
         (name, value, rows)
         for name in ("outcome", "rating", "category", "action")
@@ -71,20 +71,20 @@ def lines(summary: dict[str, Any], curated: Curated | None) -> list[str]:
     return [f"{name:<9} {value:<42} {rows:>12,}" for name, value, rows in counted]
 
 
-def with_curated(summary: dict[str, Any], curated: Curated | None) -> dict[str, Any]:
+def with_curated(summary: dict[str, Any], curated: CuratedSet | None) -> dict[str, Any]:
     """The summary with the counts of the curated set, if one was written."""
     if not curated:
         return summary
     return summary | {"curated": {"images": curated.images, "files": curated.files, "lost": curated.lost}}
 
 
-def page(summary: dict[str, Any]) -> str:
-    """The summary as one HTML document that needs nothing but itself."""
+def render_page(summary: dict[str, Any]) -> str:
+    """The summary as one self-contained HTML document."""
     return _TEMPLATE.render(summary=summary, histogram=base64.b64encode(_histogram(summary)).decode())
 
 
 def _histogram(summary: dict[str, Any]) -> bytes:
-    """A PNG."""
+    """A histogram of the scores, as PNG."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - it takes a second, and only this needs it
 
     counts: Iterable[int] = summary["score_histogram"]

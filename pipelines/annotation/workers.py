@@ -1,4 +1,4 @@
-"""What workers do with their units: index pieces, judge chunks."""
+"""The workers of a run: one kind indexes shards, the other judges chunks."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from ray import serve
 from pipelines.annotation.chunk_judge import ChunkJudge
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.index import Indexer
+from pipelines.annotation.ray_workers import WorkResult
 from pipelines.annotation.schema import to_parquet
-from pipelines.annotation.sources.discover import AnnotationSource
+from pipelines.annotation.sources.discover import AnnotationSource, is_local
 from pipelines.annotation.state import Listing, RunState
 from pipelines.annotation.storage import folder
 from pipelines.serving.guard_client import RemoteGuard
@@ -30,57 +31,63 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every worker of a run needs to know."""
+    """The arguments of every worker of a run."""
 
     settings: Settings
     out: str
     source: AnnotationSource
     listing: Listing
     root: Path | None
-    """The folder below which files may be read that a list names."""
+    """The folder whose files a list of references may name."""
 
-    def run(self) -> RunState:
+    @property
+    def this_machine(self) -> bool:
+        """Whether workers have to run on this machine, because the images or the output are local files."""
+        return self.root is not None or is_local(self.out)
+
+    def open_run(self) -> RunState:
+        """The state of the run."""
         return RunState(folder(self.out, self.settings))
 
 
 class IndexWorker:
-    """Indexes pieces."""
+    """Indexes shards."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._run = job.run()
+        self._run = job.open_run()
         self._indexer = Indexer(job.source, job.listing.extras, job.settings, job.root)
 
-    async def work(self, unit: int) -> dict[str, int]:
-        """Index a piece and keep that."""
-        shard = await _kept(self._run.shard, self._job.listing, unit)
+    async def work(self, number: int) -> WorkResult:
+        """Index a shard and store the rows."""
+        shard = await _call_store(self._run.shard, self._job.listing, number)
         table = await self._indexer.index(shard)
-        await _kept(self._run.keep, "index", f"{unit:06d}", to_parquet(table))
-        return {"unit": unit, "rows": table.num_rows}
+        await _call_store(self._run.save_table, "index", f"{number:06d}", to_parquet(table))
+        return {"number": number, "rows": table.num_rows}
 
 
 class JudgeWorker:
-    """Judges chunks on a guard of the cluster."""
+    """Judges chunks with a guard of the cluster."""
 
     def __init__(self, job: Job, policy: Policy, application: str) -> None:
         configure_logging(None)
         self._job = job
         self._policy = policy
-        self._run = job.run()
+        self._run = job.open_run()
         handle: Any = serve.get_deployment_handle("Guard", application)
         self._guard = RemoteGuard.from_settings(handle, job.settings)
         self._starting = asyncio.Lock()
         self._judge: ChunkJudge | None = None
 
-    async def work(self, unit: int) -> dict[str, int]:
-        """Judge a chunk and keep that."""
-        judge = await self._started()
-        planned = await _kept(self._run.planned, unit)
+    async def work(self, number: int) -> WorkResult:
+        """Judge a chunk and store its annotations."""
+        judge = await self._open_judge()
+        planned = await _call_store(self._run.read_planned, number)
         annotations = await judge.judge(planned, self._job.listing.extras)
-        await _kept(self._run.keep, "chunks", f"{unit:06d}", annotations.finish())
-        return {"unit": unit, "rows": annotations.rows}
+        await _call_store(self._run.save_table, "chunks", f"{number:06d}", annotations.finish())
+        return {"number": number, "rows": annotations.rows}
 
-    async def _started(self) -> ChunkJudge:
+    async def _open_judge(self) -> ChunkJudge:
         async with self._starting:
             if self._judge is None:
                 settings = self._job.settings
@@ -95,9 +102,13 @@ class JudgeWorker:
             return self._judge
 
 
-async def _kept(work: Callable[..., T], *arguments: Any) -> T:
+async def _call_store(function: Callable[..., T], *arguments: Any) -> T:
     """Read or write a file of the run. Retries for a while if the store is unavailable."""
     try:
-        return await retry_while_unavailable(lambda: asyncio.to_thread(work, *arguments), within_s=_STORE_PATIENCE_S)
+        return await retry_while_unavailable(
+            lambda: asyncio.to_thread(function, *arguments), within_s=_STORE_PATIENCE_S
+        )
     except TimeoutError:
-        raise StoreUnavailable("the object store does not answer") from None
+        raise StoreUnavailable(
+            f"the object store has not answered for {_STORE_PATIENCE_S:g} s; run the command again to resume"
+        ) from None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.annotation import filters as filtering
+from pipelines.annotation.filters import parse_filter
 from pipelines.annotation.options import AnnotateOptions, CuratedFormat, SourceKind
 from pipelines.cli.output import print_progress
 from services.core import settings as settings_module
@@ -51,7 +51,7 @@ def annotate(
         int | None,
         typer.Option(min=1, metavar="N", help="Images per chunk. A worker that is killed loses one chunk of work."),
     ] = None,
-    wanted: Annotated[
+    row_filter: Annotated[
         str | None,
         typer.Option(
             "--filter", metavar="CONDITIONS", help="Conditions of the curated set, such as rating=Safe,score<0.2"
@@ -70,7 +70,7 @@ def annotate(
     from pipelines.annotation import run as annotating  # noqa: PLC0415 - it loads Ray
     from pipelines.annotation import summary as summaries  # noqa: PLC0415
 
-    if (wanted is None) != (curated is None):
+    if (row_filter is None) != (curated is None):
         raise ConfigurationError("--filter and --curated need each other; give both or none")
     if share_guard and replicas:
         raise ConfigurationError("--share-guard and --replicas exclude each other; give only one of them")
@@ -85,7 +85,7 @@ def annotate(
         share_guard=share_guard,
         workers=workers,
         chunk_rows=chunk_rows,
-        wanted=filtering.parse(wanted) if wanted is not None else None,
+        row_filter=parse_filter(row_filter) if row_filter is not None else None,
         curated=curated,
         curated_format=form,
     )
@@ -98,6 +98,6 @@ def annotate(
     if as_json:
         typer.echo(json.dumps(summaries.with_curated(summary, kept)))
         return
-    typer.echo("\n".join(summaries.lines(summary, kept)))
+    typer.echo("\n".join(summaries.summary_lines(summary, kept)))
     if kept and kept.lost:
         print_progress(f"{kept.lost} images could not be read any more and are not in the curated set")

@@ -1,4 +1,4 @@
-"""Every write of a run is the last one once: the next run finishes it, with no row twice and none missing. No Ray."""
+"""A run is killed at every write in turn. The next run finishes it, with no row repeated or missing. No Ray."""
 
 import asyncio
 import hashlib
@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.annotation import ray_workers as cluster
-from pipelines.annotation import summary, workers
+from pipelines.annotation import ray_workers, workers
+from pipelines.annotation import run as run_module
 from pipelines.annotation.options import AnnotateOptions
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import from_parquet, to_parquet
-from pipelines.annotation.state import RunState
+from pipelines.annotation.state import RunState, Stage
 from pipelines.annotation.storage import LocalFolder
 from services.core.errors import NotAnImage
 from services.core.settings import Settings
@@ -30,39 +30,39 @@ IMAGES = 10
 
 
 class Crash(BaseException):
-    """The process is gone."""
+    """Stands for the death of the process."""
 
 
-class Fuse:
-    """Ends the process just before its nth write."""
+class CrashAtWrite:
+    """Raises Crash instead of the nth write."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.writes = -1, 0
         for name in ("create", "put", "remove"):
-            monkeypatch.setattr(LocalFolder, name, self._burning(getattr(LocalFolder, name)))
+            monkeypatch.setattr(LocalFolder, name, self._counted(getattr(LocalFolder, name)))
 
-    def _burning(self, write: Any) -> Any:
-        def burning(folder: LocalFolder, *arguments: Any) -> Any:
+    def _counted(self, write: Any) -> Any:
+        def write_or_crash(folder: LocalFolder, *arguments: Any) -> Any:
             self.writes += 1
             self.left -= 1
             if self.left == 0:
                 raise Crash
             return write(folder, *arguments)
 
-        return burning
+        return write_or_crash
 
 
-class Guard(FakeGuard):
-    """Says something else each time, so that two versions of a chunk would be told apart."""
+class ChangingGuard(FakeGuard):
+    """Gives another answer each time, so that two versions of a chunk differ."""
 
-    turn = 0
+    calls_made = 0
 
     async def max_side_px(self) -> int:
         return 384
 
     async def assess_each(self, image: PreparedImage, *_: Any) -> list[Assessment]:
-        Guard.turn += 1
-        return [assessment(f"{Guard.turn * 0x2F000000 % 2**32:08x}00")]
+        ChangingGuard.calls_made += 1
+        return [assessment(f"{ChangingGuard.calls_made * 0x2F000000 % 2**32:08x}00")]
 
 
 class DecoderPool:
@@ -77,32 +77,34 @@ class DecoderPool:
 
 
 @contextmanager
-def nothing(*_: Any) -> Iterator[cluster.Pool]:
-    yield cluster.Pool("none", 1)
+def no_cluster(*_: Any) -> Iterator[ray_workers.GuardPool]:
+    yield ray_workers.GuardPool("none", 1)
 
 
-def run_units(worker: type[Any], arguments: Mapping[str, Any], units: Sequence[int], placement: Any = None) -> Any:
-    """Without Ray, the last unit first."""
+def run_without_ray(
+    worker: type[Any], arguments: Mapping[str, Any], numbers: Sequence[int], _placement: Any = None
+) -> Any:
+    """The highest number first."""
 
-    async def work(unit: int) -> dict[str, Any]:
-        done: dict[str, Any] = await worker(**arguments).work(unit)
-        return done
+    async def work(number: int) -> dict[str, Any]:
+        result: dict[str, Any] = await worker(**arguments).work(number)
+        return result
 
-    for unit in sorted(units, reverse=True):
-        yield asyncio.run(work(unit))
+    for number in sorted(numbers, reverse=True):
+        yield asyncio.run(work(number))
 
 
 @pytest.fixture
-def fuse(monkeypatch: pytest.MonkeyPatch) -> Fuse:
-    monkeypatch.setattr(cluster, "joined", nothing)
-    monkeypatch.setattr(cluster, "guard", nothing)
-    monkeypatch.setattr(cluster, "run_units", run_units)
-    monkeypatch.setattr(cluster, "run_here", run_units)
-    monkeypatch.setattr(workers.RemoteGuard, "from_settings", lambda *_: Guard())
+def crash(monkeypatch: pytest.MonkeyPatch) -> CrashAtWrite:
+    monkeypatch.setattr(ray_workers, "join_cluster", no_cluster)
+    monkeypatch.setattr(ray_workers, "guard_lease", no_cluster)
+    monkeypatch.setattr(ray_workers, "run_on_workers", run_without_ray)
+    monkeypatch.setattr(ray_workers, "run_in_process", run_without_ray)
+    monkeypatch.setattr(workers.RemoteGuard, "from_settings", lambda *_: ChangingGuard())
     monkeypatch.setattr(workers.serve, "get_deployment_handle", lambda *_: None)
     monkeypatch.setattr(workers, "DecoderPool", DecoderPool)
-    monkeypatch.setattr(summary, "page", lambda _: "")  # it takes longer than all the rest
-    return Fuse(monkeypatch)
+    monkeypatch.setattr(run_module, "render_page", lambda _: "")  # rendering takes longer than everything else
+    return CrashAtWrite(monkeypatch)
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def options(tmp_path: Path) -> AnnotateOptions:
 
 
 def attempt(options: AnnotateOptions) -> dict[str, Any] | None:
-    """The summary, None where it did not come so far."""
+    """The summary; None if the run crashed."""
     try:
         return annotate(options, SETTINGS, lambda _: None)[0]
     except Crash:
@@ -130,57 +132,59 @@ def check(options: AnnotateOptions, done: dict[str, Any]) -> None:
     by_digest: dict[str, set[float]] = {}
     for row in rows:
         by_digest.setdefault(row["sha256"], set()).add(row["score"])
-    assert all(len(scores) == 1 for scores in by_digest.values()), "the same bytes, another verdict"
+    assert all(len(scores) == 1 for scores in by_digest.values()), "the same bytes have one verdict"
     left = {file.name for file in (Path(options.out) / "_sluice").rglob("*") if file.is_file()}
     assert left == {"lock", "run.json", "listing.json", "plan.json"}
 
 
-def test_a_crash_at_every_write(fuse: Fuse, options: AnnotateOptions, tmp_path: Path) -> None:
+def test_crash_at_each_write_next_run_finishes(crash: CrashAtWrite, options: AnnotateOptions, tmp_path: Path) -> None:
     done = attempt(options)
     assert done is not None
     check(options, done)
-    writes = fuse.writes
+    writes = crash.writes
     assert writes > 15
     for nth in range(1, writes + 1):
         again = AnnotateOptions(options.source, str(tmp_path / f"out-{nth}"), "default", chunk_rows=4)
-        fuse.left = nth
+        crash.left = nth
         assert attempt(again) is None, "it did not crash"
-        fuse.left = -1
+        crash.left = -1
         done = attempt(again)
         assert done is not None
         check(again, done)
 
 
-def test_a_crash_at_every_write_of_every_attempt(fuse: Fuse, options: AnnotateOptions) -> None:
-    """A few more writes each time, until it is done."""
+def test_crash_in_every_attempt_run_finishes_in_the_end(crash: CrashAtWrite, options: AnnotateOptions) -> None:
+    """Each attempt crashes a few writes later than the one before."""
     attempts, done = 0, None
     while done is None:
-        fuse.left = 3 + attempts // 12
+        crash.left = 3 + attempts // 12
         done, attempts = attempt(options), attempts + 1
         assert attempts < 500
-    fuse.left = -1
+    crash.left = -1
     check(options, done)
     assert attempts > 5
 
 
-def test_who_lives_on_changes_nothing(fuse: Fuse, options: AnnotateOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers of a killed run write their chunks while the next run publishes: nobody takes notice."""
+def test_workers_of_a_killed_run_still_alive_change_nothing(
+    crash: CrashAtWrite, options: AnnotateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a killed run write their chunks while the next run publishes: the first chunks count."""
     late: list[tuple[RunState, str, bytes]] = []
-    keep, put = RunState.keep, LocalFolder.put
+    save_table, put = RunState.save_table, LocalFolder.put
 
-    def kept_twice(run: RunState, what: str, name: str, parquet: bytes) -> None:
-        keep(run, what, name, parquet)
-        for table in from_parquet(parquet) if what == "chunks" else ():
+    def save_twice(run: RunState, stage: Stage, name: str, parquet: bytes) -> None:
+        save_table(run, stage, name, parquet)
+        for table in from_parquet(parquet) if stage == "chunks" else ():
             scores = [None if score is None else 0.123 for score in table.column("score").to_pylist()]
             index = table.column_names.index("score")
             late.append((run, name, to_parquet(table.set_column(index, "score", [scores]))))
 
     def put_after_others(folder: LocalFolder, name: str, data: bytes) -> None:
         for run, chunk, parquet in late:
-            keep(run, "chunks", chunk, parquet)
+            save_table(run, "chunks", chunk, parquet)
         put(folder, name, data)
 
-    monkeypatch.setattr(RunState, "keep", kept_twice)
+    monkeypatch.setattr(RunState, "save_table", save_twice)
     monkeypatch.setattr(LocalFolder, "put", put_after_others)
     done = attempt(options)
     assert done is not None
@@ -188,8 +192,8 @@ def test_who_lives_on_changes_nothing(fuse: Fuse, options: AnnotateOptions, monk
     assert 0.123 not in [row["score"] for row in pq.read_table(options.out).to_pylist()]
 
 
-def test_another_filter_comes_later(fuse: Fuse, options: AnnotateOptions) -> None:
+def test_complete_run_is_not_repeated(crash: CrashAtWrite, options: AnnotateOptions) -> None:
     first = attempt(options)
-    writes = fuse.writes
+    writes = crash.writes
     assert attempt(options) == first
-    assert fuse.writes <= writes + 4, "a run that is complete is not done again"
+    assert crash.writes <= writes + 4, "a complete run writes next to nothing"

@@ -19,22 +19,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.annotation import chunks as plan
-from pipelines.annotation import curate as curating
-from pipelines.annotation import filters as filtering
 from pipelines.annotation.chunk_judge import ChunkJudge
+from pipelines.annotation.chunks import plan_chunks
+from pipelines.annotation.curate import claim_folder, write_references, write_tars
+from pipelines.annotation.filters import parse_filter
 from pipelines.annotation.image_reader import ImageReader
-from pipelines.annotation.index import Indexer, lines
+from pipelines.annotation.image_row import INDEX, PLAN, FileLocation, ImageRow, PlannedImage
+from pipelines.annotation.index import Indexer
 from pipelines.annotation.options import AnnotateOptions
-from pipelines.annotation.partitions import publish
+from pipelines.annotation.partitions import publish_partitions
 from pipelines.annotation.progress import StageProgress
-from pipelines.annotation.reader import annotations, parts
+from pipelines.annotation.reader import list_partition_files, read_annotations
 from pipelines.annotation.run import annotate
-from pipelines.annotation.schema import BATCH_ROWS, INDEX, Row, from_parquet, to_parquet
-from pipelines.annotation.sources import discover as sources
+from pipelines.annotation.schema import BATCH_ROWS, from_parquet, to_parquet
+from pipelines.annotation.sources.discover import SourceShard, extra_fields, find_source, list_shards
+from pipelines.annotation.sources.lines import read_lines
 from pipelines.annotation.state import RunState
 from pipelines.annotation.storage import Folder, folder
-from pipelines.annotation.summary import COLUMNS, Counts, page
+from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
 from services.core.errors import ConfigurationError, GuardFailed
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -46,6 +48,8 @@ from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar
 from tests.support.fake_guard import FakeGuard
+
+Annotation = dict[str, Any]
 
 SETTINGS = Settings(model="tiny", image_limit_bytes=1 << 20)
 POLICY = BUILT_IN.as_version(1)
@@ -65,40 +69,40 @@ class Bench:
         self.guard = FakeGuard(says)
         self.run = RunState(folder(out, settings))
 
-    async def annotate(self, place: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any) -> list[Row]:
+    async def annotate(
+        self, location: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any
+    ) -> list[Annotation]:
         """All rows, in the order of the source."""
-        source = sources.find(place, self.settings, **find)
-        listing = self.run.keep_listing(
-            sources.shards(source, self.settings), sources.extra_fields(source, self.settings)
-        )
+        source = find_source(location, self.settings, **find)
+        listing = self.run.save_listing(list_shards(source, self.settings), extra_fields(source, self.settings))
         indexer = Indexer(source, listing.extras, self.settings, root)
         for number in range(listing.shards):
             index = await indexer.index(self.run.shard(listing, number))
-            self.run.keep("index", f"{number:06d}", to_parquet(index))
+            self.run.save_table("index", f"{number:06d}", to_parquet(index))
         indexer.close()
-        todo = plan.make(
-            lambda: chain(*(self.run.rows("index", f"{number:06d}") or () for number in range(listing.shards))),
+        plan = plan_chunks(
+            lambda: chain(*(self.run.read_table("index", f"{number:06d}") or () for number in range(listing.shards))),
             listing.extras,
-            lambda name, _, parquet: self.run.keep("plan", name, parquet),
+            lambda name, _, parquet: self.run.save_table("plan", name, parquet),
             chunk_rows,
         )
         images, preparer = ImageReader(self.settings, source), DecoderPool(self.settings, 384)
         judge = ChunkJudge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
         try:
-            for chunk in reversed(range(todo.chunks)):
-                annotations = await judge.judge(self.run.planned(chunk), listing.extras)
-                self.run.keep("chunks", f"{chunk:06d}", annotations.finish())
+            for chunk in reversed(range(plan.chunks)):
+                annotations = await judge.judge(self.run.read_planned(chunk), listing.extras)
+                self.run.save_table("chunks", f"{chunk:06d}", annotations.finish())
         finally:
             images.close()
             preparer.close()
-        publish(self.run, todo.chunks, lambda _: None)
+        publish_partitions(self.run, plan.chunks, lambda _: None)
         return self.rows()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Annotation]:
         found = [
             row
-            for part in parts(self.run.folder)
-            for rows in annotations(self.run.folder, part)
+            for name in list_partition_files(self.run.folder)
+            for rows in read_annotations(self.run.folder, name)
             for row in rows.to_pylist()
         ]
         return sorted(found, key=lambda row: int(row["row"]))
@@ -109,12 +113,12 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(str(tmp_path / "out"))
 
 
-def ends(rows: list[Row]) -> list[str]:
-    """What became of each row: the rating, or the reason."""
+def results(rows: list[Annotation]) -> list[str]:
+    """The rating of each row, or the reason why it has none."""
     return [row["rating"] or row["reason"] for row in rows]
 
 
-async def test_a_folder_of_images(bench: Bench, tmp_path: Path) -> None:
+async def test_folder_of_images_row_for_each_file(bench: Bench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     (pictures / "b #ä").mkdir(parents=True)
     (pictures / "_ours").mkdir()
@@ -130,7 +134,7 @@ async def test_a_folder_of_images(bench: Bench, tmp_path: Path) -> None:
     os.close(os.open(os.fsencode(pictures) + b"/\xff.png", os.O_CREAT))
     rows = await bench.annotate(str(pictures), kind="images")
     safe, same = rows[:2]
-    assert ends(rows)[2:] == [
+    assert results(rows)[2:] == [
         *("not_an_image", "not_an_image", "guard_failed", "too_large", "forbidden", "not_found", "not_an_image")
     ]
     assert safe["uri"] == safe["submission_id"] == (pictures / "a.png").as_uri()
@@ -142,7 +146,7 @@ async def test_a_folder_of_images(bench: Bench, tmp_path: Path) -> None:
     assert bench.guard.calls.count("verdict") == 2, "the same bytes are judged once"
 
 
-async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_endpoint: str) -> None:
+async def test_s3_objects_ids_are_those_of_the_stream(bench: Bench, s3_endpoint: str) -> None:
     settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
     s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
     unique = uuid.uuid4().hex
@@ -174,11 +178,11 @@ async def test_objects_are_called_what_the_stream_calls_them(bench: Bench, s3_en
     listed = [{"uri": f"s3://{private}/a.png"}, {"uri": "1.png", "id": "own", "tenant": "t"}, {"uri": "../p/1.png"}]
     s3.put_object(Bucket=public, Key="p/list.jsonl", Body="\n".join(map(json.dumps, listed)))
     rows = await Bench(f"s3://{public}/annotations/second", allowed).annotate(f"s3://{public}/p/list.jsonl")
-    assert ends(rows) == ["forbidden", rows[1]["rating"], "forbidden"]
+    assert results(rows) == ["forbidden", rows[1]["rating"], "forbidden"]
     assert (rows[1]["submission_id"], rows[1]["tenant"]) == ("own", "t")
 
 
-async def test_lists_of_references(bench: Bench, tmp_path: Path) -> None:
+async def test_list_of_references_files_outside_of_root_are_forbidden(bench: Bench, tmp_path: Path) -> None:
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "a.png").write_bytes(picture(1))
@@ -208,10 +212,10 @@ async def test_lists_of_references(bench: Bench, tmp_path: Path) -> None:
     text = "\n".join([*map(json.dumps, [*good, *bad]), "{", "", "x" * (2 << 20)])
     (lists / "l.jsonl").write_text(text)
     rows = await bench.annotate(str(lists / "l.jsonl"), root=lists)
-    assert ends(rows)[:3] == [rows[0]["rating"]] * 3
+    assert results(rows)[:3] == [rows[0]["rating"]] * 3
     assert [row["duplicate_of"] for row in rows[:3]] == [None, 0, 0]
     assert json.loads(rows[0]["source_json"]) == {"uri": "s3://other/k", "caption": "ä", "n": 1}
-    assert ends(rows)[3:] == [
+    assert results(rows)[3:] == [
         *("forbidden", "forbidden", "forbidden", "not_found"),
         *("malformed", "malformed", "malformed", "malformed", "forbidden", "malformed"),
         *("malformed", "malformed"),
@@ -219,7 +223,7 @@ async def test_lists_of_references(bench: Bench, tmp_path: Path) -> None:
     assert len(rows[-1]["uri"]) <= 200
 
 
-async def test_tables_keep_their_columns(tmp_path: Path) -> None:
+async def test_tables_annotations_have_their_columns(tmp_path: Path) -> None:
     tables = tmp_path / "tables"
     tables.mkdir()
     images = [{"bytes": picture(n // 2), "path": f"{n}.png"} for n in range(150)]
@@ -231,8 +235,8 @@ async def test_tables_keep_their_columns(tmp_path: Path) -> None:
     rows = await bench.annotate(str(tables), chunk_rows=40)
     assert [row["source_rating"] for row in rows] == [*range(150), None]
     assert rows[3]["source_when"].second == 3
-    assert ends(rows)[7] == "not_an_image"
-    assert ends(rows)[150] == "malformed"
+    assert results(rows)[7] == "not_an_image"
+    assert results(rows)[150] == "malformed"
     assert [row["duplicate_of"] for row in rows[:4]] == [None, 0, None, 2]
     assert bench.guard.calls.count("verdict") == 75
     assert rows[71]["uri"].endswith("a.parquet#group=1&row=1")
@@ -241,16 +245,16 @@ async def test_tables_keep_their_columns(tmp_path: Path) -> None:
     (tables / "p.png").write_bytes(picture(1))
     pq.write_table(references, tmp_path / "refs.parquet")
     with pytest.raises(
-        ConfigurationError, match=r"no column with images or references: name it by --column; it has url"
+        ConfigurationError, match=r"no column with images or references; name one by --column: it has url"
     ):
-        sources.find(str(tmp_path / "refs.parquet"), SETTINGS)
+        find_source(str(tmp_path / "refs.parquet"), SETTINGS)
     other = Bench(str(tmp_path / "out2"))
     rows = await other.annotate(str(tmp_path / "refs.parquet"), column="url", root=tmp_path)
     assert [(row["submission_id"], row["source_score"]) for row in rows] == [("a", 1.5), ("b", 2.5)]
     assert {row["rating"] for row in rows} <= {"Safe", "Unsafe"}
 
 
-async def test_tars(bench: Bench, tmp_path: Path) -> None:
+async def test_tars_hostile_and_truncated_members_get_reasons(bench: Bench, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     hostile = ["../../etc/a.png", "/etc/a.png", "a/../../b.png"]
@@ -285,8 +289,8 @@ async def test_tars(bench: Bench, tmp_path: Path) -> None:
     assert len(rows) == 7 + 1 + 3 + 2
 
 
-async def test_a_picture_that_is_nearly_all_there_is(bench: Bench, tmp_path: Path) -> None:
-    """As a service's "image not available" may be; no step holds all of its rows."""
+async def test_many_duplicates_are_judged_once_in_bounded_batches(bench: Bench, tmp_path: Path) -> None:
+    """A service's "image not available" may be most of its images. No step has all of their rows in memory."""
     rows = 2 * BATCH_ROWS + 7
     images = [{"bytes": picture(1)}] * rows
     images[0] = {"bytes": picture(2)}
@@ -296,41 +300,65 @@ async def test_a_picture_that_is_nearly_all_there_is(bench: Bench, tmp_path: Pat
     assert [row["duplicate_of"] for row in found] == [None, None, *[1] * (rows - 2)]
     assert len({row["score"] for row in found[1:]}) == 1
     assert bench.guard.calls.count("verdict") == 2
-    held = [table.num_rows for table in bench.run.planned(0)]
+    held = [table.num_rows for table in bench.run.read_planned(0)]
     assert (sum(held), max(held)) == (rows, BATCH_ROWS)
 
 
-async def test_what_changed_after_it_was_indexed(bench: Bench, tmp_path: Path) -> None:
+async def test_image_changed_after_indexing_next_duplicate_is_judged(bench: Bench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in "abc":
         (pictures / f"{name}.png").write_bytes(picture(1))
     index = Indexer.index
 
-    async def and_then(self: Indexer, shard: sources.SourceShard) -> pa.Table:
+    async def index_and_change(self: Indexer, shard: SourceShard) -> pa.Table:
         table = await index(self, shard)
         (pictures / "a.png").unlink()
         (pictures / "b.png").write_bytes(picture(2))
         return table
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Indexer, "index", and_then)
+        patch.setattr(Indexer, "index", index_and_change)
         rows = await bench.annotate(str(pictures))
-    assert ends(rows) == ["not_found", "changed", rows[2]["rating"]], "the first that can be had is judged"
+    assert results(rows) == ["not_found", "changed", rows[2]["rating"]], "the first readable image is judged"
     assert rows[2]["duplicate_of"] is None
 
 
+def test_index_and_plan_columns_stay_those_of_earlier_runs() -> None:
+    """A run that an earlier version began is resumed, so the columns of its tables cannot change."""
+    place = "struct<file: string, offset: int64, size: int64, group: int64, etag: string>"
+    image = [(name, "string") for name in ("id", "uri", "version_id", "etag", "tenant", "sha256", "reason", "detail")]
+    assert [(each.name, str(each.type)) for each in INDEX] == [*image, ("place", place)]
+    assert [(each.name, str(each.type)) for each in PLAN][:2] == [("row", "int64"), ("duplicate_of", "int64")]
+    assert list(PLAN)[2:] == list(INDEX)
+
+
+text = st.none() | st.text(max_size=5)
+locations = st.builds(FileLocation, st.text(max_size=5), st.integers(0, 9), st.none() | st.integers(0, 9))
+
+
+@given(st.integers(0, 9), text, text, st.none() | locations, st.none() | st.integers(0, 9))
+def test_planned_image_survives_parquet(
+    row: int, sha256: str | None, extra: str | None, place: FileLocation | None, first: int | None
+) -> None:
+    image = ImageRow("id", "uri", sha256=sha256, place=place, extras={"source_json": extra})
+    planned = PlannedImage(row, first, image)
+    schema = pa.schema([*PLAN, ("source_json", pa.string())])
+    (table,) = from_parquet(to_parquet(pa.Table.from_pylist([planned.to_columns()], schema)))
+    assert [PlannedImage.from_columns(columns) for columns in table.to_pylist()] == [planned]
+
+
 @given(st.lists(st.sampled_from([None, *(f"{n:064x}" for n in range(6))]), max_size=60), st.integers(1, 7))
-def test_a_plan_has_every_row_once_and_duplicates_together(digests: list[str | None], per_chunk: int) -> None:
+def test_plan_has_every_row_once_and_duplicates_together(digests: list[str | None], per_chunk: int) -> None:
     table = pa.Table.from_pylist([{"id": str(n), "sha256": digest} for n, digest in enumerate(digests)], INDEX)
-    written: dict[str, list[Row]] = {}
+    written: dict[str, list[Annotation]] = {}
 
     def write(name: str, rows: int, parquet: bytes) -> None:
         assert name not in written
         written[name] = [row for table in from_parquet(parquet) for row in table.to_pylist()]
         assert len(written[name]) == rows
 
-    made = plan.make(lambda: [table.slice(0, 7), table.slice(7)], pa.schema([]), write, per_chunk)
+    made = plan_chunks(lambda: [table.slice(0, 7), table.slice(7)], pa.schema([]), write, per_chunk)
     rows = {row["row"]: (int(name[:6]), row) for name, each in written.items() for row in each}
     assert sorted(rows) == list(range(len(digests)))
     assert sum(map(len, written.values())) == len(digests) == made.rows
@@ -345,13 +373,13 @@ def test_a_plan_has_every_row_once_and_duplicates_together(digests: list[str | N
 
 
 @given(st.binary(max_size=200).map(lambda data: data.replace(b"x", b"\n")), st.integers(1, 40))
-def test_ranges_of_lines_have_every_line_once(data: bytes, size: int) -> None:
+def test_ranges_of_a_file_have_every_line_once(data: bytes, size: int) -> None:
     ranges = [(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-    found = [line.strip(b"\n") for start, end in ranges for line in lines(io.BytesIO(data), start, end)]
+    found = [line.strip(b"\n") for start, end in ranges for line in read_lines(io.BytesIO(data), start, end)]
     assert found == [line for line in data.split(b"\n") if line.strip()]
 
 
-ROW: Row = {
+ROW: Annotation = {
     "rating": "Safe",
     "category": "O6: Weapons or Substance Abuse",
     "action": "allow",
@@ -374,54 +402,54 @@ ROW: Row = {
         ("score>=0.2,score!=0.3", True),
     ],
 )
-def test_filters(text: str, kept: bool) -> None:
-    assert filtering.parse(text).keeps(ROW) is kept
-    assert not filtering.parse(text).keeps(dict.fromkeys(ROW)), "what was not judged meets no condition"
+def test_filter_keeps_rows_that_meet_all_conditions(text: str, kept: bool) -> None:
+    assert parse_filter(text).keeps(ROW) is kept
+    assert not parse_filter(text).keeps(dict.fromkeys(ROW)), "a row without values meets no condition"
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "is no condition"),
-        ("rating", "'rating' is no condition"),
+        ("", "is not a condition"),
+        ("rating", "'rating' is not a condition"),
         ("rating=Safe;score<1", "rating is never 'Safe;score<1'"),
-        ("ratings=Safe", "no field 'ratings'; there are rating, category"),
-        ("rating=safe", "rating is never 'safe'; it is Safe or Unsafe"),
+        ("ratings=Safe", "no field 'ratings'; the fields are rating, category"),
+        ("rating=safe", "rating is never 'safe'; write Safe or Unsafe"),
         ("rating<Safe", "has no order"),
-        ("score<high", "'high' is no score"),
+        ("score<high", "'high' is not a score"),
         ("score<1.5", "from 0 to 1"),
-        ("score<nan", "'nan' is no score"),
-        ("category=Weapons", "no category; write its code"),
+        ("score<nan", "'nan' is not a score"),
+        ("category=Weapons", "not a category; write a code"),
     ],
 )
-def test_filters_that_are_none(text: str, sentence: str) -> None:
+def test_invalid_filter_error_names_the_condition(text: str, sentence: str) -> None:
     with pytest.raises(ConfigurationError, match=sentence):
-        filtering.parse(text)
+        parse_filter(text)
 
 
-async def test_curated_sets(bench: Bench, tmp_path: Path) -> None:
+async def test_curated_set_has_the_selected_images(bench: Bench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for n in range(20):
         (pictures / f"{n:02d}.png").write_bytes(picture(n))
     rows = await bench.annotate(str(pictures))
-    wanted = filtering.parse("rating=Safe")
+    wanted = parse_filter("rating=Safe")
     expected = [row for row in rows if row["rating"] == "Safe"]
     assert 0 < len(expected) < 20
     into: Folder = folder(str(tmp_path / "references"), SETTINGS)
-    curating.begin(into, {"as": "references"})
-    made = curating.references(bench.run.folder, wanted, into, lambda _: None)
+    claim_folder(into, {"as": "references"})
+    made = write_references(bench.run.folder, wanted, into, lambda _: None)
     assert made.images == len(expected)
     again = Bench(str(tmp_path / "again"))
     assert [row["uri"] for row in await again.annotate(into.uri.removeprefix("file://"), root=pictures)] == [
         row["uri"] for row in expected
     ]
 
-    source = sources.find(str(pictures), SETTINGS)
+    source = find_source(str(pictures), SETTINGS)
     (pictures / expected[0]["uri"].rpartition("/")[2]).unlink()
     images, tars = ImageReader(SETTINGS, source), folder(str(tmp_path / "tars"), SETTINGS)
-    curating.begin(tars, {"as": "tars"})
-    made = await curating.tars(bench.run.folder, wanted, tars, images, lambda _: None)
+    claim_folder(tars, {"as": "tars"})
+    made = await write_tars(bench.run.folder, wanted, tars, images, lambda _: None)
     images.close()
     assert (made.images, made.lost) == (len(expected) - 1, 1)
     (shard,) = (tmp_path / "tars").glob("*.tar")
@@ -432,13 +460,13 @@ async def test_curated_sets(bench: Bench, tmp_path: Path) -> None:
         assert content is not None
         assert content.read() == (pictures / expected[1]["uri"].rpartition("/")[2]).read_bytes()
     with pytest.raises(ConfigurationError, match="another curated set"):
-        curating.begin(tars, {"as": "references"})
+        claim_folder(tars, {"as": "references"})
     with pytest.raises(ConfigurationError, match="is not empty"):
-        curating.begin(folder(str(pictures), SETTINGS), {})
+        claim_folder(folder(str(pictures), SETTINGS), {})
 
 
-def test_a_summary_escapes_what_strangers_wrote() -> None:
-    counts = Counts()
+def test_summary_page_escapes_text_of_the_source() -> None:
+    counts = SummaryCounts()
     row = {"outcome": "dead_letter", "reason": "not_found", "detail": "<script>x</script>", "score": None}
     seen = {
         "outcome": "verdict",
@@ -448,22 +476,22 @@ def test_a_summary_escapes_what_strangers_wrote() -> None:
         "score": 1.0,
         "duplicate_of": 3,
     }
-    schema = pa.schema([(name, pa.string()) for name in COLUMNS if name not in ("score", "duplicate_of")])
+    schema = pa.schema([(name, pa.string()) for name in SUMMARY_COLUMNS if name not in ("score", "duplicate_of")])
     schema = schema.append(pa.field("score", pa.float64())).append(pa.field("duplicate_of", pa.int64()))
     counts.add(pa.Table.from_pylist([row, seen], schema))
     summary = {"source": "s<b>", "policy": "p@1", **counts.to_json()}
     assert (summary["rows"], summary["duplicates"], summary["score_histogram"][-1]) == (2, 1, 1)
-    html = page(summary)
+    html = render_page(summary)
     assert "<script>" not in html
     assert "s&lt;b&gt;" in html
     assert "data:image/png;base64," in html
 
 
-def test_progress_says_rate_and_time_left() -> None:
-    stage = StageProgress("judged", 1000, lambda _: None, done=100)
-    began = stage._seen[0][0]
+def test_progress_line_has_rate_and_time_left() -> None:
+    times = iter((0.0, 10.0))
+    stage = StageProgress("judged", 1000, lambda _: None, done=100, clock=lambda: next(times))
     stage.add(100)
-    assert stage.line(began + 10) == "judged 200 of 1,000, 10.0/s, 80 s left"
+    assert stage.line() == "judged 200 of 1,000, 10.0/s, 80 s left"
 
 
 def options(source: Path | str, out: Path, **more: Any) -> AnnotateOptions:
@@ -490,20 +518,20 @@ def cases(tmp_path: Path) -> Path:
     [
         ("missing", {}, "nothing to annotate at .*missing: no such file or folder, or an empty one"),
         ("empty", {}, "nothing to annotate"),
-        ("mixed", {}, r"several kinds \(images, tars\); say --format"),
-        ("broken.parquet", {}, "no readable parquet file"),
+        ("mixed", {}, r"several kinds \(images, tars\); name one by --format"),
+        ("broken.parquet", {}, "not a readable parquet file"),
         ("zipped.tar.gz", {}, "compressed tars"),
         ("text.parquet", {}, "no column with images or references.*it has text"),
         ("text.parquet", {"column": "uri"}, "has no column 'uri'; it has text"),
         ("p", {"kind": "parquet"}, "no parquet file"),
         ("p", {"policy": "other"}, "SLUICE_POLICY_BUCKET is not set"),
         ("p", {"out": "p/out"}, "lie in one another"),
-        ("p", {"out": "mixed"}, r"mixed is not empty, and not with annotations \(a.png\)"),
+        ("p", {"out": "mixed"}, r"mixed has other files than annotations \(a.png\)"),
         ("ftp://a/b", {}, "neither a path nor an s3:// URI"),
         ("s3://", {}, "names no bucket"),
     ],
 )
-def test_bad_input_is_one_sentence(cases: Path, source: str, more: dict[str, Any], sentence: str) -> None:
+def test_bad_input_error_is_one_sentence(cases: Path, source: str, more: dict[str, Any], sentence: str) -> None:
     place = source if "://" in source else str(cases / source)
     given = {"policy": "default"} | more | {"out": str(cases / more.get("out", "out"))}
     with pytest.raises(ConfigurationError, match=sentence) as caught:
@@ -511,22 +539,22 @@ def test_bad_input_is_one_sentence(cases: Path, source: str, more: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_another_run_is_refused(cases: Path) -> None:
+def test_output_folder_of_another_run_error(cases: Path) -> None:
     run = RunState(folder(str(cases / "out"), SETTINGS))
     run.begin({"source": "file:///elsewhere", "policy": "default@1"})
     with pytest.raises(
-        ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; say another --out"
+        ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; name another folder by --out"
     ):
         annotate(options(cases / "p", cases / "out"), SETTINGS, lambda _: None)
 
 
-def test_the_command_line_reads_the_environment_before_it_imports_ray() -> None:
-    """Ray takes its way to authenticate from the environment when it is imported, and that stands in `.sluice/env`."""
+def test_command_line_is_imported_without_ray() -> None:
+    """Ray reads its authentication mode from the environment on import, and the command reads `.sluice/env` before."""
     subprocess.run([sys.executable, "-c", "import pipelines.cli.main, sys; sys.exit('ray' in sys.modules)"], check=True)
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_what_is_written_once_stays(place: str, tmp_path: Path, s3_endpoint: str) -> None:
+def test_created_file_is_not_overwritten(place: str, tmp_path: Path, s3_endpoint: str) -> None:
     settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
     if place == "s3":
         boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="folders")

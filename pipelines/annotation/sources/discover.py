@@ -1,8 +1,8 @@
-"""What a data set is made of: how its kind is told, and how it is cut into pieces that are read on their own."""
+"""Finds a data set, detects its format, and divides it into shards that are indexed independently."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final, get_args
 
 import pyarrow as pa
@@ -15,16 +15,16 @@ from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
 
 REFERENCE_COLUMNS: Final = ("image", "file_name", "image_path", "path", "uri")
-"""The names of the column with the reference, in order of priority; `sluice evaluate` reads them in the same order."""
+"""Names of the column with the reference, in order of priority. `sluice evaluate` uses the same order."""
 BYTES_COLUMNS: Final = ("image", "bytes", "jpg", "png", "webp")
-"""Likewise for the images themselves: bytes, or {bytes, path} as Hugging Face stores them."""
-OWN_COLUMNS: Final = ("id", "version_id", "etag", "tenant")
-"""Columns of a list of references that mean what they mean in a submission, where they are text."""
+"""Names of the column with the images, in order of priority: bytes, or {bytes, path} as Hugging Face stores them."""
+SUBMISSION_COLUMNS: Final = ("id", "version_id", "etag", "tenant")
+"""Columns of a list of references with the meaning of the same field in a submission, if they are text."""
 
-LINES: Final = (".jsonl", ".ndjson", ".json")
-_TABLES: Final = (".parquet",)
-_TARS: Final = (".tar",)
-_COMPRESSED_TARS: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+LINE_SUFFIXES: Final = (".jsonl", ".ndjson", ".json")
+_TABLE_SUFFIXES: Final = (".parquet",)
+_TAR_SUFFIXES: Final = (".tar",)
+_COMPRESSED_TAR_SUFFIXES: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SHARD_IMAGES: Final = 1_000
 _SHARD_ROWS: Final = 5_000
 _SHARD_LINES_BYTES: Final = 1 << 20
@@ -33,17 +33,17 @@ _ENTRIES_EXAMINED: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class SourceShard:
-    """A part of the source: some files of a folder, or a range of one file."""
+    """A part of the source: a number of image files, or a range of one file."""
 
     names: tuple[str, ...]
     start: int = 0
-    """Of JSON lines, the first byte; of a table, the first row of the row group."""
+    """JSON lines: the first byte. Table: the first row of the row group."""
     end: int = 0
-    """Exclusive."""
+    """The byte or row after the last one."""
     group: int = 0
-    """Of a table, the row group."""
+    """Table: the row group."""
     broken: str | None = None
-    """Why the file cannot be read at all."""
+    """Why the file as a whole is not readable; None if it is."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,61 +57,63 @@ class SourceShard:
 class AnnotationSource:
     """A data set to annotate."""
 
-    place: str
-    """The folder that names are relative to."""
-    only: str | None
-    """One file of the folder, where the source is that file."""
+    folder_uri: str
+    """The folder of the source. Names of files are relative to it."""
+    file_name: str | None
+    """The file that is the source; None if the source is the whole folder."""
     kind: SourceKind
     column: str | None
-    """Of a table or lines: the column with the reference or the image."""
+    """Table or lines: the column with the reference or the image."""
 
     @property
     def uri(self) -> str:
-        return f"{self.place}/{self.only}" if self.only else self.place
+        return f"{self.folder_uri}/{self.file_name}" if self.file_name else self.folder_uri
 
 
-def find(
-    place: str, settings: Settings, *, kind: SourceKind | None = None, column: str | None = None
+def find_source(
+    location: str, settings: Settings, *, kind: SourceKind | None = None, column: str | None = None
 ) -> AnnotationSource:
-    """The data set at a place; its kind is told by the names of its files, and of a table by its columns.
+    """The data set at a path or URI. Names of files decide its format; for a table, its columns do.
+
+    `kind` and `column` override what is detected.
 
     Raises:
-        ConfigurationError: there is none, or it is unclear what it is.
+        ConfigurationError: there is no data set, or its format is unclear.
     """
-    base, only = _base(place, settings)
-    within = folder(base, settings)
-    names = [entry.name for entry in _some(_entries(within, only))]
+    folder_uri, file_name = _split_location(location, settings)
+    within = folder(folder_uri, settings)
+    names = [entry.name for entry in islice(_entries(within, file_name), _ENTRIES_EXAMINED)]
     if not names:
-        raise ConfigurationError(f"there is nothing to annotate at {place}: no such file or folder, or an empty one")
+        raise ConfigurationError(f"there is nothing to annotate at {location}: no such file or folder, or an empty one")
     kinds = {_kind_of(name) for name in names}
     if "compressed" in kinds:
-        raise ConfigurationError(f"{place} holds compressed tars, which cannot be read from the middle; unpack them")
+        raise ConfigurationError(f"{location} has compressed tars, which Sluice cannot read; decompress them")
     if kind is None:
         if len(kinds) > 1:
             raise ConfigurationError(
-                f"{place} holds files of several kinds ({', '.join(sorted(kinds))}); say --format, one of "
-                f"{', '.join(get_args(SourceKind))}, or give a folder with one kind"
+                f"{location} has files of several kinds ({', '.join(sorted(kinds))}); name one by --format: "
+                f"{', '.join(get_args(SourceKind))}; or give a folder with one kind of files"
             )
         kind = "images" if kinds == {"images"} else "tars" if kinds == {"tars"} else None
     if kind in ("images", "tars"):
-        return AnnotationSource(base, only, kind, None)
-    tables = [name for name in names if name.endswith(_TABLES)]
+        return AnnotationSource(folder_uri, file_name, kind, None)
+    tables = [name for name in names if name.endswith(_TABLE_SUFFIXES)]
     if not tables:
         if kind == "parquet":
-            raise ConfigurationError(f"there is no parquet file at {place}")
-        return AnnotationSource(base, only, "references", column)
-    found, column = _columns(within, tables[0], kind, column)
-    return AnnotationSource(base, only, found, column)
+            raise ConfigurationError(f"there is no parquet file at {location}")
+        return AnnotationSource(folder_uri, file_name, "references", column)
+    found, column = _detect_column(within, tables[0], kind, column)
+    return AnnotationSource(folder_uri, file_name, found, column)
 
 
-def _base(place: str, settings: Settings) -> tuple[str, str | None]:
-    """The folder of a place, and the file where the place is one."""
-    if not place.startswith("s3://"):
-        path = local_path(place)
+def _split_location(location: str, settings: Settings) -> tuple[str, str | None]:
+    """The URI of the folder of a location, and the name of the file if the location is a file."""
+    if not location.startswith("s3://"):
+        path = local_path(location)
         return (path.parent.as_uri(), path.name) if path.is_file() else (path.as_uri(), None)
-    within = folder(place, settings)
+    within = folder(location, settings)
     parent, _, name = within.uri.rpartition("/")
-    if place.endswith("/") or parent == "s3:/":
+    if location.endswith("/") or parent == "s3:/":
         return within.uri, None
     try:
         folder(parent, settings).open(name).close()
@@ -120,43 +122,36 @@ def _base(place: str, settings: Settings) -> tuple[str, str | None]:
     return parent, name
 
 
-def _entries(within: Folder, only: str | None) -> Iterator[Entry]:
-    """The files that count: what begins with . or _, or lies in such a folder, is someone's housekeeping."""
-    if only is not None:
-        with within.open(only) as file:
-            yield Entry(only, file.seek(0, 2))
+def _entries(within: Folder, file_name: str | None) -> Iterator[Entry]:
+    """The files of a source. Files and folders whose names begin with . or _ are not part of it."""
+    if file_name is not None:
+        with within.open(file_name) as file:
+            yield Entry(file_name, file.seek(0, 2))
         return
     for entry in within.entries():
         if not any(part.startswith((".", "_")) for part in entry.name.split("/")):
             yield entry
 
 
-def _some(entries: Iterator[Entry]) -> Iterator[Entry]:
-    for _ in range(_ENTRIES_EXAMINED):
-        if (entry := next(entries, None)) is None:
-            return
-        yield entry
-
-
 def _kind_of(name: str) -> str:
     lower = name.lower()
-    if lower.endswith(_COMPRESSED_TARS):
+    if lower.endswith(_COMPRESSED_TAR_SUFFIXES):
         return "compressed"
-    if lower.endswith(_TARS):
+    if lower.endswith(_TAR_SUFFIXES):
         return "tars"
-    if lower.endswith(_TABLES):
+    if lower.endswith(_TABLE_SUFFIXES):
         return "tables"
-    return "lines" if lower.endswith(LINES) else "images"
+    return "lines" if lower.endswith(LINE_SUFFIXES) else "images"
 
 
-def _columns(within: Folder, name: str, kind: SourceKind | None, column: str | None) -> tuple[SourceKind, str]:
-    """What a table has: images or references, and in which column."""
+def _detect_column(within: Folder, name: str, kind: SourceKind | None, column: str | None) -> tuple[SourceKind, str]:
+    """Whether a table has images or references, and the column with them."""
     uri = within.uri_of(name)
     try:
         with within.open(name) as file:
             schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigurationError(f"{uri} is no readable parquet file: {_brief(error)}") from None
+        raise ConfigurationError(f"{uri} is not a readable parquet file: {_brief(error)}") from None
     if column is not None and column not in schema.names:
         raise ConfigurationError(f"{uri} has no column {column!r}; it has {', '.join(schema.names)}")
     with_bytes = [c for c in ([column] if column else BYTES_COLUMNS) if c in schema.names and _has_bytes(schema, c)]
@@ -166,7 +161,7 @@ def _columns(within: Folder, name: str, kind: SourceKind | None, column: str | N
     if with_text and kind != "parquet":
         return "references", with_text[0]
     raise ConfigurationError(
-        f"{uri} has no column with images or references: name it by --column; it has {', '.join(schema.names)}"
+        f"{uri} has no column with images or references; name one by --column: it has {', '.join(schema.names)}"
     )
 
 
@@ -187,37 +182,39 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
 
 
 def extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
-    """The columns that the rows of a source have of their own, as they are called in the annotations."""
+    """The source's own columns, under the names that they have in the annotations."""
     if source.kind == "images":
         return pa.schema([])
-    within = folder(source.place, settings)
-    tables = (e.name for e in _entries(within, source.only) if e.name.endswith(_TABLES))
+    within = folder(source.folder_uri, settings)
+    tables = (entry.name for entry in _entries(within, source.file_name) if entry.name.endswith(_TABLE_SUFFIXES))
     if source.kind == "tars" or (name := next(tables, None)) is None:
         return pa.schema([("source_json", pa.string())])
     with within.open(name) as file:
         schema = pq.read_schema(file)
-    own = {source.column, *(c for c in OWN_COLUMNS if source.kind == "references")}
+    own = {source.column, *(name for name in SUBMISSION_COLUMNS if source.kind == "references")}
     return pa.schema([pa.field(f"source_{f.name}", f.type) for f in schema if f.name not in own])
 
 
-def shards(source: AnnotationSource, settings: Settings) -> Iterator[SourceShard]:
-    """The whole source, in an order that only its names and sizes decide."""
-    within = folder(source.place, settings)
-    entries = _entries(within, source.only)
+def list_shards(source: AnnotationSource, settings: Settings) -> Iterator[SourceShard]:
+    """The shards of the whole source. Only names and sizes of files decide their order."""
+    within = folder(source.folder_uri, settings)
+    entries = _entries(within, source.file_name)
     if source.kind == "images":
-        while some := [entry.name for _, entry in zip(range(_SHARD_IMAGES), entries, strict=False)]:
-            yield SourceShard(tuple(some))
+        while names := tuple(entry.name for entry in islice(entries, _SHARD_IMAGES)):
+            yield SourceShard(names)
         return
-    suffixes = {"tars": _TARS, "parquet": _TABLES, "references": _TABLES + LINES}[source.kind]
+    suffixes = {"tars": _TAR_SUFFIXES, "parquet": _TABLE_SUFFIXES, "references": _TABLE_SUFFIXES + LINE_SUFFIXES}[
+        source.kind
+    ]
     chosen = (entry for entry in entries if entry.name.lower().endswith(suffixes))
-    yield from chain.from_iterable(_of_file(within, entry) for entry in chosen)
+    yield from chain.from_iterable(_split_file(within, entry) for entry in chosen)
 
 
-def _of_file(within: Folder, entry: Entry) -> Iterator[SourceShard]:
+def _split_file(within: Folder, entry: Entry) -> Iterator[SourceShard]:
     name, lower = entry.name, entry.name.lower()
-    if lower.endswith(_TARS):
+    if lower.endswith(_TAR_SUFFIXES):
         yield SourceShard((name,))
-    elif lower.endswith(LINES):
+    elif lower.endswith(LINE_SUFFIXES):
         for start in range(0, entry.size, _SHARD_LINES_BYTES):
             yield SourceShard((name,), start, min(start + _SHARD_LINES_BYTES, entry.size))
     else:
@@ -226,21 +223,21 @@ def _of_file(within: Folder, entry: Entry) -> Iterator[SourceShard]:
                 metadata = pq.read_metadata(file)
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         except (pa.ArrowException, OSError, SluiceError) as error:
-            yield SourceShard((name,), broken=f"no readable parquet file: {_brief(error)}")
+            yield SourceShard((name,), broken=f"it is not a readable parquet file: {_brief(error)}")
             return
         for group, rows in enumerate(groups):
             for start in range(0, rows, _SHARD_ROWS):
                 yield SourceShard((name,), start, min(start + _SHARD_ROWS, rows), group)
 
 
-def is_local(place: str) -> bool:
-    """Whether only this machine has it."""
-    return not place.startswith("s3://")
+def is_local(location: str) -> bool:
+    """Whether a location is on this machine, not in S3."""
+    return not location.startswith("s3://")
 
 
-def bucket_of(place: str) -> str | None:
-    """The bucket of a place in S3."""
-    return parse_s3_uri(place)[0] if place.startswith("s3://") else None
+def bucket_of(location: str) -> str | None:
+    """The bucket of a location in S3; None for a location on this machine."""
+    return parse_s3_uri(location)[0] if location.startswith("s3://") else None
 
 
 def _brief(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Reads WebDataset tars from end to end, without unpacking anything: the names in them are text and nothing else."""
+"""Reads WebDataset tars from end to end, without unpacking them. Names of members are never used as paths."""
 
 import json
 import os
@@ -8,90 +8,90 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import BinaryIO, Final
 
-IMAGES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-"""Members with these endings are images; the others with the same key describe them."""
+_IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+"""Members with these suffixes are images. Other members with the same key describe the image."""
 
 _NOTE_LIMIT_BYTES: Final = 65_536
 _NOTES_LIMIT: Final = 16
 
 
 @dataclass(slots=True)
-class Member:
-    """An image in a tar, or why it cannot be read."""
+class TarImage:
+    """An image in a tar."""
 
     name: str
     offset: int
     size: int
-    refused: str | None = None
-    """Why it is not read."""
-    cut: bool = False
-    """Whether the tar ends before the member does."""
+    rejection: str | None = None
+    """Why the image is not read; None if it is."""
+    truncated: bool = False
+    """Whether the tar ends in the middle of the image."""
     notes: dict[str, object] = field(default_factory=dict)
-    """What the members with the same key say that are no images, by their endings."""
+    """The content of the other members with the same key, by their suffixes."""
 
 
-class Cut(Exception):
-    """The tar ends in the middle, or goes on with something else. The text says after how many members."""
+class TruncatedTar(Exception):
+    """The tar is cut off or corrupt. The message has the number of members before that."""
 
 
-def members(file: BinaryIO) -> Iterator[Member]:
+def read_tar(file: BinaryIO) -> Iterator[TarImage]:
     """The images of a tar, in their order.
 
     Raises:
-        Cut: after the last member that can be read.
+        TruncatedTar: after the last member that is readable.
     """
     size, count = file.seek(0, os.SEEK_END), 0
     file.seek(0)
-    sample, key = list[Member](), None
+    images, key = list[TarImage](), None
     notes: dict[str, object] = {}
 
-    def finished() -> Iterator[Member]:
-        for member in sample:
-            member.notes = notes
-            yield member
+    def finish_sample() -> Iterator[TarImage]:
+        for image in images:
+            image.notes = notes
+            yield image
 
     reason = ""
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
             for info in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every one of them
-                stem, ending = _parts(info.name)
+                tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every member in memory
+                stem, suffix = _split_name(info.name)
                 if stem != key:
-                    yield from finished()
-                    sample, key, notes = [], stem, {}
-                if ending.endswith(IMAGES) and not info.isdir():
-                    member = Member(info.name, info.offset_data, info.size, _refused(info))
-                    member.cut = info.isreg() and info.offset_data + info.size > size
-                    sample.append(member)
-                elif info.isreg() and ending and info.size <= _NOTE_LIMIT_BYTES and len(notes) < _NOTES_LIMIT:
+                    yield from finish_sample()
+                    images, key, notes = [], stem, {}
+                if suffix.endswith(_IMAGE_SUFFIXES) and not info.isdir():
+                    image = TarImage(info.name, info.offset_data, info.size, _rejection(info))
+                    image.truncated = info.isreg() and info.offset_data + info.size > size
+                    images.append(image)
+                elif info.isreg() and suffix and info.size <= _NOTE_LIMIT_BYTES and len(notes) < _NOTES_LIMIT:
                     content = tar.extractfile(info)
-                    notes[ending.removeprefix(".")] = _read(ending, content.read() if content else b"")
+                    notes[suffix.removeprefix(".")] = _decode_note(suffix, content.read() if content else b"")
                 count += 1
         if size % tarfile.BLOCKSIZE or (count == 0 and size == 0):
             reason = f"the tar is cut off after {count} members"
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         reason = f"the tar cannot be read beyond {count} members: {error}"
-    yield from finished()
+    yield from finish_sample()
     if reason:
-        raise Cut(reason)
+        raise TruncatedTar(reason)
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """WebDataset's key of a member, and its ending: what follows the first dot of the file's name."""
+def _split_name(name: str) -> tuple[str, str]:
+    """WebDataset's key of a member, and its suffix, which begins at the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
-    stem, dot, ending = file.partition(".")
-    return f"{folder}{slash}{stem}", (dot + ending).lower()
+    stem, dot, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", (dot + suffix).lower()
 
 
-def _refused(info: tarfile.TarInfo) -> str | None:
+def _rejection(info: tarfile.TarInfo) -> str | None:
     if PurePosixPath(info.name).is_absolute() or ".." in info.name.split("/") or "\0" in info.name:
         return "the member's name leads out of the tar"
-    return None if info.isreg() else "the member is no plain file"
+    return None if info.isreg() else "the member is not a plain file"
 
 
-def _read(ending: str, content: bytes) -> object:
+def _decode_note(suffix: str, content: bytes) -> object:
     text = content.decode(errors="replace")
-    if ending.endswith(".json"):
+    if suffix.endswith(".json"):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
