@@ -1,10 +1,11 @@
-"""Rows a second of `sluice annotate` with a scripted guard, against a plain loop of the same steps.
+"""Rows a second of `sluice annotate` with a scripted guard, compared with a plain loop of the same steps.
 
-python benchmarks/annotate.py [IMAGES] [MS]: IMAGES drawn images (default 3000), a guard that takes MS milliseconds
-(default 0) for each of them, on a Ray cluster of this machine. Both sides read the same files, prepare them with two
-decoders, have 64 images in flight and write parquet; the loop is one process without Ray, indexes nothing, finds no
-duplicates and starts from nothing when it is killed. The command is timed by its own progress: from its first judged
-chunk to its last, and as a whole with every start.
+    python benchmarks/annotate.py [IMAGES] [MS]
+
+IMAGES drawn images (default 3000) are judged on a Ray cluster of this machine, by a guard that takes MS milliseconds
+(default 0) for each. Both sides read the same files, prepare them with two decoders, have 64 images in flight and write
+parquet. The loop is one process without Ray. It indexes nothing, finds no duplicates, and starts again from nothing
+after a kill. The command is timed by its own progress lines, from the first judged chunk to the last, and as a whole.
 """
 
 import asyncio
@@ -40,33 +41,35 @@ IN_FLIGHT = 64
 def main() -> None:
     images = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
     pause_ms = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
         (folder / "images").mkdir()
         for number in range(images):
             (folder / "images" / f"{number:06d}.jpg").write_bytes(draw(number).jpeg)
-        plain_s = asyncio.run(plain(folder, pause_ms / 1000))
-        judging, whole_s = command(folder, pause_ms)
-        print(f"plain loop     {images / plain_s:8.1f} rows/s")
-        print(f"annotate       {judging:8.1f} rows/s while it judges, {judging * plain_s / images:.2f} of the loop")
-        print(f"as a whole     {images / whole_s:8.1f} rows/s ({whole_s:.0f} s, of which Ray's and Python's start)")
+        loop_s = asyncio.run(time_plain_loop(folder, pause_ms / 1000))
+        rows_per_s, whole_s = time_command(folder, pause_ms)
+        print(f"plain loop     {images / loop_s:8.1f} rows/s")
+        print(
+            f"annotate       {rows_per_s:8.1f} rows/s while it judges, {rows_per_s * loop_s / images:.2f} of the loop"
+        )
+        print(f"as a whole     {images / whole_s:8.1f} rows/s ({whole_s:.0f} s, with the start of Ray and Python)")
 
 
-async def plain(folder: Path, pause_s: float) -> float:
-    """Seconds of the loop."""
+async def time_plain_loop(folder: Path, pause_s: float) -> float:
+    """Run the plain loop; return its duration in seconds."""
 
-    async def says(image, _detail):  # type: ignore[no-untyped-def]
+    async def script(image, _detail):  # type: ignore[no-untyped-def]
         await asyncio.sleep(pause_s)
         return assessment(image.sha256)
 
     settings, policy = Settings(model="tiny"), BUILT_IN.as_version(1)
     preparer = DecoderPool(settings, 384)
-    places = asyncio.Semaphore(IN_FLIGHT)
+    slots = asyncio.Semaphore(IN_FLIGHT)
 
     async def judge(file: Path) -> Verdict:
-        async with places:
+        async with slots:
             stored = StoredObject(await asyncio.to_thread(file.read_bytes), None, None)
-            timer, guard = StepTimer.start(), FakeGuard(says)
+            timer, guard = StepTimer.start(), FakeGuard(script)
             judged = await judge_image(
                 stored.data,
                 [policy],
@@ -89,8 +92,8 @@ async def plain(folder: Path, pause_s: float) -> float:
     return seconds
 
 
-def command(folder: Path, pause_ms: float) -> tuple[float, float]:
-    """Rows a second while it judges, and seconds of the whole command."""
+def time_command(folder: Path, pause_ms: float) -> tuple[float, float]:
+    """Run `sluice annotate`; return rows a second while it judges, and the duration of the whole command in seconds."""
     address = folder / "address"
     cluster = SupervisedProcess(
         [sys.executable, "-m", "tests.support.annotation_service", str(address), str(folder / "log"), str(pause_ms)],
@@ -114,15 +117,15 @@ def command(folder: Path, pause_ms: float) -> tuple[float, float]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        seen: list[tuple[float, int]] = []
+        judged: list[tuple[float, int]] = []
         assert process.stderr
         for line in process.stderr:
             print(f"  {line.rstrip()}", file=sys.stderr)
             if match := re.match(r"judged ([\d,]+)", line):
-                seen.append((time.monotonic(), int(match[1].replace(",", ""))))
+                judged.append((time.monotonic(), int(match[1].replace(",", ""))))
         assert process.wait() == 0
-        (began, before), (ended, after) = seen[0], seen[-1]
-        return (after - before) / (ended - began), time.monotonic() - started
+        (first_s, first_count), (last_s, last_count) = judged[0], judged[-1]
+        return (last_count - first_count) / (last_s - first_s), time.monotonic() - started
     finally:
         cluster.kill()
 

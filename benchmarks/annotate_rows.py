@@ -1,9 +1,11 @@
-"""A large data set through `sluice annotate`: rows a second of each stage, and the memory that it takes.
+"""A large data set through `sluice annotate`: rows a second of each stage, and its memory.
 
-python benchmarks/annotate_rows.py [--rows 1000000] [--distinct 20000]: parquet with image bytes, as Hugging Face stores
-them, of small pictures that come again and again in random order; one in a hundred is broken. The guard is scripted and
-takes no time, so that the bookkeeping is what is measured. In the end every row has to be there once, and every picture
-must have been judged once. Prints one JSON line; the stages' own progress goes to stderr.
+    python benchmarks/annotate_rows.py [--rows 1000000] [--distinct 20000]
+
+The data set is parquet with image bytes, as Hugging Face stores them: small pictures, repeated in random order, one
+picture in a hundred broken. The guard is scripted and takes no time, so only the bookkeeping is measured. At the end
+every row must be there once, and every picture must have been judged once. Prints one JSON line. The progress of the
+stages goes to stderr.
 """
 
 import argparse
@@ -30,8 +32,8 @@ from PIL import Image
 from services.core.processes import SupervisedProcess
 
 FILE_ROWS: Final = 50_000
-BROKEN: Final = 100
-"""One in so many pictures cannot be read."""
+PICTURES_PER_BROKEN_ONE: Final = 100
+"""One of this many pictures cannot be decoded."""
 _MIB: Final = 1 << 20
 
 
@@ -40,9 +42,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--distinct", type=int, default=20_000)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        write(folder / "images", given.rows, given.distinct)
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
+        write_data_set(folder / "images", given.rows, given.distinct)
         rates, memory, whole_s = annotate(folder)
         check(folder, given.rows, given.distinct)
     figures = {"rows": given.rows, "distinct": given.distinct, "whole_s": round(whole_s)}
@@ -50,21 +52,20 @@ def main() -> None:
     print(json.dumps(figures | {f"{name}_mib": size // _MIB for name, size in memory.items()}))
 
 
-def write(folder: Path, rows: int, distinct: int) -> None:
-    """The data set."""
+def write_data_set(folder: Path, rows: int, distinct: int) -> None:
     folder.mkdir()
-    draw = random.Random(1)
+    rng = random.Random(1)
     pictures = [picture(number) for number in range(distinct)]
     order = [number % distinct for number in range(rows)]
-    draw.shuffle(order)
+    rng.shuffle(order)
     for first in range(0, rows, FILE_ROWS):
         images = [{"bytes": pictures[number], "path": None} for number in order[first : first + FILE_ROWS]]
         pq.write_table(pa.table({"image": images}), folder / f"{first // FILE_ROWS:04d}.parquet")
 
 
 def picture(number: int) -> bytes:
-    """A PNG of 8 x 8 pixels in colours of its own, or no image at all."""
-    if number % BROKEN == 0:
+    """A PNG of 8 x 8 pixels with random colours, or bytes that are no image."""
+    if number % PICTURES_PER_BROKEN_ONE == 0:
         return b"no image %d" % number
     buffer = io.BytesIO()
     Image.frombytes("RGB", (8, 8), random.Random(number).randbytes(192)).save(buffer, "PNG")
@@ -72,7 +73,11 @@ def picture(number: int) -> bytes:
 
 
 def annotate(folder: Path) -> tuple[dict[str, int], dict[str, int], float]:
-    """Rows a second of each stage; the most bytes of the command, and of any of its workers; seconds of everything."""
+    """Run `sluice annotate`.
+
+    Returns:
+        Rows a second by stage; peak memory of the command and of its largest worker, in bytes; the duration in seconds.
+    """
     address = folder / "address"
     cluster = SupervisedProcess(
         [sys.executable, "-m", "tests.support.annotation_service", str(address), str(folder / "log"), "0"],
@@ -91,8 +96,8 @@ def annotate(folder: Path) -> tuple[dict[str, int], dict[str, int], float]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        memory: Counter[str] = Counter()
-        threading.Thread(target=watch, args=(process, cluster.pid, memory), daemon=True).start()
+        peaks: Counter[str] = Counter()
+        threading.Thread(target=record_memory, args=(process, cluster.pid, peaks), daemon=True).start()
         rates: dict[str, int] = {}
         assert process.stderr
         for line in process.stderr:
@@ -101,28 +106,28 @@ def annotate(folder: Path) -> tuple[dict[str, int], dict[str, int], float]:
                 rates[match[1]] = int(match[2].replace(",", ""))
         if process.wait():
             raise SystemExit("sluice annotate failed")
-        return rates, dict(memory), time.monotonic() - started
+        return rates, dict(peaks), time.monotonic() - started
     finally:
         cluster.kill()
 
 
-def watch(command: subprocess.Popen[str], cluster: int, most: Counter[str]) -> None:
-    """The most memory of the command, and of any worker of Ray Data's, while the command runs."""
+def record_memory(command: subprocess.Popen[str], cluster: int, peaks: Counter[str]) -> None:
+    """Record the peak memory of the command and of any Ray Data worker, until the command ends."""
     while command.poll() is None:
         with suppress(psutil.Error):
-            most["command"] = max(most["command"], psutil.Process(command.pid).memory_info().rss)
+            peaks["command"] = max(peaks["command"], psutil.Process(command.pid).memory_info().rss)
             for process in psutil.Process(cluster).children(recursive=True):
                 with suppress(psutil.Error):
                     if any("MapWorker" in part or "MapBatches" in part for part in process.cmdline()):
-                        most["worker"] = max(most["worker"], process.memory_info().rss)
+                        peaks["worker"] = max(peaks["worker"], process.memory_info().rss)
         time.sleep(0.5)
 
 
 def check(folder: Path, rows: int, distinct: int) -> None:
-    """Every row is there once, and every picture was judged once."""
+    """Assert that every row is there once, and that every picture was judged once."""
     found = pq.read_table(folder / "out", columns=["row", "outcome", "duplicate_of"])
     numbers = found.column("row").to_pylist()
-    broken = -(-distinct // BROKEN)
+    broken = -(-distinct // PICTURES_PER_BROKEN_ONE)
     assert len(numbers) == rows
     assert len(set(numbers)) == rows
     judged = (folder / "log").read_text().split()

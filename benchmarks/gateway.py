@@ -1,9 +1,10 @@
-"""What the gateway adds to the guard's own time, from a client's point of view over a real connection.
+"""The time that the gateway adds to the guard's own time, as a client sees it over a real connection.
 
-`python benchmarks/gateway.py [--model LlavaGuard-v1.2-7B-OV]`: the whole gateway (uvicorn, keys, limits, records in a
-real Valkey, image decoders) with a guard that takes 50 ms by a timer, so that nothing of the model is measured. The
-client is another process. Prints, for each kind of request, the p50 and p95 of what was added, and the ratio of the
-whole to the guard's own time.
+    python benchmarks/gateway.py [--model LlavaGuard-v1.2-7B-OV]
+
+The whole gateway runs: uvicorn, API keys, limits, stored assessments in a real Valkey, image decoders. The guard takes
+50 ms by a timer, so the model is not measured. The client is another process. Prints the p50 and p95 of the added time
+for each kind of request, and the ratio of the whole time to the guard's.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 from ray._private.async_compat import try_install_uvloop
 
-from pipelines.local import backends as embedded
+from pipelines.local import backends
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.gateway.api_keys import ApiKeyRegistry
@@ -46,49 +47,51 @@ WARM_UP = 20
 
 
 class TimedGuard:
-    """Takes 50 ms, and says in the rationale how many they were."""
+    """Takes 50 ms. The rationale has the exact duration in milliseconds."""
 
     async def assess_each(
-        self, _image: PreparedImage, policies: Sequence[Policy], _detail: Detail, _turn: GuardPriority
+        self, _image: PreparedImage, policies: Sequence[Policy], _detail: Detail, _priority: GuardPriority
     ) -> list[Assessment]:
         began = time.perf_counter()
         await asyncio.sleep(GUARD_S)
         took_ms = (time.perf_counter() - began) * 1000
         model = ModelIdentity(name="timer", revision="sha256:0", engine="none", prompt="sha256:0")
-        said = Assessment(rating="Unsafe", category=CATEGORIES[0], rationale=f"{took_ms:.3f}", score=0.9, model=model)
-        return [said for _ in policies]
+        assessment = Assessment(
+            rating="Unsafe", category=CATEGORIES[0], rationale=f"{took_ms:.3f}", score=0.9, model=model
+        )
+        return [assessment for _ in policies]
 
 
-def picture(side_px: int, form: str) -> bytes:
-    """Soft colours with some noise: about as large as what a text-to-image model draws."""
+def picture(side_px: int, image_format: str) -> bytes:
+    """Soft colours with some noise: about as many bytes as a picture of a text-to-image model."""
     rng = np.random.default_rng(side_px)
     small = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
     soft = np.asarray(small.resize((side_px, side_px), Image.Resampling.BICUBIC)).astype(np.int16)
     noisy = np.clip(soft + rng.integers(-6, 7, soft.shape), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(noisy).save(buffer, form, quality=90)
+    Image.fromarray(noisy).save(buffer, image_format, quality=90)
     return buffer.getvalue()
 
 
 def requests(uri: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Kinds of requests: name, path, and what httpx sends."""
+    """Kinds of requests: name, path, and the arguments for httpx."""
     small, jpeg, large = (picture(side_px, "JPEG") for side_px in (224, 512, 1024))
     png = picture(1024, "PNG")
-    native, like_openai = "/v1/assessments?wait=30", "/v1/moderations"
+    assessments, moderations = "/v1/assessments?wait=30", "/v1/moderations"
     url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     part = {"type": "image_url", "image_url": {"url": url}}
-    yield f"upload, JPEG 224 px, {len(small) >> 10} KiB", native, {"files": {"file": ("a", small)}}
-    yield f"upload, JPEG 512 px, {len(jpeg) >> 10} KiB", native, {"files": {"file": ("a", jpeg)}}
-    yield f"upload, JPEG 1024 px, {len(large) >> 10} KiB", native, {"files": {"file": ("a", large)}}
-    yield f"upload, PNG 1024 px, {len(png) >> 10} KiB", native, {"files": {"file": ("a", png)}}
-    yield "moderations, data: URL, JPEG 512 px", like_openai, {"json": {"input": [part]}}
-    yield "S3 reference, JPEG 512 px", native, {"json": {"uri": uri}}
+    yield f"upload, JPEG 224 px, {len(small) >> 10} KiB", assessments, {"files": {"file": ("a", small)}}
+    yield f"upload, JPEG 512 px, {len(jpeg) >> 10} KiB", assessments, {"files": {"file": ("a", jpeg)}}
+    yield f"upload, JPEG 1024 px, {len(large) >> 10} KiB", assessments, {"files": {"file": ("a", large)}}
+    yield f"upload, PNG 1024 px, {len(png) >> 10} KiB", assessments, {"files": {"file": ("a", png)}}
+    yield "moderations, data: URL, JPEG 512 px", moderations, {"json": {"input": [part]}}
+    yield "S3 reference, JPEG 512 px", assessments, {"json": {"uri": uri}}
     once = {"headers": {"Idempotency-Key": "{n}"}}
-    yield "upload, JPEG 512 px, Idempotency-Key", native, {"files": {"file": ("a", jpeg)}, **once}
+    yield "upload, JPEG 512 px, Idempotency-Key", assessments, {"files": {"file": ("a", jpeg)}, **once}
 
 
-async def ask(url: str, key: str, uri: str, count: int) -> None:
-    """The client: one request at a time, the kinds in turn, so that all see the same machine."""
+async def measure(url: str, key: str, uri: str, count: int) -> None:
+    """The client. It sends one request at a time, the kinds in turn, so that all kinds see the same load."""
     headers = {"Authorization": f"Bearer {key}"}
     kinds = list(requests(uri))
     added: dict[str, list[float]] = {name: [] for name, _, _ in kinds}
@@ -110,18 +113,18 @@ async def ask(url: str, key: str, uri: str, count: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A gateway that runs in this process."""
+class RunningGateway:
+    """A running gateway of this process."""
 
     url: str
     keys: ApiKeyRegistry
 
 
 @asynccontextmanager
-async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
-    """The whole gateway with a timed guard; `changes` are to the default settings. Its backends are children."""
+async def gateway(model: str, **changes: Any) -> AsyncIterator[RunningGateway]:
+    """Run the whole gateway with a timed guard, and its backends as children. `changes` override default settings."""
     async with AsyncExitStack() as closing:
-        environment = closing.enter_context(embedded.backends({"SLUICE_MODEL": model}))
+        environment = closing.enter_context(backends.backends({"SLUICE_MODEL": model}))
         os.environ.update(environment)
         settings = Settings(**changes)
         boto3.client("s3", endpoint_url=settings.s3_endpoint).put_object(
@@ -144,26 +147,26 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[Running]:
         gc.collect()
         gc.freeze()  # as the deployment does
         print(f"guard {GUARD_S * 1000:.0f} ms; images up to {resolve(model).max_side_px} px", file=sys.stderr)
-        yield Running(f"http://127.0.0.1:{server.port}", keys)
+        yield RunningGateway(f"http://127.0.0.1:{server.port}", keys)
 
 
 async def serve(model: str, count: int) -> int:
-    """The gateway, and the client in a process of its own."""
+    """Run the gateway here and the client as another process; return the client's exit status."""
     async with gateway(model, gateway_rate_per_s=100_000) as running:
         _, key = running.keys.create("benchmark", "moderate")
-        asking = [sys.executable, __file__, "--ask", running.url, key, "s3://uploads/a.jpg", "--count", str(count)]
-        client = await asyncio.create_subprocess_exec(*asking)
+        command = [sys.executable, __file__, "--measure", running.url, key, "s3://uploads/a.jpg", "--count", str(count)]
+        client = await asyncio.create_subprocess_exec(*command)
         return await client.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="tiny", help="whose images' size is prepared")
+    parser.add_argument("--model", default="tiny", help="checkpoint that decides the size of prepared images")
     parser.add_argument("--count", type=int, default=200, help="requests of each kind")
-    parser.add_argument("--ask", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.ask:
-        asyncio.run(ask(*given.ask, given.count))
+    if given.measure:
+        asyncio.run(measure(*given.measure, given.count))
     else:
         try_install_uvloop()  # the loop that Ray gives its workers
         sys.exit(asyncio.run(serve(given.model, given.count)))

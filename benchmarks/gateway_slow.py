@@ -1,11 +1,16 @@
-"""10,000 slow uploads at a time, and what they do to a neighbour who asks for assessments meanwhile.
+"""10,000 slow uploads at a time, and their effect on a neighbour that requests assessments meanwhile.
 
     python -m benchmarks.gateway_slow [--connections 10000] [--seconds 60]
 
-The whole gateway as in `benchmarks/gateway.py`, with default settings, in this process; the slow clients are a second
-process, the neighbour is a third with an API key of its own. Of ten slow clients six send a body by single bytes with
-one valid API key, two with an unknown one, one half-closes its connection in the middle of the body, and one never
-ends the head of its request. Whoever is refused comes again after some seconds. Prints one JSON object.
+The whole gateway of `benchmarks/gateway.py` runs in this process with default settings. The slow clients are a second
+process, and the neighbour is a third with its own API key. Of ten slow clients,
+
+- six send a body byte by byte with a valid API key;
+- two do so with an unknown key;
+- one half-closes its connection inside the body;
+- one never ends the head of its request.
+
+A client that is refused returns after some seconds. Prints one JSON object.
 """
 
 import argparse
@@ -28,25 +33,25 @@ import httpx
 import psutil
 from ray._private.async_compat import try_install_uvloop
 
-from benchmarks.gateway import Running, gateway, picture
+from benchmarks.gateway import RunningGateway, gateway, picture
 
-DRIP_S: Final = 2.0
-"""From one byte of a connection to the next."""
+BYTE_INTERVAL_S: Final = 2.0
+"""Time between two bytes of one connection."""
 OPENED_PER_S: Final = 500
-AGAIN_S: Final = (20.0, 40.0)
-SOURCES: Final = 4
-"""Addresses of this machine that the slow clients come from: one has 28,000 ports, and each stays taken for a while."""
+RETRY_DELAY_S: Final = (20.0, 40.0)
+SOURCE_ADDRESSES: Final = 4
+"""Number of local addresses of the slow clients. One address has 28,000 ports, and a port stays in use for a while."""
 QUIET_S: Final = 15
 _HEAD: Final = "POST /v1/assessments?wait=5 HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\n"
 _BODY: Final = "Content-Length: 1000000\r\n\r\n{"
 _PROBLEM: Final = re.compile(rb"urn:sluice:problem:([a-z-]+)")
 
 
-class Slow(asyncio.Protocol):
-    """One slow client's connection."""
+class SlowConnection(asyncio.Protocol):
+    """The connection of one slow client."""
 
-    def __init__(self, siege: "Siege", kind: str, start: bytes) -> None:
-        self._siege = siege
+    def __init__(self, slow_clients: "SlowClients", kind: str, start: bytes) -> None:
+        self._clients = slow_clients
         self._kind = kind
         self._start = start
         self._answer = b""
@@ -55,7 +60,7 @@ class Slow(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
-        self._siege.open[self] = None
+        self._clients.open[self] = None
         transport.write(self._start)
         if self._kind == "half-closed":
             transport.write_eof()
@@ -68,16 +73,16 @@ class Slow(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         self.closed.set()
-        if self._siege.open.pop(self, self) is None:
-            self._siege.refuse(self._kind, self._answer)
+        if self._clients.open.pop(self, self) is None:
+            self._clients.count_result(self._kind, self._answer)
 
-    def drip(self) -> None:
+    def send_byte(self) -> None:
         if self._kind != "half-closed" and not self._transport.is_closing():
             self._transport.write(b"x")
 
 
-class Siege:
-    """All slow clients."""
+class SlowClients:
+    """All slow clients of one run."""
 
     def __init__(self, url: str, keys: list[str], connections: int) -> None:
         parts = urlsplit(url)
@@ -92,57 +97,57 @@ class Siege:
             "endless head": [f"{_HEAD}X-Slow: ".encode()],
         }
         self._kinds = ["valid key"] * 6 + ["unknown key"] * 2 + ["half-closed", "endless head"]
-        self.open: dict[Slow, None] = {}
-        self._most = 0
+        self.open: dict[SlowConnection, None] = {}
+        self._peak = 0
         self._attempts: Counter[str] = Counter()
-        self._ends: dict[str, Counter[str]] = {kind: Counter() for kind in self._starts}
+        self._results: dict[str, Counter[str]] = {kind: Counter() for kind in self._starts}
 
-    def refuse(self, kind: str, answer: bytes) -> None:
-        """Count how a connection ended."""
+    def count_result(self, kind: str, answer: bytes) -> None:
+        """Count the result of a closed connection."""
         problem = _PROBLEM.search(answer)
-        said = f"{answer[9:12].decode()} {problem[1].decode() if problem else ''}".strip()
-        self._ends[kind][said or "closed without an answer"] += 1
+        result = f"{answer[9:12].decode()} {problem[1].decode() if problem else ''}".strip()
+        self._results[kind][result or "closed without an answer"] += 1
 
     async def run(self, seconds: float) -> dict[str, Any]:
-        """Hold on for so long."""
+        """Keep the slow connections open for this long; return the counts."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         clients = [asyncio.create_task(self._client(number)) for number in range(self._connections)]
         while loop.time() < until:
             began = loop.time()
             for number, slow in enumerate(list(self.open)):
-                slow.drip()
+                slow.send_byte()
                 if number % 200 == 199:  # spread over the whole time
-                    await asyncio.sleep(DRIP_S * 200 / max(len(self.open), 200))
-            await asyncio.sleep(max(0.0, began + DRIP_S - loop.time()))
+                    await asyncio.sleep(BYTE_INTERVAL_S * 200 / max(len(self.open), 200))
+            await asyncio.sleep(max(0.0, began + BYTE_INTERVAL_S - loop.time()))
         for client in clients:
             client.cancel()
-        held, ends = self._most, {kind: dict(count.most_common()) for kind, count in self._ends.items()}
+        peak, results = self._peak, {kind: dict(counts.most_common()) for kind, counts in self._results.items()}
         return {
             "attempts": sum(self._attempts.values()),
-            "open_at_most": held,
+            "open_at_most": peak,
             "by_kind": dict(self._attempts),
-            "ends": ends,
+            "ends": results,
         }
 
     async def _client(self, number: int) -> None:
         await asyncio.sleep(number / OPENED_PER_S)
         loop = asyncio.get_running_loop()
-        kind, source = self._kinds[number % len(self._kinds)], f"127.0.0.{2 + number % SOURCES}"
+        kind, source = self._kinds[number % len(self._kinds)], f"127.0.0.{2 + number % SOURCE_ADDRESSES}"
         while True:
-            slow = Slow(self, kind, random.choice(self._starts[kind]))
+            slow = SlowConnection(self, kind, random.choice(self._starts[kind]))
             self._attempts[kind] += 1
             try:
                 await loop.create_connection(lambda slow=slow: slow, *self._address, local_addr=(source, 0))
-                self._most = max(self._most, len(self.open))
+                self._peak = max(self._peak, len(self.open))
                 await slow.closed.wait()
             except OSError as error:
-                self._ends[kind][f"not connected: {error.strerror}"] += 1
-            await asyncio.sleep(random.uniform(*AGAIN_S))
+                self._results[kind][f"not connected: {error.strerror}"] += 1
+            await asyncio.sleep(random.uniform(*RETRY_DELAY_S))
 
 
-async def neighbour(url: str, key: str, seconds: float) -> dict[str, Any]:
-    """Somebody else, who asks for one assessment after the other: on a kept connection, and on a new one each."""
+async def measure_neighbour(url: str, key: str, seconds: float) -> dict[str, Any]:
+    """Request one assessment after the other, on a kept connection and on a new connection in turn."""
     image = picture(224, "JPEG")
     took: dict[str, list[float]] = {"kept": [], "new": []}
     errors: Counter[str] = Counter()
@@ -176,24 +181,24 @@ def summary(milliseconds: list[float]) -> dict[str, float]:
     }
 
 
-async def child(*arguments: str, told: str = "") -> Any:
-    """What this program prints when it is run with these arguments."""
+async def run_child(*arguments: str, stdin: str = "") -> Any:
+    """Run this program with these arguments; return its JSON output."""
     command = (sys.executable, "-m", "benchmarks.gateway_slow", *arguments)
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
-    output, _ = await process.communicate(told.encode())
+    output, _ = await process.communicate(stdin.encode())
     if process.returncode:
         raise RuntimeError(f"{arguments[0]} failed")
     return json.loads(output)
 
 
-class Watch:
-    """This process: the gateway."""
+class GatewayProcess:
+    """Memory and open files of this process, which runs the gateway."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self.most_mib = self.mib()
+        self.peak_mib = self.mib()
         self._files = self.files()
-        self.most_files = 0
+        self.peak_files = 0
 
     def mib(self) -> float:
         return round(self._process.memory_info().rss / (1 << 20), 1)
@@ -201,42 +206,42 @@ class Watch:
     def files(self) -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    async def look(self) -> None:
+    async def record_peaks(self) -> None:
         while True:
-            self.most_mib = max(self.most_mib, self.mib())
-            self.most_files = max(self.most_files, self.files() - self._files)
+            self.peak_mib = max(self.peak_mib, self.mib())
+            self.peak_files = max(self.peak_files, self.files() - self._files)
             await asyncio.sleep(0.25)
 
 
-async def measure(running: Running, connections: int, keys: int, seconds: float) -> dict[str, Any]:
-    """Before, with and after the siege."""
-    theirs = [running.keys.create(f"slow client {number}", "moderate")[1] for number in range(keys)]
-    _, other = running.keys.create("neighbour", "moderate", tenant="neighbour")
-    asking = ("--neighbour", running.url, other)
-    await child(*asking, "--seconds", "5")  # warms up
-    watch = Watch()
-    before_mib = watch.mib()
-    without = await child(*asking, "--seconds", str(QUIET_S))
-    looking = asyncio.create_task(watch.look())
-    besieging = asyncio.create_task(
-        child(
-            *("--besiege", running.url, "--connections", str(connections), "--seconds", str(seconds)),
-            told="\n".join(theirs),
+async def measure(running: RunningGateway, connections: int, keys: int, seconds: float) -> dict[str, Any]:
+    """Measure the neighbour before, beside and after the slow clients."""
+    slow_keys = [running.keys.create(f"slow client {number}", "moderate")[1] for number in range(keys)]
+    _, neighbour_key = running.keys.create("neighbour", "moderate", tenant="neighbour")
+    neighbour = ("--neighbour", running.url, neighbour_key)
+    await run_child(*neighbour, "--seconds", "5")  # warms up
+    process = GatewayProcess()
+    before_mib = process.mib()
+    without = await run_child(*neighbour, "--seconds", str(QUIET_S))
+    recording = asyncio.create_task(process.record_peaks())
+    attacking = asyncio.create_task(
+        run_child(
+            *("--slow-clients", running.url, "--connections", str(connections), "--seconds", str(seconds)),
+            stdin="\n".join(slow_keys),
         )
     )
-    besieged = await child(*asking, "--seconds", str(seconds))
-    siege = await besieging
+    loaded = await run_child(*neighbour, "--seconds", str(seconds))
+    slow_clients = await attacking
     await asyncio.sleep(3)
-    looking.cancel()
-    after = await child(*asking, "--seconds", "5")
-    figures: dict[str, Any] = {"load": os.getloadavg(), "connections_held_at_most": watch.most_files}
+    recording.cancel()
+    after = await run_child(*neighbour, "--seconds", "5")
+    figures: dict[str, Any] = {"load": os.getloadavg(), "connections_held_at_most": process.peak_files}
     for name in ("kept", "new"):
-        quiet, loaded = summary(without["ms"][name]), summary(besieged["ms"][name])
-        ratios = {f"{p}_ratio": round(loaded[f"{p}_ms"] / quiet[f"{p}_ms"], 2) for p in ("p50", "p95")}
-        figures[f"neighbour_{name}_connection"] = {"without": quiet, "with": loaded, **ratios}
-    figures["neighbour_errors"] = without["errors"] | besieged["errors"] | after["errors"]
-    figures["gateway_mib"] = {"before": before_mib, "at_most": watch.most_mib, "after": watch.mib()}
-    return figures | {"siege": siege}
+        alone, beside = summary(without["ms"][name]), summary(loaded["ms"][name])
+        ratios = {f"{p}_ratio": round(beside[f"{p}_ms"] / alone[f"{p}_ms"], 2) for p in ("p50", "p95")}
+        figures[f"neighbour_{name}_connection"] = {"without": alone, "with": beside, **ratios}
+    figures["neighbour_errors"] = without["errors"] | loaded["errors"] | after["errors"]
+    figures["gateway_mib"] = {"before": before_mib, "at_most": process.peak_mib, "after": process.mib()}
+    return figures | {"siege": slow_clients}
 
 
 async def serve(connections: int, keys: int, seconds: float) -> None:
@@ -247,19 +252,19 @@ async def serve(connections: int, keys: int, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connections", type=int, default=10_000)
-    parser.add_argument("--keys", type=int, default=1, help="valid API keys that the slow clients have")
+    parser.add_argument("--keys", type=int, default=1, help="valid API keys of the slow clients")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--besiege", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--slow-clients", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--neighbour", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     try_install_uvloop()  # the loop that Ray gives its workers
-    if given.besiege:
+    if given.slow_clients:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        siege = Siege(given.besiege, sys.stdin.read().split(), given.connections)
-        print(json.dumps(asyncio.run(siege.run(given.seconds))))
+        slow_clients = SlowClients(given.slow_clients, sys.stdin.read().split(), given.connections)
+        print(json.dumps(asyncio.run(slow_clients.run(given.seconds))))
     elif given.neighbour:
-        print(json.dumps(asyncio.run(neighbour(*given.neighbour, given.seconds))))
+        print(json.dumps(asyncio.run(measure_neighbour(*given.neighbour, given.seconds))))
     else:
         with suppress(KeyboardInterrupt):
             asyncio.run(serve(given.connections, given.keys, given.seconds))

@@ -1,14 +1,15 @@
-"""How well `tiny` judges, and how fast this guard is against LlavaGuard's own way of asking the same engine.
+"""The accuracy of `tiny`, and the speed of Sluice's requests compared with LlavaGuard's own, on the same engine.
 
     python benchmarks/guard.py [--images 1000] [--timed 400] [--concurrency 16] [--json]
 
-Accuracy: fresh drawn images (seeds that no training uses), once under the default policy and once under a policy of
-its own for each image with 1 to 3 categories waived; for half of the images that show a pictogram, its category is
-among the waived ones.
+Accuracy: freshly drawn images, with seeds that no training uses. Each image is judged twice: under the default policy,
+and under its own policy with 1 to 3 categories waived. For half of the images with a pictogram, the category of the
+pictogram is among the waived ones.
 
-Speed: images per second of three ways to ask one engine about the same images, 5 % of them unsafe, at the same
-concurrency, in rounds that take turns; the medians are compared. `chat` is how LlavaGuard's model card asks: the
-OpenAI chat API, free-running JSON with a rationale, temperature 0.2, top_p 0.95, top_k 50, at most 500 tokens.
+Speed: images per second of three kinds of requests to one engine, for the same images, 5 % of them unsafe, at the same
+concurrency. The kinds take turns for several rounds; the medians are compared. `chat` is the request of LlavaGuard's
+model card: the OpenAI chat API, free-running JSON with a rationale, temperature 0.2, top_p 0.95, top_k 50, at most 500
+tokens.
 """
 
 import argparse
@@ -53,14 +54,14 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One way of asking, over all images of one round."""
+class RoundResult:
+    """One kind of request, over all images of one round."""
 
     images_per_s: float
     mean_tokens: float
 
 
-def drawn(count: int, side_px: int, labels: Callable[[int], str | None]) -> list[Image]:
+def draw_images(count: int, side_px: int, labels: Callable[[int], str | None]) -> list[Image]:
     limits = Limits(image_px=1_000_000, side_px=side_px)
     samples = [draw(FRESH_SEED + number, labels(number)) for number in range(count)]
     return [Image(prepare(sample.jpeg, limits), sample.category) for sample in samples]
@@ -71,39 +72,39 @@ def policy(waived: Sequence[str] = (), **fields: Any) -> Policy:
     return PolicyDocument.model_validate({"name": "benchmark", "categories": modes} | fields).as_version(1)
 
 
-def waived_for(image: Image, rng: random.Random) -> tuple[str, ...]:
-    """1 to 3 categories; with a pictogram, its own among them half of the time."""
+def choose_waived(image: Image, rng: random.Random) -> tuple[str, ...]:
+    """1 to 3 categories; for half of the pictograms, the shown category is among them."""
     shown = [image.category] if image.category != NO_CATEGORY and rng.random() < 0.5 else []
     others = [category for category in CATEGORIES if category != image.category]
     return (*shown, *rng.sample(others, rng.randint(1, 3) - len(shown)))
 
 
-async def gather(concurrency: int, work: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+async def gather_limited(concurrency: int, work: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
     slots = asyncio.Semaphore(concurrency)
 
-    async def one(call: Callable[[], Awaitable[Any]]) -> Any:
+    async def run(call: Callable[[], Awaitable[Any]]) -> Any:
         async with slots:
             return await call()
 
-    return await asyncio.gather(*(one(call) for call in work))
+    return await asyncio.gather(*(run(call) for call in work))
 
 
-async def accuracy(guard: GuardInference, images: Sequence[Image], concurrency: int) -> dict[str, float]:
+async def measure_accuracy(guard: GuardInference, images: Sequence[Image], concurrency: int) -> dict[str, float]:
     rng = random.Random(FRESH_SEED)
     default = policy()
 
     async def judge(image: Image, by: Policy) -> Assessment:
         return await guard.assess(image.prepared, by, "verdict")
 
-    answers = await gather(concurrency, [lambda image=image: judge(image, default) for image in images])
+    answers = await gather_limited(concurrency, [lambda image=image: judge(image, default) for image in images])
     rated = [
         answer.rating == ("Safe" if image.category == NO_CATEGORY else "Unsafe")
         for image, answer in zip(images, answers, strict=True)
     ]
     named = [image.category == answer.category for image, answer in zip(images, answers, strict=True)]
-    waivers = [waived_for(image, rng) for image in images]
+    waivers = [choose_waived(image, rng) for image in images]
     policies = [policy(waived) for waived in waivers]
-    answers = await gather(
+    answers = await gather_limited(
         concurrency,
         [lambda image=image, by=by: judge(image, by) for image, by in zip(images, policies, strict=True)],
     )
@@ -120,29 +121,29 @@ async def accuracy(guard: GuardInference, images: Sequence[Image], concurrency: 
     }
 
 
-async def flush(engine: Engine) -> None:
-    """Empty the engine's cache; it refuses while it has a request, which the last one or a probe may be."""
+async def flush_cache(engine: Engine) -> None:
+    """Empty the engine's cache. The engine refuses while it has a request, such as a probe, so try until it is idle."""
     for _ in range(100):
         try:
             await engine.call("/flush_cache", {})
         except GuardUnavailable:
-            return  # done: the answer is text, not JSON
+            return  # the cache is empty: the engine answered with text instead of JSON
         except GuardFailed:
             await asyncio.sleep(0.1)
-    raise RuntimeError("the engine does not empty its cache")
+    raise RuntimeError("the engine did not empty its cache within 10 s; it is never idle")
 
 
-async def timed(engine: Engine, concurrency: int, calls: Sequence[Callable[[], Awaitable[int]]]) -> Timed:
-    """Each call returns the tokens that its answer took."""
-    await flush(engine)  # nobody profits from what the one before has left
+async def time_round(engine: Engine, concurrency: int, calls: Sequence[Callable[[], Awaitable[int]]]) -> RoundResult:
+    """Run the calls of one round. Each call returns the number of tokens of its answer."""
+    await flush_cache(engine)  # no kind profits from the requests of the one before
     started = time.perf_counter()
-    tokens = await gather(concurrency, calls)
-    return Timed(len(calls) / (time.perf_counter() - started), statistics.mean(tokens))
+    tokens = await gather_limited(concurrency, calls)
+    return RoundResult(len(calls) / (time.perf_counter() - started), statistics.mean(tokens))
 
 
-async def speed(
+async def measure_speed(
     guard: GuardInference, engine: Engine, images: Sequence[Image], concurrency: int
-) -> dict[str, list[Timed]]:
+) -> dict[str, list[RoundResult]]:
     settings = Settings(model="tiny")
     preparer = DecoderPool(settings, guard.max_side_px)
 
@@ -165,23 +166,25 @@ async def speed(
         )
         return int(answer["usage"]["completion_tokens"])
 
-    def by(judged_by: Policy) -> Callable[[Image], Awaitable[int]]:
-        async def ours(image: Image) -> int:
+    def request_under(judged_by: Policy) -> Callable[[Image], Awaitable[int]]:
+        async def request(image: Image) -> int:
             (answer,) = await assess_each(
                 image.prepared, [judged_by], "live", guard=RetryingGuard(guard), preparer=RetryingPreparer(preparer)
             )
-            said = answer.answer if isinstance(answer, PolicyAssessment) else None
-            return said.output_tokens if isinstance(said, Assessment) else 0
+            assessment = answer.answer if isinstance(answer, PolicyAssessment) else None
+            return assessment.output_tokens if isinstance(assessment, Assessment) else 0
 
-        return ours
+        return request
 
-    ways = {"chat": chat, "full": by(policy()), "adaptive": by(policy(effort="adaptive"))}
-    results: dict[str, list[Timed]] = {name: [] for name in ways}
+    kinds = {"chat": chat, "full": request_under(policy()), "adaptive": request_under(policy(effort="adaptive"))}
+    results: dict[str, list[RoundResult]] = {name: [] for name in kinds}
     for _ in range(ROUNDS):
-        for name, ask in ways.items():
-            result = await timed(engine, concurrency, [lambda image=image, ask=ask: ask(image) for image in images])
+        for name, ask in kinds.items():
+            result = await time_round(
+                engine, concurrency, [lambda image=image, ask=ask: ask(image) for image in images]
+            )
             results[name].append(result)
-            say(f"{name:<9} {result.images_per_s:6.2f} images/s, {result.mean_tokens:5.1f} tokens an answer")
+            progress(f"{name:<9} {result.images_per_s:6.2f} images/s, {result.mean_tokens:5.1f} tokens an answer")
     preparer.close()
     return results
 
@@ -191,20 +194,20 @@ async def main(arguments: argparse.Namespace) -> dict[str, float]:
     checkpoint = replace(checkpoint, launch_flags=(*checkpoint.launch_flags, "--chat-template", "chatml-llava"))
     with tempfile.TemporaryDirectory(prefix="sluice-benchmark-") as folder:
         engine = Engine(checkpoint, state_dir=Path(folder), in_flight=arguments.concurrency)
-        say("starting the engine")
+        progress("starting the engine")
         async with engine:
             guard = GuardInference(engine, in_flight=arguments.concurrency)
-            images = drawn(arguments.images, guard.max_side_px, lambda _: None)
-            figures = await accuracy(guard, images, arguments.concurrency)
+            images = draw_images(arguments.images, guard.max_side_px, lambda _: None)
+            figures = await measure_accuracy(guard, images, arguments.concurrency)
             for name, value in figures.items():
-                say(f"{name:<36} {value:.4f}")
+                progress(f"{name:<36} {value:.4f}")
             unsafe_every = round(1 / UNSAFE_SHARE)
-            timed_images = drawn(
+            timed_images = draw_images(
                 arguments.timed,
                 guard.max_side_px,
                 lambda number: NO_CATEGORY if number % unsafe_every else CATEGORIES[number // unsafe_every % 9],
             )
-            results = await speed(guard, engine, timed_images, arguments.concurrency)
+            results = await measure_speed(guard, engine, timed_images, arguments.concurrency)
     median = {name: statistics.median(one.images_per_s for one in rounds) for name, rounds in results.items()}
     for name, rounds in results.items():
         figures[f"images_per_s_{name}"] = median[name]
@@ -214,7 +217,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def say(line: str) -> None:
+def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,10 +1,10 @@
-"""Kills and stops processes of the engine, over and over, while images are being judged.
+"""Kill and stop processes of the engine repeatedly while images are judged.
 
     python benchmarks/guard_faults.py [--faults 100] [--seed 1] [--json]
 
-Each fault is SIGKILL or SIGSTOP for one process of the engine, whichever, at a random moment, every fourth one while
-the engine is starting. Every call has to end, within its deadline, in an answer or in an error that says that trying
-again can help; at the end no process may be left.
+Each fault is SIGKILL or SIGSTOP for a random process of the engine at a random moment. Every fourth fault comes while
+the engine starts. Every call must end within its deadline, with an answer or with an error that allows a retry. At the
+end no process may be left.
 """
 
 import argparse
@@ -34,37 +34,38 @@ from services.policies.document import BUILT_IN
 CALLERS = 6
 DEADLINE_S = 15.0
 GRACE_S = 3.0
-"""What a loaded machine may take to deliver an answer that is there."""
+"""Time that a loaded machine may take to deliver a finished answer."""
 
 
-async def call_for_ever(guard: GuardInference, number: int, ends: Counter[str]) -> None:
+async def call_repeatedly(guard: GuardInference, number: int, results: Counter[str]) -> None:
     policy = BUILT_IN.as_version(1)
     image = prepare(draw(number).jpeg, Limits(image_px=1_000_000, side_px=guard.max_side_px))
     while True:
         started = time.monotonic()
         try:
             await guard.assess(image, policy, "verdict")
-            ends["answers"] += 1
+            results["answers"] += 1
         except GuardUnavailable:
-            ends["retryable"] += 1
+            results["retryable"] += 1
         except Exception as error:  # noqa: BLE001 - any other error is a finding
-            ends[f"wrong: {type(error).__name__}: {error}"] += 1
+            results[f"wrong: {type(error).__name__}: {error}"] += 1
         if time.monotonic() - started > DEADLINE_S + GRACE_S:
-            ends["late"] += 1
+            results["late"] += 1
         await asyncio.sleep(0.2)
 
 
 def processes(engine: Engine) -> list[psutil.Process]:
-    """The engine's own processes, without the guardian that cleans up after them."""
+    """The processes of the engine, without the watchdog that cleans up after them."""
     with suppress(psutil.NoSuchProcess):
         if engine.pid is not None:
             return psutil.Process(engine.pid).children(recursive=True)
     return []
 
 
-async def until(condition: str, engine: Engine, within_s: float) -> bool:
+async def wait_for_state(state: str, engine: Engine, within_s: float) -> bool:
+    """Wait until the engine has the state; False if it does not within `within_s` seconds."""
     deadline = time.monotonic() + within_s
-    while engine.state != condition:
+    while engine.state != state:
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(0.1)
@@ -73,48 +74,48 @@ async def until(condition: str, engine: Engine, within_s: float) -> bool:
 
 async def run(faults: int, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
-    ends: Counter[str] = Counter()
+    results: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="sluice-faults-") as folder:
         engine = Engine(
             resolve("tiny"), state_dir=Path(folder), deadline_s=DEADLINE_S, start_s=240, probe_every_s=2, hang_s=10
         )
-        engine_module._LONGEST_PAUSE_S = 1.0  # the pauses are for machines that are broken, here they only take time
+        engine_module._LONGEST_PAUSE_S = 1.0  # the pauses are for broken machines; here they would only take time
         async with engine:
             guard = GuardInference(engine, deadline_s=DEADLINE_S)
-            callers = [asyncio.create_task(call_for_ever(guard, number, ends)) for number in range(CALLERS)]
+            callers = [asyncio.create_task(call_repeatedly(guard, number, results)) for number in range(CALLERS)]
             known: set[psutil.Process] = set()
             recovered = 0
             for number in range(faults):
                 if number % 4 == 3:
-                    await until("restarting", engine, 30)
+                    await wait_for_state("restarting", engine, 30)
                     await asyncio.sleep(rng.uniform(1, 20))
                 else:
-                    recovered += await until("ready", engine, 300)
+                    recovered += await wait_for_state("ready", engine, 300)
                     await asyncio.sleep(rng.uniform(0, 3))
-                family = processes(engine)
-                known.update(family)
-                if family:
-                    victim, how = rng.choice(family), rng.choice([signal.SIGKILL, signal.SIGSTOP])
+                running = processes(engine)
+                known.update(running)
+                if running:
+                    victim, fault = rng.choice(running), rng.choice([signal.SIGKILL, signal.SIGSTOP])
                     with suppress(psutil.NoSuchProcess):
                         name = victim.name()
-                        victim.send_signal(how)
-                        print(f"{number + 1:3} {how.name} {name:<20} {dict(ends)}", file=sys.stderr, flush=True)
-            back = await until("ready", engine, 300)
+                        victim.send_signal(fault)
+                        print(f"{number + 1:3} {fault.name} {name:<20} {dict(results)}", file=sys.stderr, flush=True)
+            is_ready = await wait_for_state("ready", engine, 300)
             for caller in callers:
                 caller.cancel()
             await asyncio.gather(*callers, return_exceptions=True)
             known.update(processes(engine))
         await asyncio.sleep(1)
         left = [process for process in known if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    wrong = sum(count for end, count in ends.items() if end.startswith("wrong"))
+    wrong = sum(count for result, count in results.items() if result.startswith("wrong"))
     return {
         "faults": faults,
-        "answers": ends["answers"],
-        "retryable": ends["retryable"],
+        "answers": results["answers"],
+        "retryable": results["retryable"],
         "wrong": wrong,
-        "late": ends["late"],
+        "late": results["late"],
         "recovered": recovered,
-        "ready_at_the_end": int(back),
+        "ready_at_the_end": int(is_ready),
         "processes_left": len(left),
     }
 

@@ -1,10 +1,9 @@
-"""How long a policy look-up takes, and how long a change of the active version takes to reach every process.
+"""The time to choose a policy, and the time until a change of the active version reaches every process.
 
     python benchmarks/policies.py [--changes 200] [--processes 8] [--json]
 
-Look-ups are compared with asking Redis each time (the baseline). For the changes, processes choose a policy for 500
-submissions a second each, while the active version changes over and over; a verdict's version may be the old one only
-until the news has come. The embedded Valkey and S3 server do.
+The baseline of a choice is a request to Redis each time. For the changes, each process chooses a policy for 500
+submissions a second, while the active version changes repeatedly. The backends are the embedded Valkey and S3 server.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.local import backends as embedded
+from pipelines.local import backends
 from services.core import settings as settings_module
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -28,37 +27,37 @@ from services.policies.document import BUILT_IN
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 
-LOOK_UPS = 200_000
-ASKED = 2_000
-EVERY_S = 0.3
-CHOOSE_EVERY_S = 0.002
+CHOICES = 200_000
+REDIS_REQUESTS = 2_000
+CHANGE_INTERVAL_S = 0.3
+CHOICE_INTERVAL_S = 0.002
 
 
-def parts(settings: Settings) -> tuple[PolicyRegistry, PolicyRedisCache]:
+def open_stores(settings: Settings) -> tuple[PolicyRegistry, PolicyRedisCache]:
     return PolicyRegistry.from_settings(settings), PolicyRedisCache(settings.redis_url, settings.policy_bucket)
 
 
-async def look_ups(settings: Settings) -> dict[str, float]:
-    """Microseconds of one look-up, local and through Redis."""
-    registry, shared = parts(settings)
+async def measure_choices(settings: Settings) -> dict[str, float]:
+    """Microseconds of one choice, in memory and through Redis."""
+    registry, shared = open_stores(settings)
     submissions = [Submission(id=f"upl-{n}", uri="s3://uploads/a") for n in range(1000)]
     async with PolicyCache(registry, shared) as cache:
         await cache.choose(submissions[0])
         started = time.perf_counter()
-        for n in range(LOOK_UPS):
+        for n in range(CHOICES):
             await cache.choose(submissions[n % 1000])
-        local_us = (time.perf_counter() - started) / LOOK_UPS * 1e6
+        local_us = (time.perf_counter() - started) / CHOICES * 1e6
     started = time.perf_counter()
-    for _ in range(ASKED):
+    for _ in range(REDIS_REQUESTS):
         await shared.newest_change("default")
-    redis_us = (time.perf_counter() - started) / ASKED * 1e6
+    redis_us = (time.perf_counter() - started) / REDIS_REQUESTS * 1e6
     await shared.close()
     return {"look_up_us": local_us, "redis_us": redis_us, "ratio": redis_us / local_us}
 
 
 async def observe(seconds: float) -> None:
-    """A process that judges: prints a line when its version changes, and one at the end."""
-    registry, shared = parts(settings_module.load())
+    """A process that chooses policies. It prints a line when the chosen version changes, and one at the end."""
+    registry, shared = open_stores(settings_module.load())
     last, chosen, longest_s = 0, 0, 0.0
     async with PolicyCache(registry, shared) as cache:
         await cache.choose(Submission(id="first", uri="s3://uploads/a"))
@@ -71,17 +70,17 @@ async def observe(seconds: float) -> None:
             if version != last:
                 print(json.dumps({"version": version, "at": time.monotonic()}), flush=True)
                 last = version
-            await asyncio.sleep(CHOOSE_EVERY_S)
+            await asyncio.sleep(CHOICE_INTERVAL_S)
     print(json.dumps({"chosen": chosen, "longest_s": longest_s}), flush=True)
     await shared.close()
 
 
-async def changes(settings: Settings, count: int, processes: int) -> dict[str, float]:
-    """Activate versions one after the other; seconds until each process had each of them."""
-    registry, shared = parts(settings)
+async def measure_changes(settings: Settings, count: int, processes: int) -> dict[str, float]:
+    """Activate versions one after the other; measure the seconds until each process chooses each of them."""
+    registry, shared = open_stores(settings)
     for number in range(count):
         registry.publish(BUILT_IN.model_copy(update={"description": f"number {number}"}))
-    command = [sys.executable, __file__, "--observe", str(count * (EVERY_S + 0.25) + 10)]
+    command = [sys.executable, __file__, "--observe", str(count * (CHANGE_INTERVAL_S + 0.25) + 10)]
     children = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220 - nothing else runs here yet
         for _ in range(processes)
@@ -89,24 +88,24 @@ async def changes(settings: Settings, count: int, processes: int) -> dict[str, f
     for child in children:
         assert child.stdout is not None
         await asyncio.to_thread(child.stdout.readline)
-    done: dict[int, float] = {}
+    activated_at: dict[int, float] = {}
     for number in range(count):
         change = await asyncio.to_thread(registry.activate, "default", number + 2, who="benchmark")
-        done[number + 2] = time.monotonic()
+        activated_at[number + 2] = time.monotonic()
         await shared.publish_change("default", change)
-        await asyncio.sleep(EVERY_S)
+        await asyncio.sleep(CHANGE_INTERVAL_S)
     outputs = await asyncio.gather(*(asyncio.to_thread(child.communicate) for child in children))
     lines = [[json.loads(line) for line in output.splitlines()] for output, _ in outputs]
-    seen = [{line["version"]: line["at"] for line in of_one if "version" in line} for of_one in lines]
-    delays = sorted(max(0.0, of_one[v] - at) for of_one in seen for v, at in done.items() if v in of_one)
+    seen = [{line["version"]: line["at"] for line in process if "version" in line} for process in lines]
+    delays = sorted(max(0.0, process[v] - at) for process in seen for v, at in activated_at.items() if v in process)
     await shared.close()
     return {
         "changes": count,
         "processes": processes,
-        "missed": sum(v not in of_one for of_one in seen for v in done),
+        "missed": sum(v not in process for process in seen for v in activated_at),
         "failed": sum(child.returncode != 0 for child in children),
-        "chosen": sum(of_one[-1]["chosen"] for of_one in lines),
-        "longest_choice_ms": max(of_one[-1]["longest_s"] for of_one in lines) * 1000,
+        "chosen": sum(process[-1]["chosen"] for process in lines),
+        "longest_choice_ms": max(process[-1]["longest_s"] for process in lines) * 1000,
         "propagation_p50_ms": statistics.median(delays) * 1000,
         "propagation_p99_ms": delays[int(0.99 * len(delays))] * 1000,
         "propagation_max_ms": delays[-1] * 1000,
@@ -114,8 +113,8 @@ async def changes(settings: Settings, count: int, processes: int) -> dict[str, f
 
 
 @contextmanager
-def backends() -> Iterator[Settings]:
-    with embedded.backends(os.environ) as variables:
+def start_backends() -> Iterator[Settings]:
+    with backends.backends(os.environ) as variables:
         os.environ.update(variables)
         settings = settings_module.load()
         PolicyRegistry.from_settings(settings).publish_built_in()
@@ -123,8 +122,10 @@ def backends() -> Iterator[Settings]:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    with backends() as settings:
-        return asyncio.run(look_ups(settings)) | asyncio.run(changes(settings, arguments.changes, arguments.processes))
+    with start_backends() as settings:
+        return asyncio.run(measure_choices(settings)) | asyncio.run(
+            measure_changes(settings, arguments.changes, arguments.processes)
+        )
 
 
 if __name__ == "__main__":

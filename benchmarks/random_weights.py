@@ -1,8 +1,8 @@
-"""Whatever the weights say, the answer can be read: judges with checkpoints of random weights.
+"""Answers are readable whatever the weights: judge images with checkpoints of random weights.
 
     python benchmarks/random_weights.py [--answers 2000] [--seeds 4] [--json]
 
-Every answer has to be read the first time: a rating, a category that goes with it, a rationale where the policy wants
+Every answer must be readable at the first try: a rating, a category that fits it, a rationale if the policy asks for
 one, no control character and no run of white space. The three modes of `rationale` take turns.
 """
 
@@ -30,8 +30,8 @@ MODES = ("unsafe", "always", "never")
 CONCURRENCY = 16
 
 
-def faults(answer: Assessment, mode: str) -> list[str]:
-    """What is wrong with an answer."""
+def find_faults(answer: Assessment, mode: str) -> list[str]:
+    """The names of the faults of an answer."""
     wants_rationale = mode == "always" or (mode == "unsafe" and answer.rating == "Unsafe")
     rationale = answer.rationale or ""
     categories = CATEGORIES if answer.rating == "Unsafe" else (*CATEGORIES, NO_CATEGORY)
@@ -44,40 +44,40 @@ def faults(answer: Assessment, mode: str) -> list[str]:
     return [name for name, wrong in found.items() if wrong]
 
 
-async def judge_all(checkpoint: Path, count: int, first: int, ends: Counter[str]) -> None:
+async def judge_all(checkpoint: Path, count: int, first: int, results: Counter[str]) -> None:
     policies: list[Policy] = [PolicyDocument(name="random", rationale=mode).as_version(1) for mode in MODES]
     with tempfile.TemporaryDirectory(prefix="sluice-random-") as folder:
         async with Engine(resolve(str(checkpoint)), state_dir=Path(folder), in_flight=CONCURRENCY) as engine:
-            guard, places = (
+            guard, slots = (
                 GuardInference(engine, in_flight=CONCURRENCY, deadline_s=300),
                 asyncio.Semaphore(CONCURRENCY),
             )
 
             async def judge(number: int) -> None:
-                async with places:  # the deadline is for one answer, not for all of them
-                    await judge_now(number)
+                async with slots:  # a request that waits here does not use up its deadline
+                    await judge_in_slot(number)
 
-            async def judge_now(number: int) -> None:
+            async def judge_in_slot(number: int) -> None:
                 image = prepare(draw(number).jpeg, Limits(image_px=1_000_000, side_px=guard.max_side_px))
                 mode = MODES[number % len(MODES)]
                 try:
                     answer = await guard.assess(image, policies[number % len(MODES)], "verdict")
                 except UnreadableAnswer as error:
-                    ends[f"unreadable: {error}"] += 1
+                    results[f"unreadable: {error}"] += 1
                     return
-                ends["read"] += 1
-                ends["cut"] += answer.rationale_truncated
-                ends[answer.rating] += 1
-                ends.update(faults(answer, mode))
+                results["read"] += 1
+                results["cut"] += answer.rationale_truncated
+                results[answer.rating] += 1
+                results.update(find_faults(answer, mode))
 
             await asyncio.gather(*(judge(number) for number in range(first, first + count)))
 
 
 async def run(answers: int, seeds: int) -> Counter[str]:
-    ends: Counter[str] = Counter()
+    results: Counter[str] = Counter()
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(prefix="sluice-weights-") as folder:
-            made = [
+            command = [
                 sys.executable,
                 "-m",
                 "pipelines.tiny_guard.train",
@@ -87,10 +87,10 @@ async def run(answers: int, seeds: int) -> Counter[str]:
                 "--out",
                 folder,
             ]
-            await asyncio.to_thread(subprocess.run, made, check=True, stdout=sys.stderr)
-            await judge_all(Path(folder), answers // seeds, 7_000_000 + seed * answers, ends)
-            print(f"seed {seed}: {dict(ends)}", file=sys.stderr, flush=True)
-    return ends
+            await asyncio.to_thread(subprocess.run, command, check=True, stdout=sys.stderr)
+            await judge_all(Path(folder), answers // seeds, 7_000_000 + seed * answers, results)
+            print(f"seed {seed}: {dict(results)}", file=sys.stderr, flush=True)
+    return results
 
 
 if __name__ == "__main__":

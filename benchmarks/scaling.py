@@ -1,14 +1,14 @@
-"""What the scaling decision costs and keeps, on a simulated day of load, and what it does on a cluster.
+"""The scaling decision: its cost and delays on a simulated day of load, and its effects on a cluster.
 
     python benchmarks/scaling.py --simulate [--seed 1] [--objective 300] [--json]
     python benchmarks/scaling.py --cluster [--chart FILE] [--json]
 
 `--cluster`: see benchmarks/scaling_cluster.py. `--simulate`:
 
-A day of 8.6 million submissions with unannounced spikes up to tenfold, nodes that take 2 to 8 minutes and replicas that
-take 30 to 180 s more, and lost spot nodes. Sluice's decision is the function that production runs. It is compared with
-Ray Serve's default, with KEDA's lag rule, both with the threshold that suits this very day best, and with an oracle
-that knows the day. Then the decision is timed in Ray Serve's own bookkeeping: 200 guard replicas, 1,000 partitions.
+A day of 8.6 million submissions has unannounced spikes up to tenfold. Nodes take 2 to 8 minutes to start, and replicas
+30 to 180 s more; spot nodes are lost. Sluice's decision is the function that production runs. It is compared with Ray
+Serve's default and KEDA's lag rule, both with the best threshold for this very day, and with an oracle that knows the
+day. Then the decision is timed in Ray Serve's own bookkeeping: 200 guard replicas, 1,000 partitions.
 """
 
 import argparse
@@ -44,17 +44,17 @@ from pipelines.autoscaling.serve_config import autoscaling_config
 from pipelines.autoscaling.simulation.day import SimulatedDay
 from services.streams.base import Lag
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks in benchmarks/ only
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, Python searches benchmarks/ only
 from benchmarks.scaling_comparison import Day, compare
 
 GUARDS, PARTITIONS, MEMBERS = 200, 1000, 63
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
-DECISIONS, TURNS = 100, 100
+DECISIONS, ITERATIONS = 100, 100
 CALLS_REPORT_S = 10
 
 
 def simulate(seed: int, objective_s: float) -> dict[str, float]:
-    """Print the day; return its figures."""
+    """Simulate a day and print its table; return the figures."""
     day = compare(seed, objective_s)
     print(f"seed {seed}, objective {objective_s:g} s, {int(day.sluice.arrived.sum()):,} submissions,", file=sys.stderr)
     print(
@@ -75,7 +75,7 @@ def simulate(seed: int, objective_s: float) -> dict[str, float]:
 
 
 def figures(day: Day, ray: SimulatedDay, keda: SimulatedDay) -> dict[str, float]:
-    """For scripts: seconds, shares and ratios of GPU-hours."""
+    """The figures of the JSON output: seconds, shares, and ratios of GPU-hours."""
     return {
         "minutes_within_objective": day.within(day.sluice),
         "minutes_excluded": 1 - day.counted,
@@ -93,7 +93,7 @@ def figures(day: Day, ray: SimulatedDay, keda: SimulatedDay) -> dict[str, float]
 
 
 class Controller:
-    """Ray Serve's bookkeeping of 200 guard replicas and 63 intake replicas, which hold 1,000 partitions."""
+    """Ray Serve's bookkeeping for 200 guard replicas and 63 intake replicas with 1,000 partitions."""
 
     def __init__(self, **rules: float) -> None:
         policy = AutoscalingPolicy(
@@ -109,12 +109,12 @@ class Controller:
         )
         for deployment, options in ((GUARD, guard), (INTAKE, intake)):
             config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options))
-            info = DeploymentInfo(config, None, 0, "", version="1")  # type: ignore[arg-type]  # no replica is made of it
+            info = DeploymentInfo(config, None, 0, "", version="1")  # type: ignore[arg-type]  # no replica is made
             self.state.register_deployment(deployment, info, self.targets[deployment])
             self.state.update_running_replica_ids(deployment, self.replicas[deployment])
 
     def report(self, second: int) -> float:
-        """What every replica sends, of calls only every tenth second; milliseconds that taking it in costs."""
+        """Hand over the report of every replica; return its CPU time in milliseconds. Every tenth one reports calls."""
         now_s, taken_s = time.time(), 0.0
         for member, replica in enumerate(self.replicas[INTAKE]):
             waiting = {each: 5 + each % 7 for each in range(PARTITIONS)}
@@ -137,7 +137,7 @@ class Controller:
         return taken_s * 1000
 
     def loop(self) -> float:
-        """One turn of the controller's autoscaling; milliseconds."""
+        """Run one iteration of the controller's autoscaling; return its CPU time in milliseconds."""
         started = time.thread_time()
         self.state.get_decision_num_replicas(self.targets)
         return (time.thread_time() - started) * 1000
@@ -157,39 +157,40 @@ class Controller:
 
     @staticmethod
     def _points(now_s: float, value: float, report_s: float) -> list[TimeStampedValue]:
-        """Serve records five times in the period that it looks back, which is a little more than that of a report."""
+        """Five points: Serve looks back a little longer than one report interval and records five times in it."""
         return [TimeStampedValue(now_s - ago * 0.24 * report_s, value) for ago in range(4, -1, -1)]
 
 
 def time_decision() -> dict[str, float]:
-    """Milliseconds of a decision with Serve's bookkeeping around it, and the share of its time that the controller is
-    idle, what it receives for it included: Serve asks every 100 ms, the policy decides once a second. Both in CPU time
-    of the thread, which is the time on a machine that has nothing else to do.
+    """Time a decision within Serve's bookkeeping, and the share of time that the controller is idle.
+
+    Serve asks every 100 ms, and the policy decides once a second. The busy time includes the receipt of reports. Both
+    are CPU time of the thread: the duration on an otherwise idle machine.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     always, usual = Controller(every_s=0), Controller()
     for controller in (always, usual):
         controller.report(0)
     gc.collect()
-    gc.freeze()  # what the imports have left is not the decision's to tidy up
+    gc.freeze()  # garbage of the imports must not be collected during a decision
     decisions_ms = []
     for second in range(DECISIONS):
         always.report(second)
         decisions_ms.append(always.loop())
     busy_ms = 0.0
-    for turn in range(TURNS):
-        if turn % 10 == 0:
-            busy_ms += usual.report(turn // 10)
+    for iteration in range(ITERATIONS):
+        if iteration % 10 == 0:
+            busy_ms += usual.report(iteration // 10)
         busy_ms += usual.loop()
         time.sleep(CONTROL_LOOP_INTERVAL_S)
     gc.unfreeze()
-    idle = 1 - busy_ms / (busy_ms + TURNS * CONTROL_LOOP_INTERVAL_S * 1000)
+    idle = 1 - busy_ms / (busy_ms + ITERATIONS * CONTROL_LOOP_INTERVAL_S * 1000)
     return {"decision_ms_200x1000": statistics.median(decisions_ms), "controller_idle_share": idle}
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.cluster:
-        from benchmarks import scaling_cluster  # noqa: PLC0415 - it needs what only the tests' backends need
+        from benchmarks import scaling_cluster  # noqa: PLC0415 - it needs the backends of the tests
 
         return scaling_cluster.main(arguments.chart)
     return simulate(arguments.seed, arguments.objective) | time_decision()

@@ -1,11 +1,11 @@
-"""Ten times the load, on a cluster whose nodes are processes of this machine: what happens, and when.
+"""Ten times the load, on a cluster whose nodes are processes of this machine: the events and their times.
 
     python benchmarks/scaling.py --cluster [--json] [--chart docs/scaling-cluster.svg]
 
-Ray's own autoscaler starts and ends the nodes (it is told that they have GPUs), a real Kafka holds the backlog, Intake
-and the scaling policy are those of the product; the guard is scripted: it takes the time that a real one takes. At
-first nothing is there; a GPU node and the node of Intake are lost meanwhile (SIGKILL); in the end nothing comes any
-more. Needs what the tests marked kafka need.
+Ray's own autoscaler starts and stops the nodes, which claim to have GPUs. A real Kafka holds the backlog. Intake and
+the scaling policy are those of the product. The guard is scripted and takes as long as a real one. The run begins
+without a guard replica. During the run, a GPU node and the Intake node are killed (SIGKILL). At the end no submissions
+arrive, and the guard replicas go. Needs the packages of the tests marked kafka.
 """
 
 import asyncio
@@ -48,12 +48,12 @@ from tests.support.kafka_broker import ROOT
 BASE_PER_S, SPIKE_PER_S = 2.0, 20.0
 BASE_S, SPIKE_S, AFTER_S = 90.0, 90.0, 60.0
 LOST_S: Final = {"gpu": BASE_S + 0.75 * SPIKE_S, "cpu": BASE_S + SPIKE_S + 15}
-"""When a node of that kind is lost."""
+"""When the node of each kind is killed."""
 REPLICA_PER_S: Final = 4.0
-"""What one replica judges: two at a time, half a second each."""
+"""Images a second of one replica: two at a time, half a second each."""
 GUARD_IN_FLIGHT: Final = 2
 START_S: Final = 10.0
-"""Of a guard replica, beside its process: a checkpoint is loaded."""
+"""Time that a guard replica takes to load its checkpoint, besides the start of its process."""
 GPU_NODES, GPUS = 4, 2
 OBJECTIVE_S: Final = 60.0
 IDLE_S: Final = 30.0
@@ -65,56 +65,56 @@ _POLL_S: Final = 0.25
 
 @serve.deployment(name="Guard", health_check_period_s=10, health_check_timeout_s=60)
 class TimedGuard:
-    """Says what the scripted guard of the fault suite says, after the time that a real guard takes."""
+    """Answers as the scripted guard of the fault suite does, after the time that a real guard takes."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._places = asyncio.Semaphore(settings.guard_in_flight)
+        self._slots = asyncio.Semaphore(settings.guard_in_flight)
         await asyncio.sleep(START_S)
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
-        async with self._places:
+        async with self._slots:
             await asyncio.sleep(GUARD_IN_FLIGHT / REPLICA_PER_S * len(policies))
         return [assessment_of(image.sha256)] * len(policies)
 
 
 def build(arguments: serve_build.Arguments) -> Application:
-    """The product's application, with that guard."""
+    """The product's application, with the timed guard."""
     return bind_application(arguments, guard_gpus=1, guard=TimedGuard)
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """What is there at one moment."""
+class ClusterSample:
+    """Counts at one point in time."""
 
     at_s: float
     backlog: int
-    wanted: int
+    target: int
     running: int
     nodes: int
-    """With GPUs."""
+    """Nodes with GPUs."""
     intake: int
 
 
 @dataclass
-class Course:
-    """What was seen, in seconds since the first submission."""
+class Timeline:
+    """Observations of one run, in seconds since its begin."""
 
-    moments: list[Moment] = field(default_factory=list)
+    samples: list[ClusterSample] = field(default_factory=list)
     submitted: dict[str, float] = field(default_factory=dict)
     settled: dict[str, float] = field(default_factory=dict)
     times: Counter[str] = field(default_factory=Counter)
     """How often each submission was settled."""
 
-    def account(self) -> dict[str, float | int]:
-        """The figures. The delays are None where it never happened."""
+    def figures(self) -> dict[str, float | int]:
+        """The figures of the JSON output. A delay is infinite if its event never happened."""
         spike_s = BASE_S
-        before = max((each.wanted for each in self.moments if each.at_s <= spike_s), default=0)
+        before = max((each.target for each in self.samples if each.at_s <= spike_s), default=0)
         seen_s = self._first(lambda each: each.at_s > spike_s and each.backlog > 2 * SPIKE_PER_S)
-        decided_s = self._first(lambda each: each.at_s > spike_s and each.wanted > before)
+        decided_s = self._first(lambda each: each.at_s > spike_s and each.target > before)
         more_nodes_s = self._first(
-            lambda each: each.at_s > spike_s and each.nodes > max(m.nodes for m in self.moments if m.at_s <= spike_s)
+            lambda each: each.at_s > spike_s and each.nodes > max(s.nodes for s in self.samples if s.at_s <= spike_s)
         )
         delays = sorted(self.settled[each] - at_s for each, at_s in self.submitted.items() if each in self.settled)
         return {
@@ -124,31 +124,31 @@ class Course:
             "decision_s": round(max(0.0, decided_s - seen_s), 1),
             "more_nodes_s": round(more_nodes_s - spike_s, 1),
             "replicas_before": before,
-            "replicas_at_most": max(each.wanted for each in self.moments),
-            "nodes_at_most": max(each.nodes for each in self.moments),
-            "replicas_at_the_end": self.moments[-1].running,
-            "nodes_at_the_end": self.moments[-1].nodes,
+            "replicas_at_most": max(each.target for each in self.samples),
+            "nodes_at_most": max(each.nodes for each in self.samples),
+            "replicas_at_the_end": self.samples[-1].running,
+            "nodes_at_the_end": self.samples[-1].nodes,
             "p50_s": round(delays[len(delays) // 2], 1),
             "p95_s": round(delays[int(len(delays) * 0.95)], 1),
             "max_s": round(delays[-1], 1),
         }
 
     def _first(self, when: Any) -> float:
-        return next((each.at_s for each in self.moments if when(each)), float("inf"))
+        return next((each.at_s for each in self.samples if when(each)), float("inf"))
 
     def draw(self, file: Path) -> None:
-        """The chart: load, backlog, replicas and nodes, delays."""
+        """Draw the chart of load, backlog, replicas, nodes and delays."""
         mpl.rcParams["svg.hashsalt"] = "sluice"
         figure, (above, middle, below) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 8), layout="constrained")
-        at = [each.at_s for each in self.moments]
-        above.plot(at, [each.backlog for each in self.moments], color="tab:red")
+        at = [each.at_s for each in self.samples]
+        above.plot(at, [each.backlog for each in self.samples], color="tab:red")
         above.set_ylabel("messages waiting")
         middle.step(
-            at, [each.wanted for each in self.moments], where="post", label="guard replicas wanted", color="0.6"
+            at, [each.target for each in self.samples], where="post", label="guard replicas requested", color="0.6"
         )
-        middle.step(at, [each.running for each in self.moments], where="post", label="guard replicas ready")
-        middle.step(at, [each.nodes for each in self.moments], where="post", label="GPU nodes")
-        middle.step(at, [each.intake for each in self.moments], where="post", label="intake replicas", linestyle=":")
+        middle.step(at, [each.running for each in self.samples], where="post", label="guard replicas ready")
+        middle.step(at, [each.nodes for each in self.samples], where="post", label="GPU nodes")
+        middle.step(at, [each.intake for each in self.samples], where="post", label="intake replicas", linestyle=":")
         middle.legend(loc="upper right")
         middle.set_ylabel("replicas, nodes")
         settled = [(self.settled[each], self.settled[each] - at_s) for each, at_s in self.submitted.items()]
@@ -167,9 +167,9 @@ class Course:
 
 @asynccontextmanager
 async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[str]:
-    """A head without work, a node for Intake, and GPU nodes on demand. Yields the address."""
+    """Run a head without work, a node for Intake, and GPU nodes on demand. Yields the address of the head."""
     port = free_port()
-    host = ray.util.get_node_ip_address()  # Ray takes the loopback address for this one wherever it is given
+    host = ray.util.get_node_ip_address()  # Ray replaces the loopback address by this one
     address = f"{host}:{port}"
     kinds: dict[str, Any] = {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
@@ -186,7 +186,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
         "cluster_name": "sluice-benchmark",
         "max_workers": GPU_NODES + 1,
         "provider": {
-            "type": "external",  # as "fake_multinode" it wants a file that Ray's wheel lacks
+            "type": "external",  # "fake_multinode" needs a file that Ray's wheel lacks
             "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
             "gcs_address": address,
             "head_node_id": FAKE_HEAD_NODE_ID,
@@ -229,7 +229,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
     }
     child = SupervisedProcess(argv, log=folder / "head.log", env=os.environ | environment | head)
     try:
-        await _until_listening(host, port, child)
+        await _wait_until_listening(host, port, child)
         ray.init(address, logging_level="ERROR", log_to_driver=False)
         yield address
         ray.shutdown()
@@ -237,7 +237,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
         child.kill()
 
 
-async def _until_listening(host: str, port: int, child: SupervisedProcess) -> None:
+async def _wait_until_listening(host: str, port: int, child: SupervisedProcess) -> None:
     deadline = time.monotonic() + _UP_S
     while True:
         with suppress(OSError):
@@ -249,10 +249,10 @@ async def _until_listening(host: str, port: int, child: SupervisedProcess) -> No
         await asyncio.sleep(_POLL_S)
 
 
-async def run(say: Any) -> Course:
-    """The whole course; everything that is started is gone afterwards."""
+async def run(progress: Any) -> Timeline:
+    """Run everything once; every started process has stopped afterwards."""
     async with AsyncExitStack() as closing:
-        # Ray's sockets have long names, so the folder has a short one.
+        # The paths of Ray's sockets are long, so the folder has a short name.
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="sl-", ignore_cleanup_errors=True)))
         backends = await Backends.start(folder / "backends", 1, "exactly_once", closing)
         settings = backends.settings.model_copy(
@@ -268,23 +268,23 @@ async def run(say: Any) -> Course:
                 "replica_start_s": START_S + 10,
             }
         )
-        os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of this benchmark alone, on loopback
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # the cluster belongs to this benchmark alone, on loopback
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         await closing.enter_async_context(cluster(folder, backends.environment))
-        say("Ray runs")
+        progress("Ray runs")
         plan = serve_build.make_deploy_schema(settings)
         plan.applications[0].import_path = "benchmarks.scaling_cluster:build"
         serve.start(proxy_location="Disabled", logging_config=serve_build.LOGGING_CONFIG)
         serve.context._get_global_client().deploy_apps(plan)
-        await _intake_runs()
-        say("Intake runs")
-        course = Course()
-        await _drive(course, backends, say)
+        await _wait_for_intake()
+        progress("Intake runs")
+        timeline = Timeline()
+        await _drive(timeline, backends, progress)
         serve.shutdown()
-        return course
+        return timeline
 
 
-async def _intake_runs() -> None:
+async def _wait_for_intake() -> None:
     deadline = time.monotonic() + _UP_S
     while True:
         found = serve.status().applications[APPLICATION]
@@ -296,21 +296,21 @@ async def _intake_runs() -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def _drive(course: Course, backends: Backends, say: Any) -> None:
+async def _drive(timeline: Timeline, backends: Backends, progress: Any) -> None:
     settings, address = backends.settings, backends.broker.address
     producer = await asyncio.to_thread(Producer, address, settings.submissions_stream)
     backlog = Backlog(address, settings.submissions_stream, settings.group)
     began = time.monotonic()
-    reading = asyncio.create_task(_read(course, settings, began))
-    watching = asyncio.create_task(_watch(course, backlog, began, say))
-    losing = [asyncio.create_task(_lose(kind, at_s, say)) for kind, at_s in LOST_S.items()]
+    reading = asyncio.create_task(_read(timeline, settings, began))
+    watching = asyncio.create_task(_watch(timeline, backlog, began, progress))
+    killing = [asyncio.create_task(_kill_node(kind, at_s, progress)) for kind, at_s in LOST_S.items()]
     try:
         number, due = 0, 0.0
         while (now_s := time.monotonic() - began) < BASE_S + SPIKE_S + AFTER_S:
             due += _TICK_S * (SPIKE_PER_S if BASE_S <= now_s < BASE_S + SPIKE_S else BASE_PER_S)
             for _ in range(int(due)):
                 name = f"s-{number}"
-                course.submitted[name] = time.monotonic() - began
+                timeline.submitted[name] = time.monotonic() - began
                 uri = f"s3://{BUCKET}/{number % 8}/{name}.jpg"
                 sent = Submission(id=name, uri=uri, submitted_at=datetime.now(UTC))
                 producer._producer.send(settings.submissions_stream, sent.model_dump_json().encode(), key=uri.encode())
@@ -318,21 +318,21 @@ async def _drive(course: Course, backends: Backends, say: Any) -> None:
             await asyncio.sleep(max(0.0, began + now_s + _TICK_S - time.monotonic()))
         deadline = time.monotonic() + _END_S
         while time.monotonic() < deadline:
-            last = course.moments[-1]
-            if len(course.settled) == len(course.submitted) and not last.running and not last.nodes:
+            last = timeline.samples[-1]
+            if len(timeline.settled) == len(timeline.submitted) and not last.running and not last.nodes:
                 break
             await asyncio.sleep(1)
         await asyncio.sleep(2)
     finally:
-        for task in (reading, watching, *losing):
+        for task in (reading, watching, *killing):
             task.cancel()
-        await asyncio.gather(reading, watching, *losing, return_exceptions=True)
+        await asyncio.gather(reading, watching, *killing, return_exceptions=True)
         await asyncio.to_thread(producer.close)
         await asyncio.to_thread(backlog.close)
 
 
-async def _lose(kind: str, at_s: float, say: Any) -> None:
-    """SIGKILL a node, as a machine dies that is switched off."""
+async def _kill_node(kind: str, at_s: float, progress: Any) -> None:
+    """SIGKILL every process of a node, as if its machine lost power."""
     await asyncio.sleep(at_s)
     alive = [each for each in await asyncio.to_thread(ray.nodes) if each["Alive"] and each["Resources"].get("CPU")]
     node = next(each for each in alive if ("GPU" in each["Resources"]) == (kind == "gpu"))
@@ -340,21 +340,21 @@ async def _lose(kind: str, at_s: float, say: Any) -> None:
         with suppress(psutil.Error):
             if process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING") == node["NodeID"]:
                 process.kill()
-    say(f"[{at_s:6.1f} s] a {kind} node is lost")
+    progress(f"[{at_s:6.1f} s] a {kind} node is killed")
 
 
-async def _read(course: Course, settings: Settings, began: float) -> None:
+async def _read(timeline: Timeline, settings: Settings, began: float) -> None:
     reader = await open_reader(StreamConfig.from_settings(settings))
     try:
         async for message in reader.read(settings.verdicts_stream, follow=True):
             name = Verdict.model_validate_json(message.value).submission_id
-            course.times[name] += 1
-            course.settled.setdefault(name, time.monotonic() - began)
+            timeline.times[name] += 1
+            timeline.settled.setdefault(name, time.monotonic() - began)
     finally:
         await reader.close()
 
 
-async def _watch(course: Course, backlog: Backlog, began: float, say: Any) -> None:
+async def _watch(timeline: Timeline, backlog: Backlog, began: float, progress: Any) -> None:
     while True:
         waiting = await asyncio.to_thread(backlog.read)
         deployments = (await asyncio.to_thread(serve.status)).applications[APPLICATION].deployments
@@ -367,30 +367,30 @@ async def _watch(course: Course, backlog: Backlog, began: float, say: Any) -> No
         nodes = sum(
             each["Alive"] and each["Resources"].get("GPU", 0) > 0 for each in await asyncio.to_thread(ray.nodes)
         )
-        moment = Moment(
+        sample = ClusterSample(
             at_s=time.monotonic() - began,
             backlog=waiting or 0,
-            wanted=guard["RUNNING"] + guard["STARTING"] + guard["UPDATING"],
+            target=guard["RUNNING"] + guard["STARTING"] + guard["UPDATING"],
             running=guard["RUNNING"],
             nodes=nodes,
             intake=intake["RUNNING"],
         )
-        last = course.moments[-1] if course.moments else None
-        if last is None or (last.wanted, last.running, last.nodes) != (moment.wanted, moment.running, moment.nodes):
-            say(
-                f"[{moment.at_s:6.1f} s] {moment.backlog:5d} wait; guard: {moment.wanted} wanted, {moment.running} "
-                f"ready; {moment.nodes} GPU nodes; {moment.intake} intake"
+        last = timeline.samples[-1] if timeline.samples else None
+        if last is None or (last.target, last.running, last.nodes) != (sample.target, sample.running, sample.nodes):
+            progress(
+                f"[{sample.at_s:6.1f} s] {sample.backlog:5d} wait; guard: {sample.target} requested, {sample.running} "
+                f"ready; {sample.nodes} GPU nodes; {sample.intake} intake"
             )
-        course.moments.append(moment)
+        timeline.samples.append(sample)
         await asyncio.sleep(_POLL_S)
 
 
 def main(chart: Path) -> dict[str, float | int]:
-    """Run it, draw it, and return the figures."""
+    """Run it, draw the chart, and return the figures."""
 
-    def say(line: str) -> None:
+    def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    course = asyncio.run(run(say))
-    course.draw(chart)
-    return course.account()
+    timeline = asyncio.run(run(progress))
+    timeline.draw(chart)
+    return timeline.figures()
