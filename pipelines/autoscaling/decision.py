@@ -1,4 +1,4 @@
-"""How many replicas of Guard and Intake the backlog needs: a pure function of what was observed."""
+"""How many replicas of Guard and Intake the backlog needs: a pure function of one observation."""
 
 import math
 from collections.abc import Mapping
@@ -6,65 +6,68 @@ from dataclasses import dataclass, field
 from typing import Final
 
 _UNDERUSED_S: Final = 60.0
-"""A guard that was underused for this long is not the bottleneck."""
+"""After being underused for this long, the guard is not the bottleneck."""
 _WAIT_SHARE: Final = 0.64
-"""Share of the objective that a submission may wait; the rest is for what was not foreseen."""
+"""Share of the objective that a submission is planned to wait. The rest is a reserve."""
 _CATCH_UP_SHARE: Final = 0.25
-"""Share of a start within which a backlog is drained whose objective is lost, because it is shorter than the start."""
+"""If the objective is shorter than a replica's start, the backlog is late in any case. It is then drained within this
+share of the start."""
 INTAKE_OVERSUBSCRIPTION: Final = 1.25
-"""Intake works on so many times what the guard does, so that the next ones are at hand."""
+"""Submissions in flight at Intake, as a multiple of those in flight at the guard, so that the guard never waits for the
+next one."""
 _INTAKE_SHRINK_SHARE: Final = 0.7
-"""Intake shrinks only to at most this share: each change moves partitions."""
+"""Intake shrinks only if this share of its members is enough, because each change moves partitions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the decision is told. Durations in seconds."""
+    """The configuration of the decision. Durations are in seconds, rates are submissions a second."""
 
     objective_s: float = 300.0
-    """Drain-time objective: from submission to verdict."""
+    """The longest time from submission to verdict."""
     backfill_objective_s: float = 6 * 3600.0
-    """In which backfill is to be done where live work leaves the room."""
+    """The time within which backfill is to be judged."""
     replica_rate: float = 5.0
-    """Submissions a second that one guard replica judges, until it is measured."""
+    """Rate of one guard replica, until it is measured."""
     start_s: float = 300.0
-    """From the wish for a replica until it judges, until it is measured."""
+    """Time from the request for a replica until it judges, until it is measured."""
     guard_in_flight: int = 16
-    """Submissions that a guard replica works on at a time."""
+    """Submissions that one guard replica judges at a time."""
     intake_in_flight: int = 64
-    """Submissions that an intake replica works on at a time."""
+    """Submissions that one intake replica has in flight."""
     headroom: float = 0.05
-    """Share of a fleet that is to stay free at a constant load."""
+    """Share of the replicas that stays free at a constant load."""
     idle_s: float = 600.0
-    """After how long without anything to do the guard may go to zero."""
+    """Time without work after which the guard may go to zero."""
     scale_down_s: float = 240.0
-    """For how long fewer replicas must have been enough before any is taken away."""
+    """Time for which fewer replicas must have been enough before any is removed."""
     scale_down_every_s: float = 60.0
-    """Between two steps down."""
+    """Time between two steps of a scale-down."""
     stale_s: float = 30.0
-    """Numbers older than this are not known."""
+    """Recorded numbers older than this are ignored."""
     every_s: float = 1.0
-    """Between two decisions."""
+    """Time between two decisions."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaBounds:
-    """Fewest and most replicas."""
+    """The fewest and the most replicas that are allowed."""
 
     minimum: int
     maximum: int
 
     def clamp(self, replicas: int) -> int:
+        """Return the allowed number nearest to `replicas`."""
         return max(self.minimum, min(self.maximum, replicas))
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCounts:
-    """One deployment's replicas, and the seconds since its last changes (None: it never changed)."""
+    """The replicas of one deployment, and the seconds since its last changes (None: it never changed)."""
 
     running: int
     target: int
-    """Running and still loading."""
+    """Replicas that run or are still loading."""
     bounds: ReplicaBounds
     since_scale_up_s: float | None = None
     since_scale_down_s: float | None = None
@@ -76,55 +79,56 @@ class ReplicaCounts:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Live submissions a second."""
+    """Live submissions a second, measured."""
 
     rate: float
-    """Now, high enough to be believed."""
+    """The present rate; a burst counts if it is larger than chance."""
     peak: float
-    """The highest of the last `scale_down_s`."""
+    """The highest rate of the last `scale_down_s`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Messages published and not settled."""
+    """Messages that are published and not settled."""
 
     total: float
     by_partition: Mapping[int, float] = field(default_factory=dict)
     partitions: int = 0
-    """0: every member may take every message."""
+    """0 if every member may receive every message."""
 
     @property
     def busiest_partition(self) -> float:
+        """The backlog of the busiest partition."""
         return max(self.by_partition.values(), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What is known at one moment. None: not known, which holds the present state."""
+    """The measurements at one moment. None means that there is no measurement."""
 
     guard: ReplicaCounts
     intake: ReplicaCounts
     live: Backlog | None = None
     arrivals: Arrivals | None = None
     backfill_peak: float = 0.0
-    """The most backfill that has waited since there was none; 0: none waits."""
+    """The largest backlog of backfill since it was last empty; 0 if it is empty."""
     replica_rate: float | None = None
-    """Measured; None: not yet."""
+    """Submissions a second of one guard replica."""
     start_s: float | None = None
-    """Measured; None: not yet."""
+    """Time from the request for a guard replica until it judges."""
     idle_s: float = 0.0
-    """Since when there has been nothing to do."""
+    """Time without work."""
     active_callers: float = 0.0
-    """Submissions that others than Intake have at the guard."""
+    """Submissions that deployments other than Intake have at the guard."""
     measured_for_s: float = 0.0
-    """For how long it has been measured. A controller that starts anew knows nothing of before."""
+    """Time since the first measurement. A restarted controller begins at 0."""
     underused_s: float = 0.0
-    """Since when the guard has had less to do than it could, although something waits."""
+    """Time for which the guard has had free slots although submissions wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Wanted replicas, and why, for the log."""
+    """The wanted replicas, and the reason, for the log."""
 
     guard: int
     intake: int
@@ -132,10 +136,11 @@ class Decision:
 
 
 def decide(observed: Observation, rules: Rules) -> Decision:
-    """The wanted replicas.
+    """Return the wanted replicas.
 
-    Up in one step to what the objective needs, replicas that are still loading counted; down slowly; to zero when
-    nothing has come for a while, and up from it with the first submission. What is not known changes nothing.
+    Scale-up is one step to the replicas that the objective needs; loading replicas count. Scale-down is slow. After
+    `idle_s` without work no guard remains, and the first submission starts one. Without a current measurement nothing
+    changes.
     """
     if observed.live is None or observed.arrivals is None:
         intake = max(1, observed.intake.bounds.clamp(observed.intake.target))
@@ -172,61 +177,79 @@ def _decide_guard(observed: Observation, live: Backlog, arrivals: Arrivals, rule
 def _replicas_for_objective(
     observed: Observation, live: Backlog, rate: float, rules: Rules, headroom: float = 0.0
 ) -> int:
-    """Guard replicas that keep every live submission within the objective, and backfill at its pace.
+    """Return the guard replicas that keep each live submission within the objective, and backfill at its own pace.
 
-    Those that are asked for now judge after `start` seconds. Until then the running ones work on the backlog, and it
-    grows by what they cannot do. Whoever comes just then waits behind all of it; whoever waits already also waits for
-    the start. For an objective shorter than the start these are lost, and the backlog is drained as fast as a part of
-    the start.
+    Replicas that are requested now judge after a start. Until then the running replicas work on the backlog, and it
+    grows by the arrivals that they cannot judge. A submission that arrives at that moment waits behind the whole
+    backlog. A submission that waits already has also waited for the start. If the objective is shorter than the start,
+    both are late, and the backlog is drained within a share of the start.
     """
-    one, start_s = _replica_rate(observed, rules), _start_s(observed, rules)
-    capacity, wait_budget_s = observed.guard.running * one, _WAIT_SHARE * rules.objective_s
+    replica_rate, start_s = _replica_rate(observed, rules), _start_s(observed, rules)
+    capacity, wait_budget_s = observed.guard.running * replica_rate, _WAIT_SHARE * rules.objective_s
+    catch_up_s = _CATCH_UP_SHARE * start_s
     assignable = _assignable_backlog(observed, live, rules)
-    at_start = max(0.0, assignable + (rate - capacity) * start_s) / max(wait_budget_s, _CATCH_UP_SHARE * start_s)
-    already = max(0.0, assignable - capacity * start_s) / max(wait_budget_s - start_s, _CATCH_UP_SHARE * start_s)
-    # Nobody can help that member later, so the busiest partition has half of the objective.
-    busiest = min(_guards_per_member(rules) * one, 2 * live.busiest_partition / rules.objective_s)
+    arriving_at_start = max(0.0, assignable + (rate - capacity) * start_s) / max(wait_budget_s, catch_up_s)
+    already_waiting = max(0.0, assignable - capacity * start_s) / max(wait_budget_s - start_s, catch_up_s)
+    # No other member can help with a partition later, so the busiest one is planned with half of the objective.
+    busiest_partition = min(_guards_per_member(rules) * replica_rate, 2 * live.busiest_partition / rules.objective_s)
     backfill = observed.backfill_peak / rules.backfill_objective_s
-    work = max(rate / (1 - headroom), at_start, already, busiest) + backfill
-    anything = live.total > 0 or work > 0 or observed.active_callers > 0
-    replicas = work / one + observed.active_callers / rules.guard_in_flight
-    return max(1 if anything else 0, math.ceil(round(replicas, 6)))
+    work_rate = max(rate / (1 - headroom), arriving_at_start, already_waiting, busiest_partition) + backfill
+    has_work = live.total > 0 or work_rate > 0 or observed.active_callers > 0
+    replicas = work_rate / replica_rate + observed.active_callers / rules.guard_in_flight
+    return max(1 if has_work else 0, math.ceil(round(replicas, 6)))
 
 
 def _decide_intake(observed: Observation, live: Backlog, guard: int, rules: Rules) -> int:
-    """Members that keep the guard busy, and do not let the busiest partition share one if that makes it late."""
-    counts = observed.intake
-    desired = math.ceil(INTAKE_OVERSUBSCRIPTION * guard * rules.guard_in_flight / rules.intake_in_flight)
-    if live.partitions > 1 and live.busiest_partition > 0:
-        in_time = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s / 2
-        another = (live.total - live.busiest_partition) / (live.partitions - 1)
-        beside = (in_time - live.busiest_partition) / another if another > 0 else live.partitions
-        desired = max(desired, math.ceil(live.partitions / (1 + max(0, math.floor(min(beside, live.partitions))))))
+    counts, bounds = observed.intake, observed.intake.bounds
+    desired = max(_members_for_guard(guard, rules), _members_for_busiest_partition(observed, live, rules))
     if observed.underused_s >= _UNDERUSED_S and _has_elapsed(counts.since_scale_up_s, _UNDERUSED_S):
         desired = max(desired, counts.target + max(1, counts.target // 2))
-    most = min(counts.bounds.maximum, live.partitions) if live.partitions else counts.bounds.maximum
-    target = max(1, counts.bounds.minimum, min(most, max(desired, counts.target)))
-    settled = _has_elapsed(counts.since_scale_up_s, 2 * rules.scale_down_s) and _has_elapsed(
-        counts.since_scale_down_s, rules.scale_down_s
+    maximum = min(bounds.maximum, live.partitions) if live.partitions else bounds.maximum
+    long_enough = (
+        observed.measured_for_s >= rules.scale_down_s
+        and _has_elapsed(counts.since_scale_up_s, 2 * rules.scale_down_s)
+        and _has_elapsed(counts.since_scale_down_s, rules.scale_down_s)
     )
-    long_enough = settled and observed.measured_for_s >= rules.scale_down_s
-    if desired <= _INTAKE_SHRINK_SHARE * counts.target and long_enough and not counts.loading:
-        target = max(1, counts.bounds.minimum, min(most, desired))
-    return target
+    may_shrink = desired <= _INTAKE_SHRINK_SHARE * counts.target and long_enough and not counts.loading
+    target = desired if may_shrink else max(desired, counts.target)
+    return max(1, bounds.minimum, min(maximum, target))
+
+
+def _members_for_guard(guard: int, rules: Rules) -> int:
+    """Return the intake members that keep that many guard replicas busy."""
+    return math.ceil(INTAKE_OVERSUBSCRIPTION * guard * rules.guard_in_flight / rules.intake_in_flight)
+
+
+def _members_for_busiest_partition(observed: Observation, live: Backlog, rules: Rules) -> int:
+    """Return the members among which the busiest partition shares its member with no more than it can be judged with.
+
+    A member works on several partitions if there are fewer members than partitions. The other partitions of its member
+    must not make the busiest one late.
+    """
+    if live.partitions <= 1 or live.busiest_partition <= 0:
+        return 0
+    in_time = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s / 2
+    mean_of_others = (live.total - live.busiest_partition) / (live.partitions - 1)
+    beside = (in_time - live.busiest_partition) / mean_of_others if mean_of_others > 0 else live.partitions
+    partitions_per_member = 1 + max(0, math.floor(min(beside, live.partitions)))
+    return math.ceil(live.partitions / partitions_per_member)
 
 
 def _replicas_to_drain(observed: Observation, live: Backlog, rules: Rules) -> int:
-    """Guard replicas that work off in time what waits: those that go now do not help with it."""
-    work = _assignable_backlog(observed, live, rules) / (_WAIT_SHARE * rules.objective_s)
-    return math.ceil(round(work / _replica_rate(observed, rules), 6))
+    """Return the guard replicas that drain the backlog in time. Replicas that are removed now do not help with it."""
+    work_rate = _assignable_backlog(observed, live, rules) / (_WAIT_SHARE * rules.objective_s)
+    return math.ceil(round(work_rate / _replica_rate(observed, rules), 6))
 
 
 def _assignable_backlog(observed: Observation, live: Backlog, rules: Rules) -> float:
-    """The live backlog; of a partition's no more than the one member that works it can give to the guard in time."""
-    most = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s
-    if live.busiest_partition <= most:
+    """Return the live backlog that Intake can send to the guard within the objective.
+
+    One member works on a partition, so more than that member can send in time does not count.
+    """
+    limit = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s
+    if live.busiest_partition <= limit:
         return live.total
-    return live.total - sum(each - most for each in live.by_partition.values() if each > most)
+    return live.total - sum(each - limit for each in live.by_partition.values() if each > limit)
 
 
 def _replica_rate(observed: Observation, rules: Rules) -> float:
@@ -238,7 +261,7 @@ def _start_s(observed: Observation, rules: Rules) -> float:
 
 
 def _guards_per_member(rules: Rules) -> float:
-    """How many guard replicas one intake member can keep busy."""
+    """Return how many guard replicas one intake member can keep busy."""
     return max(1.0, rules.intake_in_flight / rules.guard_in_flight)
 
 

@@ -1,4 +1,4 @@
-"""Rates and durations, measured from one reading of the streams and the guard after the other."""
+"""Rates and durations, measured from a series of readings of the streams and the guard."""
 
 import math
 from collections import deque
@@ -8,66 +8,71 @@ from typing import Final
 from pipelines.autoscaling.decision import Arrivals, Backlog, Observation, ReplicaCounts, Rules
 
 _RATE_WINDOW_S: Final = 60.0
-"""Over how long the rate of arrivals is measured."""
-_BURST_WINDOW_SHARE, _BURST_WINDOW_S = 0.05, (3.0, 30.0)
-"""A rate measured over this share of the objective, within these seconds, counts at once if it is not chance."""
+"""The steady rate of arrivals is measured over this time."""
+_BURST_WINDOW_SHARE: Final = 0.05
+"""A burst is measured over this share of the objective."""
+_MIN_BURST_WINDOW_S: Final = 3.0
+_MAX_BURST_WINDOW_S: Final = 30.0
 _BURST_DEVIATIONS: Final = 3.0
-"""Standard deviations of a Poisson count: beyond them it is not chance."""
+"""A burst counts if it is beyond this many standard deviations of a Poisson count."""
 _MIN_READING_INTERVAL_S: Final = 0.8
-"""At least, between two readings that are remembered: of those that come every second none is left out."""
-_SATURATED_SHARE, _SATURATED_S = 1.0, 10.0
-"""The guard's rate is believed when this share of its places was taken for so long."""
+"""Readings closer together than this are ignored. It is a little less than a second, the time between two reports."""
+_SATURATED_SHARE: Final = 1.0
+"""A guard replica's rate is measured while this share of the guard's slots is taken."""
+_SATURATED_S: Final = 10.0
+"""Time over which a guard replica's rate is measured."""
 _UNDERUSED_SHARE: Final = 0.5
 """The guard counts as underused while at most this share of its slots is taken although submissions wait."""
 _RATE_EMA_WEIGHT: Final = 0.3
-"""Weight of a new measurement against what was known."""
+"""Weight of a new measurement in the moving average of a replica's rate."""
 _START_EMA_WEIGHT: Final = 0.05
+"""Weight of a new measurement in the moving average of a replica's start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look at the streams and the guard."""
+    """The state of the streams and the guard at one moment."""
 
     at_s: float
-    """When, in seconds since any epoch."""
+    """Seconds since any epoch."""
     live: Backlog
     live_published: float
     backfill: float = 0.0
     backfill_published: float = 0.0
     at_guard: float | None = None
-    """Submissions that the guard has; None: not known."""
+    """Submissions that the guard has; None if nothing recorded them."""
 
 
 class Measurements:
-    """What readings, one after the other, say about rates and times. Deterministic: it looks at no clock."""
+    """Measures rates and times from a series of readings. It uses no clock."""
 
     def __init__(self, rules: Rules) -> None:
         self.replica_rate: float | None = None
         self.start_s: float | None = None
         self.backfill_peak = 0.0
         self.last_decision_s: float | None = None
-        """When a decision was last made, for whoever makes it."""
+        """Kept for the caller, which sets it."""
         self._rules = rules
         self._readings: deque[tuple[float, float]] = deque()
-        """When, and how many live messages had been published."""
+        """Pairs of the time and the live messages published until then."""
         self._rates: deque[tuple[float, float]] = deque()
         self._first_reading_s: float | None = None
         self._last_active_s: float | None = None
         self._underused_since_s: float | None = None
         self._saturated_since: tuple[float, float, int] | None = None
-        """When, how many had been settled, running replicas."""
+        """The time, the messages settled until then, and the running replicas."""
         self._requested_at_s: deque[float] = deque()
-        """When each replica that still loads was asked for."""
+        """The time at which each replica that still loads was requested."""
         self._running = 0
 
     def record_reading(self, reading: Reading, guard: ReplicaCounts) -> None:
-        """Take in a reading. One that is not newer than the last one says nothing."""
+        """Add a reading. A reading that is not newer than the last one is ignored."""
         if self._readings and reading.at_s < self._readings[-1][0] + _MIN_READING_INTERVAL_S:
             return
         if self._first_reading_s is None:
             self._first_reading_s = reading.at_s
         if self._readings and reading.live_published < self._readings[-1][1]:
-            self._readings.clear()  # the stream was made anew
+            self._readings.clear()  # the stream was deleted and created again
             self._saturated_since = None
         self._readings.append((reading.at_s, reading.live_published))
         while self._readings[0][0] < reading.at_s - 2 * _RATE_WINDOW_S:
@@ -80,21 +85,19 @@ class Measurements:
         self._measure_replica_rate(reading, guard.running)
 
     def record_replicas(self, now_s: float, guard: ReplicaCounts) -> None:
-        """See which replicas have come, and learn from it how long they take."""
-        came, self._running = guard.running - self._running, guard.running
+        """Measure the start of the replicas that are new since the last call."""
+        started, self._running = guard.running - self._running, guard.running
         while len(self._requested_at_s) > guard.loading:
-            if came > 0:
-                took_s, came = now_s - self._requested_at_s.popleft(), came - 1
-                self.start_s = (
-                    took_s if self.start_s is None else self.start_s + _START_EMA_WEIGHT * (took_s - self.start_s)
-                )
+            if started > 0:
+                took_s, started = now_s - self._requested_at_s.popleft(), started - 1
+                self.start_s = _update_average(self.start_s, took_s, _START_EMA_WEIGHT)
             else:
                 self._requested_at_s.pop()
         while len(self._requested_at_s) < guard.loading:
             self._requested_at_s.append(now_s)
 
     def record_activity(self, at_s: float) -> None:
-        """Somebody else had something for the guard."""
+        """Note that a deployment other than Intake has called the guard."""
         self._last_active_s = at_s
 
     def observe(
@@ -105,7 +108,7 @@ class Measurements:
         live: Backlog | None,
         active_callers: float = 0.0,
     ) -> Observation:
-        """All that is known now."""
+        """Return the measurements of this moment."""
         return Observation(
             guard=guard,
             intake=intake,
@@ -124,16 +127,16 @@ class Measurements:
         steady = self._arrival_rate(_RATE_WINDOW_S)
         if steady is None:
             return None
-        rate = steady[0]
-        fast = self._arrival_rate(
-            max(_BURST_WINDOW_S[0], min(_BURST_WINDOW_S[1], _BURST_WINDOW_SHARE * self._rules.objective_s))
-        )
-        if fast and fast[0] - _BURST_DEVIATIONS * math.sqrt(fast[0] / fast[1]) > rate:
-            rate = fast[0]
+        rate, _ = steady
+        window_s = max(_MIN_BURST_WINDOW_S, min(_MAX_BURST_WINDOW_S, _BURST_WINDOW_SHARE * self._rules.objective_s))
+        if burst := self._arrival_rate(window_s):
+            burst_rate, seconds = burst
+            if burst_rate - _BURST_DEVIATIONS * math.sqrt(burst_rate / seconds) > rate:
+                rate = burst_rate
         return Arrivals(rate=rate, peak=max((rate for _, rate in self._rates), default=rate))
 
     def _arrival_rate(self, window_s: float) -> tuple[float, float] | None:
-        """Live submissions a second over the last `window_s`, and over how many seconds that really is."""
+        """Return the live submissions a second over the last `window_s`, and the seconds that the readings cover."""
         if len(self._readings) < 2:
             return None
         at_s, published = self._readings[-1]
@@ -150,25 +153,28 @@ class Measurements:
             self._rates.popleft()
 
     def _measure_replica_rate(self, reading: Reading, running: int) -> None:
-        places = running * self._rules.guard_in_flight
-        if reading.at_guard is None or not places:
+        slots = running * self._rules.guard_in_flight
+        if reading.at_guard is None or not slots:
             self._saturated_since = self._underused_since_s = None
             return
         waiting = reading.live.total + reading.backfill
-        if reading.at_guard > _UNDERUSED_SHARE * places or waiting < places:
+        if reading.at_guard > _UNDERUSED_SHARE * slots or waiting < slots:
             self._underused_since_s = None
         elif self._underused_since_s is None:
             self._underused_since_s = reading.at_s
         settled = reading.live_published + reading.backfill_published - waiting
-        since = self._saturated_since
-        if reading.at_guard < _SATURATED_SHARE * places or since is None or since[2] != running:
-            self._saturated_since = (
-                (reading.at_s, settled, running) if reading.at_guard >= _SATURATED_SHARE * places else None
-            )
-        elif reading.at_s >= since[0] + _SATURATED_S:
-            rate = (settled - since[1]) / (reading.at_s - since[0]) / running
-            if rate > 0:  # else something is away, not slow
-                self.replica_rate = (
-                    rate if not self.replica_rate else self.replica_rate + _RATE_EMA_WEIGHT * (rate - self.replica_rate)
-                )
-            self._saturated_since = (reading.at_s, settled, running)
+        now = (reading.at_s, settled, running)
+        if reading.at_guard < _SATURATED_SHARE * slots:
+            self._saturated_since = None
+        elif self._saturated_since is None or self._saturated_since[2] != running:
+            self._saturated_since = now
+        elif reading.at_s >= self._saturated_since[0] + _SATURATED_S:
+            since_s, settled_before, _ = self._saturated_since
+            rate = (settled - settled_before) / (reading.at_s - since_s) / running
+            if rate > 0:  # at 0 a backend is down, and the guard is not slow
+                self.replica_rate = _update_average(self.replica_rate, rate, _RATE_EMA_WEIGHT)
+            self._saturated_since = now
+
+
+def _update_average(average: float | None, value: float, weight: float) -> float:
+    return value if average is None else average + weight * (value - average)
