@@ -1,9 +1,9 @@
 """How large a fleet a load needs: replicas, nodes, partitions and GPU-hours, computed before anything is rented.
 
-A replica's rate is computed from published figures of the card and from counted tokens, unless a measured one is given.
-Reading the prompt takes 2 operations for each weight and token, as if all tokens went through all weights; writing the
-answer reads all weights once for each token, for as many answers as are in flight at a time. Of both the card gives the
-share of its published figure that engines are known to reach. None of this has been measured here.
+Without a measured rate, the rate of a replica is computed from the vendor's figures of the GPU and from counted tokens.
+Reading a prompt takes 2 operations for each weight and token, as if all tokens went through all weights. Writing an
+answer reads all weights once for each token, for all answers in flight together. The GPU reaches a share of the
+vendor's figures, which is known of other engines. None of this has been measured here.
 """
 
 import math
@@ -21,16 +21,16 @@ from services.guard.checkpoints import GIB, Checkpoint, resolve
 ImageSize = Literal["small", "medium", "large"]
 
 COMPUTE_SHARE: Final = 0.40
-"""Of the published dense bf16 operations, while prompts are read."""
+"""Share of the vendor's dense bf16 operations that the engine reaches while it reads prompts."""
 MEMORY_SHARE: Final = 0.60
-"""Of the published memory bandwidth, while answers are written."""
+"""Share of the vendor's memory bandwidth that the engine reaches while it writes answers."""
 TENSOR_PARALLEL_SHARE: Final = 0.85
-"""What is left of that when a replica is spread over several GPUs."""
+"""Share of both that remains if a replica is spread over several GPUs."""
 
 PROMPT_TOKENS: Final = 1129
-"""LlavaGuard's default policy."""
+"""Tokens of LlavaGuard's default policy."""
 ANSWER_TOKENS: Final = 23.5
-"""20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
+"""Mean tokens of an answer: 20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
 _PARTITIONS_PER_MEMBER: Final = 2
 _MIN_PARTITIONS: Final = 6
 _SECONDS_PER_UNIT: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "day": 86_400}
@@ -41,15 +41,15 @@ IMAGE_TOKENS: Final[dict[str, dict[ImageSize, int]]] = {
     "Qwen2_5_VLForConditionalGeneration": {"small": 196, "medium": 999, "large": 1280},  # 28 px a token, 1280 at most
     "ShieldGemma2ForImageClassification": {"small": 256, "medium": 256, "large": 256},
 }
-"""Tokens of an image, by architecture: up to 384 x 384 px, 1024 x 768, 1920 x 1080."""
+"""Tokens of an image by architecture and size: up to 384 x 384 px, 1024 x 768 px, 1920 x 1080 px."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """A GPU as its vendor describes it."""
+    """The vendor's figures of a GPU."""
 
     bf16_tflops: float
-    """Dense; fp16 where it has no bf16."""
+    """Dense operations; fp16 for a GPU without bf16."""
     memory_gib: float
     """As the driver reports it."""
     bandwidth_gb_per_s: float
@@ -70,7 +70,7 @@ GPU_SPECS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class CapacityPlan:
-    """A fleet for a constant load. Rates in submissions a second."""
+    """A fleet for a constant load. Rates are submissions a second."""
 
     checkpoint: str
     gpu: str
@@ -78,7 +78,7 @@ class CapacityPlan:
     objective_s: float
     replica_rate: float
     source: str
-    """Whether the replica's rate was computed, and of what, or given."""
+    """Source of the replica's rate: `given`, or the figures that it was computed from."""
     replicas: int
     gpus_per_replica: int
     nodes: int
@@ -87,10 +87,10 @@ class CapacityPlan:
     gpu_hours_per_million: float
     notes: tuple[str, ...] = ()
     day: dict[str, float] | None = None
-    """The same mean load as a simulated day with spikes, where one was asked for."""
+    """The result of a simulated day with the same mean load, if it was requested."""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the plan for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -123,36 +123,24 @@ def plan_capacity(
     day: bool = False,
     rules: Rules = Rules(),  # noqa: B008 - immutable
 ) -> CapacityPlan:
-    """The fleet that keeps `objective_s` at a constant `rate`.
+    """Return the fleet that keeps `objective_s` at a constant `rate`.
 
     Raises:
-        ConfigurationError: a name is unknown, or eight of these cards do not hold the checkpoint.
+        ConfigurationError: a name is unknown, or the checkpoint does not fit on eight of these GPUs.
     """
     model, spec = resolve(checkpoint), _find_gpu_spec(gpu)
-    spread = model.tensor_parallel_size([round(spec.memory_gib * GIB)] * 8)
-    if not spread:
+    gpus = model.tensor_parallel_size([round(spec.memory_gib * GIB)] * 8)
+    if not gpus:
         raise ConfigurationError(
             f"{model.name} needs {model.gpu_memory_bytes / GIB:.0f} GiB, and eight {gpu} have less; "
             "choose a GPU with more memory"
         )
     source = "given"
     if replica_rate is None:
-        replica_rate = compute_replica_rate(model, spec, spread, image, rules.guard_in_flight)
-        source = (
-            f"computed, not measured: {model.parameters / 1e9:g} billion weights, "
-            f"{_count_tokens(model, image)} tokens read and {ANSWER_TOKENS:g} written, "
-            f"{COMPUTE_SHARE:.0%} of {spec.bf16_tflops:g} TFLOPS and {MEMORY_SHARE:.0%} of "
-            f"{spec.bandwidth_gb_per_s:g} GB/s"
-            + (f", {TENSOR_PARALLEL_SHARE:.0%} of both over {spread} GPUs" * (spread > 1))
-        )
+        replica_rate = compute_replica_rate(model, spec, gpus, image, rules.guard_in_flight)
+        source = _describe_computation(model, spec, gpus, image)
     replicas = max(1, math.ceil(round(rate / (1 - rules.headroom) / replica_rate, 6)))
     members = max(1, math.ceil(INTAKE_OVERSUBSCRIPTION * replicas * rules.guard_in_flight / rules.intake_in_flight))
-    notes = []
-    if objective_s < rules.start_s:
-        notes.append(
-            f"an objective shorter than the start of a GPU replica ({rules.start_s:g} s) is lost at every sudden rise "
-            "beyond the replicas that run: set SLUICE_GUARD_MIN_REPLICAS to what the highest rate needs"
-        )
     return CapacityPlan(
         checkpoint=model.name,
         gpu=gpu.lower(),
@@ -161,18 +149,18 @@ def plan_capacity(
         replica_rate=replica_rate,
         source=source,
         replicas=replicas,
-        gpus_per_replica=spread,
-        nodes=math.ceil(replicas / max(1, (gpus_per_node or spread) // spread)),
+        gpus_per_replica=gpus,
+        nodes=math.ceil(replicas / max(1, (gpus_per_node or gpus) // gpus)),
         intake_members=members,
         partitions=max(_MIN_PARTITIONS, _PARTITIONS_PER_MEMBER * members),
-        gpu_hours_per_million=replicas * spread / rate * 1e6 / 3600,
-        notes=tuple(notes),
-        day=_simulate_day(rate, objective_s, replica_rate, spread, rules) if day else None,
+        gpu_hours_per_million=replicas * gpus / rate * 1e6 / 3600,
+        notes=_make_notes(objective_s, rules),
+        day=_simulate_day(rate, objective_s, replica_rate, gpus, rules) if day else None,
     )
 
 
 def compute_replica_rate(model: Checkpoint, spec: GpuSpec, gpus: int, image: ImageSize, in_flight: int) -> float:
-    """Submissions a second of one replica: see the module's own words."""
+    """Return the submissions a second of one replica, computed as the module's docstring says."""
     share = TENSOR_PARALLEL_SHARE if gpus > 1 else 1.0
     operations = 2.0 * model.parameters * _count_tokens(model, image)
     reading_s = operations / (COMPUTE_SHARE * share * gpus * spec.bf16_tflops * 1e12)
@@ -182,10 +170,10 @@ def compute_replica_rate(model: Checkpoint, spec: GpuSpec, gpus: int, image: Ima
 
 
 def parse_rate(text: str) -> float:
-    """Submissions a second of `400/s`, `24000/min`, `1e6/h`, `10000000/day`; a bare number is a second's.
+    """Return the submissions a second of `400/s`, `24000/min`, `1e6/h`, `10000000/day`, or `400` for `400/s`.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the text is no such rate.
     """
     number, _, unit = text.partition("/")
     return _parse_positive(number, text, "a rate such as 400/s or 1000000/h") / _parse_time_unit(unit or "s", text)
@@ -215,20 +203,38 @@ def _find_gpu_spec(gpu: str) -> GpuSpec:
     return GPU_SPECS[gpu.lower()]
 
 
+def _describe_computation(model: Checkpoint, spec: GpuSpec, gpus: int, image: ImageSize) -> str:
+    described = (
+        f"computed, not measured: {model.parameters / 1e9:g} billion weights, "
+        f"{_count_tokens(model, image)} tokens read and {ANSWER_TOKENS:g} written, "
+        f"{COMPUTE_SHARE:.0%} of {spec.bf16_tflops:g} TFLOPS and {MEMORY_SHARE:.0%} of {spec.bandwidth_gb_per_s:g} GB/s"
+    )
+    return f"{described}, {TENSOR_PARALLEL_SHARE:.0%} of both over {gpus} GPUs" if gpus > 1 else described
+
+
+def _make_notes(objective_s: float, rules: Rules) -> tuple[str, ...]:
+    if objective_s >= rules.start_s:
+        return ()
+    return (
+        f"the objective is shorter than the start of a GPU replica ({rules.start_s:g} s), so submissions are late "
+        "whenever the load suddenly needs more replicas than run; set SLUICE_GUARD_MIN_REPLICAS to the replicas "
+        "that the highest rate needs",
+    )
+
+
 def _count_tokens(model: Checkpoint, image: ImageSize) -> int:
     return PROMPT_TOKENS + IMAGE_TOKENS[model.architecture][image]
 
 
 def _simulate_day(rate: float, objective_s: float, replica_rate: float, gpus: int, rules: Rules) -> dict[str, float]:
-    most = 10 * math.ceil(rate / replica_rate)
     cluster = ClusterSpec(
         replica_rate=replica_rate,
         guard_in_flight=rules.guard_in_flight,
         intake_in_flight=rules.intake_in_flight,
-        max_replicas=max(20, most),
+        max_replicas=max(20, 10 * math.ceil(rate / replica_rate)),
     )
-    told = Rules(objective_s=objective_s, replica_rate=replica_rate)
-    simulated = simulate_day(draw_arrivals(LoadProfile(mean_rate=rate), 1), SluiceScaler(told, cluster), cluster, 1)
+    scaler = SluiceScaler(Rules(objective_s=objective_s, replica_rate=replica_rate), cluster)
+    simulated = simulate_day(draw_arrivals(LoadProfile(mean_rate=rate), 1), scaler, cluster, 1)
     return {
         "p50_s": simulated.percentile_s(0.5),
         "p95_s": simulated.percentile_s(0.95),

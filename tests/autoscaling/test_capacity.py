@@ -1,4 +1,4 @@
-"""`sluice plan`: the fleet that a load needs, computed openly."""
+"""`sluice plan`: the fleet that a load needs."""
 
 import json
 
@@ -14,7 +14,7 @@ from services.guard.checkpoints import CHECKPOINTS, resolve
 SMALL, LARGE = "LlavaGuard-v1.2-0.5B-OV", "LlavaGuard-v1.2-7B-OV"
 
 
-def test_a_measured_rate_is_taken_as_it_is() -> None:
+def test_plan_with_a_measured_rate_uses_it() -> None:
     found = plan_capacity(rate=400, objective_s=600, checkpoint=SMALL, gpu="l4", replica_rate=10)
     assert found.replicas == 43  # 40, and 5 % that stay free
     assert found.nodes == 43
@@ -24,7 +24,7 @@ def test_a_measured_rate_is_taken_as_it_is() -> None:
     assert found.source == "given"
 
 
-def test_the_computed_rate_can_be_followed_by_hand() -> None:
+def test_computed_rate_equals_the_calculation_by_hand() -> None:
     """7B on an H100: 5854 tokens of 1024 x 768, 16 GFLOP each; a step of the answer reads 16 GB."""
     reading_s = 2 * 8e9 * 5854 / (0.4 * 989e12)
     writing_s = 23.5 * 16e9 / (0.6 * 3350e9) / 16
@@ -36,7 +36,7 @@ def test_the_computed_rate_can_be_followed_by_hand() -> None:
     assert found.replica_rate == pytest.approx(1 / (reading_s + writing_s))
 
 
-def test_a_checkpoint_is_spread_over_as_many_cards_as_hold_it() -> None:
+def test_large_checkpoint_is_spread_over_several_gpus() -> None:
     found = plan_capacity(rate=10, objective_s=600, checkpoint=LARGE, gpu="l4")
     assert found.gpus_per_replica == 2
     assert found.nodes == found.replicas
@@ -44,11 +44,11 @@ def test_a_checkpoint_is_spread_over_as_many_cards_as_hold_it() -> None:
     assert eight.nodes == -(-found.replicas // 4)
 
 
-def test_every_checkpoint_has_its_tokens() -> None:
+def test_every_architecture_has_image_tokens() -> None:
     assert {row.architecture for row in CHECKPOINTS} == set(IMAGE_TOKENS)
 
 
-def test_a_short_objective_comes_with_a_warning() -> None:
+def test_objective_shorter_than_a_start_adds_a_note() -> None:
     assert plan_capacity(rate=10, objective_s=30, checkpoint=SMALL, gpu="l4").notes
     assert not plan_capacity(rate=10, objective_s=600, checkpoint=SMALL, gpu="l4").notes
 
@@ -56,24 +56,24 @@ def test_a_short_objective_comes_with_a_warning() -> None:
 @pytest.mark.parametrize(
     ("text", "per_s"), [("400/s", 400), ("400", 400), ("24000/min", 400), ("1e6/h", 1e6 / 3600), ("86400/day", 1)]
 )
-def test_rates(text: str, per_s: float) -> None:
+def test_rate_with_a_unit_is_parsed(text: str, per_s: float) -> None:
     assert parse_rate(text) == pytest.approx(per_s)
 
 
 @pytest.mark.parametrize("text", ["", "x/s", "-1/s", "0", "nan", "4/fortnight", "inf/s"])
-def test_what_is_no_rate(text: str) -> None:
+def test_invalid_rate_is_rejected(text: str) -> None:
     with pytest.raises(ConfigurationError):
         parse_rate(text)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_plan_with_an_unknown_name_is_rejected() -> None:
     with pytest.raises(ConfigurationError, match="h100"):
         plan_capacity(rate=1, objective_s=600, checkpoint=SMALL, gpu="voodoo")
     with pytest.raises(ConfigurationError, match="neither a folder"):
         plan_capacity(rate=1, objective_s=600, checkpoint="no-such-model", gpu="l4")
 
 
-def test_the_command() -> None:
+def test_plan_command_prints_json_or_a_table() -> None:
     given = ["plan", "--rate", "400/s", "--objective", "30s", "--checkpoint", SMALL, "--gpu", "l4"]
     found = CliRunner().invoke(app, [*given, "--json"])
     assert found.exit_code == 0
@@ -85,7 +85,7 @@ def test_the_command() -> None:
     assert "GPU-hours a million" in shown.stdout
 
 
-def test_the_day_costs_more_than_a_constant_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_with_a_day_reports_its_waits_and_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     short = capacity.draw_arrivals(capacity.LoadProfile(mean_rate=20), 1)[: 3600 + 7200]
     monkeypatch.setattr(capacity, "draw_arrivals", lambda load, seed: short)
     found = plan_capacity(rate=20, objective_s=300, checkpoint=SMALL, gpu="l4", replica_rate=5, day=True)

@@ -1,4 +1,4 @@
-"""The scaling decision: what it returns for every observation."""
+"""The scaling decision: properties for any observation, and examples."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_missing_numbers_keep_the_present_replicas(observation: Observation, mis
 
 @given(observations())
 def test_loading_replicas_are_not_requested_again(observation: Observation) -> None:
-    """What was asked for is not asked for again when nothing else has changed, and what loads is not taken back."""
+    """A second decision on the same numbers wants the same replicas, also while they load."""
     decision = decide(observation, RULES)
     fleet = observation.guard
     asked = replace(fleet, target=max(decision.guard, fleet.running), since_scale_up_s=0.0)
@@ -138,7 +138,7 @@ def test_scale_down_waits_for_the_delay() -> None:
 
 
 def test_scale_down_keeps_the_replicas_that_the_backlog_needs() -> None:
-    """Ten replicas would be done with it before others could start; those that are taken away do not help."""
+    """Ten replicas would drain the backlog before others could start; removed replicas do not help."""
     assert decide(seen(rate=5, running=10, waiting=5000), RULES).guard == 6
     assert decide(seen(rate=5, running=10, waiting=20), RULES).guard == 2
 

@@ -1,4 +1,4 @@
-"""What the measurements make of a series of readings, alone and together with the decision."""
+"""The measurements of a series of readings, alone and together with the decision."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ def guard(running: int, loading: int = 0) -> ReplicaCounts:
 
 
 def test_restarted_controller_takes_no_replica_away() -> None:
-    """Serve's controller forgets when it last scaled, and all that was measured; its replicas go on."""
+    """A restarted controller of Serve has lost the measurements and the time of its last change."""
     measured = Measurements(RULES)
     running, members = ReplicaCounts(20, 20, ReplicaBounds(0, 100)), ReplicaCounts(8, 8, ReplicaBounds(1, 12))
     found = {}

@@ -1,4 +1,4 @@
-"""The policy under Ray Serve's own bookkeeping, and in a process that has it pickled, as Serve's controller has."""
+"""The policy in Ray Serve's own bookkeeping, and unpickled in another process, as in Serve's controller."""
 
 import logging
 import subprocess

@@ -1,1 +1,1 @@
-"""A day of load on a simulated cluster: what a way of scaling makes of it in waiting time and GPU-hours."""
+"""A day of load on a simulated cluster: the waiting time and the GPU-hours of one way of scaling."""

@@ -1,4 +1,4 @@
-"""GPU replicas that take their time to come, and may be lost."""
+"""A simulated fleet of GPU replicas: they start slowly, and spot nodes are lost."""
 
 import heapq
 import itertools
@@ -10,20 +10,20 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """What a replica and its node are like: one GPU each. Durations in seconds."""
+    """The properties of replicas and nodes. Each node has one GPU and one replica. Durations are in seconds."""
 
     replica_rate: float = 5.0
-    """Submissions a second that one replica judges."""
+    """Submissions a second of one replica."""
     service_s: float = 2.0
-    """From a free place at the guard to the published verdict."""
+    """Time from a free slot at the guard to the published verdict."""
     node_s: tuple[float, float] = (120.0, 480.0)
-    """From the wish for a node until it is there."""
+    """Time from the request for a node until it is ready, at least and at most."""
     cold_start_s: tuple[float, float] = (30.0, 180.0)
-    """From the node to a replica that judges."""
+    """Time from a ready node until its replica judges, at least and at most."""
     node_idle_s: float = 60.0
-    """How long a node without a replica is kept."""
+    """Time for which a node without a replica is kept."""
     spot_losses_per_hour: float = 0.02
-    """Of one node. It is gone at once, and what its replica had is judged again."""
+    """Losses of one node. A lost node is gone at once, and the submissions of its replica are judged again."""
     guard_in_flight: int = 16
     intake_in_flight: int = 64
     max_replicas: int = 500
@@ -31,14 +31,14 @@ class ClusterSpec:
 
 @dataclass
 class SimulatedFleet:
-    """The guard's replicas over a day. Time in seconds; it only goes on."""
+    """The guard's replicas over a day. Time is in seconds and never goes back."""
 
     cluster: ClusterSpec
     rng: np.random.Generator
     running: int = 0
     target: int = 0
     gpu_s: float = 0.0
-    """Seconds of GPUs that were there: with a replica that judges or loads, or without one."""
+    """GPU-seconds of all nodes, with or without a replica."""
     changes: int = 0
     lost: int = 0
     scaled_up_at_s: float | None = None
@@ -46,15 +46,15 @@ class SimulatedFleet:
     _now_s: float = 0.0
     _events: list[tuple[float, int]] = field(default_factory=list)
     _provisioning: dict[int, None] = field(default_factory=dict)
-    """Events that still count, the newest last; likewise the next two."""
+    """Numbers of the events that are not cancelled, the newest last. The next two are the same."""
     _loading: dict[int, None] = field(default_factory=dict)
     _idle: dict[int, None] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def set_target(self, replicas: int) -> None:
-        """Ask for so many replicas, or let some go: first those without a node, then those that load.
+        """Request replicas or remove some: first those without a node, then loading ones, then running ones.
 
-        A node that was asked for comes all the same; without a replica it is idle, and soon goes.
+        A requested node starts in any case. Without a replica it is idle, and is removed soon.
         """
         if replicas == self.target:
             return
@@ -67,13 +67,13 @@ class SimulatedFleet:
         self._reconcile()
 
     def advance(self, now_s: float) -> None:
-        """Let time pass."""
+        """Let the time pass until `now_s`."""
         while self._events and self._events[0][0] <= now_s:
             at_s, number = heapq.heappop(self._events)
             self._bill(at_s)
             if number in self._provisioning:
                 del self._provisioning[number]
-                self._release()
+                self._keep_idle_node()
                 self._reconcile()
             elif number in self._loading:
                 del self._loading[number]
@@ -98,17 +98,17 @@ class SimulatedFleet:
                 self._loading.popitem()
             else:
                 self.running -= 1
-            self._release()
+            self._keep_idle_node()
         for _ in range(min(len(self._idle), self.target - self.running - len(self._loading))):
             self._idle.popitem()
-            self._push(self._loading, self.cluster.cold_start_s)
+            self._schedule(self._loading, self.cluster.cold_start_s)
         for _ in range(self.target - self.running - len(self._loading) - len(self._provisioning)):
-            self._push(self._provisioning, self.cluster.node_s)
+            self._schedule(self._provisioning, self.cluster.node_s)
 
-    def _release(self) -> None:
-        self._push(self._idle, (self.cluster.node_idle_s, self.cluster.node_idle_s))
+    def _keep_idle_node(self) -> None:
+        self._schedule(self._idle, (self.cluster.node_idle_s, self.cluster.node_idle_s))
 
-    def _push(self, pending: dict[int, None], after_s: tuple[float, float]) -> None:
+    def _schedule(self, pending: dict[int, None], after_s: tuple[float, float]) -> None:
         number = next(self._numbers)
         pending[number] = None
         heapq.heappush(self._events, (self._now_s + self.rng.uniform(*after_s), number))

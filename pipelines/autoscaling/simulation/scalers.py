@@ -1,4 +1,4 @@
-"""Three ways of scaling the guard: Sluice's, Ray Serve's default and KEDA's lag rule."""
+"""Three ways to scale the guard: Sluice's, Ray Serve's default and KEDA's lag rule."""
 
 import math
 from collections import deque
@@ -12,27 +12,27 @@ from pipelines.autoscaling.simulation.cluster import ClusterSpec
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """What can be read at a moment. Time in seconds."""
+    """The numbers that a scaler can read at one moment. Time is in seconds."""
 
     now_s: float
     backlog: float
-    """Messages published and not settled."""
+    """Messages that are published and not settled."""
     published: float
     at_guard: float
-    """Submissions that intake has given to the guard."""
+    """Submissions that intake has sent to the guard."""
     running: int
     target: int
     scaled_up_at_s: float | None
-    """When there was last asked for more."""
+    """Time of the last request for more replicas."""
     scaled_down_at_s: float | None
 
 
 class Scaler(Protocol):
-    """Says how many replicas there should be."""
+    """Decides how many replicas there should be."""
 
     every_s: int
     members: int | None
-    """Of intake, if they are a fixed number; None: never too few."""
+    """Intake members, if their number is fixed; None if there are always enough."""
 
     def replicas(self, view: ClusterView) -> int: ...
 
@@ -42,7 +42,7 @@ def _since(now_s: float, at_s: float | None) -> float | None:
 
 
 class SluiceScaler:
-    """The decision and the measurements that production runs, on what Intake would have recorded."""
+    """The decision and the measurements of production, on the numbers that Intake would have recorded."""
 
     every_s: int = 2
     members: int | None = None
@@ -72,9 +72,9 @@ class SluiceScaler:
 class RayDefaultScaler:
     """Ray Serve 2.60's own policy (`ray/serve/autoscaling_policy.py`) with its defaults, on ongoing requests.
 
-    Ongoing requests are averaged over `look_back_period_s`; the wanted replicas are as many as bring them to
-    `target_ongoing_requests` each; a change waits until it has been wanted for a delay; from zero one replica is
-    started; to zero it goes from one. What is ongoing is bounded by what a fixed number of intake members holds.
+    Ongoing requests are averaged over `look_back_period_s`. The policy wants so many replicas that each has
+    `target_ongoing_requests`. A change is made once it has been wanted for a delay. From zero, one replica is started;
+    zero is reached from one. A fixed number of intake members limits the ongoing requests.
     """
 
     cluster: ClusterSpec
@@ -108,12 +108,12 @@ class RayDefaultScaler:
 
 @dataclass
 class KedaScaler:
-    """KEDA's Kafka scaler: as many replicas as there is lag / `lag_threshold`, through a HorizontalPodAutoscaler.
+    """KEDA's Kafka scaler: lag / `lag_threshold` replicas, through a HorizontalPodAutoscaler.
 
-    What is its default: the autoscaler looks every 15 s, ignores what is within 10 %, adds at most four replicas or as
-    many as there are in 15 s, and takes none away that were wanted within 300 s; KEDA starts the first replica when
-    there is lag (it looks every 30 s), and takes the last one 300 s (`cooldownPeriod`) after the last lag. The guard is
-    no consumer, so it is not held to the number of partitions (`allowIdleConsumers: true`).
+    The defaults hold. The autoscaler reads the lag every 15 s and ignores a difference within 10 %. In 15 s it adds at
+    most four replicas, or doubles them. It removes no replica that was wanted within 300 s. KEDA itself reads the lag
+    every 30 s to start the first replica, and removes the last one 300 s (`cooldownPeriod`) after the last lag. The
+    guard is no consumer, so the number of partitions does not limit it (`allowIdleConsumers: true`).
     """
 
     cluster: ClusterSpec
