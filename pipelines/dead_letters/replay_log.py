@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
-from typing import Any, Final, Self
+from typing import Final, Self
 
-from redis.asyncio import Redis
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
-from services.core.errors import ConfigurationError, SluiceError, Unavailable
+from services.core.errors import SluiceError
+from services.core.redis import RedisClient, map_redis_errors
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 
@@ -24,7 +24,7 @@ _IDS_PER_CALL: Final = 1000
 class ReplayLog:
     """An async context manager. With `lease`, no other command can replay until it is left.
 
-    Every method raises Unavailable if Redis does not answer.
+    Every method raises RedisUnavailable if Redis does not answer.
     """
 
     def __init__(self, settings: Settings, *, lease: bool, progress: Callable[[str], None]) -> None:
@@ -32,15 +32,10 @@ class ReplayLog:
         Raises:
             ConfigurationError: SLUICE_REDIS_URL is invalid.
         """
-        try:
-            self._redis = Redis.from_url(
-                settings.redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, protocol=2
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"SLUICE_REDIS_URL is invalid: {error}") from None
-        self._key = f"sluice:{settings.dead_letters_stream}:replayed"
+        self._redis = RedisClient(settings.redis_url, f"sluice:{settings.dead_letters_stream}:", timeout_s=_TIMEOUT_S)
+        self._key = self._redis.key("replayed")
         self._lock: Lock | None = (
-            self._redis.lock(f"sluice:{settings.dead_letters_stream}:replaying", timeout=_LEASE_S) if lease else None
+            self._redis.client.lock(self._redis.key("replaying"), timeout=_LEASE_S) if lease else None
         )
         self._renewing: asyncio.Task[None] | None = None
         self._progress = progress
@@ -49,7 +44,7 @@ class ReplayLog:
         try:
             await self._acquire()
         except BaseException:
-            await self._redis.aclose()
+            await self._redis.close()
             raise
         return self
 
@@ -58,20 +53,20 @@ class ReplayLog:
             await cancel_and_wait(self._renewing)
             with suppress(RedisError, OSError):
                 await self._lock.release()
-        await self._redis.aclose()
+        await self._redis.close()
 
     async def contains(self, replay_ids: Iterable[bytes]) -> set[bytes]:
         """The given ids that are in the log."""
         known: set[bytes] = set()
         for chunk in _chunks(replay_ids):
-            answers = await _call(self._redis.smismember(self._key, chunk))
+            answers = await self._redis.call(self._redis.client.smismember(self._key, chunk))
             known |= {replay_id for replay_id, is_member in zip(chunk, answers, strict=True) if is_member}
         return known
 
     async def add(self, replay_ids: Iterable[bytes]) -> None:
         """Add ids to the log. They never expire."""
         for chunk in _chunks(replay_ids):
-            await _call(self._redis.sadd(self._key, *chunk))
+            await self._redis.call(self._redis.client.sadd(self._key, *chunk))
 
     async def renew(self) -> None:
         """Renew the lease.
@@ -80,12 +75,11 @@ class ReplayLog:
             SluiceError: the lease expired, because this process was stopped or Redis was down for too long. Another
                 command may be replaying.
         """
-        try:
-            held = self._lock is not None and await self._lock.reacquire()
-        except LockError:
-            held = False
-        except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+        with map_redis_errors():
+            try:
+                held = self._lock is not None and await self._lock.reacquire()
+            except LockError:
+                held = False
         if not held:
             raise SluiceError(
                 "the replay lease expired, because this process was stopped or Redis was down for too long. Finished "
@@ -96,10 +90,10 @@ class ReplayLog:
         lock = self._lock
         if lock is None:
             return
-        if not await _call(lock.acquire(blocking=False)):
+        if not await self._redis.call(lock.acquire(blocking=False)):
             wait_s = _LEASE_S + _RENEW_INTERVAL_S
             self._progress(f"another replay is running or was killed; waiting up to {wait_s:g} s for its lease")
-            if not await _call(lock.acquire(blocking_timeout=wait_s)):
+            if not await self._redis.call(lock.acquire(blocking_timeout=wait_s)):
                 raise SluiceError("another replay is running; nothing was replayed. Run the command again later")
         self._renewing = asyncio.create_task(self._renew_periodically(lock))
 
@@ -108,17 +102,6 @@ class ReplayLog:
             await asyncio.sleep(_RENEW_INTERVAL_S)
             with suppress(RedisError, OSError):  # `renew` reports a lost lease
                 await lock.reacquire()
-
-
-async def _call(pending: Any) -> Any:
-    try:
-        return await pending
-    except (RedisError, OSError) as error:
-        raise _unavailable(error) from error
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"Redis at SLUICE_REDIS_URL does not answer: {str(error) or type(error).__name__}")
 
 
 def _chunks(replay_ids: Iterable[bytes]) -> Iterable[list[bytes]]:

@@ -21,8 +21,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final, Self
 
 from services.core.errors import GuardFailed, RedisUnavailable
+from services.core.redis import RedisClient
 from services.core.tasks import cancel_and_wait
-from services.policies.redis_cache import PolicyRedisCache
 
 MAX_CRASHES: Final = 3
 """A message with this many crashes is confirmed poison."""
@@ -86,7 +86,7 @@ def _limit_isolation(end_isolation: Callable[[], None]) -> Iterator[None]:
 class CrashIsolation:
     """Which messages one intake process may process at the same time. Use it as an async context manager."""
 
-    def __init__(self, redis_cache: PolicyRedisCache, group: str, member: str) -> None:
+    def __init__(self, redis_cache: RedisClient, group: str, member: str) -> None:
         """`member` names this process; a restarted process needs another name."""
         self._redis_cache = redis_cache
         self._prefix = f"sluice:{group}:"

@@ -32,10 +32,10 @@ from pydantic import ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.messages import Verdict
+from services.core.redis import RedisClient
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 from services.gateway.problems import HttpProblem
-from services.policies.redis_cache import PolicyRedisCache
 
 _ALIVE_S: Final = 10
 _HEARTBEAT_S: Final = 3.0
@@ -108,7 +108,7 @@ class AssessmentStore:
     All asynchronous methods but `finish` raise RedisUnavailable if Redis does not answer.
     """
 
-    def __init__(self, shared: PolicyRedisCache, *, keep_s: int) -> None:
+    def __init__(self, shared: RedisClient, *, keep_s: int) -> None:
         """`keep_s`: time to live of finished assessments and of idempotency keys."""
         self._shared = shared
         self._keep_s = keep_s

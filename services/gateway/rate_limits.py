@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Final
 
 from services.core.errors import RedisUnavailable
+from services.core.redis import RedisClient
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKey
 from services.gateway.problems import HttpProblem
-from services.policies.redis_cache import PolicyRedisCache
 
 _BURST_S: Final = 2.0
 """Seconds of its rate that a key may use at once."""
@@ -37,9 +37,7 @@ return '0'
 class RateLimiter:
     """The limits of all keys. A key over one of them gets a HttpProblem that says when to come again."""
 
-    def __init__(
-        self, shared: PolicyRedisCache, settings: Settings, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, shared: RedisClient, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._shared = shared
         self._rate_per_s = settings.gateway_rate_per_s
         self._concurrency = settings.gateway_concurrency

@@ -4,23 +4,18 @@ Nothing here is the truth: every entry can be lost, stale or wrong, and is then 
 """
 
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 from pydantic import ValidationError
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
-from services.core.errors import ConfigurationError, RedisUnavailable
+from services.core.errors import RedisUnavailable
+from services.core.redis import TIMEOUT_S, RedisClient
 from services.policies.registry import StoredVersion
 from services.policies.rollout import Change
 from services.policies.tenants import TENANTS
 
-_ANSWER_S: Final = 2.0
 _LEASE_MS: Final = 5_000
 _PING_S: Final = 5.0
 
@@ -57,36 +52,19 @@ class CachedChange:
     """Since it was last compared with the policy bucket."""
 
 
-class PolicyRedisCache:
-    """The entries of one policy bucket in one Redis. Any method raises RedisUnavailable where Redis does not answer."""
+class PolicyRedisCache(RedisClient):
+    """The copies of one policy bucket, in the Redis at SLUICE_REDIS_URL."""
 
-    def __init__(self, url: str, bucket: str) -> None:
+    def __init__(self, url: str, bucket: str, *, timeout_s: float = TIMEOUT_S) -> None:
         """
         Raises:
-            ConfigurationError: the URL is wrong.
+            ConfigurationError: the URL is invalid.
         """
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=8,
-                timeout=_ANSWER_S,
-                socket_timeout=_ANSWER_S,
-                socket_connect_timeout=_ANSWER_S,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"SLUICE_REDIS_URL is wrong: {error}") from None
-        self._redis = Redis.from_pool(pool)
-        self._prefix = f"sluice:{bucket}:policies:"
-        self._script = cache(self._redis.register_script)
-
-    async def close(self) -> None:
-        await self._redis.aclose()
+        super().__init__(url, f"sluice:{bucket}:policies:", timeout_s=timeout_s)
 
     async def version(self, name: str, version: int) -> StoredVersion | None:
         """The copy of a version, None where there is none or it does not match its own digest."""
-        data = await self._call(self._redis.get(self.key("version", f"{name}@{version}")))
+        data: Any = await self.call(self.client.get(self.key("version", f"{name}@{version}")))
         try:
             return StoredVersion.from_json(name, version, data) if data is not None else None
         except ValueError:
@@ -94,7 +72,7 @@ class PolicyRedisCache:
 
     async def cache_version(self, stored: StoredVersion) -> None:
         """Keep a copy of a version."""
-        await self._call(self._redis.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
+        await self.call(self.client.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
 
     async def newest_change(self, name: str) -> CachedChange | None:
         """What is known of a roll-out, None where nothing is that can be read."""
@@ -119,16 +97,16 @@ class PolicyRedisCache:
 
     async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[Change]:
         """Changes as they are announced; `on_listening` is called when nothing can be missed any more."""
-        async with self._redis.pubsub(ignore_subscribe_messages=True) as listener:
-            await self._call(listener.subscribe(self.key("changes")))
+        async with self.client.pubsub(ignore_subscribe_messages=True) as listener:
+            await self.call(listener.subscribe(self.key("changes")))
             await on_listening()
             silent = False
             while True:
-                message = await self._call(listener.get_message(timeout=_PING_S))
+                message = await self.call(listener.get_message(timeout=_PING_S))
                 if message is None:
                     if silent:
                         raise RedisUnavailable("Redis (SLUICE_REDIS_URL) does not answer")
-                    await self._call(listener.ping())
+                    await self.call(listener.ping())
                 silent = message is None
                 try:
                     yield Change.model_validate_json(message["data"] if message else b"")
@@ -138,22 +116,8 @@ class PolicyRedisCache:
     async def lease(self, what: str) -> str | None:
         """Be the only process that does something for some seconds: a token for `release`, None where another is."""
         token = uuid.uuid4().hex
-        taken = await self._call(self._redis.set(self.key("lease", what), token, nx=True, px=_LEASE_MS))
+        taken = await self.call(self.client.set(self.key("lease", what), token, nx=True, px=_LEASE_MS))
         return token if taken else None
 
     async def release(self, what: str, token: str) -> None:
         await self.run(_RELEASE, [self.key("lease", what)], token)
-
-    async def run(self, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
-        """Run a Lua script on the server."""
-        return await self._call(self._script(script)(keys, arguments))
-
-    def key(self, *parts: str) -> str:
-        """The name of an entry of this policy bucket."""
-        return self._prefix + ":".join(parts)
-
-    async def _call(self, answer: Awaitable[Any]) -> Any:
-        try:
-            return await answer
-        except (RedisError, OSError, TimeoutError) as error:
-            raise RedisUnavailable(f"Redis (SLUICE_REDIS_URL) does not answer: {error}") from error

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.messages import Moment, Submission, Verdict
+from services.core.redis import RedisClient
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
-from services.policies.redis_cache import PolicyRedisCache
 
 _EVERY_S: Final = 1.0
 _FADES_S: Final = 86_400.0
@@ -66,7 +66,7 @@ class Sampled(WireModel):
 class TrafficSample:
     """Adds to the sample. To be used as an async context manager; what Redis cannot take is dropped."""
 
-    def __init__(self, shared: PolicyRedisCache, *, size: int) -> None:
+    def __init__(self, shared: RedisClient, *, size: int) -> None:
         """`size`: entries kept for each policy name."""
         self._shared = shared
         self._size = size
@@ -121,7 +121,7 @@ class TrafficSample:
                 log.exception("the sample could not be kept")
 
 
-async def draw(shared: PolicyRedisCache, name: str, count: int) -> tuple[list[Sampled], float | None]:
+async def draw(shared: RedisClient, name: str, count: int) -> tuple[list[Sampled], float | None]:
     """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
 
     Raises:
@@ -146,5 +146,5 @@ def _key(at: float) -> float:
     return at / _FADES_S - math.log(random.expovariate(1.0) or 1e-300)
 
 
-def _keys(shared: PolicyRedisCache, name: str) -> list[str]:
+def _keys(shared: RedisClient, name: str) -> list[str]:
     return [shared.key("sample", name), shared.key("seen", name)]

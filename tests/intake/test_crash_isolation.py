@@ -119,8 +119,8 @@ async def test_slow_process_with_heartbeat_is_not_counted_as_crashed(valkey_url:
     shared, group = PolicyRedisCache(valkey_url, "stands-still"), uuid.uuid4().hex
     isolation = CrashIsolation(shared, group, "member")
     await isolation.register(["in flight"])
-    await shared._redis.sadd(f"sluice:{group}:in-hand:dead", "in flight of the dead")
-    await shared._redis.zadd(f"sluice:{group}:alive", {"member": 1, "dead": 1})
+    await shared.client.sadd(f"sluice:{group}:in-hand:dead", "in flight of the dead")
+    await shared.client.zadd(f"sluice:{group}:alive", {"member": 1, "dead": 1})
     await isolation._update_registry()
     assert await CrashIsolation(shared, group, "new").register(["in flight", "in flight of the dead"]) == [0, 1]
     await shared.close()
@@ -177,7 +177,7 @@ async def test_redis_outage_is_probed_only_by_the_heartbeat(valkey_url: str, mon
     async with isolation:  # its heartbeat registers the messages of the outage
 
         async def marked() -> bool:
-            return await shared._redis.smembers("sluice:away:in-hand:member") == {b"a", b"b"}
+            return await shared.client.smembers("sluice:away:in-hand:member") == {b"a", b"b"}
 
         await eventually(marked)
     await shared.close()

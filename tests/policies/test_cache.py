@@ -229,8 +229,8 @@ async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyR
 
 @pytest.mark.parametrize("poison", [b"{}", b"garbage", b'{"digest": "sha256:0", "document": {"name": "default"}}'])
 async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: PolicyRedisCache, poison: bytes) -> None:
-    await shared._redis.set(shared.key("version", "default@1"), poison)
-    await shared._redis.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked_ms": 0})
+    await shared.client.set(shared.key("version", "default@1"), poison)
+    await shared.client.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked_ms": 0})
     async with PolicyCache(filled, shared) as cache:
         assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
     kept = await shared.version("default", 1)
@@ -252,11 +252,10 @@ async def test_processes_that_start_at_once_read_the_bucket_once(
     filled: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A slow machine is no reason to read again: no copy gets old, no lease ends and no answer is late in this test.
-    monkeypatch.setattr(redis_cache, "_ANSWER_S", 60.0)
     monkeypatch.setattr(redis_cache, "_LEASE_MS", 60_000)
     monkeypatch.setattr(policy_cache, "_LEASE_WAIT_S", 60.0)
     counting, bucket = Counting(filled, pause_s=0.2), uuid.uuid4().hex
-    copies = [PolicyRedisCache(valkey_url, bucket) for _ in range(64)]
+    copies = [PolicyRedisCache(valkey_url, bucket, timeout_s=60) for _ in range(64)]
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(counting, shared, refresh_s=60)) for shared in copies]
         assert set(await asyncio.gather(*(version_of(cache) for cache in caches))) == {1}

@@ -56,7 +56,7 @@ async def test_bounded_whatever_comes_and_references_only(shared: PolicyRedisCac
     assert per_day is None, "not known before an hour has passed"
     one = found[0].submission()
     assert (one.version_id, one.etag, one.tenant, one.priority) == ("v1", "e", "acme", "backfill")
-    raw = await shared._redis.zrange(shared.key("sample", "default"), 0, -1)
+    raw = await shared.client.zrange(shared.key("sample", "default"), 0, -1)
     assert not any(b"seen by nobody" in entry or b"u1" in entry for entry in raw)
     assert (await draw(shared, "other", 10)) == ([], None)
 

@@ -9,12 +9,11 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.maint_notifications import MaintNotificationsConfig
 
 from services.core.errors import ConfigurationError, StreamUnavailable
+from services.core.redis import redis_client
 from services.core.retry import backoff
 from services.streams.base import Headers, Message, OutgoingMessage
 from services.streams.config import StreamConfig
@@ -64,25 +63,20 @@ def make_client(url: str, *, connections: int) -> "Redis":
     Raises:
         ConfigurationError: the URL is wrong.
     """
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=connections,
-            timeout=_ANSWER_S,
-            socket_timeout=_ANSWER_S,
-            socket_connect_timeout=5,
-            socket_keepalive=True,
-            health_check_interval=0,
-            retry=Retry(NoBackoff(), 0),
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),  # they want RESP 3
-            protocol=2,
-            decode_responses=False,
-        )
-        if pool.connection_kwargs["protocol"] != 2 or pool.connection_kwargs["decode_responses"]:
-            raise ValueError("Sluice chooses protocol and decode_responses itself")
-        client = Redis.from_pool(pool)
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"SLUICE_STREAM_URL is wrong: {error}.") from None
+    client = redis_client(
+        url,
+        setting="SLUICE_STREAM_URL",
+        connections=connections,
+        timeout_s=_ANSWER_S,
+        socket_connect_timeout=5,
+        socket_keepalive=True,
+        health_check_interval=0,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),  # they want RESP 3
+        decode_responses=False,
+    )
+    chosen = client.connection_pool.connection_kwargs
+    if chosen["protocol"] != 2 or chosen["decode_responses"]:
+        raise ConfigurationError("SLUICE_STREAM_URL is wrong: Sluice chooses protocol and decode_responses itself")
     # The client would make dicts of entries, which drops fields of the same name.
     for command in ("XREADGROUP", "XREAD", "XRANGE", "XREVRANGE"):
         client.set_response_callback(command, _as_it_is)  # type: ignore[arg-type]
