@@ -1,4 +1,4 @@
-"""Makes the buckets that the settings name, where they are not there yet."""
+"""Create the buckets that the settings name, unless they exist."""
 
 from contextlib import suppress
 

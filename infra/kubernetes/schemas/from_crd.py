@@ -1,6 +1,6 @@
-"""Turns KubeRay's CustomResourceDefinition of RayService into the JSON Schema beside this file: see README.md.
+"""Convert KubeRay's CustomResourceDefinition of RayService to the JSON Schema beside this file; see README.md.
 
-Strict as `kubeconform -strict` is: a field that does not exist is an error, which the API server would silently drop.
+The schema is as strict as `kubeconform -strict`: an unknown field is an error. The API server would silently drop it.
 """
 
 import json
@@ -14,7 +14,7 @@ _TEMPLATE = "template"
 
 
 def strict(node: Any) -> Any:
-    """The same without descriptions and Kubernetes' own keywords, and closed."""
+    """The schema without descriptions and Kubernetes' own keywords, and without further properties."""
     if isinstance(node, list):
         return [strict(each) for each in node]
     if not isinstance(node, dict):
@@ -35,7 +35,7 @@ def strict(node: Any) -> Any:
 
 
 def with_one_template(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a pod's template, which the head and the workers share, once."""
+    """Define the schema of a pod template once; head and workers refer to it."""
     cluster = schema["properties"]["spec"]["properties"]["rayClusterConfig"]["properties"]
     head, worker = cluster["headGroupSpec"]["properties"], cluster["workerGroupSpecs"]["items"]["properties"]
     template = head[_TEMPLATE]
