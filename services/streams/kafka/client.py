@@ -14,7 +14,7 @@ from services.core.errors import ConfigurationError, StreamUnavailable
 from services.core.retry import backoff
 from services.streams.base import Message
 from services.streams.config import StreamConfig
-from services.streams.kafka.compat import patch_header_decoding
+from services.streams.kafka.compat import end_sender, patch_header_decoding
 
 log = logging.getLogger(__name__)
 
@@ -174,10 +174,9 @@ def as_message(record: Any, token: Any = None) -> Message:
 
 
 def close_producer(producer: Any, timeout_s: float) -> None:
-    """Close a producer, whatever state it is in, waiting for up to `timeout_s` for what is in flight."""
+    """Close a producer in any state. Waits up to `timeout_s` for the records that are not acknowledged yet."""
     try:
         producer.close(timeout=timeout_s)
     except errors.KafkaError as error:
-        # close() stops half-way when something cannot be delivered in time, and leaves its thread behind.
         log.warning("closed a producer with messages that are not acknowledged: %s", error)
-        producer._sender.force_close()
+        end_sender(producer)

@@ -2,6 +2,16 @@
 
 `tests/streams/test_kafka_compat.py` shows each defect on kafka-python alone. When a release fixes one, its test fails:
 then the work-around can go.
+
+Four more defects need no private attribute. Their tests are in the same file:
+
+- One record that the broker rejects fails every batch of an idempotent producer, and the producer fails every later
+  record. `producer.Sender` replaces the producer and sends each failed record alone.
+- `KafkaProducer.send` accepts records without a limit while no broker takes them. `producer.Sender` limits its calls.
+- A record that was not delivered in time does not fail its transaction: the commit succeeds without the record.
+  `transactions.Transactions` waits for every record before it sends offsets.
+- The offsets of an aborted transaction are sent again with the next one. `transactions.Transactions` then replaces
+  the producer.
 """
 
 import logging
@@ -180,3 +190,14 @@ def begin_send_offsets(producer: Any, offsets: Mapping[Any, Any], group_metadata
 def _sent(producer: Any, result: Any) -> Any:
     producer._sender.wakeup()
     return result
+
+
+# ---- Closing
+
+
+def end_sender(producer: Any) -> None:
+    """End the thread of a producer that `close` left running. Its undelivered records fail.
+
+    The defect: when `close` cannot deliver every record in time, it raises before it ends the thread.
+    """
+    producer._sender.force_close()

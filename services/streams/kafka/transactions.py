@@ -1,16 +1,15 @@
-"""Records and offsets in one Kafka transaction: all of them or none, and only for a member that the group still knows.
+"""Records and offsets in one Kafka transaction: all of them or none, and only while the group knows the member.
 
-What kafka-python 3.0.12 leaves to its user, and what is done about it here:
+kafka-python needs these precautions (`services.streams.kafka.compat` describes its defects):
 
-- `send_offsets_to_transaction`, `commit_transaction` and `abort_transaction` wait for ever while no broker answers.
-  Here their requests are waited for with a limit, and a producer that does not answer is given up.
-- A record that could not be delivered in time does not spoil its transaction: committing would succeed without it. Here
-  every record is acknowledged before offsets are sent.
-- After an abort, offsets that were sent are sent again with the next transaction, and sequence numbers of records that
-  were not acknowledged are missing. Here a producer is used on only after a transaction that went well, or that was
-  aborted with every record acknowledged and no offsets sent. Otherwise a new producer with the same transactional id
-  takes its place, which ends the transaction and fences whoever had the id.
-- When the answer to a commit is lost, nobody can say what became of it. The offsets can: they were committed with it.
+- Every request of a transaction has a time limit. A producer that does not answer in time is replaced.
+- Every record is acknowledged before the offsets are sent.
+- A producer is used again only after a transaction that was committed, or that was aborted with every record
+  acknowledged and no offsets sent. Otherwise a new producer with the same transactional id replaces it. That ends the
+  transaction, and fences every other producer with this id.
+
+When the answer to a commit is lost, its outcome is unknown. The group's committed offsets show it: the transaction
+would have committed them together with the records.
 """
 
 import contextlib
