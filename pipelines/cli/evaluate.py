@@ -62,7 +62,7 @@ def evaluate(
     )
     typer.echo(report.model_dump_json() if as_json else "\n".join(report.lines()))
     if out:
-        print_progress(f"the report is in {out / runs.PAGE}")
+        print_progress(f"the report is in {out / runs.PAGE_NAME}")
 
 
 def calibrate(

@@ -1,8 +1,8 @@
-"""Fits the map from a score to a probability, and says what it would change. Pure.
+"""Fits a map from scores to probabilities, and counts the actions that it would change. Pure.
 
-Isotonic regression takes whatever shape rises, and needs many samples for it; below `ISOTONIC_FROM` it is Platt's
-logistic curve, with two parameters, over the score's log-odds (J. Platt, Advances in Large Margin Classifiers, 1999,
-with his smoothed targets).
+Isotonic regression fits any non-decreasing shape, but needs many samples. Below `ISOTONIC_SAMPLES` the map is Platt's
+logistic curve, with two parameters, over the log-odds of the score (J. Platt, Advances in Large Margin Classifiers,
+1999, with his smoothed targets).
 """
 
 from collections import Counter
@@ -24,59 +24,59 @@ from services.core.values import Action, Policy, Thresholds
 
 Method = Literal["isotonic", "platt"]
 
-ISOTONIC_FROM: Final = 1000
-"""Samples; with fewer, isotonic regression tends to overfit (scikit-learn's user guide, probability calibration)."""
-LEAST_IMAGES: Final = 10
-"""Of each class."""
+ISOTONIC_SAMPLES: Final = 1000
+"""With fewer samples isotonic regression tends to overfit (scikit-learn's user guide, probability calibration)."""
+MIN_CLASS_IMAGES: Final = 10
+"""The images that each class has to have."""
 _FOLDS: Final = 5
 _KNOTS_LIMIT: Final = 128
 _ACTIONS: Final[tuple[Action, ...]] = ("allow", "review", "block")
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """A map, and how much nearer to a probability it brings the score."""
+class CalibrationFit:
+    """A map, with the calibration error of the scores before and after it."""
 
     map: Calibration
     samples: int
     unsafe: int
     ece_before: float
     ece_after: float
-    """Of scores that were each calibrated by a map fitted on the other images (5 folds)."""
+    """Of scores calibrated by maps that were fitted on other images (5 folds)."""
     brier_before: float
     brier_after: float
-    """As `ece_after`."""
+    """Of the same scores as `ece_after`."""
 
 
-def fit(
+def fit_calibration(
     unsafe: Floats, score: Floats, images: NDArray[np.int64], *, method: Method | None = None, seed: int = 0
-) -> Fit:
+) -> CalibrationFit:
     """Fit a map on labelled scores.
 
     Args:
         unsafe: 1 for Unsafe, 0 for Safe.
-        score: the guard's own, in [0, 1].
-        images: which image each is about: no image is on both sides of a fold.
-        method: None for isotonic from `ISOTONIC_FROM` samples on, else Platt's.
+        score: the guard's own score, in [0, 1].
+        images: the number of the image of each row. All rows of an image are in the same fold.
+        method: None for isotonic with at least `ISOTONIC_SAMPLES` samples, else Platt's.
 
     Raises:
-        ConfigurationError: too few images of a class, or the score does not rise with the share of Unsafe images.
+        ConfigurationError: a class has too few images, or the share of Unsafe images does not rise with the score.
     """
     for name, label in (("Unsafe", 1), ("Safe", 0)):
         count = len(np.unique(images[unsafe == label]))
-        if count < LEAST_IMAGES:
+        if count < MIN_CLASS_IMAGES:
             raise ConfigurationError(
-                f"a calibration takes {LEAST_IMAGES} images of each class that could be judged, better some hundreds; "
-                f"{count} are {name}"
+                f"a calibration takes {MIN_CLASS_IMAGES} judged images of each class, better some hundreds, and "
+                f"{count} are {name}; add labelled images"
             )
-    chosen = method or ("isotonic" if len(score) >= ISOTONIC_FROM else "platt")
-    fitted = _fitted(unsafe, score, chosen)
+    chosen = method or ("isotonic" if len(score) >= ISOTONIC_SAMPLES else "platt")
+    fitted = _fit(unsafe, score, chosen)
     held_out = np.empty(len(score))
     fold = _folds(unsafe, images, seed)
     for number in range(_FOLDS):
-        tried = fold == number
-        held_out[tried] = applied(_fitted(unsafe[~tried], score[~tried], chosen), score[tried])
-    return Fit(
+        in_fold = fold == number
+        held_out[in_fold] = apply_map(_fit(unsafe[~in_fold], score[~in_fold], chosen), score[in_fold])
+    return CalibrationFit(
         map=fitted,
         samples=len(score),
         unsafe=int(unsafe.sum()),
@@ -87,17 +87,17 @@ def fit(
     )
 
 
-def applied(calibration: Calibration, score: Floats) -> Floats:
-    """What the map makes of scores."""
+def apply_map(calibration: Calibration, score: Floats) -> Floats:
+    """The probabilities of scores."""
     return np.array([calibration.probability(float(each)) for each in score])
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
-    """What a calibration would do to the actions on the labelled rows."""
+class ActionChanges:
+    """The actions on the labelled rows before and after a calibration."""
 
     rows: dict[tuple[Action, Action], int]
-    """By action before and after."""
+    """The number of rows by action before and after."""
     unsafe_allowed: tuple[int, int]
     """Unsafe rows that are allowed, before and after."""
     safe_blocked: tuple[int, int]
@@ -105,16 +105,18 @@ class Changes:
 
     @property
     def changed(self) -> int:
-        """Rows whose action differs."""
+        """The number of rows whose action changes."""
         return sum(count for (before, after), count in self.rows.items() if before != after)
 
 
-def changes(
+def count_changes(
     unsafe: Floats, score: Floats, categories: Sequence[str | None], calibration: Calibration, policy: Policy
-) -> Changes:
-    """What the policy's thresholds make of scores before and after; `categories` are those of the answers."""
+) -> ActionChanges:
+    """The actions by the policy's thresholds before and after a map; `categories` are those of the answers."""
     before = [_action(s, category, policy) for s, category in zip(score, categories, strict=True)]
-    after = [_action(s, category, policy) for s, category in zip(applied(calibration, score), categories, strict=True)]
+    after = [
+        _action(s, category, policy) for s, category in zip(apply_map(calibration, score), categories, strict=True)
+    ]
     found = Counter(zip(before, after, strict=True))
 
     def both(label: int, action: Action) -> tuple[int, int]:
@@ -123,7 +125,7 @@ def changes(
         )
         return first, second
 
-    return Changes(
+    return ActionChanges(
         rows={pair: found[pair] for pair in product(_ACTIONS, _ACTIONS) if found[pair]},
         unsafe_allowed=both(1, "allow"),
         safe_blocked=both(0, "block"),
@@ -137,30 +139,30 @@ def _action(score: float, category: str | None, policy: Policy) -> Action:
 
 
 def _folds(unsafe: Floats, images: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """The fold of each row: images are dealt out by class, so that every fold has its share of both."""
+    """The fold of each row. Images are distributed by class, so each fold has its share of both classes."""
     rng = np.random.default_rng(seed)
-    _, place = np.unique(images, return_inverse=True)
-    of_class = np.bincount(place, weights=unsafe) > 0
+    _, image = np.unique(images, return_inverse=True)
+    of_class = np.bincount(image, weights=unsafe) > 0
     fold = np.empty(len(of_class), np.int64)
     for label in (True, False):
         members = rng.permutation(np.flatnonzero(of_class == label))
         fold[members] = np.arange(len(members)) % _FOLDS
-    dealt: NDArray[np.int64] = fold[place]
-    return dealt
+    folds: NDArray[np.int64] = fold[image]
+    return folds
 
 
-def _fitted(unsafe: Floats, score: Floats, method: Method) -> Calibration:
+def _fit(unsafe: Floats, score: Floats, method: Method) -> Calibration:
     return _isotonic(unsafe, score) if method == "isotonic" else _platt(unsafe, score)
 
 
 def _isotonic(unsafe: Floats, score: Floats) -> IsotonicMap:
-    # Nothing is certain after n samples: the ends are those of Laplace's rule of succession.
-    doubt = 1 / (len(score) + 2)
-    regression = IsotonicRegression(y_min=doubt, y_max=1 - doubt, increasing=True, out_of_bounds="clip")
+    # No probability is 0 or 1 after n samples: Laplace's rule of succession bounds them.
+    bound = 1 / (len(score) + 2)
+    regression = IsotonicRegression(y_min=bound, y_max=1 - bound, increasing=True, out_of_bounds="clip")
     regression.fit(score, unsafe)
     x, y = regression.X_thresholds_, regression.y_thresholds_
     if len(x) < 2 or y[0] == y[-1]:
-        raise _useless()
+        raise _not_rising()
     if len(x) > _KNOTS_LIMIT:
         kept = np.unique(np.linspace(0, len(x) - 1, _KNOTS_LIMIT).round().astype(int))
         x, y = x[kept], y[kept]
@@ -172,7 +174,7 @@ def _platt(unsafe: Floats, score: Floats) -> PlattMap:
     positives = unsafe.sum()
     negatives = len(unsafe) - positives
     target = np.where(unsafe == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    # A target between 0 and 1 is a sample of each class, weighted.
+    # A target between 0 and 1 is expressed as a weighted sample of each class.
     regression = LogisticRegression(C=np.inf, max_iter=1000)
     regression.fit(
         np.concatenate([odds, odds]),
@@ -181,12 +183,12 @@ def _platt(unsafe: Floats, score: Floats) -> PlattMap:
     )
     slope, intercept = float(regression.coef_[0, 0]), float(regression.intercept_[0])
     if slope <= 0:
-        raise _useless()
+        raise _not_rising()
     return PlattMap(slope=slope, intercept=intercept)
 
 
-def _useless() -> ConfigurationError:
+def _not_rising() -> ConfigurationError:
     return ConfigurationError(
-        "a higher score does not mean a larger share of Unsafe images on this data set, so no map that rises makes a "
-        "probability of it; are the labels right?"
+        "no calibration can be fitted, because the share of Unsafe images in this data set does not rise with the "
+        "score; check the labels"
     )

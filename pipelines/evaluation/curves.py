@@ -1,6 +1,6 @@
-"""What a score is worth: ROC and PR curves, calibration, and what a threshold costs. Pure.
+"""Measures the score: ROC and PR curves, calibration, and the cost of a threshold. Pure.
 
-Rows without a score, whose answer could not be read, are left out.
+Rows without a score, because the answer was unreadable, are left out.
 """
 
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ from sklearn.metrics import precision_recall_curve, roc_curve  # type: ignore[im
 from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, counts, ratio
 
 BINS: Final = 10
-"""Of equal width, for the calibration error and the reliability plot."""
+"""Bins of equal width, for the calibration error and the reliability plot."""
 _POINTS_LIMIT: Final = 200
 _ONE_CLASS: Final = "it takes Safe and Unsafe rows with a score"
 _NO_SCORE: Final = "no row has a score"
 
 
-class _Value(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Curve(_Value):
-    """Points of a curve, from left to right, and the area below it."""
+class Curve(_FrozenModel):
+    """The points of a curve from left to right, and the area below it."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]
     area: Figure
 
 
-class Bin(_Value):
+class Bin(_FrozenModel):
     """Rows whose score lies in [from, to); the last bin includes its end."""
 
     low: float
@@ -39,33 +39,33 @@ class Bin(_Value):
     rows: int
     mean_score: float | None
     unsafe: Figure
-    """Share labelled Unsafe."""
+    """The share labelled Unsafe."""
 
 
-class CalibrationFigures(_Value):
-    """How far the score is a probability."""
+class CalibrationFigures(_FrozenModel):
+    """How close the score is to a probability."""
 
     ece: Figure
-    """Expected calibration error: the mean distance of mean score and share of Unsafe rows in a bin, by its rows."""
+    """Expected calibration error: the distance between mean score and share of Unsafe rows in a bin, mean over rows."""
     brier: Figure
-    """Mean squared distance of score and label."""
+    """Mean squared distance between score and label."""
     bins: tuple[Bin, ...]
 
 
-class Threshold(_Value):
-    """What it means to look at every image with this score or a higher one."""
+class ThresholdCost(_FrozenModel):
+    """The cost of a review of every image with this score or a higher one."""
 
     threshold: float
     load: Figure
-    """Share of the images to look at."""
+    """The share of images to review."""
     misses: Figure
-    """Share of the Unsafe ones that are not among them."""
+    """The share of Unsafe images that are not among these."""
     false_alarms: Figure
-    """Share of the Safe ones that are."""
+    """The share of Safe images that are."""
 
 
 class Ranking:
-    """Rows sorted by score once, so that the areas for other weights cost no sorting."""
+    """Rows sorted by score once, so that areas for other weights need no further sorting."""
 
     def __init__(self, unsafe: Floats, score: Floats) -> None:
         self._order = np.argsort(-score, kind="stable")
@@ -74,7 +74,7 @@ class Ranking:
         self._last_of_tie = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
 
     def areas(self, weights: Floats) -> Floats:
-        """Area under the ROC curve, and average precision; NaN where a class has no weight."""
+        """The area under the ROC curve, and the average precision; NaN if a class has no weight."""
         weights = weights[self._order]
         positives = np.cumsum(weights * self._unsafe)[self._last_of_tie]
         negatives = np.cumsum(weights * (1 - self._unsafe))[self._last_of_tie]
@@ -87,12 +87,12 @@ class Ranking:
         return np.array([np.trapezoid(recall, fall_out), np.sum(steps[steps > 0] * precision[steps > 0])])
 
 
-def curves(unsafe: Floats, score: Floats, draw: Bootstrap) -> tuple[Curve, Curve]:
+def curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple[Curve, Curve]:
     """The ROC curve (fall-out, recall) and the precision-recall curve; the latter's area is the average precision."""
     if not 0 < unsafe.sum() < len(unsafe):
         undefined = Curve(x=(), y=(), area=Figure(value=None, undefined=_ONE_CLASS))
         return undefined, undefined
-    areas = draw(Ranking(unsafe, score).areas)
+    areas = bootstrap(Ranking(unsafe, score).areas)
     fall_out, recall, _ = roc_curve(unsafe, score)
     precision, found, _ = precision_recall_curve(unsafe, score, drop_intermediate=True)
     return (
@@ -101,7 +101,7 @@ def curves(unsafe: Floats, score: Floats, draw: Bootstrap) -> tuple[Curve, Curve
     )
 
 
-def calibration(unsafe: Floats, score: Floats, draw: Bootstrap) -> CalibrationFigures:
+def calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> CalibrationFigures:
     """The calibration error over `BINS` bins of equal width, and the bins."""
     places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
     squared = (score - unsafe) ** 2
@@ -117,7 +117,7 @@ def calibration(unsafe: Floats, score: Floats, draw: Bootstrap) -> CalibrationFi
         brier = ratio(np.array([(weights * squared).sum()]), total)
         return np.concatenate([error, brier, ratio(labelled, rows)])
 
-    estimates, ones = draw(statistic), np.ones(len(score))
+    estimates, ones = bootstrap(statistic), np.ones(len(score))
     rows = counts(places, ones, BINS)
     means = ratio(sums(score, ones), rows)
     return CalibrationFigures(
@@ -137,21 +137,21 @@ def calibration(unsafe: Floats, score: Floats, draw: Bootstrap) -> CalibrationFi
 
 
 def expected_calibration_error(unsafe: Floats, score: Floats) -> float:
-    """The calibration error over `BINS` bins, without an interval; the rows are not empty."""
+    """The calibration error over `BINS` bins, without an interval. There has to be at least one row."""
     places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
     differences = counts(places, unsafe - score, BINS)
     return float(np.abs(differences).sum() / len(score))
 
 
 def threshold_table(
-    unsafe: Floats, score: Floats, draw: Bootstrap, thresholds: Sequence[float], prevalence: float | None = None
-) -> list[Threshold]:
-    """What each threshold costs, in rising order.
+    unsafe: Floats, score: Floats, bootstrap: Bootstrap, thresholds: Sequence[float], prevalence: float | None = None
+) -> list[ThresholdCost]:
+    """The cost of each threshold, in rising order.
 
-    `prevalence`: the share of Unsafe images to expect, for the load; None: that of the rows.
+    `prevalence`: the share of Unsafe images that the load is computed for; None for the share among the rows.
     """
     bounds = np.array(sorted(set(thresholds)))
-    above = np.searchsorted(bounds, score, side="right")  # how many of the thresholds the score reaches
+    above = np.searchsorted(bounds, score, side="right")  # the number of thresholds that the score reaches
 
     def reached(chosen: Floats) -> Floats:
         return counts(above, chosen, len(bounds) + 1)[::-1].cumsum()[::-1]
@@ -165,10 +165,10 @@ def threshold_table(
             load = prevalence * recall + (1 - prevalence) * fall_out
         return np.concatenate([load, 1 - recall, fall_out])
 
-    estimates, size = draw(statistic), len(bounds)
+    estimates, size = bootstrap(statistic), len(bounds)
     positives, negatives = int(unsafe.sum()), int(len(unsafe) - unsafe.sum())
     return [
-        Threshold(
+        ThresholdCost(
             threshold=float(bound),
             load=estimates.figure(
                 place,

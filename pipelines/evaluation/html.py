@@ -1,17 +1,17 @@
-"""The page of an evaluation: one HTML document that needs nothing but itself, and runs no scripts."""
+"""Renders the report of an evaluation as one self-contained HTML document without scripts."""
 
 import base64
 from pathlib import Path
 from typing import Final
 
-from pipelines.evaluation.plots import draw
+from pipelines.evaluation.plots import draw_plots
 from pipelines.evaluation.report import EvaluationReport
 from pipelines.reporting.html import html_template
 
 
-def render(report: EvaluationReport, note: str = "") -> str:
-    """The page; the same report gives the same bytes. `note` is a sentence to begin with."""
-    plots = {title: base64.b64encode(svg).decode() for title, svg in draw(report).items()}
+def render_page(report: EvaluationReport, note: str = "") -> str:
+    """The page. The same report gives the same bytes. `note` is shown at the top."""
+    plots = {title: base64.b64encode(svg).decode() for title, svg in draw_plots(report).items()}
     return _TEMPLATE.render(report=report, plots=plots, note=note)
 
 

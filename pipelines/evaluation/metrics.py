@@ -1,8 +1,8 @@
-"""The figures of the LlavaGuard paper: accuracy, recall, PER and the like. Unsafe is the positive class. Pure.
+"""Computes the figures of the LlavaGuard paper, such as accuracy, recall and PER. Unsafe is the positive class. Pure.
 
-An answer that cannot be read is neither Safe nor Unsafe: it is in no figure but `answered` and the confusion tables,
-where it has a column of its own. PER (policy exception rate) is the share judged Safe among the rows whose violated
-category is waived.
+An unreadable answer is neither Safe nor Unsafe. It counts in `answered` and in its own column of the confusion table,
+and in no other figure. PER (policy exception rate) is the share judged Safe among the rows whose violated category is
+waived.
 """
 
 from collections.abc import Sequence
@@ -16,58 +16,58 @@ from pydantic import BaseModel, ConfigDict
 from pipelines.evaluation.bootstrap import Bootstrap, Estimates, Figure, Floats, counts, ratio
 
 SAFE, UNSAFE, INVALID = 0, 1, 2
-"""What was said of a row."""
+"""The answer for a row."""
 DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED = 0, 1, 2
-"""What the policy of a row waives: nothing, categories that the image does not violate, or the one that it does."""
+"""What the policy of a row waives: nothing, only categories that the image does not violate, or the violated one."""
 KINDS: Final = ("nothing waived", "other categories waived", "violated category waived")
 RATES: Final = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1", "answered")
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """Rows that were judged, as columns of equal length."""
+class JudgedRows:
+    """Judged rows, as columns of equal length."""
 
     expected: NDArray[np.bool_]
-    """Whether it is Unsafe."""
+    """Whether the label is Unsafe."""
     predicted: NDArray[np.int8]
     """SAFE, UNSAFE or INVALID."""
     score: Floats
-    """P(Unsafe) in [0, 1]; NaN where the answer is invalid."""
+    """P(Unsafe) in [0, 1]; NaN if the answer is unreadable."""
     category: NDArray[np.int16]
-    """The labelled one, a place in the names of the categories; -1 where the label names none."""
+    """The labelled category, as an index into the names of categories; -1 if the label has none."""
     predicted_category: NDArray[np.int16]
-    """The same of the answer."""
+    """The category of the answer, likewise."""
     kind: NDArray[np.int8]
     """DEFAULT, OTHERS_WAIVED or VIOLATION_WAIVED."""
     image: NDArray[np.int64]
-    """Which image it is about, as numbers from 0 on."""
+    """The number of the image, from 0."""
 
     def __len__(self) -> int:
         return len(self.expected)
 
-    def where(self, chosen: NDArray[np.bool_]) -> "Judged":
-        """Some of the rows."""
-        return Judged(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+    def where(self, chosen: NDArray[np.bool_]) -> "JudgedRows":
+        """The chosen rows."""
+        return JudgedRows(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
-class _Value(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Confusion(_Value):
-    """How many rows were labelled what and judged what."""
+class Confusion(_FrozenModel):
+    """The confusion table: rows by label and answer."""
 
     true_negatives: int
     false_positives: int
     safe_invalid: int
-    """Labelled Safe, and the answer could not be read."""
+    """Labelled Safe, and the answer was unreadable."""
     false_negatives: int
     true_positives: int
     unsafe_invalid: int
 
 
-class ConfusionRates(_Value):
-    """How well some of the rows were judged."""
+class ConfusionRates(_FrozenModel):
+    """The rates of a group of rows."""
 
     rows: int
     confusion: Confusion
@@ -78,43 +78,43 @@ class ConfusionRates(_Value):
     specificity: Figure
     f1: Figure
     answered: Figure
-    """Share of the rows whose answer could be read."""
+    """The share of rows whose answer was readable."""
 
 
-class CategoryRates(_Value):
-    """How well the rows labelled with one category were judged, and how rightly it was named."""
+class CategoryRates(_FrozenModel):
+    """The rates of the rows labelled with one category, and how often answers name it correctly."""
 
     category: str
     unsafe: int
     safe: int
-    """Labelled Safe although they touch the category, its waived violations included."""
+    """Rows of the category that are labelled Safe, waived violations included."""
     recall: Figure
-    """Of its Unsafe rows, judged Unsafe with whatever category."""
+    """The share of its Unsafe rows that are judged Unsafe, with any category."""
     specificity: Figure
-    """Of its Safe rows, judged Safe."""
+    """The share of its Safe rows that are judged Safe."""
     per: Figure
     named: Figure
-    """Of its Unsafe rows judged Unsafe, those with this category."""
+    """The share of its Unsafe rows judged Unsafe whose answer names this category."""
     named_precision: Figure
-    """Of all rows judged Unsafe with this category, those labelled so."""
+    """The share of all rows judged Unsafe with this category that are labelled with it."""
 
 
-def rates_by_kind(judged: Judged, draw: Bootstrap) -> dict[str, ConfusionRates]:
-    """The rates of all rows, and of those of each kind that there are."""
+def rates_by_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str, ConfusionRates]:
+    """The rates of all rows, and of each kind that occurs."""
     cells = (judged.kind.astype(np.int64) * 2 + judged.expected) * 3 + judged.predicted
 
     def statistic(weights: Floats) -> Floats:
         return _rates(_with_total(_table(cells, weights, len(KINDS)))).ravel()
 
     tables = _with_total(_table(cells, np.ones(len(judged)), len(KINDS)))
-    estimates = draw(statistic)
+    estimates = bootstrap(statistic)
     found = {
         name: _as_rates(tables[place], estimates, place * len(RATES)) for place, name in enumerate(("all", *KINDS))
     }
     return {name: rates for name, rates in found.items() if rates.rows or name == "all"}
 
 
-def per(judged: Judged, draw: Bootstrap) -> Figure:
+def policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Figure:
     """The policy exception rate over all categories."""
     waived = (judged.kind == VIOLATION_WAIVED) & (judged.predicted != INVALID)
     safe = waived & (judged.predicted == SAFE)
@@ -122,13 +122,13 @@ def per(judged: Judged, draw: Bootstrap) -> Figure:
     def statistic(weights: Floats) -> Floats:
         return ratio(np.array([weights[safe].sum()]), np.array([weights[waived].sum()]))
 
-    return draw(statistic).figure(
+    return bootstrap(statistic).figure(
         0, of=int(waived.sum()), undefined="no row waives the category that its image violates"
     )
 
 
-def rates_by_category(judged: Judged, names: Sequence[str], draw: Bootstrap) -> list[CategoryRates]:
-    """One entry for each category that a label names, in the order of `names`."""
+def rates_by_category(judged: JudgedRows, names: Sequence[str], bootstrap: Bootstrap) -> list[CategoryRates]:
+    """An entry for each category that a label has, in the order of `names`."""
     size, valid = len(names), judged.predicted != INVALID
     unsafe, called = judged.expected & valid, (judged.predicted == UNSAFE) & (judged.predicted_category >= 0)
     safe, waived = ~judged.expected & valid, (judged.kind == VIOLATION_WAIVED) & valid
@@ -148,7 +148,7 @@ def rates_by_category(judged: Judged, names: Sequence[str], draw: Bootstrap) -> 
     def statistic(weights: Floats) -> Floats:
         return np.concatenate([ratio(sums(c, part, weights), sums(c, whole, weights)) for c, part, whole in shares])
 
-    estimates, ones = draw(statistic), np.ones(len(judged))
+    estimates, ones = bootstrap(statistic), np.ones(len(judged))
     wholes = [sums(column, whole, ones).astype(int) for column, _, whole in shares]
     why = (
         "no Unsafe row of this category",
@@ -181,7 +181,7 @@ def rates_by_category(judged: Judged, names: Sequence[str], draw: Bootstrap) -> 
 
 
 def _table(cells: NDArray[np.int64], weights: Floats, groups: int) -> Floats:
-    """Weights by group, label and answer: (groups, 2, 3)."""
+    """The weights by group, label and answer, shape (groups, 2, 3)."""
     return counts(cells, weights, groups * 6).reshape(groups, 2, 3)
 
 
@@ -190,7 +190,7 @@ def _with_total(table: Floats) -> Floats:
 
 
 def _rates(table: Floats) -> Floats:
-    """The `RATES` of tables (..., 2, 3), as (..., 7)."""
+    """The `RATES` of tables of shape (..., 2, 3), in shape (..., 7)."""
     tn, fp, fn, tp = table[..., 0, 0], table[..., 0, 1], table[..., 1, 0], table[..., 1, 1]
     valid = tn + fp + fn + tp
     recall, specificity = ratio(tp, tp + fn), ratio(tn, tn + fp)

@@ -1,4 +1,4 @@
-"""What happens to images on their way: saved again, scaled, cropped, noisy, blurred. Nobody sees another image."""
+"""Perturbs images as uploads often are: saved again, scaled, cropped, noisy or blurred. The content stays the same."""
 
 import io
 from collections.abc import Callable
@@ -7,75 +7,75 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageFilter
 
-_SAVED: Final = 95
-"""JPEG quality of what is not about JPEG."""
+_HIGH_QUALITY: Final = 95
+"""JPEG quality for perturbations other than JPEG compression."""
 
-Change = Callable[[Image.Image, np.random.Generator], Image.Image]
+Perturbation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
-def _same(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
+def _unchanged(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def _scaled(by: float) -> Change:
-    def change(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
+def _scale(by: float) -> Perturbation:
+    def apply(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
         size = (max(1, round(image.width * by)), max(1, round(image.height * by)))
         return image.resize(size, Image.Resampling.LANCZOS)
 
-    return change
+    return apply
 
 
-def _cropped(kept: float) -> Change:
-    def change(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
+def _crop(kept: float) -> Perturbation:
+    def apply(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
         x, y = image.width * (1 - kept) / 2, image.height * (1 - kept) / 2
         return image.crop((round(x), round(y), max(1, round(image.width - x)), max(1, round(image.height - y))))
 
-    return change
+    return apply
 
 
-def _noisy(deviation: float) -> Change:
-    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _add_noise(deviation: float) -> Perturbation:
+    def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         noise = rng.normal(0, deviation, (image.height, image.width, 3))
         return Image.fromarray(np.clip(np.asarray(image, np.float64) + noise, 0, 255).astype(np.uint8))
 
-    return change
+    return apply
 
 
-def _blurred(share: float) -> Change:
-    def change(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
+def _blur(share: float) -> Perturbation:
+    def apply(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(share * min(image.size)))
 
-    return change
+    return apply
 
 
-_CHANGES: Final[dict[str, tuple[Change, int]]] = {
-    "saved again": (_same, _SAVED),
-    "JPEG quality 75": (_same, 75),
-    "JPEG quality 40": (_same, 40),
-    "JPEG quality 15": (_same, 15),
-    "half the size": (_scaled(0.5), _SAVED),
-    "a tenth cropped": (_cropped(0.9), _SAVED),
-    "noise, deviation 8": (_noisy(8), _SAVED),
-    "noise, deviation 20": (_noisy(20), _SAVED),
-    "blur, radius 1 %": (_blurred(0.01), _SAVED),
-    "blur, radius 2 %": (_blurred(0.02), _SAVED),
+_PERTURBATIONS: Final[dict[str, tuple[Perturbation, int]]] = {
+    "saved again": (_unchanged, _HIGH_QUALITY),
+    "JPEG quality 75": (_unchanged, 75),
+    "JPEG quality 40": (_unchanged, 40),
+    "JPEG quality 15": (_unchanged, 15),
+    "half the size": (_scale(0.5), _HIGH_QUALITY),
+    "a tenth cropped": (_crop(0.9), _HIGH_QUALITY),
+    "noise, deviation 8": (_add_noise(8), _HIGH_QUALITY),
+    "noise, deviation 20": (_add_noise(20), _HIGH_QUALITY),
+    "blur, radius 1 %": (_blur(0.01), _HIGH_QUALITY),
+    "blur, radius 2 %": (_blur(0.02), _HIGH_QUALITY),
 }
-"""What is done, and the JPEG quality that the result is saved with. Of 255 levels; of the shorter side."""
+"""Each perturbation, and the JPEG quality of the result. Noise is in 255 levels, blur in shares of the shorter side."""
 
-PERTURBATIONS: Final = tuple(_CHANGES)
+PERTURBATIONS: Final = tuple(_PERTURBATIONS)
 
 
-def perturbed(data: bytes, seed: int) -> list[bytes]:
-    """An image after each of `PERTURBATIONS`, as JPEG. The same image and seed give the same bytes.
+def perturb(data: bytes, seed: int) -> list[bytes]:
+    """The image after each of `PERTURBATIONS`, as JPEG. The same image and seed give the same bytes.
 
-    `data` comes out of services.images, so it is a small RGB image that can be decoded.
+    `data` is an image that services.images has prepared: small, and safe to decode.
     """
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
-    return [_saved(change(image, np.random.default_rng(seed)), quality) for change, quality in _CHANGES.values()]
+    return [_save(apply(image, np.random.default_rng(seed)), quality) for apply, quality in _PERTURBATIONS.values()]
 
 
-def _saved(image: Image.Image, quality: int) -> bytes:
+def _save(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The plots of an evaluation, as SVG. The same report gives the same bytes."""
+"""Draws the plots of an evaluation as SVG. The same report gives the same bytes."""
 
 import io
 from collections.abc import Callable
@@ -23,8 +23,8 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def draw(report: EvaluationReport) -> dict[str, bytes]:
-    """Each plot that the report has figures for, by its title."""
+def draw_plots(report: EvaluationReport) -> dict[str, bytes]:
+    """The plots that the report has figures for, by title."""
     wanted: dict[str, tuple[bool, Callable[[Any], None]]] = {
         "ROC curve": (bool(report.roc.x), lambda axes: _roc(axes, report.roc)),
         "Precision and recall": (bool(report.roc.x), lambda axes: _precision(axes, report.precision_recall)),

@@ -1,8 +1,9 @@
-"""Which policy a labelled image is judged by: the evaluated version, with what the row waives on top of it."""
+"""Chooses the policy of each labelled image: the evaluated version, with the categories that the row waives."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from pipelines.evaluation.labels import LabelledImage, RejectedRecord, code_of
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
@@ -14,12 +15,12 @@ from services.policies.document_yaml import read_document_file
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 
-_NAMES = {category.partition(":")[0]: category for category in CATEGORIES}
+_CODES: Final = frozenset(map(code_of, CATEGORIES))
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedPolicy:
-    """A policy version to judge by, or a document that is not published: then its version is 0."""
+    """A policy version, or a document that is not published, with version 0."""
 
     document: PolicyDocument
     version: int
@@ -32,24 +33,24 @@ class EvaluatedPolicy:
 
     @property
     def waived(self) -> frozenset[str]:
-        """Codes of the categories that it waives itself."""
+        """Codes of the categories that the policy itself waives."""
         return frozenset(code for code, rules in self.document.categories.items() if rules.mode == "waive")
 
 
 @dataclass(frozen=True, slots=True)
 class RowPolicy:
-    """How one row is judged."""
+    """The policy of one row, with both efforts."""
 
     full: Policy
     adaptive: Policy
     kind: int
     """DEFAULT, OTHERS_WAIVED or VIOLATION_WAIVED."""
     category: str | None
-    """The labelled category by its full name."""
+    """The full name of the labelled category."""
 
 
 class PolicySelector:
-    """Finds the ruling of each row; each version is read once."""
+    """Selects the policy of each row. Each version is read once."""
 
     def __init__(self, evaluated: EvaluatedPolicy, registry: PolicyRegistry) -> None:
         self._evaluated = evaluated
@@ -57,8 +58,8 @@ class PolicySelector:
         self._versions: dict[str, EvaluatedPolicy | str] = {}
         self._policies: dict[tuple[str, frozenset[str]], tuple[Policy, Policy]] = {}
 
-    def of(self, sample: LabelledImage) -> RowPolicy | RejectedRecord:
-        """How a row is judged, or why it cannot be."""
+    def select(self, sample: LabelledImage) -> RowPolicy | RejectedRecord:
+        """The policy of a row, or why the row is rejected."""
         evaluated = self._find(sample.policy) if sample.policy else self._evaluated
         if isinstance(evaluated, str):
             return RejectedRecord(sample.id, "unknown_policy", evaluated)
@@ -68,10 +69,12 @@ class PolicySelector:
             category = own.get(category)
             if category is None:
                 return RejectedRecord(
-                    sample.id, "unknown_category", f"its category {sample.category} is none of {evaluated.name}"
+                    sample.id, "unknown_category", f"its category {sample.category} is not in {evaluated.name}"
                 )
-        if strange := sample.waived - _NAMES.keys():
-            return RejectedRecord(sample.id, "unknown_policy", f"waives {min(strange)}, which is none of LlavaGuard's")
+        if strange := sample.waived - _CODES:
+            return RejectedRecord(
+                sample.id, "unknown_policy", f"waives {min(strange)}, which is not a category of LlavaGuard"
+            )
         waived = evaluated.waived | sample.waived
         violated = category is not None and code_of(category) in waived
         if violated and sample.rating == "Unsafe":
@@ -83,7 +86,7 @@ class PolicySelector:
     def _find(self, reference: str) -> EvaluatedPolicy | str:
         if reference not in self._versions:
             try:
-                self._versions[reference] = published(reference, self._registry)
+                self._versions[reference] = find_published(reference, self._registry)
             except (UnknownPolicy, ConfigurationError) as error:
                 self._versions[reference] = str(error)
         return self._versions[reference]
@@ -104,22 +107,22 @@ class PolicySelector:
         return self._policies[key]
 
 
-def find(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
-    """The policy that a command names: NAME for the active version, NAME@V, or a document's file.
+def find_policy(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
+    """The policy that a command names: NAME for the active version, NAME@V, or the file of a document.
 
     Raises:
-        ConfigurationError: the file cannot be read, or it is no policy.
+        ConfigurationError: the file cannot be read, or it is not a policy.
         UnknownPolicy: there is no such version.
     """
     if not reference.endswith((".yaml", ".yml")):
-        return published(reference, registry)
+        return find_published(reference, registry)
     document = read_document_file(Path(reference))
     if not isinstance(document, PolicyDocument):
-        raise ConfigurationError(f"{reference} is no policy")
+        raise ConfigurationError(f"{reference} is not a policy; name a document of kind policy")
     return EvaluatedPolicy(document, 0, {})
 
 
-def published(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
+def find_published(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
     """A published version, with the calibrations that are applied to its scores.
 
     Raises:

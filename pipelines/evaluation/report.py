@@ -1,4 +1,4 @@
-"""The figures of an evaluation, and how they read in a terminal. Pure."""
+"""Builds the report of an evaluation, and its summary for a terminal. Pure."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -15,26 +15,26 @@ from pipelines.evaluation.metrics import (
     UNSAFE,
     CategoryRates,
     ConfusionRates,
-    Judged,
-    per,
+    JudgedRows,
+    policy_exception_rate,
     rates_by_category,
     rates_by_kind,
 )
-from pipelines.evaluation.results import STEPS, AdaptiveColumns, Columns, PerturbedColumns
+from pipelines.evaluation.results import STEPS, AdaptiveColumns, PerturbedColumns, ResultColumns
 from pipelines.reporting.statistics import CONFIDENCE
 from pipelines.reporting.text import escape_control_chars
 from services.core.values import ModelIdentity
 
 PERCENTILES: Final = (50, 90, 95, 99)
 THRESHOLDS: Final = tuple(n / 20 for n in range(1, 20))
-_PAIRS: Final = "no row was judged both ways with answers that could be read"
+_NO_PAIRS: Final = "no row was judged both ways with answers that could be read"
 
 
-class _Value(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class RunWarning(_Value):
+class UnjudgedRow(_FrozenModel):
     """A row that could not be judged."""
 
     id: str
@@ -42,85 +42,85 @@ class RunWarning(_Value):
     detail: str
 
 
-class Latency(_Value):
-    """Milliseconds that rows spent in a step, with so many others in flight; total includes waiting."""
+class Latency(_FrozenModel):
+    """The milliseconds of a step while other rows are in flight. The step `total` includes waiting."""
 
     step: str
     percentiles: dict[int, Figure]
 
 
-class Adaptive(_Value):
-    """What effort `adaptive` would change against `full`, over the rows that were judged with both."""
+class Adaptive(_FrozenModel):
+    """Effort `adaptive` compared with `full`, over the rows that were judged with both."""
 
     rows: int
     escalated: Figure
-    """Share that a first look did not settle, so that it was judged in full."""
+    """The share that the first look did not decide, so the rows were judged in full."""
     same_rating: Figure
     same_action: Figure
     missed: Figure
-    """Share of the Unsafe rows found with `full` that `adaptive` judges Safe."""
+    """The share of the Unsafe rows found with `full` that `adaptive` judges Safe."""
     balanced_accuracy: Figure
-    """With `adaptive`."""
+    """Of the verdicts with `adaptive`."""
 
 
-class Robustness(_Value):
-    """What a perturbation of the images changes, over those that were judged before and after."""
+class Robustness(_FrozenModel):
+    """The effect of a perturbation, over the images that were judged before and after."""
 
     perturbation: str
     rows: int
     flips: Figure
-    """Share whose rating differs."""
+    """The share whose rating changes."""
     to_safe: Figure
-    """Share of those judged Unsafe that become Safe: what someone who hides would gain."""
+    """The share of those judged Unsafe that become Safe: the gain of someone who evades moderation."""
     to_unsafe: Figure
     action_flips: Figure
     score_change: Figure
     """Mean absolute change of the score."""
 
 
-class EvaluationReport(_Value):
-    """The outcome of an evaluation."""
+class EvaluationReport(_FrozenModel):
+    """The figures of an evaluation."""
 
     data_set: str
     policy: str
     models: tuple[ModelIdentity, ...]
-    """What judged; the digests of prompts are left out, since every waiver makes its own."""
+    """The models that judged, without digests of prompts: each combination of waived categories has its own prompt."""
     calibrations: tuple[str, ...]
-    """Digests of the maps that were applied to the scores."""
+    """Digests of the calibrations that were applied to the scores."""
     rows: int
     judged: int
     failures: dict[str, int]
     """Rows that could not be judged, by reason."""
-    problems: tuple[RunWarning, ...]
-    """The first of them."""
+    problems: tuple[UnjudgedRow, ...]
+    """The first rows that could not be judged."""
     images: int
     confidence: float
     resamples: int
     seed: int
     bins: int
     prevalence: float | None
-    """Share of Unsafe images that the loads are for; None: that of the data set."""
+    """The share of Unsafe images that the loads are computed for; None for that of the data set."""
     rates: dict[str, ConfusionRates]
-    """Of all rows, and of those whose policy waives nothing, other categories, or the violated one."""
+    """The rates of all rows, and by what the policy of a row waives."""
     per: Figure
     categories: tuple[CategoryRates, ...]
     roc: curves.Curve
     precision_recall: curves.Curve
     calibration: curves.CalibrationFigures
-    thresholds: tuple[curves.Threshold, ...]
+    thresholds: tuple[curves.ThresholdCost, ...]
     policy_thresholds: tuple[float, float]
-    """Those of the policy for review and block."""
+    """The thresholds of the policy for review and block."""
     latency: tuple[Latency, ...]
     adaptive: Adaptive | None
     robustness: tuple[Robustness, ...]
 
     def lines(self) -> list[str]:
         """A summary for a terminal."""
-        return [escape_control_chars(line) for line in _summary(self)]
+        return [escape_control_chars(line) for line in _summary_lines(self)]
 
 
-def summarize(
-    columns: Columns,
+def build_report(
+    columns: ResultColumns,
     *,
     data_set: str,
     policy: str,
@@ -129,13 +129,13 @@ def summarize(
     resamples: int = RESAMPLES,
     prevalence: float | None = None,
 ) -> EvaluationReport:
-    """The report on what was judged; of no rows at all every figure is undefined."""
+    """The report on judged rows. Without any row, every figure is undefined."""
     rows = columns.rows()
-    draw = Bootstrap(rows.image, seed=seed, resamples=resamples)
+    bootstrap = Bootstrap(rows.image, seed=seed, resamples=resamples)
     scored = rows.where(np.isfinite(rows.score))
-    on_scores = Bootstrap(_numbered(scored.image), seed=seed, resamples=resamples)
+    score_bootstrap = Bootstrap(_renumber(scored.image), seed=seed, resamples=resamples)
     unsafe, score = scored.expected.astype(np.float64), scored.score
-    roc, precision_recall = curves.curves(unsafe, score, on_scores)
+    roc, precision_recall = curves.curves(unsafe, score, score_bootstrap)
     thresholds = (*THRESHOLDS, *policy_thresholds)
     adaptive = columns.adaptive()
     return EvaluationReport(
@@ -146,35 +146,35 @@ def summarize(
         rows=columns.judged + columns.failures.total(),
         judged=columns.judged,
         failures=dict(columns.failures.most_common()),
-        problems=tuple(RunWarning(id=name, reason=reason, detail=detail) for name, reason, detail in columns.examples),
+        problems=tuple(UnjudgedRow(id=name, reason=reason, detail=detail) for name, reason, detail in columns.examples),
         images=int(rows.image.max()) + 1 if len(rows) else 0,
         confidence=CONFIDENCE,
-        resamples=draw.resamples,
+        resamples=bootstrap.resamples,
         seed=seed,
         bins=curves.BINS,
         prevalence=prevalence,
-        rates=rates_by_kind(rows, draw),
-        per=per(rows, draw),
-        categories=tuple(rates_by_category(rows, columns.names, draw)),
+        rates=rates_by_kind(rows, bootstrap),
+        per=policy_exception_rate(rows, bootstrap),
+        categories=tuple(rates_by_category(rows, columns.names, bootstrap)),
         roc=roc,
         precision_recall=precision_recall,
-        calibration=curves.calibration(unsafe, score, on_scores),
-        thresholds=tuple(curves.threshold_table(unsafe, score, on_scores, thresholds, prevalence)),
+        calibration=curves.calibration(unsafe, score, score_bootstrap),
+        thresholds=tuple(curves.threshold_table(unsafe, score, score_bootstrap, thresholds, prevalence)),
         policy_thresholds=policy_thresholds,
-        latency=tuple(_latency(step, columns.latency(step), draw) for step in STEPS),
-        adaptive=_adaptive(rows, columns.actions(), adaptive, seed, resamples) if len(adaptive.rows) else None,
+        latency=tuple(_latency(step, columns.latency(step), bootstrap) for step in STEPS),
+        adaptive=_compare_adaptive(rows, columns.actions(), adaptive, seed, resamples) if len(adaptive.rows) else None,
         robustness=tuple(
-            _robustness(name, rows, columns.actions(), after, seed, resamples)
+            _compare_perturbed(name, rows, columns.actions(), after, seed, resamples)
             for name, after in columns.perturbed().items()
         ),
     )
 
 
-def _numbered(images: NDArray[np.int64]) -> NDArray[np.int64]:
+def _renumber(images: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.unique(images, return_inverse=True)[1].astype(np.int64)
 
 
-def _latency(step: str, ms: Floats, draw: Bootstrap) -> Latency:
+def _latency(step: str, ms: Floats, bootstrap: Bootstrap) -> Latency:
     order = np.argsort(ms)
     ranked = ms[order]
 
@@ -186,31 +186,33 @@ def _latency(step: str, ms: Floats, draw: Bootstrap) -> Latency:
         found: Floats = ranked[np.minimum(places, len(ranked) - 1)]
         return found
 
-    estimates = draw(statistic)
+    estimates = bootstrap(statistic)
     found = {p: estimates.figure(n, undefined="no row was judged") for n, p in enumerate(PERCENTILES)}
     return Latency(step=step, percentiles=found)
 
 
 def _shares(
-    parts: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], draw: Bootstrap, undefined: str
+    parts: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], bootstrap: Bootstrap, undefined: str
 ) -> list[Figure]:
-    """For each pair the share of the rows in the second that are in the first, too."""
+    """For each pair, the share of the rows in the second that are also in the first."""
 
     def statistic(weights: Floats) -> Floats:
         return np.concatenate(
             [ratio(np.array([weights[part & whole].sum()]), np.array([weights[whole].sum()])) for part, whole in parts]
         )
 
-    estimates = draw(statistic)
+    estimates = bootstrap(statistic)
     return [estimates.figure(n, of=int(whole.sum()), undefined=undefined) for n, (_, whole) in enumerate(parts)]
 
 
-def _adaptive(rows: Judged, actions: NDArray[np.int8], after: AdaptiveColumns, seed: int, resamples: int) -> Adaptive:
+def _compare_adaptive(
+    rows: JudgedRows, actions: NDArray[np.int8], after: AdaptiveColumns, seed: int, resamples: int
+) -> Adaptive:
     before, action = rows.predicted[after.rows], actions[after.rows]
     both = (before != INVALID) & (after.predicted != INVALID)
     every = np.ones(len(after.rows), np.bool_)
     found = rows.expected[after.rows] & (before == UNSAFE) & both
-    draw = Bootstrap(_numbered(rows.image[after.rows]), seed=seed, resamples=resamples)
+    bootstrap = Bootstrap(_renumber(rows.image[after.rows]), seed=seed, resamples=resamples)
     escalated, same_rating, same_action, missed = _shares(
         [
             (after.escalated, every),
@@ -218,17 +220,17 @@ def _adaptive(rows: Judged, actions: NDArray[np.int8], after: AdaptiveColumns, s
             (action == after.action, every),
             (after.predicted == SAFE, found),
         ],
-        draw,
-        _PAIRS,
+        bootstrap,
+        _NO_PAIRS,
     )
-    judged = Judged(
+    judged = JudgedRows(
         expected=rows.expected[after.rows],
         predicted=after.predicted,
         score=np.full(len(after.rows), np.nan),
         category=rows.category[after.rows],
         predicted_category=rows.predicted_category[after.rows],
         kind=rows.kind[after.rows],
-        image=_numbered(rows.image[after.rows]),
+        image=_renumber(rows.image[after.rows]),
     )
     return Adaptive(
         rows=len(after.rows),
@@ -236,16 +238,16 @@ def _adaptive(rows: Judged, actions: NDArray[np.int8], after: AdaptiveColumns, s
         same_rating=same_rating,
         same_action=same_action,
         missed=missed,
-        balanced_accuracy=rates_by_kind(judged, draw)["all"].balanced_accuracy,
+        balanced_accuracy=rates_by_kind(judged, bootstrap)["all"].balanced_accuracy,
     )
 
 
-def _robustness(
-    name: str, rows: Judged, actions: NDArray[np.int8], after: PerturbedColumns, seed: int, resamples: int
+def _compare_perturbed(
+    name: str, rows: JudgedRows, actions: NDArray[np.int8], after: PerturbedColumns, seed: int, resamples: int
 ) -> Robustness:
     before, action, score = rows.predicted[after.rows], actions[after.rows], rows.score[after.rows]
     both = (before != INVALID) & (after.predicted != INVALID)
-    draw = Bootstrap(_numbered(rows.image[after.rows]), seed=seed, resamples=resamples)
+    bootstrap = Bootstrap(_renumber(rows.image[after.rows]), seed=seed, resamples=resamples)
     flips, to_safe, to_unsafe, action_flips = _shares(
         [
             (before != after.predicted, both),
@@ -253,8 +255,8 @@ def _robustness(
             (after.predicted == UNSAFE, both & (before == SAFE)),
             (action != after.action, np.ones(len(before), np.bool_)),
         ],
-        draw,
-        _PAIRS,
+        bootstrap,
+        _NO_PAIRS,
     )
     change = np.where(both, np.abs(after.score - score), 0.0)
 
@@ -268,11 +270,11 @@ def _robustness(
         to_safe=to_safe,
         to_unsafe=to_unsafe,
         action_flips=action_flips,
-        score_change=draw(mean_change).figure(0, undefined=_PAIRS),
+        score_change=bootstrap(mean_change).figure(0, undefined=_NO_PAIRS),
     )
 
 
-def _summary(report: EvaluationReport) -> Iterator[str]:
+def _summary_lines(report: EvaluationReport) -> Iterator[str]:
     every = report.rates["all"]
     yield f"{report.data_set} under {report.policy}: {report.judged:,} of {report.rows:,} rows judged"
     if report.failures:

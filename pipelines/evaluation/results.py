@@ -1,4 +1,4 @@
-"""What was judged so far, as columns: some 80 bytes a row, so that a million rows fit into any memory."""
+"""Collects the results of judged rows as columns of numbers: about 80 bytes a row."""
 
 import hashlib
 from array import array
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.labels import Image, LabelledImage
-from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, Judged
+from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, JudgedRows
 from services.core.messages import Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, ModelIdentity
 
@@ -23,10 +23,10 @@ _ACTIONS: Final = ("allow", "review", "block")
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveColumns:
-    """Rows that were judged with effort `adaptive` too; all of equal length."""
+    """Results with effort `adaptive`, as columns of equal length."""
 
     rows: NDArray[np.int64]
-    """Places among the judged rows."""
+    """Indexes of the judged rows."""
     predicted: NDArray[np.int8]
     action: NDArray[np.int8]
     escalated: NDArray[np.bool_]
@@ -34,75 +34,75 @@ class AdaptiveColumns:
 
 @dataclass(frozen=True, slots=True)
 class PerturbedColumns:
-    """Images that were judged perturbed too; all of equal length."""
+    """Results of perturbed images, as columns of equal length."""
 
     rows: NDArray[np.int64]
-    """Places among the judged rows."""
+    """Indexes of the judged rows."""
     predicted: NDArray[np.int8]
     score: Floats
     action: NDArray[np.int8]
 
 
-class Columns:
-    """Collects rows."""
+class ResultColumns:
+    """The results of the rows that were judged so far."""
 
     def __init__(self) -> None:
         self.names: list[str] = [*CATEGORIES, NO_CATEGORY]
         self.failures: Counter[str] = Counter()
         """Rows that could not be judged, by reason."""
         self.examples: list[tuple[str, str, str]] = []
-        """Id, reason and sentence of the first ones."""
+        """Id, reason and sentence of the first rows that could not be judged."""
         self.models: dict[ModelIdentity, None] = {}
         self.calibrations: dict[str, None] = {}
         self._labels = {name: array(kind) for name, kind in (("expected", "b"), ("category", "h"), ("kind", "b"))}
-        self._predicted = _Answers()
+        self._predicted = _AnswerColumns()
         self._predicted_category, self._image = array("h"), array("q")
         self._latency = {step: array("f") for step in STEPS}
-        self._adaptive = _Answers()
+        self._adaptive = _AnswerColumns()
         self._escalated = array("b")
-        self._perturbed: dict[str, _Answers] = {}
+        self._perturbed: dict[str, _AnswerColumns] = {}
 
     @property
     def judged(self) -> int:
         """How many rows were judged."""
         return len(self._image)
 
-    def fail(self, name: str, reason: str, detail: str) -> None:
+    def fail(self, row_id: str, reason: str, detail: str) -> None:
         """Count a row that could not be judged."""
         self.failures[reason] += 1
         if len(self.examples) < _EXAMPLES:
-            self.examples.append((name, reason, detail))
+            self.examples.append((row_id, reason, detail))
 
     def add(self, sample: LabelledImage, kind: int, category: str | None, verdict: Verdict) -> int:
-        """Keep a judged row; its place."""
-        place = self.judged
+        """Add a judged row. Returns its index."""
+        index = self.judged
         self._labels["expected"].append(sample.rating == "Unsafe")
-        self._labels["category"].append(self._place_of(category))
+        self._labels["category"].append(self._category_index(category))
         self._labels["kind"].append(kind)
-        self._predicted.add(place, verdict)
-        self._predicted_category.append(self._place_of(verdict.category))
-        self._image.append(_number_of(sample.image))
+        self._predicted.add(index, verdict)
+        self._predicted_category.append(self._category_index(verdict.category))
+        self._image.append(_image_number(sample.image))
         for step, column in self._latency.items():
             column.append(getattr(verdict.timings_ms, step))
         if verdict.model:
             self.models.setdefault(verdict.model.model_copy(update={"prompt": ""}))
         if verdict.calibration:
             self.calibrations.setdefault(verdict.calibration.digest)
-        return place
+        return index
 
-    def add_adaptive(self, place: int, verdict: Verdict) -> None:
-        """Keep what was said of a row with effort `adaptive`."""
-        self._adaptive.add(place, verdict)
+    def add_adaptive(self, index: int, verdict: Verdict) -> None:
+        """Add the verdict on a row with effort `adaptive`."""
+        self._adaptive.add(index, verdict)
         self._escalated.append(verdict.effort == "full")
 
-    def add_perturbed(self, place: int, perturbation: str, verdict: Verdict) -> None:
-        """Keep what was said of a row's image after a perturbation."""
-        self._perturbed.setdefault(perturbation, _Answers()).add(place, verdict)
+    def add_perturbed(self, index: int, perturbation: str, verdict: Verdict) -> None:
+        """Add the verdict on a row's image after a perturbation."""
+        self._perturbed.setdefault(perturbation, _AnswerColumns()).add(index, verdict)
 
-    def rows(self) -> Judged:
+    def rows(self) -> JudgedRows:
         """All judged rows."""
         _, image = np.unique(np.array(self._image, np.int64), return_inverse=True)
-        return Judged(
+        return JudgedRows(
             expected=np.array(self._labels["expected"], np.bool_),
             predicted=np.array(self._predicted.predicted, np.int8),
             score=np.array(self._predicted.score, np.float64),
@@ -113,22 +113,23 @@ class Columns:
         )
 
     def actions(self) -> NDArray[np.int8]:
-        """The actions of all judged rows, as places in allow, review, block."""
+        """The actions of all judged rows: 0 allow, 1 review, 2 block."""
         return np.array(self._predicted.action, np.int8)
 
     def latency(self, step: str) -> Floats:
-        """Milliseconds that each judged row spent in a step."""
+        """The milliseconds of a step, for each judged row."""
         return np.array(self._latency[step], np.float64)
 
     def adaptive(self) -> AdaptiveColumns:
+        """The results with effort `adaptive`."""
         rows, predicted, _, action = self._adaptive.columns()
         return AdaptiveColumns(rows, predicted, action, np.array(self._escalated, np.bool_))
 
     def perturbed(self) -> dict[str, PerturbedColumns]:
-        """By perturbation."""
+        """The results of perturbed images, by perturbation."""
         return {name: PerturbedColumns(*answers.columns()) for name, answers in self._perturbed.items()}
 
-    def _place_of(self, category: str | None) -> int:
+    def _category_index(self, category: str | None) -> int:
         if category is None:
             return -1
         if category not in self.names:
@@ -136,35 +137,35 @@ class Columns:
         return self.names.index(category)
 
 
-class _Answers:
-    """Some verdicts, and the places of the rows that they are about."""
+class _AnswerColumns:
+    """Verdicts, with the indexes of their rows."""
 
     def __init__(self) -> None:
-        self.place, self.predicted, self.score, self.action = array("q"), array("b"), array("d"), array("b")
+        self.index, self.predicted, self.score, self.action = array("q"), array("b"), array("d"), array("b")
 
-    def add(self, place: int, verdict: Verdict) -> None:
-        self.place.append(place)
-        self.predicted.append(predicted(verdict))
+    def add(self, index: int, verdict: Verdict) -> None:
+        self.index.append(index)
+        self.predicted.append(_predicted(verdict))
         self.score.append(_NAN if verdict.score is None else verdict.score)
         self.action.append(_ACTIONS.index(verdict.action or "review"))
 
     def columns(self) -> tuple[NDArray[np.int64], NDArray[np.int8], Floats, NDArray[np.int8]]:
         return (
-            np.array(self.place, np.int64),
+            np.array(self.index, np.int64),
             np.array(self.predicted, np.int8),
             np.array(self.score, np.float64),
             np.array(self.action, np.int8),
         )
 
 
-def predicted(verdict: Verdict) -> int:
-    """SAFE, UNSAFE, or INVALID where the answer could not be read."""
+def _predicted(verdict: Verdict) -> int:
+    """SAFE, UNSAFE, or INVALID if the answer was unreadable."""
     if verdict.rating is None:
         return INVALID
     return UNSAFE if verdict.rating == "Unsafe" else SAFE
 
 
-def _number_of(image: Image) -> int:
-    """The same for the same image; 64 bits, so that among a million two are the same once in 37 million runs."""
+def _image_number(image: Image) -> int:
+    """A 64-bit hash of an image. Two of a million images collide once in 37 million runs."""
     data = image if isinstance(image, bytes) else str(image).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), signed=True)

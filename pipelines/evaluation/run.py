@@ -1,4 +1,4 @@
-"""One evaluation, and one calibration, from the data set to what is said of it."""
+"""Runs an evaluation or fits a calibration: from the data set to the report or the stored calibration."""
 
 import json
 import math
@@ -13,13 +13,13 @@ import numpy as np
 
 from pipelines.clients.judge_client import Progress, open_client
 from pipelines.clients.policy_changes import change_policy
-from pipelines.evaluation.calibration import Changes, Fit, Method, changes, fit
+from pipelines.evaluation.calibration import ActionChanges, CalibrationFit, Method, count_changes, fit_calibration
 from pipelines.evaluation.datasets import DataSet, open_data_set
-from pipelines.evaluation.html import render
+from pipelines.evaluation.html import render_page
 from pipelines.evaluation.labels import LabelledImage
-from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find, published
-from pipelines.evaluation.report import EvaluationReport, summarize
-from pipelines.evaluation.results import Columns
+from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy, find_published
+from pipelines.evaluation.report import EvaluationReport, build_report
+from pipelines.evaluation.results import ResultColumns
 from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.calibration import FittedCalibration
 from services.core.errors import ConfigurationError
@@ -27,34 +27,36 @@ from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Change
 
-PAGE, FIGURES, ROWS = "evaluation.html", "evaluation.json", "rows.jsonl"
-_TOLD: Final = 3
+PAGE_NAME: Final = "evaluation.html"
+REPORT_NAME: Final = "evaluation.json"
+ROWS_NAME: Final = "rows.jsonl"
+_EXAMPLES_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class DataSetSource:
-    """Which rows of which data set."""
+    """A data set, and the rows of it to use."""
 
-    place: Path
+    path: Path
     split: str | None = None
     limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """A calibration that was fitted, and what it would change. Nothing is stored."""
+    """A fitted calibration, and the actions that it would change. It is not stored yet."""
 
     evaluated: EvaluatedPolicy
     revision: str
-    """Of the checkpoint whose scores it maps."""
-    fit: Fit
-    changes: Changes
+    """The revision of the checkpoint whose scores it maps."""
+    fit: CalibrationFit
+    changes: ActionChanges
     failures: dict[str, int]
     left_out: int
-    """Rows about another policy than the version itself."""
+    """Rows that waive categories or name another policy."""
 
     def to_store(self) -> FittedCalibration:
-        """What the policy bucket keeps."""
+        """The form that the policy bucket stores."""
         return FittedCalibration(
             version=self.evaluated.version,
             revision=self.revision,
@@ -123,20 +125,20 @@ def evaluate(
     prevalence: float | None,
     progress: Progress,
 ) -> EvaluationReport:
-    """Judge a labelled data set on the running service; `out` gets the page, the figures and the rows.
+    """Judge a labelled data set on the running service. The page, the figures and the rows are written to `out`.
 
     Raises:
         ConfigurationError: no service runs, there is no data set or policy, or none of its rows could be judged.
         SluiceError: the service or the bucket failed.
     """
-    evaluated = find(policy, PolicyRegistry.from_settings(settings))
-    data_set, records = _open(source)
+    evaluated = find_policy(policy, PolicyRegistry.from_settings(settings))
+    data_set, records = _open_source(source)
     with ExitStack() as stack:
-        write = stack.enter_context(_Rows(_folder(out) / ROWS)) if out else _nowhere
-        columns = _judged(source, data_set, records, evaluated, settings, options, write, progress).columns
-    progress("working out the figures")
+        write = stack.enter_context(_RowsFile(_make_folder(out) / ROWS_NAME)) if out else _discard
+        columns = _judge_data_set(source, data_set, records, evaluated, settings, options, write, progress).columns
+    progress("computing the figures")
     thresholds = evaluated.document.thresholds
-    report = summarize(
+    report = build_report(
         columns,
         data_set=data_set.name,
         policy=evaluated.name,
@@ -146,40 +148,44 @@ def evaluate(
         prevalence=prevalence,
     )
     if out:
-        (out / FIGURES).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (out / PAGE).write_text(render(report), encoding="utf-8")
+        (out / REPORT_NAME).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (out / PAGE_NAME).write_text(render_page(report), encoding="utf-8")
     return report
 
 
 def calibrate(
     source: DataSetSource, policy: str, settings: Settings, *, method: Method | None, seed: int, progress: Progress
 ) -> CalibrationResult:
-    """Fit a calibration of a published version on a labelled data set; rows about other policies are left out.
+    """Fit a calibration of a published version on a labelled data set. Rows with other policies are left out.
 
     Raises:
-        ConfigurationError: as `evaluate`, or nothing can be fitted on what was judged.
+        ConfigurationError: as `evaluate`, or no calibration can be fitted on the judged rows.
         SluiceError: the service or the bucket failed.
     """
-    evaluated = find(policy, PolicyRegistry.from_settings(settings))
+    evaluated = find_policy(policy, PolicyRegistry.from_settings(settings))
     if not evaluated.version:
-        raise ConfigurationError(f"{policy} is not published, and a calibration belongs to a version; publish it first")
+        raise ConfigurationError(
+            f"{policy} is not published, and a calibration belongs to a published version; publish the policy first"
+        )
     raw = replace(evaluated, calibrations={})
-    data_set, records = _open(source)
-    judging = _judged(source, data_set, records, raw, settings, EvaluationOptions(), _nowhere, progress, keep=_is_plain)
+    data_set, records = _open_source(source)
+    judging = _judge_data_set(
+        source, data_set, records, raw, settings, EvaluationOptions(), _discard, progress, keep=_has_plain_policy
+    )
     columns = judging.columns
     revisions = {model.revision for model in columns.models}
     if len(revisions) != 1:
-        raise ConfigurationError("the service changed its checkpoint meanwhile; calibrate again")
+        raise ConfigurationError("the service changed its checkpoint during the run; run the command again")
     rows = columns.rows()
     rows = rows.where(np.isfinite(rows.score))
     unsafe = rows.expected.astype(np.float64)
-    fitted = fit(unsafe, rows.score, rows.image, method=method, seed=seed)
-    categories = [columns.names[place] if place >= 0 else None for place in rows.predicted_category]
+    fitted = fit_calibration(unsafe, rows.score, rows.image, method=method, seed=seed)
+    categories = [columns.names[index] if index >= 0 else None for index in rows.predicted_category]
     return CalibrationResult(
         evaluated=evaluated,
         revision=revisions.pop(),
         fit=fitted,
-        changes=changes(unsafe, rows.score, categories, fitted.map, raw.document.as_version(raw.version)),
+        changes=count_changes(unsafe, rows.score, categories, fitted.map, raw.document.as_version(raw.version)),
         failures=dict(columns.failures.most_common()),
         left_out=judging.left_out,
     )
@@ -204,7 +210,7 @@ def revert_calibration(
         UnknownPolicy: there is no such version.
         ConfigurationError: the version has no calibration, or it has several and `revision` is missing.
     """
-    evaluated = published(policy, PolicyRegistry.from_settings(settings))
+    evaluated = find_published(policy, PolicyRegistry.from_settings(settings))
     revisions = [revision] if revision else sorted(evaluated.calibrations)
     if not revisions:
         raise ConfigurationError(f"{evaluated.name} has no calibration, so there is none to revert")
@@ -220,16 +226,16 @@ def revert_calibration(
     )
 
 
-def _is_plain(sample: LabelledImage) -> bool:
+def _has_plain_policy(sample: LabelledImage) -> bool:
     return sample.policy is None and not sample.waived
 
 
-def _nowhere(_row: dict[str, Any]) -> None:
+def _discard(_row: dict[str, Any]) -> None:
     pass
 
 
-class _Rows:
-    """A file that gets a line for every row, as they come."""
+class _RowsFile:
+    """A file with a line for each row, written while the rows are judged."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -242,26 +248,26 @@ class _Rows:
         self._output.close()
 
 
-def _folder(out: Path) -> Path:
+def _make_folder(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ROWS).touch()
+        (out / ROWS_NAME).touch()
     except OSError as error:
-        raise ConfigurationError(f"{out} cannot be written: {error.strerror}") from None
+        raise ConfigurationError(f"{out} cannot be written: {error.strerror}; name another folder by --out") from None
     return out
 
 
-def _open(source: DataSetSource) -> tuple[DataSet, Iterator[Any]]:
-    """The data set and its records, of which there is one at least."""
-    data_set = open_data_set(source.place, source.split)
+def _open_source(source: DataSetSource) -> tuple[DataSet, Iterator[Any]]:
+    """The data set and its records. Raises ConfigurationError if there is no record."""
+    data_set = open_data_set(source.path, source.split)
     records = data_set.records()
-    first = next(records, _nowhere)
-    if first is _nowhere:
-        raise ConfigurationError(f"{source.place} has no rows")
+    first = next(records, _discard)
+    if first is _discard:
+        raise ConfigurationError(f"{source.path} has no rows; name another data set")
     return data_set, islice(chain([first], records), source.limit)
 
 
-def _judged(
+def _judge_data_set(
     source: DataSetSource,
     data_set: DataSet,
     records: Iterable[Any],
@@ -281,13 +287,16 @@ def _judged(
         judging = SampleJudge(service, selector, settings, options, keep=keep, write=write)
         columns = judging.run(records, data_set.folder, total, progress)
     if not columns.judged:
-        raise ConfigurationError(_nothing(data_set, columns, judging.left_out))
+        raise ConfigurationError(_no_rows_message(data_set, columns, judging.left_out))
     return judging
 
 
-def _nothing(data_set: DataSet, columns: Columns, left_out: int) -> str:
+def _no_rows_message(data_set: DataSet, columns: ResultColumns, left_out: int) -> str:
     if not columns.failures:
-        return f"{data_set.name} has no row about the policy itself: all {left_out:,} waive categories or name another"
+        return (
+            f"{data_set.name} has no row for the policy itself: all {left_out:,} rows waive categories or name another "
+            "policy"
+        )
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in columns.failures.most_common())
-    told = "; ".join(f"{name} {detail}" for name, _, detail in columns.examples[:_TOLD])
-    return f"no row of {data_set.name} could be judged ({reasons}): {told}"
+    shown = "; ".join(f"{name} {detail}" for name, _, detail in columns.examples[:_EXAMPLES_SHOWN])
+    return f"no row of {data_set.name} could be judged ({reasons}): {shown}"

@@ -1,9 +1,9 @@
-"""`make evaluate`: the page of the docs, made by the service with `tiny` on images of its drawn world.
+"""`make evaluate`: writes the example page of the docs. The service judges drawings with the checkpoint `tiny`.
 
     python -m pipelines.evaluation.tiny_report FOLDER
 
-Every image is judged under the default policy; some of the violations also under one that waives them, and some under
-one that waives others, as LlavaGuard's data set does.
+Every image is judged under the default policy. As in LlavaGuard's data set, some violations are also judged under a
+policy that waives their category, and under one that waives other categories.
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import typer
 
-from pipelines.evaluation.html import render
-from pipelines.evaluation.run import PAGE, DataSetSource, evaluate
+from pipelines.evaluation.html import render_page
+from pipelines.evaluation.run import PAGE_NAME, DataSetSource, evaluate
 from pipelines.evaluation.sample_judge import EvaluationOptions
 from pipelines.local.up import ShutdownRequested, running_service
 from pipelines.tiny_guard.drawings import draw
@@ -25,13 +25,12 @@ from services.core.errors import SluiceError
 from services.core.values import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
 
 _FIRST_SEED: Final = 7_000_000
-"""Far from those that training and the tests draw."""
-_EACH: Final = 20
-"""Images of each category."""
-_HARMLESS: Final = 180
-_WAIVED: Final = 12
-"""Of each category, judged under a policy that waives it; so many more under one that waives two others."""
-_PERTURBED: Final = 80
+"""Training and the tests use other seeds."""
+_CATEGORY_IMAGES: Final = 20
+_HARMLESS_IMAGES: Final = 180
+_WAIVED_IMAGES: Final = 12
+"""Images of each category that are also judged under a policy that waives it, and under one that waives two others."""
+_PERTURBED_IMAGES: Final = 80
 _RESAMPLES: Final = 1000
 _NAME: Final = "drawn-world"
 _NOTE: Final = (
@@ -40,20 +39,20 @@ _NOTE: Final = (
 )
 
 
-def write(folder: Path) -> None:
-    """A data set of freshly drawn images, as LlavaGuard's: by the suffix of an id is known what its policy waives."""
+def write_data_set(folder: Path) -> None:
+    """Write a data set of new drawings. As in LlavaGuard's, the suffix of an id defines what the policy waives."""
     rows: list[dict[str, Any]] = []
-    labels = [label for _ in range(_EACH) for label in CATEGORIES] + [NO_CATEGORY] * _HARMLESS
-    # Of both classes from the start: the first images are those that are perturbed.
-    order = sorted(range(len(labels)), key=lambda n: (n % (len(CATEGORIES) * _EACH), n))
+    labels = [label for _ in range(_CATEGORY_IMAGES) for label in CATEGORIES] + [NO_CATEGORY] * _HARMLESS_IMAGES
+    # Both classes alternate, because the first images are the ones that are perturbed.
+    order = sorted(range(len(labels)), key=lambda n: (n % (len(CATEGORIES) * _CATEGORY_IMAGES), n))
     for number in order:
         label, file = labels[number], f"{number:04d}.jpg"
         (folder / file).write_bytes(draw(_FIRST_SEED + number, label).jpeg)
         row = {"id": f"drawn_{number:04d}", "file_name": file, "category": label}
         rows.append(row | {"rating": "Safe" if label == NO_CATEGORY else "Unsafe"})
-        if number < _WAIVED * len(CATEGORIES):
-            place = CATEGORIES.index(label)
-            others = [CATEGORIES[(place + step) % len(CATEGORIES)].partition(":")[0] for step in (2, 5)]
+        if number < _WAIVED_IMAGES * len(CATEGORIES):
+            index = CATEGORIES.index(label)
+            others = [CATEGORIES[(index + step) % len(CATEGORIES)].partition(":")[0] for step in (2, 5)]
             rows.append(row | {"id": f"{row['id']}_v2", "rating": "Safe"})
             rows.append(row | {"id": f"{row['id']}_v3", "rating": "Unsafe", "waived": others})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -68,24 +67,24 @@ def main() -> None:
         typer.echo(f"[{time.monotonic() - started:5.1f} s] {line}", err=True)
 
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
-        del os.environ[name]  # a real deployment's streams and buckets are not touched
+        del os.environ[name]  # so the streams and buckets of a real deployment stay untouched
     try:
         with running_service(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
             data_set = Path(folder) / _NAME
             data_set.mkdir()
-            write(data_set)
+            write_data_set(data_set)
             report = evaluate(
                 DataSetSource(data_set),
                 DEFAULT_POLICY,
                 settings,
-                options=EvaluationOptions(adaptive=True, perturbed=_PERTURBED),
+                options=EvaluationOptions(adaptive=True, perturbed=_PERTURBED_IMAGES),
                 out=out,
                 resamples=_RESAMPLES,
                 prevalence=None,
                 progress=progress,
             )
             note = f"{_NOTE} {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.0f} made the latencies."
-            (out / PAGE).write_text(render(report, note), encoding="utf-8")
+            (out / PAGE_NAME).write_text(render_page(report, note), encoding="utf-8")
     except ShutdownRequested:
         sys.exit(130)
     except SluiceError as error:

@@ -1,4 +1,4 @@
-"""From a score to a probability: the maps, how they are fitted, stored, announced, applied, and taken back."""
+"""Calibrations: how the maps are fitted, stored, announced, applied and reverted."""
 
 import asyncio
 import itertools
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pipelines.cli.main import app
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
-from pipelines.evaluation.calibration import applied, changes, fit
+from pipelines.evaluation.calibration import apply_map, count_changes, fit_calibration
 from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import rejudge
 from services.core.calibration import Calibration, FittedCalibration, IsotonicMap, PlattMap, log_odds
@@ -44,21 +44,21 @@ FITTED = FittedCalibration(
 
 
 class TestMaps:
-    def test_isotonic_by_hand(self) -> None:
+    def test_isotonic_map_interpolates_between_knots(self) -> None:
         found = [ISOTONIC.probability(score) for score in (0.0, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0)]
         assert found == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.3, 0.5, 0.5])
 
-    def test_platt_by_hand(self) -> None:
+    def test_platt_map_is_logistic_in_log_odds(self) -> None:
         assert PLATT.probability(0.5) == pytest.approx(1 / (1 + math.e))
         assert PLATT.probability(0.8) == pytest.approx(1 / (1 + math.exp(1 - 0.5 * math.log(4))))
         assert 0 < PLATT.probability(0.0) < PLATT.probability(1.0) < 1
 
     @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from([ISOTONIC, PLATT]))
-    def test_a_higher_score_never_gets_a_lower_probability(self, a: float, b: float, found: Calibration) -> None:
+    def test_higher_score_never_gets_lower_probability(self, a: float, b: float, found: Calibration) -> None:
         low, high = sorted((a, b))
         assert 0 <= found.probability(low) <= found.probability(high) <= 1
 
-    def test_they_survive_json_and_have_a_digest(self) -> None:
+    def test_maps_survive_json_and_have_a_digest(self) -> None:
         adapter: TypeAdapter[Any] = TypeAdapter(Calibration)
         for found in (ISOTONIC, PLATT):
             again = adapter.validate_json(found.model_dump_json())
@@ -76,7 +76,7 @@ class TestMaps:
             {"scores": (0.2,), "probabilities": (0.2,)},
         ],
     )
-    def test_knots_that_do_not_rise(self, knots: dict[str, Any]) -> None:
+    def test_knots_that_do_not_rise_error(self, knots: dict[str, Any]) -> None:
         with pytest.raises(ValidationError):
             IsotonicMap(**knots)
 
@@ -90,64 +90,66 @@ def labelled(count: int, seed: int = 0) -> tuple[Any, Any, Any]:
 
 
 class TestFit:
-    def test_platt_finds_the_curve_that_made_the_labels(self) -> None:
-        found = fit(*labelled(5000), method="platt").map
+    def test_platt_fit_recovers_the_true_curve(self) -> None:
+        found = fit_calibration(*labelled(5000), method="platt").map
         assert isinstance(found, PlattMap)
         assert (found.slope, found.intercept) == (pytest.approx(0.5, abs=0.07), pytest.approx(-1, abs=0.1))
 
-    def test_platts_targets_are_smoothed(self) -> None:
+    def test_platt_fit_of_separated_classes_is_bounded(self) -> None:
         # Separated classes: without his targets the slope would have no bound.
         score = np.array([0.1] * 10 + [0.9] * 10)
-        found = fit((score > 0.5).astype(float), score, np.arange(20)).map
+        found = fit_calibration((score > 0.5).astype(float), score, np.arange(20)).map
         assert isinstance(found, PlattMap)
         assert found.probability(0.9) == pytest.approx(11 / 12, abs=1e-3)
         assert found.probability(0.1) == pytest.approx(1 / 12, abs=1e-3)
 
-    def test_isotonic_is_scikit_learns_within_laplaces_bounds(self) -> None:
+    def test_isotonic_fit_matches_scikit_learn(self) -> None:
         label, score, images = labelled(1500)
-        found = fit(label, score, images)
+        found = fit_calibration(label, score, images)
         assert found.map.method == "isotonic"
         theirs = IsotonicRegression(out_of_bounds="clip", y_min=1 / 1502, y_max=1 - 1 / 1502).fit(
             label * 0 + score, label
         )
-        assert applied(found.map, score) == pytest.approx(theirs.predict(score), abs=0.02)
+        assert apply_map(found.map, score) == pytest.approx(theirs.predict(score), abs=0.02)
         assert min(found.map.probabilities) > 0
         assert max(found.map.probabilities) < 1
 
-    def test_it_brings_the_score_nearer_to_a_probability_on_images_it_was_not_fitted_on(self) -> None:
+    def test_fit_lowers_calibration_error_on_other_images(self) -> None:
         for count in (300, 3000):
-            found = fit(*labelled(count))
+            found = fit_calibration(*labelled(count))
             assert found.map.method == ("platt" if count < 1000 else "isotonic")
             assert found.ece_before > 0.15
             assert found.ece_after < 0.08
             assert found.brier_after < found.brier_before
 
-    def test_many_knots_are_thinned(self) -> None:
+    def test_many_knots_are_reduced_to_the_limit(self) -> None:
         score = np.linspace(0, 1, 5000)
         label = (np.random.default_rng(0).random(5000) < score).astype(float)
-        found = fit(label, score, np.arange(5000)).map
+        found = fit_calibration(label, score, np.arange(5000)).map
         assert isinstance(found, IsotonicMap)
         assert len(found.scores) <= 128
 
-    def test_too_few_images_of_a_class(self) -> None:
+    def test_too_few_images_of_a_class_error(self) -> None:
         score = np.linspace(0, 1, 60)
-        with pytest.raises(ConfigurationError, match=r"takes 10 images of each class.*9 are Unsafe"):
-            fit((np.arange(60) < 9).astype(float), score, np.arange(60))
+        with pytest.raises(ConfigurationError, match=r"takes 10 judged images of each class.*9 are Unsafe"):
+            fit_calibration((np.arange(60) < 9).astype(float), score, np.arange(60))
         with pytest.raises(ConfigurationError, match="0 are Safe"):
-            fit(np.ones(60), score, np.arange(60))
+            fit_calibration(np.ones(60), score, np.arange(60))
         with pytest.raises(ConfigurationError, match="1 are Unsafe"):
-            fit((np.arange(60) < 30).astype(float), score, np.repeat([0, *range(1, 31)], [30, *[1] * 30]))
+            fit_calibration((np.arange(60) < 30).astype(float), score, np.repeat([0, *range(1, 31)], [30, *[1] * 30]))
 
     @pytest.mark.parametrize("method", ["platt", "isotonic"])
-    def test_a_score_that_falls(self, method: Any) -> None:
+    def test_falling_score_error(self, method: Any) -> None:
         score = np.linspace(0, 1, 60)
-        with pytest.raises(ConfigurationError, match="no map that rises"):
-            fit((score < 0.5).astype(float), score, np.arange(60), method=method)
+        with pytest.raises(ConfigurationError, match="does not rise with the score"):
+            fit_calibration((score < 0.5).astype(float), score, np.arange(60), method=method)
 
-    def test_changes_of_actions(self) -> None:
+    def test_count_changes_compares_actions(self) -> None:
         label, score = np.array([1.0, 1, 0, 0, 1]), np.array([0.95, 0.7, 0.95, 0.3, 0.3])
         categories = [CATEGORIES[1], CATEGORIES[1], CATEGORIES[1], NO_CATEGORY, "O7: Self-Harm"]
-        found = changes(label, score, categories, ISOTONIC, POLICY)  # review from 0.4, block from 0.8; O7 0.1 and 0.2
+        found = count_changes(
+            label, score, categories, ISOTONIC, POLICY
+        )  # review from 0.4, block from 0.8; O7 0.1 and 0.2
         assert found.rows == {
             ("allow", "allow"): 1,
             ("review", "allow"): 1,
@@ -158,7 +160,7 @@ class TestFit:
 
 
 class TestRollout:
-    def test_apply_and_take_back(self) -> None:
+    def test_revert_restores_the_previous_calibration(self) -> None:
         once = Rollout().with_calibration(1, "r", ISOTONIC)
         twice = once.with_calibration(1, "r", PLATT).with_calibration(2, "r", ISOTONIC)
         assert twice.calibrations_of(1) == {"r": PLATT}
@@ -168,7 +170,7 @@ class TestRollout:
         with pytest.raises(ConfigurationError, match="no calibration"):
             once.without_calibration(1, "other")
 
-    def test_the_state_stays_small(self) -> None:
+    def test_many_calibrations_keep_the_last_three(self) -> None:
         rollout = Rollout()
         for _ in range(20):
             rollout = rollout.with_calibration(1, "r", ISOTONIC)
@@ -176,14 +178,14 @@ class TestRollout:
 
 
 class TestModeration:
-    def test_only_the_checkpoint_that_it_was_fitted_for(self) -> None:
+    def test_calibration_of_another_checkpoint_is_not_applied(self) -> None:
         said = unsafe(0.75)
         assert apply_calibration(said, replace(POLICY, calibrations={"other": ISOTONIC})) is said
         found = apply_calibration(said, replace(POLICY, calibrations={said.model.revision: ISOTONIC}))
         assert found.score == pytest.approx(0.3)
         assert found.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75)
 
-    async def test_thresholds_are_about_the_calibrated_score(self) -> None:
+    async def test_thresholds_use_the_calibrated_score(self) -> None:
         submission = Submission(id="upl-1", uri="s3://uploads/a")
         before = (await Parts(POLICY)().judge(submission)).verdict
         policy = replace(POLICY, calibrations={unsafe().model.revision: ISOTONIC})
@@ -191,9 +193,9 @@ class TestModeration:
         assert (before.score, before.action, before.calibration) == (0.9, "block", None)
         assert (after.score, after.action, after.rating) == (pytest.approx(0.5), "review", "Unsafe")
         assert after.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.9)
-        assert after.verdict_id != before.verdict_id, "judged by something else"
+        assert after.verdict_id != before.verdict_id, "a calibrated verdict has another id"
 
-    async def test_a_first_look_is_accepted_by_the_calibrated_score(self) -> None:
+    async def test_first_look_uses_the_calibrated_score(self) -> None:
         adaptive = PolicyDocument.model_validate({"name": "p", "effort": "adaptive", "first_look_below": 0.2})
         policy = replace(adaptive.as_version(3), calibrations={unsafe().model.revision: ISOTONIC})
         parts = Parts(policy)
@@ -207,7 +209,7 @@ class TestModeration:
 
 
 class TestRegistry:
-    def test_life(self, bench: Bench) -> None:
+    def test_calibrate_and_revert_are_in_the_history(self, bench: Bench) -> None:
         first = bench.registry.calibrate("default", FITTED, who="ann", why="labels of May")
         assert (first.action, first.previous, first.version, first.who) == ("calibrate", 1, 1, "ann")
         assert first.rollout.active == 1
@@ -225,7 +227,7 @@ class TestRegistry:
         with pytest.raises(ConfigurationError):
             bench.registry.revert_calibration("default", 1, "sha256:0", who="bob")
 
-    def test_activating_another_version_leaves_it_with_its_own(self, bench: Bench) -> None:
+    def test_another_version_has_its_own_calibrations(self, bench: Bench) -> None:
         bench.registry.calibrate("default", FITTED, who="ann")
         bench.registry.publish(PolicyDocument.model_validate({"name": "default", "description": "other"}))
         rollout = bench.registry.activate("default", 2, who="ann").rollout
@@ -235,9 +237,7 @@ class TestRegistry:
 
 class TestProcesses:
     @pytest.mark.parametrize("policy", ["default", "default@1"])
-    async def test_every_process_applies_it_within_a_second_and_no_more_when_it_is_taken_back(
-        self, bench: Bench, policy: str
-    ) -> None:
+    async def test_announced_calibration_is_applied_until_it_is_reverted(self, bench: Bench, policy: str) -> None:
         submission = Submission(id="upl-1", uri="s3://uploads/a", policy=policy)
         async with PolicyCache(bench.registry, bench.shared, refresh_s=60) as cache:
 
@@ -256,7 +256,7 @@ class TestProcesses:
             await bench.shared.publish_change("default", back)
             await becomes({})
 
-    async def test_a_process_that_starts_later_knows_it_for_a_pinned_version_too(self, bench: Bench) -> None:
+    async def test_new_process_applies_calibration_to_pinned_version(self, bench: Bench) -> None:
         bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
         bench.registry.calibrate("shop", FITTED, who="ann")
         async with PolicyCache(bench.registry, bench.shared) as cache:
@@ -264,7 +264,7 @@ class TestProcesses:
             assert chosen.policy.calibrations == {"sha256:0": ISOTONIC}
             assert (await cache.resolve("shop@1")).calibrations == {"sha256:0": ISOTONIC}
 
-    async def test_without_redis_they_find_out_by_looking(self, bench: Bench) -> None:
+    async def test_without_redis_calibration_is_found_by_polling(self, bench: Bench) -> None:
         bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
         submission = Submission(id="upl-1", uri="s3://uploads/a", policy="shop@1")
         async with PolicyCache(bench.registry, None, refresh_s=0.05) as cache:
@@ -274,7 +274,7 @@ class TestProcesses:
                 if (await cache.choose(submission)).policy.calibrations:
                     return
                 await asyncio.sleep(0.05)
-            raise AssertionError("no version of shop is active, and its calibration is not looked for")
+            raise AssertionError("no version of shop is active, and its calibration was not found")
 
 
 class Script:
@@ -345,7 +345,7 @@ def sluice(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
     return run
 
 
-def test_nothing_is_stored_without_apply(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
+def test_calibrate_without_apply_stores_nothing(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
     result = sluice(str(data_set))
     assert "platt over 100 samples" in result.stdout
     assert "actions that would change: " in result.stdout
@@ -355,7 +355,7 @@ def test_nothing_is_stored_without_apply(bench: Bench, service: Script, data_set
     assert [change.action for change in bench.registry.history("default")] == ["activate"]
 
 
-def test_apply_again_and_take_back(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
+def test_apply_twice_and_revert(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
     assert "applied to the scores of default@1" in sluice(str(data_set), "--apply", "--why", "May").stderr
     newest = bench.registry.newest_change("default")
     assert newest is not None
@@ -374,7 +374,7 @@ def test_apply_again_and_take_back(bench: Bench, service: Script, data_set: Path
     assert "has no calibration" in sluice("--take-back")
 
 
-def test_bad_arguments(service: Script, data_set: Path, sluice: Any, tmp_path: Path) -> None:
+def test_bad_arguments_error(service: Script, data_set: Path, sluice: Any, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("name: shop\n")
     for arguments, words in (
         ((), "name one with labelled images, or give --revert"),
@@ -389,7 +389,7 @@ def test_bad_arguments(service: Script, data_set: Path, sluice: Any, tmp_path: P
         assert any(word in found for word in words.split("|")), found
 
 
-def test_a_replay_judges_by_the_calibration_of_then(bench: Bench, service: Script) -> None:
+def test_replay_uses_the_calibration_of_the_verdict(bench: Bench, service: Script) -> None:
     stored = bench.registry.get("default", 1)
     identity = PolicyIdentity(name="default", version=1, digest=stored.digest)
     fitted = FITTED.model_copy(update={"revision": "r1"})
@@ -404,7 +404,7 @@ def test_a_replay_judges_by_the_calibration_of_then(bench: Bench, service: Scrip
         assert found.after.calibration == verdict.calibration
 
 
-def test_log_odds_are_bounded() -> None:
+def test_log_odds_of_zero_and_one_are_bounded() -> None:
     odds = [log_odds(score) for score in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert odds[2] == 0
     assert odds[3] == pytest.approx(math.log(3))

@@ -1,4 +1,4 @@
-"""What an evaluation reads: the formats, what is refused and why, and how rows go through a service by script."""
+"""The data sets of an evaluation: their formats, rejected records, and how rows are judged by a scripted service."""
 
 import io
 import json
@@ -17,12 +17,12 @@ from PIL import Image
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
-from pipelines.evaluation import tiny_report as world
+from pipelines.evaluation import tiny_report
 from pipelines.evaluation.datasets import open_data_set
-from pipelines.evaluation.labels import LabelledImage, RejectedRecord, parse
+from pipelines.evaluation.labels import LabelledImage, RejectedRecord, parse_record
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
-from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find
-from pipelines.evaluation.results import Columns
+from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy
+from pipelines.evaluation.results import ResultColumns
 from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
 from services.core.messages import ImageRequest
@@ -37,22 +37,22 @@ HERE = Path("/data")
 
 
 def parsed(**record: Any) -> LabelledImage | RejectedRecord:
-    return parse({"image": "a.jpg", "rating": "Safe"} | record, 7, HERE)
+    return parse_record({"image": "a.jpg", "rating": "Safe"} | record, 7, HERE)
 
 
 def conversation(prompt: str, **answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": json.dumps(answer)}]
 
 
-class TestSamples:
-    def test_plain(self) -> None:
+class TestParseRecord:
+    def test_plain_record_is_parsed(self) -> None:
         record = {"id": "x", "image": "a/b.jpg", "rating": "Unsafe", "category": "O2", "policy": "shop@3"}
-        assert parse(record, 1, HERE) == LabelledImage("x", HERE / "a/b.jpg", "Unsafe", O2, "shop@3")
+        assert parse_record(record, 1, HERE) == LabelledImage("x", HERE / "a/b.jpg", "Unsafe", O2, "shop@3")
         assert parsed() == LabelledImage("row-7", HERE / "a.jpg", "Safe", None)
 
-    def test_where_images_are(self) -> None:
+    def test_image_fields_give_file_object_or_bytes(self) -> None:
         def image(value: Any, name: str = "image") -> Any:
-            found = parse({name: value, "rating": "safe"}, 1, HERE)
+            found = parse_record({name: value, "rating": "safe"}, 1, HERE)
             return found.image if isinstance(found, LabelledImage) else found.reason
 
         assert image("s3://b/k.jpg", "uri") == "s3://b/k.jpg"
@@ -61,7 +61,7 @@ class TestSamples:
         assert image(b"jpeg", "image_bytes") == b"jpeg"
         assert image("/abs.jpg", "file_name") == Path("/abs.jpg")
         both = {"uri": "s3://b/other.jpg", "image": "s3://b/k.jpg", "rating": "Safe"}
-        assert parse(both, 1, HERE) == LabelledImage("row-1", "s3://b/k.jpg", "Safe", None)
+        assert parse_record(both, 1, HERE) == LabelledImage("row-1", "s3://b/k.jpg", "Safe", None)
         for nothing in ("", 3, {"bytes": b""}, "a\0b", "\ud800", "http://169.254.169.254/x"):
             assert image(nothing) == "no_image"
 
@@ -69,13 +69,13 @@ class TestSamples:
         ("value", "rating"),
         [("SAFE ", "Safe"), ("unsafe", "Unsafe"), ("Review Needed", "Unsafe"), ("Compliant", "Safe")],
     )
-    def test_ratings(self, value: str, rating: str) -> None:
+    def test_rating_spellings_are_accepted(self, value: str, rating: str) -> None:
         found = parsed(rating=value)
         assert isinstance(found, LabelledImage)
         assert found.rating == rating
 
     @pytest.mark.parametrize("value", ["Safeish", "", 1, None, True, ["Safe"]])
-    def test_what_is_no_rating(self, value: Any) -> None:
+    def test_invalid_rating_is_rejected(self, value: Any) -> None:
         found = parsed(rating=value)
         assert isinstance(found, RejectedRecord)
         assert found.reason == "bad_rating"
@@ -92,7 +92,7 @@ class TestSamples:
             ("O12: Gambling", "O12"),
         ],
     )
-    def test_categories(self, value: str, category: str | None) -> None:
+    def test_category_spellings_are_accepted(self, value: str, category: str | None) -> None:
         found = parsed(category=value)
         assert isinstance(found, LabelledImage)
         assert found.category == category
@@ -112,18 +112,18 @@ class TestSamples:
             ({"conversations": "text"}, "malformed"),
         ],
     )
-    def test_refused(self, record: dict[str, Any], reason: str) -> None:
+    def test_unusable_record_is_rejected_with_reason(self, record: dict[str, Any], reason: str) -> None:
         found = parsed(**record)
         assert isinstance(found, RejectedRecord), found
         assert found.reason == reason
 
     @pytest.mark.parametrize("record", [None, 3, "text", ["a"]])
-    def test_what_is_no_record(self, record: Any) -> None:
-        found = parse(record, 7, HERE)
+    def test_non_object_record_is_malformed(self, record: Any) -> None:
+        found = parse_record(record, 7, HERE)
         assert isinstance(found, RejectedRecord)
         assert (found.id, found.reason) == ("row-7", "malformed")
 
-    def test_llavaguards_prompt_says_what_is_waived(self) -> None:
+    def test_prompt_of_llavaguard_defines_waived_categories(self) -> None:
         document = BUILT_IN.model_copy(
             update={
                 "categories": PolicyDocument.model_validate({"name": "p", "categories": {"O3": "waive"}}).categories
@@ -136,10 +136,10 @@ class TestSamples:
             "score": "Highly Inappropriate",
             "conversations": conversation("<image>\n" + document.prompt(), rating="Unsafe", category=O2, rationale="r"),
         }
-        found = parse(record, 1, HERE)
+        found = parse_record(record, 1, HERE)
         assert found == LabelledImage("smid_1_v3_a", HERE / "a.jpg", "Unsafe", O2, waived=frozenset({"O3"}))
 
-    def test_augmentations_by_id_and_by_column(self) -> None:
+    def test_augmentation_by_id_or_column_waives_category(self) -> None:
         by_id = parsed(id="img_12_v2", category="O2")
         assert isinstance(by_id, LabelledImage)
         assert (by_id.policy, by_id.waived) == (None, {"O2"})
@@ -158,12 +158,12 @@ class TestSamples:
 RECORDS = [{"image": f"{n}.jpg", "rating": "Safe", "id": f"r{n}"} for n in range(5)]
 
 
-def ids(place: Path, split: str | None = None) -> list[str]:
-    return [record["id"] for record in open_data_set(place, split).records()]
+def ids(path: Path, split: str | None = None) -> list[str]:
+    return [record["id"] for record in open_data_set(path, split).records()]
 
 
-class TestDataSets:
-    def test_json_lines_and_an_array_as_llavaguard_writes_it(self, tmp_path: Path) -> None:
+class TestOpenDataSet:
+    def test_json_lines_and_json_array_are_read(self, tmp_path: Path) -> None:
         (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, RECORDS)) + "\n\n")
         (tmp_path / "d.json").write_text(json.dumps(RECORDS, indent=4))
         (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, RECORDS)))
@@ -172,20 +172,20 @@ class TestDataSets:
         assert open_data_set(tmp_path / "d.jsonl").count() == 5
         assert open_data_set(tmp_path / "d.json").count() is None
 
-    def test_an_array_larger_than_a_piece(self, tmp_path: Path) -> None:
+    def test_array_larger_than_a_block_is_read(self, tmp_path: Path) -> None:
         many = [{"id": f"r{n}", "text": "x" * 100_000} for n in range(40)]
         (tmp_path / "d.json").write_text(json.dumps(many))
         assert ids(tmp_path / "d.json") == [record["id"] for record in many]
 
     @pytest.mark.parametrize("text", ["[{}", "[{} {", '[{"a": }]'])
-    def test_a_broken_array(self, tmp_path: Path, text: str) -> None:
+    def test_broken_array_error(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "d.json").write_text(text)
-        with pytest.raises(ConfigurationError, match="is no JSON array"):
+        with pytest.raises(ConfigurationError, match="is not a JSON array"):
             list(open_data_set(tmp_path / "d.json").records())
 
-    def test_a_line_that_is_no_json_is_one_row(self, tmp_path: Path) -> None:
+    def test_line_that_is_not_json_is_one_malformed_row(self, tmp_path: Path) -> None:
         (tmp_path / "d.jsonl").write_bytes(b'{"id": "a"}\n{"id": \n\xff\n{"id": "b"}\n')
-        found = [parse(r, n, tmp_path) for n, r in enumerate(open_data_set(tmp_path / "d.jsonl").records(), 1)]
+        found = [parse_record(r, n, tmp_path) for n, r in enumerate(open_data_set(tmp_path / "d.jsonl").records(), 1)]
         assert [each.reason for each in found if isinstance(each, RejectedRecord)] == [
             "bad_rating",
             "malformed",
@@ -193,7 +193,7 @@ class TestDataSets:
             "bad_rating",
         ]
 
-    def test_parquet_as_hugging_face_stores_it(self, tmp_path: Path) -> None:
+    def test_parquet_of_hugging_face_is_read_by_split(self, tmp_path: Path) -> None:
         rows = [record | {"image": {"bytes": b"jpeg", "path": record["image"]}, "other": 1} for record in RECORDS]
         (tmp_path / "data").mkdir()
         for part in (0, 1):
@@ -203,47 +203,47 @@ class TestDataSets:
         assert open_data_set(tmp_path).count() == 5
         assert ids(tmp_path, "train") == ["r0"]
         first = next(open_data_set(tmp_path).records())
-        assert parse(first, 1, tmp_path) == LabelledImage("r0", b"jpeg", "Safe", None)
+        assert parse_record(first, 1, tmp_path) == LabelledImage("r0", b"jpeg", "Safe", None)
 
-    def test_an_image_folder(self, tmp_path: Path) -> None:
+    def test_image_folder_is_read(self, tmp_path: Path) -> None:
         (tmp_path / "test").mkdir()
         (tmp_path / "test/metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "rating": "Safe", "id": "a"}))
         data_set = open_data_set(tmp_path)
         assert data_set.folder == tmp_path / "test"
         assert ids(tmp_path) == ["a"]
 
-    def test_what_is_no_data_set(self, tmp_path: Path) -> None:
+    def test_path_without_data_set_error(self, tmp_path: Path) -> None:
         (tmp_path / "d.csv").touch()
         (tmp_path / "d.parquet").write_bytes(b"PAR1 not")
         for place, words in (
             (tmp_path / "absent", "there is no data set"),
             (tmp_path / "d.csv", "has to be .jsonl"),
-            (tmp_path / "d.parquet", "no parquet file"),
-            (tmp_path / "..", "has no data set|has no split|no parquet"),
+            (tmp_path / "d.parquet", "not a readable parquet file"),
+            (tmp_path / "..", "has no data set|has no split|not a readable parquet"),
         ):
             with pytest.raises(ConfigurationError, match=words):
                 list(open_data_set(place, "train" if place.name == ".." else None).records())
 
 
-def ruled(sample: LabelledImage, document: dict[str, Any] | None = None) -> Any:
+def selected(sample: LabelledImage, document: dict[str, Any] | None = None) -> Any:
     evaluated = EvaluatedPolicy(PolicyDocument.model_validate({"name": "p"} | (document or {})), 4, {})
-    return PolicySelector(evaluated, None).of(sample)  # type: ignore[arg-type]  # no row names a policy
+    return PolicySelector(evaluated, None).select(sample)  # type: ignore[arg-type]  # no row names a policy
 
 
-class TestRulings:
-    def test_what_a_row_waives_comes_on_top(self) -> None:
+class TestPolicySelector:
+    def test_categories_waived_by_row_are_added_to_policy(self) -> None:
         sample = LabelledImage("x", b"", "Safe", O2, waived=frozenset({"O2"}))
-        found = ruled(sample, {"categories": {"O3": "waive"}, "effort": "adaptive", "thresholds": {"block": 0.9}})
+        found = selected(sample, {"categories": {"O3": "waive"}, "effort": "adaptive", "thresholds": {"block": 0.9}})
         assert (found.kind, found.category) == (VIOLATION_WAIVED, O2)
         assert set(re.findall(r"Category (O\d) is declared", found.full.prompt)) == {"O2", "O3"}
         assert (found.full.effort, found.adaptive.effort) == ("full", "adaptive")
         assert found.full.thresholds.block == 0.9
         assert found.full.identity.version == 4
 
-    def test_kinds(self) -> None:
-        assert ruled(LabelledImage("x", b"", "Unsafe", O2)).kind == DEFAULT
-        assert ruled(LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
-        assert ruled(LabelledImage("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
+    def test_kind_follows_waived_categories(self) -> None:
+        assert selected(LabelledImage("x", b"", "Unsafe", O2)).kind == DEFAULT
+        assert selected(LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
+        assert selected(LabelledImage("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
 
     @pytest.mark.parametrize(
         ("sample", "reason"),
@@ -253,16 +253,16 @@ class TestRulings:
             (LabelledImage("x", b"", "Safe", None, waived=frozenset({"O12"})), "unknown_policy"),
         ],
     )
-    def test_refused(self, sample: LabelledImage, reason: str) -> None:
-        assert ruled(sample).reason == reason
+    def test_unusable_row_is_rejected_with_reason(self, sample: LabelledImage, reason: str) -> None:
+        assert selected(sample).reason == reason
 
-    def test_a_category_of_the_policys_own(self) -> None:
+    def test_own_category_of_policy_is_accepted(self) -> None:
         own = {"own_categories": [{"code": "O12", "title": "Gambling", "should_not": ["Show dice."]}]}
-        assert ruled(LabelledImage("x", b"", "Unsafe", "O12"), own).category == "O12: Gambling"
+        assert selected(LabelledImage("x", b"", "Unsafe", "O12"), own).category == "O12: Gambling"
 
 
-class Script:
-    """Judges by the submitted bytes' first letters, and keeps what it was asked."""
+class ScriptedService:
+    """Judges by the first word of the id, and keeps the requests."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
@@ -302,11 +302,11 @@ def jpeg(colour: str) -> bytes:
 
 
 @pytest.fixture
-def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Script:
-    script = Script(bench)
+def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ScriptedService:
+    script = ScriptedService(bench)
 
     @contextmanager
-    def open_client(_settings: Settings) -> Iterator[Script]:
+    def open_client(_settings: Settings) -> Iterator[ScriptedService]:
         yield script
 
     monkeypatch.setattr(runs, "open_client", open_client)
@@ -315,7 +315,7 @@ def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 @pytest.fixture
 def data_set(bench: Bench, tmp_path: Path) -> Path:
-    """Ten rows: two files, one of them missing; an object; what is refused; what the service cannot judge."""
+    """Ten rows: two files, one of them missing; an object; rejected records; images that the service cannot judge."""
     bench.put("evaluated/k.jpg", jpeg("red"))
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
     image = {"image": "a.jpg"}
@@ -341,20 +341,22 @@ def objects(bench: Bench) -> list[tuple[str, str]]:
     return [(entry["Key"], entry["ETag"]) for entry in found.get("Contents", ())]
 
 
-def evaluated(bench: Bench, data_set: Path, said: list[str], **fields: Any) -> Any:
+def evaluated(bench: Bench, data_set: Path, lines: list[str], **fields: Any) -> Any:
     given = {
         "options": EvaluationOptions(adaptive=True, perturbed=5),
         "out": None,
         "resamples": 200,
         "prevalence": None,
     } | fields
-    return runs.evaluate(runs.DataSetSource(data_set), "default", bench.settings, progress=said.append, **given)
+    return runs.evaluate(runs.DataSetSource(data_set), "default", bench.settings, progress=lines.append, **given)
 
 
-def test_an_evaluation(bench: Bench, service: Script, data_set: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_evaluation_writes_report_and_nothing_to_the_bucket(
+    bench: Bench, service: ScriptedService, data_set: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
     before = objects(bench)
-    report = evaluated(bench, data_set, said, out=tmp_path / "out")
+    report = evaluated(bench, data_set, lines, out=tmp_path / "out")
     assert objects(bench) == before, "nothing is written to the bucket"
     assert {trial.image is None for trial in service.trials if trial.submission.id == "safe-1"} == {True, False}
     assert all(trial.image for trial in service.trials if trial.submission.id == "unsafe-1")
@@ -371,16 +373,16 @@ def test_an_evaluation(bench: Bench, service: Script, data_set: Path, tmp_path: 
     assert (confusion.true_positives, confusion.true_negatives, confusion.safe_invalid) == (1, 2, 1)
     assert (report.per.value, report.per.of) == (1.0, 1)
     assert report.adaptive.escalated.value == 0.5, "the Unsafe row and the unreadable one"
-    assert {robust.rows for robust in report.robustness} == {2}, "of the unreadable row there is no rating to flip"
-    assert any(re.search(r"10 of 10 rows, [\d.]+ a second, 0 s left", line) for line in said)
-    rows = [json.loads(line) for line in (tmp_path / "out" / runs.ROWS).read_text().splitlines()]
+    assert {robust.rows for robust in report.robustness} == {2}, "the unreadable row has no rating to flip"
+    assert any(re.search(r"10 of 10 rows, [\d.]+ a second, 0 s left", line) for line in lines)
+    rows = [json.loads(line) for line in (tmp_path / "out" / runs.ROWS_NAME).read_text().splitlines()]
     assert len(rows) == 10
     assert next(row for row in rows if row["id"] == "gone")["error"] == "no_image"
-    assert json.loads((tmp_path / "out" / runs.FIGURES).read_text())["judged"] == 4
-    assert "does not exist" in (tmp_path / "out" / runs.PAGE).read_text()
+    assert json.loads((tmp_path / "out" / runs.REPORT_NAME).read_text())["judged"] == 4
+    assert "does not exist" in (tmp_path / "out" / runs.PAGE_NAME).read_text()
 
 
-def test_a_row_under_a_published_policy(bench: Bench, service: Script, tmp_path: Path) -> None:
+def test_row_that_names_a_policy_is_judged_by_it(bench: Bench, service: ScriptedService, tmp_path: Path) -> None:
     bench.registry.publish(PolicyDocument.model_validate({"name": "shop", "categories": {"O2": "waive"}}))
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
     row = {"id": "unsafe-1", "image": "a.jpg", "rating": "Safe", "category": "O2", "policy": "shop@1"}
@@ -393,7 +395,7 @@ def test_a_row_under_a_published_policy(bench: Bench, service: Script, tmp_path:
     assert (policy.identity.name, policy.identity.version) == ("shop", 1)
 
 
-def test_nothing_can_be_judged(bench: Bench, service: Script, tmp_path: Path) -> None:
+def test_no_judged_row_error_names_reasons(bench: Bench, service: ScriptedService, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"id": "x", "rating": "Unclear"}\n')
     with pytest.raises(
         ConfigurationError, match=r"no row of d.jsonl could be judged \(bad_rating 1\): x its rating is"
@@ -416,7 +418,7 @@ def test_nothing_can_be_judged(bench: Bench, service: Script, tmp_path: Path) ->
 
 
 def test_service_that_ends_stops_the_evaluation(
-    bench: Bench, service: Script, data_set: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, service: ScriptedService, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ends(_trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         raise ConfigurationError("the service has ended; start it again")
@@ -426,7 +428,7 @@ def test_service_that_ends_stops_the_evaluation(
         evaluated(bench, data_set, [])
 
 
-def test_file_larger_than_the_limit_is_not_sent(bench: Bench, service: Script, tmp_path: Path) -> None:
+def test_file_larger_than_the_limit_is_not_sent(bench: Bench, service: ScriptedService, tmp_path: Path) -> None:
     (tmp_path / "large.jpg").write_bytes(bytes(bench.settings.image_limit_bytes + 1))
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
     rows = [{"id": f"safe-{name}", "image": name, "rating": "Safe"} for name in ("large.jpg", "a.jpg")]
@@ -436,7 +438,7 @@ def test_file_larger_than_the_limit_is_not_sent(bench: Bench, service: Script, t
     assert [trial.submission.id for trial in service.trials] == ["safe-a.jpg"]
 
 
-def test_many_rows_go_in_bounded_batches_and_are_never_held(bench: Bench, service: Script) -> None:
+def test_many_rows_are_judged_in_bounded_batches(bench: Bench, service: ScriptedService) -> None:
     held: list[int] = []
     pulled = 0
 
@@ -448,31 +450,31 @@ def test_many_rows_go_in_bounded_batches_and_are_never_held(bench: Bench, servic
             yield {"id": f"absent-{n}" if n % 100 else f"safe-{n}", "image": "s3://uploads/many.jpg", "rating": "Safe"}
 
     bench.put("many.jpg", jpeg("red"))
-    selector = PolicySelector(find("default", bench.registry), bench.registry)
+    selector = PolicySelector(find_policy("default", bench.registry), bench.registry)
     judging = SampleJudge(service, selector, bench.settings, EvaluationOptions())
-    said: list[str] = []
-    columns: Columns = judging.run(records(), HERE, None, said.append)
+    lines: list[str] = []
+    columns: ResultColumns = judging.run(records(), HERE, None, lines.append)
     assert (columns.judged, columns.failures) == (200, {"not_found": 19_800})
     assert len(columns.examples) == 20
     assert max(service.batches) <= 1024
-    assert max(held) <= 3 * 1024, "one batch is judged, one prepared, one read"
-    assert said[-1].startswith("20,000 rows")
+    assert max(held) <= 3 * 1024, "one batch is judged, one is prepared, one is parsed"
+    assert lines[-1].startswith("20,000 rows")
 
 
-def test_a_document_that_is_not_published(bench: Bench, tmp_path: Path) -> None:
+def test_unpublished_document_is_evaluated(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("name: shop\ncategories: {O9: waive}\n")
-    found = find(str(tmp_path / "p.yaml"), bench.registry)
+    found = find_policy(str(tmp_path / "p.yaml"), bench.registry)
     assert (found.name, found.version, found.waived) == ("shop (not published)", 0, {"O9"})
     with pytest.raises(ConfigurationError, match="cannot be read"):
-        find(str(tmp_path / "absent.yaml"), bench.registry)
+        find_policy(str(tmp_path / "absent.yaml"), bench.registry)
     assert replace(found, version=3).name == "shop@3"
 
 
-def test_the_drawn_data_set_of_the_docs(tmp_path: Path) -> None:
-    world.write(tmp_path)
+def test_drawn_data_set_has_the_documented_rows(tmp_path: Path) -> None:
+    tiny_report.write_data_set(tmp_path)
     data_set = open_data_set(tmp_path)
-    samples = [parse(record, n, data_set.folder) for n, record in enumerate(data_set.records(), 1)]
-    row_policies = [ruled(sample) for sample in samples if isinstance(sample, LabelledImage)]
+    samples = [parse_record(record, n, data_set.folder) for n, record in enumerate(data_set.records(), 1)]
+    row_policies = [selected(sample) for sample in samples if isinstance(sample, LabelledImage)]
     assert len(row_policies) == len(samples) == data_set.count()
     kinds = Counter((sample.rating, row_policy.kind) for sample, row_policy in zip(samples, row_policies, strict=True))  # type: ignore[union-attr]
     assert kinds == {
@@ -484,4 +486,4 @@ def test_the_drawn_data_set_of_the_docs(tmp_path: Path) -> None:
     first = [
         sample.rating for sample, row_policy in zip(samples, row_policies, strict=True) if row_policy.kind == DEFAULT
     ][:80]  # type: ignore[union-attr]
-    assert Counter(first) == {"Safe": 40, "Unsafe": 40}, "those that are perturbed"
+    assert Counter(first) == {"Safe": 40, "Unsafe": 40}, "the rows that are perturbed"

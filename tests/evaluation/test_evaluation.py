@@ -1,4 +1,4 @@
-"""The figures of an evaluation: by hand on tables small enough for it, and against scikit-learn on larger ones."""
+"""The figures of an evaluation: computed by hand for small tables, and compared with scikit-learn for large ones."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from sklearn.calibration import calibration_curve
 
 from pipelines.evaluation import curves
 from pipelines.evaluation.bootstrap import Bootstrap, Figure
-from pipelines.evaluation.html import render
+from pipelines.evaluation.html import render_page
 from pipelines.evaluation.labels import LabelledImage
 from pipelines.evaluation.metrics import (
     DEFAULT,
@@ -24,15 +24,15 @@ from pipelines.evaluation.metrics import (
     SAFE,
     UNSAFE,
     VIOLATION_WAIVED,
-    Judged,
-    per,
+    JudgedRows,
+    policy_exception_rate,
     rates_by_category,
     rates_by_kind,
 )
-from pipelines.evaluation.perturbations import PERTURBATIONS, perturbed
-from pipelines.evaluation.plots import draw as draw_plots
-from pipelines.evaluation.report import EvaluationReport, summarize
-from pipelines.evaluation.results import Columns
+from pipelines.evaluation.perturbations import PERTURBATIONS, perturb
+from pipelines.evaluation.plots import draw_plots
+from pipelines.evaluation.report import EvaluationReport, build_report
+from pipelines.evaluation.results import ResultColumns
 from pipelines.tiny_guard.drawings import draw as draw_image
 from services.core.messages import Timings, Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating
@@ -46,9 +46,9 @@ NAMES = [*CATEGORIES, NO_CATEGORY]
 RATES = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1", "answered")
 
 
-def judged(rows: Sequence[Row], scores: Sequence[float] | None = None) -> Judged:
+def judged(rows: Sequence[Row], scores: Sequence[float] | None = None) -> JudgedRows:
     answers = {"Safe": SAFE, "Unsafe": UNSAFE, None: INVALID}
-    return Judged(
+    return JudgedRows(
         expected=np.array([label == "Unsafe" for label, *_ in rows], np.bool_),
         predicted=np.array([answers[predicted] for _, predicted, *_ in rows], np.int8),
         score=np.array(scores if scores is not None else [0.5] * len(rows), np.float64),
@@ -59,7 +59,7 @@ def judged(rows: Sequence[Row], scores: Sequence[float] | None = None) -> Judged
     )
 
 
-def drawing(rows: Judged, resamples: int = 200) -> Bootstrap:
+def bootstrap_of(rows: JudgedRows, resamples: int = 200) -> Bootstrap:
     return Bootstrap(rows.image, seed=1, resamples=resamples)
 
 
@@ -79,10 +79,10 @@ HAND: list[Row] = [
 
 
 class TestByHand:
-    """tp 8, fn 2, tn 9, fp 4; one Unsafe and three Safe rows could not be read."""
+    """tp 8, fn 2, tn 9, fp 4; the answers for one Unsafe and three Safe rows are unreadable."""
 
-    def test_rates_of_all_rows(self) -> None:
-        rates = rates_by_kind(judged(HAND), drawing(judged(HAND)))["all"]
+    def test_rates_of_all_rows_match_hand_count(self) -> None:
+        rates = rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))["all"]
         assert rates.rows == 27
         assert rates.confusion.model_dump() == {
             "true_negatives": 9,
@@ -104,8 +104,8 @@ class TestByHand:
         assert {name: getattr(rates, name).value for name in RATES} == pytest.approx(expected)
         assert (rates.accuracy.of, rates.recall.of, rates.answered.of) == (23, 10, 27)
 
-    def test_rates_by_what_is_waived(self) -> None:
-        found = rates_by_kind(judged(HAND), drawing(judged(HAND)))
+    def test_rates_by_kind_of_waiver_match_hand_count(self) -> None:
+        found = rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))
         assert {name: rates.rows for name, rates in found.items()} == {
             "all": 27,
             "nothing waived": 20,
@@ -117,12 +117,12 @@ class TestByHand:
         assert others.specificity.value is None
         assert others.specificity.undefined == "no Safe row has an answer that could be read"
 
-    def test_per_counts_safe_among_the_waived_that_could_be_read(self) -> None:
-        found = per(judged(HAND), drawing(judged(HAND)))
+    def test_policy_exception_rate_ignores_unreadable_answers(self) -> None:
+        found = policy_exception_rate(judged(HAND), bootstrap_of(judged(HAND)))
         assert (found.value, found.of) == (pytest.approx(3 / 4), 4)
 
-    def test_by_category(self) -> None:
-        found = {rates.category: rates for rates in rates_by_category(judged(HAND), NAMES, drawing(judged(HAND)))}
+    def test_rates_by_category_match_hand_count(self) -> None:
+        found = {rates.category: rates for rates in rates_by_category(judged(HAND), NAMES, bootstrap_of(judged(HAND)))}
         assert list(found) == [O1, O2, NO_CATEGORY]
         first, second = found[O1], found[O2]
         assert (first.unsafe, first.safe, second.unsafe, second.safe) == (6, 5, 5, 0)
@@ -133,7 +133,7 @@ class TestByHand:
         assert (first.per.value, second.per.value) == (pytest.approx(3 / 4), None)
         assert found[NO_CATEGORY].specificity.value == pytest.approx(6 / 9)
 
-    def test_areas(self) -> None:
+    def test_areas_match_hand_count(self) -> None:
         # Pairs of an Unsafe and a Safe one: 0.9 beats both, 0.4 ties with one and beats none: 2.5 of 4.
         unsafe, score = np.array([1.0, 0, 1, 0]), np.array([0.9, 0.6, 0.4, 0.4])
         roc, precision_recall = curves.curves(unsafe, score, Bootstrap(np.arange(4), seed=0, resamples=200))
@@ -141,7 +141,7 @@ class TestByHand:
         assert precision_recall.area.value == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
         assert (roc.x[0], roc.y[0], roc.x[-1], roc.y[-1]) == (0, 0, 1, 1)
 
-    def test_calibration_error(self) -> None:
+    def test_calibration_error_matches_hand_count(self) -> None:
         unsafe, score = np.array([0.0, 0, 1, 1, 1]), np.array([0.05, 0.15, 0.15, 0.95, 1.0])
         found = curves.calibration(unsafe, score, Bootstrap(np.arange(5), seed=0, resamples=200))
         assert found.ece.value == pytest.approx((0.05 + 2 * abs(0.5 - 0.15) + 2 * (1 - 0.975)) / 5)
@@ -152,7 +152,7 @@ class TestByHand:
         assert curves.expected_calibration_error(unsafe, score) == pytest.approx(found.ece.value)
 
     @pytest.mark.parametrize(("prevalence", "load"), [(None, 3 / 5), (0.1, 0.1 * 2 / 3 + 0.9 * 1 / 2)])
-    def test_thresholds(self, prevalence: float | None, load: float) -> None:
+    def test_threshold_costs_match_hand_count(self, prevalence: float | None, load: float) -> None:
         unsafe, score = np.array([1.0, 1, 1, 0, 0]), np.array([0.9, 0.5, 0.1, 0.5, 0.2])
         draw = Bootstrap(np.arange(5), seed=0, resamples=200)
         lower, upper = curves.threshold_table(unsafe, score, draw, [0.95, 0.5], prevalence)
@@ -176,9 +176,9 @@ labelled = st.lists(
 class TestAgainstScikitLearn:
     @given(labelled)
     @settings(max_examples=60)
-    def test_rates(self, found: list[tuple[Rating, Rating, float]]) -> None:
+    def test_rates_match_scikit_learn(self, found: list[tuple[Rating, Rating, float]]) -> None:
         rows = judged([(label, predicted, None, None, DEFAULT) for label, predicted, _ in found])
-        rates = rates_by_kind(rows, drawing(rows, resamples=1))["all"]
+        rates = rates_by_kind(rows, bootstrap_of(rows, resamples=1))["all"]
         truth, answer = rows.expected, rows.predicted == UNSAFE
         assert rates.accuracy.value == pytest.approx(sk.accuracy_score(truth, answer))
         assert rates.balanced_accuracy.value == pytest.approx(sk.balanced_accuracy_score(truth, answer))
@@ -190,7 +190,9 @@ class TestAgainstScikitLearn:
 
     @given(labelled, st.integers(0, 2**32 - 1))
     @settings(max_examples=60)
-    def test_areas_of_weighted_rows(self, found: list[tuple[Rating, Rating, float]], seed: int) -> None:
+    def test_areas_of_weighted_rows_match_scikit_learn(
+        self, found: list[tuple[Rating, Rating, float]], seed: int
+    ) -> None:
         unsafe = np.array([label == "Unsafe" for label, *_ in found], np.float64)
         score = np.array([s for *_, s in found])
         weights = np.random.default_rng(seed).integers(0, 4, len(found)).astype(np.float64)
@@ -201,7 +203,7 @@ class TestAgainstScikitLearn:
         assert areas[0] == pytest.approx(sk.roc_auc_score(unsafe, score, sample_weight=weights))
         assert areas[1] == pytest.approx(sk.average_precision_score(unsafe, score, sample_weight=weights))
 
-    def test_brier_and_reliability(self) -> None:
+    def test_brier_score_and_bins_match_scikit_learn(self) -> None:
         rng = np.random.default_rng(5)
         score = rng.random(400)
         unsafe = (rng.random(400) < score**2).astype(np.float64)
@@ -213,23 +215,23 @@ class TestAgainstScikitLearn:
 
 
 class TestIntervals:
-    def test_the_same_seed_draws_the_same(self) -> None:
+    def test_same_seed_gives_same_intervals(self) -> None:
         rows = judged(HAND)
         first, again = (rates_by_kind(rows, Bootstrap(rows.image, seed=3, resamples=200)) for _ in range(2))
         other = rates_by_kind(rows, Bootstrap(rows.image, seed=4, resamples=200))
         assert first == again != other
 
-    def test_width_of_a_share(self) -> None:
+    def test_interval_of_a_share_has_the_expected_width(self) -> None:
         # Of a share p over n images the standard error is sqrt(p (1 - p) / n), and 1.96 of it are an interval's half.
         rows = judged([("Unsafe", "Unsafe" if n % 5 else "Safe", None, None, DEFAULT) for n in range(500)])
-        recall = rates_by_kind(rows, drawing(rows, resamples=1000))["all"].recall
+        recall = rates_by_kind(rows, bootstrap_of(rows, resamples=1000))["all"].recall
         assert recall.value == 0.8
         assert recall.low is not None
         assert recall.high is not None
         half = 1.96 * math.sqrt(0.8 * 0.2 / 500)
         assert recall.high - recall.low == pytest.approx(2 * half, rel=0.1)
 
-    def test_rows_of_one_image_are_drawn_together(self) -> None:
+    def test_rows_of_one_image_widen_the_interval(self) -> None:
         rows = judged([("Unsafe", "Unsafe" if n % 2 else "Safe", None, None, DEFAULT) for n in range(100)])
 
         def width(images: Any) -> float:
@@ -239,9 +241,9 @@ class TestIntervals:
         apart, together = width(np.arange(100)), width(np.tile(np.arange(20), 5))
         assert together > 1.7 * apart, "five rows of an image are no five images (sqrt(5) would be 2.2)"
 
-    def test_no_certainty_where_nothing_went_wrong(self) -> None:
+    def test_share_of_one_gets_wilsons_interval(self) -> None:
         rows = judged([("Unsafe", "Unsafe", None, None, DEFAULT)] * 30)
-        rates = rates_by_kind(rows, drawing(rows))["all"]
+        rates = rates_by_kind(rows, bootstrap_of(rows))["all"]
         recall, f1 = rates.recall, rates.f1
         assert (f1.value, f1.low, f1.high) == (1.0, None, None)
         assert (recall.value, recall.high) == (1.0, pytest.approx(1.0))
@@ -251,7 +253,7 @@ class TestIntervals:
         assert Bootstrap(np.arange(1_000_000), seed=0).resamples == 200
         assert Bootstrap(np.arange(1000), seed=0).resamples == 1000
 
-    def test_text(self) -> None:
+    def test_figure_as_text(self) -> None:
         assert Figure(value=0.5, low=0.4, high=0.6).text() == "50.0 % (40.0 to 60.0)"
         assert Figure(value=0.5).text(percent=False) == "0.500"
         assert Figure(value=None, undefined="why").text() == "undefined"
@@ -264,9 +266,9 @@ def answer(rating: Rating | None, score: float | None = None, **fields: Any) -> 
     return changed(**(given | (unreadable if rating is None else {}) | fields))
 
 
-def collected() -> Columns:
+def collected() -> ResultColumns:
     """Six images: with `adaptive` one is escalated, one missed; blurred, one flips to Safe and one to Unsafe."""
-    columns = Columns()
+    columns = ResultColumns()
     rows: list[tuple[Rating, Verdict, Verdict, Verdict | None]] = [
         ("Unsafe", answer("Unsafe", 0.9), answer("Unsafe", 0.9, effort="full"), answer("Unsafe", 0.8)),
         ("Unsafe", answer("Unsafe", 0.7), answer("Safe", 0.05, effort="first_look"), answer("Safe", 0.4)),
@@ -284,12 +286,12 @@ def collected() -> Columns:
     return columns
 
 
-def summary(columns: Columns) -> EvaluationReport:
-    return summarize(columns, data_set="d", policy="default@1", policy_thresholds=(0.5, 0.8), resamples=200)
+def summary(columns: ResultColumns) -> EvaluationReport:
+    return build_report(columns, data_set="d", policy="default@1", policy_thresholds=(0.5, 0.8), resamples=200)
 
 
 class TestReport:
-    def test_what_was_judged(self) -> None:
+    def test_report_counts_rows_and_failures(self) -> None:
         report = summary(collected())
         assert (report.rows, report.judged, report.images, report.failures) == (7, 6, 6, {"not_found": 1})
         assert [(p.id, p.reason) for p in report.problems] == [("gone", "not_found")]
@@ -297,7 +299,7 @@ class TestReport:
         assert report.calibration.bins[9].rows == 1
         assert {t.threshold for t in report.thresholds} >= {0.5, 0.8, 0.05, 0.95}
 
-    def test_adaptive_against_full(self) -> None:
+    def test_adaptive_compared_with_full(self) -> None:
         adaptive = summary(collected()).adaptive
         assert adaptive is not None
         assert (adaptive.rows, adaptive.escalated.value) == (6, pytest.approx(2 / 6))
@@ -306,26 +308,26 @@ class TestReport:
         assert (adaptive.missed.value, adaptive.missed.of) == (0.5, 2)
         assert adaptive.balanced_accuracy.value == pytest.approx((1 / 2 + 1) / 2)
 
-    def test_robustness(self) -> None:
+    def test_robustness_counts_flips(self) -> None:
         (blur,) = summary(collected()).robustness
         assert (blur.rows, blur.flips.value) == (4, pytest.approx(2 / 4)), "unreadable before: no flip"
         assert (blur.to_safe.value, blur.to_unsafe.value) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
         assert blur.score_change.value == pytest.approx((0.1 + 0.3 + 0.5 + 0) / 4)
 
-    def test_latency(self) -> None:
+    def test_latency_percentiles(self) -> None:
         total = next(each for each in summary(collected()).latency if each.step == "total")
         assert (total.percentiles[50].value, total.percentiles[99].value) == (165, 900)
 
-    def test_nothing_at_all(self) -> None:
-        report = summary(Columns())
+    def test_no_rows_every_figure_is_undefined(self) -> None:
+        report = summary(ResultColumns())
         assert report.rates["all"].accuracy.value is None
         assert report.roc.area.undefined == "it takes Safe and Unsafe rows with a score"
         assert "NaN" not in report.model_dump_json()
-        assert "undefined" in render(report)
+        assert "undefined" in render_page(report)
 
     @pytest.mark.parametrize("only", ["Safe", "Unsafe"])
-    def test_one_class(self, only: Rating) -> None:
-        columns = Columns()
+    def test_one_class_only_its_rates_are_defined(self, only: Rating) -> None:
+        columns = ResultColumns()
         for n in range(4):
             columns.add(LabelledImage(f"{n}", f"s3://b/{n}", only, None), DEFAULT, None, answer("Safe", 0.1 * n))
         report = summary(columns)
@@ -338,31 +340,31 @@ class TestReport:
         assert rates.accuracy.value == (1 if only == "Safe" else 0)
         assert any("undefined: it takes Safe and Unsafe rows" in line for line in report.lines())
         assert "NaN" not in report.model_dump_json()
-        assert render(report)
+        assert render_page(report)
 
-    def test_it_survives_json(self) -> None:
+    def test_report_survives_json(self) -> None:
         report = summary(collected())
         assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
 
-    def test_the_page_is_the_same_every_time_and_escapes_what_strangers_wrote(self) -> None:
+    def test_page_is_reproducible_and_escapes_text_of_the_data_set(self) -> None:
         report = summary(collected())
-        page = render(report, "A note & more.")
-        assert page == render(EvaluationReport.model_validate_json(report.model_dump_json()), "A note & more.")
+        page = render_page(report, "A note & more.")
+        assert page == render_page(EvaluationReport.model_validate_json(report.model_dump_json()), "A note & more.")
         assert "there is no &lt;b&gt;such&lt;/b&gt; key" in page
         assert "A note &amp; more." in page
         assert page.count("data:image/svg+xml;base64,") == len(draw_plots(report)) == 5
         assert "<script" not in page
 
-    def test_summary_lines(self) -> None:
+    def test_summary_lines_have_the_main_figures(self) -> None:
         lines = "\n".join(summary(collected()).lines())
         for words in ("6 of 7 rows judged", "not judged: not_found 1", "count as neither: 1", "adaptive: escalated"):
             assert words in lines
 
 
 class TestPerturbations:
-    def test_what_becomes_of_an_image(self) -> None:
+    def test_perturbations_change_the_image_as_named(self) -> None:
         data = draw_image(1, size=(200, 100)).jpeg
-        first, again = perturbed(data, 1), perturbed(data, 1)
+        first, again = perturb(data, 1), perturb(data, 1)
         assert first == again
         assert len(first) == len(PERTURBATIONS)
         images = {n: Image.open(io.BytesIO(d)).convert("RGB") for n, d in zip(PERTURBATIONS, first, strict=True)}
