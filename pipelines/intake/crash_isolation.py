@@ -1,4 +1,4 @@
-"""Finds the message that crashes intake processes, and keeps its crashes away from other messages.
+"""Crash isolation finds the message that crashes intake processes, and protects the other messages.
 
 Each process registers in Redis the messages that it has in flight, before it touches them, and sends a heartbeat. When
 the heartbeat of a process stops, the other processes count one crash for each message that it had registered:
@@ -33,7 +33,8 @@ _DEAD_AFTER_S: Final = 4.0
 """Without a heartbeat for this long, a process counts as crashed."""
 _CRASH_COUNT_TTL_S: Final = 86_400
 _ISOLATION_S: Final = 20.0
-"""How long the others wait for a suspected or isolated message. A poison message crashes the process well before."""
+"""The longest time that other messages wait for a suspected or isolated one. A poison message crashes its process much
+sooner."""
 
 # Counts a crash for each message of the dead processes, then writes this process's heartbeat and the messages that it
 # has in flight. Of the new messages (the last ones) only those without a crash are added. Returns the crashes of each.
@@ -84,18 +85,18 @@ def _limit_isolation(end_isolation: Callable[[], None]) -> Iterator[None]:
 
 
 class CrashIsolation:
-    """Which messages one intake process may process at the same time. Use it as an async context manager."""
+    """Decides which messages one intake process may process at the same time. Use it as an async context manager."""
 
     def __init__(self, redis_cache: RedisClient, group: str, member: str) -> None:
-        """`member` names this process; a restarted process needs another name."""
+        """`member` is the name of this process. A restarted process needs another name."""
         self._redis_cache = redis_cache
         self._prefix = f"sluice:{group}:"
         self._member = member
         self._in_flight: set[str] = set()
         self._updating = asyncio.Lock()
         self._redis_down = False
-        """Redis did not answer the last call. Then only the heartbeat calls it, so that a hanging server does not
-        slow down the processing."""
+        """Whether Redis failed to answer the last call. Then only the heartbeat calls it, so that a hanging server does
+        not slow down the processing."""
         self._suspect_slots = asyncio.Semaphore(_SUSPECT_CONCURRENCY)
         self._running = 0
         self._exclusive_source: str | None = None

@@ -1,4 +1,4 @@
-"""Order by key: messages that share a key are processed one after the other, all others at once."""
+"""Order by key: messages that share a key are processed one after the other, and all others at the same time."""
 
 import asyncio
 from collections import OrderedDict

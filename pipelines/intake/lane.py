@@ -1,11 +1,11 @@
-"""One stream of an intake member: receives its messages, has them processed in order, and settles them."""
+"""One stream of an intake member: it receives messages, has them processed in order, and settles them."""
 
 import asyncio
 import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Final
@@ -19,11 +19,12 @@ from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
 RECEIVE_TIMEOUT_S: Final = 0.5
-"""Longest wait for messages, or for a free slot."""
+"""The longest wait for messages or for a free slot."""
 _RETRY_PAUSES_S: Final = (1, 5, 30)
+"""Pauses between tries to settle a message. The last one repeats."""
 _MAX_UNSETTLED_MESSAGES: Final = 32_768
-"""Messages of one stream that are judged and not settled. It limits the memory while the stream accepts no output. It
-is more than the windows of several Kafka partitions, so that a message that blocks one of them still shows."""
+"""Messages of one stream that are judged and not settled. The limit bounds the memory while the stream accepts no
+output. It is larger than the windows of several Kafka partitions, so a message that blocks one of them is detected."""
 
 Entry = ParsedSubmission | InvalidMessage
 
@@ -33,23 +34,23 @@ log = logging.getLogger(__name__)
 class InFlightMessage:
     """One message that this member has received and not settled."""
 
-    def __init__(self, message: Message, crashes: int) -> None:
+    def __init__(self, message: Message, crashes: int, received_at_s: float) -> None:
         self.message = replace(message, attempts=crashes + 1) if crashes >= message.attempts else message
         self.crashes = crashes
-        self.received_at_s = time.monotonic()
+        self.received_at_s = received_at_s
         self.judged = False
         self.deadline_passed = False
         self._scope: asyncio.Timeout | None = None
 
     def expire(self) -> None:
-        """Stop the processing of the message, now and in later tries. Settling goes on."""
+        """Stop processing the message, now and in later tries. It is still settled."""
         if self._scope and not self.deadline_passed:
             self._scope.reschedule(asyncio.get_running_loop().time())
         self.deadline_passed = True
 
     @asynccontextmanager
     async def stop_at_deadline(self) -> AsyncIterator[None]:
-        """Run the block until it ends or `expire` is called; `expire` raises nothing here."""
+        """Run the block until it ends or `expire` is called. `expire` raises nothing here."""
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -72,17 +73,23 @@ class Lane:
         isolation: CrashIsolation,
         limit: int,
         priority: Priority,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """`limit` is the number of messages that are processed at a time. Tests pass their own `clock` and `sleep`."""
         self.consumer = consumer
         self.priority = priority
         self.in_flight: dict[str, InFlightMessage] = {}
-        """By the messages' sources; the last one, where a message was received several times."""
+        """By source. If a message was received several times, this is the last one."""
         self.tasks: set[asyncio.Task[None]] = set()
         self._processor = processor
         self._isolation = isolation
         self._limit = limit
+        self._clock = clock
+        self._sleep = sleep
         self._judging = 0
-        """Messages without outputs. Those that wait to be settled do not count: with exactly-once delivery they wait
+        """Messages without outputs. Messages that wait to be settled do not count: with exactly-once delivery they wait
         for the oldest message of their partition."""
         self._judged = asyncio.Event()
         self._slots = asyncio.Semaphore(limit)
@@ -91,11 +98,11 @@ class Lane:
 
     @property
     def free_slots(self) -> int:
-        """How many more messages may be received."""
+        """The number of messages that may still be received."""
         return min(self._limit - self._judging, _MAX_UNSETTLED_MESSAGES - len(self.tasks))
 
     async def receive(self) -> None:
-        """Receive as many messages as there are free slots, and start to process them; wait if there are none."""
+        """Receive up to as many messages as there are free slots, and start to process them."""
         if self.free_slots < 1:
             self._judged.clear()
             with suppress(TimeoutError):
@@ -104,7 +111,8 @@ class Lane:
         messages = await self.consumer.receive(self.free_slots, RECEIVE_TIMEOUT_S)
         self._judging += len(messages)
         crashes = await self._isolation.register([message.source for message in messages])
-        for held in map(InFlightMessage, messages, crashes):
+        for message, count in zip(messages, crashes, strict=True):
+            held = InFlightMessage(message, count, self._clock())
             self.in_flight[held.message.source] = held
             entries = await self._parse(held)
             submissions = [entry for entry in entries if isinstance(entry, ParsedSubmission)]
@@ -116,12 +124,16 @@ class Lane:
             task.add_done_callback(self.tasks.discard)
 
     def expire_blocking_messages(self, deadline_s: float) -> None:
-        """End the processing of messages that have blocked a partition with a full window for `deadline_s`."""
+        """Stop processing messages that have blocked a partition with a full window for `deadline_s`."""
         for message in self.consumer.blocked():
             held = self.in_flight.get(message.source)
-            late = held is not None and time.monotonic() - held.received_at_s > deadline_s
-            if held and late and not held.deadline_passed and self._processor.expiry_budget.take():
-                log.error("%s blocks its partition; it is no longer processed", message.source)
+            if held is None or held.deadline_passed or self._clock() - held.received_at_s <= deadline_s:
+                continue
+            if self._processor.expiry_budget.take():
+                log.error(
+                    "message %s has blocked its partition for more than %g s; it is settled without a judgement",
+                    *(message.source, deadline_s),
+                )
                 held.expire()
 
     async def _parse(self, held: InFlightMessage) -> Sequence[Entry]:
@@ -159,14 +171,14 @@ class Lane:
                 await self.consumer.settle(message, outputs)
                 return
             except NotOwned:
-                log.info("%s now belongs to another member", message.source)
+                log.info("message %s now belongs to another member; it is dropped here", message.source)
                 return
             except ConfigurationError as error:
-                log.error("cannot settle %s; next try in %d s: %s", message.source, pause_s, error)
+                log.error("cannot settle message %s; next try in %d s: %s", message.source, pause_s, error)
             except Exception:
                 # A defect of Sluice must cost neither this message nor the others.
-                log.exception("cannot handle %s; next try in %d s", message.source, pause_s)
-            await asyncio.sleep(pause_s)
+                log.exception("a defect of Sluice stopped message %s; next try in %d s", message.source, pause_s)
+            await self._sleep(pause_s)
 
     async def _process_entries(self, held: InFlightMessage, entries: Sequence[Entry]) -> list[OutgoingMessage]:
         """Return the outputs of all entries. Entries with the same key are processed one after the other."""

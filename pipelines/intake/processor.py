@@ -1,7 +1,8 @@
-"""Makes the outgoing messages of one entry: verdicts or a dead letter. It receives and settles nothing."""
+"""The processor makes the outgoing messages of one entry: verdicts or a dead letter. It uses no stream."""
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -19,10 +20,10 @@ from services.streams.parsing import InvalidMessage, ParsedSubmission
 
 _MAX_DETAIL_CHARS: Final = 500
 _SYSTEMIC_RETRY_S: Final = 15.0
-"""Pause before the next try while no submission can be judged."""
+"""Pause between tries while no submission can be judged."""
 
 _SYSTEMIC_ERRORS: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
-"""Errors that a wrong setting or a broken component causes for every submission."""
+"""A wrong setting or a broken component causes these errors for every submission."""
 _SYSTEMIC_ERRORS_IN_A_ROW: Final = 500
 _SYSTEMIC_ERRORS_PER_SUCCESS: Final = 10.0
 
@@ -30,9 +31,16 @@ log = logging.getLogger(__name__)
 
 
 class Processor:
-    """Judges one entry of a message at a time, and writes its outcome. All lanes of a member share one."""
+    """Judges the entries of messages, and makes their outcomes. All lanes of a member share one processor."""
 
-    def __init__(self, moderator: Moderator, settings: Settings, sample: TrafficSample | None = None) -> None:
+    def __init__(
+        self,
+        moderator: Moderator,
+        settings: Settings,
+        sample: TrafficSample | None = None,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self.expiry_budget = FailureBudget()
         """Submissions that may expire: a small share of the judged ones, and none while nothing can be judged."""
         self._systemic_budget = FailureBudget(
@@ -41,9 +49,10 @@ class Processor:
         self._moderator = moderator
         self._settings = settings
         self._sample = sample
+        self._sleep = sleep
 
     async def process(self, message: Message, entry: ParsedSubmission | InvalidMessage) -> list[OutgoingMessage]:
-        """Return the verdict of an entry, and a shadow version's if there is one, or its dead letter."""
+        """Judge an entry. Return its verdict, with a shadow version's verdict if there is one, or its dead letter."""
         if isinstance(entry, InvalidMessage):
             return [self.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
         while True:
@@ -52,13 +61,13 @@ class Processor:
             except Unjudgeable as error:
                 if not isinstance(error, _SYSTEMIC_ERRORS) or self._systemic_budget.take():
                     return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
-                # A wrong bucket policy or a broken checkpoint must not empty the stream into the dead letters.
+                # A wrong bucket policy or a broken checkpoint must not turn the whole stream into dead letters.
                 log.error(
                     "no submission can be judged at present; submission %s is tried again in %d s: %s",
                     *(entry.submission.id, _SYSTEMIC_RETRY_S, error),
                 )
                 telemetry.count_retry(error)
-                await asyncio.sleep(_SYSTEMIC_RETRY_S)
+                await self._sleep(_SYSTEMIC_RETRY_S)
             else:
                 self.expiry_budget.succeeded()
                 self._systemic_budget.succeeded()
@@ -96,7 +105,7 @@ class Processor:
     async def _judge(self, entry: ParsedSubmission) -> ModerationResult:
         """
         Raises:
-            Expired: the submission could not be judged in time, while others were.
+            Expired: the submission could not be judged in time, although others were.
             Unjudgeable: the submission can never be judged.
         """
         judging = asyncio.ensure_future(self._moderator.judge(entry.submission))
@@ -107,9 +116,7 @@ class Processor:
                 if judging.done():
                     return judging.result()
                 if self.expiry_budget.take():
-                    raise Expired(
-                        f"it could not be judged within {self._settings.judge_deadline_s:g} s, while others were"
-                    )
+                    raise Expired(f"it could not be judged within {self._settings.judge_deadline_s:g} s; others were")
                 timeout_s = _SYSTEMIC_RETRY_S
         finally:
             await cancel_and_wait(judging)

@@ -1,4 +1,4 @@
-"""One intake member: owns a lane for each stream, and starts, watches and drains them."""
+"""One intake member: a lane for each stream, which it starts, watches and drains."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class IntakeWorker:
-    """Keeps a bounded number of submissions in flight between the streams and the moderation.
+    """Keeps a bounded number of submissions in flight between the streams and the moderator.
 
     A message is settled once, with the outputs of all its submissions. Messages that are not settled when the member
     ends are redelivered to another member. The backfill stream is read while less than half of the live lane is in use.
@@ -45,7 +45,7 @@ class IntakeWorker:
         if backfill:
             self._lanes.append(Lane(backfill, processor, isolation, max(1, settings.in_flight // 2), "backfill"))
         self.lags: dict[Priority, Lag] = {}
-        """The last reading of each stream; a stream whose lag cannot be read is missing."""
+        """The last lag of each stream. A stream whose lag cannot be read is missing."""
         self._draining = False
         self._drained: asyncio.Task[None] | None = None
         self._receiving = [asyncio.create_task(self._receive(lane)) for lane in self._lanes]
@@ -62,7 +62,7 @@ class IntakeWorker:
                 raise RuntimeError("the intake worker has stopped receiving")
 
     async def drain(self) -> None:
-        """Receive no more, finish what is in flight within `drain_s`, then leave the groups. Safe to repeat."""
+        """Receive no more messages, finish those in flight within `drain_s`, and leave the groups. Safe to repeat."""
         self._draining = True
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
@@ -77,7 +77,9 @@ class IntakeWorker:
         if tasks := set().union(*(lane.tasks for lane in self._lanes)):
             _, late = await asyncio.wait(tasks, timeout=max(0.0, deadline - time.monotonic()))
             if late:
-                log.warning("%d messages were not finished within the drain; other members receive them", len(late))
+                log.warning(
+                    "%d messages were not finished within the drain; other members will receive them", len(late)
+                )
                 await asyncio.gather(*map(cancel_and_wait, late))
         await asyncio.gather(*(lane.consumer.close() for lane in self._lanes))
 
@@ -100,7 +102,7 @@ class IntakeWorker:
             for lane in self._lanes:
                 try:
                     self.lags[lane.priority] = lag = await lane.consumer.lag()
-                except Exception as error:  # noqa: BLE001 - the lag is read again in a second, whatever failed
+                except Exception as error:  # noqa: BLE001 - after any error the lag is read again in a second
                     self.lags.pop(lane.priority, None)
                     log.warning("cannot read the lag of the %s stream; next try in a second: %s", lane.priority, error)
                     continue
