@@ -1,8 +1,8 @@
-"""The deadline of one message in a lane, on streams in memory."""
+"""One lane on streams in memory: the deadline of a message, its retries, and blocked partitions."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from pipelines.intake.crash_isolation import MAX_CRASHES
 from pipelines.intake.lane import Lane
 from pipelines.intake.processor import Processor
+from services.core.errors import ConfigurationError
 from services.core.messages import DeadLetter, Submission, Verdict
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
@@ -66,16 +67,30 @@ class FreeIsolation(FullIsolation):
         yield
 
 
-class Bench:
-    """A lane with one received message."""
+class LaneBench:
+    """A lane on streams in memory. Its clock is `now_s`, and it sleeps as `sleep` does."""
 
-    def __init__(self, isolation: FullIsolation, value: object) -> None:
+    def __init__(
+        self,
+        isolation: FullIsolation,
+        value: object,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self.broker = MemoryBroker()
         self.isolation = isolation
         self.moderator: Any = RecordingModerator()
         self.consumer = MemoryGroupConsumer(self.broker, SETTINGS.submissions_stream, "group", 60)
-        processor = Processor(self.moderator, SETTINGS)
-        self.lane = Lane(self.consumer, processor, isolation, 4, "live")  # type: ignore[arg-type]
+        self.processor = Processor(self.moderator, SETTINGS)
+        self.now_s = 0.0
+        self.lane = Lane(
+            self.consumer,
+            self.processor,
+            isolation,  # type: ignore[arg-type]
+            4,
+            "live",
+            clock=lambda: self.now_s,
+            sleep=sleep,
+        )
         self.value = json.dumps(value).encode()
 
     async def receive(self) -> None:
@@ -99,7 +114,7 @@ class Bench:
 
 @pytest.mark.parametrize("crashes", range(MAX_CRASHES))
 async def test_deadline_while_waiting_for_isolation_settles_the_message_once(crashes: int) -> None:
-    bench = Bench(FullIsolation(crashes), {"id": "waits", "uri": "s3://uploads/waits.jpg"})
+    bench = LaneBench(FullIsolation(crashes), {"id": "waits", "uri": "s3://uploads/waits.jpg"})
     await bench.receive()
     await bench.isolation.waiting.wait()
     bench.expire()
@@ -114,7 +129,7 @@ async def test_deadline_while_waiting_for_isolation_settles_the_message_once(cra
 
 
 async def test_deadline_of_a_confirmed_poison_message_keeps_its_dead_letter() -> None:
-    bench = Bench(FullIsolation(MAX_CRASHES), {"id": "poison", "uri": "s3://uploads/poison.jpg"})
+    bench = LaneBench(FullIsolation(MAX_CRASHES), {"id": "poison", "uri": "s3://uploads/poison.jpg"})
     await bench.receive()
     bench.expire()
     await bench.finish()
@@ -128,7 +143,7 @@ async def test_deadline_keeps_the_outputs_of_finished_entries() -> None:
         s3 = {"bucket": {"name": "uploads"}, "object": {"key": key, "sequencer": sequencer}}
         return {"eventName": "ObjectCreated:Put", "s3": s3}
 
-    bench = Bench(FreeIsolation(0), {"Records": [created("a.jpg", "01"), created("b.jpg", "02"), {"eventName": 5}]})
+    bench = LaneBench(FreeIsolation(0), {"Records": [created("a.jpg", "01"), created("b.jpg", "02"), {"eventName": 5}]})
     judge = bench.moderator.judge
 
     async def stuck_at_b(submission: Submission) -> ModerationResult:
@@ -145,3 +160,53 @@ async def test_deadline_keeps_the_outputs_of_finished_entries() -> None:
     assert reasons == {"s3://uploads/a.jpg": None, "s3://uploads/b.jpg": "blocked"}
     (letter,) = bench.dead_letters()
     assert DeadLetter.from_headers(letter.headers).reason == "malformed"
+
+
+async def test_failed_settle_after_deadline_backs_off() -> None:
+    pauses_s: list[float] = []
+
+    async def record(seconds: float) -> None:
+        pauses_s.append(seconds)
+        if len(pauses_s) == 4:
+            bench.consumer.settle = settle  # type: ignore[method-assign]
+
+    async def refuse(*_: object) -> None:
+        bench.expire()
+        raise ConfigurationError("the verdict is too large for its stream")
+
+    bench = LaneBench(FreeIsolation(0), {"id": "refused", "uri": "s3://uploads/refused.jpg"}, sleep=record)
+    settle, bench.consumer.settle = bench.consumer.settle, refuse  # type: ignore[method-assign]
+    await bench.receive()
+    await bench.finish()
+    assert pauses_s == [1, 5, 30, 30]
+    assert len(bench.verdicts()) == 1
+
+
+async def test_blocking_message_is_settled_once_others_succeed() -> None:
+    bench = LaneBench(FreeIsolation(0), {"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
+    bench.consumer.blocked = lambda: [held.message for held in bench.lane.in_flight.values()]  # type: ignore[method-assign]
+    await bench.receive()
+    await bench.moderator.stuck.wait()
+    for _ in range(60):
+        bench.processor.expiry_budget.succeeded()
+    bench.now_s = 600.0
+    bench.lane.expire_blocking_messages(600)
+    assert not any(held.deadline_passed for held in bench.lane.in_flight.values()), "its deadline has not passed"
+    bench.now_s = 600.1
+    bench.lane.expire_blocking_messages(600)
+    await bench.finish()
+    (verdict,) = bench.verdicts()
+    assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "blocked", "review")
+
+
+async def test_blocking_message_while_nothing_succeeds_is_kept() -> None:
+    bench = LaneBench(FreeIsolation(0), {"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
+    bench.consumer.blocked = lambda: [held.message for held in bench.lane.in_flight.values()]  # type: ignore[method-assign]
+    await bench.receive()
+    await bench.moderator.stuck.wait()
+    bench.now_s = 1e6
+    bench.lane.expire_blocking_messages(600)
+    (held,) = bench.lane.in_flight.values()
+    assert not held.deadline_passed, "alone, it may be an outage"
+    bench.expire()
+    await bench.finish()

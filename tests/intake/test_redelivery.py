@@ -1,4 +1,4 @@
-"""A message that comes again while this member still works on it: its partition went away and came back."""
+"""A message that is redelivered while it is in flight, because its partition was revoked and assigned again."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Lag, Message, OutgoingMessage
 
 
-class Rebalanced:
-    """A transport whose first assignment is gone by the time that anything can be settled."""
+class RebalancedConsumer:
+    """A consumer whose first assignment is revoked before anything is settled."""
 
     def __init__(self, *messages: Message) -> None:
         self._left = list(messages)
@@ -44,11 +44,11 @@ class Rebalanced:
         pass
 
 
-class Slow:
-    """Judges in a moment."""
+class FakeModerator:
+    """Judges after the messages of one batch have all been received."""
 
     async def judge(self, submission: Submission) -> ModerationResult:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         return ModerationResult(build_skipped_verdict(submission, "needs_review"))
 
 
@@ -57,13 +57,13 @@ def message(offset: int, assignment: str) -> Message:
     return Message(value, b"key", (), f"submissions/0/{offset}", datetime.now(UTC), token=assignment)
 
 
-async def test_those_behind_it_are_judged() -> None:
+async def test_redelivered_message_and_those_behind_it_are_settled_once() -> None:
     again = [message(offset, "second assignment") for offset in range(3)]
-    transport: Any = Rebalanced(message(0, "first assignment"), message(1, "first assignment"), *again)
-    moderator: Any = Slow()
-    shared = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # where nothing is
-    intake = IntakeWorker(transport, moderator, Settings(), CrashIsolation(shared, "sluice", "member"))
-    settled = [await asyncio.wait_for(transport.settled.get(), 5) for _ in again]
+    consumer: Any = RebalancedConsumer(message(0, "first assignment"), message(1, "first assignment"), *again)
+    moderator: Any = FakeModerator()
+    redis_cache = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # no server listens there
+    intake = IntakeWorker(consumer, moderator, Settings(), CrashIsolation(redis_cache, "sluice", "member"))
+    settled = [await asyncio.wait_for(consumer.settled.get(), 5) for _ in again]
     await intake.drain()
     assert settled == again
     assert intake.live.in_flight == {}
