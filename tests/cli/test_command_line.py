@@ -14,7 +14,7 @@ from pipelines.local.env_file import env_file_written, read_env_file
 from services.core.settings import Settings, load
 from tests.end_to_end.outside import SLUICE
 from tests.support.command_line import run_sluice
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 from tests.support.s3_server import CREDENTIALS
 from tests.support.servers import Valkey
 
@@ -35,7 +35,7 @@ def fails(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
 
 
 @pytest.fixture
-def folder(bench: Bench, tmp_path: Path) -> Path:
+def folder(bench: IntakeBench, tmp_path: Path) -> Path:
     """A folder whose .sluice/env leads to the bench."""
     with env_file_written(bench.settings, {}, tmp_path / ".sluice" / "env"):
         content = (tmp_path / ".sluice" / "env").read_text()
@@ -44,7 +44,7 @@ def folder(bench: Bench, tmp_path: Path) -> Path:
 
 
 async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdicts(
-    bench: Bench, folder: Path, tmp_path: Path
+    bench: IntakeBench, folder: Path, tmp_path: Path
 ) -> None:
     await bench.start()
     bench.put("a.jpg")
@@ -69,7 +69,7 @@ async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdic
     assert b"is not a verdict" in shown.stderr
 
 
-async def test_submit_of_json_lines_stops_at_the_first_invalid_line(bench: Bench, folder: Path) -> None:
+async def test_submit_of_json_lines_stops_at_the_first_invalid_line(bench: IntakeBench, folder: Path) -> None:
     await bench.start()
     bench.put("a.jpg")
     good = [{"id": f"line-{number}", "uri": "s3://uploads/a.jpg", "metadata": {"a": None}} for number in range(2)]

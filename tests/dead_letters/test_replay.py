@@ -24,7 +24,7 @@ from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice
 from tests.end_to_end.outside import SLUICE
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 
 __all__ = ["folder"]
 
@@ -59,7 +59,7 @@ async def replay(
     return counts, replayed
 
 
-async def publish_dead_letters(bench: Bench, *ids: str, **fields: Any) -> None:
+async def publish_dead_letters(bench: IntakeBench, *ids: str, **fields: Any) -> None:
     """Publish dead letters as intake writes them."""
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.dead_letters_stream
@@ -132,7 +132,7 @@ def test_attempts_header_counts_only_on_replayed_submissions() -> None:
     assert producer_headers([("ce_id", b"1"), ("Sluice-Reason", b"x"), replayed]) == (("ce_id", b"1"),)
 
 
-async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_its_attempts(bench: Bench) -> None:
+async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_its_attempts(bench: IntakeBench) -> None:
     await bench.start()
     native = {"id": "late", "uri": "s3://uploads/not-yet.jpg"}
     forged = {"sluice-reason": b"forged", "Sluice-Attempts": b"99"}
@@ -164,7 +164,7 @@ async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_it
     assert (counts, replayed) == (ReplayCounts(already_replayed=2), [])
 
 
-async def test_dead_letter_of_one_record_replays_only_that_record(bench: Bench) -> None:
+async def test_dead_letter_of_one_record_replays_only_that_record(bench: IntakeBench) -> None:
     await bench.start()
     bench.put("here.jpg")
     records = [
@@ -182,7 +182,7 @@ async def test_dead_letter_of_one_record_replays_only_that_record(bench: Bench) 
     assert sorted(each.submission_id for each in verdicts) == ["uploads/comes-later.jpg#01", "uploads/here.jpg#01"]
 
 
-async def test_malformed_message_is_replayed_unchanged(bench: Bench) -> None:
+async def test_malformed_message_is_replayed_unchanged(bench: IntakeBench) -> None:
     await bench.start()
     await bench.submit(b"\xff\x00 not json", x_trace=b"\xff\x00")
     await bench.settled(1)
@@ -194,7 +194,7 @@ async def test_malformed_message_is_replayed_unchanged(bench: Bench) -> None:
 
 
 async def test_replay_killed_before_its_log_entry_is_not_repeated(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: IntakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await publish_dead_letters(bench, "a", "b")
     add = ReplayLog.add
@@ -216,7 +216,7 @@ async def test_replay_killed_before_its_log_entry_is_not_repeated(
     assert (await replay(bench.settings))[0] == ReplayCounts(already_replayed=2), "the log outlives the submissions"
 
 
-async def test_command_killed_while_publishing_is_continued_by_the_next(bench: Bench, folder: Path) -> None:
+async def test_command_killed_while_publishing_is_continued_by_the_next(bench: IntakeBench, folder: Path) -> None:
     """Kill the real command with SIGKILL while it publishes."""
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.dead_letters_stream
@@ -239,7 +239,7 @@ async def test_command_killed_while_publishing_is_continued_by_the_next(bench: B
     assert replayed == originals
 
 
-async def test_replay_after_redis_lost_its_data_is_not_repeated(bench: Bench) -> None:
+async def test_replay_after_redis_lost_its_data_is_not_repeated(bench: IntakeBench) -> None:
     await publish_dead_letters(bench, "a")
     await replay(bench.settings)
     with redis.Redis.from_url(bench.settings.redis_url) as client:
@@ -248,7 +248,7 @@ async def test_replay_after_redis_lost_its_data_is_not_repeated(bench: Bench) ->
 
 
 async def test_replay_after_stream_outage_publishes_only_the_rest(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: IntakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await publish_dead_letters(bench, *"abcd")
     monkeypatch.setattr(dead_letters, "_BATCH_SIZE", 2)
@@ -284,7 +284,7 @@ async def test_replay_after_stream_outage_publishes_only_the_rest(
     assert values == list("abcd"), "oldest first"
 
 
-async def test_concurrent_commands_replay_each_dead_letter_once(bench: Bench) -> None:
+async def test_concurrent_commands_replay_each_dead_letter_once(bench: IntakeBench) -> None:
     await publish_dead_letters(bench, *"abc")
     waited: list[str] = []
     results = await asyncio.gather(*(replay(bench.settings, progress=waited.append) for _ in range(3)))
@@ -293,14 +293,14 @@ async def test_concurrent_commands_replay_each_dead_letter_once(bench: Bench) ->
     assert any("another replay" in line for line in waited)
 
 
-async def test_forged_replay_header_does_not_prevent_a_replay(bench: Bench) -> None:
+async def test_forged_replay_header_does_not_prevent_a_replay(bench: IntakeBench) -> None:
     await publish_dead_letters(bench, "a")
     (dead,) = await bench.read(bench.settings.dead_letters_stream)
     await bench.submit({"id": "mine", "uri": "s3://uploads/x.jpg"}, **{"sluice-replayed-from": dead.source.encode()})
     assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1)
 
 
-async def test_dead_letter_of_backfill_is_replayed_to_backfill(bench: Bench) -> None:
+async def test_dead_letter_of_backfill_is_replayed_to_backfill(bench: IntakeBench) -> None:
     settings = bench.settings
     await publish_dead_letters(bench, "slow", source=f"{settings.backfill_stream}/1-0")
     await publish_dead_letters(bench, "live", source=f"{settings.submissions_stream}/1-0")
@@ -311,7 +311,7 @@ async def test_dead_letter_of_backfill_is_replayed_to_backfill(bench: Bench) -> 
     assert (await replay(settings))[0] == ReplayCounts(already_replayed=2)
 
 
-async def test_replay_obeys_limit_and_dry_run_and_rejects_unknown_ids(bench: Bench) -> None:
+async def test_replay_obeys_limit_and_dry_run_and_rejects_unknown_ids(bench: IntakeBench) -> None:
     await publish_dead_letters(bench, *"abc")
     counts, replayed = await replay(bench.settings, limit=2, dry_run=True)
     assert (counts.replayed, [each.submission_id for each in replayed]) == (2, ["a", "b"])
@@ -323,7 +323,7 @@ async def test_replay_obeys_limit_and_dry_run_and_rejects_unknown_ids(bench: Ben
     assert (await replay(bench.settings, Selection(ids={"a", "c"})))[0] == ReplayCounts(replayed=1, already_replayed=1)
 
 
-async def test_commands_list_and_replay_dead_letters(bench: Bench, folder: Path) -> None:
+async def test_commands_list_and_replay_dead_letters(bench: IntakeBench, folder: Path) -> None:
     await publish_dead_letters(bench, "evil\x1b[31m", reason="forbidden", detail="no\x1b]0;x\a way")
     await publish_dead_letters(bench, "plain", failed_at=datetime.now(UTC))
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
@@ -358,7 +358,7 @@ async def test_commands_list_and_replay_dead_letters(bench: Bench, folder: Path)
 
 @pytest.mark.kafka
 async def test_kafka_replays_to_the_same_partition_and_reports_refused_messages(
-    bench: Bench, kafka_address: str
+    bench: IntakeBench, kafka_address: str
 ) -> None:
     """Kafka has other positions, headers of the record itself, and refuses messages that are too large."""
     name = f"replay-{uuid.uuid4().hex[:8]}"

@@ -34,7 +34,7 @@ from services.policies.document import PolicyDocument
 from services.policies.rollout import Rollout
 from tests.moderation.test_moderator import POLICY, Parts, unsafe
 from tests.policy_testing.test_rejudge import VERDICT, changed
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 
 ISOTONIC = IsotonicMap(scores=(0.2, 0.6, 0.9), probabilities=(0.1, 0.1, 0.5))
 PLATT = PlattMap(slope=0.5, intercept=-1.0)
@@ -209,7 +209,7 @@ class TestModeration:
 
 
 class TestRegistry:
-    def test_calibrate_and_revert_are_in_the_history(self, bench: Bench) -> None:
+    def test_calibrate_and_revert_are_in_the_history(self, bench: IntakeBench) -> None:
         first = bench.registry.calibrate("default", FITTED, who="ann", why="labels of May")
         assert (first.action, first.previous, first.version, first.who) == ("calibrate", 1, 1, "ann")
         assert first.rollout.active == 1
@@ -227,7 +227,7 @@ class TestRegistry:
         with pytest.raises(ConfigurationError):
             bench.registry.revert_calibration("default", 1, "sha256:0", who="bob")
 
-    def test_another_version_has_its_own_calibrations(self, bench: Bench) -> None:
+    def test_another_version_has_its_own_calibrations(self, bench: IntakeBench) -> None:
         bench.registry.calibrate("default", FITTED, who="ann")
         bench.registry.publish(PolicyDocument.model_validate({"name": "default", "description": "other"}))
         rollout = bench.registry.activate("default", 2, who="ann").rollout
@@ -237,9 +237,9 @@ class TestRegistry:
 
 class TestProcesses:
     @pytest.mark.parametrize("policy", ["default", "default@1"])
-    async def test_announced_calibration_is_applied_until_it_is_reverted(self, bench: Bench, policy: str) -> None:
+    async def test_announced_calibration_is_applied_until_it_is_reverted(self, bench: IntakeBench, policy: str) -> None:
         submission = Submission(id="upl-1", uri="s3://uploads/a", policy=policy)
-        async with PolicyCache(bench.registry, bench.shared, refresh_s=60) as cache:
+        async with PolicyCache(bench.registry, bench.redis_cache, refresh_s=60) as cache:
 
             async def becomes(expected: dict[str, Any]) -> None:
                 for _ in range(100):
@@ -250,21 +250,21 @@ class TestProcesses:
 
             await becomes({})
             await asyncio.sleep(0.2)
-            await bench.shared.publish_change("default", bench.registry.calibrate("default", FITTED, who="ann"))
+            await bench.redis_cache.publish_change("default", bench.registry.calibrate("default", FITTED, who="ann"))
             await becomes({"sha256:0": ISOTONIC})
             back = bench.registry.revert_calibration("default", 1, "sha256:0", who="ann")
-            await bench.shared.publish_change("default", back)
+            await bench.redis_cache.publish_change("default", back)
             await becomes({})
 
-    async def test_new_process_applies_calibration_to_pinned_version(self, bench: Bench) -> None:
+    async def test_new_process_applies_calibration_to_pinned_version(self, bench: IntakeBench) -> None:
         bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
         bench.registry.calibrate("shop", FITTED, who="ann")
-        async with PolicyCache(bench.registry, bench.shared) as cache:
+        async with PolicyCache(bench.registry, bench.redis_cache) as cache:
             chosen = await cache.choose(Submission(id="upl-1", uri="s3://uploads/a", policy="shop@1"))
             assert chosen.policy.calibrations == {"sha256:0": ISOTONIC}
             assert (await cache.resolve("shop@1")).calibrations == {"sha256:0": ISOTONIC}
 
-    async def test_without_redis_calibration_is_found_by_polling(self, bench: Bench) -> None:
+    async def test_without_redis_calibration_is_found_by_polling(self, bench: IntakeBench) -> None:
         bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
         submission = Submission(id="upl-1", uri="s3://uploads/a", policy="shop@1")
         async with PolicyCache(bench.registry, None, refresh_s=0.05) as cache:
@@ -327,7 +327,7 @@ def data_set(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sluice(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def sluice(bench: IntakeBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     settings = bench.settings
     for name in ("policy_bucket", "redis_url", "s3_endpoint"):
         monkeypatch.setenv(f"SLUICE_{name.upper()}", str(getattr(settings, name)))
@@ -345,7 +345,9 @@ def sluice(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
     return run
 
 
-def test_calibrate_without_apply_stores_nothing(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
+def test_calibrate_without_apply_stores_nothing(
+    bench: IntakeBench, service: Script, data_set: Path, sluice: Any
+) -> None:
     result = sluice(str(data_set))
     assert "platt over 100 samples" in result.stdout
     assert "actions that would change: " in result.stdout
@@ -355,7 +357,7 @@ def test_calibrate_without_apply_stores_nothing(bench: Bench, service: Script, d
     assert [change.action for change in bench.registry.history("default")] == ["activate"]
 
 
-def test_apply_twice_and_revert(bench: Bench, service: Script, data_set: Path, sluice: Any) -> None:
+def test_apply_twice_and_revert(bench: IntakeBench, service: Script, data_set: Path, sluice: Any) -> None:
     assert "applied to the scores of default@1" in sluice(str(data_set), "--apply", "--why", "May").stderr
     newest = bench.registry.newest_change("default")
     assert newest is not None
@@ -389,7 +391,7 @@ def test_bad_arguments_error(service: Script, data_set: Path, sluice: Any, tmp_p
         assert any(word in found for word in words.split("|")), found
 
 
-def test_replay_uses_the_calibration_of_the_verdict(bench: Bench, service: Script) -> None:
+def test_replay_uses_the_calibration_of_the_verdict(bench: IntakeBench, service: Script) -> None:
     stored = bench.registry.get("default", 1)
     identity = PolicyIdentity(name="default", version=1, digest=stored.digest)
     fitted = FITTED.model_copy(update={"revision": "r1"})

@@ -30,7 +30,7 @@ from services.core.settings import Settings
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import BUILT_IN, PolicyDocument
 from tests.policy_testing.test_rejudge import changed
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 
 O2, O3 = CATEGORIES[1:3]
 HERE = Path("/data")
@@ -264,7 +264,7 @@ class TestPolicySelector:
 class ScriptedService:
     """Judges by the first word of the id, and keeps the requests."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: IntakeBench) -> None:
         self._bench = bench
         self.trials: list[JudgeRequest] = []
         self.batches: list[int] = []
@@ -302,7 +302,7 @@ def jpeg(colour: str) -> bytes:
 
 
 @pytest.fixture
-def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ScriptedService:
+def service(bench: IntakeBench, monkeypatch: pytest.MonkeyPatch) -> ScriptedService:
     script = ScriptedService(bench)
 
     @contextmanager
@@ -314,7 +314,7 @@ def service(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ScriptedService:
 
 
 @pytest.fixture
-def data_set(bench: Bench, tmp_path: Path) -> Path:
+def data_set(bench: IntakeBench, tmp_path: Path) -> Path:
     """Ten rows: two files, one of them missing; an object; rejected records; images that the service cannot judge."""
     bench.put("evaluated/k.jpg", jpeg("red"))
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
@@ -335,13 +335,13 @@ def data_set(bench: Bench, tmp_path: Path) -> Path:
     return tmp_path / "d.jsonl"
 
 
-def objects(bench: Bench) -> list[tuple[str, str]]:
+def objects(bench: IntakeBench) -> list[tuple[str, str]]:
     """Every object of the bucket that the service reads, with its version or ETag."""
     found = bench.s3.list_objects_v2(Bucket="uploads")
     return [(entry["Key"], entry["ETag"]) for entry in found.get("Contents", ())]
 
 
-def evaluated(bench: Bench, data_set: Path, lines: list[str], **fields: Any) -> Any:
+def evaluated(bench: IntakeBench, data_set: Path, lines: list[str], **fields: Any) -> Any:
     given = {
         "options": EvaluationOptions(adaptive=True, perturbed=5),
         "out": None,
@@ -352,7 +352,7 @@ def evaluated(bench: Bench, data_set: Path, lines: list[str], **fields: Any) -> 
 
 
 def test_evaluation_writes_report_and_nothing_to_the_bucket(
-    bench: Bench, service: ScriptedService, data_set: Path, tmp_path: Path
+    bench: IntakeBench, service: ScriptedService, data_set: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
     before = objects(bench)
@@ -382,7 +382,7 @@ def test_evaluation_writes_report_and_nothing_to_the_bucket(
     assert "does not exist" in (tmp_path / "out" / runs.PAGE_NAME).read_text()
 
 
-def test_row_that_names_a_policy_is_judged_by_it(bench: Bench, service: ScriptedService, tmp_path: Path) -> None:
+def test_row_that_names_a_policy_is_judged_by_it(bench: IntakeBench, service: ScriptedService, tmp_path: Path) -> None:
     bench.registry.publish(PolicyDocument.model_validate({"name": "shop", "categories": {"O2": "waive"}}))
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
     row = {"id": "unsafe-1", "image": "a.jpg", "rating": "Safe", "category": "O2", "policy": "shop@1"}
@@ -395,7 +395,7 @@ def test_row_that_names_a_policy_is_judged_by_it(bench: Bench, service: Scripted
     assert (policy.identity.name, policy.identity.version) == ("shop", 1)
 
 
-def test_no_judged_row_error_names_reasons(bench: Bench, service: ScriptedService, tmp_path: Path) -> None:
+def test_no_judged_row_error_names_reasons(bench: IntakeBench, service: ScriptedService, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"id": "x", "rating": "Unclear"}\n')
     with pytest.raises(
         ConfigurationError, match=r"no row of d.jsonl could be judged \(bad_rating 1\): x its rating is"
@@ -418,7 +418,7 @@ def test_no_judged_row_error_names_reasons(bench: Bench, service: ScriptedServic
 
 
 def test_service_that_ends_stops_the_evaluation(
-    bench: Bench, service: ScriptedService, data_set: Path, monkeypatch: pytest.MonkeyPatch
+    bench: IntakeBench, service: ScriptedService, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ends(_trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         raise ConfigurationError("the service has ended; start it again")
@@ -428,7 +428,7 @@ def test_service_that_ends_stops_the_evaluation(
         evaluated(bench, data_set, [])
 
 
-def test_file_larger_than_the_limit_is_not_sent(bench: Bench, service: ScriptedService, tmp_path: Path) -> None:
+def test_file_larger_than_the_limit_is_not_sent(bench: IntakeBench, service: ScriptedService, tmp_path: Path) -> None:
     (tmp_path / "large.jpg").write_bytes(bytes(bench.settings.image_limit_bytes + 1))
     (tmp_path / "a.jpg").write_bytes(jpeg("blue"))
     rows = [{"id": f"safe-{name}", "image": name, "rating": "Safe"} for name in ("large.jpg", "a.jpg")]
@@ -438,7 +438,7 @@ def test_file_larger_than_the_limit_is_not_sent(bench: Bench, service: ScriptedS
     assert [trial.submission.id for trial in service.trials] == ["safe-a.jpg"]
 
 
-def test_many_rows_are_judged_in_bounded_batches(bench: Bench, service: ScriptedService) -> None:
+def test_many_rows_are_judged_in_bounded_batches(bench: IntakeBench, service: ScriptedService) -> None:
     held: list[int] = []
     pulled = 0
 
@@ -461,7 +461,7 @@ def test_many_rows_are_judged_in_bounded_batches(bench: Bench, service: Scripted
     assert lines[-1].startswith("20,000 rows")
 
 
-def test_unpublished_document_is_evaluated(bench: Bench, tmp_path: Path) -> None:
+def test_unpublished_document_is_evaluated(bench: IntakeBench, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("name: shop\ncategories: {O9: waive}\n")
     found = find_policy(str(tmp_path / "p.yaml"), bench.registry)
     assert (found.name, found.version, found.waived) == ("shop (not published)", 0, {"O9"})

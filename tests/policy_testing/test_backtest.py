@@ -15,7 +15,7 @@ from services.core.settings import Settings
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.traffic_sample import TrafficSample
 from tests.policy_testing.test_rejudge import changed
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 
 BEFORE, AFTER = "default@1", "default@2"
 
@@ -51,7 +51,7 @@ def _by_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backtesting, "open_client", _connected)
 
 
-async def _sample(bench: Bench, ends: dict[str, str]) -> None:
+async def _sample(bench: IntakeBench, ends: dict[str, str]) -> None:
     """Submission ids, and the keys of what they are about."""
     shared = PolicyRedisCache(bench.settings.redis_url, bench.settings.policy_bucket)
     sample = TrafficSample(shared, size=100)
@@ -62,7 +62,7 @@ async def _sample(bench: Bench, ends: dict[str, str]) -> None:
     await shared.close()
 
 
-def _run(bench: Bench, **fields: Any) -> Any:
+def _run(bench: IntakeBench, **fields: Any) -> Any:
     fields = {"count": 100, "pictures": True} | fields
     return backtesting.backtest(before=BEFORE, after=AFTER, settings=bench.settings, progress=lambda _: None, **fields)
 
@@ -74,7 +74,7 @@ def _encoded(kind: str, side: int) -> bytes:
 
 
 @pytest.fixture
-async def sampled(bench: Bench) -> Bench:
+async def sampled(bench: IntakeBench) -> IntakeBench:
     """Two submissions whose action flips, one whose object has changed since, three others."""
     for key, data in {
         "large": _encoded("JPEG", 900),
@@ -90,7 +90,7 @@ async def sampled(bench: Bench) -> Bench:
     return bench
 
 
-def test_pairs_and_pictures(sampled: Bench) -> None:
+def test_pairs_and_pictures(sampled: IntakeBench) -> None:
     report, pairs = _run(sampled)
     assert (report.pairs, report.judged_both, report.action_flips.count) == (6, 4, 3)
     assert report.failures_before.by_reason == {"not_found": 1}
@@ -103,12 +103,12 @@ def test_pairs_and_pictures(sampled: Bench) -> None:
             assert max(image.size) == (320 if name == "flip-1" else 63)
 
 
-def test_without_pictures_and_fewer(sampled: Bench) -> None:
+def test_without_pictures_and_fewer(sampled: IntakeBench) -> None:
     report, pairs = _run(sampled, pictures=False, count=3)
     assert report.pairs == len(pairs) == 3
     assert all(pair.picture is None for pair in pairs)
 
 
-def test_no_sample(bench: Bench) -> None:
+def test_no_sample(bench: IntakeBench) -> None:
     with pytest.raises(ConfigurationError, match="there is no sample of policy default yet"):
         _run(bench)

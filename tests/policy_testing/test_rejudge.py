@@ -13,7 +13,7 @@ from services.core.values import ModelIdentity, PolicyIdentity
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 MODEL = ModelIdentity(name="tiny", revision="r1", engine="sglang 0.5.23", prompt="sha256:p")
@@ -114,13 +114,13 @@ def test_notes() -> None:
     assert RejudgedVerdict(VERDICT, VERDICT, (), ()).reproduced
 
 
-def test_nothing_was_judged(bench: Bench) -> None:
+def test_nothing_was_judged(bench: IntakeBench) -> None:
     overtaken = changed(outcome="superseded", policy=None, model=None, rating=None, category=None, score=None)
     with pytest.raises(SluiceError, match="superseded: a later object took the place"):
         rejudge(overtaken, bench.settings, print)
 
 
-async def test_finds_the_newest(bench: Bench) -> None:
+async def test_finds_the_newest(bench: IntakeBench) -> None:
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.verdicts_stream
     found = [changed(), changed(score=0.5), changed(verdict_id="other"), changed(verdict_id="b", uri="s3://u/7d9f")]

@@ -27,7 +27,7 @@ from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.cli.test_command_line import fails, folder, sluice
 from tests.support.fake_guard import says_safe
-from tests.support.intake_bench import Bench
+from tests.support.intake_bench import IntakeBench
 
 __all__ = ["folder"]
 
@@ -180,7 +180,7 @@ def kinds(findings: list[Finding]) -> Counter[tuple[str, str | None]]:
     return Counter((each.finding, each.submission_id) for each in findings)
 
 
-async def test_every_kind_of_submission_has_one_outcome(bench: Bench) -> None:
+async def test_every_kind_of_submission_has_one_outcome(bench: IntakeBench) -> None:
     await bench.start()
     for key in ("a.jpg", "b.jpg"):
         bench.put(key)
@@ -210,13 +210,13 @@ async def test_every_kind_of_submission_has_one_outcome(bench: Bench) -> None:
     assert result.failure(exactly_once=True) is None
 
 
-async def test_dead_letter_of_a_whole_message_is_the_outcome_of_each_record(bench: Bench) -> None:
+async def test_dead_letter_of_a_whole_message_is_the_outcome_of_each_record(bench: IntakeBench) -> None:
     records = [
         {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": "uploads"}, "object": {"key": key}}}
         for key in ("a.jpg", "b.jpg")
     ]
     await bench.submit({"Records": [*records, {"eventName": 7}]})
-    await bench.shared.run(
+    await bench.redis_cache.run(
         f"redis.call('SET', 'sluice:{bench.settings.group}:crashes:' .. ARGV[1], {MAX_CRASHES})",
         [],
         (await bench.read(bench.settings.submissions_stream))[0].source,
@@ -228,7 +228,7 @@ async def test_dead_letter_of_a_whole_message_is_the_outcome_of_each_record(benc
     assert result == ReconciliationReport(submissions=3, dead_letters=Counter(guard_failed=3))
 
 
-async def test_submission_without_outcome_is_in_flight_then_lost(bench: Bench) -> None:
+async def test_submission_without_outcome_is_in_flight_then_lost(bench: IntakeBench) -> None:
     release = asyncio.Event()
 
     async def hold(image: PreparedImage, detail: Detail) -> Assessment:
@@ -249,7 +249,7 @@ async def test_submission_without_outcome_is_in_flight_then_lost(bench: Bench) -
     assert (await reconciled(bench.settings))[0].lost == 0
 
 
-async def test_repeated_conflicting_and_unexplained_outcomes_are_found(bench: Bench) -> None:
+async def test_repeated_conflicting_and_unexplained_outcomes_are_found(bench: IntakeBench) -> None:
     settings = bench.settings
     await publish(settings, *(submission(settings, name) for name in ("once", "twice", "two", "both", "none")))
     await publish(
@@ -279,7 +279,7 @@ async def test_repeated_conflicting_and_unexplained_outcomes_are_found(bench: Be
     assert set(both.ends) == {"verdict v", "dead letter not_found of s/0/0"}
 
 
-async def test_range_limits_the_submissions_that_are_reconciled(bench: Bench) -> None:
+async def test_range_limits_the_submissions_that_are_reconciled(bench: IntakeBench) -> None:
     settings = bench.settings
     await publish(settings, *(submission(settings, name) for name in ("before", "slow")))
     await asyncio.sleep(0.05)
@@ -302,7 +302,7 @@ async def test_range_limits_the_submissions_that_are_reconciled(bench: Bench) ->
     assert (everything.submissions, everything.lost, everything.unexplained) == (6, 3, 1)
 
 
-async def test_outcomes_of_submissions_dropped_by_the_stream_are_outside(bench: Bench) -> None:
+async def test_outcomes_of_submissions_dropped_by_the_stream_are_outside(bench: IntakeBench) -> None:
     settings = bench.settings
     await publish(settings, submission(settings, "first"), verdict(settings, "first"))
     begin = f"{settings.submissions_stream}/1-0"
@@ -312,7 +312,7 @@ async def test_outcomes_of_submissions_dropped_by_the_stream_are_outside(bench: 
     assert (result.outside, result.unexplained) == (1, 1)
 
 
-async def test_running_service_causes_no_findings(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_running_service_causes_no_findings(bench: IntakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Publish submissions and verdicts between the passes of the command."""
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), submission(settings, "b"))
@@ -329,7 +329,7 @@ async def test_running_service_causes_no_findings(bench: Bench, monkeypatch: pyt
     assert (result, findings) == (ReconciliationReport(submissions=3, verdicts=Counter(verdict=3)), [])
 
 
-async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: Bench, folder: Path) -> None:
+async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: IntakeBench, folder: Path) -> None:
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), verdict(settings, "a"))
     fine = sluice("reconcile", "--settle-s", "0", "--json", folder=folder)
@@ -366,7 +366,7 @@ async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: Be
 
 
 @pytest.mark.kafka
-async def test_kafka_partitions_and_missing_topics_are_reconciled(bench: Bench, kafka_address: str) -> None:
+async def test_kafka_partitions_and_missing_topics_are_reconciled(bench: IntakeBench, kafka_address: str) -> None:
     """Several partitions, and topics that do not exist yet."""
     name = f"reconcile-{uuid.uuid4().hex[:8]}"
     settings = bench.settings = bench.settings.model_copy(

@@ -1,4 +1,4 @@
-"""An intake on real parts (Valkey, an S3 server, the image decoders), with a scripted guard."""
+"""An intake on real parts (Valkey, an S3 server, the image decoders), with a fake guard."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ from tests.support.fake_guard import FakeGuard
 T = TypeVar("T")
 
 
-class Bench:
+class IntakeBench:
     """The streams and the bucket of one test, and the intake between them."""
 
     def __init__(self, settings: Settings, guard: FakeGuard) -> None:
@@ -40,30 +40,32 @@ class Bench:
         self.guard = guard
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
-        self.shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+        self.redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         self.intakes: list[IntakeWorker] = []
         self._closing = AsyncExitStack()
 
     async def start(
         self, endpoint: str | None = None, *, with_backfill: bool = False, **overrides: Any
     ) -> IntakeWorker:
-        """An intake member; `endpoint` names another S3 server for it."""
+        """Start an intake member. `endpoint` is the address of another S3 server for it."""
         settings = self.settings.model_copy(update=overrides | ({"s3_endpoint": endpoint} if endpoint else {}))
         store, preparer = ObjectStore(settings), DecoderPool(settings, 384)
         self._closing.callback(store.close)
         self._closing.callback(preparer.close)
-        policies = await self._entered(PolicyCache(self.registry, self.shared, refresh_s=settings.policy_refresh_s))
+        self.policies = policies = await self._entered(
+            PolicyCache(self.registry, self.redis_cache, refresh_s=settings.policy_refresh_s)
+        )
         moderator = build_retrying_moderator(
             policies=policies,
             images=store,
             preparer=preparer,
             guard=self.guard,
-            breaker=await self._entered(CircuitBreaker(policies, self.registry, self.shared)),
+            breaker=await self._entered(CircuitBreaker(policies, self.registry, self.redis_cache)),
         )
-        sample = await self._entered(TrafficSample(self.shared, size=settings.sample_size))
+        sample = await self._entered(TrafficSample(self.redis_cache, size=settings.sample_size))
         member = f"m-{len(self.intakes)}"
         backfill = await open_consumer(StreamConfig.for_backfill(settings), member) if with_backfill else None
-        isolation = await self._entered(CrashIsolation(self.shared, settings.group, member))
+        isolation = await self._entered(CrashIsolation(self.redis_cache, settings.group, member))
         intake = IntakeWorker(
             await open_consumer(StreamConfig.from_settings(settings), member),
             moderator,
@@ -107,7 +109,7 @@ class Bench:
             await reader.close()
 
     async def settled(self, count: int, within_s: float = 30.0) -> tuple[list[Verdict], list[DeadLetter]]:
-        """Wait until `count` submissions have ended."""
+        """Wait until `count` submissions have an outcome."""
         deadline = time.monotonic() + within_s
         while True:
             verdicts, letters = await self.verdicts(), await self.letters()
@@ -120,7 +122,7 @@ class Bench:
         for intake in self.intakes:
             await intake.drain()
         await self._closing.aclose()
-        await self.shared.close()
+        await self.redis_cache.close()
 
 
 def empty_bucket(s3: Any, name: str) -> None:
@@ -132,8 +134,8 @@ def empty_bucket(s3: Any, name: str) -> None:
 
 
 @pytest.fixture
-async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
-    """A bench whose guard says Safe until told otherwise; no intake is running yet."""
+async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[IntakeBench]:
+    """A bench whose guard says Safe until a test changes its script. No intake runs yet."""
     name = f"bench-{uuid.uuid4().hex[:12]}"
     settings = Settings(
         stream_url=valkey_url,
@@ -153,7 +155,7 @@ async def bench(valkey_url: str, s3_endpoint: str) -> AsyncIterator[Bench]:
         image_limit_bytes=2 << 20,
         fetch_deadline_s=3,
     )
-    bench = Bench(settings, FakeGuard())
+    bench = IntakeBench(settings, FakeGuard())
     empty_bucket(bench.s3, "uploads")
     empty_bucket(bench.s3, settings.policy_bucket)
     bench.registry.publish_built_in()
