@@ -1,27 +1,21 @@
 """A run is killed at every write in turn. The next run finishes it, with no row repeated or missing. No Ray."""
 
-import asyncio
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.annotation import ray_workers, workers
-from pipelines.annotation import run as run_module
 from pipelines.annotation.options import AnnotateOptions
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import from_parquet, to_parquet
 from pipelines.annotation.state import RunState, Stage
 from pipelines.annotation.storage import LocalFolder
-from services.core.errors import NotAnImage
 from services.core.settings import Settings
-from services.core.values import Assessment, ImageFacts, PreparedImage
+from services.core.values import Assessment, PreparedImage
 from tests.support.annotation_service import assessment
+from tests.support.annotation_without_ray import annotate_without_ray
 from tests.support.data_set_images import picture, tar
 from tests.support.fake_guard import FakeGuard
 
@@ -65,45 +59,9 @@ class ChangingGuard(FakeGuard):
         return [assessment(f"{ChangingGuard.calls_made * 0x2F000000 % 2**32:08x}00")]
 
 
-class DecoderPool:
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    async def prepare(self, data: bytes) -> PreparedImage:
-        if not data.startswith(b"\x89PNG"):
-            raise NotAnImage("no PNG")
-        facts = ImageFacts(width=8, height=8, format="png")
-        return PreparedImage(data, "image/png", 8, 8, hashlib.sha256(data).hexdigest(), facts)
-
-
-@contextmanager
-def no_cluster(*_: Any) -> Iterator[ray_workers.GuardPool]:
-    yield ray_workers.GuardPool("none", 1)
-
-
-def run_without_ray(
-    worker: type[Any], arguments: Mapping[str, Any], numbers: Sequence[int], _placement: Any = None
-) -> Any:
-    """The highest number first."""
-
-    async def work(number: int) -> dict[str, Any]:
-        result: dict[str, Any] = await worker(**arguments).work(number)
-        return result
-
-    for number in sorted(numbers, reverse=True):
-        yield asyncio.run(work(number))
-
-
 @pytest.fixture
 def crash(monkeypatch: pytest.MonkeyPatch) -> CrashAtWrite:
-    monkeypatch.setattr(ray_workers, "join_cluster", no_cluster)
-    monkeypatch.setattr(ray_workers, "guard_lease", no_cluster)
-    monkeypatch.setattr(ray_workers, "run_on_workers", run_without_ray)
-    monkeypatch.setattr(ray_workers, "run_in_process", run_without_ray)
-    monkeypatch.setattr(workers.RemoteGuard, "from_settings", lambda *_: ChangingGuard())
-    monkeypatch.setattr(workers.serve, "get_deployment_handle", lambda *_: None)
-    monkeypatch.setattr(workers, "DecoderPool", DecoderPool)
-    monkeypatch.setattr(run_module, "render_page", lambda _: "")  # rendering takes longer than everything else
+    annotate_without_ray(monkeypatch, ChangingGuard)
     return CrashAtWrite(monkeypatch)
 
 

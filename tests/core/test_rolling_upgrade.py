@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import pytest
+from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
+from kafka.errors import KafkaError
 from redis.asyncio import Redis
 
 from pipelines.dead_letters.replay import StoredDeadLetter, replay_id, replay_message
 from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.intake.crash_isolation import CrashIsolation
 from services.core.calibration import IsotonicMap
+from services.core.errors import NotOwned
 from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, Timings, Verdict, attempts_before
 from services.core.settings import Settings
 from services.core.values import (
@@ -47,7 +50,7 @@ from services.policies.rollout import Canary, Change, Rollout, Shadow
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
-from services.streams.factory import open_publisher, open_reader
+from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.streams_bench import Streams, collect, eventually, values
 
 RECORDED: Final = json.loads((Path(__file__).parent / "redis-0.1.0.json").read_text())
@@ -513,6 +516,62 @@ async def test_messages_of_0_1_0_are_read(client: Any, settings: Settings) -> No
     assert DeadLetter.from_headers(dead.headers) == LETTER
     (other,) = read[settings.backfill_stream]
     assert (other.value, other.key, other.headers) == (b"\xff", None, ())
+
+
+async def test_entry_pending_for_a_member_of_0_1_0_is_taken_over(client: Any, settings: Settings) -> None:
+    await client.xgroup_create("sluice.submissions", "sluice", id="0", mkstream=True)
+    await restore(client, "sluice.submissions")
+    # A member's name and the group's, as 0.1.0 has them.
+    await client.xreadgroup("sluice", "intake-0-0123abcd", {"sluice.submissions": ">"}, count=1)
+    config = StreamConfig.from_settings(settings.model_copy(update={"redis_claim_idle_s": 0.5}))
+    member = await open_consumer(config, "intake-1")
+    received = await collect(member, 2)
+    assert sorted(message.attempts for message in received) == [1, 2]
+    for message in received:
+        await member.settle(message, [])
+    await member.close()
+    (group,) = await client.xinfo_groups("sluice.submissions")
+    assert (group["name"], group["pending"]) == (b"sluice", 0)
+
+
+async def test_entry_taken_over_from_a_member_of_today_is_not_settled_twice(client: Any, settings: Settings) -> None:
+    await restore(client, "sluice.submissions")
+    member = await open_consumer(StreamConfig.from_settings(settings), "intake-0")
+    first, *_ = await collect(member, 2)
+    # As XAUTOCLAIM of a member of 0.1.0 does after an outage of this one.
+    await client.xclaim("sluice.submissions", "sluice", "intake-1-0123abcd", 0, [first.source.rpartition("/")[2]])
+    with pytest.raises(NotOwned):
+        await member.settle(first, [OutgoingMessage(settings.verdicts_stream, b"{}", None)])
+    await member.close()
+    assert await client.xlen(settings.verdicts_stream) == 0
+
+
+@pytest.mark.kafka
+async def test_member_takes_the_transactional_id_of_its_predecessor_of_0_1_0(kafka_address: str) -> None:
+    """A member with SLUICE_MEMBER_ID replaces a process of 0.1.0, which may have left a transaction open."""
+    streams = Streams("kafka", f"kafka://{kafka_address}")
+    settings = streams.settings(delivery="exactly_once", member_id="member-7")
+    await streams.submit("a")
+
+    def begin() -> KafkaProducer:
+        producer = KafkaProducer(
+            bootstrap_servers=kafka_address, transactional_id=f"{settings.group}/member-7", acks="all"
+        )
+        producer.init_transactions()
+        producer.begin_transaction()
+        producer.send(settings.verdicts_stream, b"of 0.1.0")
+        producer.flush()
+        return producer
+
+    predecessor = await asyncio.to_thread(begin)
+    member = await streams.member(delivery="exactly_once", member_id="member-7")
+    (message,) = await collect(member, 1)
+    await member.settle(message, [streams.verdict("of today")])
+    with pytest.raises(KafkaError):
+        await asyncio.to_thread(predecessor.commit_transaction)
+    await asyncio.to_thread(predecessor.close, 1)
+    assert await streams.verdicts() == ["of today"]
+    await streams.close()
 
 
 @pytest.mark.kafka
