@@ -1,1 +1,1 @@
-"""HTTP: the same moderation path, for those who ask and wait for the answer."""
+"""The HTTP API: the same moderator as the stream worker, for clients that wait for the verdict."""

@@ -1,23 +1,20 @@
-"""API keys: immutable objects in the policy bucket, and the copy of them that every gateway keeps.
+"""API keys: immutable objects in the policy bucket.
 
-    keys/<id>/key.json        who may do what, and the digest of the key; written once
-    keys/<id>/revoked.json    that it is revoked; written once
+    keys/<id>/key.json        name, role, tenant, limits and digest of the key; written once
+    keys/<id>/revoked.json    exists if the key is revoked; written once
 
-So nothing of them is lost with Redis, and each gateway finds within seconds what was created or revoked. A key has 256
-random bits: nobody can guess it from a plain SHA-256, and a slow hash would only slow down every request.
+A loss of Redis therefore loses no key. A key has 256 random bits, so nobody can guess it from its SHA-256. A slow hash
+would add no security and delay every request.
 """
 
-import asyncio
 import hashlib
-import hmac
 import json
 import logging
 import re
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
@@ -28,7 +25,6 @@ from services.core.errors import ConfigurationError, KeysUnavailable, StoreUnava
 from services.core.messages import Moment
 from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
-from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 
 if TYPE_CHECKING:
@@ -36,22 +32,17 @@ if TYPE_CHECKING:
 
 Role = Literal["moderate", "review", "admin"]
 ROLES: Final[tuple[Role, ...]] = ("moderate", "review", "admin")
-"""Each may do what those before it may."""
+"""From the lowest to the highest. Each role includes the roles before it."""
 
-_TOKEN: Final = re.compile(r"sk-sluice-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
-_PATH: Final = re.compile(r"keys/([0-9a-f]{16})/(key|revoked)\.json")
-_BELIEVED_S: Final = 300.0
-"""How long keys are believed while the bucket does not answer: longer, and a revoked one might be among them."""
-_SEARCH_S: Final = 0.5
-_SEARCH_SHARE: Final = 10
-"""The bucket is searched for keys that are not known here at most so often, and for one part in so many of the time."""
-_READERS: Final = 8
+_TOKEN_PATTERN: Final = re.compile(r"sk-sluice-([0-9a-f]{16})-[A-Za-z0-9_-]{43}")
+_PATH_PATTERN: Final = re.compile(r"keys/([0-9a-f]{16})/(key|revoked)\.json")
+_READ_THREADS: Final = 8
 
 log = logging.getLogger(__name__)
 
 
 class ApiKey(WireModel):
-    """What is kept of a key: everything but the key."""
+    """An API key as the bucket has it: everything but the key itself."""
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     name: Annotated[str, Field(min_length=1, max_length=100)]
@@ -64,16 +55,16 @@ class ApiKey(WireModel):
     created_at: Moment
     created_by: str = ""
 
-    def may(self, role: Role) -> bool:
-        """Whether the key's role is `role` or more."""
+    def allows(self, role: Role) -> bool:
+        """Return whether the key's role includes `role`."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
     def listing_json(self, *, revoked: bool) -> str:
-        """One JSON object for a list of keys. The digest is left out."""
+        """Return one JSON object for a list of keys, without the digest."""
         return json.dumps(self.model_dump(mode="json", exclude={"digest"}) | {"revoked": revoked})
 
     def listing_line(self, *, revoked: bool) -> str:
-        """One line for a list of keys."""
+        """Return one line for a list of keys."""
         limits = [
             f"{self.rate_per_s:g}/s" if self.rate_per_s else "",
             f"{self.concurrency} at a time" if self.concurrency else "",
@@ -85,7 +76,7 @@ class ApiKey(WireModel):
 class ApiKeyRegistry:
     """Creates, lists and revokes keys in one bucket. Blocking: call it off the event loop.
 
-    Any method raises KeysUnavailable where the bucket does not answer.
+    All methods raise KeysUnavailable if the bucket does not answer.
     """
 
     def __init__(self, s3: "S3Client", bucket: str) -> None:
@@ -93,7 +84,7 @@ class ApiKeyRegistry:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """The policy bucket of these settings, with credentials the usual AWS way."""
+        """Open the policy bucket of the settings, with credentials the usual AWS way."""
         return cls(s3_client(settings.s3_endpoint, **SMALL_OBJECT_CONFIG), settings.policy_bucket)
 
     def create(
@@ -106,10 +97,10 @@ class ApiKeyRegistry:
         concurrency: int | None = None,
         who: str = "",
     ) -> tuple[ApiKey, str]:
-        """A new key, and the token that is shown once and kept nowhere.
+        """Create a key. Returns it and its token. The token is stored nowhere, so it cannot be shown again.
 
         Raises:
-            ConfigurationError: a field is wrong.
+            ConfigurationError: the value of a field is invalid.
         """
         key_id = secrets.token_hex(8)
         token = f"sk-sluice-{key_id}-{secrets.token_urlsafe(32)}"
@@ -121,54 +112,55 @@ class ApiKeyRegistry:
                 tenant=tenant,
                 rate_per_s=rate_per_s,
                 concurrency=concurrency,
-                digest=_digest(token),
+                digest=digest_token(token),
                 created_at=datetime.now(UTC),
                 created_by=who,
             )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            raise ConfigurationError(f"the key's {first['loc'][0]} is wrong: {first['msg']}") from None
+            raise ConfigurationError(f"the key's {first['loc'][0]} is invalid: {first['msg']}") from None
         self._create(f"keys/{key_id}/key.json", key.model_dump_json().encode())
         return key, token
 
     def revoke(self, key_id: str, *, who: str = "") -> None:
-        """Revoke a key for ever; safe to repeat.
+        """Revoke a key for ever. Safe to repeat.
 
         Raises:
-            ConfigurationError: there is no such key.
+            ConfigurationError: the key does not exist.
         """
         if not re.fullmatch("[0-9a-f]{16}", key_id) or key_id not in self.read_index():
-            raise ConfigurationError(f"there is no API key with the id {key_id!r}; `sluice keys list` has them all")
+            raise ConfigurationError(f"there is no API key with the id {key_id!r}; `sluice keys list` prints all ids")
         self._create(f"keys/{key_id}/revoked.json", to_json({"at": datetime.now(UTC), "who": who}))
 
     def read_index(self) -> dict[str, bool]:
-        """The ids of all keys, and whether each is revoked. What else lies beside them is passed over."""
+        """Return the ids of all keys, and whether each is revoked. Other objects under `keys/` are ignored."""
         found: dict[str, set[str]] = {"key": set(), "revoked": set()}
         with self._map_bucket_errors():
             for entry in self._objects.entries("keys/"):
-                if parts := _PATH.fullmatch(entry.key):
+                if parts := _PATH_PATTERN.fullmatch(entry.key):
                     found[parts[2]].add(parts[1])
         return {key_id: key_id in found["revoked"] for key_id in sorted(found["key"])}
 
     def get(self, key_id: str) -> ApiKey | None:
-        """One key, revoked or not; None where what is kept of it is wrong, or of a newer release."""
+        """Return one key, revoked or not. None if its object is invalid or was written by a newer release."""
         with self._map_bucket_errors():
             body = self._objects.read(f"keys/{key_id}/key.json")
         try:
             key = ApiKey.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            log.warning("the API key %s is refused: %s: %s", key_id, ".".join(map(str, first["loc"])), first["msg"])
+            field = ".".join(map(str, first["loc"]))
+            log.warning("the API key %s is refused, because its object is invalid: %s: %s", key_id, field, first["msg"])
             return None
-        if key.id != key_id:  # a copy would be good for as long as it is there, even if the key itself is revoked
-            log.warning("the API key %s is refused: what is kept of it is of the key %s", key_id, key.id)
+        if key.id != key_id:  # a copy of a key under another id would stay valid after the key itself is revoked
+            log.warning("the API key %s is refused, because its object is a copy of the key %s", key_id, key.id)
             return None
         return key
 
     def get_each(self, key_ids: list[str]) -> list[ApiKey]:
-        """Several keys, in their order, without those that `get` has not."""
-        with ThreadPoolExecutor(_READERS) as readers:
-            return [key for key in readers.map(self.get, key_ids) if key is not None]
+        """Return several keys, in this order. Keys for which `get` returns None are left out."""
+        with ThreadPoolExecutor(_READ_THREADS) as threads:
+            return [key for key in threads.map(self.get, key_ids) if key is not None]
 
     def _create(self, key: str, body: bytes) -> None:
         with self._map_bucket_errors():
@@ -182,103 +174,12 @@ class ApiKeyRegistry:
             raise KeysUnavailable(f"the policy bucket {self._objects.name!r} cannot be used: {error}") from error
 
 
-class ApiKeyCache:
-    """The keys as this process knows them. To be used as an async context manager."""
-
-    def __init__(
-        self, registry: ApiKeyRegistry, *, refresh_s: float = 2.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """`refresh_s`: how often the bucket is asked, so how long a revoked key may still be taken."""
-        self._registry = registry
-        self._refresh_s = refresh_s
-        self._clock = clock
-        self._keys: dict[str, ApiKey] = {}
-        self._refused: set[str] = set()
-        """What `get` has not, though it is there. Keys never change, so it need not be asked for again."""
-        self._seen_at = float("-inf")
-        self._tried_at = float("-inf")
-        self._took_s = 0.0
-        self._refreshing: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        with suppress(KeysUnavailable):
-            await self._refresh()
-        self._task = asyncio.create_task(self._refresh_loop())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await cancel_and_wait(self._task)
-        if self._refreshing is not None:
-            await asyncio.wait([self._refreshing])  # its thread cannot be told to end, and ends soon
-
-    async def find(self, token: str) -> ApiKey | None:
-        """The key that a token is, or None where there is none, or it is revoked.
-
-        Raises:
-            KeysUnavailable: what is known is too old to be believed.
-        """
-        if (parts := _TOKEN.fullmatch(token)) is None:
-            return None
-        key = self._keys.get(parts[1])
-        if key is None:
-            key = await self._search(parts[1])
-        self.check()
-        return key if key is not None and hmac.compare_digest(key.digest, _digest(token)) else None
-
-    def check(self) -> None:
-        """
-        Raises:
-            KeysUnavailable: what is known is too old to be believed.
-        """
-        if self._clock() - self._seen_at > _BELIEVED_S:
-            raise KeysUnavailable("the policy bucket, where API keys are kept, does not answer")
-
-    async def _search(self, key_id: str) -> ApiKey | None:
-        """The key if it was created by now. Those who ask for what is not known share a look at the bucket."""
-        asked_at = self._clock()
-        pause_s = max(_SEARCH_S, min(self._refresh_s, _SEARCH_SHARE * self._took_s))
-        await asyncio.sleep(max(0.0, pause_s - (asked_at - self._tried_at)))
-        with suppress(KeysUnavailable):
-            while self._seen_at < asked_at:  # a look that was under way may have missed it
-                await self._refresh()
-        return self._keys.get(key_id)
-
-    async def _refresh_loop(self) -> None:
-        while True:
-            await asyncio.sleep(self._refresh_s)
-            try:
-                await self._refresh()
-            except KeysUnavailable as error:
-                log.warning("the known API keys are kept: %s", error)
-            except Exception:
-                log.exception("API keys could not be looked at; they are again in %g s", self._refresh_s)
-
-    async def _refresh(self) -> None:
-        """Compare with the bucket; those who ask meanwhile share the answer."""
-        # One that has ended, and of which nobody was told yet, must not be waited for: that would never be a wait.
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._compare())
-            self._refreshing.add_done_callback(self._refresh_ended)
-        await asyncio.shield(self._refreshing)
-
-    def _refresh_ended(self, task: asyncio.Task[None]) -> None:
-        if self._refreshing is task:
-            self._refreshing = None
-        if not task.cancelled():
-            task.exception()  # whoever waited has got it
-
-    async def _compare(self) -> None:
-        began = self._tried_at = self._clock()
-        index = await asyncio.to_thread(self._registry.read_index)
-        valid = {key_id for key_id, revoked in index.items() if not revoked}
-        # First those that are gone: a new one that cannot be read must not keep them.
-        self._keys = {key_id: key for key_id, key in self._keys.items() if key_id in valid}
-        unknown = valid - self._keys.keys() - self._refused
-        new = {key.id: key for key in await asyncio.to_thread(self._registry.get_each, sorted(unknown))}
-        self._keys |= new
-        self._refused = (self._refused & valid) | (unknown - new.keys())
-        self._seen_at, self._took_s = began, self._clock() - began
+def parse_key_id(token: str) -> str | None:
+    """Return the key id that a token contains, or None if the text has not the form of a token."""
+    parts = _TOKEN_PATTERN.fullmatch(token)
+    return parts[1] if parts else None
 
 
-def _digest(token: str) -> str:
+def digest_token(token: str) -> str:
+    """Return the SHA-256 of a token, as in `ApiKey.digest`."""
     return hashlib.sha256(token.encode()).hexdigest()

@@ -7,40 +7,41 @@ from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from services.gateway.admission import Admission, AdmittedRequest
-from services.gateway.api_keys import ApiKey, ApiKeyCache, Role
+from services.gateway.api_key_cache import ApiKeyCache
+from services.gateway.api_keys import ApiKey, Role
 from services.gateway.problems import HttpProblem
 
-_BEARER: Final = HTTPBearer(auto_error=False, description="An API key, made by `sluice keys create`.")
+_BEARER: Final = HTTPBearer(auto_error=False, description="An API key. `sluice keys create` makes one.")
 _MAX_TOKEN_CHARS: Final = 200
 
 
 class Authenticator:
-    """Finds the API key of each request, and has the request admitted."""
+    """Finds the API key of each request and passes the request to admission."""
 
     def __init__(self, keys: ApiKeyCache, admission: Admission) -> None:
         self._keys = keys
         self._admission = admission
 
     def require(self, role: Role) -> Callable[..., AsyncIterator[AdmittedRequest]]:
-        """A dependency of a route: the request, admitted with a key that has `role` or more.
+        """Return a dependency for routes: it admits requests whose API key has `role` or a higher role.
 
         Raises:
-            HttpProblem: the key is missing or not known; or what `Admission.admit` raises.
+            HttpProblem: the key is missing or unknown, or `Admission.admit` refuses the request.
         """
 
-        async def admitted(
+        async def admit_request(
             credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         ) -> AsyncIterator[AdmittedRequest]:
             key = await self._find_key(credentials.credentials if credentials else "")
             async with self._admission.admit(key, role) as request:
                 yield request
 
-        return admitted
+        return admit_request
 
     async def _find_key(self, token: str) -> ApiKey:
         if not token:
             raise HttpProblem("unauthenticated", "the API key is missing; send it as `Authorization: Bearer <key>`")
         key = await self._keys.find(token) if len(token) <= _MAX_TOKEN_CHARS else None
         if key is None:
-            raise HttpProblem("unauthenticated", "the API key is not known or was revoked")
+            raise HttpProblem("unauthenticated", "the API key is unknown or was revoked")
         return key

@@ -1,24 +1,17 @@
-"""Judging for someone who waits: bounded in number and in time, and before all streams."""
+"""Limits how many images the gateway judges at a time. Images over the limit are refused at once (load shedding)."""
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Final, Protocol, TypeVar
 
 from services.core.messages import Verdict
 from services.core.settings import Settings
-from services.core.tasks import cancel_and_wait
 from services.core.values import Detail
-from services.gateway.image_inputs import Image
+from services.gateway.image_inputs import SubmittedImage
 from services.gateway.problems import HttpProblem
 from services.moderation.moderator import Moderator
 
-_WATCH_S: Final = 0.1
-
-T = TypeVar("T")
-
 
 class LoadShedder:
-    """Judges images one by one for all requests of this gateway."""
+    """Judges the images of all requests of this gateway, with priority over all streams."""
 
     def __init__(self, moderator: Moderator, settings: Settings) -> None:
         self._moderator = moderator
@@ -26,15 +19,17 @@ class LoadShedder:
         self._deadline_s = settings.gateway_deadline_s
         self.in_flight = 0
 
-    async def judge(self, image: Image, detail: Detail = "verdict") -> Verdict:
-        """The verdict on one image.
+    async def judge(self, image: SubmittedImage, detail: Detail = "verdict") -> Verdict:
+        """Judge one image. Returns its verdict.
 
         Raises:
-            HttpProblem: the gateway has as much to do as it can, or it took longer than the deadline.
-            Unjudgeable: it can never be judged.
+            HttpProblem: the gateway is at its limit, or there is no verdict within the deadline.
+            Unjudgeable: the image can never be judged.
         """
         if self.in_flight >= self._limit:
-            raise HttpProblem("overloaded", f"{self._limit} images are being judged here, which is as many as can be")
+            raise HttpProblem(
+                "overloaded", f"the gateway is at its limit of {self._limit} concurrent images; try again later"
+            )
         self.in_flight += 1
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -48,26 +43,3 @@ class LoadShedder:
             ) from None
         finally:
             self.in_flight -= 1
-
-
-async def cancel_on_disconnect(work: Awaitable[T], is_disconnected: "IsDisconnected") -> T:
-    """The result of `work`, which is cancelled when nobody waits for it any more.
-
-    Raises:
-        HttpProblem: the client has gone. Nobody reads it.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait([task], timeout=_WATCH_S)
-            if not task.done() and await is_disconnected():
-                raise HttpProblem("malformed", "the connection ended before the answer was there")
-        return task.result()
-    finally:
-        await cancel_and_wait(task)
-
-
-class IsDisconnected(Protocol):
-    """Whether the client has gone: `Request.is_disconnected`."""
-
-    def __call__(self) -> Awaitable[bool]: ...

@@ -1,66 +1,67 @@
-"""What can go wrong with a request, in the two forms that clients read: RFC 9457, and OpenAI's error object.
+"""The errors of the HTTP API, in the two forms that clients read: RFC 9457 and OpenAI's error object.
 
-`type` is `urn:sluice:problem:` and a name of `KINDS`; neither names nor statuses change once they are released.
+`type` is `urn:sluice:problem:` and a name in `KINDS`. Names and statuses never change after their release.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.responses import Response
 
 from services.core import telemetry
 from services.core.errors import DeadLetterReason, SluiceError, Unavailable, Unjudgeable
 
-PREFIX: Final = "urn:sluice:problem:"
+TYPE_PREFIX: Final = "urn:sluice:problem:"
 MEDIA_TYPE: Final = "application/problem+json"
 _RETRY_AFTER_S: Final = 1.0
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ProblemKind:
     """One type of problem."""
 
     status: int
     title: str
 
 
-KINDS: Final[Mapping[str, Kind]] = {
-    "malformed": Kind(400, "The request is not well-formed"),
-    "unauthenticated": Kind(401, "The API key is missing or not known"),
-    "not-permitted": Kind(403, "The API key's role does not allow this"),
-    "image-forbidden": Kind(403, "The image may not be read"),
-    "not-found": Kind(404, "There is nothing here"),
-    "method-not-allowed": Kind(405, "The method is not one of this resource"),
-    "body-too-slow": Kind(408, "The body took too long to arrive"),
-    "image-changed": Kind(409, "The object is not the one that the request names"),
-    "policy-conflict": Kind(409, "The policy's roll-out does not allow this change"),
-    "body-too-large": Kind(413, "The body is too large"),
-    "image-too-large": Kind(413, "The image has too many bytes or pixels"),
-    "unsupported-media-type": Kind(415, "The body is of a kind that is not read here"),
-    "invalid": Kind(422, "A field of the request is wrong"),
-    "image-not-found": Kind(422, "There is no such object"),
-    "not-an-image": Kind(422, "The bytes are not an image that can be decoded"),
-    "unknown-policy": Kind(422, "There is no such policy or version"),
-    "image-refused": Kind(422, "The engine refuses the image"),
-    "url-refused": Kind(422, "The URL is not fetched"),
-    "bad-policy": Kind(422, "The policy document is wrong"),
-    "idempotency-key-reused": Kind(422, "The idempotency key came with another request before"),
-    "rate-limited": Kind(429, "Too many requests with this API key"),
-    "too-many-at-once": Kind(429, "Too many requests at a time with this API key"),
-    "overloaded": Kind(429, "The gateway has as much to do as it can"),
-    "internal": Kind(500, "The gateway failed"),
-    "interrupted": Kind(503, "The process that judged it has ended"),
-    "unavailable": Kind(503, "Something that is needed is away"),
+KINDS: Final[Mapping[str, ProblemKind]] = {
+    "malformed": ProblemKind(400, "The request is not well-formed"),
+    "unauthenticated": ProblemKind(401, "The API key is missing or unknown"),
+    "not-permitted": ProblemKind(403, "The API key's role does not allow this request"),
+    "image-forbidden": ProblemKind(403, "Sluice may not read the image"),
+    "not-found": ProblemKind(404, "The resource does not exist"),
+    "method-not-allowed": ProblemKind(405, "The resource does not have this method"),
+    "body-too-slow": ProblemKind(408, "The body took too long to arrive"),
+    "image-changed": ProblemKind(409, "The object is not the version that the request names"),
+    "policy-conflict": ProblemKind(409, "The policy's roll-out does not allow this change"),
+    "body-too-large": ProblemKind(413, "The body is too large"),
+    "image-too-large": ProblemKind(413, "The image has too many bytes or pixels"),
+    "unsupported-media-type": ProblemKind(415, "The gateway does not read bodies of this type"),
+    "invalid": ProblemKind(422, "A field of the request is invalid"),
+    "image-not-found": ProblemKind(422, "The object does not exist"),
+    "not-an-image": ProblemKind(422, "The bytes are not an image that can be decoded"),
+    "unknown-policy": ProblemKind(422, "The policy or its version does not exist"),
+    "image-refused": ProblemKind(422, "The engine refuses the image"),
+    "url-refused": ProblemKind(422, "The gateway does not fetch this URL"),
+    "bad-policy": ProblemKind(422, "The policy document is invalid"),
+    "idempotency-key-reused": ProblemKind(422, "A different request has used the idempotency key"),
+    "rate-limited": ProblemKind(429, "The API key has too many requests a second"),
+    "too-many-at-once": ProblemKind(429, "The API key has too many concurrent requests"),
+    "overloaded": ProblemKind(429, "The gateway is at capacity"),
+    "internal": ProblemKind(500, "The gateway failed"),
+    "interrupted": ProblemKind(503, "The process that judged the image has ended"),
+    "unavailable": ProblemKind(503, "A backend is unavailable"),
 }
 
-_OF_REASON: Final[Mapping[DeadLetterReason, str]] = {
+_KIND_OF_REASON: Final[Mapping[DeadLetterReason, str]] = {
     "malformed": "malformed",
     "forbidden": "image-forbidden",
     "not_found": "image-not-found",
@@ -71,16 +72,16 @@ _OF_REASON: Final[Mapping[DeadLetterReason, str]] = {
     "expired": "unavailable",
     "guard_failed": "image-refused",
 }
-IMAGE_KINDS: Final = frozenset(_OF_REASON.values()) | {"url-refused"}
+IMAGE_KINDS: Final = frozenset(_KIND_OF_REASON.values()) | {"url-refused"}
 
 
 class HttpProblem(SluiceError):
-    """A request that is refused, or cannot be answered. `str(problem)` is one sentence for who sent it."""
+    """A request that is refused or cannot be answered. `str(problem)` is one sentence for the client."""
 
     def __init__(
         self, kind: str, detail: str, *, param: str | None = None, retry_after_s: float | None = None, **more: Any
     ) -> None:
-        """`param` names the field at fault; `more` are further members of the document."""
+        """`param` is the name of the invalid field; `more` are further members of the document."""
         super().__init__(detail)
         self.kind = kind
         self.param = param
@@ -91,32 +92,33 @@ class HttpProblem(SluiceError):
 
     @property
     def status(self) -> int:
+        """The HTTP status."""
         return KINDS[self.kind].status
 
-    def document(self) -> dict[str, Any]:
-        """The members of the problem document."""
+    def to_document(self) -> dict[str, Any]:
+        """Return the members of the RFC 9457 document."""
         kind = KINDS[self.kind]
-        document = {"type": PREFIX + self.kind, "title": kind.title, "status": kind.status, "detail": str(self)}
+        document = {"type": TYPE_PREFIX + self.kind, "title": kind.title, "status": kind.status, "detail": str(self)}
         return document | ({"param": self.param} if self.param else {}) | self.more
 
     @classmethod
-    def of_document(cls, document: Mapping[str, Any]) -> "HttpProblem":
-        """The inverse of `document`, for one that was kept."""
+    def from_document(cls, document: Mapping[str, Any]) -> "HttpProblem":
+        """Return the problem of a stored document: the inverse of `to_document`."""
         more = {name: document[name] for name in document.keys() - {"type", "title", "status", "detail", "param"}}
-        kind = str(document["type"]).removeprefix(PREFIX)
+        kind = str(document["type"]).removeprefix(TYPE_PREFIX)
         return cls(kind, str(document["detail"]), param=document.get("param"), **more)
 
-    def at(self, param: str) -> "HttpProblem":
-        """The same problem, with the field that it is about."""
+    def with_param(self, param: str) -> "HttpProblem":
+        """Return the same problem with another `param`."""
         return HttpProblem(self.kind, str(self), param=param, retry_after_s=self.retry_after_s, **self.more)
 
-    def response(self) -> Response:
-        """The problem as the answer, counted."""
+    def to_response(self) -> Response:
+        """Return the response with the RFC 9457 document, and count it."""
         telemetry.GATEWAY_REFUSED.inc(1, {"reason": self.kind})
-        return Response(to_json(self.document()), self.status, self._headers(), MEDIA_TYPE)
+        return Response(to_json(self.to_document()), self.status, self._headers(), MEDIA_TYPE)
 
-    def openai_response(self) -> Response:
-        """The same in the form of OpenAI's error object. What is wrong with an input is a 400 there."""
+    def to_openai_response(self) -> Response:
+        """Return the response with OpenAI's error object, and count it. As at OpenAI, invalid input has status 400."""
         telemetry.GATEWAY_REFUSED.inc(1, {"reason": self.kind})
         error = {"message": str(self), "type": self._openai_type(), "param": self.param, "code": self._openai_code()}
         return Response(to_json({"error": error}), self._openai_status(), self._headers(), "application/json")
@@ -144,23 +146,38 @@ class HttpProblem(SluiceError):
         return known.get(self.kind) or self.kind.replace("-", "_")
 
 
-def invalid_field(error: ValidationError, field: str | None = None) -> HttpProblem:
-    """The first field that a model refused, as a problem; `field` names it in another way than `a.b`."""
+def parse_body(model: type[M], document: Any) -> M:
+    """Validate a decoded JSON document.
+
+    Raises:
+        HttpProblem: a field is invalid. The problem names the first one.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise to_invalid_field(error) from None
+
+
+def to_invalid_field(
+    error: ValidationError, format_path: Callable[[list[int | str]], str] | None = None
+) -> HttpProblem:
+    """Return the problem for the first field that a model refuses. By default, its name is written as `a.b`."""
     first = error.errors(include_url=False, include_input=False)[0]
-    name = ".".join(map(str, first["loc"])) if field is None else field
+    path = list(first["loc"])
+    name = format_path(path) if format_path else ".".join(map(str, path))
     return HttpProblem("invalid", f"{name or 'the body'}: {first['msg']}", param=name or None)
 
 
-def problem_of(error: Exception) -> HttpProblem:
-    """What an error that was raised on the way says to the client. What nobody expects is logged."""
+def to_problem(error: Exception) -> HttpProblem:
+    """Return the problem that a client gets for an error. The log gets the details of outages and unexpected errors."""
     match error:
         case HttpProblem():
             return error
         case Unjudgeable():
-            return HttpProblem(_OF_REASON[error.reason], str(error))
+            return HttpProblem(_KIND_OF_REASON[error.reason], str(error))
         case Unavailable() | TimeoutError():
-            log.warning("a request could not be answered: %s", error)
-            return HttpProblem("unavailable", "something that is needed for an answer is away; try again later")
+            log.warning("a backend is unavailable, so a request got status 503: %s", error)
+            return HttpProblem("unavailable", "a backend of the gateway is unavailable; try again later")
         case _:
-            log.error("a request failed", exc_info=error)
-            return HttpProblem("internal", "the gateway failed; its log says why")
+            log.error("an unexpected error ended a request with status 500", exc_info=error)
+            return HttpProblem("internal", "the gateway failed; its log has the error")

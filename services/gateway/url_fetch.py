@@ -1,7 +1,7 @@
-"""Images behind http(s) URLs: only from hosts that are named in the settings, and never from inside the network.
+"""Fetches images from http(s) URLs: only from hosts in the settings, and never from addresses inside the network.
 
-A host's name is resolved once, every address of it has to be a public one, and the connection goes to an address that
-was checked: what the name means a moment later does not matter. Redirects are not followed.
+A host name is resolved once. All its addresses must be public, and the connection goes to one of the checked addresses.
+So a name server that changes its answer afterwards (DNS rebinding) has no effect. Redirects are not followed.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from urllib.parse import urlsplit
 
 import httpcore
 
+from services.gateway.body_memory import MemoryLease
 from services.gateway.problems import HttpProblem
-from services.gateway.request_bodies import MemoryLease
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Resolve = Callable[[str, int], Awaitable[list[str]]]
+ResolveFn = Callable[[str, int], Awaitable[list[str]]]
 
-_PORTS: Final = {"http": 80, "https": 443}
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _CONNECT_S: Final = 5.0
 
 
 class ImageDownloader:
-    """Fetches images from the hosts that may be asked."""
+    """Fetches images from the allowed hosts."""
 
     def __init__(
         self,
@@ -33,43 +33,43 @@ class ImageDownloader:
         *,
         limit_bytes: int,
         deadline_s: float,
-        resolve: Resolve | None = None,
+        resolve: ResolveFn | None = None,
         may_connect: Callable[[Address], bool] | None = None,
     ) -> None:
-        """`hosts`: `host` for the usual ports or `host:port`; none: nothing is fetched."""
+        """`hosts`: `host` for the default ports, or `host:port`. If there are none, nothing is fetched."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._limit = limit_bytes
         self._deadline_s = deadline_s
         self._backend = _CheckedBackend(resolve or _resolve, may_connect or is_public)
 
     async def fetch(self, url: str, lease: MemoryLease) -> bytes:
-        """The bytes behind a URL; what they take is taken from `lease`.
+        """Fetch the bytes at a URL. `lease` reserves memory for them.
 
         Raises:
-            HttpProblem: the URL may not be fetched, or does not lead to bytes within the limits.
+            HttpProblem: the URL is not allowed, the host does not deliver, or the image is too large.
         """
-        host = self._checked(url)
+        host = self._check_url(url)
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await self._download(url, host, lease)
         except TimeoutError:
-            raise _refused(f"{host} did not deliver within {self._deadline_s:g} s") from None
+            raise _refusal(f"{host} did not deliver the image within {self._deadline_s:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ssl.SSLError) as error:
-            raise _refused(f"{host} did not deliver: {type(error).__name__}") from None
+            raise _refusal(f"{host} did not deliver the image: {type(error).__name__}") from None
 
-    def _checked(self, url: str) -> str:
+    def _check_url(self, url: str) -> str:
         try:
             parts = urlsplit(url)
-            host, port = (parts.hostname or "").lower(), parts.port or _PORTS.get(parts.scheme, 0)
+            host, port = (parts.hostname or "").lower(), parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
         except ValueError:
-            raise _refused("the URL cannot be read") from None
-        if parts.scheme not in _PORTS or not host or not url.isascii() or not url.isprintable() or " " in url:
-            raise _refused("the URL has to be https://host/path")
+            raise _refusal("the URL is invalid") from None
+        if parts.scheme not in _DEFAULT_PORTS or not host or not url.isascii() or not url.isprintable() or " " in url:
+            raise _refusal("the URL must be https://host/path")
         if parts.username is not None or parts.password is not None:
-            raise _refused("a URL with a user name or a password is not fetched")
-        usual = port == _PORTS[parts.scheme]
-        if not (f"{host}:{port}" in self._hosts or (usual and host in self._hosts)):
-            raise _refused(f"URLs of {host} are not fetched here; send the image as a data: URL, or as s3://")
+            raise _refusal("the URL must not have a user name or a password")
+        is_default_port = port == _DEFAULT_PORTS[parts.scheme]
+        if not (f"{host}:{port}" in self._hosts or (is_default_port and host in self._hosts)):
+            raise _refusal(f"the gateway does not fetch URLs of {host}; send the image as a data: URL or as s3://")
         return host
 
     async def _download(self, url: str, host: str, lease: MemoryLease) -> bytes:
@@ -79,17 +79,17 @@ class ImageDownloader:
             "Connection": "close",
             "User-Agent": "sluice",
         }
-        # A connection of its own: one that is kept would skip the check of its address.
+        # Each request opens a new connection: a connection that is kept alive would skip the check of its address.
         async with (
             httpcore.AsyncConnectionPool(network_backend=self._backend, retries=0) as pool,
             pool.stream("GET", url, headers=headers) as response,
         ):
             if response.status != 200:
                 redirects = ", and redirects are not followed" if 300 <= response.status < 400 else ""
-                raise _refused(f"{host} answers {response.status}{redirects}")
+                raise _refusal(f"{host} answers with status {response.status}{redirects}")
             names = {name.lower(): value for name, value in response.headers}
             if names.get(b"content-encoding", b"identity").lower() != b"identity":
-                raise _refused(f"{host} sends the image compressed, unasked")
+                raise _refusal(f"{host} sends the image with a Content-Encoding, which the gateway does not accept")
             content = bytearray()
             async for chunk in response.aiter_stream():
                 content += chunk
@@ -100,9 +100,9 @@ class ImageDownloader:
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to addresses that were checked, and to nothing else."""
+    """Connects only to checked addresses."""
 
-    def __init__(self, resolve: Resolve, may_connect: Callable[[Address], bool]) -> None:
+    def __init__(self, resolve: ResolveFn, may_connect: Callable[[Address], bool]) -> None:
         self._resolve = resolve
         self._may_connect = may_connect
         self._inner = httpcore.AnyIOBackend()
@@ -117,22 +117,22 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         addresses = await self._resolve(host, port)
         if not addresses:
-            raise _refused(f"there is no host {host}")
+            raise _refusal(f"the host {host} has no address")
         if not all(self._may_connect(ipaddress.ip_address(address.partition("%")[0])) for address in addresses):
-            raise _refused(f"{host} has an address that is not a public one")
+            raise _refusal(f"{host} has an address that is not public")
         return await self._inner.connect_tcp(
             addresses[0], port, timeout=_CONNECT_S, local_address=local_address, socket_options=socket_options
         )
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
-        raise _refused("no such URL is fetched")
+        raise _refusal("Unix sockets are not fetched")
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public Internet, also where it stands for another one."""
+    """Return whether an address is on the public Internet. For an address that embeds another, both must be."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
         if inner is not None and not is_public(inner):
@@ -152,5 +152,5 @@ async def _resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
-def _refused(why: str) -> HttpProblem:
+def _refusal(why: str) -> HttpProblem:
     return HttpProblem("url-refused", why)

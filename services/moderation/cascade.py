@@ -1,9 +1,9 @@
-"""The core of moderation: the bytes of one image and policies in, an assessment under each policy out.
+"""The core of moderation: it takes the bytes of one image and policies, and gives an assessment under each policy.
 
-It knows nothing of streams, requests and stores. Under each policy, the image goes through a cascade.
-
-With effort `adaptive`, the guard first gives only a score for a small copy of the image (screening). A low score with
-the rating Safe is the answer. All other images, and all policies with effort `full`, get the full assessment.
+It knows nothing of streams, requests and stores. Under each policy, the image goes through a cascade of two stages.
+With effort `adaptive`, the guard first gives only a score for a small copy of the image (screening). If the rating is
+Safe and the score is low, this is the assessment. Otherwise, and with effort `full`, the guard assesses the image
+itself.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from services.moderation.step_timer import StepTimer
 
 @dataclass(frozen=True, slots=True)
 class PolicyAssessment:
-    """The guard's answer under one policy, or why it could not be read, twice."""
+    """The guard's assessment under one policy, or the error if two answers could not be parsed."""
 
     answer: Assessment | UnreadableAnswer
     effort: Effort
@@ -63,7 +63,7 @@ async def assess_each(
     preparer: ImagePreparer,
     detail: Detail = "verdict",
 ) -> list[PolicyAssessment | GuardFailed]:
-    """The assessment under each policy, in order, or the error where the engine refuses the image under it."""
+    """Assess the image under each policy. Returns in their order the assessment, or the error if the engine refuses."""
     results: list[PolicyAssessment | GuardFailed | None] = [None] * len(policies)
     adaptive = [n for n, policy in enumerate(policies) if policy.effort == "adaptive"]
     if adaptive:
@@ -86,7 +86,7 @@ async def screen(
     guard: GuardClient,
     preparer: ImagePreparer,
 ) -> list[PolicyAssessment | None]:
-    """Assess a small copy of the image. The result for policies to which its low score is enough, else None."""
+    """Assess a small copy of the image. Returns an assessment for each policy that accepts its low score, else None."""
     small = await preparer.first_look(image)
     try:
         assessments = await _assess(small, policies, "score", priority, guard)
@@ -132,13 +132,13 @@ async def _assess_full(
 async def _assess(
     image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority, guard: GuardClient
 ) -> list[Assessment]:
-    """The guard's assessments with calibrated scores: every threshold refers to calibrated scores."""
+    """Return the guard's assessments with calibrated scores, because all thresholds are for calibrated scores."""
     assessments = await guard.assess_each(image, policies, detail, priority)
     return [apply_calibration(each, policy) for each, policy in zip(assessments, policies, strict=True)]
 
 
 def apply_calibration(assessment: Assessment, policy: Policy) -> Assessment:
-    """The assessment with its score mapped by the policy's calibration for this checkpoint, if it has one."""
+    """Return the assessment with a calibrated score, if the policy has a calibration for this checkpoint."""
     calibration = policy.calibrations.get(assessment.model.revision)
     if calibration is None:
         return assessment

@@ -1,8 +1,8 @@
-"""The whole life of an image: the only place that knows the order of the steps.
+"""The whole life of an image. Only this module knows the order of the steps.
 
     choose the policy ► fetch ► judge the bytes (cascade.py) ► decide and build the verdict (verdicts.py)
 
-The stream and the gateway share it; each passes in its own ports (ports.py).
+The stream worker and the gateway both use it; each passes its own ports (ports.py).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class ModerationResult:
 
 
 class Moderator:
-    """Judges submissions. With retrying ports it waits out outages; the caller cancels at its deadline."""
+    """Judges submissions. With retrying ports, it waits while a backend is unavailable, until the caller cancels."""
 
     def __init__(
         self,
@@ -54,13 +54,13 @@ class Moderator:
         priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> ModerationResult:
-        """Judge one image by the version that is active for it now.
+        """Judge one image by the policy version that is active for it now.
 
-        `upload` is the image, if it came with the request: then nothing is fetched. `priority` defaults to the
-        request's own. With detail `score` the guard gives no category and no rationale.
+        `upload` is the image, if it came with the request; then nothing is fetched. `priority` is by default that of
+        the request. With detail `score`, the guard gives no category and no rationale.
 
         Raises:
-            Unjudgeable: the image can never be judged; the error's class says why.
+            Unjudgeable: the image can never be judged. The class of the error is the reason.
         """
         started_at = datetime.now(UTC)
         choice = await self._policies.choose(request)
@@ -70,7 +70,7 @@ class Moderator:
         )
         if isinstance(verdict, GuardFailed):
             raise verdict
-        shadow = _shadow_difference(verdict, choice.shadow, others[0]) if choice.shadow else None
+        shadow = _compare_shadow(verdict, choice.shadow, others[0]) if choice.shadow else None
         return ModerationResult(self._apply_circuit_breaker(verdict, choice.policy), shadow)
 
     async def judge_under(
@@ -96,7 +96,7 @@ class Moderator:
             if stored is None:
                 if request.reference is None:
                     raise Malformed(
-                        f"{request.uri} is in no bucket; the image has to come with the request", request.id
+                        f"{request.uri} is not in a bucket; the image must come with the request", request.id
                     )
                 stored = await timer.time("fetch", held.enter_async_context(self._images.open(request.reference)))
             judged = await judge_image(
@@ -108,10 +108,10 @@ class Moderator:
                 timer=timer,
                 detail=detail,
             )
-        return build_verdicts(VerdictSubject.of_request(request), stored, policies, judged, timer)
+        return build_verdicts(VerdictSubject.from_request(request), stored, policies, judged, timer)
 
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
-        """The verdict, or a request for review if the policy's circuit breaker is open."""
+        """Return the verdict, or a request for review if the policy's circuit breaker is open. Count its action."""
         identity, action = policy.identity, verdict.action
         if self._breaker and action and verdict.outcome == "verdict" and not self._breaker.allows(policy, action):
             verdict = verdict.model_copy(update={"outcome": "needs_review", "reason": "quota", "action": "review"})
@@ -121,8 +121,8 @@ class Moderator:
         return verdict
 
 
-def _shadow_difference(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:
-    """The shadow's verdict, if it has one; counts whether its action differs."""
+def _compare_shadow(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:
+    """Return the shadow's verdict, if it has one. Count whether its action differs from the verdict's."""
     result = "failed"
     if isinstance(other, Verdict):
         result = "same" if other.action == verdict.action else "differs"

@@ -1,4 +1,4 @@
-"""What moderation needs from outside: policies, images, decoders, the guard and a circuit breaker."""
+"""The interfaces that the moderator calls: policies, images, decoders, the guard and a circuit breaker."""
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -18,17 +18,17 @@ from services.core.values import (
 
 
 class PolicySource(Protocol):
-    """Where policies come from."""
+    """Chooses policy versions."""
 
     async def choose(self, request: ImageRequest) -> PolicyChoice:
-        """The policy version for a request. Raises UnknownPolicy, PolicyUnavailable."""
+        """Return the policy version for a request. Raises UnknownPolicy, PolicyUnavailable."""
 
 
 class ImageSource(Protocol):
-    """Where images come from."""
+    """Fetches images."""
 
     def open(self, reference: ObjectReference) -> AbstractAsyncContextManager[StoredObject]:
-        """The object; its memory stays reserved until the context ends.
+        """Fetch the object. Its memory stays reserved until the context ends.
 
         Raises Forbidden, NotFound, Changed, TooLarge, StoreUnavailable.
         """
@@ -41,20 +41,20 @@ class ImagePreparer(Protocol):
         """Decode, orient, downscale. Raises NotAnImage, TooLarge, Unavailable."""
 
     async def first_look(self, image: PreparedImage) -> PreparedImage:
-        """The same image in the small size for screening. Raises what `prepare` raises."""
+        """Scale the image down for screening. Raises what `prepare` raises."""
 
 
 class GuardClient(Protocol):
-    """The model: pure inference."""
+    """Calls the model."""
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
     ) -> list[Assessment]:
-        """Judge one image under several policies. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
+        """Assess one image under each policy, in order. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
 
 
 class Breaker(Protocol):
-    """Keeps a policy version from blocking too much."""
+    """Keeps a policy version from blocking too many images."""
 
     def allows(self, policy: Policy, action: Action) -> bool:
-        """Count a verdict's action; whether the action may stand."""
+        """Count the action of a verdict. Returns False if the version blocks too much: the verdict goes to review."""

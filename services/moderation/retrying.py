@@ -1,6 +1,6 @@
-"""Ports that wait out outages: each repeats a call while its backend is unavailable, so moderation reads straight.
+"""Ports that repeat a call while their backend is unavailable, so that the moderator needs no retries of its own.
 
-Wrap ports once, where a moderation is put together. The waits are those of `retry_while_unavailable`.
+Wrap each port once, where the moderator is built. The waits are those of `retry_while_unavailable`.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -24,7 +24,7 @@ from services.moderation.ports import Breaker, GuardClient, ImagePreparer, Image
 
 @dataclass(frozen=True, slots=True)
 class RetryingPolicies:
-    """Retries while neither Redis nor the policy bucket answers."""
+    """Retries while both Redis and the policy bucket are unavailable."""
 
     inner: PolicySource
 
@@ -34,7 +34,7 @@ class RetryingPolicies:
 
 @dataclass(frozen=True, slots=True)
 class RetryingImages:
-    """Retries while the object store does not answer."""
+    """Retries while the object store is unavailable."""
 
     inner: ImageSource
 
@@ -77,7 +77,7 @@ def build_retrying_moderator(
     guard: GuardClient,
     breaker: Breaker | None = None,
 ) -> Moderator:
-    """A moderation that waits while any of its backends is unavailable."""
+    """Build a moderator that waits while any of its backends is unavailable."""
     return Moderator(
         policies=RetryingPolicies(policies),
         images=RetryingImages(images),

@@ -1,4 +1,4 @@
-"""Builds verdicts: from an assessment and a policy's thresholds, or for a submission that was not judged."""
+"""Builds verdicts from assessments and a policy's thresholds, and verdicts for submissions that are not judged."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from services.moderation.step_timer import StepTimer
 
 @dataclass(frozen=True, slots=True)
 class VerdictSubject:
-    """What a verdict says about its image that judging does not change."""
+    """The fields of a verdict that come from the submission."""
 
     submission_id: str
     uri: str
@@ -22,12 +22,13 @@ class VerdictSubject:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_request(cls, request: ImageRequest) -> "VerdictSubject":
+    def from_request(cls, request: ImageRequest) -> "VerdictSubject":
+        """Take the fields from a request."""
         return cls(request.id, request.uri, request.tenant, request.metadata)
 
 
 def decide(assessment: Assessment, policy: Policy) -> Action:
-    """The action that the policy's thresholds give for an assessment."""
+    """Return the action that the policy's thresholds give for an assessment."""
     thresholds = policy.category_thresholds.get(assessment.category, policy.thresholds)
     if assessment.score >= thresholds.block:
         return "block"
@@ -41,7 +42,7 @@ def build_skipped_verdict(
     reason: ReviewReason | None = None,
     action: Action | None = None,
 ) -> Verdict:
-    """The verdict of a submission that the guard never saw: a newer event superseded it, or it blocked its key."""
+    """Build the verdict of a submission that the guard never gets: a newer event replaces it, or it blocks its key."""
     now = datetime.now(UTC)
     submitted_at = submission.submitted_at or now
     waited_ms = max(0, round((now - submitted_at).total_seconds() * 1000))
@@ -81,7 +82,7 @@ def build_skipped_verdict(
 def build_verdicts(
     subject: VerdictSubject, stored: StoredObject, policies: Sequence[Policy], judged: JudgedImage, timer: StepTimer
 ) -> list[Verdict | GuardFailed]:
-    """The verdict under each policy, in order, or the error where the engine refuses the image under it."""
+    """Build the verdict under each policy, in order. Its place has the error if the engine refuses the image."""
     return [
         result
         if isinstance(result, GuardFailed)
@@ -98,7 +99,7 @@ def _build_verdict(
     assessed: PolicyAssessment,
     timer: StepTimer,
 ) -> Verdict:
-    """The verdict for one assessed image, with `needs_review` if the guard's answer could not be read."""
+    """Build the verdict for one assessed image, with `needs_review` if the guard's answer could not be parsed."""
     answer = assessed.answer
     assessment = answer if isinstance(answer, Assessment) else None
     calibration = assessment.calibration if assessment else None

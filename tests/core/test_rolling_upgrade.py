@@ -168,7 +168,12 @@ ASSESSMENTS: Final = {
     "asm_failed": stored(
         "asm_failed",
         status="failed",
-        problem=HttpProblem("image-not-found", "s3://uploads/a.jpg does not exist").document(),
+        problem={
+            "type": "urn:sluice:problem:image-not-found",
+            "title": "There is no such object",
+            "status": 422,
+            "detail": "s3://uploads/a.jpg does not exist",
+        },
     ),
     "asm_pending": stored("asm_pending", status="pending"),
     "asm_claimed": stored("asm_claimed", status="pending"),

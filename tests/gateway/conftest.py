@@ -1,4 +1,4 @@
-"""The gateway of these tests."""
+"""Fixtures of the gateway's tests."""
 
 from tests.support.gateway_bench import bench, idle, preparer
 

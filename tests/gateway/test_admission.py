@@ -1,15 +1,15 @@
-"""Admission: the order of the gateway's limits, and what holds memory until when."""
+"""Admission: the order of the gateway's limits, and when memory is released."""
 
 import pytest
 
 from services.core.settings import Settings
 from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey, Role
+from services.gateway.body_memory import BodyMemory
 from services.gateway.image_inputs import RequestContext, from_s3
 from services.gateway.load_shedding import LoadShedder
 from services.gateway.problems import HttpProblem
 from services.gateway.rate_limits import RateLimiter
-from services.gateway.request_bodies import BodyMemory
 from services.policies.redis_cache import PolicyRedisCache
 
 MEMORY_BYTES = 400
@@ -22,7 +22,7 @@ def key(role: Role = "review", **limits: float) -> ApiKey:
 
 @pytest.fixture
 def admission() -> Admission:
-    """Limits whose Redis does not answer: rates are counted in this process, by a clock that stands still."""
+    """Limits without Redis: the process counts rates itself, with a stopped clock."""
     settings = Settings(gateway_rate_per_s=1, gateway_concurrency=1, gateway_in_flight=1)
     limiter = RateLimiter(PolicyRedisCache("redis://127.0.0.1:1/0", "admission"), settings, clock=lambda: 0.0)
     return Admission(limiter, BodyMemory(MEMORY_BYTES), LoadShedder(None, settings))  # type: ignore[arg-type]
@@ -35,14 +35,14 @@ async def kind_of_refusal(admission: Admission, key: ApiKey, role: Role = "moder
     return refused.value.kind
 
 
-async def test_admit_over_several_limits_reports_the_first(admission: Admission) -> None:
+async def test_admit_over_several_limits_reports_the_first_limit(admission: Admission) -> None:
     async with admission.admit(key(), "moderate"):
         assert await kind_of_refusal(admission, key()) == "too-many-at-once"
         assert await kind_of_refusal(admission, key(), "admin") == "not-permitted", "the role comes before the slot"
         assert await kind_of_refusal(admission, key(), "admin") == "rate-limited", "the rate comes before the role"
 
 
-async def test_admit_after_a_failed_request_has_its_slot_and_memory(admission: Admission) -> None:
+async def test_failed_request_releases_its_slot_and_memory(admission: Admission) -> None:
     async def exceed_memory() -> None:
         async with admission.admit(key(rate_per_s=1000), "moderate") as request:
             request.memory.reserve(MEMORY_BYTES // 4)
@@ -51,25 +51,25 @@ async def test_admit_after_a_failed_request_has_its_slot_and_memory(admission: A
     for _ in range(3):
         with pytest.raises(HttpProblem, match="memory"):
             await exceed_memory()
-        assert admission.memory.used == 0
+        assert admission.memory.used_bytes == 0
 
 
-async def test_start_job_keeps_the_memory_until_the_job_ends(admission: Admission) -> None:
+async def test_job_holds_its_memory_until_it_ends(admission: Admission) -> None:
     admitted_key = key(rate_per_s=1000)
     async with admission.admit(admitted_key, "moderate") as request:
         request.memory.reserve(100)
         job = request.start_job()
-    assert admission.memory.used == 100
+    assert admission.memory.used_bytes == 100
     async with admission.admit(admitted_key, "moderate") as second:
         with pytest.raises(HttpProblem, match="jobs at a time"):
             second.start_job()
     job.close()
-    assert admission.memory.used == 0
+    assert admission.memory.used_bytes == 0
     async with admission.admit(admitted_key, "moderate") as third:
         third.start_job().close()
 
 
-async def test_judge_with_all_slots_at_the_guard_taken_is_overloaded(admission: Admission) -> None:
+async def test_judge_without_a_free_slot_at_the_guard_is_overloaded(admission: Admission) -> None:
     admission.shedder.in_flight = 1
     async with admission.admit(key(), "moderate") as request:
         image = from_s3("s3://uploads/a", RequestContext(request.key, "a"))

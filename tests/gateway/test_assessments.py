@@ -1,10 +1,10 @@
-"""Assessments: by reference and by upload, waited for or asked for later, each judged once."""
+"""Assessments: by reference and by upload, at once or later, and idempotency keys."""
 
 import asyncio
 import hashlib
 import json
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,10 @@ import jsonschema
 import pytest
 
 from services.core.errors import RedisUnavailable
-from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
-from services.gateway import assessment_store
-from services.gateway.admission import Admission
-from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_store import AssessmentStore
-from services.gateway.problems import PREFIX, HttpProblem
-from services.gateway.rate_limits import RateLimiter
-from services.gateway.request_bodies import BodyMemory
-from services.gateway.routes.assessments import Assessments
-from services.policies.redis_cache import PolicyRedisCache
-from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, data_url, unsafe
+from services.gateway.problems import TYPE_PREFIX
+from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, age_assessment, data_url, unsafe
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
 PATH = "/v1/assessments"
@@ -33,43 +25,37 @@ async def says_unsafe(_image: PreparedImage, _detail: Detail) -> Assessment:
     return unsafe()
 
 
-Away = Callable[..., None]
+@contextmanager
+def lost_answers(method: str) -> Iterator[None]:
+    """Redis executes a method of the store, but the process gets an error, until the block ends."""
+    execute = getattr(AssessmentStore, method)
+
+    async def execute_and_fail(self: AssessmentStore, *arguments: Any) -> None:
+        await execute(self, *arguments)
+        raise RedisUnavailable("the answer was lost")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AssessmentStore, method, execute_and_fail)
+        yield
 
 
-@pytest.fixture
-def away(monkeypatch: pytest.MonkeyPatch) -> Away:
-    """Says which scripts Redis does not answer from now on; with `runs` it runs them all the same."""
-    scripts: tuple[str, ...] = ()
-    are_run = False
-    answer = PolicyRedisCache.run
-
-    async def run(self: PolicyRedisCache, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
-        if script not in scripts:
-            return await answer(self, script, keys, *arguments)
-        if are_run:
-            await answer(self, script, keys, *arguments)
-        raise RedisUnavailable("away")
-
-    def set_away(*given: str, runs: bool = False) -> None:
-        nonlocal scripts, are_run
-        scripts, are_run = given, runs
-
-    monkeypatch.setattr(PolicyRedisCache, "run", run)
-    return set_away
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody works on is noticed soon."""
-    monkeypatch.setattr(assessment_store, "_ALIVE_S", 2)
-    monkeypatch.setattr(assessment_store, "_HEARTBEAT_S", 0.2)
+@asynccontextmanager
+async def second_gateway(bench: Bench) -> AsyncIterator[Bench]:
+    """Start another gateway with the same backends and API keys."""
+    other = Bench(bench.settings, bench.preparer)
+    other.share_keys_of(bench)
+    await other.start()
+    try:
+        yield other
+    finally:
+        await other.close()
 
 
 def form(data: bytes = JPEG) -> dict[str, Any]:
     return {"files": {"file": ("picture.txt", data, "text/plain")}}
 
 
-async def test_by_reference_by_upload_and_by_data_url(bench: Bench) -> None:
+async def test_image_by_reference_upload_or_data_url_gets_a_verdict(bench: Bench) -> None:
     bench.guard.script = says_unsafe
     uri = bench.put("assessments/a.jpg")
     async with bench.client(tenant="shop") as client:
@@ -91,7 +77,7 @@ async def test_by_reference_by_upload_and_by_data_url(bench: Bench) -> None:
     assert inline.json()["submission_id"] == inline.headers["location"].rpartition("/")[2]
 
 
-async def test_a_score_alone(bench: Bench) -> None:
+async def test_detail_score_gives_a_verdict_without_category(bench: Bench) -> None:
     async with bench.client() as client:
         answer = await client.post(f"{PATH}?wait=20", **form(), data={"detail": "score"})
     assert "verdict" not in bench.guard.calls
@@ -99,9 +85,9 @@ async def test_a_score_alone(bench: Bench) -> None:
     assert (verdict["score"], verdict["action"], verdict["category"]) == (0.02, "allow", None)
 
 
-async def test_who_does_not_wait_long_enough_asks_again(bench: Bench) -> None:
+async def test_verdict_after_the_wait_is_found_at_the_location(bench: Bench) -> None:
     gate = bench.guard.script = Gate()
-    async with bench.client() as client, bench.client(tenant="other") as stranger:
+    async with bench.client() as client, bench.client(tenant="other") as other:
         at_once = await client.post(PATH, **form())
         later = await client.post(f"{PATH}?wait=0.05", **form())
         for answer in (at_once, later):
@@ -113,31 +99,27 @@ async def test_who_does_not_wait_long_enough_asks_again(bench: Bench) -> None:
         done = await client.get(f"{at_once.headers['location']}?wait=20")
         assert (done.status_code, done.json()["action"]) == (200, "block")
         for location in (at_once.headers["location"], f"{PATH}/{'0' * 32}", f"{PATH}/nothing"):
-            hidden = await stranger.get(location)
-            assert (hidden.status_code, hidden.json()["type"]) == (404, f"{PREFIX}not-found")
+            hidden = await other.get(location)
+            assert (hidden.status_code, hidden.json()["type"]) == (404, f"{TYPE_PREFIX}not-found")
 
 
-async def test_an_assessment_whose_process_has_ended(bench: Bench) -> None:
-    gate = bench.guard.script = Gate()
-    other = Bench(bench.settings, bench.preparer)
-    other.guard.script = gate
-    await other.start()
+async def test_assessment_of_an_ended_process_is_interrupted(bench: Bench) -> None:
     async with bench.client() as client:
-        other._tokens = bench._tokens
-        async with other.client() as elsewhere:
-            location = (await elsewhere.post(PATH, **form())).headers["location"]
-        assert (await client.get(location)).status_code == 202, "another process judges it"
-        await other.close()
+        async with second_gateway(bench) as other:
+            other.guard.script = Gate()
+            async with other.client() as elsewhere:
+                location = (await elsewhere.post(PATH, **form())).headers["location"]
+            assert (await client.get(location)).status_code == 202, "another process judges it"
         lost = await client.get(location)
-    assert (lost.status_code, lost.json()["type"]) == (503, f"{PREFIX}interrupted")
+    assert (lost.status_code, lost.json()["type"]) == (503, f"{TYPE_PREFIX}interrupted")
     assert lost.headers["retry-after"]
 
 
-async def test_an_idempotency_key_is_judged_once(bench: Bench) -> None:
+async def test_requests_with_one_idempotency_key_are_judged_once(bench: Bench) -> None:
     gate = bench.guard.script = Gate()
     async with bench.client(**{"Idempotency-Key": "order-7"}) as client:
         posts = [asyncio.create_task(client.post(f"{PATH}?wait=20", **form())) for _ in range(5)]
-        await gate.until_waiting(1)
+        await gate.wait_for_calls(1)
         quick = await client.post(PATH, **form())
         assert quick.status_code == 202
         gate.opened.set()
@@ -148,13 +130,14 @@ async def test_an_idempotency_key_is_judged_once(bench: Bench) -> None:
         assert bench.guard.calls.count("verdict") == 1
         for other in ({**form(OTHER_JPEG)}, {**form(), "data": {"detail": "score"}}):
             reused = await client.post(f"{PATH}?wait=20", **other)
-            assert (reused.status_code, reused.json()["type"]) == (422, f"{PREFIX}idempotency-key-reused")
+            assert (reused.status_code, reused.json()["type"]) == (422, f"{TYPE_PREFIX}idempotency-key-reused")
         assert bench.guard.calls.count("verdict") == 1
     async with bench.client("admin", **{"Idempotency-Key": "order-7"}) as other_key:
-        assert (await other_key.post(f"{PATH}?wait=20", **form(OTHER_JPEG))).status_code == 200, "keys are one's own"
+        answer = await other_key.post(f"{PATH}?wait=20", **form(OTHER_JPEG))
+        assert answer.status_code == 200, "another API key has its own idempotency keys"
 
 
-async def test_an_idempotency_key_of_what_failed_for_a_passing_reason_may_be_tried_again(bench: Bench) -> None:
+async def test_idempotency_key_after_a_temporary_failure_is_judged_again(bench: Bench) -> None:
     async def fails(_image: PreparedImage, _detail: Detail) -> Assessment:
         raise ZeroDivisionError
 
@@ -166,129 +149,71 @@ async def test_an_idempotency_key_of_what_failed_for_a_passing_reason_may_be_tri
     async with bench.client(**{"Idempotency-Key": "order-9"}) as client:
         for _ in range(2):
             refused = await client.post(f"{PATH}?wait=20", **form(b"text"))
-            assert (refused.status_code, refused.json()["type"]) == (422, f"{PREFIX}not-an-image")
+            assert (refused.status_code, refused.json()["type"]) == (422, f"{TYPE_PREFIX}not-an-image")
 
 
-@pytest.mark.parametrize("script", [assessment_store._CLAIM, assessment_store._REPLACE], ids=["claim", "replace"])
-async def test_what_redis_took_without_an_answer_is_judged_when_it_is_sent_again(
-    quick: None, bench: Bench, away: Away, script: str
-) -> None:
+@pytest.mark.parametrize("method", ["claim", "replace"])
+async def test_idempotency_key_with_a_lost_answer_of_redis_is_judged_when_sent_again(bench: Bench, method: str) -> None:
     async def fails(_image: PreparedImage, _detail: Detail) -> Assessment:
         raise ZeroDivisionError
 
     async with bench.client(**{"Idempotency-Key": "order-10"}) as client:
-        if script is assessment_store._REPLACE:
+        if method == "replace":
             bench.guard.script = fails
             assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 500
         bench.guard.script = says_unsafe
         before = bench.guard.calls.count("verdict")
-        away(script, runs=True)
-        assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 503
-        away()
-        promised = await client.post(PATH, **form())
-        assert promised.status_code == 202
-        lost = await client.get(f"{promised.headers['location']}?wait=20")
-        assert (lost.status_code, lost.json()["type"]) == (503, f"{PREFIX}interrupted")
-        assert (await client.post(PATH, **form(OTHER_JPEG))).status_code == 422, "the key is still that of the first"
+        with lost_answers(method):
+            assert (await client.post(f"{PATH}?wait=20", **form())).status_code == 503
+        pending = await client.post(PATH, **form())
+        assert pending.status_code == 202
+        await age_assessment(bench.redis_cache, pending.json()["id"], by_s=100)
+        lost = await client.get(pending.headers["location"])
+        assert (lost.status_code, lost.json()["type"]) == (503, f"{TYPE_PREFIX}interrupted")
+        assert (await client.post(PATH, **form(OTHER_JPEG))).status_code == 422, "the key belongs to the first request"
         again = [await client.post(f"{PATH}?wait=20", **form()) for _ in range(2)]
     assert [answer.status_code for answer in again] == [200, 200]
     assert bench.guard.calls.count("verdict") == before + 1
 
 
-async def test_what_takes_long_is_pending_everywhere_until_it_ends(quick: None, bench: Bench) -> None:
+async def test_slow_assessment_is_pending_in_all_gateways_until_its_verdict(bench: Bench) -> None:
     gate = bench.guard.script = Gate()
-    other = Bench(bench.settings, bench.preparer)
-    other._tokens = bench._tokens
-    await other.start()
-    async with bench.client(**{"Idempotency-Key": "a"}) as here, other.client(**{"Idempotency-Key": "a"}) as elsewhere:
+    key = {"Idempotency-Key": "a"}
+    async with second_gateway(bench) as other, bench.client(**key) as here, other.client(**key) as elsewhere:
         begun = await here.post(PATH, **form())
-        await asyncio.sleep(4)
+        await age_assessment(bench.redis_cache, begun.json()["id"], by_s=100)
+        await bench.app.state.assessment_store.send_heartbeat()
         for client in (here, elsewhere):
             again = await client.post(PATH, **form())
             assert (again.status_code, again.headers["location"]) == (202, begun.headers["location"])
         gate.opened.set()
         assert (await elsewhere.get(f"{begun.headers['location']}?wait=20")).status_code == 200
-    assert "verdict" not in other.guard.calls
-    await other.close()
+        assert "verdict" not in other.guard.calls
 
 
-async def test_a_verdict_outlives_an_outage_of_redis(quick: None, bench: Bench, away: Away) -> None:
+async def test_verdict_during_an_outage_of_redis_is_saved_afterwards(bench: Bench) -> None:
     gate = bench.guard.script = Gate()
-    other = Bench(bench.settings, bench.preparer)
-    other._tokens = bench._tokens
-    await other.start()
-    async with bench.client(**{"Idempotency-Key": "b"}) as here, other.client() as elsewhere:
+    async with (
+        second_gateway(bench) as other,
+        bench.client(**{"Idempotency-Key": "b"}) as here,
+        other.client() as elsewhere,
+    ):
         location = (await here.post(PATH, **form())).headers["location"]
-        await gate.until_waiting(1)
-        away(assessment_store._FINISH)
+        await gate.wait_for_calls(1)
+        bench.redis_cache.is_down = True
         gate.opened.set()
         known = await here.get(f"{location}?wait=20")
-        await asyncio.sleep(0.5)
         assert known.status_code == 200
-        assert (await here.get(location)).text == (await here.post(PATH, **form())).text == known.text
+        assert (await here.get(location)).text == known.text
         assert (await elsewhere.get(location)).status_code == 202
-        away()
-        assert (await elsewhere.get(f"{location}?wait=20")).text == known.text
-    assert gate.waiting == 1
-    await other.close()
+        bench.redis_cache.is_down = False
+        await bench.app.state.assessment_store.send_heartbeat()
+        assert (await elsewhere.get(location)).text == known.text
+        assert (await here.post(PATH, **form())).text == known.text
+    assert gate.calls == 1
 
 
-async def test_an_end_that_redis_has_not_taken_is_kept_before_the_process_ends(valkey_url: str, away: Away) -> None:
-    shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    other = AssessmentStore(shared, keep_s=60)
-    async with AssessmentStore(shared, keep_s=60) as mine:
-        promised = mine.pending("shop")
-        await mine.create(promised)
-        away(assessment_store._FINISH)
-        await mine.finish(promised.model_copy(update={"status": "failed"}))
-        assert await other.get(promised.id) == promised
-        away()
-    known = await other.get(promised.id)
-    assert known is not None
-    assert (known.status, known.problem) == ("failed", None)
-    await shared.close()
-
-
-async def test_a_promise_that_comes_late_does_not_undo_an_end(valkey_url: str) -> None:
-    shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    async with AssessmentStore(shared, keep_s=60) as mine:
-        promised = mine.pending("shop")
-        failed = promised.model_copy(update={"status": "failed"})
-        with mine.renewing(promised):
-            await mine.finish(failed)
-            await mine.create(promised)
-            await mine._renew()
-        assert await mine.get(promised.id) == failed
-        _, left_s = await shared.run(assessment_store._GET, [mine._key("assessment", promised.id)])
-        assert left_s <= 60, "its life is that of an end"
-    await shared.close()
-
-
-@pytest.mark.parametrize("is_away", [False, True], ids=["redis", "no redis"])
-async def test_what_a_job_over_the_limit_holds_is_given_back_at_once(
-    valkey_url: str, away: Away, is_away: bool
-) -> None:
-    shared = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
-    limiter, memory = RateLimiter(shared, Settings(gateway_concurrency=1)), BodyMemory(1000)
-    admission = Admission(limiter, memory, shedder=None)  # type: ignore[arg-type]
-    mine = AssessmentStore(shared, keep_s=60)
-    key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
-    jobs: Any = Assessments(mine)
-    promised = mine.pending("shop")
-    if is_away:
-        away(assessment_store._FINISH)
-    async with admission.admit(key, "moderate") as admitted:
-        admitted.memory.reserve(100)
-        with limiter.concurrency_slot(key, "jobs"), pytest.raises(HttpProblem, match="jobs at a time"):
-            await jobs.start(promised, None, admitted)
-        assert memory.used == 0
-    known = await mine.get(promised.id)
-    assert known is not None
-    assert known.status == "failed", "nobody waits for it"
-    await shared.close()
-
-
-async def test_what_is_refused(bench: Bench) -> None:
+async def test_invalid_requests_are_refused(bench: Bench) -> None:
     uri = bench.put("assessments/b.jpg")
     refused: list[tuple[dict[str, Any], int, str]] = [
         ({"json": {"uri": "s3://uploads/absent"}}, 422, "image-not-found"),
@@ -318,11 +243,11 @@ async def test_what_is_refused(bench: Bench) -> None:
     async with bench.client() as client:
         for request, status, kind in refused:
             answer = await client.post(f"{PATH}?wait=20", **request)
-            assert (answer.status_code, answer.json()["type"]) == (status, PREFIX + kind), (request, answer.text)
+            assert (answer.status_code, answer.json()["type"]) == (status, TYPE_PREFIX + kind), (request, answer.text)
             assert answer.headers["content-type"] == "application/problem+json"
             assert answer.json()["status"] == status
             assert answer.json()["detail"]
         for wait in ("-1", "301", "nan", "soon"):
             answer = await client.post(f"{PATH}?wait={wait}", json={"uri": uri})
-            assert (answer.status_code, answer.json()["type"]) == (422, f"{PREFIX}invalid")
+            assert (answer.status_code, answer.json()["type"]) == (422, f"{TYPE_PREFIX}invalid")
     assert "verdict" not in bench.guard.calls

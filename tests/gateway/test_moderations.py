@@ -1,4 +1,4 @@
-"""OpenAI's moderation endpoint: with OpenAI's own client over a real connection, and what it refuses."""
+"""OpenAI's moderation endpoint: OpenAI's client over a real connection, and refused requests."""
 
 import hashlib
 from typing import Any
@@ -21,7 +21,7 @@ async def knows_violence(image: PreparedImage, detail: Detail) -> Assessment:
     return unsafe() if image.sha256 == violent else await says_safe(image, detail)
 
 
-async def test_the_official_client(idle: Bench) -> None:
+async def test_openai_client_gets_verdicts_and_errors(idle: Bench) -> None:
     server = await idle.serve()
     idle.guard.script = knows_violence
     uri = idle.put("moderations/a.jpg", OTHER_JPEG)
@@ -29,13 +29,15 @@ async def test_the_official_client(idle: Bench) -> None:
         base_url=f"http://127.0.0.1:{server.port}/v1", api_key=idle.token(), max_retries=0
     ) as client:
         answer = await client.moderations.create(
-            model="whatever-they-say", input=[part(data_url()), part(uri), part(data_url(OTHER_JPEG))]
+            model="any-name", input=[part(data_url()), part(uri), part(data_url(OTHER_JPEG))]
         )
         assert answer.id.startswith("modr-")
         assert answer.model == MODEL.name
-        assert [result.flagged for result in answer.results] == [False, True, True], "in the order of the input"
+        assert [result.flagged for result in answer.results] == [False, True, True], (
+            "results are in the order of the input"
+        )
         violent = answer.results[1].model_dump()
-        # The client keeps what OpenAI's own categories do not know; those themselves are None.
+        # The client keeps categories that OpenAI does not have. OpenAI's own categories are None.
         assert violent["categories"][CATEGORIES[1]] is True
         assert violent["category_scores"][CATEGORIES[1]] == pytest.approx(0.9)
         assert violent["category_applied_input_types"][CATEGORIES[1]] == ["image"]
@@ -56,15 +58,15 @@ async def test_the_official_client(idle: Bench) -> None:
         with pytest.raises(openai.BadRequestError) as text:
             await client.moderations.create(model="m", input="is this bad?")
         assert text.value.body == {
-            "message": "text is not judged here; send images as parts of type image_url",
+            "message": "Sluice does not judge text; send images as parts of type image_url",
             "type": "invalid_request_error",
             "param": "input",
             "code": "invalid",
         }
-        stranger = client.with_options(api_key="sk-sluice-" + "0" * 16 + "-" + "x" * 43)
-        with pytest.raises(openai.AuthenticationError) as unknown:
-            await stranger.moderations.create(model="m", input=[part(data_url(OTHER_JPEG + b"\0" * 500_000))])
-        assert unknown.value.code == "invalid_api_key"
+        unknown_key = client.with_options(api_key="sk-sluice-" + "0" * 16 + "-" + "x" * 43)
+        with pytest.raises(openai.AuthenticationError) as rejected:
+            await unknown_key.moderations.create(model="m", input=[part(data_url(OTHER_JPEG + b"\0" * 500_000))])
+        assert rejected.value.code == "invalid_api_key"
 
 
 REFUSED: list[tuple[Any, str | None, str]] = [
@@ -91,7 +93,7 @@ REFUSED: list[tuple[Any, str | None, str]] = [
 ]
 
 
-async def test_what_cannot_be_judged_is_a_400_that_names_the_field(bench: Bench) -> None:
+async def test_invalid_input_is_a_400_that_names_the_field(bench: Bench) -> None:
     async with bench.client() as client:
         for given, param, code in REFUSED:
             answer = await client.post("/v1/moderations", json=given)
@@ -101,10 +103,10 @@ async def test_what_cannot_be_judged_is_a_400_that_names_the_field(bench: Bench)
             assert error.keys() == {"message", "type", "param", "code"}
             found = (error["type"], error["param"], error["code"])
             assert found == ("invalid_request_error", param, code), given
-    assert bench.guard.calls.count("verdict") <= 2, "what is refused is not judged"
+    assert bench.guard.calls.count("verdict") <= 2, "refused requests are not judged"
 
 
-async def test_other_errors_have_the_same_form(bench: Bench) -> None:
+async def test_errors_of_all_kinds_are_openai_error_objects(bench: Bench) -> None:
     async with bench.client() as client:
         body = await client.post("/v1/moderations", content=b"{", headers={"content-type": "application/json"})
         kind = await client.post("/v1/moderations", content=b"a", headers={"content-type": "text/plain"})
@@ -123,15 +125,15 @@ async def test_other_errors_have_the_same_form(bench: Bench) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "image_refused")
 
 
-async def test_an_answer_that_cannot_be_read_is_flagged_for_review(bench: Bench) -> None:
-    bench.guard.script = _mumbles
+async def test_unreadable_answer_of_the_guard_is_flagged_for_review(bench: Bench) -> None:
+    bench.guard.script = _answers_unreadably
     async with bench.client() as client:
         (result,) = (await client.post("/v1/moderations", json={"input": part(data_url())})).json()["results"]
     assert (result["flagged"], result["outcome"], result["action"]) == (True, "needs_review", "review")
     assert not any(result["categories"].values())
 
 
-async def test_the_categories_of_the_policy(bench: Bench) -> None:
+async def test_categories_of_the_policy_are_in_the_result(bench: Bench) -> None:
     document = b"name: shop\nown_categories: [{code: O10, title: Gambling, should_not: [Show bets.]}]\n"
     async with bench.client("admin") as client:
         assert (await client.post("/v1/policies", content=document)).status_code == 201
@@ -149,5 +151,5 @@ async def _refuses(_image: PreparedImage, _detail: Detail) -> Assessment:
     raise GuardFailed("The engine refuses it.")
 
 
-async def _mumbles(_image: PreparedImage, _detail: Detail) -> Assessment:
+async def _answers_unreadably(_image: PreparedImage, _detail: Detail) -> Assessment:
     raise UnreadableAnswer("what?", MODEL)

@@ -1,4 +1,4 @@
-"""What one API key gets, and that it gets no more: requests a second, requests at a time, bytes."""
+"""Limits of one API key: requests a second, concurrent requests and jobs, bytes and pixels."""
 
 import asyncio
 import random
@@ -11,9 +11,9 @@ import pytest
 
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKey
-from services.gateway.problems import PREFIX, HttpProblem
+from services.gateway.body_memory import BodyMemory
+from services.gateway.problems import TYPE_PREFIX, HttpProblem
 from services.gateway.rate_limits import RateLimiter
-from services.gateway.request_bodies import BodyMemory
 from services.policies.redis_cache import PolicyRedisCache
 from tests.support.gateway_bench import JPEG, Bench, Gate, data_url
 
@@ -26,46 +26,46 @@ def key(**fields: Any) -> ApiKey:
     return ApiKey.model_validate(made | fields)
 
 
-async def taken(limiter: RateLimiter, key: ApiKey, count: int) -> int:
-    """How many of `count` requests at once are let in."""
-    let_in = 0
+async def send(limiter: RateLimiter, key: ApiKey, count: int) -> int:
+    """Send `count` requests at once. Returns how many the limit allows."""
+    allowed = 0
     for _ in range(count):
         with suppress(HttpProblem):
             await limiter.acquire(key)
-            let_in += 1
-    return let_in
+            allowed += 1
+    return allowed
 
 
-async def test_a_rate_is_that_of_all_gateways_together(valkey_url: str) -> None:
+async def test_rate_counts_requests_to_all_gateways_together(valkey_url: str) -> None:
     shared = PolicyRedisCache(valkey_url, "rates")
     gateways = [RateLimiter(shared, Settings(gateway_rate_per_s=0.01)) for _ in range(2)]
     mine, own_rate = key(), key(rate_per_s=0.02)
-    assert [await taken(gateway, mine, 3) for gateway in gateways] == [2, 0], "one now, one in advance"
-    assert [await taken(gateway, own_rate, 3) for gateway in gateways] == [2, 0]
-    assert await taken(gateways[1], key(), 1) == 1, "neighbours have their own"
+    assert [await send(gateway, mine, 3) for gateway in gateways] == [2, 0], "one now, one in advance"
+    assert [await send(gateway, own_rate, 3) for gateway in gateways] == [2, 0]
+    assert await send(gateways[1], key(), 1) == 1, "another key has its own rate"
     await shared.close()
 
 
-async def test_while_redis_is_away_each_gateway_counts_alone() -> None:
+async def test_rate_without_redis_is_counted_by_each_gateway() -> None:
     now = 0.0
     shared = PolicyRedisCache("redis://127.0.0.1:1/0", "rates")
     limiter = RateLimiter(shared, Settings(gateway_rate_per_s=1), lambda: now)
     mine = key()
-    assert await taken(limiter, mine, 10) == 3, "two seconds of it at once, and one that is due"
+    assert await send(limiter, mine, 10) == 3, "two seconds of the rate at once, and the request that is due"
     now = 1.0
-    assert await taken(limiter, mine, 10) == 1
+    assert await send(limiter, mine, 10) == 1
     await shared.close()
 
 
-async def test_a_flood_of_one_key_is_refused_without_redis(valkey_url: str) -> None:
+async def test_flood_of_one_key_is_refused_without_asking_redis(valkey_url: str) -> None:
     now = 0.0
     shared = PolicyRedisCache(valkey_url, "rates")
     limiter = RateLimiter(shared, Settings(gateway_rate_per_s=0.01), lambda: now)
     mine = key()
-    assert await taken(limiter, mine, 3) == 2
+    assert await send(limiter, mine, 3) == 2
     await shared.close()
     shared.run = None  # type: ignore[method-assign, assignment]  # whoever asks fails
-    assert await taken(limiter, mine, 1000) == 0
+    assert await send(limiter, mine, 1000) == 0
     now = 101.0
     with pytest.raises(TypeError):
         await limiter.acquire(mine)
@@ -78,58 +78,58 @@ async def test_over_the_rate_is_a_429_that_says_when(idle: Bench) -> None:
         answers = [await client.get(f"{PATH}/a") for _ in range(3)]
         openai = await client.post("/v1/moderations", json=REQUEST)
     assert [answer.status_code for answer in answers] == [404, 404, 429]
-    assert answers[-1].json()["type"] == f"{PREFIX}rate-limited"
+    assert answers[-1].json()["type"] == f"{TYPE_PREFIX}rate-limited"
     assert int(answers[-1].headers["retry-after"]) >= 1
     assert (openai.status_code, openai.json()["error"]["type"]) == (429, "rate_limit_error")
     assert openai.json()["error"]["code"] == "rate_limit_exceeded"
 
 
-async def test_requests_and_jobs_at_a_time(idle: Bench) -> None:
+async def test_concurrent_requests_and_jobs_over_the_limit_are_refused(idle: Bench) -> None:
     idle.configure(gateway_concurrency=3)
     await idle.start()
     gate = idle.guard.script = Gate()
     files = {"file": ("a.jpg", JPEG)}
     async with idle.client() as client, idle.client(tenant="other") as neighbour:
         waiting = [asyncio.create_task(client.post(f"{PATH}?wait=20", files=files)) for _ in range(3)]
-        await gate.until_waiting(3)
+        await gate.wait_for_calls(3)
         refused = await client.post(f"{PATH}?wait=20", files=files)
-        assert (refused.status_code, refused.json()["type"]) == (429, f"{PREFIX}too-many-at-once")
+        assert (refused.status_code, refused.json()["type"]) == (429, f"{TYPE_PREFIX}too-many-at-once")
         assert refused.headers["retry-after"]
         jobs = [await neighbour.post(PATH, files=files, headers={"Idempotency-Key": f"{n}"}) for n in range(5)]
-        assert [job.status_code for job in jobs] == [202, 202, 202, 429, 429], "what is judged without anyone waiting"
+        assert [job.status_code for job in jobs] == [202, 202, 202, 429, 429], "jobs have a count of their own"
         gate.opened.set()
         assert [(await answer).status_code for answer in waiting] == [200] * 3
         again = await neighbour.post(f"{PATH}?wait=20", files=files, headers={"Idempotency-Key": "4"})
-        assert again.status_code == 200, "a key whose request was not let in may be used again"
-    assert gate.waiting == 7
+        assert again.status_code == 200, "the idempotency key of a refused request can be used again"
+    assert gate.calls == 7
 
 
-async def test_all_that_can_be_judged_at_a_time(idle: Bench) -> None:
+async def test_images_over_the_limit_of_the_gateway_are_refused(idle: Bench) -> None:
     idle.configure(gateway_in_flight=2)
     await idle.start()
     gate = idle.guard.script = Gate()
     async with idle.client() as client, idle.client(tenant="other") as neighbour:
         waiting = [asyncio.create_task(client.post("/v1/moderations", json=REQUEST)) for _ in range(2)]
-        await gate.until_waiting(2)
+        await gate.wait_for_calls(2)
         refused = await neighbour.post("/v1/moderations", json=REQUEST)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
         gate.opened.set()
         assert [(await answer).status_code for answer in waiting] == [200] * 2
 
 
-async def test_no_answer_within_the_deadline_is_a_503(idle: Bench) -> None:
+async def test_no_verdict_within_the_deadline_is_a_503(idle: Bench) -> None:
     idle.configure(gateway_deadline_s=0.2)
     await idle.start()
     idle.guard.script = Gate()
     async with idle.client() as client:
         answer = await client.post(f"{PATH}?wait=20", files={"file": ("a.jpg", JPEG)})
         openai = await client.post("/v1/moderations", json=REQUEST)
-    assert (answer.status_code, answer.json()["type"]) == (503, f"{PREFIX}unavailable")
+    assert (answer.status_code, answer.json()["type"]) == (503, f"{TYPE_PREFIX}unavailable")
     assert answer.headers["retry-after"]
     assert (openai.status_code, openai.json()["error"]["type"]) == (503, "server_error")
 
 
-async def test_bodies_are_counted_as_they_come(bench: Bench) -> None:
+async def test_body_without_a_length_over_the_limit_is_refused_while_it_arrives(bench: Bench) -> None:
     limit = bench.settings.gateway_body_limit_bytes
     sent = 0
 
@@ -148,27 +148,26 @@ async def test_bodies_are_counted_as_they_come(bench: Bench) -> None:
         ):
             assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
         assert sent <= 6 * limit, "what is not kept is not read for ever either"
-        for path, content, client_of_it in (
+        for path, content, each_client in (
             (PATH, endless(8 * limit), client),
             ("/v1/policies", endless(8 * limit), admin),
             ("/v1/policies/default/activate", endless(8 * limit), admin),
         ):
-            answer = await client_of_it.post(path, content=content, headers=json)
-            assert (answer.status_code, answer.json()["type"]) == (413, f"{PREFIX}body-too-large")
+            answer = await each_client.post(path, content=content, headers=json)
+            assert (answer.status_code, answer.json()["type"]) == (413, f"{TYPE_PREFIX}body-too-large")
         file = {"file": ("a.jpg", b"\xff\xd8\xff" + b"\0" * limit)}
-        assert (await client.post(PATH, files=file)).json()["type"] == f"{PREFIX}body-too-large"
+        assert (await client.post(PATH, files=file)).json()["type"] == f"{TYPE_PREFIX}body-too-large"
 
 
-async def test_an_image_that_takes_more_than_it_may(bench: Bench) -> None:
-    """Small in bytes, and large in pixels."""
+async def test_image_with_few_bytes_and_too_many_pixels_is_refused(bench: Bench) -> None:
     header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (60_000).to_bytes(4) * 2 + b"\x08\x02\0\0\0"
     bomb = header + zlib.crc32(header[12:]).to_bytes(4) + b"\0\0\0\0IEND\xaeB`\x82"
     async with bench.client() as client:
         answer = await client.post(f"{PATH}?wait=20", files={"file": ("a.png", bomb)})
-    assert (answer.status_code, answer.json()["type"]) == (413, f"{PREFIX}image-too-large")
+    assert (answer.status_code, answer.json()["type"]) == (413, f"{TYPE_PREFIX}image-too-large")
 
 
-def test_one_key_never_takes_all_the_memory() -> None:
+def test_memory_of_one_key_is_limited_to_a_quarter() -> None:
     memory = BodyMemory(100)
     with memory.lease("a") as first, memory.lease("a") as second, memory.lease("b") as other:
         first.reserve(20)
@@ -177,10 +176,10 @@ def test_one_key_never_takes_all_the_memory() -> None:
         second.reserve(5)
         for name in "bcd":
             memory.reserve(name, 25)
-        assert memory.used == 100
-        with pytest.raises(HttpProblem, match="all requests"):
+        assert memory.used_bytes == 100
+        with pytest.raises(HttpProblem, match="no memory left"):
             memory.reserve("e", 1)
         for name in "bcd":
             memory.release(name, 25)
         other.reserve(25)
-    assert memory.used == 0
+    assert memory.used_bytes == 0

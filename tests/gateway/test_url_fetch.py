@@ -1,4 +1,4 @@
-"""Images behind URLs: which are fetched at all, and what a host can do about it."""
+"""Images from URLs: which URLs are fetched, and how hosts can fail."""
 
 import asyncio
 import ipaddress
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from services.gateway.body_memory import BodyMemory
 from services.gateway.problems import HttpProblem
-from services.gateway.request_bodies import BodyMemory
 from services.gateway.url_fetch import Address, ImageDownloader, is_public
 from tests.support.gateway_bench import JPEG, Bench
 
@@ -17,25 +17,26 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG) + JPEG
 
 
 class Host:
-    """A host that answers with these bytes, and remembers what it was asked."""
+    """A host that answers with these bytes and records the requests. If it hangs, it never sends the last byte."""
 
-    def __init__(self, answer: bytes, pause_s: float = 0) -> None:
+    def __init__(self, answer: bytes, *, hangs: bool = False) -> None:
         self.answer = answer
-        self.pause_s = pause_s
-        self.asked: list[bytes] = []
+        self.hangs = hangs
+        self.requests: list[bytes] = []
         self.port = 0
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.asked.append(await reader.readuntil(b"\r\n\r\n"))
+        self.requests.append(await reader.readuntil(b"\r\n\r\n"))
         writer.write(self.answer[:-1])
-        await asyncio.sleep(self.pause_s)
+        if self.hangs:
+            await reader.read()  # until the client closes the connection
         writer.write(self.answer[-1:])
         writer.close()
 
 
 @asynccontextmanager
-async def served(answer: bytes = OK, pause_s: float = 0) -> AsyncIterator[Host]:
-    host = Host(answer, pause_s)
+async def serve(answer: bytes = OK, *, hangs: bool = False) -> AsyncIterator[Host]:
+    host = Host(answer, hangs=hangs)
     server = await asyncio.start_server(host.talk, "127.0.0.1", 0)
     host.port = server.sockets[0].getsockname()[1]
     try:
@@ -44,7 +45,7 @@ async def served(answer: bytes = OK, pause_s: float = 0) -> AsyncIterator[Host]:
         server.close()
 
 
-def resolving(*addresses: str) -> Callable[[str, int], Any]:
+def resolve_to(*addresses: str) -> Callable[[str, int], Any]:
     async def resolve(_host: str, _port: int) -> list[str]:
         return list(addresses)
 
@@ -55,23 +56,23 @@ def any_address(_address: Address) -> bool:
     return True
 
 
-async def fetch(remote: ImageDownloader, url: str) -> bytes:
+async def fetch(downloader: ImageDownloader, url: str) -> bytes:
     with BodyMemory(100 << 20).lease("a") as lease:
-        return await remote.fetch(url, lease)
+        return await downloader.fetch(url, lease)
 
 
-def remote(hosts: list[str], **changes: Any) -> ImageDownloader:
+def build_downloader(hosts: list[str], **changes: Any) -> ImageDownloader:
     return ImageDownloader(hosts, **({"limit_bytes": 1 << 20, "deadline_s": 5} | changes))
 
 
-async def test_only_hosts_that_are_named() -> None:
-    async with served() as host:
+async def test_only_urls_of_named_hosts_are_fetched() -> None:
+    async with serve() as host:
         pictures = f"pictures.example:{host.port}"
-        images = remote([pictures], resolve=resolving("127.0.0.1"), may_connect=any_address)
-        assert await fetch(images, f"http://{pictures}/a.jpg?b=c") == JPEG
-        assert host.asked[0].startswith(b"GET /a.jpg?b=c HTTP/1.1\r\n")
-        assert f"Host: {pictures}\r\n".encode() in host.asked[0]
-        assert await fetch(images, f"http://PICTURES.example:{host.port}/") == JPEG
+        downloader = build_downloader([pictures], resolve=resolve_to("127.0.0.1"), may_connect=any_address)
+        assert await fetch(downloader, f"http://{pictures}/a.jpg?b=c") == JPEG
+        assert host.requests[0].startswith(b"GET /a.jpg?b=c HTTP/1.1\r\n")
+        assert f"Host: {pictures}\r\n".encode() in host.requests[0]
+        assert await fetch(downloader, f"http://PICTURES.example:{host.port}/") == JPEG
         for url in (
             "http://pictures.example/a.jpg",
             f"http://other.example:{host.port}/",
@@ -88,12 +89,12 @@ async def test_only_hosts_that_are_named() -> None:
             "http://",
         ):
             with pytest.raises(HttpProblem) as refused:
-                await fetch(images, url)
+                await fetch(downloader, url)
             assert refused.value.kind == "url-refused", url
-        assert len(host.asked) == 2
-        with pytest.raises(HttpProblem, match="are not fetched here"):
-            await fetch(remote([]), f"http://127.0.0.1:{host.port}/")
-        assert len(host.asked) == 2
+        assert len(host.requests) == 2
+        with pytest.raises(HttpProblem, match="does not fetch URLs"):
+            await fetch(build_downloader([]), f"http://127.0.0.1:{host.port}/")
+        assert len(host.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -112,34 +113,36 @@ async def test_only_hosts_that_are_named() -> None:
         ),
     ],
 )
-async def test_no_address_inside_the_network(address: str) -> None:
+async def test_address_inside_the_network_is_refused(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
     for addresses in ([address], ["93.184.216.34", address]):
-        images = remote(["pictures.example"], resolve=resolving(*addresses))
-        with pytest.raises(HttpProblem, match="not a public one"):
-            await fetch(images, "http://pictures.example/")
+        downloader = build_downloader(["pictures.example"], resolve=resolve_to(*addresses))
+        with pytest.raises(HttpProblem, match="that is not public"):
+            await fetch(downloader, "http://pictures.example/")
 
 
 @pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
-def test_public_addresses(address: str) -> None:
+def test_address_on_the_internet_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
-async def test_a_name_is_resolved_once() -> None:
-    """What it means a moment later does not matter: DNS rebinding has nothing to rebind."""
-    looked_up: list[str] = []
+async def test_host_name_is_resolved_once_for_each_request() -> None:
+    """So a name server that changes its answer between the check and the connection (DNS rebinding) has no effect."""
+    resolved: list[str] = []
 
     async def rebinding(host: str, _port: int) -> list[str]:
-        looked_up.append(host)
-        return ["127.0.0.1"] if len(looked_up) == 1 else ["10.0.0.1"]
+        resolved.append(host)
+        return ["127.0.0.1"] if len(resolved) == 1 else ["10.0.0.1"]
 
-    async with served() as host:
+    async with serve() as host:
         name = f"pictures.example:{host.port}"
-        images = remote([name], resolve=rebinding, may_connect=lambda address: str(address) == "127.0.0.1")
-        assert await fetch(images, f"http://{name}/") == JPEG
-        assert looked_up == ["pictures.example"]
-        with pytest.raises(HttpProblem, match="not a public one"):
-            await fetch(images, f"http://{name}/")
+        downloader = build_downloader(
+            [name], resolve=rebinding, may_connect=lambda address: str(address) == "127.0.0.1"
+        )
+        assert await fetch(downloader, f"http://{name}/") == JPEG
+        assert resolved == ["pictures.example"]
+        with pytest.raises(HttpProblem, match="that is not public"):
+            await fetch(downloader, f"http://{name}/")
 
 
 @pytest.mark.parametrize(
@@ -147,38 +150,44 @@ async def test_a_name_is_resolved_once() -> None:
     [
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "url-refused", "redirects"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "url-refused", "404"),
-        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nab", "url-refused", "compressed"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nab",
+            "url-refused",
+            "Content-Encoding",
+        ),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"a" * 3000, "image-too-large", "2000 bytes"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nab", "url-refused", "did not deliver"),
         (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "url-refused", "did not deliver"),
     ],
 )
-async def test_what_a_host_may_answer(answer: bytes, kind: str, why: str) -> None:
-    async with served(answer) as host:
+async def test_bad_response_of_the_host_is_refused(answer: bytes, kind: str, why: str) -> None:
+    async with serve(answer) as host:
         name = f"pictures.example:{host.port}"
-        images = remote([name], limit_bytes=2000, resolve=resolving("127.0.0.1"), may_connect=any_address)
+        downloader = build_downloader(
+            [name], limit_bytes=2000, resolve=resolve_to("127.0.0.1"), may_connect=any_address
+        )
         with pytest.raises(HttpProblem, match=why) as refused:
-            await fetch(images, f"http://{name}/")
+            await fetch(downloader, f"http://{name}/")
         assert refused.value.kind == kind
-        assert len(host.asked) == 1
+        assert len(host.requests) == 1
 
 
-async def test_a_host_that_dawdles_or_is_not_there() -> None:
-    async with served(pause_s=10) as host:
+async def test_slow_closed_or_unknown_host_is_refused() -> None:
+    async with serve(hangs=True) as host:
         name = f"pictures.example:{host.port}"
-        images = remote([name], deadline_s=0.2, resolve=resolving("127.0.0.1"), may_connect=any_address)
+        downloader = build_downloader([name], deadline_s=0.2, resolve=resolve_to("127.0.0.1"), may_connect=any_address)
         with pytest.raises(HttpProblem, match=r"within 0\.2 s"):
-            await fetch(images, f"http://{name}/")
+            await fetch(downloader, f"http://{name}/")
     with pytest.raises(HttpProblem, match="did not deliver"):
-        await fetch(images, f"http://{name}/")
-    with pytest.raises(HttpProblem, match="there is no host"):
-        await fetch(remote(["pictures.example"], resolve=resolving()), "https://pictures.example/")
-    with pytest.raises(HttpProblem, match="there is no host"):
-        await fetch(remote(["no-such-host.invalid"]), "https://no-such-host.invalid/")
+        await fetch(downloader, f"http://{name}/")
+    with pytest.raises(HttpProblem, match="has no address"):
+        await fetch(build_downloader(["pictures.example"], resolve=resolve_to()), "https://pictures.example/")
+    with pytest.raises(HttpProblem, match="has no address"):
+        await fetch(build_downloader(["no-such-host.invalid"]), "https://no-such-host.invalid/")
 
 
-async def test_a_host_that_is_named_and_inside_the_network_is_refused_by_the_gateway(idle: Bench) -> None:
-    async with served() as host:
+async def test_named_host_inside_the_network_is_refused_by_the_gateway(idle: Bench) -> None:
+    async with serve() as host:
         idle.configure(gateway_fetch_hosts=(f"localhost:{host.port}", f"127.0.0.1:{host.port}"))
         await idle.start()
         async with idle.client() as client:
@@ -186,5 +195,5 @@ async def test_a_host_that_is_named_and_inside_the_network_is_refused_by_the_gat
                 part = {"type": "image_url", "image_url": {"url": f"http://{name}:{host.port}/a.jpg"}}
                 answer = await client.post("/v1/moderations", json={"input": [part]})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (400, "url_refused")
-                assert "not a public one" in answer.json()["error"]["message"]
-        assert host.asked == []
+                assert "that is not public" in answer.json()["error"]["message"]
+        assert host.requests == []

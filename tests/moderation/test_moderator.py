@@ -1,4 +1,4 @@
-"""The path of one image: what the thresholds make of it, several policies at once, and what a breaker changes."""
+"""The moderator: thresholds, shadow versions, screening, circuit breaker, retries and uploads."""
 
 import hashlib
 from collections.abc import AsyncIterator, Sequence
@@ -49,17 +49,17 @@ def safe(score: float = 0.02) -> Assessment:
     return Assessment(rating="Safe", category=NO_CATEGORY, rationale=None, score=score, model=MODEL)
 
 
-class Parts:
-    """Everything that a moderation needs, in memory; the guard says `says[version]`, or raises it."""
+class FakePorts:
+    """The ports of a moderator, in memory. The guard answers with `answers[version]`, or raises it."""
 
     def __init__(self, policy: Policy, shadow: Policy | None = None) -> None:
         self.choice = PolicyChoice(policy, shadow)
-        self.says: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
-        self.looks: list[Assessment | Exception] = []
+        self.answers: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
+        self.screening_answers: list[Assessment | Exception] = []
         self.calls: list[tuple[list[int], Detail]] = []
         self.priorities: list[GuardPriority] = []
-        self.admitted: list[Action] = []
-        self.open = False
+        self.counted_actions: list[Action] = []
+        self.is_breaker_open = False
 
     async def choose(self, _request: ImageRequest) -> PolicyChoice:
         return self.choice
@@ -68,7 +68,7 @@ class Parts:
     async def _stored(self) -> AsyncIterator[StoredObject]:
         yield StoredObject(b"bytes", None, "etag")
 
-    def __call__(self) -> Moderator:
+    def build_moderator(self) -> Moderator:
         return Moderator(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
 
     async def assess_each(
@@ -76,31 +76,41 @@ class Parts:
     ) -> list[Assessment]:
         self.priorities.append(priority)
         self.calls.append(([policy.identity.version for policy in policies], detail))
-        answers = self.looks if detail == "score" else [self.says[policy.identity.version] for policy in policies]
+        answers = (
+            self.screening_answers
+            if detail == "score"
+            else [self.answers[policy.identity.version] for policy in policies]
+        )
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
         return [answer for answer in answers if isinstance(answer, Assessment)]
 
     def allows(self, _policy: Policy, action: Action) -> bool:
-        self.admitted.append(action)
-        return not (self.open and action == "block")
+        self.counted_actions.append(action)
+        return not (self.is_breaker_open and action == "block")
 
 
 class _Images:
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    """Every object has the same bytes."""
+
+    def __init__(self, ports: FakePorts) -> None:
+        self._ports = ports
 
     def open(self, _reference: ObjectReference):  # type: ignore[no-untyped-def]
-        return self._parts._stored()
+        return self._ports._stored()
 
 
 class _NoImages:
+    """No object may be fetched."""
+
     def open(self, reference: ObjectReference) -> NoReturn:
         raise AssertionError(f"{reference} was fetched")
 
 
 class _Preparer:
+    """Decodes nothing: the bytes are the image."""
+
     async def prepare(self, data: bytes) -> PreparedImage:
         return PreparedImage(data, "image/jpeg", 8, 8, "0", ImageFacts(width=8, height=8, format="jpeg"))
 
@@ -109,29 +119,29 @@ class _Preparer:
 
 
 @given(st.floats(0, 1), st.sampled_from([*CATEGORIES, NO_CATEGORY]))
-def test_decide(score: float, category: str) -> None:
+def test_decide_returns_the_action_of_the_category_thresholds(score: float, category: str) -> None:
     assessment = Assessment(rating="Safe", category=category, rationale=None, score=score, model=MODEL)
     review, block = (0.1, 0.2) if category.startswith("O7") else (0.4, 0.8)
     expected = "block" if score >= block else "review" if score >= review else "allow"
     assert decide(assessment, POLICY) == expected
 
 
-async def test_a_shadow_is_judged_in_the_same_call_and_never_counted() -> None:
-    parts = Parts(POLICY, OTHER)
-    result = await parts().judge(SUBMISSION)
-    assert parts.calls == [([1, 2], "verdict")], "one call: the second policy finds the image in the engine's cache"
+async def test_shadow_is_judged_in_the_same_call_and_not_counted() -> None:
+    ports = FakePorts(POLICY, OTHER)
+    result = await ports.build_moderator().judge(SUBMISSION)
+    assert ports.calls == [([1, 2], "verdict")], "one call, so that the engine reads the image once"
     assert (result.verdict.action, result.verdict.policy) == ("block", POLICY.identity)
     assert result.shadow is not None
     assert (result.shadow.action, result.shadow.policy) == ("allow", OTHER.identity)
     assert result.shadow.verdict_id != result.verdict.verdict_id
-    assert parts.admitted == ["block"]
+    assert ports.counted_actions == ["block"]
 
 
 @pytest.mark.parametrize("error", [GuardFailed("refused"), UnreadableAnswer("garbage", MODEL)])
-async def test_a_shadow_that_cannot_be_judged_harms_nobody(error: Exception) -> None:
-    parts = Parts(POLICY, OTHER)
-    parts.says[2] = error
-    result = await parts().judge(SUBMISSION)
+async def test_shadow_with_an_error_does_not_change_the_verdict(error: Exception) -> None:
+    ports = FakePorts(POLICY, OTHER)
+    ports.answers[2] = error
+    result = await ports.build_moderator().judge(SUBMISSION)
     assert result.verdict.action == "block"
     if isinstance(error, GuardFailed):
         assert result.shadow is None
@@ -140,24 +150,24 @@ async def test_a_shadow_that_cannot_be_judged_harms_nobody(error: Exception) -> 
         assert result.shadow.outcome == "needs_review"
 
 
-async def test_an_image_that_the_engine_refuses() -> None:
-    parts = Parts(POLICY, OTHER)
-    parts.says[1] = GuardFailed("refused")
+async def test_image_refused_by_the_engine_raises_guard_failed() -> None:
+    ports = FakePorts(POLICY, OTHER)
+    ports.answers[1] = GuardFailed("refused")
     with pytest.raises(GuardFailed):
-        await parts().judge(SUBMISSION)
+        await ports.build_moderator().judge(SUBMISSION)
 
 
-async def test_an_answer_that_is_read_the_second_time() -> None:
-    parts = Parts(POLICY)
-    parts.says[1] = UnreadableAnswer("garbage", MODEL)
-    verdict = (await parts().judge(SUBMISSION)).verdict
-    assert len(parts.calls) == 2
+async def test_answer_unreadable_twice_needs_review() -> None:
+    ports = FakePorts(POLICY)
+    ports.answers[1] = UnreadableAnswer("garbage", MODEL)
+    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
+    assert len(ports.calls) == 2
     assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "unreadable_answer", "review")
-    assert parts.admitted == [], "it says nothing about the policy"
+    assert ports.counted_actions == [], "an unreadable answer says nothing about the policy"
 
 
 @pytest.mark.parametrize(
-    ("looks", "effort"),
+    ("screening_answers", "effort"),
     [
         ([safe(0.02)], "first_look"),
         ([safe(0.3)], "full"),
@@ -165,70 +175,72 @@ async def test_an_answer_that_is_read_the_second_time() -> None:
         ([GuardFailed("too small")], "full"),
     ],
 )
-async def test_a_first_look_decides_or_is_followed_by_a_full_one(
-    looks: list[Assessment | Exception], effort: str
+async def test_screening_accepts_a_low_score_and_escalates_others(
+    screening_answers: list[Assessment | Exception], effort: str
 ) -> None:
-    parts = Parts(ADAPTIVE)
-    parts.looks = looks
-    verdict = (await parts().judge(SUBMISSION)).verdict
+    ports = FakePorts(ADAPTIVE)
+    ports.screening_answers = screening_answers
+    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
     assert verdict.effort == effort
     assert verdict.action == ("allow" if effort == "first_look" else "block")
 
 
-async def test_an_image_that_a_first_look_calls_unsafe_is_judged_in_full_however_low_its_score() -> None:
+async def test_image_rated_unsafe_by_screening_is_assessed_in_full() -> None:
     document = {"name": "p", "effort": "adaptive", "first_look_below": 0.9}
-    parts = Parts(PolicyDocument.model_validate(document).as_version(3))
-    parts.looks = [Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.6, model=MODEL)]
-    verdict = (await parts().judge(SUBMISSION)).verdict
+    ports = FakePorts(PolicyDocument.model_validate(document).as_version(3))
+    ports.screening_answers = [
+        Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.6, model=MODEL)
+    ]
+    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
     assert (verdict.effort, verdict.rating) == ("full", "Unsafe")
     assert verdict.category != NO_CATEGORY
     assert verdict.rationale
 
 
-async def test_where_the_breaker_is_open_a_block_becomes_a_review() -> None:
-    parts = Parts(POLICY)
-    parts.open = True
-    verdict = (await parts().judge(SUBMISSION)).verdict
+async def test_block_with_an_open_breaker_becomes_a_review() -> None:
+    ports = FakePorts(POLICY)
+    ports.is_breaker_open = True
+    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
     assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "quota", "review")
-    assert (verdict.rating, verdict.score) == ("Unsafe", 0.9), "what the guard said is kept"
-    parts.says[1] = safe()
-    assert (await parts().judge(SUBMISSION)).verdict.outcome == "verdict"
+    assert (verdict.rating, verdict.score) == ("Unsafe", 0.9), "the guard's assessment is kept"
+    ports.answers[1] = safe()
+    assert (await ports.build_moderator().judge(SUBMISSION)).verdict.outcome == "verdict"
 
 
-async def test_judge_of_an_upload_without_bytes_is_malformed() -> None:
-    with pytest.raises(Malformed, match="has to come with the request"):
-        await Parts(POLICY)().judge(Upload(id="a", uri=Upload.uri_of(b"bytes")))
+async def test_upload_without_bytes_is_malformed() -> None:
+    with pytest.raises(Malformed, match="must come with the request"):
+        await FakePorts(POLICY).build_moderator().judge(Upload(id="a", uri=Upload.uri_of(b"bytes")))
 
 
-async def test_each_port_that_is_unavailable_once_is_asked_again() -> None:
-    parts = Parts(ADAPTIVE)
-    parts.looks = [safe(0.3)]
-    flaky = _UnavailableOnce(parts)
+async def test_unavailable_port_is_called_again() -> None:
+    ports = FakePorts(ADAPTIVE)
+    ports.screening_answers = [safe(0.3)]
+    flaky = _UnavailableOnce(ports)
     moderator = build_retrying_moderator(policies=flaky, images=flaky, preparer=flaky, guard=flaky)
     assert (await moderator.judge(SUBMISSION)).verdict.effort == "full"
     assert flaky.calls == ["choose"] * 2 + ["open"] * 2 + ["prepare"] * 2 + ["first_look"] * 2 + ["assess_each"] * 3
 
 
 class _UnavailableOnce:
-    """Each method of each port fails the first time."""
+    """The first call of each method of each port fails."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, ports: FakePorts) -> None:
+        self._ports = ports
         self.calls: list[str] = []
 
     def _count(self, name: str) -> None:
         self.calls.append(name)
         if self.calls.count(name) == 1:
-            raise Unavailable(f"{name} is away")
+            raise Unavailable(f"{name} is unavailable")
 
     async def choose(self, request: ImageRequest) -> PolicyChoice:
         self._count("choose")
-        return await self._parts.choose(request)
+        return await self._ports.choose(request)
 
     @asynccontextmanager
     async def open(self, _reference: ObjectReference) -> AsyncIterator[StoredObject]:
         self._count("open")
-        async with self._parts._stored() as stored:
+        async with self._ports._stored() as stored:
             yield stored
 
     async def prepare(self, data: bytes) -> PreparedImage:
@@ -243,50 +255,52 @@ class _UnavailableOnce:
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
     ) -> list[Assessment]:
         self._count("assess_each")
-        return await self._parts.assess_each(image, policies, detail, priority)
+        return await self._ports.assess_each(image, policies, detail, priority)
 
 
 async def test_judge_image_returns_one_result_for_each_policy() -> None:
-    parts = Parts(POLICY)
-    parts.says[2] = GuardFailed("refused")
+    ports = FakePorts(POLICY)
+    ports.answers[2] = GuardFailed("refused")
     timer = StepTimer.start()
     judged = await judge_image(
-        b"bytes", [POLICY, OTHER], priority="backfill", guard=parts, preparer=_Preparer(), timer=timer
+        b"bytes", [POLICY, OTHER], priority="backfill", guard=ports, preparer=_Preparer(), timer=timer
     )
     first, second = judged.results
     assert isinstance(first, PolicyAssessment)
-    assert (first.answer, first.effort, second) == (unsafe(), "full", parts.says[2])
+    assert (first.answer, first.effort, second) == (unsafe(), "full", ports.answers[2])
     assert judged.image.data == b"bytes"
     assert timer.ms.keys() == {"prepare", "guard"}
 
 
-async def test_an_upload_is_not_fetched_and_takes_the_turn_that_it_is_given() -> None:
-    parts = Parts(POLICY)
-    moderator = Moderator(policies=parts, images=_NoImages(), preparer=_Preparer(), guard=parts)
+async def test_upload_is_not_fetched_and_has_the_given_priority() -> None:
+    ports = FakePorts(POLICY)
+    moderator = Moderator(policies=ports, images=_NoImages(), preparer=_Preparer(), guard=ports)
     upload = Upload(id="a", uri=Upload.uri_of(b"bytes"))
     result = await moderator.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
     verdict = result.verdict
     assert verdict.uri == f"upload:sha256:{hashlib.sha256(b'bytes').hexdigest()}"
     assert (verdict.action, verdict.etag, verdict.version_id) == ("block", None, None)
-    assert parts.priorities == ["interactive"]
+    assert ports.priorities == ["interactive"]
     with pytest.raises(Malformed):
-        Submission.parse({"id": "a", "uri": upload.uri})  # nothing that could be fetched from a stream
+        Submission.parse({"id": "a", "uri": upload.uri})  # an upload's URI on a stream names no object
 
 
 @pytest.mark.parametrize(("policy", "calls"), [(POLICY, ["score"]), (ADAPTIVE, ["score", "score"])])
-async def test_a_score_alone_has_no_category(policy: Policy, calls: list[Detail]) -> None:
-    parts = Parts(policy)
-    parts.looks = [Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.9, model=MODEL)]
-    verdict = (await parts().judge(SUBMISSION, detail="score")).verdict
-    assert [detail for _, detail in parts.calls] == calls
+async def test_verdict_with_detail_score_has_no_category(policy: Policy, calls: list[Detail]) -> None:
+    ports = FakePorts(policy)
+    ports.screening_answers = [
+        Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.9, model=MODEL)
+    ]
+    verdict = (await ports.build_moderator().judge(SUBMISSION, detail="score")).verdict
+    assert [detail for _, detail in ports.calls] == calls
     assert (verdict.rating, verdict.score, verdict.action) == ("Unsafe", 0.9, "block")
     assert (verdict.category, verdict.rationale) == (None, None)
 
 
-async def test_a_trial_counts_nothing_and_says_what_each_policy_makes_of_it() -> None:
-    parts = Parts(POLICY)
-    first, second = await parts().judge_under(SUBMISSION, [POLICY, OTHER])
+async def test_judge_under_returns_a_verdict_for_each_policy_and_counts_no_action() -> None:
+    ports = FakePorts(POLICY)
+    first, second = await ports.build_moderator().judge_under(SUBMISSION, [POLICY, OTHER])
     assert not isinstance(first, GuardFailed)
     assert not isinstance(second, GuardFailed)
     assert (first.action, second.action) == ("block", "allow")
-    assert parts.admitted == []
+    assert ports.counted_actions == []

@@ -1,4 +1,4 @@
-"""A guard that says what a test tells it to: for faults and load only. What the model says is tested on the engine."""
+"""A guard whose answers a test scripts. It is for faults and load only; tests of the model use the engine."""
 
 from collections.abc import Awaitable, Callable, Sequence
 

@@ -1,9 +1,9 @@
-"""A gateway on real parts (Valkey, an S3 server, the image decoders), with a scripted guard."""
+"""A gateway on real backends (Valkey, an S3 server, the image decoders), with a fake guard."""
 
 import asyncio
 import base64
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from pipelines.tiny_guard.drawings import draw
+from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, Assessment, Detail, PreparedImage
 from services.gateway.api_keys import ApiKeyRegistry, Role
@@ -38,27 +39,58 @@ def unsafe(score: float = 0.9) -> Assessment:
 
 
 class Gate:
-    """A guard's script that waits until it is opened; `waiting` are those that are there."""
+    """A script of the guard that holds all calls until `opened` is set. `calls` counts them."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
-        self.waiting = 0
+        self.cancelled = asyncio.Event()
+        self.calls = 0
+        self._arrived = asyncio.Condition()
 
     async def __call__(self, image: PreparedImage, detail: Detail) -> Assessment:
-        if detail == "score":  # the gateway's own look whether the guard is there
+        if detail == "score":  # the readiness probe
             return await says_safe(image, detail)
-        self.waiting += 1
-        await self.opened.wait()
+        async with self._arrived:
+            self.calls += 1
+            self._arrived.notify_all()
+        try:
+            await self.opened.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
         return unsafe()
 
-    async def until_waiting(self, count: int) -> None:
-        async with asyncio.timeout(10):
-            while self.waiting < count:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+    async def wait_for_calls(self, count: int) -> None:
+        async with asyncio.timeout(10), self._arrived:
+            await self._arrived.wait_for(lambda: self.calls >= count)
+
+
+class SwitchableRedisCache(PolicyRedisCache):
+    """A client of Redis that a test can disconnect: while `is_down` is set, it runs no script."""
+
+    is_down = False
+
+    async def run(self, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
+        if self.is_down:
+            raise RedisUnavailable("disconnected by the test")
+        return await super().run(script, keys, *arguments)
+
+
+async def ttl_of_assessment(redis_cache: PolicyRedisCache, assessment_id: str) -> int:
+    """Return the seconds until Redis drops an assessment."""
+    name = redis_cache.key("gateway", "assessment", assessment_id)
+    return int(await redis_cache.run("return redis.call('TTL', KEYS[1])", [name]))
+
+
+async def age_assessment(redis_cache: PolicyRedisCache, assessment_id: str, by_s: int) -> None:
+    """Shorten the time to live of an assessment, as if `by_s` seconds had passed since it was renewed."""
+    name = redis_cache.key("gateway", "assessment", assessment_id)
+    left_s = await ttl_of_assessment(redis_cache, assessment_id) - by_s
+    await redis_cache.run("redis.call('EXPIRE', KEYS[1], ARGV[1])", [name], left_s)
 
 
 class Bench:
-    """The parts of one gateway, and clients of it."""
+    """The backends of one gateway, and its clients."""
 
     def __init__(self, settings: Settings, preparer: DecoderPool) -> None:
         self.settings = settings
@@ -68,32 +100,33 @@ class Bench:
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
         self.keys = ApiKeyRegistry(self.s3, settings.policy_bucket)
         self.app: Any = None
+        self.redis_cache: SwitchableRedisCache
         self._closing = AsyncExitStack()
         self._tokens: dict[tuple[str, str], str] = {}
 
     def configure(self, **changes: Any) -> None:
-        """Before `start`."""
+        """Change settings. Call it before `start` or `serve`."""
         self.settings = self.settings.model_copy(update=changes)
 
     async def start(self) -> None:
-        """Build the application and begin its lifespan."""
-        self.app = await self._built()
+        """Build the application and start its lifespan."""
+        self.app = await self._build()
         await self._closing.enter_async_context(self.app.router.lifespan_context(self.app))
 
     async def serve(self) -> GatewayServer:
-        """The application on a port of its own."""
-        self.app = await self._built()
+        """Serve the application on a free port."""
+        self.app = await self._build()
         server = GatewayServer(self.app, self.settings, listener=listen("127.0.0.1", 0), head_deadline_s=1.0)
         self._closing.push_async_callback(server.stop)
         await server.start()
         return server
 
-    async def _built(self) -> Any:
+    async def _build(self) -> Any:
         store = ObjectStore(self.settings)
         self._closing.callback(store.close)
-        shared = PolicyRedisCache(self.settings.redis_url, self.settings.policy_bucket)
-        self._closing.push_async_callback(shared.close)
-        cache = PolicyCache(self.registry, shared, refresh_s=self.settings.policy_refresh_s)
+        self.redis_cache = SwitchableRedisCache(self.settings.redis_url, self.settings.policy_bucket)
+        self._closing.push_async_callback(self.redis_cache.close)
+        cache = PolicyCache(self.registry, self.redis_cache, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
         parts = Dependencies(
             moderator=build_retrying_moderator(
@@ -103,19 +136,23 @@ class Bench:
             preparer=self.preparer,
             policies=policies,
             registry=self.registry,
-            redis_cache=shared,
+            redis_cache=self.redis_cache,
             keys=self.keys,
         )
         return create_app(parts, self.settings)
 
+    def share_keys_of(self, other: "Bench") -> None:
+        """Use the API keys of another bench with the same policy bucket."""
+        self._tokens = other._tokens
+
     def token(self, role: Role = "moderate", tenant: str = "default") -> str:
-        """The API key of a role and a tenant."""
+        """Return the API key of a role and a tenant. The first call creates it."""
         if (role, tenant) not in self._tokens:
             _, self._tokens[role, tenant] = self.keys.create(f"{role} of {tenant}", role, tenant=tenant)
         return self._tokens[role, tenant]
 
     def client(self, role: Role = "moderate", tenant: str = "default", **headers: str) -> httpx.AsyncClient:
-        """A client in this process; what the application raises comes as the answer that a server gives."""
+        """Return a client in this process. It gets errors of the application as responses, as from a server."""
         return httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
             base_url="http://gateway",
@@ -124,7 +161,7 @@ class Bench:
         )
 
     def put(self, key: str, data: bytes = JPEG) -> str:
-        """Upload to the bucket that may be read; the object's URI."""
+        """Upload an object to the bucket that Sluice may read. Returns its URI."""
         self.s3.put_object(Bucket="uploads", Key=key, Body=data)
         return f"s3://uploads/{key}"
 
@@ -167,13 +204,13 @@ async def _bench(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> As
 
 @pytest.fixture
 async def idle(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[Bench]:
-    """A gateway that is to be configured and started; its guard says Safe until told otherwise."""
+    """A gateway that is not started yet. Its guard says Safe by default."""
     async with _bench(valkey_url, s3_endpoint, preparer) as bench:
         yield bench
 
 
 @pytest.fixture
 async def bench(idle: Bench) -> Bench:
-    """A gateway that runs."""
+    """A started gateway."""
     await idle.start()
     return idle

@@ -1,0 +1,83 @@
+"""Judges assessments in jobs: tasks that may outlive the requests that start them."""
+
+import asyncio
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+from services.core.tasks import cancel_and_wait
+from services.core.values import Detail
+from services.gateway.admission import AdmittedRequest
+from services.gateway.assessment_store import AssessmentStore, StoredAssessment
+from services.gateway.image_inputs import SubmittedImage
+from services.gateway.problems import HttpProblem, to_problem
+
+_POLL_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class AssessmentJob:
+    """One image to judge, and how."""
+
+    image: SubmittedImage
+    detail: Detail
+    digest: str
+    """SHA-256 of the fields that identify the image and how to judge it."""
+
+
+class AssessmentJobs:
+    """The jobs of this process."""
+
+    def __init__(self, store: AssessmentStore) -> None:
+        self._store = store
+        self._tasks: dict[str, asyncio.Task[StoredAssessment]] = {}
+
+    async def start(
+        self, pending: StoredAssessment, job: AssessmentJob, admitted: AdmittedRequest
+    ) -> asyncio.Task[StoredAssessment]:
+        """Start a job. Returns its task, whose result is the finished assessment.
+
+        Raises:
+            HttpProblem: the API key has too many jobs.
+        """
+        try:
+            held = admitted.start_job()
+        except HttpProblem as problem:
+            # Other requests may already wait for the pending assessment, so it is finished.
+            await self._store.finish(pending.with_problem(problem))
+            raise
+        held.enter_context(self._store.renew(pending))
+        task = asyncio.create_task(self._run(pending, job, admitted, held))
+        self._tasks[pending.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
+        return task
+
+    async def wait_for_result(self, assessment_id: str, wait_s: float) -> StoredAssessment | None:
+        """Return an assessment of any process, when it is finished or after `wait_s` seconds. None if it is absent."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        if task := self._tasks.get(assessment_id):
+            await asyncio.wait([task], timeout=wait_s)
+            if task.done():
+                return task.result()
+        while True:
+            stored = await self._store.get(assessment_id)
+            if stored is None or not stored.is_pending or asyncio.get_running_loop().time() >= deadline:
+                return stored
+            await asyncio.sleep(_POLL_S)
+
+    async def drain(self, within_s: float) -> None:
+        """Finish the jobs. Jobs that take longer than `within_s` are cancelled; clients then get `interrupted`."""
+        if tasks := list(self._tasks.values()):
+            _, late = await asyncio.wait(tasks, timeout=within_s)
+            await asyncio.gather(*map(cancel_and_wait, late))
+
+    async def _run(
+        self, pending: StoredAssessment, job: AssessmentJob, admitted: AdmittedRequest, held: ExitStack
+    ) -> StoredAssessment:
+        with held:
+            try:
+                done = pending.with_verdict(await admitted.judge(job.image, job.detail))
+            except Exception as error:  # noqa: BLE001 - any error is the result that clients get
+                done = pending.with_problem(to_problem(error))
+            await self._store.finish(done)
+            return done
