@@ -94,7 +94,8 @@ async def measure_accuracy(guard: GuardInference, images: Sequence[Image], concu
     default = policy()
 
     async def judge(image: Image, by: Policy) -> Assessment:
-        return await guard.assess(image.prepared, by, "verdict")
+        (assessment,) = await guard.assess_each(image.prepared, [by], "verdict")
+        return assessment
 
     answers = await gather_limited(concurrency, [lambda image=image: judge(image, default) for image in images])
     rated = [

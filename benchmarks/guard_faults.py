@@ -43,7 +43,7 @@ async def call_repeatedly(guard: GuardInference, number: int, results: Counter[s
     while True:
         started = time.monotonic()
         try:
-            await guard.assess(image, policy, "verdict")
+            await guard.assess_each(image, [policy], "verdict")
             results["answers"] += 1
         except GuardUnavailable:
             results["retryable"] += 1

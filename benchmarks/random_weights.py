@@ -61,7 +61,7 @@ async def judge_all(checkpoint: Path, count: int, first: int, results: Counter[s
                 image = prepare(draw(number).jpeg, Limits(image_px=1_000_000, side_px=guard.max_side_px))
                 mode = MODES[number % len(MODES)]
                 try:
-                    answer = await guard.assess(image, policies[number % len(MODES)], "verdict")
+                    (answer,) = await guard.assess_each(image, [policies[number % len(MODES)]], "verdict")
                 except UnreadableAnswer as error:
                     results[f"unreadable: {error}"] += 1
                     return

@@ -84,28 +84,19 @@ class GuardInference:
         """
         await self._tokens()
 
-    async def assess(
-        self, image: PreparedImage, policy: Policy, detail: Detail, priority: GuardPriority = "live"
-    ) -> Assessment:
-        """Judge an image. Greedy decoding: the same image and policy get the same assessment.
-
-        Raises:
-            GuardFailed: the engine refuses the image twice, or fails three times because of it.
-            GuardUnavailable: the engine is not ready, full, gone, or took longer than the deadline.
-            UnreadableAnswer: the answer cannot be read.
-            ConfigurationError: the policy cannot be put to the checkpoint, such as one with a marker of its layout.
-        """
-        (assessment,) = await self.assess_each(image, [policy], detail, priority)
-        return assessment
-
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
-        """Judge an image under several policies, in their order.
+        """Judge an image under each policy, in their order. An image and a policy always get the same assessment.
 
-        They are asked one after the other in the same place, so that each after the first finds the image in the
-        engine's cache. The deadline is that of one assessment for each policy. Raises as `assess`, whichever policy
-        it is about; then there are no assessments.
+        The policies are judged one after the other in one slot, so that each after the first finds the image in the
+        engine's cache. The deadline is multiplied by the number of policies. An error under one policy ends them all.
+
+        Raises:
+            GuardFailed: the engine refuses the image twice, or fails three times because of it.
+            GuardUnavailable: the engine is not ready, is full, went away, or took longer than the deadline.
+            UnreadableAnswer: the answer cannot be read.
+            ConfigurationError: the checkpoint cannot judge by the policy: its text contains a marker of the layout.
         """
         if not policies:
             return []

@@ -20,16 +20,6 @@ class ByteBudget:
         self._free = limit
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    @property
-    def used(self) -> int:
-        """Bytes handed out now."""
-        return self.limit - self._free
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for their turn."""
-        return len(self._waiting)
-
     @asynccontextmanager
     async def reserve(self, size: int) -> AsyncIterator[None]:
         """Hold `size` bytes for as long as the block runs. More than the whole limit gets the whole limit."""

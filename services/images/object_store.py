@@ -73,11 +73,6 @@ class ObjectStore:
                 stored = await self._fetch(reference, reserved)
             yield stored
 
-    async def read(self, reference: ObjectReference) -> StoredObject:
-        """The object, for a caller who bounds memory otherwise. Raises what `open` raises."""
-        async with self.open(reference) as stored:
-            return stored
-
     def close(self) -> None:
         """Release the connections; whatever is being fetched fails. Does not wait."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -15,7 +15,7 @@ from services.guard.families.llavaguard import LlavaGuard
 from services.guard.families.shieldgemma import ShieldGemma, enforced
 from services.guard.inference import GuardInference
 from tests.support import fake_checkpoints
-from tests.support.engine import DEFAULT_PROMPT, drawn, policy
+from tests.support.engine import DEFAULT_PROMPT, assess, drawn, policy
 
 WAIVER = "Category O3 is declared as non-violating. Therefore, we do not provide any restrictions for this category"
 
@@ -130,7 +130,7 @@ class TestThroughTheRealEngine:
         async with Engine(checkpoint, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
             await guard.check()
-            verdict = await guard.assess(drawn(1), policy(), "verdict")
+            verdict = await assess(guard, drawn(1), policy(), "verdict")
             assert 0 < verdict.score < 1
             assert (verdict.rating == "Unsafe") == (verdict.score > 0.5) == (verdict.category in CATEGORIES)
             assert (verdict.rationale is not None) == (verdict.rating == "Unsafe")
@@ -138,9 +138,9 @@ class TestThroughTheRealEngine:
             # Every question but the first finds the image, and what stands before it, in the cache.
             before = await engine.tokenize("<start_of_turn>user\n\n\n<start_of_image>")
             assert verdict.cached_tokens >= (len(CATEGORIES) - 1) * (len(before) + 4)
-            look = await guard.assess(drawn(1), policy(), "score")
+            look = await assess(guard, drawn(1), policy(), "score")
             assert look.score == pytest.approx(verdict.score, abs=0.01)
-            other = await guard.assess(drawn(2), policy(), "score")
+            other = await assess(guard, drawn(2), policy(), "score")
             assert other.score != look.score, "the image makes no difference"
 
     async def test_qwenguard(self, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ class TestThroughTheRealEngine:
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
             assert again.score == pytest.approx(verdict.score, abs=0.01)
             assert again.cached_tokens > 0.9 * again.prompt_tokens
-            assert (await guard.assess(drawn(2), policy(), "score")).score != verdict.score
+            assert (await assess(guard, drawn(2), policy(), "score")).score != verdict.score
 
     async def test_llavaguard_1(self, tmp_path: Path) -> None:
         row = replace(resolve("LlavaGuard-v1.1-7B"), folder=fake_checkpoints.llavaguard_1(tmp_path / "weights"))
@@ -164,4 +164,4 @@ class TestThroughTheRealEngine:
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
             assert again.score == pytest.approx(verdict.score, abs=0.01)
             assert again.cached_tokens > 0.9 * again.prompt_tokens
-            assert (await guard.assess(drawn(2), policy(), "score")).score != verdict.score
+            assert (await assess(guard, drawn(2), policy(), "score")).score != verdict.score

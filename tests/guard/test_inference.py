@@ -9,7 +9,7 @@ from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailab
 from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, RationaleMode
 from services.guard.families.llavaguard_answer import ANSWER_START, build_prompt
 from services.guard.inference import GuardInference
-from tests.support.engine import DEFAULT_PROMPT, SharedGuard, drawn, policy, prepared
+from tests.support.engine import DEFAULT_PROMPT, SharedGuard, assess, drawn, policy, prepared
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
@@ -93,7 +93,7 @@ async def test_a_rationale_that_does_not_fit_is_closed_and_marked(engine: Shared
     for tokens in range(8, 120):
         brief = GuardInference(engine.engine, deadline_s=120, answer_tokens=tokens)
         try:
-            cut = await engine.on_loop(brief.assess(image, policy("always"), "verdict"))
+            cut = await engine.on_loop(assess(brief, image, policy("always"), "verdict"))
             break
         except UnreadableAnswer:
             continue
@@ -130,12 +130,12 @@ async def test_a_policy_cannot_speak_for_the_model(engine: SharedGuard) -> None:
 async def test_a_deadline(engine: SharedGuard) -> None:
     hasty = GuardInference(engine.engine, deadline_s=0.01)
     with pytest.raises(GuardUnavailable, match="within"):
-        await engine.on_loop(hasty.assess(drawn(99), policy("always"), "verdict"))
+        await engine.on_loop(assess(hasty, drawn(99), policy("always"), "verdict"))
 
 
 async def test_more_callers_than_slots(engine: SharedGuard) -> None:
     narrow = GuardInference(engine.engine, in_flight=2, deadline_s=300)
-    work = [narrow.assess(drawn(seed), replace(policy("never")), "verdict") for seed in range(8)]
+    work = [assess(narrow, drawn(seed), replace(policy("never")), "verdict") for seed in range(8)]
 
     async def together() -> list[Assessment]:
         return list(await asyncio.gather(*work))

@@ -13,22 +13,11 @@ import psutil
 import pytest
 
 from services.core.errors import NotAnImage, TooLarge, Unavailable
-from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
+from tests.support.images import make_settings
 from tests.support.pictures import difference, encoded, picture, shown
 
 ROOT = Path(__file__).parents[2]
-
-
-def make_settings(**overrides: object) -> Settings:
-    required = {
-        "stream_url": "redis://127.0.0.1:1",
-        "redis_url": "redis://127.0.0.1:1",
-        "s3_buckets": "images",
-        "policy_bucket": "policies",
-        "model": "tiny",
-    }
-    return Settings.model_validate(required | overrides)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

@@ -13,8 +13,9 @@ import pytest
 
 from services.core.errors import Changed, Forbidden, NotFound, SluiceError, StoreUnavailable, TooLarge
 from services.core.messages import ObjectReference
+from services.core.values import StoredObject
 from services.images.object_store import ObjectStore
-from tests.images.test_decoder_pool import make_settings
+from tests.support.images import can_reserve, make_settings, wait_for_a_waiter
 from tests.support.s3_server import CREDENTIALS
 
 BUCKET = "images"
@@ -26,6 +27,11 @@ def make_store(endpoint: str, **overrides: Any) -> ObjectStore:
 
 def reference(key: str, **pins: Any) -> ObjectReference:
     return ObjectReference(bucket=pins.pop("bucket", BUCKET), key=key, **pins)
+
+
+async def read(store: ObjectStore, reference: ObjectReference) -> StoredObject:
+    async with store.open(reference) as stored:
+        return stored
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def store(s3_endpoint: str, s3: Any) -> Iterator[ObjectStore]:
 
 async def test_reads_with_version_and_etag(store: ObjectStore, s3: Any) -> None:
     put = s3.put_object(Bucket=BUCKET, Key="a/b c+ü%20?#.jpg", Body=b"x" * 999_999)
-    stored = await store.read(reference("a/b c+ü%20?#.jpg"))
+    stored = await read(store, reference("a/b c+ü%20?#.jpg"))
     assert stored.data == b"x" * 999_999
     assert stored.version_id == put["VersionId"]
     assert stored.etag == put["ETag"].strip('"')
@@ -59,24 +65,24 @@ async def test_reads_with_version_and_etag(store: ObjectStore, s3: Any) -> None:
 async def test_a_pinned_version_is_the_one_that_is_read(store: ObjectStore, s3: Any) -> None:
     first = s3.put_object(Bucket=BUCKET, Key="versions", Body=b"first")
     second = s3.put_object(Bucket=BUCKET, Key="versions", Body=b"second")
-    assert (await store.read(reference("versions", version_id=first["VersionId"]))).data == b"first"
-    assert (await store.read(reference("versions", version_id=second["VersionId"]))).data == b"second"
-    assert (await store.read(reference("versions", version_id=""))).data == b"second"
+    assert (await read(store, reference("versions", version_id=first["VersionId"]))).data == b"first"
+    assert (await read(store, reference("versions", version_id=second["VersionId"]))).data == b"second"
+    assert (await read(store, reference("versions", version_id=""))).data == b"second"
 
 
 async def test_a_changed_object_is_not_read(store: ObjectStore, s3: Any) -> None:
     first = s3.put_object(Bucket=BUCKET, Key="changed", Body=b"first")
-    assert (await store.read(reference("changed", etag=first["ETag"]))).data == b"first"
+    assert (await read(store, reference("changed", etag=first["ETag"]))).data == b"first"
     s3.put_object(Bucket=BUCKET, Key="changed", Body=b"second")
     with pytest.raises(Changed):
-        await store.read(reference("changed", etag=first["ETag"]))
+        await read(store, reference("changed", etag=first["ETag"]))
 
 
 @pytest.mark.parametrize("etag", ["*", 'a"b', "a\r\nHost: evil", "ü", "x" * 5000])
 async def test_etags_that_no_object_has(store: ObjectStore, s3: Any, etag: str) -> None:
     s3.put_object(Bucket=BUCKET, Key="etags", Body=b"x")
     with pytest.raises((Changed, Forbidden)):
-        await store.read(reference("etags", etag=etag))
+        await read(store, reference("etags", etag=etag))
 
 
 async def test_what_does_not_exist(store: ObjectStore, s3: Any) -> None:
@@ -94,8 +100,8 @@ async def test_what_does_not_exist(store: ObjectStore, s3: Any) -> None:
         reference(""),
     ):
         with pytest.raises(NotFound):
-            await store.read(absent)
-    assert (await store.read(reference("deleted", version_id=put["VersionId"]))).data == b"x"
+            await read(store, absent)
+    assert (await read(store, reference("deleted", version_id=put["VersionId"]))).data == b"x"
 
 
 async def test_other_buckets_are_refused_without_a_request() -> None:
@@ -107,31 +113,33 @@ async def test_other_buckets_are_refused_without_a_request() -> None:
         reference("a/.."),
     ):
         with pytest.raises(Forbidden):
-            await store.read(forbidden)
+            await read(store, forbidden)
     store.close()
 
 
 async def test_too_large_is_refused_before_the_body_is_read(store: ObjectStore, s3: Any) -> None:
     s3.put_object(Bucket=BUCKET, Key="large", Body=b"x" * 1_000_001)
     with pytest.raises(TooLarge):
-        await store.read(reference("large"))
+        await read(store, reference("large"))
     s3.put_object(Bucket=BUCKET, Key="exactly", Body=b"x" * 1_000_000)
-    assert len((await store.read(reference("exactly"))).data) == 1_000_000
+    assert len((await read(store, reference("exactly"))).data) == 1_000_000
 
 
 async def test_memory_is_reserved_until_the_image_is_judged(s3_endpoint: str, s3: Any) -> None:
     store = make_store(s3_endpoint, image_memory_bytes=100_000)
     s3.put_object(Bucket=BUCKET, Key="part", Body=b"x" * 60_000)
     async with store.open(reference("part")) as stored:
-        assert store.budget.used == len(stored.data) == 60_000
-        second = asyncio.create_task(store.read(reference("part")))
-        await asyncio.sleep(0.5)
+        assert len(stored.data) == 60_000
+        assert await can_reserve(store.budget, 40_000)
+        assert not await can_reserve(store.budget, 40_001)
+        second = asyncio.create_task(read(store, reference("part")))
+        await wait_for_a_waiter(store.budget)
         assert not second.done()
-    assert len((await asyncio.wait_for(second, 5)).data) == 60_000
-    assert store.budget.used == 0
+    assert len((await asyncio.wait_for(second, 30)).data) == 60_000
+    assert await can_reserve(store.budget, store.budget.limit)
     with pytest.raises(NotFound):
-        await store.read(reference("nowhere"))
-    assert store.budget.used == 0
+        await read(store, reference("nowhere"))
+    assert await can_reserve(store.budget, store.budget.limit)
     store.close()
 
 
@@ -139,20 +147,20 @@ async def test_who_gives_up_while_waiting_for_memory_leaves_nothing_behind(s3_en
     store = make_store(s3_endpoint, image_memory_bytes=100_000, in_flight=1)
     s3.put_object(Bucket=BUCKET, Key="part", Body=b"x" * 60_000)
     async with store.open(reference("part")):
-        second = asyncio.create_task(store.read(reference("part")))
-        await asyncio.sleep(0.3)
+        second = asyncio.create_task(read(store, reference("part")))
+        await wait_for_a_waiter(store.budget)
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second
-    assert len((await asyncio.wait_for(store.read(reference("part")), 5)).data) == 60_000
-    assert store.budget.used == 0
+    assert len((await asyncio.wait_for(read(store, reference("part")), 30)).data) == 60_000
+    assert await can_reserve(store.budget, store.budget.limit)
     store.close()
 
 
 async def test_many_at_once(store: ObjectStore, s3: Any) -> None:
     for n in range(8):
         s3.put_object(Bucket=BUCKET, Key=f"many/{n}", Body=bytes([n]) * 100_000)
-    stored = await asyncio.gather(*(store.read(reference(f"many/{n % 8}")) for n in range(80)))
+    stored = await asyncio.gather(*(read(store, reference(f"many/{n % 8}")) for n in range(80)))
     assert all(one.data == bytes([n % 8]) * 100_000 for n, one in enumerate(stored))
 
 
@@ -252,26 +260,26 @@ async def test_no_server_holds_a_thread_beyond_the_deadline(behaviour: Callable[
     with http_server(behaviour) as endpoint:
         store = make_store(endpoint, fetch_deadline_s=0.7, in_flight=2)
         started = time.monotonic()
-        results = await asyncio.gather(*(store.read(reference("x")) for _ in range(4)), return_exceptions=True)
+        results = await asyncio.gather(*(read(store, reference("x")) for _ in range(4)), return_exceptions=True)
         assert all(isinstance(result, StoreUnavailable) for result in results), results
         assert time.monotonic() - started > 1.3  # two at a time
         # The servers would hold the threads for ever.
         free = (asyncio.get_running_loop().run_in_executor(store._threads, int) for _ in range(4))
         await asyncio.wait_for(asyncio.gather(*free), 60)
-        assert store.budget.used == 0
+        assert await can_reserve(store.budget, store.budget.limit)
         store.close()
 
 
 async def test_a_cancelled_read_frees_its_thread_at_once() -> None:
     with http_server(hangs_in_the_body) as endpoint:
         store = make_store(endpoint, fetch_deadline_s=30, in_flight=1)
-        reading = asyncio.create_task(store.read(reference("x")))
+        reading = asyncio.create_task(read(store, reference("x")))
         await asyncio.sleep(0.5)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
         await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(store._threads, int), 15)
-        assert store.budget.used == 0
+        assert await can_reserve(store.budget, store.budget.limit)
         store.close()
 
 
@@ -290,7 +298,7 @@ async def test_the_limit_holds_while_reading(behaviour: Callable[[socket.socket]
     with http_server(behaviour) as endpoint:
         store = make_store(endpoint, image_limit_bytes=1_000_000)
         with pytest.raises(TooLarge):
-            await store.read(reference("x"))
+            await read(store, reference("x"))
         store.close()
 
 
@@ -300,7 +308,7 @@ async def test_a_server_that_does_not_say_the_size_is_read_to_the_end() -> None:
 
     with http_server(answer) as endpoint:
         store = make_store(endpoint)
-        assert (await store.read(reference("x"))).data == b"abcde"
+        assert (await read(store, reference("x"))).data == b"abcde"
         store.close()
 
 
@@ -329,15 +337,15 @@ async def test_lies_are_outages(behaviour: Callable[[socket.socket], None]) -> N
     with http_server(behaviour) as endpoint:
         store = make_store(endpoint, fetch_deadline_s=3)
         with pytest.raises(StoreUnavailable):
-            await store.read(reference("x"))
-        assert store.budget.used == 0
+            await read(store, reference("x"))
+        assert await can_reserve(store.budget, store.budget.limit)
         store.close()
 
 
 async def test_nothing_is_decompressed() -> None:
     with http_server(compresses_a_bomb) as endpoint:
         store = make_store(endpoint)
-        assert (await store.read(reference("x"))).data == b"\x1f\x8b\x08\x00"
+        assert (await read(store, reference("x"))).data == b"\x1f\x8b\x08\x00"
         store.close()
 
 
@@ -348,14 +356,14 @@ async def test_a_server_that_ignores_the_pinned_etag() -> None:
     with http_server(answer) as endpoint:
         store = make_store(endpoint)
         with pytest.raises(Changed):
-            await store.read(reference("x", etag="other"))
+            await read(store, reference("x", etag="other"))
         store.close()
 
 
 async def test_nobody_listens() -> None:
     store = make_store("http://127.0.0.1:1")
     with pytest.raises(StoreUnavailable):
-        await store.read(reference("x"))
+        await read(store, reference("x"))
     store.close()
 
 
@@ -366,7 +374,7 @@ async def test_no_credentials_are_an_outage(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     store = make_store("http://127.0.0.1:1")
     with pytest.raises(StoreUnavailable, match="redentials"):
-        await store.read(reference("x"))
+        await read(store, reference("x"))
     store.close()
 
 
@@ -406,6 +414,6 @@ async def test_what_an_error_answer_means(status: int, code: str, text: str, err
     with http_server(answer) as endpoint:
         store = make_store(endpoint)
         with pytest.raises(error) as caught:
-            await store.read(reference("x", etag="e"))
+            await read(store, reference("x", etag="e"))
         assert str(caught.value)
         store.close()

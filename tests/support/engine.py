@@ -46,10 +46,18 @@ class SharedGuard:
     async def assess(
         self, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"
     ) -> Assessment:
-        return await self.on_loop(self.guard.assess(image, policy, detail, priority))
+        return await self.on_loop(assess(self.guard, image, policy, detail, priority))
 
     async def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+async def assess(
+    guard: GuardInference, image: PreparedImage, policy: Policy, detail: Detail, priority: Priority = "live"
+) -> Assessment:
+    """Judge an image under one policy."""
+    (assessment,) = await guard.assess_each(image, [policy], detail, priority)
+    return assessment
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ class GenerateFn(Protocol):
         """`text` is the whole prompt, up to where the rating begins. `ebnf` binds what is written from there on.
 
         Raises:
-            GuardFailed, GuardUnavailable, UnreadableAnswer: as `GuardInference.assess`.
+            GuardFailed, GuardUnavailable, UnreadableAnswer: as `GuardInference.assess_each`.
         """
         ...
 
