@@ -1,4 +1,4 @@
-# Everything is set up from requirements.lock into .venv; `make demo` and `make test` need nothing before them.
+# Every target first installs requirements.lock into .venv, so `make demo` and `make test` are all that you need.
 PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.8
@@ -6,18 +6,18 @@ UV_VERSION := 0.13.8
 .PHONY: help setup demo check test faults soak fuzz evaluate lint lock schemas docs clean
 
 help:
-	@echo 'make demo      judge a handful of drawn images from submission to verdict, on embedded backends'
+	@echo 'make demo      judge a dozen drawn images from submission to verdict, with embedded backends'
 	@echo 'make check     lint, type-check and run the tests that need no server: minutes'
 	@echo 'make test      lint, type-check and run every test, as CI does'
-	@echo 'make faults    break everything in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
-	@echo 'make soak      half of the rate that this machine sustains, MINUTES=30 of it, and what grows'
-	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
-	@echo 'make evaluate  judge some hundred drawn images and write the figures to docs/evaluation'
+	@echo 'make faults    break every part in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
+	@echo 'make soak      run for MINUTES=30 at half of the sustained rate; fails if anything grows'
+	@echo 'make fuzz      try CASES=100000 hostile messages and pictures'
+	@echo 'make evaluate  judge some hundred drawn images; write the figures to docs/evaluation'
 	@echo 'make lint      lint and type-check only'
-	@echo 'make setup     make .venv from requirements.lock'
-	@echo 'make lock      compile requirements.lock, and those of the images, from pyproject.toml'
+	@echo 'make setup     install requirements.lock into .venv'
+	@echo 'make lock      compile requirements.lock and the locks of the images from pyproject.toml'
 	@echo 'make schemas   export the JSON Schemas of the wire to infra/schemas'
-	@echo 'make docs      write the reference pages from the code and build the site into site/; a dead link fails it'
+	@echo 'make docs      write the reference pages from the code and build site/; fails on a dead link'
 
 setup: .venv/.complete
 
@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# One worker for each core. The servers of a worker are shared by all its tests; tests/conftest.py forms the groups.
+# One worker for each core. All tests of a worker share its servers; tests/conftest.py forms the groups.
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --durations 20
 check: lint
 	$(PYTEST) --dist worksteal -m 'not server'
@@ -46,26 +46,26 @@ check: lint
 test: lint
 	$(PYTEST) --dist loadgroup
 
-# 20,000 submissions with each kind of delivery; needs what the tests marked kafka need. Ends with one JSON line.
+# 20,000 submissions with each kind of delivery. Needs Java and Maven, as the tests marked kafka do. Prints one JSON line.
 SEED ?= 1
 faults: setup
 	@$(BIN)/python -m tests.faults.run --seed $(SEED) $(if $(SHORT),--short)
 
-# One member at half of the rate that it sustains. Ends with one JSON line; another status than 0 says that something grew.
+# Prints one JSON line. The exit status is not 0 if memory, file handles or the lag grew, or an outcome is wrong.
 MINUTES ?= 30
 soak: setup
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED)
 
-# Half of the cases are messages, half are pictures; finds are kept in tests/fuzz/corpus.
+# Half of the cases are messages, half are pictures. New failures are saved in tests/fuzz/corpus.
 CASES ?= 100000
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.run --cases $(CASES) --seed $(SEED)
 
-# Minutes: an engine of its own, and some 1,800 judgements. The rows are in docs/evaluation/rows.jsonl, which git ignores.
+# Takes minutes: it starts an engine and judges about 1,800 times. Git ignores the rows, docs/evaluation/rows.jsonl.
 evaluate: setup
 	$(BIN)/python -m pipelines.evaluation.tiny_report docs/evaluation
 
-# The images get the same versions, without what only tests and the embedded backends need.
+# The locks of the images have the same versions, without the packages of tests and embedded backends.
 IMAGE_LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-header \
 	--constraint requirements.lock
 lock:

@@ -1,7 +1,7 @@
 """Write the reference pages from the code: settings.md, commands.md and metrics.md.
 
 python docs/generate.py            # write them
-python docs/generate.py --check    # exit status 1 and their names when they are not current
+python docs/generate.py --check    # print the pages that are not current; exit status 1 if there are any
 """
 
 import inspect
@@ -133,7 +133,7 @@ def _cell(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    begun = text[:1].upper() + text[1:] if re.match(r"[a-z]+[ ,;:]", text) else text
+    begun = text[:1].upper() + text[1:] if re.match(r"[a-z]+(?:[ ,;]|:(?!//))", text) else text
     return begun if begun.endswith((".", "`")) or not begun else f"{begun}."
 
 

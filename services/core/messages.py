@@ -197,7 +197,7 @@ def readable_id(document: Any) -> str | None:
 
 
 class Timings(WireModel):
-    """Milliseconds a submission spent in each step."""
+    """Milliseconds that a submission spent in each step."""
 
     queued: int = 0
     fetch: int = 0

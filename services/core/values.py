@@ -47,7 +47,7 @@ class WireModel(BaseModel):
 
 
 class PolicyIdentity(WireModel):
-    """The policy version a verdict was judged by."""
+    """The policy version that led to a verdict."""
 
     name: str
     version: int
@@ -55,7 +55,7 @@ class PolicyIdentity(WireModel):
 
 
 class ModelIdentity(WireModel):
-    """What judged: the checkpoint, the engine, and the digest of the prompt text it was given."""
+    """The checkpoint and the engine that judged, and the digest of the prompt text."""
 
     name: str
     revision: str
@@ -64,14 +64,14 @@ class ModelIdentity(WireModel):
 
 
 class AppliedCalibration(WireModel):
-    """What made a verdict's score of the guard's own: see `sluice calibrate`."""
+    """The calibration that turned the guard's own score into the verdict's score; see `sluice calibrate`."""
 
     digest: str
     raw_score: Annotated[float, Field(ge=0, le=1, description="the guard's own score, before the calibration")]
 
 
 class ImageFacts(WireModel):
-    """The image as it was submitted; width and height in pixels, upright (after EXIF orientation)."""
+    """The submitted image. Width and height are in pixels, after EXIF orientation."""
 
     width: int
     height: int

@@ -1,4 +1,4 @@
-"""Where the files of infra are, and how to read them."""
+"""Read the deployment files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def document(path: Path) -> Any:
 
 
 def deployment_files() -> Iterator[Path]:
-    """Every file by which Sluice is deployed; not what tests the broker, and not what is generated."""
+    """Every file for deploying Sluice. Files of the test broker and generated files are left out."""
     yield ROOT / "ray_cluster.yaml"
     yield ROOT / "docs" / "deployment.md"
     for path in sorted(INFRA.rglob("*")):
