@@ -87,9 +87,9 @@ def _limit_isolation(end_isolation: Callable[[], None]) -> Iterator[None]:
 class CrashIsolation:
     """Decides which messages one intake process may process at the same time. Use it as an async context manager."""
 
-    def __init__(self, redis_cache: RedisClient, group: str, member: str) -> None:
+    def __init__(self, redis: RedisClient, group: str, member: str) -> None:
         """`member` is the name of this process. A restarted process needs another name."""
-        self._redis_cache = redis_cache
+        self._redis = redis
         self._prefix = f"sluice:{group}:"
         self._member = member
         self._in_flight: set[str] = set()
@@ -110,7 +110,7 @@ class CrashIsolation:
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._heartbeats)
         with suppress(RedisUnavailable):
-            await self._redis_cache.run(_LEAVE_SCRIPT, self._keys, self._member)
+            await self._redis.run(_LEAVE_SCRIPT, self._keys, self._member)
 
     async def register(self, sources: Sequence[str]) -> list[int]:
         """Return the crashes of each message. Messages without a crash are in flight until `release`."""
@@ -208,7 +208,7 @@ class CrashIsolation:
                 *self._in_flight,
             )
             try:
-                crashes: list[int] = await self._redis_cache.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
+                crashes: list[int] = await self._redis.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
                 self._redis_down = False
             except RedisUnavailable as error:
                 log.debug("Redis is unavailable; messages are processed without crash isolation: %s", error)

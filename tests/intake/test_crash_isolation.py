@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.intake import crash_isolation
 from pipelines.intake.crash_isolation import MAX_CRASHES, CrashIsolation
 from services.core.errors import RedisUnavailable
 from services.core.messages import DeadLetter, Verdict
 from services.core.processes import SupervisedProcess
-from services.policies.redis_cache import PolicyRedisCache
+from services.core.redis import RedisClient
 from services.streams.base import OutgoingMessage
 from tests.support.streams_bench import Streams, eventually
 
@@ -67,63 +68,74 @@ async def test_poison_message_after_three_crashes_is_a_dead_letter(
 
 
 async def test_message_with_two_crashes_runs_alone(valkey_url: str) -> None:
-    shared = PolicyRedisCache(valkey_url, "alone")
-    async with CrashIsolation(shared, "alone", "member") as isolation:
-        at_work: set[str] = set()
-        seen: dict[str, set[str]] = {}
+    redis = RedisClient(valkey_url, "sluice:")
+    async with CrashIsolation(redis, uuid.uuid4().hex, "member") as isolation:
+        release = asyncio.Event()
+        running: set[str] = set()
+        beside: dict[str, set[str]] = {}
 
-        async def work(source: str, crashes: int) -> None:
+        async def process(source: str, crashes: int) -> None:
             async with isolation.isolate(source, crashes):
-                at_work.add(source)
-                await asyncio.sleep(0.05)
-                seen[source] = set(at_work)
-                at_work.remove(source)
+                running.add(source)
+                await (release.wait() if crashes < MAX_CRASHES - 1 else asyncio.sleep(0))
+                beside[source] = set(running)
+                running.remove(source)
 
-        among = [work(f"bystander-{number}", number % 2) for number in range(30)]
-        await asyncio.gather(*among[:15], work("suspect", 2), *among[15:], work("another", 2))
-        assert seen["suspect"] == {"suspect"}
-        assert seen["another"] == {"another"}
-        assert max(map(len, seen.values())) > 10
-        assert max(sum(int(each[10:]) % 2 for each in group if each[0] == "b") for group in seen.values()) <= 8
-    await shared.close()
+        unsuspected = [asyncio.create_task(process(f"unsuspected-{number}", 0)) for number in range(12)]
+        suspected = [asyncio.create_task(process(f"suspected-{number}", 1)) for number in range(12)]
+
+        async def all_that_may_run_do() -> bool:
+            return len(running) >= 12 + 8
+
+        await eventually(all_that_may_run_do)
+        isolated = [asyncio.create_task(process(name, MAX_CRASHES - 1)) for name in ("isolated", "another")]
+        release.set()
+        await asyncio.gather(*unsuspected, *suspected, *isolated)
+    assert beside["isolated"] == {"isolated"}
+    assert beside["another"] == {"another"}
+    assert max(map(len, beside.values())) > 12, "unsuspected messages run at the same time"
+    assert max(sum(each.startswith("suspected") for each in group) for group in beside.values()) == 8
+    await redis.close()
 
 
 async def test_orderly_shutdown_is_not_counted_as_a_crash(valkey_url: str) -> None:
-    shared = PolicyRedisCache(valkey_url, "orderly")
-    async with CrashIsolation(shared, "orderly", "first") as first:
+    redis = RedisClient(valkey_url, "sluice:")
+    async with CrashIsolation(redis, "orderly", "first") as first:
         assert await first.register(["a", "b"]) == [0, 0]
         first.release("a")
-    async with CrashIsolation(shared, "orderly", "second") as second:
+    async with CrashIsolation(redis, "orderly", "second") as second:
         assert await second.register(["a", "b"]) == [0, 0]
-    await shared.close()
+    await redis.close()
 
 
-async def test_crash_counts_only_messages_in_flight(valkey_url: str) -> None:
-    shared, group = PolicyRedisCache(valkey_url, "in-hand"), uuid.uuid4().hex
-    first = CrashIsolation(shared, group, "first")  # never entered, so it sends no heartbeat
+async def test_crash_counts_only_messages_in_flight(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crash_isolation, "_DEAD_AFTER_S", 0.5)
+    monkeypatch.setattr(crash_isolation, "_HEARTBEAT_INTERVAL_S", 0.05)
+    redis, group = RedisClient(valkey_url, "sluice:"), uuid.uuid4().hex
+    first = CrashIsolation(redis, group, "first")  # never entered, so it sends no heartbeat
     assert await first.register(["done", "in flight"]) == [0, 0]
     first.release("done")
     await first.register(["also in flight"])
-    async with CrashIsolation(shared, group, "second") as second:
+    async with CrashIsolation(redis, group, "second") as second:
 
         async def counted() -> bool:
             return await second.register(["in flight"]) == [1]
 
         await eventually(counted)
         assert await second.register(["done", "also in flight"]) == [0, 1]
-    await shared.close()
+    await redis.close()
 
 
 async def test_slow_process_with_heartbeat_is_not_counted_as_crashed(valkey_url: str) -> None:
-    """Redis or this process may have been paused."""
-    shared, group = PolicyRedisCache(valkey_url, "stands-still"), uuid.uuid4().hex
-    isolation = CrashIsolation(shared, group, "member")
+    """Redis or this process may have been paused for longer than `_DEAD_AFTER_S`."""
+    redis, group = RedisClient(valkey_url, "sluice:"), uuid.uuid4().hex
+    isolation = CrashIsolation(redis, group, "member")
     await isolation.register(["in flight"])
-    await shared.client.sadd(f"sluice:{group}:in-hand:dead", "in flight of the dead")
-    await shared.client.zadd(f"sluice:{group}:alive", {"member": 1, "dead": 1})
+    await redis.client.sadd(f"sluice:{group}:in-hand:dead", "in flight of the dead")
+    await redis.client.zadd(f"sluice:{group}:alive", {"member": 1, "dead": 1})
     await isolation._update_registry()
-    assert await CrashIsolation(shared, group, "new").register(["in flight", "in flight of the dead"]) == [0, 1]
-    await shared.close()
+    assert await CrashIsolation(redis, group, "new").register(["in flight", "in flight of the dead"]) == [0, 1]
+    await redis.close()
 
 
 @pytest.mark.parametrize("crashes", [1, MAX_CRASHES - 1])
@@ -131,9 +143,9 @@ async def test_waiting_suspect_does_not_hold_up_other_messages(
     valkey_url: str, crashes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An isolated message that waits forever would otherwise stop the process; so would nine suspected ones."""
-    monkeypatch.setattr("pipelines.intake.crash_isolation._ISOLATION_S", 0.2)
-    shared = PolicyRedisCache(valkey_url, "waits")
-    isolation = CrashIsolation(shared, uuid.uuid4().hex, "member")
+    monkeypatch.setattr(crash_isolation, "_ISOLATION_S", 0.2)
+    redis = RedisClient(valkey_url, "sluice:")
+    isolation = CrashIsolation(redis, uuid.uuid4().hex, "member")
     for_ever, began = asyncio.Event(), asyncio.Semaphore(0)
 
     async def touch(source: str, crashes: int, *, wait: bool) -> None:
@@ -153,31 +165,31 @@ async def test_waiting_suspect_does_not_hold_up_other_messages(
     for_ever.set()
     await asyncio.gather(*waiting)
     assert (isolation._running, isolation._exclusive_source, isolation._in_flight) == (0, None, set())
-    await shared.close()
+    await redis.close()
 
 
 async def test_redis_outage_is_probed_only_by_the_heartbeat(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that hangs takes seconds for each call."""
-    shared = PolicyRedisCache(valkey_url, "away")
-    asked: list[str] = []
-    answer = shared.run
+    """Each call to a hanging server takes seconds."""
+    redis = RedisClient(valkey_url, "sluice:")
+    calls: list[str] = []
+    answer = redis.run
 
     async def hang(*_: object) -> None:
-        asked.append("in vain")
+        calls.append("no answer")
         raise RedisUnavailable("no answer")
 
-    isolation = CrashIsolation(shared, "away", "member")
-    monkeypatch.setattr(shared, "run", hang)
+    isolation = CrashIsolation(redis, "away", "member")
+    monkeypatch.setattr(redis, "run", hang)
     assert await isolation.register(["a"]) == [0]
     assert await isolation.register(["b"]) == [0]
     async with isolation.isolate("c", 1):
         pass
-    assert asked == ["in vain"]
-    monkeypatch.setattr(shared, "run", answer)
+    assert calls == ["no answer"]
+    monkeypatch.setattr(redis, "run", answer)
     async with isolation:  # its heartbeat registers the messages of the outage
 
-        async def marked() -> bool:
-            return await shared.client.smembers("sluice:away:in-hand:member") == {b"a", b"b"}
+        async def are_registered() -> bool:
+            return await redis.client.smembers("sluice:away:in-hand:member") == {b"a", b"b"}
 
-        await eventually(marked)
-    await shared.close()
+        await eventually(are_registered)
+    await redis.close()

@@ -9,18 +9,22 @@ from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import IntakeWorker
 from services.core.errors import NotOwned
 from services.core.messages import Submission
+from services.core.redis import RedisClient
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
-from services.policies.redis_cache import PolicyRedisCache
 from services.streams.base import Lag, Message, OutgoingMessage
 
 
 class RebalancedConsumer:
     """A consumer whose first assignment is revoked before anything is settled."""
 
+    worker: IntakeWorker
+
     def __init__(self, *messages: Message) -> None:
         self._left = list(messages)
+        self.unknown: list[Message] = []
+        """Messages that the worker did not know as in flight when it settled them."""
         self.settled: asyncio.Queue[Message] = asyncio.Queue()
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
@@ -32,6 +36,8 @@ class RebalancedConsumer:
     async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
         if message.token == "first assignment":
             raise NotOwned("it went to another member")
+        if message.source not in self.worker.live.in_flight:
+            self.unknown.append(message)
         self.settled.put_nowait(message)
 
     async def lag(self) -> Lag:
@@ -61,9 +67,10 @@ async def test_redelivered_message_and_those_behind_it_are_settled_once() -> Non
     again = [message(offset, "second assignment") for offset in range(3)]
     consumer: Any = RebalancedConsumer(message(0, "first assignment"), message(1, "first assignment"), *again)
     moderator: Any = FakeModerator()
-    redis_cache = PolicyRedisCache("redis://127.0.0.1:1", "policies")  # no server listens there
-    intake = IntakeWorker(consumer, moderator, Settings(), CrashIsolation(redis_cache, "sluice", "member"))
+    redis = RedisClient("redis://127.0.0.1:1", "sluice:")  # no server listens there
+    consumer.worker = IntakeWorker(consumer, moderator, Settings(), CrashIsolation(redis, "sluice", "member"))
     settled = [await asyncio.wait_for(consumer.settled.get(), 5) for _ in again]
-    await intake.drain()
+    await consumer.worker.drain()
     assert settled == again
-    assert intake.live.in_flight == {}
+    assert consumer.unknown == []
+    assert consumer.worker.live.in_flight == {}
