@@ -34,7 +34,7 @@ from tests.faults.ray_nodes import Cluster
 from tests.faults.s3 import BUCKET
 from tests.support.servers import Valkey
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 _PER_S: Final = 6.0
 """More than one guard judges, less than two do."""
@@ -228,9 +228,7 @@ async def test_nodes_are_lost(service: Service) -> None:
         assert members < service.members()
 
 
-@pytest.mark.skipif(
-    "SLUICE_TEST_LONG" not in os.environ, reason="takes four minutes, which SLUICE_TEST_LONG=1 gives it"
-)
+@pytest.mark.long
 async def test_nodes_stop_answering_and_come_back(service: Service) -> None:
     cluster = service.cluster
     async with under_load(service) as load:

@@ -15,7 +15,6 @@ _SUBMISSIONS = 1_000
 
 
 @pytest.mark.kafka
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("delivery", DELIVERIES)
 async def test_every_submission_ends_once_whatever_breaks(delivery: Delivery, tmp_path: Path) -> None:

@@ -115,7 +115,6 @@ class TestBeforeItIsReady:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 class TestTheRealServer:
     async def test_strangers_are_refused(self, engine: SharedGuard) -> None:

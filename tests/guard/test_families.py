@@ -121,7 +121,6 @@ def test_every_row_can_be_asked(row: Checkpoint) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 class TestThroughTheRealEngine:
     async def test_shieldgemma(self, tmp_path: Path) -> None:
