@@ -6,7 +6,6 @@ and it waits minutes for a cluster that has ended. The command can therefore end
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any, Final, Self
 from pipelines.clients.ray_address import NO_CLUSTER, answers
 from services.core.errors import ConfigurationError, GuardFailed, SluiceError, Unjudgeable
 from services.core.messages import ImageRequest, Upload, Verdict
+from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import Policy
 
@@ -132,14 +132,14 @@ def open_client(settings: Settings) -> Iterator[JudgeClient]:
     in_flight = min(settings.guard_in_flight * settings.guard_replicas, _IN_FLIGHT_LIMIT)
     ours, theirs = Pipe()
     with ours:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.clients.judge_process", str(theirs.fileno()), address, str(in_flight)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        child = start_helper(
+            "pipelines.clients.judge_process",
+            str(theirs.fileno()),
+            address,
+            str(in_flight),
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+            stderr=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is for this process; the other one ends with the connection
         )
         theirs.close()
         patience_s = 0.0

@@ -1,6 +1,5 @@
 """The service in the foreground: from the first backend that it starts to the last child process that it ends."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -29,7 +28,7 @@ from pipelines.serving.app import bind_application
 from pipelines.serving.names import APPLICATION, GATEWAY, INTAKE
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
-from services.core.processes import kill_descendants, kill_descendants_on_exit
+from services.core.processes import adopt_orphans, kill_descendants, kill_descendants_on_exit
 from services.core.retry import retry_blocking
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKeyRegistry
@@ -43,7 +42,6 @@ _STOP_S: Final = 12.0
 _KILL_S: Final = 3.0
 """How long killed processes may take to disappear. A process that takes longer hangs in the kernel."""
 _POLL_S: Final = 0.25
-_PR_SET_CHILD_SUBREAPER: Final = 36
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -109,8 +107,7 @@ def _killing_descendants() -> Iterator[Callable[[float], None]]:
 
     def limit_end(seconds: float) -> None:
         nonlocal watchdog
-        # Descendants whose parents go first become children of this process, so that they are found.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         watchdog = threading.Timer(seconds, _shutdown_timed_out)
         watchdog.daemon = True
         watchdog.start()

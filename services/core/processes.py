@@ -1,9 +1,13 @@
-"""SupervisedProcess processes that end with their parent, even if the parent is killed.
+"""Child processes: how they start, and how they and all their descendants end, even if the parent is killed.
 
-`SupervisedProcess` starts a supervisor: this module as a program, which leads a process group of its own and starts the
-command. When the parent asks for it or is gone (SIGKILL included), the supervisor kills every descendant, including
-those in another process group or session. A watchdog process kills the group if the supervisor itself is killed. This
-is needed because Ray kills the children of a worker that exits, but not their children.
+- `SupervisedProcess` runs a command that may start processes of its own. It starts a supervisor: this module as a
+  program, which leads a process group of its own and starts the command. When the parent asks for it or is gone
+  (SIGKILL included), the supervisor kills every descendant, including those in another process group or session. A
+  watchdog process kills the group if the supervisor itself is killed. Ray makes this necessary: it kills the children
+  of a worker that exits, but not their children.
+- `start_helper` runs a module of Sluice that starts no processes and ends when its connection to this process closes.
+- `kill_descendants` kills every descendant of this process, and `kill_descendants_on_exit` does so after this process
+  has exited. They are for processes that libraries start, such as Ray's.
 """
 
 import contextlib
@@ -26,6 +30,7 @@ _PARENT_CHECK_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _DESCENDANTS_CHECK_S: Final = 1.0
+_SOURCES: Final = Path(__file__).parents[2]
 
 
 class SupervisedProcess:
@@ -84,9 +89,9 @@ class SupervisedProcess:
 
 def _supervise(parent: int, argv: list[str]) -> int:
     """Run `argv` until it exits, the parent is gone, or a signal asks to stop. Then kill all descendants."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     watchdog = _spawn_watchdog()
+    libc = ctypes.CDLL(None)
 
     def die_with_supervisor() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -109,6 +114,37 @@ def _supervise(parent: int, argv: list[str]) -> int:
     return child.wait()
 
 
+def start_helper(
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str],
+    stdin: int = subprocess.DEVNULL,
+    stderr: int | None = None,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a module of Sluice as one process that ends when its connection to this process closes.
+
+    The connection is `stdin` or one of `pass_fds`. There is no supervisor, so the module must not start processes. The
+    helper has a session of its own: Ctrl-C in a terminal does not reach it. Of this process's environment it gets only
+    `env` and where modules are.
+    """
+    path = os.pathsep.join(dict.fromkeys([str(_SOURCES), *filter(None, sys.path)]))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env={**env, "PYTHONPATH": path},
+        pass_fds=pass_fds,
+        start_new_session=True,
+    )
+
+
+def adopt_orphans() -> None:
+    """Make descendants children of this process when their parent ends, so that `kill_descendants` finds them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def kill_descendants(*, spare: int | None = None, within_s: float = math.inf) -> None:
     """Kill all descendants of this process, except the process with the id `spare`.
 
@@ -125,9 +161,9 @@ def kill_descendants(*, spare: int | None = None, within_s: float = math.inf) ->
         time.sleep(0.01)
 
 
-def _is_alive(process: psutil.Process, watchdog: int | None) -> bool:
+def _is_alive(process: psutil.Process, spare: int | None) -> bool:
     try:
-        return process.pid != watchdog and bool(process.status() != psutil.STATUS_ZOMBIE)
+        return process.pid != spare and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -13,17 +13,15 @@ import os
 import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
 from services.core.errors import NotAnImage, TooLarge, Unavailable
+from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import PreparedImage
 from services.images.decode import Limits, prepare, smaller
@@ -43,7 +41,6 @@ _TRIES: Final = 2
 _STOPPED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 """SIGKILL is how the kernel ends a process when the machine is out of memory: no image is to blame for that."""
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
-_SOURCES: Final = Path(__file__).parents[2]
 
 
 class DecoderPool:
@@ -172,12 +169,11 @@ class _Worker:
         self._channel = Channel(ours)
         try:
             with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "services.images.decoder_process", *map(str, arguments)],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
+                self._process = start_helper(
+                    "services.images.decoder_process",
+                    *map(str, arguments),
                     env=_environment(),
-                    start_new_session=True,  # Ctrl-C in a terminal is for the parent to handle
+                    stdin=theirs.fileno(),
                 )
         except BaseException:
             ours.close()
@@ -228,6 +224,5 @@ _Request = Callable[[_Worker], PreparedImage]
 def _environment() -> dict[str, str]:
     """What a decoder needs, and nothing that it must not see: no credentials, no settings."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    path = os.pathsep.join(dict.fromkeys([str(_SOURCES), *filter(None, sys.path)]))
     # Every arena of the allocator takes 64 MiB of the address space, which is what is bounded.
-    return inherited | {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
+    return inherited | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
