@@ -32,6 +32,7 @@ from ray.serve import Application
 
 from pipelines.serving import build as serve_build
 from pipelines.serving.app import bind_application
+from pipelines.serving.log_config import LOGGING_CONFIG
 from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess, free_port
@@ -274,7 +275,7 @@ async def run(progress: Any) -> Timeline:
         progress("Ray runs")
         plan = serve_build.make_deploy_schema(settings)
         plan.applications[0].import_path = "benchmarks.scaling_cluster:build"
-        serve.start(proxy_location="Disabled", logging_config=serve_build.LOGGING_CONFIG)
+        serve.start(proxy_location="Disabled", logging_config=LOGGING_CONFIG)
         serve.context._get_global_client().deploy_apps(plan)
         await _wait_for_intake()
         progress("Intake runs")

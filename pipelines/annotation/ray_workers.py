@@ -14,9 +14,19 @@ from ray import serve
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import ApplicationStatus
 
-from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, join, last_line, own_error, silent, wait_until_running
+from pipelines.clients.ray import (
+    connect_to_cluster,
+    deploy,
+    guard_gpus,
+    last_line,
+    own_error,
+    silent,
+    start_local_cluster,
+    start_serve,
+    wait_until_running,
+)
 from pipelines.clients.ray_address import NO_CLUSTER
 from pipelines.serving.guard_deployment import GuardDeployment
 from pipelines.serving.names import APPLICATION
@@ -71,9 +81,9 @@ def join_cluster(settings: Settings, progress: Progress) -> Iterator[None]:
         progress("starting Ray on this machine")
         kill_descendants_on_exit()
         with silent():
-            ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
+            start_local_cluster()
     else:
-        join(address)
+        connect_to_cluster(address)
     for name in ("ray.serve", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported by exceptions of Sluice
     context = DataContext.get_current()
@@ -194,25 +204,20 @@ def _guard_replicas(application: str) -> int:
 def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progress) -> None:
     """Deploy guards, and wait until all are ready."""
     checkpoints.resolve(settings.model)
-    gpus = settings.guard_gpus
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    gpus = guard_gpus(settings)
     free = ray.available_resources()
     if _guard_replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):
         progress(
             f"{replicas} guards need {gpus * replicas:g} GPUs, and {free.get('GPU', 0):g} are free; waiting for more"
         )
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(proxy_location="Disabled", logging_config=quiet)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    start_serve()
     application = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator returns a Deployment
         num_replicas=replicas,
         max_ongoing_requests=2 * settings.guard_in_flight,
         ray_actor_options={"num_cpus": 1 if free.get("CPU", 0) >= replicas else 0, "num_gpus": gpus},
         graceful_shutdown_timeout_s=_STOP_S,
     ).bind(settings)
-    target = serve.RunTarget(application, name=name, route_prefix=None, logging_config=quiet)
-    serve.run_many([target], wait_for_applications_running=False)
+    deploy(application, name)
     wait_until_running(
         name,
         loading=f"loading {settings.model} into {replicas} engines",

@@ -2,8 +2,9 @@
 
     python -m pipelines.clients.judge_process FD ADDRESS N
 
-It says None once it is connected; for each list of trials that it gets it says (number, outcome), N of them at a time
-at most; what it cannot go on after, it says as a SluiceError. It ends with the connection.
+It sends None once it is connected. For each list of requests that it receives, it sends (number, result) for each
+request, in the order in which they finish, and judges at most N at a time. A failure that ends the judging is sent as
+a SluiceError. The process ends when the connection is closed.
 """
 
 import asyncio
@@ -21,40 +22,28 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult
+from pipelines.clients.ray import connect_to_cluster, one_line, own_error
 from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 from services.core.tasks import cancel_and_wait
 from services.images.memory_budget import ByteBudget
 
 _PAUSES_S: Final = (1.0, 5.0, 15.0)
-"""A replica that died is replaced meanwhile."""
+"""Ray replaces a replica that died in this time."""
 _IMAGE_BYTES_IN_FLIGHT: Final = 64 << 20
 """Images that travel to the service at a time. Ray keeps each in its object store, of which `sluice up` has 200 MiB."""
 
 
 def _connect(address: str) -> DeploymentHandle[Any]:
-    try:
-        ray.init(address, logging_level="ERROR", log_to_driver=False)
-    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        raise ConfigurationError(f"the service's Ray cluster at {address} {_cause(error)}") from None
+    connect_to_cluster(address)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.get_app_handle(APPLICATION)  # which sees whether it runs, as the next line does not
+        serve.get_app_handle(APPLICATION)  # raises if the application does not run; the next line would not
         return serve.get_deployment_handle(INTAKE, APPLICATION)
     except (RayServeException, RayActorError, ValueError):
         raise ConfigurationError(
             f"Ray runs at {address}, and Sluice does not run on it; start it with `sluice up`"
         ) from None
-
-
-def _cause(error: BaseException) -> str:
-    text = f"{error} {error.__cause__ or ''}"
-    if "AuthenticationError" in text or "InvalidAuthToken" in text:
-        return (
-            "refuses this command: run it as the user who started the service, or set RAY_AUTH_MODE and RAY_AUTH_TOKEN "
-            "as they are there"
-        )
-    return f"cannot be joined: {' '.join(str(error).split())[:300]}"
 
 
 async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], in_flight: int) -> None:
@@ -70,7 +59,7 @@ async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], 
         reading = read()
         judging = asyncio.create_task(_judge_all(channel, intake, trials, in_flight))
         await asyncio.wait([reading, judging], return_when=asyncio.FIRST_COMPLETED)
-        await cancel_and_wait(judging)  # nobody waits for the answers any more
+        await cancel_and_wait(judging)  # the results have no reader any more
 
 
 async def _judge_all(
@@ -88,8 +77,10 @@ async def _judge_all(
     tasks = [asyncio.create_task(work()) for _ in range(in_flight)]
     try:
         await asyncio.gather(*tasks)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other process has to know
-        channel.send(error if isinstance(error, SluiceError) else SluiceError(f"the service failed: {_brief(error)}"))
+    except SluiceError as error:
+        channel.send(error)
+    except Exception as error:  # noqa: BLE001 - the other process reports every error
+        channel.send(SluiceError(f"the service failed: {type(error).__name__}: {one_line(error)}"))
     finally:
         for task in tasks:
             task.cancel()
@@ -108,16 +99,16 @@ async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeRes
             response.cancel()
             raise
         except RayTaskError as error:
-            # Serve's error is also an instance of its cause's class, but its text is a traceback.
-            if isinstance(error.cause, Unjudgeable):
-                return error.cause
+            own = own_error(error)
+            if isinstance(own, Unjudgeable):
+                return own
             if image and isinstance(error.cause, TypeError) and "judge_under()" in str(error.cause):
                 raise ConfigurationError(
                     "the service was started by an earlier version of Sluice, which accepts no image files from this "
                     "command; upgrade the service, or name images that lie in a bucket (s3://...)"
                 ) from None
-            if not isinstance(error.cause, Unavailable) or pause_s is None:
-                raise error.cause from None
+            if not isinstance(own, Unavailable) or pause_s is None:
+                raise own or error.cause from None
         except (RayActorError, RayServeException) as error:
             if pause_s is None:
                 raise GuardUnavailable(f"the service does not answer ({type(error).__name__})") from None
@@ -125,10 +116,6 @@ async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeRes
             return outcome
         await asyncio.sleep(pause_s)
     raise AssertionError
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""Joins Ray clusters, waits for Ray Serve applications, and reduces the errors of Ray to one sentence."""
+"""Starts and joins Ray clusters, deploys Ray Serve applications, and reduces Ray's errors to one sentence."""
 
+import logging
 import os
 import re
 import sys
@@ -14,20 +15,28 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from pipelines.clients.ray_address import answers
+from pipelines.serving.log_config import LOGGING_CONFIG
 from services.core.errors import ConfigurationError, SluiceError
+from services.core.settings import Settings
 
-QUIET: Final[dict[str, Any]] = {"logging_level": "ERROR", "log_to_driver": False}
-OBJECT_STORE_BYTES: Final = 200 << 20
-"""Images travel inline in calls, so a small store is enough. Ray's own default takes 30 % of the memory."""
+_QUIET: Final[dict[str, Any]] = {"logging_level": "ERROR", "log_to_driver": False}
+_OBJECT_STORE_BYTES: Final = 200 << 20
+"""Images travel inline in calls, so a small store is enough. Ray's default is 30 % of the memory."""
+_TEXT_LIMIT_CHARS: Final = 300
 _POLL_S: Final = 0.25
 _PROGRESS_S: Final = 15.0
 
 
-def join(address: str) -> None:
+def start_local_cluster(*, num_cpus: int | None = None) -> None:
+    """Start a cluster on this machine that ends with this process. Default: as many CPUs as the machine has."""
+    ray.init("local", num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, **_QUIET)
+
+
+def connect_to_cluster(address: str) -> None:
     """Join the cluster at SLUICE_RAY_ADDRESS.
 
     Raises:
-        ConfigurationError: it does not answer, or does not let this process in.
+        ConfigurationError: the cluster does not answer, or does not accept this process.
     """
     if not answers(address):
         raise ConfigurationError(
@@ -35,17 +44,25 @@ def join(address: str) -> None:
         )
     try:
         with silent():
-            ray.init(address, **QUIET)
-    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        raise ConfigurationError(
-            f"the Ray cluster at {address} cannot be joined ({last_line(error)}); be the user who started it, or set "
-            "RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are there"
-        ) from None
+            ray.init(address, **_QUIET)
+    except Exception as error:  # noqa: BLE001 - Ray's errors have no common class
+        raise ConfigurationError(f"the Ray cluster at {address} {join_failure(error)}") from None
+
+
+def join_failure(error: BaseException) -> str:
+    """Why a cluster could not be joined, as the end of a sentence that begins with the cluster."""
+    text = f"{error} {error.__cause__ or ''}"
+    if "AuthenticationError" in text or "InvalidAuthToken" in text:
+        return (
+            "refuses this command: run it as the user who started the service, or set RAY_AUTH_MODE and RAY_AUTH_TOKEN "
+            "as they are there"
+        )
+    return f"cannot be joined: {one_line(error)}"
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keep from stderr what Ray's native library has to say; for the main thread, and not for long."""
+    """Discard what Ray's native library writes to stderr. For the main thread, and for short blocks only."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -57,14 +74,38 @@ def silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def last_line(said: object) -> str:
-    """The end of what Ray says, which is where it gets to the point; at most 300 characters."""
-    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no reason given"
+def start_serve() -> None:
+    """Start Ray Serve on the cluster without an HTTP proxy. Its logger in this process reports errors only."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled", logging_config=LOGGING_CONFIG)
+
+
+def deploy(application: serve.Application, name: str) -> None:
+    """Deploy an application without a route. `wait_until_running` says when it is ready."""
+    target = serve.RunTarget(application, name=name, route_prefix=None, logging_config=LOGGING_CONFIG)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def guard_gpus(settings: Settings) -> float:
+    """GPUs of a guard replica: SLUICE_GUARD_GPUS, or 1 if the cluster has a GPU, else 0."""
+    if settings.guard_gpus is not None:
+        return settings.guard_gpus
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def last_line(messages: object) -> str:
+    """The last line of Ray's messages, which names the cause; at most 300 characters."""
+    lines = [line.strip() for line in str(messages).splitlines() if line.strip()]
+    return lines[-1][:_TEXT_LIMIT_CHARS] if lines else "no reason given"
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line; at most 300 characters."""
+    return " ".join(str(error).split())[:_TEXT_LIMIT_CHARS]
 
 
 def own_error(error: BaseException | None) -> SluiceError | None:
-    """Sluice's own error among the causes of an error of Ray, if there is one."""
+    """Find Sluice's own error among the causes of an error of Ray."""
     while error is not None:
         # Serve's error is also an instance of its cause's class, but its text is a traceback.
         if isinstance(error, SluiceError) and not isinstance(error, RayError):
@@ -74,7 +115,7 @@ def own_error(error: BaseException | None) -> SluiceError | None:
 
 
 def deploy_failure_cause(messages: str) -> str:
-    """One sentence from messages of Ray Serve: Sluice's own error where there is one, else the last line."""
+    """Reduce messages of Ray Serve to one sentence: Sluice's own error if there is one, else the last line."""
     own = re.findall(r"services\.(?:\w+\.)*errors\.\w+: (.+)", messages)
     return own[-1] if own else f"{last_line(messages)} (Ray's logs: /tmp/ray/session_latest/logs)"
 
@@ -89,7 +130,7 @@ def wait_until_running(
 ) -> None:
     """Wait until every replica of a deployed application runs and `is_ready` is true.
 
-    `loading` is reported from time to time; `explain` makes the error's text from the messages of Ray Serve.
+    `loading` is reported every 15 s. `explain` makes the text of the error from the messages of Ray Serve.
 
     Raises:
         ConfigurationError: the application could not be deployed.

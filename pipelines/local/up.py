@@ -20,7 +20,15 @@ import ray
 from ray import serve
 
 from pipelines.autoscaling import serve_config
-from pipelines.clients.ray import OBJECT_STORE_BYTES, QUIET, deploy_failure_cause, join, wait_until_running
+from pipelines.clients.ray import (
+    connect_to_cluster,
+    deploy,
+    deploy_failure_cause,
+    guard_gpus,
+    start_local_cluster,
+    start_serve,
+    wait_until_running,
+)
 from pipelines.local.backends import backends
 from pipelines.local.port import reserve_port
 from pipelines.serving import build
@@ -227,19 +235,13 @@ def _ray(settings: Settings) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if settings.ray_address:
-        join(settings.ray_address)
+        connect_to_cluster(settings.ray_address)
     else:
-        ray.init(
-            "local",
-            num_cpus=max(os.cpu_count() or 1, serve_config.count_max_replicas(settings) + settings.gateway_replicas),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **QUIET,
-        )
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        replicas = serve_config.count_max_replicas(settings) + settings.gateway_replicas
+        start_local_cluster(num_cpus=max(os.cpu_count() or 1, replicas))
     signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
     try:
-        serve.start(proxy_location="Disabled", logging_config=build.LOGGING_CONFIG)
+        start_serve()
         yield
     finally:
         # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
@@ -261,17 +263,13 @@ def _ray_authentication() -> dict[str, str]:
 
 def _deploy(settings: Settings, progress: Progress) -> None:
     """Run the application and wait until every replica is ready, and the gateway can answer."""
-    gpus = settings.guard_gpus
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    gpus = guard_gpus(settings)
     if serve_config.is_autoscaled(settings):
         plan = build.make_deploy_schema(settings.model_copy(update={"guard_gpus": gpus}))
         # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
         serve.context._get_global_client().deploy_apps(plan)
     else:
-        built = bind_application(settings, guard_gpus=gpus)
-        target = serve.RunTarget(built, name=APPLICATION, route_prefix=None, logging_config=build.LOGGING_CONFIG)
-        serve.run_many([target], wait_for_applications_running=False)
+        deploy(bind_application(settings, guard_gpus=gpus), APPLICATION)
     wait_until_running(
         APPLICATION,
         is_ready=lambda: not _deploy_error(settings),

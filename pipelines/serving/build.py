@@ -5,17 +5,15 @@ from typing import Final
 from pydantic_settings import SettingsConfigDict
 from ray.serve import Application
 from ray.serve.config import ProxyLocation
-from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from pipelines.autoscaling import serve_config
 from pipelines.serving.app import bind_application
+from pipelines.serving.log_config import LOGGING_CONFIG
 from pipelines.serving.names import APPLICATION
 from services.core.retry import retry_blocking
 from services.core.settings import Settings, require
 from services.policies.registry import PolicyRegistry
-
-LOGGING_CONFIG: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Serve's own log: warnings only."""
 
 _GUARD_GPUS: Final = 1.0
 """GPUs of a guard replica without the setting `guard_gpus`. The build cannot count the GPUs of nodes that start on

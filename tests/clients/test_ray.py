@@ -1,8 +1,9 @@
 """Errors of Ray, reduced to one sentence."""
 
 import pytest
+from ray.exceptions import RayTaskError
 
-from pipelines.clients.ray import deploy_failure_cause, own_error
+from pipelines.clients.ray import deploy_failure_cause, join_failure, own_error
 from services.core.errors import ConfigurationError, SluiceError
 
 
@@ -26,3 +27,21 @@ def test_own_error_is_found_among_causes() -> None:
     outer.__cause__, inner.__cause__ = inner, own
     assert own_error(outer) is own
     assert own_error(RuntimeError("no cause")) is None
+
+
+def test_own_error_of_a_failed_call_is_the_original_one() -> None:
+    own = SluiceError("the guard failed")
+    # What a caller gets: an instance of Ray's class and of the cause's class, with a traceback for its text.
+    failed = RayTaskError("judge_under", "Traceback ...", own).as_instanceof_cause()
+    assert isinstance(failed, SluiceError)
+    assert own_error(failed) is own
+
+
+def test_join_failure_by_authentication_says_what_to_set() -> None:
+    error = RuntimeError("could not connect")
+    error.__cause__ = RuntimeError("AuthenticationError: another token")
+    assert "set RAY_AUTH_MODE and RAY_AUTH_TOKEN" in join_failure(error)
+
+
+def test_join_failure_by_another_cause_is_one_line() -> None:
+    assert join_failure(RuntimeError("no\n  route")) == "cannot be joined: no route"

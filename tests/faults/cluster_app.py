@@ -20,6 +20,7 @@ from ray.serve.schema import DeploymentSchema
 from pipelines.autoscaling import serve_config
 from pipelines.serving import build as serve_build
 from pipelines.serving.app import bind_application
+from pipelines.serving.log_config import LOGGING_CONFIG
 from services.core.settings import Settings, load
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from tests.faults.guard import assessment_of
@@ -61,7 +62,7 @@ def deploy(settings: Settings, most_guards: int | None) -> None:
     # Always there: where it comes or goes, Serve builds the application anew.
     guard = DeploymentSchema(name="Guard", autoscaling_config=serve_config.guard_options(bounds)["autoscaling_config"])
     deployed.deployments = [guard]
-    serve.start(proxy_location="Disabled", logging_config=serve_build.LOGGING_CONFIG)
+    serve.start(proxy_location="Disabled", logging_config=LOGGING_CONFIG)
     serve.context._get_global_client().deploy_apps(plan)
 
 
