@@ -7,7 +7,6 @@ not grow with the source.
 """
 
 import pickle
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,6 +17,7 @@ import pyarrow as pa
 
 from pipelines.annotation.image_row import PLAN, ImageRow, PlannedImage
 from pipelines.annotation.schema import BATCH_ROWS, ParquetBuffer, to_parquet, with_extras
+from services.core.temporary_database import open_temporary_database
 
 _CACHE_KIB: Final = 65_536
 _CHUNK_ROWS: Final = (50, 5_000)
@@ -126,17 +126,11 @@ class _DigestDatabase:
     """The digests of all rows, on disk, and rows that are deferred to an earlier chunk. A context manager."""
 
     def __enter__(self) -> Self:
-        self._database = sqlite3.connect("", isolation_level=None)
-        for statement in (
-            "PRAGMA journal_mode = OFF",
-            "PRAGMA synchronous = OFF",
-            "PRAGMA temp_store = FILE",
-            f"PRAGMA cache_size = -{_CACHE_KIB}",
-            "CREATE TABLE digests (digest BLOB, row INTEGER)",
-            "CREATE TABLE late (chunk INTEGER, row INTEGER, planned BLOB)",
-            "BEGIN",  # never committed, because every commit would write to disk
-        ):
-            self._database.execute(statement)
+        self._database = open_temporary_database(
+            ["digests (digest BLOB, row INTEGER)", "late (chunk INTEGER, row INTEGER, planned BLOB)"],
+            cache_kib=_CACHE_KIB,
+        )
+        self._database.execute("BEGIN")  # never committed, because every commit would write to disk
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,13 @@
 """A temporary database for the messages that `sluice reconcile` has read, so memory does not grow with the streams.
 
-SQLite creates the file without a name, so it disappears with the process. The file is in SQLITE_TMPDIR, else in TMPDIR.
 It takes about 300 bytes for each submission with its outcome, and twice that while they are sorted.
 """
 
-import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final, Self
 
 from pipelines.reconciliation.matching import SeenSubmission, SubmissionOutcome
+from services.core.temporary_database import open_temporary_database
 
 _BATCH_ROWS: Final = 5_000
 _CACHE_KIB: Final = 32_768
@@ -24,16 +23,10 @@ class SpoolDatabase:
     _OUTCOME_COLUMNS: Final = tuple(SubmissionOutcome.__slots__)
 
     def __enter__(self) -> Self:
-        self._database = sqlite3.connect("", isolation_level=None)
-        for statement in (
-            "PRAGMA journal_mode = OFF",
-            "PRAGMA synchronous = OFF",
-            "PRAGMA temp_store = FILE",
-            f"PRAGMA cache_size = -{_CACHE_KIB}",
-            f"CREATE TABLE submissions ({', '.join(self._SUBMISSION_COLUMNS)})",
-            f"CREATE TABLE outcomes ({', '.join(self._OUTCOME_COLUMNS)})",
-        ):
-            self._database.execute(statement)
+        tables = {"submissions": self._SUBMISSION_COLUMNS, "outcomes": self._OUTCOME_COLUMNS}
+        self._database = open_temporary_database(
+            [f"{name} ({', '.join(columns)})" for name, columns in tables.items()], cache_kib=_CACHE_KIB
+        )
         self._unwritten: dict[str, list[tuple[Any, ...]]] = {"submissions": [], "outcomes": []}
         return self
 
