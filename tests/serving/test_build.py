@@ -49,6 +49,13 @@ def test_serve_yaml_builds_both_deployments_and_publishes_the_policy(
     assert registry.versions("default") == [1]
 
 
+def test_import_paths_of_0_1_0_lead_to_the_same_objects() -> None:
+    """Users have them in their own copies of serve.yaml and of RayService manifests."""
+    policy = DEPLOYED.autoscaling_policy["policy_function"]
+    for old, new in (("pipelines.serve_app:build", DEPLOYED.import_path), ("pipelines.scaling:BacklogScaling", policy)):
+        assert import_attr(old) is import_attr(new)
+
+
 def test_second_build_leaves_the_policies_unchanged(arguments: dict[str, Any], s3_endpoint: str) -> None:
     build(arguments)
     build(arguments)
