@@ -9,18 +9,11 @@ help:
 	@echo 'make demo      judge a dozen drawn images from submission to verdict, with embedded backends'
 	@echo 'make check     lint, type-check and run the tests that need no server: minutes'
 	@echo 'make test      lint, type-check and run every test, as CI does'
-<<<<<<< Updated upstream
 	@echo 'make faults    break every part in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
+	@echo 'make cluster   lose and suspend nodes of a Ray cluster; takes ten minutes'
 	@echo 'make soak      run for MINUTES=30 at half of the sustained rate; fails if anything grows'
 	@echo 'make fuzz      try CASES=100000 hostile messages and pictures'
 	@echo 'make evaluate  judge some hundred drawn images; write the figures to docs/evaluation'
-=======
-	@echo 'make faults    break everything in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
-	@echo 'make cluster   lose nodes of a Ray cluster of processes, among them nodes that hang and come back: ten minutes'
-	@echo 'make soak      half of the rate that this machine sustains, MINUTES=30 of it, and what grows'
-	@echo 'make fuzz      hostile messages and pictures, CASES=100000 of them'
-	@echo 'make evaluate  judge some hundred drawn images and write the figures to docs/evaluation'
->>>>>>> Stashed changes
 	@echo 'make lint      lint and type-check only'
 	@echo 'make setup     install requirements.lock into .venv'
 	@echo 'make lock      compile requirements.lock and the locks of the images from pyproject.toml'
@@ -59,15 +52,11 @@ SEED ?= 1
 faults: setup
 	@$(BIN)/python -m tests.faults.run --seed $(SEED) $(if $(SHORT),--short)
 
-<<<<<<< Updated upstream
-# Prints one JSON line. The exit status is not 0 if memory, file handles or the lag grew, or an outcome is wrong.
-=======
 # `make test` leaves out the tests marked long.
 cluster: setup
 	$(BIN)/pytest tests/faults/test_cluster.py -m ''
 
-# One member at half of the rate that it sustains. Ends with one JSON line; another status than 0 says that something grew.
->>>>>>> Stashed changes
+# Prints one JSON line. The exit status is not 0 if memory, file handles or the lag grew, or an outcome is wrong.
 MINUTES ?= 30
 soak: setup
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED)
