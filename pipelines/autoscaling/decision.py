@@ -221,17 +221,17 @@ def _members_for_guard(guard: int, rules: Rules) -> int:
 
 
 def _members_for_busiest_partition(observed: Observation, live: Backlog, rules: Rules) -> int:
-    """Return the members among which the busiest partition shares its member with no more than it can be judged with.
+    """Return the members with which the busiest partition is judged in time.
 
-    A member works on several partitions if there are fewer members than partitions. The other partitions of its member
-    must not make the busiest one late.
+    With fewer members than partitions, a member works on several partitions. The other partitions of its member must
+    not make the busiest one late.
     """
     if live.partitions <= 1 or live.busiest_partition <= 0:
         return 0
     in_time = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s / 2
     mean_of_others = (live.total - live.busiest_partition) / (live.partitions - 1)
-    beside = (in_time - live.busiest_partition) / mean_of_others if mean_of_others > 0 else live.partitions
-    partitions_per_member = 1 + max(0, math.floor(min(beside, live.partitions)))
+    others = (in_time - live.busiest_partition) / mean_of_others if mean_of_others > 0 else live.partitions
+    partitions_per_member = 1 + max(0, math.floor(min(others, live.partitions)))
     return math.ceil(live.partitions / partitions_per_member)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.intake import crash_isolation
+from pipelines.intake import crash_isolation, crash_registry
 from pipelines.intake.crash_isolation import MAX_CRASHES, CrashIsolation
 from services.core.errors import RedisUnavailable
 from services.core.messages import DeadLetter, Verdict
@@ -109,8 +109,8 @@ async def test_orderly_shutdown_is_not_counted_as_a_crash(valkey_url: str) -> No
 
 
 async def test_crash_counts_only_messages_in_flight(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crash_isolation, "_DEAD_AFTER_S", 0.5)
-    monkeypatch.setattr(crash_isolation, "_HEARTBEAT_INTERVAL_S", 0.05)
+    monkeypatch.setattr(crash_registry, "_DEAD_AFTER_S", 0.5)
+    monkeypatch.setattr(crash_registry, "_HEARTBEAT_INTERVAL_S", 0.05)
     redis, group = RedisClient(valkey_url, "sluice:"), uuid.uuid4().hex
     first = CrashIsolation(redis, group, "first")  # never entered, so it sends no heartbeat
     assert await first.register(["done", "in flight"]) == [0, 0]
@@ -133,7 +133,7 @@ async def test_slow_process_with_heartbeat_is_not_counted_as_crashed(valkey_url:
     await isolation.register(["in flight"])
     await redis.client.sadd(f"sluice:{group}:in-hand:dead", "in flight of the dead")
     await redis.client.zadd(f"sluice:{group}:alive", {"member": 1, "dead": 1})
-    await isolation._update_registry()
+    await isolation.registry.update()
     assert await CrashIsolation(redis, group, "new").register(["in flight", "in flight of the dead"]) == [0, 1]
     await redis.close()
 
@@ -161,10 +161,10 @@ async def test_waiting_suspect_does_not_hold_up_other_messages(
             await began.acquire()
         for other in range(MAX_CRASHES):
             await touch("other", other, wait=False)
-    assert isolation._in_flight.isdisjoint(f"waits-{number}" for number in range(9)) == (crashes > 1)
+    assert isolation.registry.in_flight.isdisjoint(f"waits-{number}" for number in range(9)) == (crashes > 1)
     for_ever.set()
     await asyncio.gather(*waiting)
-    assert (isolation._running, isolation._exclusive_source, isolation._in_flight) == (0, None, set())
+    assert (isolation._running, isolation._exclusive_source, isolation.registry.in_flight) == (0, None, set())
     await redis.close()
 
 
