@@ -15,7 +15,7 @@ from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.policies.comparison import diff_versions
 from services.policies.document import PolicyDocument
-from services.policies.document_yaml import read_document_file, warnings, write_document
+from services.policies.document_yaml import find_warnings, read_document_file, write_document
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary, Change, Shadow
@@ -217,7 +217,7 @@ def history(policy: Name, as_json: AsJson = False) -> None:
 
 def _read(file: Path) -> Document:
     document = read_document_file(file)
-    for warning in warnings(document):
+    for warning in find_warnings(document):
         print_progress(f"{file}: warning: {warning}")
     return document
 

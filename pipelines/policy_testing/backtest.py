@@ -15,7 +15,7 @@ from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.reference import PolicyReference
-from services.policies.traffic_sample import Sampled, draw
+from services.policies.traffic_sample import SampledSubmission, draw
 
 _PICTURE_PX: Final = 320
 _AT_A_TIME: Final = 8
@@ -50,7 +50,7 @@ def backtest(
     return report, pairs
 
 
-def pair(entry: Sampled, outcome: JudgeResult) -> VerdictPair:
+def pair(entry: SampledSubmission, outcome: JudgeResult) -> VerdictPair:
     """One submission of the sample as a pair, without a picture."""
     answers = outcome if isinstance(outcome, list) else [outcome, outcome]
     before, after = map(_side, answers)
@@ -61,7 +61,7 @@ def _side(answer: Verdict | Unjudgeable) -> Side:
     return Side(answer, None) if isinstance(answer, Verdict) else Side(None, f"{answer.reason}: {answer}")
 
 
-async def _take(name: str, count: int, settings: Settings) -> tuple[list[Sampled], float | None]:
+async def _take(name: str, count: int, settings: Settings) -> tuple[list[SampledSubmission], float | None]:
     shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     try:
         return await draw(shared, name, count)
@@ -98,7 +98,7 @@ async def _picture(verdict: Verdict, store: ObjectStore, preparer: DecoderPool) 
             image = await preparer.prepare(stored.data)
             if image.data == stored.data:
                 # A small image is passed on as it is; what strangers uploaded does not go into anyone's browser.
-                image = await preparer.smaller(image, max(image.width, image.height) - 1)
+                image = await preparer.downscale(image, max(image.width, image.height) - 1)
             return image.data
     except (Unjudgeable, Unavailable, ValueError):  # the URI of an upload names no object
         return None

@@ -21,7 +21,7 @@ from services.guard.safetensors import read_json, require_weights, strip_prefix
 logger = logging.getLogger(__name__)
 
 _COPY_LIMIT_BYTES: Final = 64 << 20
-_NOT_WANTED: Final = ("*.msgpack", "*.h5", "*.gguf", "original/*")
+_IGNORED_FILES: Final = ("*.msgpack", "*.h5", "*.gguf", "original/*")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -56,8 +56,8 @@ def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
         documents[name] = before | dict(changes)
     if checkpoint.preprocessor is not None:
         documents["preprocessor_config.json"] = dict(checkpoint.preprocessor)
-    tower = _vision_tower(checkpoint, source, str(documents["config.json"].get("mm_vision_tower") or ""))
-    tokenizer = _tokenizer(checkpoint, source)
+    tower = _find_vision_tower(checkpoint, source, str(documents["config.json"].get("mm_vision_tower") or ""))
+    tokenizer = _find_tokenizer(checkpoint, source)
     if tower is None and not checkpoint.overrides and not checkpoint.preprocessor and not checkpoint.tensor_prefix:
         return StagedCheckpoint(source, revision, tokenizer)
 
@@ -75,11 +75,11 @@ def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
         documents["config.json"]["mm_vision_tower"] = str(staged_tower)
         towers[staged_tower.name] = tower
     if not folder.is_dir():
-        _place(checkpoint, source, towers, folder, documents)
+        _fill_folder(checkpoint, source, towers, folder, documents)
     return StagedCheckpoint(folder, revision, tokenizer)
 
 
-def _vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path | None:
+def _find_vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path | None:
     """The folder to stage as the vision tower, or None when SGLang can load the checkpoint as it is."""
     if named and not Path(named).is_absolute() and (source / named / "config.json").is_file():
         tower = source / named
@@ -104,7 +104,7 @@ def _tower_name(checkpoint: Checkpoint, tower: Path) -> str:
     return "clip" if "clip" in (checkpoint.vision_tower or "") else "siglip"
 
 
-def _tokenizer(checkpoint: Checkpoint, source: Path) -> Path | None:
+def _find_tokenizer(checkpoint: Checkpoint, source: Path) -> Path | None:
     """The folder of a tokenizer that is not the checkpoint's own, or None."""
     if checkpoint.tokenizer is None:
         folder = source
@@ -120,12 +120,12 @@ def _tokenizer(checkpoint: Checkpoint, source: Path) -> Path | None:
 def _download(hub_id: str, *, weights: bool) -> Path:
     """The snapshot of a hub repository, from the local cache when the hub cannot be reached."""
     logger.info("fetching %s from the hub or its local cache", hub_id)
-    ignored = [*_NOT_WANTED, "*.bin"] + ([] if weights else ["*.safetensors"])
+    ignored = [*_IGNORED_FILES, "*.bin"] + ([] if weights else ["*.safetensors"])
     try:
         folder = Path(snapshot_download(hub_id, ignore_patterns=ignored))
         if weights and not any(folder.glob("*.safetensors")):
             # Older repositories, CLIP's among them, have only PyTorch's own format.
-            folder = Path(snapshot_download(hub_id, ignore_patterns=list(_NOT_WANTED)))
+            folder = Path(snapshot_download(hub_id, ignore_patterns=list(_IGNORED_FILES)))
     except GatedRepoError:
         problem = "is gated: accept its terms on huggingface.co and set HF_TOKEN"
     except RepositoryNotFoundError:
@@ -141,7 +141,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     raise ConfigurationError(f"{hub_id} {problem}.")
 
 
-def _files(folder: Path) -> Iterable[Path]:
+def _list_files(folder: Path) -> Iterable[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
@@ -150,7 +150,7 @@ def _files(folder: Path) -> Iterable[Path]:
 def _digest(folder: Path) -> str:
     """Over the content of everything in the folder that can change an answer."""
     whole = hashlib.sha256()
-    for path in _files(folder):
+    for path in _list_files(folder):
         if path.suffix == ".md":
             continue
         with path.open("rb") as content:
@@ -159,7 +159,7 @@ def _digest(folder: Path) -> str:
     return f"sha256:{whole.hexdigest()}"
 
 
-def _place(
+def _fill_folder(
     checkpoint: Checkpoint,
     source: Path,
     towers: Mapping[str, Path],
@@ -190,7 +190,7 @@ def _place(
 
 def _copy(source: Path, target: Path) -> None:
     """Small files are copied, since an upgrade may replace them; large ones are linked."""
-    for path in _files(source):
+    for path in _list_files(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if copy.exists():

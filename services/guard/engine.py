@@ -14,18 +14,18 @@ from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
 from services.guard.checkpoints import Checkpoint, resolve
-from services.guard.gpus import gpus_for
+from services.guard.gpus import choose_gpu_count
 from services.guard.sglang_command import LaunchConfig
-from services.guard.sglang_server import POLL_S, PortTaken, Server
+from services.guard.sglang_server import POLL_S, PortTaken, SglangServer
 
 logger = logging.getLogger(__name__)
 
 EngineState = Literal["starting", "ready", "restarting", "stopped"]
 
-_PORT_TRIES: Final = 3
+_PORT_ATTEMPTS: Final = 3
 _FIRST_PAUSE_S: Final = 1.0
-_LONGEST_PAUSE_S: Final = 60.0
-_LAST_TRY_S: Final = 3.0
+_PAUSE_LIMIT_S: Final = 60.0
+_LAST_PROBE_S: Final = 3.0
 _HEALTH_CHECK_S: Final = 5.0
 
 
@@ -63,7 +63,7 @@ class Engine:
         self._down_since = time.monotonic()
         self._staged: StagedCheckpoint | None = None
         self._launch_config: LaunchConfig | None = None
-        self._server: Server | None = None
+        self._server: SglangServer | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._last_answer = 0.0
         self._launches = 0
@@ -126,10 +126,10 @@ class Engine:
         """
         if self._state != "stopped":
             raise RuntimeError("the engine was started already")
-        self._enter("starting")
+        self._set_state("starting")
         try:
             # First, since it is known without the gigabytes that staging may download.
-            gpus = await asyncio.to_thread(gpus_for, self.checkpoint, self._gpu_share)
+            gpus = await asyncio.to_thread(choose_gpu_count, self.checkpoint, self._gpu_share)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir)
             self._launch_config = LaunchConfig(
                 checkpoint=self.checkpoint,
@@ -142,14 +142,14 @@ class Engine:
             )
             await self._launch(self._launch_config)
         except BaseException:
-            self._enter("stopped")
+            self._set_state("stopped")
             await asyncio.shield(self._discard())
             raise
         self._supervisor = asyncio.create_task(self._supervise(self._launch_config), name="guard-engine-supervisor")
 
     async def stop(self) -> None:
         """Kill the server and everything it started. Calls in flight raise GuardUnavailable. May be called again."""
-        self._enter("stopped")
+        self._set_state("stopped")
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
             await cancel_and_wait(supervisor)
@@ -188,7 +188,7 @@ class Engine:
             raise GuardUnavailable(f"The engine is {self._state}.")
         return await self._server.call(path, body)
 
-    def _enter(self, state: EngineState) -> None:
+    def _set_state(self, state: EngineState) -> None:
         if state == self._state:
             return
         if self._state == "ready":
@@ -202,26 +202,26 @@ class Engine:
         while self._server is not None:
             ready_at = time.monotonic()
             try:
-                trouble = await self._until_trouble(self._server)
+                trouble = await self._wait_for_failure(self._server)
             except Exception as error:  # noqa: BLE001  # without a supervisor nothing restarts the engine
                 trouble = f"cannot be watched ({error})"
-            if time.monotonic() - ready_at > _LONGEST_PAUSE_S:
+            if time.monotonic() - ready_at > _PAUSE_LIMIT_S:
                 pause_s = _FIRST_PAUSE_S
             while trouble:
                 logger.error("the engine %s; restarting it", trouble)
-                self._enter("restarting")
+                self._set_state("restarting")
                 try:
                     await self._discard()
                     await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                    pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
                     await self._launch(launch_config)
                     trouble = ""
                 except Exception as error:  # noqa: BLE001  # as above
                     trouble = f"did not come back ({error})"
 
-    async def _until_trouble(self, server: Server) -> str:
+    async def _wait_for_failure(self, server: SglangServer) -> str:
         """Return what is wrong, when something is."""
-        watches = [asyncio.create_task(self._until_exit(server)), asyncio.create_task(self._until_hang(server))]
+        watches = [asyncio.create_task(self._wait_for_exit(server)), asyncio.create_task(self._wait_for_hang(server))]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
@@ -230,12 +230,12 @@ class Engine:
                 watch.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
 
-    async def _until_exit(self, server: Server) -> str:
+    async def _wait_for_exit(self, server: SglangServer) -> str:
         while server.returncode is None:  # noqa: ASYNC110  # nothing tells when a process ends
             await asyncio.sleep(POLL_S)
         return f"ended with status {server.returncode}, {await server.log_tail()}"
 
-    async def _until_hang(self, server: Server) -> str:
+    async def _wait_for_hang(self, server: SglangServer) -> str:
         while True:
             await asyncio.sleep(self._probe_every_s)
             began = time.monotonic()
@@ -244,7 +244,7 @@ class Engine:
             while not await server.can_generate(within_s=left) and self._last_answer < began:
                 left = began + self._hang_s - time.monotonic()
                 # A last try, since it may have been this process that stood still.
-                if left <= 0 and not await server.can_generate(within_s=_LAST_TRY_S):
+                if left <= 0 and not await server.can_generate(within_s=_LAST_PROBE_S):
                     return f"gave no token for {self._hang_s:.0f} s"
                 await asyncio.sleep(POLL_S)
 
@@ -254,15 +254,15 @@ class Engine:
         Raises:
             GuardUnavailable: it did not get that far.
         """
-        for attempt in range(1, _PORT_TRIES + 1):
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
             self._launches += 1
             log = self._state_dir / "logs" / f"engine-{os.getpid()}-{id(self):x}-{self._launches}.log"
             device = f"{launch_config.gpus} GPU(s)" if launch_config.gpus else "the CPU"
             logger.info("starting SGLang with %s on %s; its log is %s", self.checkpoint.name, device, log)
             try:
                 async with asyncio.timeout(self._start_s):
-                    self._server = server = await Server.spawn(launch_config, log)
-                    await server.until_ready(launch_config)
+                    self._server = server = await SglangServer.spawn(launch_config, log)
+                    await server.wait_until_ready(launch_config)
             except PortTaken:
                 logger.warning("the engine's port was taken meanwhile; choosing another (%d)", attempt)
                 await self._discard()
@@ -274,9 +274,9 @@ class Engine:
                 ) from None
             if self._state == "stopped":
                 raise GuardUnavailable("The engine was stopped while it started.")
-            self._enter("ready")
+            self._set_state("ready")
             return
-        raise GuardUnavailable(f"The engine's port was taken {_PORT_TRIES} times in a row.")
+        raise GuardUnavailable(f"The engine's port was taken {_PORT_ATTEMPTS} times in a row.")
 
     async def _discard(self) -> None:
         """Kill the server, if there is one, and forget it."""

@@ -16,7 +16,7 @@ from services.core.settings import Settings
 from services.core.values import Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
-from services.guard.families.llavaguard_answer import head_tokens, p_unsafe
+from services.guard.families.llavaguard_answer import count_head_tokens, unsafe_probability
 from services.guard.slots import EngineSlots
 
 RATIONALE_TOKENS: Final = 256
@@ -43,7 +43,7 @@ class GuardInference:
         *,
         in_flight: int = 16,
         deadline_s: float = 60,
-        answer_tokens: int = head_tokens() + RATIONALE_TOKENS,
+        answer_tokens: int = count_head_tokens() + RATIONALE_TOKENS,
     ) -> None:
         """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer under LlavaGuard's
         own categories; a rationale that does not fit is cut and marked."""
@@ -72,7 +72,7 @@ class GuardInference:
             name=self.engine.checkpoint.name,
             revision=self.engine.revision,
             engine=_engine_version(),
-            prompt=_prompt_digest(self.engine.checkpoint.family.text(policy.prompt)),
+            prompt=_prompt_digest(self.engine.checkpoint.family.adapt_prompt(policy.prompt)),
         )
 
     async def check(self) -> None:
@@ -82,7 +82,7 @@ class GuardInference:
             ConfigurationError: its tokenizer writes both ratings with the same first token.
             GuardUnavailable: the engine is not ready.
         """
-        await self._tokens()
+        await self._find_rating_tokens()
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
@@ -143,10 +143,10 @@ class GuardInference:
 
     async def _generate(self, request: Mapping[str, Any], *, tokens: int, ebnf: str | None = None) -> dict[str, Any]:
         """One greedy generation with the rating tokens' log probabilities; a refusal is tried once more."""
-        rating = await self._tokens()
+        rating = await self._find_rating_tokens()
         body = {
             **request,
-            "sampling_params": _sampling(tokens, ebnf),
+            "sampling_params": _sampling_params(tokens, ebnf),
             "return_logprob": True,
             "token_ids_logprob": [rating.safe, rating.unsafe],
         }
@@ -160,19 +160,19 @@ class GuardInference:
         return answer
 
     async def _read_score(self, answer: Mapping[str, Any]) -> float:
-        tokens = await self._tokens()
+        tokens = await self._find_rating_tokens()
         try:
             first = answer["meta_info"]["output_token_ids_logprobs"][0]
             logprobs = {int(token): float(logprob) for logprob, token, *_ in first}
-            return p_unsafe(logprobs[tokens.safe], logprobs[tokens.unsafe])
+            return unsafe_probability(logprobs[tokens.safe], logprobs[tokens.unsafe])
         except (LookupError, TypeError, ValueError):
             raise UnreadableAnswer("The engine's answer has no score.") from None
 
-    async def _tokens(self) -> _RatingTokens:
+    async def _find_rating_tokens(self) -> _RatingTokens:
         """The two ratings' first tokens: where a tokenizer spells one in pieces, the first piece stands for it."""
         if self._rating_tokens is None:
             family = self.engine.checkpoint.family
-            before = family.example()
+            before = family.build_example()
             ids = await self.engine.tokenize(before)
             safe, unsafe = [await self._token_after(before, ids, word) for word in family.ratings]
             if safe == unsafe:
@@ -191,7 +191,7 @@ class GuardInference:
         return longer[len(ids)]
 
 
-def _sampling(tokens: int, ebnf: str | None) -> dict[str, Any]:
+def _sampling_params(tokens: int, ebnf: str | None) -> dict[str, Any]:
     """Every field that bears on the outcome, so that no default of the engine or the checkpoint does."""
     sampling: dict[str, Any] = {
         "temperature": 0.0,

@@ -36,7 +36,7 @@ def require_weights(folder: Path) -> None:
         _header(file)
 
 
-def parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
     """How many numbers the safetensors files in a folder, and in the folders within it, hold."""
     tensors = (tensor for file in sorted(folder.rglob("*.safetensors")) for tensor in _tensors(_header(file)).values())
     return sum(math.prod(tensor["shape"]) for tensor in tensors)

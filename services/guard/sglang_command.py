@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from services.guard.checkpoints import Checkpoint
-from services.guard.gpus import mem_fraction_static
+from services.guard.gpus import compute_mem_fraction_static
 
 _CPU_FLAGS: Final = (
     *("--device", "cpu"),
@@ -86,7 +86,7 @@ class LaunchConfig:
         ]
 
     def _cuda_flags(self) -> tuple[str, ...]:
-        fraction = mem_fraction_static(self.gpu_share)
+        fraction = compute_mem_fraction_static(self.gpu_share)
         return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
     def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:

@@ -35,7 +35,7 @@ class PortTaken(Exception):
     """Another process took the port between its choice and its use."""
 
 
-class Server:
+class SglangServer:
     """A running `sglang.launch_server`. It ends with this process, however this process ends."""
 
     def __init__(self, child: SupervisedProcess, client: httpx.AsyncClient, scratch: Path) -> None:
@@ -44,7 +44,7 @@ class Server:
         self._scratch = scratch
 
     @staticmethod
-    async def spawn(launch_config: LaunchConfig, log: Path) -> "Server":
+    async def spawn(launch_config: LaunchConfig, log: Path) -> "SglangServer":
         """Start the process; it takes a while until it answers."""
         # Hexadecimal: SGLang takes a key that begins with a hyphen for another flag.
         port, key = free_port(), secrets.token_hex(32)
@@ -59,7 +59,7 @@ class Server:
             ),
         )
 
-        def spawn() -> Server:
+        def spawn() -> SglangServer:
             # Its sockets and temporary files go where they can be removed together.
             scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
             write_secrets(scratch / "flags.yaml", api_key=key)
@@ -67,7 +67,7 @@ class Server:
             child = SupervisedProcess(argv, log=log, env=launch_config.environment(os.environ, scratch=scratch))
             _delete_old_logs(log.parent)
             _delete_orphaned_scratch(scratch.parent)
-            return Server(child, client, scratch)
+            return SglangServer(child, client, scratch)
 
         spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
         try:
@@ -90,7 +90,7 @@ class Server:
         """The exit status, or None while it runs."""
         return self._child.returncode
 
-    async def until_ready(self, launch_config: LaunchConfig) -> None:
+    async def wait_until_ready(self, launch_config: LaunchConfig) -> None:
         """Return when the server has judged an image.
 
         Raises:
@@ -98,7 +98,7 @@ class Server:
             GuardUnavailable: it ended, or cannot judge; its last lines are in the log.
         """
         began = reported = time.monotonic()
-        while not await self._listening():
+        while not await self._is_listening():
             if self.returncode is not None:
                 tail = await asyncio.to_thread(self._child.tail, 40)
                 if "address already in use" in tail.lower():
@@ -113,8 +113,8 @@ class Server:
             await asyncio.sleep(POLL_S)
         logger.info("the engine is up after %.0f s; judging a first image", time.monotonic() - began)
         first = {
-            "text": launch_config.checkpoint.family.example(),
-            "image_data": _drawn_image(),
+            "text": launch_config.checkpoint.family.build_example(),
+            "image_data": _sample_image(),
             "sampling_params": {"temperature": 0, "max_new_tokens": 1},
         }
         try:
@@ -180,7 +180,7 @@ class Server:
         await self._client.aclose()
         await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
-    async def _listening(self) -> bool:
+    async def _is_listening(self) -> bool:
         try:
             response = await self._client.get("/ready", timeout=5)
         except httpx.HTTPError:
@@ -199,7 +199,7 @@ def _detail(response: httpx.Response) -> str:
     return " ".join(str(text).split())[:_DETAIL_LIMIT]
 
 
-def _drawn_image() -> str:
+def _sample_image() -> str:
     buffer = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

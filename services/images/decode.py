@@ -19,7 +19,7 @@ from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlug
 
 from services.core.errors import NotAnImage, TooLarge, Unjudgeable
 from services.core.values import ImageFacts, PreparedImage
-from services.images.sniff import Format, gif_frames, is_plain, sniff, tiff_pages, webp_size
+from services.images.sniff import Format, count_gif_frames, count_tiff_pages, is_plain, read_webp_size, sniff
 
 _PLUGINS: Final[dict[Format, str]] = {
     "jpeg": "JPEG",
@@ -32,7 +32,7 @@ _PLUGINS: Final[dict[Format, str]] = {
     "heic": "HEIF",
 }
 _ORIENTATION_TAG: Final = 0x0112
-_UPRIGHT: Final = {
+_TRANSPOSE_BY_ORIENTATION: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,8 +42,8 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns an image with that EXIF orientation upright."""
-_QUALITY: Final = 95
-_GAP: Final = 2.0
+_JPEG_QUALITY: Final = 95
+_REDUCING_GAP: Final = 2.0
 """A cheap box filter may shrink down to this many times the wanted size; Lanczos does the rest."""
 _PASSED_ON_LIMIT_BYTES: Final = 4 << 20
 """What is larger is encoded anew: as a JPEG of quality 95 it travels to the guard in fewer bytes."""
@@ -88,7 +88,7 @@ def prepare(data: bytes, limits: Limits) -> PreparedImage:
         raise NotAnImage(f"the {kind} cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 
-def smaller(image: PreparedImage, side_px: int) -> PreparedImage:
+def downscale(image: PreparedImage, side_px: int) -> PreparedImage:
     """The same prepared image with the longer side at most `side_px`; itself when it fits already."""
     if max(image.width, image.height) <= side_px:
         return image
@@ -101,7 +101,7 @@ def smaller(image: PreparedImage, side_px: int) -> PreparedImage:
 
 def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
     if kind == "webp":
-        _check_pixels(webp_size(data) or (0, 0), limits)
+        _check_pixels(read_webp_size(data) or (0, 0), limits)
     with Image.open(io.BytesIO(data), formats=[_PLUGINS[kind]]) as image:
         width, height = image.size
         _check_pixels(image.size, limits)
@@ -114,7 +114,7 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
         as_it_is = (
             image.mode == "RGB"
             and max(width, height) <= limits.side_px
-            and orientation not in _UPRIGHT
+            and orientation not in _TRANSPOSE_BY_ORIENTATION
             and len(data) <= _PASSED_ON_LIMIT_BYTES
             and is_plain(data, kind)
         )
@@ -148,14 +148,14 @@ def _fit(width: int, height: int, side_px: int) -> tuple[int, int]:
 
 
 def _with_gap(size: tuple[int, int]) -> tuple[int, int]:
-    return math.ceil(size[0] * _GAP), math.ceil(size[1] * _GAP)
+    return math.ceil(size[0] * _REDUCING_GAP), math.ceil(size[1] * _REDUCING_GAP)
 
 
 def _frames(image: Image.Image, data: bytes, kind: Format) -> int:
     if kind == "gif":
-        return max(1, gif_frames(data))
+        return max(1, count_gif_frames(data))
     if kind == "tiff":
-        return max(1, tiff_pages(data))
+        return max(1, count_tiff_pages(data))
     return max(1, getattr(image, "n_frames", 1))
 
 
@@ -165,7 +165,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # noqa: BLE001 - on hostile bytes the parser raises whatever it likes
         return 1
-    return orientation if orientation in _UPRIGHT else 1
+    return orientation if orientation in _TRANSPOSE_BY_ORIENTATION else 1
 
 
 def _unusual_gamma(image: Image.Image, kind: Format) -> float | None:
@@ -190,7 +190,11 @@ def _upright(
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
     picture = _srgb(picture, profile)
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+    return (
+        picture.transpose(_TRANSPOSE_BY_ORIENTATION[orientation])
+        if orientation in _TRANSPOSE_BY_ORIENTATION
+        else picture
+    )
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -224,8 +228,8 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return image
     if image.mode == "RGBA":  # transparent pixels must not bleed their colour; Pillow forgets the gap if it does this
-        return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS, reducing_gap=_GAP).convert("RGBA")
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=_GAP)
+        return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP).convert("RGBA")
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -251,5 +255,5 @@ def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.
 
 def _encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, comment=b"")
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, comment=b"")
     return buffer.getvalue()

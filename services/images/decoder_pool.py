@@ -24,10 +24,10 @@ from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import PreparedImage
-from services.images.decode import Limits, prepare, smaller
+from services.images.decode import Limits, downscale, prepare
 from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
 
-__all__ = ["DecoderPool", "Limits", "prepare", "smaller"]
+__all__ = ["DecoderPool", "Limits", "downscale", "prepare"]
 
 FIRST_LOOK_PX: Final = 384
 """LlavaGuard sees an image of this side as one tile: a fifth of the tokens of a larger one."""
@@ -37,8 +37,8 @@ _IMAGES_PER_PROCESS: Final = 2000
 """Then it is replaced, so that a leak in a decoder stays small."""
 _MEMORY_BASE_BYTES: Final = 1 << 30
 _MEMORY_BYTES_PER_PX: Final = 16
-_TRIES: Final = 2
-_STOPPED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_ATTEMPTS: Final = 2
+_KILLED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 """SIGKILL is how the kernel ends a process when the machine is out of memory: no image is to blame for that."""
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 
@@ -73,9 +73,9 @@ class DecoderPool:
 
     async def first_look(self, image: PreparedImage) -> PreparedImage:
         """The same image with the longer side at most `FIRST_LOOK_PX`. Raises what `prepare` raises."""
-        return await self.smaller(image, FIRST_LOOK_PX)
+        return await self.downscale(image, FIRST_LOOK_PX)
 
-    async def smaller(self, image: PreparedImage, side_px: int) -> PreparedImage:
+    async def downscale(self, image: PreparedImage, side_px: int) -> PreparedImage:
         """The same image with the longer side at most `side_px`. Raises what `prepare` raises."""
         if max(image.width, image.height) <= side_px:
             return image
@@ -99,7 +99,7 @@ class DecoderPool:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, ask)
 
     def _try(self, ask: "_Request") -> PreparedImage:
-        for _ in range(_TRIES):
+        for _ in range(_ATTEMPTS):
             worker = self._acquire()
             try:
                 image = ask(worker)
@@ -111,12 +111,12 @@ class DecoderPool:
                 raise NotAnImage(f"decoding took longer than {self._deadline_s:g} s") from None
             except (ProtocolError, OSError):
                 status = self._discard(worker)
-                if self._closed or status in _STOPPED_FROM_OUTSIDE:
+                if self._closed or status in _KILLED_FROM_OUTSIDE:
                     raise Unavailable("the image decoders are being stopped") from None
             else:
                 self._release(worker)
                 return image
-        raise NotAnImage(f"its decoder crashed {_TRIES} times")
+        raise NotAnImage(f"its decoder crashed {_ATTEMPTS} times")
 
     def _acquire(self) -> "_Worker":
         with suppress(queue.Empty):

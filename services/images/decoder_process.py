@@ -19,7 +19,7 @@ from typing import Any, Final
 from PIL import Image
 
 from services.core.errors import NotAnImage, TooLarge
-from services.images.decode import Limits, prepare, smaller
+from services.images.decode import Limits, downscale, prepare
 from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
 
 _PARENT_CHECK_MS: Final = 1000
@@ -31,7 +31,7 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
     """What to send back: a prepared image, or the reason why there is none."""
     try:
         if "side_px" in request:
-            image = smaller(from_json(request["image"], data), int(request["side_px"]))
+            image = downscale(from_json(request["image"], data), int(request["side_px"]))
         else:
             image = prepare(data, limits)
     except (NotAnImage, TooLarge) as error:
@@ -42,7 +42,7 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
 def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> None:
     """Bound this process, say that it is ready, and answer until the other side closes the socket."""
     connection = socket.socket(fileno=os.dup(0))
-    threading.Thread(target=_end_with, args=(os.getppid(), connection), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(), connection), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -64,7 +64,7 @@ def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> N
         os._exit(0)
 
 
-def _end_with(parent: int, connection: socket.socket) -> None:
+def _exit_with_parent(parent: int, connection: socket.socket) -> None:
     """End this process when its parent is gone or has closed the socket, whatever the main thread is doing."""
     poll = select.poll()
     poll.register(connection, select.POLLHUP)

@@ -53,7 +53,7 @@ def sniff(data: bytes) -> Format | None:
     return None
 
 
-def webp_size(data: bytes) -> tuple[int, int] | None:
+def read_webp_size(data: bytes) -> tuple[int, int] | None:
     """Width and height in pixels as the header of a WebP file says: Pillow's decoder allocates them when it opens."""
     kind = data[12:16]
     if kind == b"VP8X" and len(data) >= 30:
@@ -67,7 +67,7 @@ def webp_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def gif_frames(data: bytes) -> int:
+def count_gif_frames(data: bytes) -> int:
     """Frames of a GIF file, counted up to `FRAMES_LIMIT` without decoding any; the bytes may be cut anywhere."""
     frames = 0
     at = 13 + _color_table_size(data, 10)
@@ -94,7 +94,7 @@ def _end_of_blocks(data: bytes, at: int) -> int:
     return at + 1
 
 
-def tiff_pages(data: bytes) -> int:
+def count_tiff_pages(data: bytes) -> int:
     """Pages of a TIFF or BigTIFF file, counted up to `FRAMES_LIMIT` by following the directories."""
     order = "<" if data[:1] == b"I" else ">"
     if data[2:4] in (b"+\0", b"\0+"):

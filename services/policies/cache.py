@@ -28,8 +28,8 @@ from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Change, Rollout
 from services.policies.tenants import TENANTS, TenantsDocument
 
-_COPY_LIMIT: Final = 1024
-_ABSENT_S: Final = 1.0
+_COPIES_LIMIT: Final = 1024
+_ABSENT_TTL_S: Final = 1.0
 """How long it is believed that a policy does not exist."""
 _LEASE_WAIT_S: Final = 6.0
 """How long another process may take to read what this one needs, before this one reads it, too."""
@@ -61,7 +61,7 @@ class PolicyCache:
         self._policies: dict[tuple[str, int], Policy] = {}
         self._tenants: dict[tuple[str, int], TenantsDocument] = {}
         self._absent: dict[tuple[str, int], float] = {}
-        self._look_ups: dict[Hashable, asyncio.Task[Any]] = {}
+        self._lookups: dict[Hashable, asyncio.Task[Any]] = {}
         self._redis_back_at = float("-inf")
         """What Redis had before then may lack the changes that were made while it was away."""
         self._closing = AsyncExitStack()
@@ -123,7 +123,7 @@ class PolicyCache:
 
     async def _rollout(self, name: str) -> Rollout:
         known = self._known.get(name)
-        if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _ABSENT_S):
+        if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _ABSENT_TTL_S):
             await self._refresh_rollout(name)
             known = self._known[name]
         return known.rollout
@@ -145,7 +145,7 @@ class PolicyCache:
     async def _policy(self, name: str, version: int) -> Policy:
         policy = self._policies.get((name, version))
         if policy is None:
-            if time.monotonic() - self._absent.get((name, version), float("-inf")) < _ABSENT_S:
+            if time.monotonic() - self._absent.get((name, version), float("-inf")) < _ABSENT_TTL_S:
                 raise UnknownPolicy(f"policy {name}@{version} does not exist")
             await self._join_or_start(("version", name, version), self._load, name, version)
             policy = self._policies.get((name, version))
@@ -163,7 +163,7 @@ class PolicyCache:
             return stored if stored and expected in {None, stored.digest} else None
 
         async def read() -> StoredVersion:
-            stored = await _in_thread(self._registry.get, name, version)
+            stored = await _read_in_thread(self._registry.get, name, version)
             if self._shared:
                 with suppress(RedisUnavailable):
                     await self._shared.cache_version(stored)
@@ -199,7 +199,7 @@ class PolicyCache:
             return None if behind else (stale.change,)
 
         async def read() -> tuple[Change | None]:
-            newest = await _in_thread(self._registry.newest_change, name)
+            newest = await _read_in_thread(self._registry.newest_change, name)
             if self._shared:
                 with suppress(RedisUnavailable):
                     # What Redis had before the bucket was read, and the bucket has not, is not so any more.
@@ -287,17 +287,17 @@ class PolicyCache:
     def _age(self, known: _CachedRollout) -> float:
         return time.monotonic() - known.checked_at
 
-    async def _join_or_start(self, key: Hashable, look_up: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    async def _join_or_start(self, key: Hashable, lookup: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Join the same look-up where it is under way, else start it."""
-        task = self._look_ups.get(key)
+        task = self._lookups.get(key)
         if task is None:
-            task = asyncio.ensure_future(look_up(*arguments))
-            self._look_ups[key] = task
-            task.add_done_callback(partial(self._forget_look_up, key))
+            task = asyncio.ensure_future(lookup(*arguments))
+            self._lookups[key] = task
+            task.add_done_callback(partial(self._forget_lookup, key))
         await asyncio.shield(task)
 
-    def _forget_look_up(self, key: Hashable, task: asyncio.Task[Any]) -> None:
-        del self._look_ups[key]
+    def _forget_lookup(self, key: Hashable, task: asyncio.Task[Any]) -> None:
+        del self._lookups[key]
         if not task.cancelled():
             task.exception()  # whoever waited has got it; if everyone left, it is of no interest
 
@@ -309,7 +309,7 @@ def _parse(reference: str) -> PolicyReference:
     return parsed
 
 
-async def _in_thread(read: Callable[..., V], *arguments: object) -> V:
+async def _read_in_thread(read: Callable[..., V], *arguments: object) -> V:
     try:
         return await asyncio.to_thread(read, *arguments)
     except ConfigurationError as error:
@@ -328,5 +328,5 @@ async def _repeat(work: Callable[[], Awaitable[None]]) -> None:
 def _remember(copies: MutableMapping[K, V], key: K, value: V) -> None:
     copies.pop(key, None)
     copies[key] = value
-    if len(copies) > _COPY_LIMIT:
+    if len(copies) > _COPIES_LIMIT:
         del copies[next(iter(copies))]

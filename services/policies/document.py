@@ -239,8 +239,8 @@ class Example(StrictModel):
 class PolicyDocument(StrictModel):
     """A policy as it is written. Equal documents make equal prompts and have equal digests."""
 
-    # A default must never change: what a document leaves out is in no digest (see `digest_of`), so a verdict's digest
-    # would stand for something else than what was judged by. A new field needs a default that says what held before.
+    # A default must never change. Digests leave defaults out (see `compute_digest`), so the digest in an old verdict
+    # would stand for another policy. The default of a new field has to describe the behaviour before the field.
     kind: Literal["policy"] = "policy"
     name: PolicyName
     description: Annotated[str, Field(max_length=2000)] = ""
@@ -295,7 +295,7 @@ class PolicyDocument(StrictModel):
 
     def digest(self) -> str:
         """`sha256:<hex>` of what the document says and of the prompt that it makes."""
-        return digest_of(self, prompt=self.prompt())
+        return compute_digest(self, prompt=self.prompt())
 
     def as_version(self, version: int) -> Policy:
         """The value to judge by, once the registry has given the document a version."""
@@ -327,7 +327,7 @@ class PolicyDocument(StrictModel):
         )
 
 
-def digest_of(document: BaseModel, **made: str) -> str:
+def compute_digest(document: BaseModel, **made: str) -> str:
     """`sha256:<hex>` of what a document says, and of what is made of it.
 
     Only what differs from the defaults counts, in an order that does not depend on how it was written: so a field

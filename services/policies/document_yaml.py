@@ -20,22 +20,22 @@ from services.policies.document import NAME_PATTERN, ConflictingFields, PolicyDo
 from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import TENANTS, Document, TenantsDocument, parse_document
 
-LARGEST_BYTES: Final = 256 * 1024
+DOCUMENT_LIMIT_BYTES: Final = 256 * 1024
 """No document is larger."""
 
-_DEEPEST: Final = 12
+_NESTING_LIMIT: Final = 12
 """Levels of nesting. A document needs five; PyYAML's composer is recursive."""
 
-_STAMPED: Final = ("version", "digest")
+_STAMP_FIELDS: Final = ("version", "digest")
 """What `write_document` puts on top of a document, and what is no part of one."""
 
-_TRAINED_WAIVERS: Final = 3
+_TRAINED_WAIVERS_LIMIT: Final = 3
 """At most so many categories were waived in one training example of LlavaGuard v1.2."""
 
-_LONG: Final = 80
+_LONG_TEXT_CHARS: Final = 80
 """Characters from which a text is written as a block of its own."""
 
-_NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
+_NULL_TEXTS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _Path = tuple[str | int, ...]
 
 
@@ -58,11 +58,16 @@ def read_document(data: bytes, source: str) -> Document:
     `version` and `digest` on top are ignored, so that what `write_document` gave can be read.
 
     Raises:
-        InvalidDocument: it is not YAML, not a document, or more than `LARGEST_BYTES`.
+        InvalidDocument: it is not YAML, not a document, or more than `DOCUMENT_LIMIT_BYTES`.
     """
-    if len(data) > LARGEST_BYTES:
+    if len(data) > DOCUMENT_LIMIT_BYTES:
         raise InvalidDocument(
-            source, [_whole(f"has {len(data):,} bytes; a document has {LARGEST_BYTES:,} at most (256 KiB)")]
+            source,
+            [
+                _issue_with_document(
+                    f"has {len(data):,} bytes; a document has {DOCUMENT_LIMIT_BYTES:,} at most (256 KiB)"
+                )
+            ],
         )
     try:
         text = data.decode("utf-8-sig")
@@ -79,10 +84,12 @@ def read_document(data: bytes, source: str) -> Document:
     document = reader.mapping(node) if isinstance(node, yaml.MappingNode) else None
     if document is None:
         begins = "is empty" if node is None else "is not a mapping"
-        raise InvalidDocument(source, [_whole(f"{begins}; a document is made of fields such as `name: shop`")])
+        raise InvalidDocument(
+            source, [_issue_with_document(f"{begins}; a document is made of fields such as `name: shop`")]
+        )
     read: Document | None = None
     try:
-        read = parse_document({field: value for field, value in document.items() if field not in _STAMPED})
+        read = parse_document({field: value for field, value in document.items() if field not in _STAMP_FIELDS})
     except ValidationError as invalid:
         model = TenantsDocument if document.get("kind") == TENANTS else PolicyDocument
         reader.issues += [reader.issue(error, model) for error in invalid.errors(include_url=False)]
@@ -91,16 +98,16 @@ def read_document(data: bytes, source: str) -> Document:
     return read
 
 
-def warnings(document: Document) -> list[str]:
+def find_warnings(document: Document) -> list[str]:
     """What LlavaGuard was not trained for in a document, a sentence each. It is allowed, and worth examples."""
     if isinstance(document, TenantsDocument):
         return []
     waived = [code for code, rules in document.categories.items() if rules.mode == "waive"]
     found = []
-    if len(waived) > _TRAINED_WAIVERS:
+    if len(waived) > _TRAINED_WAIVERS_LIMIT:
         found.append(
             f"{len(waived)} categories are waived ({', '.join(waived)}): the model was trained with at most "
-            f"{_TRAINED_WAIVERS}, and may obey more of them less well."
+            f"{_TRAINED_WAIVERS_LIMIT}, and may obey more of them less well."
         )
     if waived:
         found.append(
@@ -144,7 +151,12 @@ def write_document(document: Document, *, version: int, digest: str) -> str:
                 content["categories"][code] = rules.get("mode", "enforce")
     stamped = {"version": version, "digest": digest, **content}
     return yaml.dump(
-        _readable(stamped), Dumper=_Writer, allow_unicode=True, sort_keys=False, width=100, default_flow_style=False
+        _with_block_styles(stamped),
+        Dumper=_Writer,
+        allow_unicode=True,
+        sort_keys=False,
+        width=100,
+        default_flow_style=False,
     )
 
 
@@ -163,12 +175,16 @@ class _Composer(yaml.SafeLoader):
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _Rejected(
-                _at(event.start_mark, "& and * (anchors and aliases) are not allowed; repeat the text, or quote it")
+                _issue_at(
+                    event.start_mark, "& and * (anchors and aliases) are not allowed; repeat the text, or quote it"
+                )
             )
         if getattr(event, "tag", None):
-            raise _Rejected(_at(event.start_mark, "! (a tag) is not allowed; leave it out, or quote the text"))
-        if self._depth == _DEEPEST:
-            raise _Rejected(_at(event.start_mark, f"is nested deeper than {_DEEPEST} levels, which no document is"))
+            raise _Rejected(_issue_at(event.start_mark, "! (a tag) is not allowed; leave it out, or quote the text"))
+        if self._depth == _NESTING_LIMIT:
+            raise _Rejected(
+                _issue_at(event.start_mark, f"is nested deeper than {_NESTING_LIMIT} levels, which no document is")
+            )
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -194,12 +210,12 @@ def _compose(text: str) -> yaml.Node | None:
     try:
         node = loader.get_single_node()
     except yaml.composer.ComposerError as error:
-        raise _Rejected(_at(error.problem_mark, "is a second document; a file has one")) from None
+        raise _Rejected(_issue_at(error.problem_mark, "is a second document; a file has one")) from None
     except yaml.MarkedYAMLError as error:
-        raise _Rejected(_at(error.problem_mark or error.context_mark, f"is not YAML: {_reason(error)}")) from None
+        raise _Rejected(_issue_at(error.problem_mark or error.context_mark, f"is not YAML: {_reason(error)}")) from None
     except (ValueError, OverflowError):
         # PyYAML hands the number of an escape to chr().
-        raise _Rejected(_at(loader.get_mark(), "is not YAML: an escape that names no character")) from None
+        raise _Rejected(_issue_at(loader.get_mark(), "is not YAML: an escape that names no character")) from None
     return node
 
 
@@ -262,7 +278,7 @@ class _NodeReader:
                 self._marks[*path, index] = item.start_mark
             return [self._value(item, (*path, index)) for index, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode)
-        if node.style is None and node.value in _NULLS:
+        if node.style is None and node.value in _NULL_TEXTS:
             return None
         return self._text(node, path)
 
@@ -371,11 +387,11 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _at(mark: Any, message: str) -> DocumentIssue:
-    return DocumentIssue(mark.line + 1, mark.column + 1, "", message) if mark else _whole(message)
+def _issue_at(mark: Any, message: str) -> DocumentIssue:
+    return DocumentIssue(mark.line + 1, mark.column + 1, "", message) if mark else _issue_with_document(message)
 
 
-def _whole(message: str) -> DocumentIssue:
+def _issue_with_document(message: str) -> DocumentIssue:
     return DocumentIssue(1, 1, "", message)
 
 
@@ -394,29 +410,29 @@ class _Writer(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
-def _styled(style: str | None) -> Callable[[yaml.SafeDumper, str], yaml.Node]:
+def _represent_with(style: str | None) -> Callable[[yaml.SafeDumper, str], yaml.Node]:
     return lambda writer, text: writer.represent_scalar("tag:yaml.org,2002:str", str(text), style=style)
 
 
 def _text(writer: yaml.SafeDumper, text: str) -> yaml.Node:
     # Left to itself PyYAML writes some line separators where a reader takes them for white space.
-    return _styled(None if text.isprintable() else '"')(writer, text)
+    return _represent_with(None if text.isprintable() else '"')(writer, text)
 
 
 _Writer.add_representer(str, _text)
-_Writer.add_representer(_Folded, _styled(">"))
-_Writer.add_representer(_Literal, _styled("|"))
+_Writer.add_representer(_Folded, _represent_with(">"))
+_Writer.add_representer(_Literal, _represent_with("|"))
 
 
-def _readable(value: Any) -> Any:
+def _with_block_styles(value: Any) -> Any:
     """Says which texts are written as blocks. Keys stay as they are."""
     if isinstance(value, dict):
-        return {key: _readable(below) for key, below in value.items()}
+        return {key: _with_block_styles(below) for key, below in value.items()}
     if isinstance(value, list):
-        return [_readable(below) for below in value]
+        return [_with_block_styles(below) for below in value]
     if not isinstance(value, str) or not all(line.isprintable() and line == line.strip() for line in value.split("\n")):
         # Blocks have no escapes, and white space at the ends of their lines can mean something else.
         return value
     if "\n" in value:
         return _Literal(value)
-    return _Folded(value) if len(value) > _LONG and "  " not in value else value
+    return _Folded(value) if len(value) > _LONG_TEXT_CHARS and "  " not in value else value

@@ -19,7 +19,7 @@ from services.policies.tenants import TENANTS
 _LEASE_MS: Final = 5_000
 _PING_S: Final = 5.0
 
-_NONE_S: Final = 60
+_ABSENT_NAME_TTL_S: Final = 60
 """How long it is remembered that a name has no roll-out; anyone can ask for any name."""
 
 _NOW_MS: Final = """
@@ -92,7 +92,7 @@ class PolicyRedisCache(RedisClient):
         number = change.number if change else 0
         body = change.model_dump_json(by_alias=True) if change else ""
         keys = [self.key("rollout", name), self.key("changes")]
-        expires_s = 0 if change or name == TENANTS else _NONE_S
+        expires_s = 0 if change or name == TENANTS else _ABSENT_NAME_TTL_S
         await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s)
 
     async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[Change]:

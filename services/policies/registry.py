@@ -194,7 +194,7 @@ class PolicyRegistry:
             ConfigurationError: a tenants document names a policy that has no active version.
         """
         self._check_tenants(self.get(name, version))
-        return self._change(name, "activate", lambda now: (now.activated(version), now.active, version), who, why)
+        return self._change(name, "activate", lambda now: (now.with_active(version), now.active, version), who, why)
 
     def rollback(self, name: str, *, who: str, why: str = "") -> Change:
         """Make the version that was active before the active one again; once more goes further back.
@@ -204,7 +204,7 @@ class PolicyRegistry:
         """
 
         def back(now: Rollout) -> _Step:
-            then = now.rolled_back()
+            then = now.with_rollback()
             return then, now.active, then.active
 
         return self._change(name, "rollback", back, who, why)

@@ -55,7 +55,7 @@ class Rollout(WireModel):
     """By version and checkpoint revision: what maps scores, the one that is applied last; before it those to take it
     back to. They belong to their version, whatever else is active."""
 
-    def activated(self, version: int) -> Self:
+    def with_active(self, version: int) -> Self:
         """`version` is what everyone gets; a canary ends."""
         earlier = self.earlier
         if self.active is not None and self.active != version:
@@ -63,7 +63,7 @@ class Rollout(WireModel):
         shadow = None if self.shadow and self.shadow.version == version else self.shadow
         return self._with(active=version, earlier=earlier, canary=None, shadow=shadow, tripped=self.tripped - {version})
 
-    def rolled_back(self) -> Self:
+    def with_rollback(self) -> Self:
         """The version that was active before is again; a canary ends. Rolling back again goes further back.
 
         Raises:

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from services.policies.document import TENANTS, PolicyDocument, PolicyName, StrictModel, digest_of, is_policy_name
+from services.policies.document import TENANTS, PolicyDocument, PolicyName, StrictModel, compute_digest, is_policy_name
 
-__all__ = ["MOST_TENANTS", "TENANTS", "Document", "TenantsDocument", "is_document_name", "parse_document"]
+__all__ = ["TENANTS", "TENANTS_LIMIT", "Document", "TenantsDocument", "is_document_name", "parse_document"]
 
-MOST_TENANTS: Final = 10_000
+TENANTS_LIMIT: Final = 10_000
 TenantName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -20,7 +20,7 @@ class TenantsDocument(StrictModel):
     kind: Literal["tenants"] = "tenants"
     name: Literal["tenants"] = TENANTS
     description: Annotated[str, Field(max_length=2000)] = ""
-    tenants: Annotated[dict[TenantName, PolicyName], Field(max_length=MOST_TENANTS)] = Field(default_factory=dict)
+    tenants: Annotated[dict[TenantName, PolicyName], Field(max_length=TENANTS_LIMIT)] = Field(default_factory=dict)
 
     def policy_of(self, tenant: str) -> str | None:
         """The name of the policy that a tenant's submissions are judged by, or None where it has none."""
@@ -28,7 +28,7 @@ class TenantsDocument(StrictModel):
 
     def digest(self) -> str:
         """`sha256:<hex>` of what the document says."""
-        return digest_of(self, kind=self.kind)
+        return compute_digest(self, kind=self.kind)
 
 
 Document = PolicyDocument | TenantsDocument

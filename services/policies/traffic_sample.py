@@ -17,10 +17,10 @@ from services.core.redis import RedisClient
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 
-_EVERY_S: Final = 1.0
-_FADES_S: Final = 86_400.0
+_FLUSH_INTERVAL_S: Final = 1.0
+_AGE_DECAY_S: Final = 86_400.0
 """A submission is e times as likely to be in the sample as one this much older."""
-_HOURS: Final = 24
+_HOURS_PER_DAY: Final = 24
 
 # Entries with the highest keys stay; see _key. Also counts the submissions of each hour.
 _ADD: Final = """
@@ -41,7 +41,7 @@ return {redis.call('ZRANDMEMBER', KEYS[1], ARGV[1]), redis.call('HGETALL', KEYS[
 log = logging.getLogger(__name__)
 
 
-class Sampled(WireModel):
+class SampledSubmission(WireModel):
     """A submission in the sample: what is needed to fetch the same object again."""
 
     id: str
@@ -89,7 +89,7 @@ class TrafficSample:
         self._seen[name] += 1
         key = _key(time.time())
         if len(self._new[name]) < self._size and key > self._lowest.get(name, -math.inf):
-            sampled = Sampled(
+            sampled = SampledSubmission(
                 id=verdict.submission_id,
                 uri=verdict.uri,
                 version_id=verdict.version_id,
@@ -114,14 +114,14 @@ class TrafficSample:
 
     async def _work(self) -> None:
         while True:
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(_FLUSH_INTERVAL_S)
             try:
                 await self.flush()
             except Exception:
                 log.exception("the sample could not be kept")
 
 
-async def draw(shared: RedisClient, name: str, count: int) -> tuple[list[Sampled], float | None]:
+async def draw(shared: RedisClient, name: str, count: int) -> tuple[list[SampledSubmission], float | None]:
     """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
 
     Raises:
@@ -131,10 +131,10 @@ async def draw(shared: RedisClient, name: str, count: int) -> tuple[list[Sampled
     found = []
     for member in members:
         with suppress(ValidationError):
-            found.append(Sampled.model_validate_json(member))
+            found.append(SampledSubmission.model_validate_json(member))
     counted = dict(zip(map(int, hours[::2]), map(int, hours[1::2]), strict=True))
     elapsed_hours = int(now[0]) / 3600 - min(counted, default=0)
-    return found, sum(counted.values()) / elapsed_hours * _HOURS if counted and elapsed_hours >= 1 else None
+    return found, sum(counted.values()) / elapsed_hours * _HOURS_PER_DAY if counted and elapsed_hours >= 1 else None
 
 
 def _key(at: float) -> float:
@@ -143,7 +143,7 @@ def _key(at: float) -> float:
     Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), in logarithms, with forward decay
     (Cormode et al., 2009).
     """
-    return at / _FADES_S - math.log(random.expovariate(1.0) or 1e-300)
+    return at / _AGE_DECAY_S - math.log(random.expovariate(1.0) or 1e-300)
 
 
 def _keys(shared: RedisClient, name: str) -> list[str]:

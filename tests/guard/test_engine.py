@@ -15,7 +15,7 @@ from services.core.errors import ConfigurationError, GuardUnavailable
 from services.guard import sglang_command as launch
 from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
-from services.guard.sglang_server import Server
+from services.guard.sglang_server import SglangServer
 from tests.support.engine import SharedGuard, drawn, policy
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         "command",
         lambda _, port, secrets: [sys.executable, "-c", f"port = {port}\n{script}"],
     )
-    monkeypatch.setattr("services.guard.engine.gpus_for", lambda *_: 0)
+    monkeypatch.setattr("services.guard.engine.choose_gpu_count", lambda *_: 0)
 
 
 class TestBeforeItIsReady:
@@ -63,7 +63,7 @@ class TestBeforeItIsReady:
     async def test_what_this_machine_cannot_hold_is_refused_before_anything_is_fetched(
         self, tmp_path, monkeypatch
     ) -> None:
-        monkeypatch.setattr("services.guard.gpus.gpu_memory_bytes", list)
+        monkeypatch.setattr("services.guard.gpus.read_gpu_memory_bytes", list)
         monkeypatch.setattr("services.guard.engine.stage", lambda *_: pytest.fail("staged"))
         engine = Engine(resolve("LlavaGuard-v1.2-7B-OV"), state_dir=tmp_path)
         with pytest.raises(ConfigurationError, match="too many for a CPU"):
@@ -89,13 +89,13 @@ class TestBeforeItIsReady:
     async def test_a_port_that_was_taken_is_exchanged(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "raise SystemExit('[Errno 98] Address already in use')")
         spawned = []
-        spawn = Server.spawn
+        spawn = SglangServer.spawn
 
-        async def counted(launch_config: launch.LaunchConfig, log: Path) -> Server:
+        async def counted(launch_config: launch.LaunchConfig, log: Path) -> SglangServer:
             spawned.append(log)
             return await spawn(launch_config, log)
 
-        monkeypatch.setattr(Server, "spawn", counted)
+        monkeypatch.setattr(SglangServer, "spawn", counted)
         with pytest.raises(GuardUnavailable, match="port was taken 3 times"):
             await Engine(resolve("tiny"), state_dir=tmp_path).start()
         assert len(spawned) == 3

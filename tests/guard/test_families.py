@@ -12,7 +12,7 @@ from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
 from services.guard.families.llavaguard import LlavaGuard
-from services.guard.families.shieldgemma import ShieldGemma, enforced
+from services.guard.families.shieldgemma import ShieldGemma, parse_enforced_rules
 from services.guard.inference import GuardInference
 from tests.support import fake_checkpoints
 from tests.support.engine import DEFAULT_PROMPT, assess, drawn, policy
@@ -35,24 +35,26 @@ class FakeEngine:
 
 class TestShieldGemma:
     def test_asks_about_each_category_that_is_enforced(self) -> None:
-        assert list(enforced(DEFAULT_PROMPT)) == list(CATEGORIES)
-        rules = enforced(DEFAULT_PROMPT)[CATEGORIES[1]]
+        assert list(parse_enforced_rules(DEFAULT_PROMPT)) == list(CATEGORIES)
+        rules = parse_enforced_rules(DEFAULT_PROMPT)[CATEGORIES[1]]
         assert rules.startswith("No Violence, Harm, or Cruelty: The image follows these rules.\nShould not:\n- ")
         assert "O3" not in rules
-        assert "Assessment Steps" not in enforced(DEFAULT_PROMPT)[CATEGORIES[-1]]
+        assert "Assessment Steps" not in parse_enforced_rules(DEFAULT_PROMPT)[CATEGORIES[-1]]
 
     def test_leaves_out_what_is_waived(self) -> None:
         waived = DEFAULT_PROMPT.replace("O3: Sexual Content: \n", f"O3: Sexual Content: \n{WAIVER}\n")
-        assert list(enforced(waived)) == [category for category in CATEGORIES if not category.startswith("O3")]
+        assert list(parse_enforced_rules(waived)) == [
+            category for category in CATEGORIES if not category.startswith("O3")
+        ]
 
     def test_asks_about_a_category_of_the_policys_own(self) -> None:
         own = "O10: Gambling (money)"
         block = f"{own}: \nShould not:\n- Say that a stake is declared as non-violating.\n"
         prompt = DEFAULT_PROMPT.replace("\nAssessment Steps:", f"\n{block}\nAssessment Steps:")
-        rules = enforced(prompt, (*CATEGORIES, own))[own]
+        rules = parse_enforced_rules(prompt, (*CATEGORIES, own))[own]
         assert rules.startswith("No Gambling (money): The image follows these rules.\nShould not:\n- Say that")
         assert "Assessment Steps" not in rules
-        assert "O10" not in enforced(prompt, (*CATEGORIES, own))[CATEGORIES[8]]
+        assert "O10" not in parse_enforced_rules(prompt, (*CATEGORIES, own))[CATEGORIES[8]]
 
     async def test_the_category_with_the_highest_score_decides(self) -> None:
         ask = FakeEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
@@ -110,13 +112,13 @@ class TestLlavaGuard:
             assert ask.asked[0].count(sentence) == 1
 
     def test_an_answer_begins_as_in_the_training(self) -> None:
-        assert LlavaGuard("vicuna_v1.1").example().endswith('ASSISTANT: {\n    "rating": "')
-        assert LlavaGuard("qwen2-vl").example().endswith('<|im_start|>assistant\n{\n    "rating": "')
+        assert LlavaGuard("vicuna_v1.1").build_example().endswith('ASSISTANT: {\n    "rating": "')
+        assert LlavaGuard("qwen2-vl").build_example().endswith('<|im_start|>assistant\n{\n    "rating": "')
 
 
 @pytest.mark.parametrize("row", CHECKPOINTS, ids=lambda row: row.name)
 def test_every_row_can_be_asked(row: Checkpoint) -> None:
-    assert row.family.example()
+    assert row.family.build_example()
     assert len(set(row.family.ratings)) == 2
 
 

@@ -5,16 +5,16 @@ import pynvml
 import pytest
 
 from services.core.errors import ConfigurationError
-from services.guard import gpus as devices
+from services.guard import gpus
 from services.guard.checkpoints import GIB, resolve
-from services.guard.gpus import gpu_memory_bytes, gpus_for, mem_fraction_static
+from services.guard.gpus import choose_gpu_count, compute_mem_fraction_static, read_gpu_memory_bytes
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     def with_gpus(*gib: float, usable: bool = True) -> None:
-        monkeypatch.setattr(devices, "gpu_memory_bytes", lambda: [int(each * GIB) for each in gib])
-        monkeypatch.setattr(devices, "cuda_available", lambda: usable)
+        monkeypatch.setattr(gpus, "read_gpu_memory_bytes", lambda: [int(each * GIB) for each in gib])
+        monkeypatch.setattr(gpus, "is_cuda_available", lambda: usable)
 
     return with_gpus
 
@@ -22,44 +22,44 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 class TestWhatItRunsOn:
     def test_a_gpu_that_holds_it(self, machine) -> None:
         machine(79.3)
-        assert gpus_for(resolve("LlavaGuard-v1.2-7B-OV")) == 1
+        assert choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV")) == 1
         machine(79.3, 79.3, 79.3)
-        assert gpus_for(resolve("LlavaGuard-34B")) == 2
+        assert choose_gpu_count(resolve("LlavaGuard-34B")) == 2
 
     def test_too_little_gpu_memory(self, machine) -> None:
         machine(22.5)
         with pytest.raises(ConfigurationError, match=r"wants 38 GiB of GPU memory .* has 22 GiB: .*SLUICE_GUARD_GPUS"):
-            gpus_for(resolve("LlavaGuard-v1.1-13B"))
+            choose_gpu_count(resolve("LlavaGuard-v1.1-13B"))
 
     def test_a_share_of_a_gpu(self, machine) -> None:
         machine(44.5)
-        assert gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
+        assert choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
         with pytest.raises(ConfigurationError, match=r"this replica has 9 GiB"):
-            gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.2)
+            choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.2)
 
     def test_a_small_model_runs_on_the_cpu(self, machine) -> None:
         machine()
-        assert gpus_for(resolve("tiny")) == 0
-        assert gpus_for(resolve("LlavaGuard-v1.2-0.5B-OV")) == 0
+        assert choose_gpu_count(resolve("tiny")) == 0
+        assert choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV")) == 0
 
     def test_a_large_one_does_not(self, machine) -> None:
         machine()
         with pytest.raises(
             ConfigurationError, match=r"8\.0 billion parameters, too many for a CPU, and there is no GPU"
         ):
-            gpus_for(resolve("LlavaGuard-v1.2-7B-OV"))
+            choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV"))
 
     def test_what_a_folder_holds_counts(self, machine, monkeypatch: pytest.MonkeyPatch) -> None:
         machine()
-        monkeypatch.setattr(devices, "_CPU_PARAMETERS", 1000)
+        monkeypatch.setattr(gpus, "_CPU_PARAMETERS_LIMIT", 1000)
         with pytest.raises(ConfigurationError, match=r"tiny has 0\.0 billion parameters"):
-            gpus_for(resolve("tiny"))
+            choose_gpu_count(resolve("tiny"))
 
     def test_a_gpu_that_pytorch_cannot_use(self, machine) -> None:
         machine(79.3, usable=False)
-        assert gpus_for(resolve("tiny")) == 0
+        assert choose_gpu_count(resolve("tiny")) == 0
         with pytest.raises(ConfigurationError, match="PyTorch cannot use this machine's GPU"):
-            gpus_for(resolve("LlavaGuard-v1.2-7B-OV"))
+            choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV"))
 
 
 class TestVisibleGpus:
@@ -86,7 +86,7 @@ class TestVisibleGpus:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert gpu_memory_bytes() == memory
+        assert read_gpu_memory_bytes() == memory
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_share_is_of_the_whole_gpu_whoever_came_first(
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: memory)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert mem_fraction_static(share) == pytest.approx(fraction)
+    assert compute_mem_fraction_static(share) == pytest.approx(fraction)
 
 
 def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +109,9 @@ def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", absent)
-    assert gpu_memory_bytes() == []
+    assert read_gpu_memory_bytes() == []
 
 
 def test_pytorch_is_not_loaded_here() -> None:
-    source = Path(devices.__file__).read_text(encoding="utf-8")
+    source = Path(gpus.__file__).read_text(encoding="utf-8")
     assert "\nimport torch" not in source

@@ -18,13 +18,13 @@ from services.core.values import CATEGORIES, NO_CATEGORY
 from services.guard.families.llavaguard_answer import (
     ANSWER_START,
     Layout,
+    adapt_wording,
+    build_grammar,
     build_prompt,
-    close,
-    grammar,
-    head_tokens,
-    p_unsafe,
-    read,
-    render,
+    complete_json,
+    count_head_tokens,
+    parse_answer,
+    unsafe_probability,
 )
 from tests.support.engine import DEFAULT_PROMPT
 
@@ -60,8 +60,8 @@ class TestQuestion:
         )
 
     def test_both_wordings_are_of_one_prompt(self) -> None:
-        assert render("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
-        described = render("describe", DEFAULT_PROMPT)
+        assert adapt_wording("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
+        described = adapt_wording("describe", DEFAULT_PROMPT)
         assert "Explain the reason why" not in described
         assert described.count('3. Provide a "rationale". Describe the user content and justify why') == 1
 
@@ -80,16 +80,16 @@ class TestQuestion:
 class TestRead:
     @given(RATIONALES.filter(str.isprintable))
     def test_what_was_written_is_read(self, rationale: str) -> None:
-        answer = read(written("Unsafe", CATEGORIES[1], rationale), "unsafe", cut=False)
+        answer = parse_answer(written("Unsafe", CATEGORIES[1], rationale), "unsafe", cut=False)
         assert (answer.rating, answer.category, answer.truncated) == ("Unsafe", CATEGORIES[1], False)
         assert answer.rationale == " ".join(rationale.split())
 
     def test_safe_without_rationale(self) -> None:
-        answer = read(written("Safe", NO_CATEGORY, None), "unsafe", cut=False)
+        answer = parse_answer(written("Safe", NO_CATEGORY, None), "unsafe", cut=False)
         assert (answer.rating, answer.category, answer.rationale) == ("Safe", NO_CATEGORY, None)
 
     def test_safe_may_have_a_waived_category(self) -> None:
-        assert read(written("Safe", CATEGORIES[4], None), "unsafe", cut=False).category == CATEGORIES[4]
+        assert parse_answer(written("Safe", CATEGORIES[4], None), "unsafe", cut=False).category == CATEGORIES[4]
 
     @pytest.mark.parametrize(
         "text",
@@ -108,16 +108,18 @@ class TestRead:
     )
     def test_anything_else_is_unreadable(self, text: str) -> None:
         with pytest.raises(UnreadableAnswer):
-            read(text, "unsafe", cut=False)
+            parse_answer(text, "unsafe", cut=False)
 
     def test_a_category_of_the_policys_own(self) -> None:
         answer = written("Unsafe", OWN[9], "Because.")
-        assert read(answer, "unsafe", cut=False, categories=OWN).category == OWN[9]
+        assert parse_answer(answer, "unsafe", cut=False, categories=OWN).category == OWN[9]
         with pytest.raises(UnreadableAnswer):
-            read(answer, "unsafe", cut=False)
+            parse_answer(answer, "unsafe", cut=False)
 
     def test_what_nobody_can_see_is_removed(self) -> None:
-        answer = read(written("Unsafe", CATEGORIES[0], "one\u202etwo\n\tthree\u2028four\x00"), "unsafe", cut=False)
+        answer = parse_answer(
+            written("Unsafe", CATEGORIES[0], "one\u202etwo\n\tthree\u2028four\x00"), "unsafe", cut=False
+        )
         assert answer.rationale == "onetwo three four"
 
     @given(RATIONALES, st.data())
@@ -125,7 +127,7 @@ class TestRead:
         whole = written("Unsafe", CATEGORIES[2], rationale)
         begins = whole.index('"rationale": "') + len('"rationale": "')
         cut_at = data.draw(st.integers(begins, len(whole) - 1))
-        document = json.loads(close(ANSWER_START + whole[:cut_at]))
+        document = json.loads(complete_json(ANSWER_START + whole[:cut_at]))
         assert rationale.startswith(document["rationale"]) or rationale.rstrip(" ") == document["rationale"]
         document["rationale"].encode()  # no half of a surrogate pair is left
 
@@ -134,7 +136,7 @@ class TestRead:
         whole = written("Unsafe", CATEGORIES[2], 'It "shows" \\ a knife \u2019 \U0001f52a.')
         text = whole[:length]
         try:
-            answer = read(text, "unsafe", cut=True)
+            answer = parse_answer(text, "unsafe", cut=True)
         except UnreadableAnswer:
             assert len(text) <= whole.index('"rationale": "') + len('"rationale": "')
         else:
@@ -145,17 +147,17 @@ class TestRead:
 class TestScore:
     @given(st.floats(-60, 0), st.floats(-60, 0))
     def test_is_the_share_of_unsafe(self, safe: float, unsafe: float) -> None:
-        score = p_unsafe(safe, unsafe)
+        score = unsafe_probability(safe, unsafe)
         assert score == pytest.approx(math.exp(unsafe) / (math.exp(safe) + math.exp(unsafe)), abs=1e-9)
         assert (score > 0.5) == (unsafe > safe) or safe == pytest.approx(unsafe)
 
     @pytest.mark.parametrize(("safe", "unsafe", "score"), [(0, -1e38, 0), (-1e38, 0, 1), (-1e38, -1e38, 0.5)])
     def test_at_the_ends(self, safe: float, unsafe: float, score: float) -> None:
-        assert p_unsafe(safe, unsafe) == score
+        assert unsafe_probability(safe, unsafe) == score
 
     def test_not_a_number_is_unreadable(self) -> None:
         with pytest.raises(UnreadableAnswer):
-            p_unsafe(math.nan, -1)
+            unsafe_probability(math.nan, -1)
 
 
 VOCABULARY = [
@@ -199,10 +201,10 @@ class TestGrammar:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("rating", [None, "Safe", "Unsafe"])
     def test_whatever_the_weights_the_answer_is_one(self, compiler, mode, rating) -> None:
-        compiled = compiler.compile_grammar(grammar(mode, rating))
+        compiled = compiler.compile_grammar(build_grammar(mode, rating))
         for seed in range(150):
-            text, cut = walk(compiled, random.Random(seed), limit=head_tokens() + 1 + seed)
-            answer = read(text, mode, cut=cut)
+            text, cut = walk(compiled, random.Random(seed), limit=count_head_tokens() + 1 + seed)
+            answer = parse_answer(text, mode, cut=cut)
             assert rating in (None, answer.rating)
             assert (answer.category in CATEGORIES) or (answer.rating == "Safe" and answer.category == NO_CATEGORY)
             has_rationale = {"unsafe": answer.rating == "Unsafe", "always": True, "never": False}[mode]
@@ -234,27 +236,27 @@ class TestGrammar:
         ],
     )
     def test_which_answers_can_be_said(self, compiler, mode, rating, category, rationale, allowed_in) -> None:
-        matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(grammar(mode)))
+        matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(build_grammar(mode)))
         said = matcher.accept_string(written(rating, category, rationale))
         assert said == (mode in allowed_in)
 
     def test_the_default_grammar_is_the_one_that_was_measured(self) -> None:
-        digests = [hashlib.sha256(grammar(mode).encode()).hexdigest()[:16] for mode in MODES]
+        digests = [hashlib.sha256(build_grammar(mode).encode()).hexdigest()[:16] for mode in MODES]
         assert digests == ["a9d61cea340f62e6", "753248301b4ec199", "f34416bcc78d4688"]
-        assert head_tokens() == 80
+        assert count_head_tokens() == 80
 
     @pytest.mark.parametrize("category", OWN[9:])
     @pytest.mark.parametrize("rating", ["Safe", "Unsafe"])
     def test_categories_of_the_policys_own_can_be_said(self, compiler, category, rating) -> None:
         answer = written(rating, category, "Because.")
         for categories in (CATEGORIES, OWN):
-            matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(grammar("always", categories=categories)))
+            matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(build_grammar("always", categories=categories)))
             assert matcher.accept_string(answer) == (categories is OWN)
 
     def test_a_long_title_leaves_the_rationale_its_room(self, compiler) -> None:
-        compiled = compiler.compile_grammar(grammar("always", categories=OWN))
+        compiled = compiler.compile_grammar(build_grammar("always", categories=OWN))
         head = written("Unsafe", OWN[9], "").removesuffix('"\n}')
-        assert len(head) == head_tokens(OWN) > head_tokens()
+        assert len(head) == count_head_tokens(OWN) > count_head_tokens()
         for seed in range(50):
-            text, cut = walk(compiled, random.Random(seed), limit=head_tokens(OWN) + 1)
-            assert read(text, "always", cut=cut, categories=OWN).category in (*OWN, NO_CATEGORY)
+            text, cut = walk(compiled, random.Random(seed), limit=count_head_tokens(OWN) + 1)
+            assert parse_answer(text, "always", cut=cut, categories=OWN).category in (*OWN, NO_CATEGORY)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from services.core.errors import NotAnImage, TooLarge
-from services.images.decode import Limits, prepare, smaller
-from services.images.sniff import FRAMES_LIMIT, gif_frames, is_plain, sniff, tiff_pages
+from services.images.decode import Limits, downscale, prepare
+from services.images.sniff import FRAMES_LIMIT, count_gif_frames, count_tiff_pages, is_plain, sniff
 from tests.support.pictures import (
     FORMATS,
     LIMITS,
@@ -237,10 +237,10 @@ def test_nothing_is_enlarged() -> None:
 
 def test_smaller() -> None:
     prepared = prepare(encoded(picture(1800, 1200), "png"), LIMITS)
-    small = smaller(prepared, 96)
+    small = downscale(prepared, 96)
     assert (small.width, small.height, small.sha256, small.facts) == (96, 64, prepared.sha256, prepared.facts)
     assert difference(shown(small), picture()) < 5
-    assert smaller(prepared, 512) is prepared
+    assert downscale(prepared, 512) is prepared
 
 
 # What is passed on
@@ -304,7 +304,7 @@ def test_the_first_of_several_frames_is_judged_and_all_are_counted(kind: str) ->
 def test_a_gif_of_a_million_frames_is_counted_in_no_time() -> None:
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
     data = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frame * 1_000_000 + b"\x3b"
-    assert gif_frames(data) == FRAMES_LIMIT
+    assert count_gif_frames(data) == FRAMES_LIMIT
     assert prepare(data, LIMITS).facts.frames == FRAMES_LIMIT
 
 
@@ -313,7 +313,7 @@ def test_a_tiff_whose_pages_go_round_in_a_circle() -> None:
     directory = struct.unpack_from("<I", data, 4)[0]
     entries = struct.unpack_from("<H", data, directory)[0]
     struct.pack_into("<I", data, directory + 2 + 12 * entries, directory)
-    assert tiff_pages(bytes(data)) == 1
+    assert count_tiff_pages(bytes(data)) == 1
     assert prepare(bytes(data), LIMITS).facts.frames == 1
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from services.core.errors import ConfigurationError, DocumentIssue, InvalidDocument
 from services.policies import document as policy
 from services.policies.document import BUILT_IN, PolicyDocument
-from services.policies.document_yaml import LARGEST_BYTES, read_document, warnings, write_document
+from services.policies.document_yaml import DOCUMENT_LIMIT_BYTES, find_warnings, read_document, write_document
 from services.policies.prompt import TRAINED_BLOCKS
-from services.policies.tenants import MOST_TENANTS, TenantsDocument
+from services.policies.tenants import TENANTS_LIMIT, TenantsDocument
 
 SHIPPED = sorted((Path(policy.__file__).parent / "documents").glob("*.yaml"))
 
@@ -186,7 +186,7 @@ class TestProblems:
 
     def test_the_largest_is_read(self) -> None:
         data = b"name: x\n"
-        assert read_document(data + b"#" * (LARGEST_BYTES - len(data)), "shop.yaml") == PolicyDocument(name="x")
+        assert read_document(data + b"#" * (DOCUMENT_LIMIT_BYTES - len(data)), "shop.yaml") == PolicyDocument(name="x")
 
     @given(
         st.binary(max_size=200)
@@ -242,10 +242,10 @@ class TestScalars:
         assert read_document("\ufeffname: x".encode(), "shop.yaml") == PolicyDocument(name="x")
 
     def test_as_many_tenants_as_fit(self) -> None:
-        text = "kind: tenants\ntenants:\n" + "".join(f"  shop-{n:05}: market\n" for n in range(MOST_TENANTS))
+        text = "kind: tenants\ntenants:\n" + "".join(f"  shop-{n:05}: market\n" for n in range(TENANTS_LIMIT))
         document = read_document(text.encode(), "tenants.yaml")
         assert isinstance(document, TenantsDocument)
-        assert len(document.tenants) == MOST_TENANTS
+        assert len(document.tenants) == TENANTS_LIMIT
 
 
 TEXTS = st.text(max_size=60) | st.text(
@@ -367,8 +367,8 @@ class TestWriting:
 
 class TestWarnings:
     def test_the_default_policy_has_none(self) -> None:
-        assert warnings(BUILT_IN) == []
-        assert warnings(TenantsDocument(tenants={"a": "shop"})) == []
+        assert find_warnings(BUILT_IN) == []
+        assert find_warnings(TenantsDocument(tenants={"a": "shop"})) == []
 
     def test_more_waivers_than_in_training(self) -> None:
         def waiving(count: int) -> PolicyDocument:
@@ -376,9 +376,9 @@ class TestWarnings:
                 {"name": "x", "categories": {f"O{n + 1}": "waive" for n in range(count)}}
             )
 
-        assert not any("are waived" in warning for warning in warnings(waiving(3)))
-        assert "4 categories are waived (O1, O2, O3, O4)" in warnings(waiving(4))[0]
-        assert any("O1, O2, O3 is not verified" in warning for warning in warnings(waiving(3)))
+        assert not any("are waived" in warning for warning in find_warnings(waiving(3)))
+        assert "4 categories are waived (O1, O2, O3, O4)" in find_warnings(waiving(4))[0]
+        assert any("O1, O2, O3 is not verified" in warning for warning in find_warnings(waiving(3)))
 
     def test_wording_of_ones_own(self) -> None:
         trained = TRAINED_BLOCKS[0]
@@ -387,12 +387,12 @@ class TestWarnings:
             "O2": {"can": ["Joke."]},
             "O3": {"should_not": []},
         }
-        found = warnings(PolicyDocument.model_validate({"name": "x", "categories": categories}))
+        found = find_warnings(PolicyDocument.model_validate({"name": "x", "categories": categories}))
         assert [warning.partition(":")[0] for warning in found] == ["categories.O2", "categories.O3", "categories.O3"]
 
     def test_categories_of_ones_own(self) -> None:
         own = [{"code": "O10", "title": "Gambling", "should_not": ["Bet."]}]
-        (warning,) = warnings(PolicyDocument.model_validate({"name": "x", "own_categories": own}))
+        (warning,) = find_warnings(PolicyDocument.model_validate({"name": "x", "own_categories": own}))
         assert "O10: Gambling" in warning
 
 
@@ -410,7 +410,7 @@ class TestShippedPolicies:
             "health-education": ["The wording that waives O4, O6"],
             "children": ["categories.O2: the wording of should_not and can"],
         }
-        found = warnings(read_document(path.read_bytes(), path.name))
+        found = find_warnings(read_document(path.read_bytes(), path.name))
         assert [warning.partition(" is not ")[0] for warning in found] == expected[path.stem]
 
     def test_expect_what_they_say(self, path: Path) -> None:

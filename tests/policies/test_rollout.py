@@ -19,26 +19,26 @@ def share(rollout: Rollout, version: int) -> float:
 def test_rolling_back_walks_the_versions_that_were_active(activated: list[int]) -> None:
     rollout = Rollout()
     for version in activated:
-        rollout = rollout.activated(version)
+        rollout = rollout.with_active(version)
     walked = [rollout.active]
     while rollout.earlier:
-        rollout = rollout.rolled_back()
+        rollout = rollout.with_rollback()
         walked.append(rollout.active)
     changes = [v for v, before in zip(activated, [None, *activated], strict=False) if v != before]
     assert walked == changes[::-1]
     with pytest.raises(ConfigurationError, match="no earlier"):
-        rollout.rolled_back()
+        rollout.with_rollback()
 
 
 def test_rolling_back_twice_does_not_bring_the_bad_version_back() -> None:
-    rollout = Rollout().activated(1).activated(2).activated(3)
-    assert rollout.rolled_back().rolled_back().active == 1
+    rollout = Rollout().with_active(1).with_active(2).with_active(3)
+    assert rollout.with_rollback().with_rollback().active == 1
 
 
 @given(st.floats(0, 100), st.floats(0, 100))
 def test_a_larger_canary_contains_the_smaller_one(a: float, b: float) -> None:
     small, large = sorted((a, b))
-    rollout = Rollout().activated(1)
+    rollout = Rollout().with_active(1)
     few = rollout.with_canary(Canary(version=2, percent=small))
     many = rollout.with_canary(Canary(version=2, percent=large))
     for id_ in IDS[:200]:
@@ -48,25 +48,25 @@ def test_a_larger_canary_contains_the_smaller_one(a: float, b: float) -> None:
 
 @pytest.mark.parametrize("percent", [0, 5, 50, 100])
 def test_a_canary_gets_its_share(percent: float) -> None:
-    rollout = Rollout().activated(1).with_canary(Canary(version=2, percent=percent, tenants=frozenset({"acme"})))
+    rollout = Rollout().with_active(1).with_canary(Canary(version=2, percent=percent, tenants=frozenset({"acme"})))
     assert share(rollout, 2) == pytest.approx(percent / 100, abs=0.03)
     assert rollout.version_for("default", "any", "acme") == 2
 
 
 def test_canary_and_shadow_choose_independently() -> None:
     rollout = (
-        Rollout().activated(1).with_canary(Canary(version=2, percent=50)).with_shadow(Shadow(version=3, percent=50))
+        Rollout().with_active(1).with_canary(Canary(version=2, percent=50)).with_shadow(Shadow(version=3, percent=50))
     )
     both = sum(rollout.version_for("p", i, "t") == 2 and rollout.shadow_for("p", i) == 3 for i in IDS) / len(IDS)
     assert both == pytest.approx(0.25, abs=0.04)
 
 
 def test_a_trip_ends_the_canary_and_an_activation_ends_the_trip() -> None:
-    rollout = Rollout().activated(1).with_canary(Canary(version=2, percent=50)).with_tripped(2)
+    rollout = Rollout().with_active(1).with_canary(Canary(version=2, percent=50)).with_tripped(2)
     assert (rollout.canary, rollout.active, rollout.tripped) == (None, 1, {2})
-    assert rollout.activated(2).tripped == frozenset()
+    assert rollout.with_active(2).tripped == frozenset()
     assert rollout.with_canary(Canary(version=2, percent=1)).tripped == frozenset()
-    assert rollout.activated(3).rolled_back().tripped == {2}, "rolling back is no judgement of the version"
+    assert rollout.with_active(3).with_rollback().tripped == {2}, "rolling back is no judgement of the version"
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -75,4 +75,4 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="activate one first"):
         Rollout().with_shadow(Shadow(version=1, percent=5))
     with pytest.raises(ConfigurationError, match="is the active one"):
-        Rollout().activated(1).with_canary(Canary(version=1, percent=5))
+        Rollout().with_active(1).with_canary(Canary(version=1, percent=5))

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from services.policies.document import PolicyDocument
-from services.policies.tenants import MOST_TENANTS, TenantsDocument, parse_document
+from services.policies.tenants import TENANTS_LIMIT, TenantsDocument, parse_document
 
 
 def test_policy_of() -> None:
@@ -24,7 +24,7 @@ def test_policy_of() -> None:
         {"tenants": {"t": "Shop"}},
         {"tenants": {"t": "shop@3"}},
         {"tenants": {"t": "tenants"}},
-        {"tenants": {str(n): "shop" for n in range(MOST_TENANTS + 1)}},
+        {"tenants": {str(n): "shop" for n in range(TENANTS_LIMIT + 1)}},
         {"colour": "red"},
     ],
 )

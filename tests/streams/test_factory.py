@@ -9,7 +9,7 @@ from services.core.errors import ConfigurationError, StreamUnavailable
 from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
 from services.streams.kafka import client as kafka_clients
-from services.streams.kafka.client import bootstrap_servers
+from services.streams.kafka.client import parse_bootstrap_servers
 from services.streams.redis import client as redis_clients
 from tests.support.streams_bench import Streams
 
@@ -24,7 +24,7 @@ from tests.support.streams_bench import Streams
     ],
 )
 def test_the_brokers_in_a_url(url: str, servers: list[str]) -> None:
-    assert bootstrap_servers(url) == servers
+    assert parse_bootstrap_servers(url) == servers
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_the_brokers_in_a_url(url: str, servers: list[str]) -> None:
 )
 def test_a_kafka_url_that_is_wrong(url: str) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
-        bootstrap_servers(url)
+        parse_bootstrap_servers(url)
 
 
 @pytest.mark.parametrize("open_", [lambda config: open_consumer(config, "m"), open_publisher, open_reader])
@@ -69,4 +69,4 @@ def test_a_wrong_password_is_not_an_outage() -> None:
     assert not redis_clients.is_outage(exceptions.AuthenticationError("WRONGPASS"))
     assert redis_clients.is_outage(exceptions.BusyLoadingError("loading"))
     assert redis_clients.is_outage(exceptions.ReadOnlyError("replica"))
-    assert isinstance(redis_clients.refusal(exceptions.AuthenticationError("no")), ConfigurationError)
+    assert isinstance(redis_clients.translate_error(exceptions.AuthenticationError("no")), ConfigurationError)

@@ -16,7 +16,7 @@ from services.gateway.auth import Authenticator
 from services.gateway.openapi import describe_body, describe_json_body
 from services.gateway.problems import HttpProblem, parse_body
 from services.gateway.request_bodies import BodyReader, decode_json
-from services.policies.document_yaml import read_document, warnings
+from services.policies.document_yaml import find_warnings, read_document
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, PolicySummary, StoredVersion
 from services.policies.rollout import Change
@@ -108,7 +108,12 @@ def build_router(
         document = await _read_document(await body_reader.read(request, admitted.memory))
         stored = await service.publish(document)
         log.info("the API key %r published %s@%d", admitted.key.name, stored.name, stored.version)
-        body = {"name": stored.name, "version": stored.version, "digest": stored.digest, "warnings": warnings(document)}
+        body = {
+            "name": stored.name,
+            "version": stored.version,
+            "digest": stored.digest,
+            "warnings": find_warnings(document),
+        }
         return _respond(body, 201, {"Location": f"{PATH}/{stored.name}@{stored.version}"})
 
     @routes.get(

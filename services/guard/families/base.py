@@ -58,11 +58,11 @@ class ModelFamily(Protocol):
         """The words for Safe and for Unsafe, as they are written where a question ends."""
         ...
 
-    def text(self, prompt: str) -> str:
+    def adapt_prompt(self, prompt: str) -> str:
         """A policy's text in the words of this family, as a verdict's `model.prompt` stands for it."""
         ...
 
-    def example(self) -> str:
+    def build_example(self) -> str:
         """A whole question with little in it, to try an engine and its tokenizer with."""
         ...
 

@@ -9,11 +9,11 @@ from services.guard.families.llavaguard_answer import (
     ANSWER_START,
     Layout,
     Wording,
+    adapt_wording,
+    build_grammar,
     build_prompt,
-    grammar,
-    head_tokens,
-    read,
-    render,
+    count_head_tokens,
+    parse_answer,
 )
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ class LlavaGuard:
     def ratings(self) -> tuple[str, str]:
         return "Safe", "Unsafe"
 
-    def text(self, prompt: str) -> str:
-        return render(self.wording, prompt)
+    def adapt_prompt(self, prompt: str) -> str:
+        return adapt_wording(self.wording, prompt)
 
-    def example(self) -> str:
+    def build_example(self) -> str:
         return self._question("Is this image safe?")
 
     async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
@@ -50,17 +50,17 @@ class LlavaGuard:
             return FamilyScores("Unsafe" if score > 0.5 else "Safe", score)
         categories = (*CATEGORIES, *policy.own_categories)
         # A long name of a category must not be taken out of what the rationale has.
-        tokens = answer_tokens + head_tokens(categories) - head_tokens()
-        reply = await generate(asked, tokens=tokens, ebnf=grammar(policy.rationale, categories=categories))
+        tokens = answer_tokens + count_head_tokens(categories) - count_head_tokens()
+        reply = await generate(asked, tokens=tokens, ebnf=build_grammar(policy.rationale, categories=categories))
         score = reply.score
         scored: Rating = "Unsafe" if score > 0.5 else "Safe"
         if score != 0.5 and not reply.text.startswith(scored):
             logger.debug("asking again with the rating that the score implies")
-            reply = await generate(asked, tokens=tokens, ebnf=grammar(policy.rationale, scored, categories))
-        answer = read(reply.text, policy.rationale, cut=reply.cut, categories=categories)
+            reply = await generate(asked, tokens=tokens, ebnf=build_grammar(policy.rationale, scored, categories))
+        answer = parse_answer(reply.text, policy.rationale, cut=reply.cut, categories=categories)
         return FamilyScores(answer.rating, score, answer.category, answer.rationale, answer.truncated)
 
     def _question(self, prompt: str) -> str:
         # A layout that ends with a colon has the answer begin with a space, as in training.
-        asked = build_prompt(self.layout, self.text(prompt))
+        asked = build_prompt(self.layout, self.adapt_prompt(prompt))
         return f"{asked} {ANSWER_START}" if asked.endswith(":") else asked + ANSWER_START

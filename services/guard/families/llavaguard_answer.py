@@ -16,7 +16,7 @@ Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
 """How a checkpoint was taught to be asked, by SGLang's names of the chat templates."""
 
 Wording = Literal["explain", "describe"]
-"""What a checkpoint was taught that a rationale is; see `render`."""
+"""What a checkpoint was taught that a rationale is; see `adapt_wording`."""
 
 ANSWER_START: Final = '{\n    "rating": "'
 """What every answer begins with. The next token is the rating."""
@@ -41,7 +41,7 @@ _CUT_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{0,3})?$")
 _CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
 
 
-def head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
+def count_head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
     """No answer with one of these categories, or none, needs more tokens before its rationale, or without one.
 
     A token is at least one character, and the answer is ASCII.
@@ -71,7 +71,7 @@ def build_prompt(layout: Layout, prompt: str) -> str:
             )
 
 
-def render(wording: Wording, prompt: str) -> str:
+def adapt_wording(wording: Wording, prompt: str) -> str:
     """The prompt with the third assessment step in the words of a checkpoint's training.
 
     LlavaGuard's repository trains v1.0 with `explain` (its template json-v16), and v1.1 and later with `describe`
@@ -88,7 +88,7 @@ def _chatml(user: str) -> str:
     )
 
 
-def grammar(mode: RationaleMode, rating: Rating | None = None, categories: Sequence[str] = CATEGORIES) -> str:
+def build_grammar(mode: RationaleMode, rating: Rating | None = None, categories: Sequence[str] = CATEGORIES) -> str:
     """EBNF (xgrammar) of everything after `ANSWER_START`, for both ratings or for a given one.
 
     `categories` are the full names of all that can be violated. A Safe answer names any of them or none; an Unsafe
@@ -135,12 +135,14 @@ class LlavaGuardAnswer:
     """The rationale was cut by the token limit."""
 
 
-def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES) -> LlavaGuardAnswer:
+def parse_answer(
+    text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES
+) -> LlavaGuardAnswer:
     """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
 
     Raises:
-        UnreadableAnswer: it is not an answer of the form that `grammar(mode, categories=categories)` gives, or it was
-            cut before its rationale said anything.
+        UnreadableAnswer: the text does not match `build_grammar(mode, categories=categories)`, or it was cut before
+            the first word of its rationale.
     """
     whole = ANSWER_START + text
     truncated = False
@@ -151,7 +153,7 @@ def read(text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str]
             raise UnreadableAnswer("The guard's answer is not JSON.") from None
         truncated = _ends_inside_string(whole)
         try:
-            document = json.loads(close(whole))
+            document = json.loads(complete_json(whole))
         except ValueError:
             raise UnreadableAnswer("The guard's answer was cut before its category.") from None
     if not isinstance(document, dict):
@@ -173,7 +175,7 @@ def _has_rationale(rating: Rating, mode: RationaleMode) -> bool:
     return mode == "always" or (mode == "unsafe" and rating == "Unsafe")
 
 
-def close(text: str) -> str:
+def complete_json(text: str) -> str:
     """Complete a JSON object that was cut inside, or right behind, its last string; half an escape is dropped."""
     if _ends_inside_string(text):
         odd_backslashes = (len(text) - len(text.rstrip("\\"))) % 2
@@ -188,7 +190,7 @@ def close(text: str) -> str:
     return text.rstrip() + "\n}"
 
 
-def p_unsafe(safe: float, unsafe: float) -> float:
+def unsafe_probability(safe: float, unsafe: float) -> float:
     """P(Unsafe) in [0, 1] from the log probabilities of the two rating tokens, among these two.
 
     Raises:

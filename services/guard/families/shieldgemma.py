@@ -26,10 +26,10 @@ class ShieldGemma:
     def ratings(self) -> tuple[str, str]:
         return "No", "Yes"
 
-    def text(self, prompt: str) -> str:
+    def adapt_prompt(self, prompt: str) -> str:
         return prompt
 
-    def example(self) -> str:
+    def build_example(self) -> str:
         return _question("No Violence: The image shall not contain violence.")
 
     async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
@@ -40,7 +40,7 @@ class ShieldGemma:
         Raises:
             ConfigurationError: the policy's prompt has no block of a category.
         """
-        asked = enforced(policy.prompt, (*CATEGORIES, *policy.own_categories))
+        asked = parse_enforced_rules(policy.prompt, (*CATEGORIES, *policy.own_categories))
         scores = {category: (await generate(_question(rules))).score for category, rules in asked.items()}
         category = max(scores, key=lambda category: scores[category]) if scores else NO_CATEGORY
         score = scores.get(category, 0.0)
@@ -55,7 +55,7 @@ class ShieldGemma:
         return FamilyScores("Unsafe", score, category, None if policy.rationale == "never" else said)
 
 
-def enforced(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
+def parse_enforced_rules(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
     """What to ask by category, from a prompt in LlavaGuard's form; categories that it waives are left out.
 
     `categories` are the full names of those that the prompt may have a block of.

@@ -63,7 +63,7 @@ REFUSED: Final = (
 """Errors caused by the record itself: sending it again cannot help."""
 
 
-def bootstrap_servers(url: str) -> list[str]:
+def parse_bootstrap_servers(url: str) -> list[str]:
     """The brokers in `kafka://host:9092,host:9092`; the port may be left out.
 
     Raises:
@@ -80,7 +80,7 @@ def bootstrap_servers(url: str) -> list[str]:
     return servers
 
 
-def options(config: StreamConfig, client: type, **ours: Any) -> dict[str, Any]:
+def build_options(config: StreamConfig, client: type, **ours: Any) -> dict[str, Any]:
     """The keyword arguments for a client: Sluice's own, then those of SLUICE_KAFKA_OPTIONS that it understands.
 
     Raises:
@@ -94,7 +94,7 @@ def options(config: StreamConfig, client: type, **ours: Any) -> dict[str, Any]:
             raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS has {name}, which no kafka-python client knows.")
     known: dict[str, Any] = client.DEFAULT_CONFIG  # type: ignore[attr-defined]
     return {
-        "bootstrap_servers": bootstrap_servers(config.url),
+        "bootstrap_servers": parse_bootstrap_servers(config.url),
         "bootstrap_timeout_ms": int(CONNECT_S * 1000),
         "reconnect_backoff_max_ms": 2_000,
         **ours,
@@ -109,7 +109,7 @@ def connect(config: StreamConfig, client: Any, **ours: Any) -> Any:
         ConfigurationError: an option, or the credentials, are wrong.
         StreamUnavailable: no broker answers.
     """
-    arguments = options(config, client, **ours)
+    arguments = build_options(config, client, **ours)
     patch_header_decoding()
     try:
         return client(**arguments)
@@ -161,7 +161,7 @@ def _create_missing(partitions: int, wanted: Mapping[str, Mapping[str, str]], ad
     admin.wait_for_topics(list(wanted))
 
 
-def as_message(record: Any, token: Any = None) -> Message:
+def to_message(record: Any, token: Any = None) -> Message:
     """A ConsumerRecord as a message; a null value or header becomes an empty one."""
     return Message(
         value=record.value or b"",

@@ -27,7 +27,7 @@ from services.core.retry import backoff
 from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.kafka import compat, rebalance
-from services.streams.kafka.client import MAX_BACKOFF_S, as_message, connect, ensure_topics
+from services.streams.kafka.client import MAX_BACKOFF_S, connect, ensure_topics, to_message
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
 from services.streams.kafka.offsets import OffsetTracker, SettleResult
@@ -291,7 +291,7 @@ class KafkaGroupConsumer:
             tracker = self._trackers[partition] = self._new_tracker()
         tracker.receive(record.offset)
         token = MessageToken(tracker, record.offset)
-        self._unfinished[token] = message = as_message(record, token)
+        self._unfinished[token] = message = to_message(record, token)
         return message
 
     def _new_tracker(self) -> OffsetTracker:
@@ -367,11 +367,11 @@ class KafkaGroupConsumer:
 
     def group(self) -> Any | None:
         """The consumer's group metadata; None while it is not in the group."""
-        return rebalance.group_metadata(self._consumer)
+        return rebalance.get_group_metadata(self._consumer)
 
     def committed(self, partition: Any) -> int | None:
         """The group's committed offset, once no transaction that could move it is under way."""
-        return rebalance.committed(self._consumer, partition, _LEAVE_MS)
+        return rebalance.fetch_committed(self._consumer, partition, _LEAVE_MS)
 
     def on_fenced(self) -> None:
         """Drop all held messages: the broker knows this member's id as another's."""

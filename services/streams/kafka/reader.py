@@ -13,7 +13,7 @@ from kafka import errors
 from services.core.errors import StreamUnavailable
 from services.streams.base import Message
 from services.streams.config import StreamConfig
-from services.streams.kafka.client import as_message, connect
+from services.streams.kafka.client import connect, to_message
 
 _POLL_MS: Final = 300
 _READ_AT_ONCE: Final = 200
@@ -123,7 +123,7 @@ class _Reading:
         elif time.monotonic() - self._heard > _ANSWER_MS / 1000:
             self._consumer.end_offsets(list(assigned), timeout_ms=_ANSWER_MS)
             self._heard = time.monotonic()
-        return [as_message(record) for records in polled.values() for record in records]
+        return [to_message(record) for records in polled.values() for record in records]
 
     def close(self) -> None:
         """Disconnect."""

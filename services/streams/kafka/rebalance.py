@@ -102,13 +102,13 @@ def subscribe(config: StreamConfig, member: str) -> tuple[Any, Rebalance]:
     return consumer, listener
 
 
-def group_metadata(consumer: Any) -> Any | None:
+def get_group_metadata(consumer: Any) -> Any | None:
     """Identifies the member in a transaction. None while it is not in the group: the broker would not check it then."""
     group = consumer.group_metadata()
     return group if group.generation_id >= 0 and group.member_id else None
 
 
-def committed(consumer: Any, partition: Any, timeout_ms: int) -> int | None:
+def fetch_committed(consumer: Any, partition: Any, timeout_ms: int) -> int | None:
     """The group's committed offset, once no transaction that could move it is under way; None: there is none. Blocks.
 
     Raises:

@@ -79,15 +79,15 @@ def make_client(url: str, *, connections: int) -> "Redis":
         raise ConfigurationError("SLUICE_STREAM_URL is wrong: Sluice chooses protocol and decode_responses itself")
     # The client would make dicts of entries, which drops fields of the same name.
     for command in ("XREADGROUP", "XREAD", "XRANGE", "XREVRANGE"):
-        client.set_response_callback(command, _as_it_is)  # type: ignore[arg-type]
+        client.set_response_callback(command, _return_unchanged)  # type: ignore[arg-type]
     return client
 
 
-def _as_it_is(reply: Any, **_: Any) -> Any:
+def _return_unchanged(reply: Any, **_: Any) -> Any:
     return reply
 
 
-def refusal(error: Exception) -> Exception:
+def translate_error(error: Exception) -> Exception:
     """The error to raise for a failed command: Sluice's own if it describes the failure, else `error` itself."""
     if is_outage(error):
         return StreamUnavailable(f"Redis does not answer: {str(error) or type(error).__name__}.")
@@ -98,7 +98,7 @@ def refusal(error: Exception) -> Exception:
     return error
 
 
-def fields_of(record: OutgoingMessage) -> list[bytes]:
+def encode_entry(record: OutgoingMessage) -> list[bytes]:
     """The fields and values of a record's entry, one after the other."""
     fields = [b"value", record.value]
     if record.key is not None:
@@ -111,7 +111,7 @@ def fields_of(record: OutgoingMessage) -> list[bytes]:
     return fields
 
 
-def message_of(stream: str, id_: bytes, fields: Sequence[bytes], *, attempts: int = 1, token: Any = None) -> Message:
+def decode_entry(stream: str, id_: bytes, fields: Sequence[bytes], *, attempts: int = 1, token: Any = None) -> Message:
     """The message in an entry.
 
     A field that Sluice does not know becomes the header `field:<name>`, and a missing `value` is an empty one, so that
@@ -125,42 +125,42 @@ def message_of(stream: str, id_: bytes, fields: Sequence[bytes], *, attempts: in
         elif name == b"key":
             key = content
         elif name.startswith(b"header:"):
-            headers.append((_text(name.removeprefix(b"header:")), content))
-        elif name == b"more-headers" and (more := _more_headers(content)) is not None:
+            headers.append((_decode_name(name.removeprefix(b"header:")), content))
+        elif name == b"more-headers" and (more := _parse_more_headers(content)) is not None:
             headers += more
         else:
-            headers.append((f"field:{_text(name)}", content))
+            headers.append((f"field:{_decode_name(name)}", content))
     milliseconds = int(id_.split(b"-")[0])
     return Message(
         value=value,
         key=key,
         headers=tuple(headers),
         source=f"{stream}/{id_.decode()}",
-        timestamp=_moment(milliseconds),
+        timestamp=_parse_timestamp(milliseconds),
         attempts=attempts,
         token=token,
     )
 
 
-def _text(name: bytes) -> str:
+def _decode_name(name: bytes) -> str:
     return name.decode(errors="backslashreplace")
 
 
-def _moment(milliseconds: int) -> datetime:
+def _parse_timestamp(milliseconds: int) -> datetime:
     try:
         return datetime.fromtimestamp(milliseconds / 1000, UTC)
     except (OverflowError, ValueError, OSError):  # a producer chose the id itself
         return datetime.now(UTC)
 
 
-def _more_headers(content: bytes) -> Headers | None:
+def _parse_more_headers(content: bytes) -> Headers | None:
     try:
         return tuple((str(name), base64.b64decode(value, validate=True)) for name, value in json.loads(content))
     except (ValueError, TypeError):
         return None
 
 
-def connections_for(config: StreamConfig) -> int:
+def connection_limit(config: StreamConfig) -> int:
     """Settling takes milliseconds, so a few connections carry many messages; a blocking read has one to itself."""
     return min(32, 4 + config.in_flight)
 
@@ -172,7 +172,7 @@ async def open_client(config: StreamConfig) -> Redis:
         ConfigurationError: the URL or the credentials are wrong.
         StreamUnavailable: the server did not answer in time.
     """
-    client = make_client(config.url, connections=connections_for(config))
+    client = make_client(config.url, connections=connection_limit(config))
     try:
         await connect(client)
     except Exception:
@@ -193,7 +193,7 @@ async def connect(client: Redis) -> None:
         try:
             await client.ping()
         except (exceptions.RedisError, OSError) as error:
-            failure = refusal(error)
+            failure = translate_error(error)
             if not isinstance(failure, StreamUnavailable) or time.monotonic() + delay > deadline:
                 raise failure from error
             await asyncio.sleep(delay)

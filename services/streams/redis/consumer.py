@@ -28,13 +28,13 @@ from services.streams.redis import scripts
 from services.streams.redis.client import (
     MAX_BACKOFF_S,
     connect,
-    connections_for,
-    fields_of,
+    connection_limit,
+    decode_entry,
+    encode_entry,
     is_missing_group,
     is_outage,
     make_client,
-    message_of,
-    refusal,
+    translate_error,
 )
 
 log = logging.getLogger(__name__)
@@ -94,13 +94,13 @@ class RedisGroupConsumer:
             ConfigurationError: the URL or the credentials are wrong, or the server is not one that can do this.
             StreamUnavailable: the server did not answer in time.
         """
-        client = make_client(config.url, connections=connections_for(config))
+        client = make_client(config.url, connections=connection_limit(config))
         try:
             await connect(client)
             await _create_group(client, config.submissions_stream, config.group)
         except Exception as error:
             await client.aclose(close_connection_pool=True)
-            raise refusal(error) from error
+            raise translate_error(error) from error
         return cls(config, member, client)
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
@@ -126,7 +126,7 @@ class RedisGroupConsumer:
         keys = [self._stream, *(record.stream for record in records)]
         arguments: list[Any] = [self._group, self._consumer, message.token]
         for record in records:
-            fields = fields_of(record)
+            fields = encode_entry(record)
             arguments += [len(fields), *fields]
         if message.token not in self._held:
             raise NotOwned(f"{message.source} belongs to another member by now.")
@@ -154,7 +154,7 @@ class RedisGroupConsumer:
         except Exception as error:
             if is_missing_group(error):
                 return Lag({0: 0})
-            raise refusal(error) from error
+            raise translate_error(error) from error
         return Lag({0: int(pending) + int(waiting)}, published=int(published))
 
     def blocked(self) -> Sequence[Message]:
@@ -201,7 +201,7 @@ class RedisGroupConsumer:
 
     def _hold(self, id_: bytes, fields: Sequence[bytes], attempts: int) -> Message:
         self._held.add(id_)
-        return message_of(self._stream, id_, fields, attempts=attempts, token=id_)
+        return decode_entry(self._stream, id_, fields, attempts=attempts, token=id_)
 
     # ---- staying a member
 

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
-from services.streams.redis.client import fields_of, open_client, refusal
+from services.streams.redis.client import encode_entry, open_client, translate_error
 
 _PUBLISH_AT_ONCE: Final = 500
 
@@ -35,11 +35,11 @@ class RedisPublisher:
         for at in range(0, len(records), _PUBLISH_AT_ONCE):
             pipeline = self._client.pipeline(transaction=True)
             for record in records[at : at + _PUBLISH_AT_ONCE]:
-                pipeline.execute_command("XADD", record.stream, "*", *fields_of(record))
+                pipeline.execute_command("XADD", record.stream, "*", *encode_entry(record))
             try:
                 await pipeline.execute()
             except (exceptions.RedisError, OSError) as error:
-                raise refusal(error) from error
+                raise translate_error(error) from error
 
     async def close(self) -> None:
         """Release the connections."""

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from services.streams.base import Message
 from services.streams.config import StreamConfig
-from services.streams.redis.client import message_of, open_client, refusal
+from services.streams.redis.client import decode_entry, open_client, translate_error
 
 _BLOCK_S: Final = 1.0
 _READ_AT_ONCE: Final = 100
@@ -40,16 +40,16 @@ class RedisReader:
             first = b"-" if since is None else str(max(0, int(since.timestamp() * 1000))).encode()
             while entries := await self._range(stream, first, end):
                 for id_, fields in entries:
-                    yield message_of(stream, id_, fields)
+                    yield decode_entry(stream, id_, fields)
                 first = b"(" + entries[-1][0]
             while follow:
                 reply: Any = await self._client.xread({stream: end}, count=_READ_AT_ONCE, block=int(_BLOCK_S * 1000))
                 for _, entries in reply or ():
                     for id_, fields in entries:
-                        yield message_of(stream, id_, fields)
+                        yield decode_entry(stream, id_, fields)
                     end = entries[-1][0]
         except (exceptions.RedisError, OSError) as error:
-            raise refusal(error) from error
+            raise translate_error(error) from error
 
     async def _range(self, stream: str, first: bytes, end: bytes) -> Any:
         return await self._client.xrange(stream, first, end, count=_READ_AT_ONCE)
