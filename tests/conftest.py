@@ -10,6 +10,7 @@ pytest_plugins = [
     "tests.support.s3_server",
     "tests.support.streams_bench",
     "tests.support.intake_bench",
+    "tests.support.command_line",
     "tests.support.engine",
 ]
 

@@ -12,35 +12,10 @@ import pytest
 from pipelines.local.backends import backends
 from pipelines.local.env_file import env_file_written, read_env_file
 from services.core.settings import Settings, load
-from tests.end_to_end.outside import SLUICE
-from tests.support.command_line import run_sluice
+from tests.support.command_line import assert_fails, run_sluice, start_sluice
 from tests.support.intake_bench import IntakeBench
 from tests.support.s3_server import CREDENTIALS
 from tests.support.servers import Valkey
-
-
-def sluice(*arguments: str, folder: Path, stdin: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
-    return subprocess.run(
-        [SLUICE, *arguments], cwd=folder, input=stdin, capture_output=True, check=False, env=inherited | variables
-    )
-
-
-def fails(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
-    """It fails with a sentence that has these words, and without a traceback."""
-    message = result.stderr.decode()
-    assert result.returncode != 0
-    assert "Traceback" not in message
-    assert all(word in message for word in words), message
-
-
-@pytest.fixture
-def folder(bench: IntakeBench, tmp_path: Path) -> Path:
-    """A folder whose .sluice/env leads to the bench."""
-    with env_file_written(bench.settings, {}, tmp_path / ".sluice" / "env"):
-        content = (tmp_path / ".sluice" / "env").read_text()
-    (tmp_path / ".sluice" / "env").write_text(content)
-    return tmp_path
 
 
 async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdicts(
@@ -50,7 +25,7 @@ async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdic
     bench.put("a.jpg")
     picture = tmp_path / "bild ä.jpg"
     picture.write_bytes(bench.s3.get_object(Bucket="uploads", Key="a.jpg")["Body"].read())
-    result = sluice(
+    result = start_sluice(
         "submit", "s3://uploads/a.jpg", str(picture), "--policy", "default@1", "--tenant", "shop", folder=folder
     )
     assert result.returncode == 0, result.stderr
@@ -59,10 +34,10 @@ async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdic
     assert (sorted(ids), letters) == (sorted(verdict.submission_id for verdict in verdicts), [])
     assert {verdict.tenant for verdict in verdicts} == {"shop"}
 
-    lines = sluice("verdicts", "--json", folder=folder).stdout.decode().splitlines()
+    lines = start_sluice("verdicts", "--json", folder=folder).stdout.decode().splitlines()
     assert {json.loads(line)["verdict_id"] for line in lines} == {verdict.verdict_id for verdict in verdicts}
     await bench.submit(b"what another program wrote", stream=bench.settings.verdicts_stream)
-    shown = sluice("verdicts", folder=folder)
+    shown = start_sluice("verdicts", folder=folder)
     readable = shown.stdout.decode().splitlines()
     assert len(readable) == 2
     assert all("allow" in line and "default@1" in line for line in readable)
@@ -74,23 +49,23 @@ async def test_submit_of_json_lines_stops_at_the_first_invalid_line(bench: Intak
     bench.put("a.jpg")
     good = [{"id": f"line-{number}", "uri": "s3://uploads/a.jpg", "metadata": {"a": None}} for number in range(2)]
     lines = "\n".join([*map(json.dumps, good), "", json.dumps({"id": "bad", "uri": "ftp://x"}), json.dumps(good[0])])
-    result = sluice("submit", "-", folder=folder, stdin=lines.encode())
-    fails(result, "line 4", "uri")
+    result = start_sluice("submit", "-", folder=folder, stdin=lines.encode())
+    assert_fails(result, "line 4", "uri")
     assert result.stdout.decode().split() == ["line-0", "line-1"]
     verdicts, _ = await bench.settled(2)
     assert [verdict.metadata for verdict in verdicts] == [{"a": None}] * 2
 
 
 async def test_submit_of_an_invalid_reference_fails(folder: Path) -> None:
-    fails(sluice("submit", "no/such/file.jpg", folder=folder), "neither a file nor an s3:// URI")
-    fails(sluice("submit", "s3://uploads", folder=folder), "s3://bucket/key")
+    assert_fails(start_sluice("submit", "no/such/file.jpg", folder=folder), "neither a file nor an s3:// URI")
+    assert_fails(start_sluice("submit", "s3://uploads", folder=folder), "s3://bucket/key")
 
 
 def test_command_without_a_service_names_the_missing_settings(tmp_path: Path) -> None:
-    fails(sluice("verdicts", folder=tmp_path), "SLUICE_STREAM_URL", "sluice up --embedded")
-    fails(sluice("up", folder=tmp_path, SLUICE_MODEL="tiny"), "SLUICE_STREAM_URL", "SLUICE_S3_BUCKETS")
+    assert_fails(start_sluice("verdicts", folder=tmp_path), "SLUICE_STREAM_URL", "sluice up --embedded")
+    assert_fails(start_sluice("up", folder=tmp_path, SLUICE_MODEL="tiny"), "SLUICE_STREAM_URL", "SLUICE_S3_BUCKETS")
     (tmp_path / ".sluice" / "env").mkdir(parents=True)
-    fails(sluice("verdicts", folder=tmp_path), ".sluice/env cannot be read")
+    assert_fails(start_sluice("verdicts", folder=tmp_path), ".sluice/env cannot be read")
 
 
 def test_command_with_an_invalid_setting_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +103,7 @@ def test_backfill_stream_setting_when_empty_is_off(
 
 
 def test_up_with_an_unknown_model_fails_and_writes_no_env_file(tmp_path: Path) -> None:
-    fails(sluice("up", "--embedded", folder=tmp_path, SLUICE_MODEL="gpt-2"), "SLUICE_MODEL=gpt-2", "tiny")
+    assert_fails(start_sluice("up", "--embedded", folder=tmp_path, SLUICE_MODEL="gpt-2"), "SLUICE_MODEL=gpt-2", "tiny")
     assert not (tmp_path / ".sluice" / "env").exists()
 
 
@@ -153,7 +128,7 @@ def test_up_without_a_reachable_stream_names_the_setting(
         check=False,
         env={**{name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}, **variables},
     )
-    fails(result, "SLUICE_STREAM_URL", "127.0.0.1:9")
+    assert_fails(result, "SLUICE_STREAM_URL", "127.0.0.1:9")
 
 
 def test_env_file_is_private_and_removed_at_the_end(tmp_path: Path) -> None:

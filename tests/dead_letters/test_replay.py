@@ -22,11 +22,8 @@ from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
-from tests.cli.test_command_line import fails, folder, sluice
-from tests.end_to_end.outside import SLUICE
+from tests.support.command_line import SLUICE, assert_fails, start_sluice
 from tests.support.intake_bench import IntakeBench
-
-__all__ = ["folder"]
 
 NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
 CLOUD_EVENT = {"ce_specversion": b"1.0", "ce_type": b"upload", "ce_id": b"e-1", "content-type": b"application/json"}
@@ -232,7 +229,7 @@ async def test_command_killed_while_publishing_is_continued_by_the_next(bench: I
     await command.wait()
     published = len(await bench.read(bench.settings.submissions_stream))
     assert 0 < published < len(originals)
-    done = await asyncio.to_thread(sluice, "dead-letters", "replay", folder=folder)
+    done = await asyncio.to_thread(start_sluice, "dead-letters", "replay", folder=folder)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, len(originals) - published)
     assert "was killed; waiting" in done.stderr.decode()
     replayed = [each.value for each in await bench.read(bench.settings.submissions_stream)]
@@ -330,28 +327,35 @@ async def test_commands_list_and_replay_dead_letters(bench: IntakeBench, folder:
     await publisher.publish([OutgoingMessage(bench.settings.dead_letters_stream, b"not ours")])
     await publisher.close()
 
-    listed = sluice("dead-letters", "list", folder=folder)
+    listed = start_sluice("dead-letters", "list", folder=folder)
     lines = listed.stdout.decode().splitlines()
     assert (listed.returncode, len(lines)) == (0, 2)
     assert "\x1b" not in listed.stdout.decode()
     assert all(word in lines[0] for word in ("forbidden", "x1", "shop", "s3://uploads/evil", "s/0/1"))
     assert "skipped 1 messages" in listed.stderr.decode()
-    rows = [json.loads(line) for line in sluice("dead-letters", "list", "--json", folder=folder).stdout.splitlines()]
+    rows = [
+        json.loads(line) for line in start_sluice("dead-letters", "list", "--json", folder=folder).stdout.splitlines()
+    ]
     assert rows[0].keys() == {
         *("dead_letter", "submission_id", "reason", "detail", "attempts", "source", "failed_at", "tenant", "uri")
     }
-    recent = sluice("dead-letters", "list", "--newer-than", "1h", "--tenant", "shop", "--json", folder=folder)
+    recent = start_sluice("dead-letters", "list", "--newer-than", "1h", "--tenant", "shop", "--json", folder=folder)
     assert [json.loads(line)["submission_id"] for line in recent.stdout.splitlines()] == ["plain"]
 
-    fails(sluice("dead-letters", "list", "--reason", "boredom", folder=folder), "boredom", "not_found")
-    fails(sluice("dead-letters", "list", "--older-than", "soon", folder=folder), "'soon' is neither")
-    fails(sluice("dead-letters", "replay", "--id", "absent\x1b", folder=folder), "belongs to absent\ufffd")
-    fails(sluice("dead-letters", "replay", folder=folder, SLUICE_REDIS_URL="redis://127.0.0.1:9/0"), "SLUICE_REDIS_URL")
-    fails(sluice("dead-letters", "list", folder=folder, SLUICE_STREAM_URL="redis://x:bad"), "SLUICE_STREAM_URL")
+    assert_fails(start_sluice("dead-letters", "list", "--reason", "boredom", folder=folder), "boredom", "not_found")
+    assert_fails(start_sluice("dead-letters", "list", "--older-than", "soon", folder=folder), "'soon' is neither")
+    assert_fails(start_sluice("dead-letters", "replay", "--id", "absent\x1b", folder=folder), "belongs to absent\ufffd")
+    assert_fails(
+        start_sluice("dead-letters", "replay", folder=folder, SLUICE_REDIS_URL="redis://127.0.0.1:9/0"),
+        "SLUICE_REDIS_URL",
+    )
+    assert_fails(
+        start_sluice("dead-letters", "list", folder=folder, SLUICE_STREAM_URL="redis://x:bad"), "SLUICE_STREAM_URL"
+    )
 
-    done = sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
+    done = start_sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
     assert (done.returncode, json.loads(done.stdout)["submission_id"]) == (0, "plain")
-    again = sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
+    again = start_sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
     assert (again.returncode, again.stdout) == (0, b"")
     assert "skipped 1 that were replayed before" in again.stderr.decode()
 

@@ -25,11 +25,9 @@ from services.core.values import Assessment, Detail, PreparedImage
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
-from tests.cli.test_command_line import fails, folder, sluice
+from tests.support.command_line import assert_fails, start_sluice
 from tests.support.fake_guard import says_safe
 from tests.support.intake_bench import IntakeBench
-
-__all__ = ["folder"]
 
 SETTLED_BEFORE_S = 5.0
 
@@ -332,7 +330,7 @@ async def test_running_service_causes_no_findings(bench: IntakeBench, monkeypatc
 async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: IntakeBench, folder: Path) -> None:
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), verdict(settings, "a"))
-    fine = sluice("reconcile", "--settle-s", "0", "--json", folder=folder)
+    fine = start_sluice("reconcile", "--settle-s", "0", "--json", folder=folder)
     assert fine.returncode == 0, fine.stderr
     finding, line = map(json.loads, fine.stdout.splitlines())
     assert (finding["finding"], finding["submission_id"], finding["count"]) == ("repeats", "a", 1)
@@ -349,19 +347,19 @@ async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: In
         "outside": 0,
         "ignored": 0,
     }
-    fails(sluice("reconcile", "--since", "x", folder=folder), "'x' is neither")
+    assert_fails(start_sluice("reconcile", "--since", "x", folder=folder), "'x' is neither")
 
     await publish(settings, submission(settings, "evil\x1b[2J"))
-    young = sluice("reconcile", folder=folder)
+    young = start_sluice("reconcile", folder=folder)
     assert (young.returncode, "in flight 1" in young.stdout.decode()) == (0, True)
-    lost = sluice("reconcile", "--settle-s", "0", folder=folder)
+    lost = start_sluice("reconcile", "--settle-s", "0", folder=folder)
     assert lost.returncode == 1
     assert lost.stderr.decode().splitlines()[-1] == (
         "sluice: found 1 submission without an outcome; the findings name the submissions"
     )
     assert "\x1b" not in lost.stdout.decode()
     assert "lost " in lost.stdout.decode().splitlines()[0]
-    once = sluice("reconcile", folder=folder, SLUICE_DELIVERY="exactly_once")
+    once = start_sluice("reconcile", folder=folder, SLUICE_DELIVERY="exactly_once")
     assert (once.returncode, "exactly_once" in once.stderr.decode()) == (1, True)
 
 

@@ -1,12 +1,24 @@
-"""Runs `sluice` in the process of the test: a child process would import the whole stack again for each command."""
+"""Run `sluice` commands: in the process of the test, or as a child process in a folder of its own.
+
+A child process imports the whole stack again for each command, so prefer `run_sluice`.
+"""
 
 import io
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Final
 from unittest import mock
 
+import pytest
+
 from pipelines.cli.main import main
+from pipelines.local.env_file import env_file_written
+from tests.support.intake_bench import IntakeBench
+
+SLUICE: Final = str(Path(sys.executable).with_name("sluice"))
 
 
 def run_sluice(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,3 +39,31 @@ def run_sluice(*arguments: str) -> subprocess.CompletedProcess[str]:
         else:
             status = 0
     return subprocess.CompletedProcess(["sluice", *arguments], status, stdout.getvalue(), stderr.getvalue())
+
+
+def start_sluice(
+    *arguments: str, folder: Path, stdin: bytes = b"", **variables: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run one command as a child process in `folder`. `variables` are added to its environment."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+    return subprocess.run(
+        [SLUICE, *arguments], cwd=folder, input=stdin, capture_output=True, check=False, env=inherited | variables
+    )
+
+
+def assert_fails(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
+    """Assert that the command failed with a message that has these words, and without a traceback."""
+    message = result.stderr.decode()
+    assert result.returncode != 0
+    assert "Traceback" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.fixture
+def folder(bench: IntakeBench, tmp_path: Path) -> Path:
+    """A folder whose .sluice/env has the settings of the bench."""
+    file = tmp_path / ".sluice" / "env"
+    with env_file_written(bench.settings, {}, file):
+        content = file.read_text()
+    file.write_text(content)
+    return tmp_path
