@@ -13,6 +13,8 @@ from services.gateway.image_inputs import SubmittedImage
 from services.gateway.problems import HttpProblem, to_problem
 
 _POLL_S: Final = 0.1
+_RETRYABLE_STATUSES: Final = frozenset({429, 500, 503})
+"""If an assessment failed with one of these, its idempotency key may be judged again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,24 @@ class AssessmentJobs:
     def __init__(self, store: AssessmentStore) -> None:
         self._store = store
         self._tasks: dict[str, asyncio.Task[StoredAssessment]] = {}
+
+    async def claim(self, key: str, job: AssessmentJob, pending: StoredAssessment) -> str:
+        """Return the id of an idempotency key's assessment: `pending`, or that of an earlier request with the key.
+
+        Raises:
+            HttpProblem: an earlier request with the key was different.
+        """
+        known = await self._store.claim(key, job.digest, pending)
+        if known.request != job.digest:
+            raise HttpProblem("idempotency-key-reused", "an earlier request with this idempotency key was different")
+        if known.assessment != pending.id:
+            stored = await self._store.get(known.assessment)
+            problem = stored.problem if stored else None
+            may_retry = stored is None or (problem is not None and problem["status"] in _RETRYABLE_STATUSES)
+            # If several requests find a temporary failure, one of them replaces it and judges the image again.
+            if may_retry and await self._store.replace(key, known, pending):
+                return pending.id
+        return known.assessment
 
     async def start(
         self, pending: StoredAssessment, job: AssessmentJob, admitted: AdmittedRequest

@@ -31,7 +31,7 @@ class SubmittedImage:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """The fields that each image of a request shares: API key, submission id and policy."""
+    """The fields of a submission that do not depend on its image."""
 
     key: ApiKey
     submission_id: str
@@ -73,7 +73,7 @@ async def from_url(
         data = decode_data_url(url) if len(url) < _LARGE_UPLOAD_BYTES else await asyncio.to_thread(decode_data_url, url)
         return await from_upload(data, context)
     if len(url) > _URL_LIMIT_CHARS:
-        raise HttpProblem("invalid", f"a URL may have {_URL_LIMIT_CHARS} characters, unless it is a data: URL")
+        raise HttpProblem("invalid", f"a URL may have at most {_URL_LIMIT_CHARS} characters, unless it is a data: URL")
     if scheme == "s3":
         return from_s3(url, context)
     if scheme in {"http", "https"}:

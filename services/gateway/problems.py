@@ -1,6 +1,6 @@
 """The errors of the HTTP API, in the two forms that clients read: RFC 9457 and OpenAI's error object.
 
-`type` is `urn:sluice:problem:` and a name in `KINDS`. Names and statuses never change after their release.
+`type` is `urn:sluice:problem:` and a name in `PROBLEM_KINDS`. Names and statuses never change after their release.
 """
 
 import logging
@@ -32,7 +32,7 @@ class ProblemKind:
     title: str
 
 
-KINDS: Final[Mapping[str, ProblemKind]] = {
+PROBLEM_KINDS: Final[Mapping[str, ProblemKind]] = {
     "malformed": ProblemKind(400, "The request is not well-formed"),
     "unauthenticated": ProblemKind(401, "The API key is missing or unknown"),
     "not-permitted": ProblemKind(403, "The API key's role does not allow this request"),
@@ -93,11 +93,11 @@ class HttpProblem(SluiceError):
     @property
     def status(self) -> int:
         """The HTTP status."""
-        return KINDS[self.kind].status
+        return PROBLEM_KINDS[self.kind].status
 
     def to_document(self) -> dict[str, Any]:
         """Return the members of the RFC 9457 document."""
-        kind = KINDS[self.kind]
+        kind = PROBLEM_KINDS[self.kind]
         document = {"type": TYPE_PREFIX + self.kind, "title": kind.title, "status": kind.status, "detail": str(self)}
         return document | ({"param": self.param} if self.param else {}) | self.more
 
@@ -176,8 +176,8 @@ def to_problem(error: Exception) -> HttpProblem:
         case Unjudgeable():
             return HttpProblem(_KIND_OF_REASON[error.reason], str(error))
         case Unavailable() | TimeoutError():
-            log.warning("a backend is unavailable, so a request got status 503: %s", error)
+            log.warning("a request ends with status 503, because a backend is unavailable: %s", error)
             return HttpProblem("unavailable", "a backend of the gateway is unavailable; try again later")
         case _:
-            log.error("an unexpected error ended a request with status 500", exc_info=error)
+            log.error("a request ends with status 500, because of an unexpected error", exc_info=error)
             return HttpProblem("internal", "the gateway failed; its log has the error")

@@ -21,7 +21,7 @@ _BURST_S: Final = 2.0
 _REDIS_RETRY_S: Final = 5.0
 """After an error of Redis, this process counts by itself for this long before it asks Redis again."""
 _MAX_KEYS: Final = 10_000
-"""Keys whose state this process keeps."""
+"""This process keeps times for so many API keys. The key that was set longest ago is dropped first."""
 
 _ACQUIRE_SCRIPT: Final = """
 local now = redis.call('TIME')
@@ -49,7 +49,7 @@ class RateLimiter:
         self._local_until = float("-inf")
         self._due: OrderedDict[str, float] = OrderedDict()
         self._refused_until: OrderedDict[str, float] = OrderedDict()
-        self._running = Counter[str]()
+        self._in_use = Counter[str]()
 
     async def acquire(self, key: ApiKey) -> None:
         """Count one request. While Redis is unavailable, each gateway counts by itself.
@@ -63,7 +63,7 @@ class RateLimiter:
         if wait_s <= 0:
             wait_s = await self._acquire_or_wait_s(key.id, 1 / rate, max(_BURST_S, 1 / rate))
         if wait_s > 0:
-            _keep(self._refused_until, key.id, self._clock() + wait_s)
+            _set_bounded(self._refused_until, key.id, self._clock() + wait_s)
             raise HttpProblem(
                 "rate-limited",
                 f"this API key may send {rate:g} requests a second; try again in {wait_s:.1f} s",
@@ -78,17 +78,17 @@ class RateLimiter:
             HttpProblem: the key is at its limit.
         """
         limit, entry = key.concurrency or self._concurrency, f"{what}:{key.id}"
-        if self._running[entry] >= limit:
+        if self._in_use[entry] >= limit:
             raise HttpProblem(
                 "too-many-at-once", f"this API key may have {limit} {what} at a time; try again when one ends"
             )
-        self._running[entry] += 1
+        self._in_use[entry] += 1
         try:
             yield
         finally:
-            self._running[entry] -= 1
-            if not self._running[entry]:
-                del self._running[entry]
+            self._in_use[entry] -= 1
+            if not self._in_use[entry]:
+                del self._in_use[entry]
 
     async def _acquire_or_wait_s(self, key_id: str, step_s: float, burst_s: float) -> float:
         """Return the seconds until the key may send its next request. 0 or less: this request is counted."""
@@ -104,11 +104,11 @@ class RateLimiter:
         now = self._clock()
         due = max(self._due.get(key_id, now), now)
         wait_s = due - now - burst_s
-        _keep(self._due, key_id, due + step_s if wait_s <= 0 else due)
+        _set_bounded(self._due, key_id, due + step_s if wait_s <= 0 else due)
         return wait_s
 
 
-def _keep(times: OrderedDict[str, float], key_id: str, at: float) -> None:
+def _set_bounded(times: OrderedDict[str, float], key_id: str, at: float) -> None:
     times[key_id] = at
     times.move_to_end(key_id)
     if len(times) > _MAX_KEYS:

@@ -71,7 +71,7 @@ async def test_flood_of_one_key_is_refused_without_asking_redis(valkey_url: str)
         await limiter.acquire(mine)
 
 
-async def test_over_the_rate_is_a_429_that_says_when(idle: Bench) -> None:
+async def test_request_over_the_rate_is_a_429_with_retry_after(idle: Bench) -> None:
     idle.configure(gateway_rate_per_s=0.1)
     await idle.start()
     async with idle.client() as client:

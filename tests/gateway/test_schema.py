@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from jsonschema import Draft202012Validator
 
-from services.gateway.problems import KINDS, TYPE_PREFIX
+from services.gateway.problems import PROBLEM_KINDS, TYPE_PREFIX
 from tests.support.gateway_bench import Bench
 
 EXAMPLES = 8
@@ -107,6 +107,6 @@ async def test_openapi_examples_are_valid(bench: Bench) -> None:
 
 def test_problem_kinds_are_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
-    for name, kind in KINDS.items():
+    for name, kind in PROBLEM_KINDS.items():
         assert f"| `{name}` | {kind.status} | {kind.title} |" in text, name
     assert TYPE_PREFIX in text

@@ -22,8 +22,6 @@ from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/assessments"
 MAX_WAIT_S: Final = 300
-_RETRYABLE_STATUSES: Final = frozenset({429, 500, 503})
-"""An idempotency key whose assessment failed with one of these may be tried again."""
 _ID_PATTERN: Final = re.compile("[0-9a-f]{32}")
 
 Wait = Annotated[
@@ -82,7 +80,7 @@ def build_router(
         pending = store.build_pending(admitted.key.tenant)
         job = await read_job(request, admitted, pending.id, body_reader, downloader)
         if idempotency_key is not None:
-            claimed = await _claim(f"{admitted.key.id}:{idempotency_key}", job.digest, pending)
+            claimed = await jobs.claim(f"{admitted.key.id}:{idempotency_key}", job, pending)
             if claimed != pending.id:
                 return _respond(await jobs.wait_for_result(claimed, wait), claimed)
         elif not wait:
@@ -93,21 +91,6 @@ def build_router(
             if not task.done() and idempotency_key is None:
                 await store.create(pending)
         return _respond(task.result() if task.done() else pending, pending.id)
-
-    async def _claim(name: str, request: str, pending: StoredAssessment) -> str:
-        """Return the id of an idempotency key's assessment: `pending`, or that of an earlier request with the key."""
-        known = await store.claim(name, request, pending)
-        if known.request != request:
-            raise HttpProblem("idempotency-key-reused", "an earlier request with this idempotency key was different")
-        if known.assessment != pending.id:
-            stored = await store.get(known.assessment)
-            # If several requests find a temporary failure, one of them replaces it and judges the image again.
-            may_retry = stored is None or (
-                stored.problem is not None and stored.problem["status"] in _RETRYABLE_STATUSES
-            )
-            if may_retry and await store.replace(name, known, pending):
-                return pending.id
-        return known.assessment
 
     @routes.get(
         f"{PATH}/{{assessment_id}}",
