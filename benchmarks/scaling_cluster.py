@@ -35,7 +35,7 @@ from pipelines.serving.app import bind_application
 from pipelines.serving.log_config import LOGGING_CONFIG
 from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.messages import Submission, Verdict
-from services.core.processes import SupervisedProcess, free_port
+from services.core.processes import SupervisedProcess, find_free_port
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.streams.config import StreamConfig
@@ -169,7 +169,7 @@ class Timeline:
 @asynccontextmanager
 async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[str]:
     """Run a head without work, a node for Intake, and GPU nodes on demand. Yields the address of the head."""
-    port = free_port()
+    port = find_free_port()
     host = ray.util.get_node_ip_address()  # Ray replaces the loopback address by this one
     address = f"{host}:{port}"
     kinds: dict[str, Any] = {
@@ -216,7 +216,7 @@ async def cluster(folder: Path, environment: dict[str, str]) -> AsyncIterator[st
     file = folder / "cluster.json"
     file.write_text(json.dumps(config))
     argv = ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--node-ip-address={host}"]
-    argv += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+    argv += ["--include-dashboard=false", f"--ray-client-server-port={find_free_port()}", "--disable-usage-stats"]
     argv += [f"--autoscaling-config={file}", f"--object-store-memory={80 << 20}", f"--temp-dir={folder / 'ray'}"]
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     head = {

@@ -11,7 +11,7 @@ from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import ImageRow, PlannedImage
 from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, annotation_columns, with_extras
 from services.core.errors import Changed, Forbidden, NotFound, Unjudgeable
-from services.core.messages import Verdict, verdict_id
+from services.core.messages import Verdict, make_verdict_id
 from services.core.retry import retry_while_unavailable
 from services.core.values import Policy, Priority
 from services.moderation.cascade import judge_image
@@ -109,7 +109,7 @@ def _reuse(answer: Verdict | Failure, image: ImageRow) -> Verdict | Failure:
     """The answer for another image with the same bytes, as if that image had been judged."""
     if isinstance(answer, Failure):
         return answer
-    identity = verdict_id(
+    identity = make_verdict_id(
         submission_id=image.id,
         uri=image.uri,
         object_version=image.version_id or image.etag or image.sha256 or "",

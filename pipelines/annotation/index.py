@@ -26,7 +26,7 @@ from pipelines.annotation.sources.references import ReferenceResolver
 from pipelines.annotation.sources.tars import TarImage, TruncatedTar, read_tar
 from pipelines.annotation.storage import folder
 from services.core.errors import Forbidden, Malformed, NotAnImage, TooLarge, Unjudgeable
-from services.core.messages import decode_json, id_of
+from services.core.messages import decode_json, make_submission_id
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
 
@@ -95,7 +95,7 @@ class Indexer:
 
     def _unreadable_file(self, name: str, error: Unjudgeable) -> ImageRow:
         uri = self._folder.uri_of(name)
-        return ImageRow(id=id_of(uri), uri=uri).with_error(error)
+        return ImageRow(id=make_submission_id(uri), uri=uri).with_error(error)
 
     # Images as files or objects
 
@@ -103,7 +103,7 @@ class Indexer:
         uri = self._folder.uri_of(name)
         if uri.startswith("s3://"):
             return ImageRow(id="", uri=uri)
-        return ImageRow(id=id_of(uri), uri=uri, place=FileLocation(uri))
+        return ImageRow(id=make_submission_id(uri), uri=uri, place=FileLocation(uri))
 
     async def _read_digests(self, rows: list[ImageRow]) -> list[ImageRow]:
         slots = asyncio.Semaphore(_READS_IN_FLIGHT)
@@ -128,7 +128,7 @@ class Indexer:
         # The id that the stream gives to a new object when S3 reports it.
         version = row.version_id or row.etag
         name = row.uri.removeprefix("s3://")
-        return replace(row, id=id_of(f"{name}#{version}" if version else name))
+        return replace(row, id=make_submission_id(f"{name}#{version}" if version else name))
 
     # Tars
 
@@ -145,7 +145,7 @@ class Indexer:
     def _tar_image(self, tar: str, image: TarImage) -> ImageRow:
         uri = f"{tar}#{quote(image.name, safe='/', errors='surrogateescape')}"
         row = ImageRow(
-            id=id_of(uri),
+            id=make_submission_id(uri),
             uri=uri,
             place=FileLocation(tar, image.offset, image.size),
             extras={"source_json": json.dumps(image.notes) if image.notes else None},
@@ -172,7 +172,7 @@ class Indexer:
 
     def _table_image(self, table: str, group: int, number: int, data: bytes | None) -> ImageRow:
         uri, size = f"{table}#group={group}&row={number}", len(data) if data else 0
-        row = ImageRow(id=id_of(uri), uri=uri, place=FileLocation(table, number, size, group))
+        row = ImageRow(id=make_submission_id(uri), uri=uri, place=FileLocation(table, number, size, group))
         if data is None:
             return row.with_error(NotAnImage("the row has no image"))
         row = self._with_size_check(row, size)
@@ -233,7 +233,7 @@ class Indexer:
 
 
 def _unreadable_reference(text: str, error: Unjudgeable) -> ImageRow:
-    return ImageRow(id=id_of(text), uri=text).with_error(error)
+    return ImageRow(id=make_submission_id(text), uri=text).with_error(error)
 
 
 def _with_range_digest(row: ImageRow, file: BinaryIO) -> ImageRow:

@@ -18,9 +18,9 @@ from pipelines.annotation.state import Listing, RunState
 from pipelines.annotation.storage import folder
 from pipelines.serving.guard_client import RemoteGuard
 from services.core.errors import StoreUnavailable
+from services.core.logs import configure_logging
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
-from services.core.telemetry import configure_logging
 from services.core.values import Policy
 from services.images.decoder_pool import DecoderPool
 

@@ -54,7 +54,7 @@ class JudgeRequest:
     @classmethod
     def of_bytes(cls, submission_id: str, image: bytes, policy: Policy) -> Self:
         """A request that carries its image, so that the service reads no bucket for it."""
-        return cls(Upload(id=submission_id, uri=Upload.uri_of(image), policy=policy.identity.name), (policy,), image)
+        return cls(Upload(id=submission_id, uri=Upload.make_uri(image), policy=policy.identity.name), (policy,), image)
 
 
 class JudgeClient:

@@ -24,7 +24,7 @@ from typing import Final
 from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.reporting.text import escape_control_chars
 from services.core.errors import ConfigurationError, DeadLetterReason
-from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, producer_headers
+from services.core.messages import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER, DeadLetter, Submission, remove_own_headers
 from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage, Publisher, Reader
 from services.streams.config import StreamConfig
@@ -45,7 +45,7 @@ class StoredDeadLetter:
 
     letter: DeadLetter
     message: Message
-    """The message on the dead-letter stream. Value, key and `producer_headers` are those of the original message."""
+    """The message on the dead-letter stream. Value, key and `remove_own_headers` are those of the original message."""
     entries: Sequence[ParsedSubmission | InvalidMessage]
     """The entries of the original message: untrusted input. Several, if the whole message was abandoned."""
 
@@ -135,7 +135,7 @@ def parse_dead_letter(message: Message) -> StoredDeadLetter | None:
     original = Message(
         value=message.value,
         key=message.key,
-        headers=producer_headers(message.headers),
+        headers=remove_own_headers(message.headers),
         source=letter.source,
         timestamp=message.timestamp,
     )
@@ -237,12 +237,15 @@ def replay_message(stored: StoredDeadLetter, settings: Settings) -> OutgoingMess
     """The original message, with headers for the position of the dead letter and for the earlier attempts."""
     letter = stored.letter
     came_from = letter.source.partition("/")[0]
-    added = ((REPLAYED_FROM, stored.message.source.encode()), (ATTEMPTS, str(max(0, letter.attempts)).encode()))
+    added = (
+        (REPLAYED_FROM_HEADER, stored.message.source.encode()),
+        (ATTEMPTS_HEADER, str(max(0, letter.attempts)).encode()),
+    )
     return OutgoingMessage(
         settings.backfill_stream if came_from == settings.backfill_stream else settings.submissions_stream,
         stored.message.value,
         stored.message.key,
-        (*added, *producer_headers(stored.message.headers)),
+        (*added, *remove_own_headers(stored.message.headers)),
     )
 
 
@@ -285,7 +288,7 @@ async def _already_replayed(reader: Reader, settings: Settings, candidates: _Can
     since = candidates.oldest_at - _MAX_CLOCK_SKEW if candidates.oldest_at else None
     for stream in submission_streams(settings):
         async for message in reader.read(stream, follow=False, since=since):
-            position = message.header(REPLAYED_FROM)
+            position = message.header(REPLAYED_FROM_HEADER)
             if position is not None:
                 known_id = candidates.replay_ids.get(_digest(position.decode(errors="replace"), value=message.value))
                 replayed |= {known_id} if known_id else set()

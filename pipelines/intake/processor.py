@@ -8,7 +8,7 @@ from typing import Final
 
 from services.core import telemetry
 from services.core.errors import Expired, Forbidden, GuardFailed, NotFound, Unjudgeable, UnknownPolicy
-from services.core.messages import DeadLetter, attempts_before, producer_headers
+from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
 from services.core.retry import FailureBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
@@ -69,8 +69,8 @@ class Processor:
                 telemetry.count_retry(error)
                 await self._sleep(_SYSTEMIC_RETRY_S)
             else:
-                self.expiry_budget.succeeded()
-                self._systemic_budget.succeeded()
+                self.expiry_budget.record_success()
+                self._systemic_budget.record_success()
                 return self._make_verdicts(entry, result)
 
     def make_superseded_verdict(self, entry: ParsedSubmission) -> list[OutgoingMessage]:
@@ -93,13 +93,13 @@ class Processor:
             submission_id=submission_id,
             reason=error.reason,
             detail=" ".join(str(error).split())[:_MAX_DETAIL_CHARS],
-            attempts=message.attempts + attempts_before(message.headers),
+            attempts=message.attempts + count_earlier_attempts(message.headers),
             source=message.source,
             failed_at=datetime.now(UTC),
         )
         telemetry.count_result("dead_letter", letter.reason)
         log.info("submission %s is a dead letter: %s", submission_id, letter.reason)
-        headers = (*letter.headers(), *producer_headers(message.headers))
+        headers = (*letter.headers(), *remove_own_headers(message.headers))
         return OutgoingMessage(self._settings.dead_letters_stream, original, message.key, headers)
 
     async def _judge(self, entry: ParsedSubmission) -> ModerationResult:

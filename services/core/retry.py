@@ -29,19 +29,19 @@ class RetryBudget:
     def __init__(
         self,
         per_s: float = _RETRIES_PER_S,
-        at_once: float = _RETRIES_BURST,
+        burst: float = _RETRIES_BURST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._per_s = per_s
-        self._at_once = at_once
+        self._burst = burst
         self._clock = clock
-        self._left = at_once
+        self._left = burst
         self._seen_at = clock()
 
-    def wait_s(self) -> float:
+    def take(self) -> float:
         """Take one retry. Returns the seconds to wait before it."""
         now = self._clock()
-        self._left = min(self._at_once, self._left + (now - self._seen_at) * self._per_s)
+        self._left = min(self._burst, self._left + (now - self._seen_at) * self._per_s)
         self._seen_at = now
         self._left -= 1
         return max(0.0, -self._left / self._per_s)
@@ -50,20 +50,20 @@ class RetryBudget:
 class FailureBudget:
     """How many submissions may fail for now. It keeps an outage from turning a whole stream into dead letters.
 
-    Each success earns `per_success` of a failure, and at most `at_once` failures are saved. By default the budget
+    Each success earns `per_success` of a failure, and at most `burst` failures are saved. By default the budget
     starts empty. So failures are a small share of all submissions, few in a row, and none while nothing succeeds.
     """
 
     def __init__(
-        self, per_success: float = _FAILURES_PER_SUCCESS, at_once: float = _FAILURES_BURST, left: float = 0.0
+        self, per_success: float = _FAILURES_PER_SUCCESS, burst: float = _FAILURES_BURST, left: float = 0.0
     ) -> None:
         self._per_success = per_success
-        self._at_once = at_once
+        self._burst = burst
         self._left = left
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """Count a submission that was judged."""
-        self._left = min(self._at_once, self._left + self._per_success)
+        self._left = min(self._burst, self._left + self._per_success)
 
     def take(self) -> bool:
         """Take one failure from the budget. Returns False if the budget is empty."""
@@ -126,7 +126,7 @@ async def retry_while_unavailable(
     full_jitter = wait_random_exponential(multiplier=0.2, max=_MAX_WAIT_S)
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(Unavailable),
-        wait=lambda state: max(full_jitter(state), budget.wait_s()),
+        wait=lambda state: max(full_jitter(state), budget.take()),
         before_sleep=count,
         sleep=asyncio.sleep,
         reraise=True,

@@ -1,10 +1,8 @@
-"""The metrics, each documented where it is defined, and the set-up of the log.
+"""The metrics, each documented where it is defined.
 
 Ray exports the metrics to Prometheus with the prefix `ray_`.
 """
 
-import logging
-from pathlib import Path
 from typing import Final
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -116,18 +114,3 @@ def count_retry(error: BaseException | None) -> None:
     tags = {"error": type(error).__name__}
     RETRIES.inc(1, tags)
     WAITS.inc(1, tags)
-
-
-def configure_logging(file: Path | None) -> None:
-    """Write this process' log to stderr, where Ray collects it, and to `file`; each record is one line."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if file is not None:
-        handlers.append(logging.FileHandler(file))
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=handlers,
-    )
-    for package in ("services", "pipelines"):
-        logging.getLogger(package).setLevel(logging.INFO)

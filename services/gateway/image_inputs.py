@@ -44,7 +44,7 @@ async def from_upload(data: bytes, context: RequestContext) -> SubmittedImage:
     Raises:
         HttpProblem: a field is invalid.
     """
-    uri = Upload.uri_of(data) if len(data) < _LARGE_UPLOAD_BYTES else await asyncio.to_thread(Upload.uri_of, data)
+    uri = Upload.make_uri(data) if len(data) < _LARGE_UPLOAD_BYTES else await asyncio.to_thread(Upload.make_uri, data)
     return SubmittedImage(_build_request(Upload, context, uri=uri), StoredObject(data, version_id=None, etag=None))
 
 

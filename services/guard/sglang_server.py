@@ -18,7 +18,7 @@ import httpx
 from PIL import Image
 
 from services.core.errors import EngineFailed, GuardFailed, GuardUnavailable
-from services.core.processes import SupervisedProcess, free_port
+from services.core.processes import SupervisedProcess, find_free_port
 from services.guard.sglang_command import LaunchConfig, write_secrets
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class SglangServer:
     async def spawn(launch_config: LaunchConfig, log: Path) -> "SglangServer":
         """Start the process; it takes a while until it answers."""
         # Hexadecimal: SGLang takes a key that begins with a hyphen for another flag.
-        port, key = free_port(), secrets.token_hex(32)
+        port, key = find_free_port(), secrets.token_hex(32)
 
         client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from services.core.errors import GuardFailed
-from services.core.messages import ImageRequest, Timings, Verdict, verdict_id
+from services.core.messages import ImageRequest, Timings, Verdict, make_verdict_id
 from services.core.values import Action, Assessment, Policy, PreparedImage, ReviewReason, StoredObject, VerdictOutcome
 from services.moderation.cascade import JudgedImage, PolicyAssessment
 from services.moderation.step_timer import StepTimer
@@ -47,7 +47,7 @@ def build_skipped_verdict(
     submitted_at = submission.submitted_at or now
     waited_ms = max(0, round((now - submitted_at).total_seconds() * 1000))
     return Verdict(
-        verdict_id=verdict_id(
+        verdict_id=make_verdict_id(
             submission_id=submission.id,
             uri=submission.uri,
             object_version=submission.version_id or submission.etag or "",
@@ -105,7 +105,7 @@ def _build_verdict(
     calibration = assessment.calibration if assessment else None
     judged_at = datetime.now(UTC)
     return Verdict(
-        verdict_id=verdict_id(
+        verdict_id=make_verdict_id(
             submission_id=subject.submission_id,
             uri=subject.uri,
             object_version=stored.version_id or stored.etag or image.sha256,

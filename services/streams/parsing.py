@@ -13,7 +13,7 @@ from urllib.parse import unquote_plus
 from pydantic_core import to_json
 
 from services.core.errors import Malformed
-from services.core.messages import Submission, decode_json, id_of, readable_id
+from services.core.messages import Submission, decode_json, make_submission_id, read_submission_id
 from services.streams.base import Message
 
 RECORDS_LIMIT: Final = 1000
@@ -75,7 +75,7 @@ def parse(message: Message) -> Parsed:
             _check_version(_header_text(message, "specversion"))
         return _parse_content(message, document)
     except Malformed as error:
-        submission_id = error.submission_id or readable_id(document if "uri" in _fields(document) else None)
+        submission_id = error.submission_id or read_submission_id(document if "uri" in _fields(document) else None)
         return (InvalidMessage(Malformed(str(error), submission_id), message.key, message.value),)
 
 
@@ -257,7 +257,7 @@ def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmissi
     )
     suffix = version_id or sequencer or etag
     document = {
-        "id": id_of(f"{bucket}/{key}#{suffix}" if suffix else f"{bucket}/{key}"),
+        "id": make_submission_id(f"{bucket}/{key}#{suffix}" if suffix else f"{bucket}/{key}"),
         "uri": f"s3://{bucket}/{key}",
         "version_id": version_id,
         "etag": etag,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from services.core.errors import Malformed
 from services.core.json_schemas import MESSAGES, schema
-from services.core.messages import METADATA_LIMIT_BYTES, DeadLetter, Submission, decode_json, verdict_id
+from services.core.messages import METADATA_LIMIT_BYTES, DeadLetter, Submission, decode_json, make_verdict_id
 
 MINIMAL = {"id": "upl-42", "uri": "s3://uploads/2026/cat.jpg"}
 
@@ -67,9 +67,9 @@ def test_a_moment_without_a_zone_is_utc() -> None:
 def test_verdict_id_is_a_function_of_all_its_parts(parts: list[str], changed: int, other: str) -> None:
     names = ("submission_id", "uri", "object_version", "policy_digest", "model_revision")
     arguments = dict(zip(names, parts, strict=True))
-    one = verdict_id(**arguments)
+    one = make_verdict_id(**arguments)
     assert uuid.UUID(one).version == 5
-    assert (verdict_id(**arguments | {names[changed]: other}) == one) == (other == parts[changed])
+    assert (make_verdict_id(**arguments | {names[changed]: other}) == one) == (other == parts[changed])
 
 
 def test_dead_letter_headers_round_trip() -> None:

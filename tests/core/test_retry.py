@@ -22,11 +22,11 @@ class Clock:
 @given(st.lists(st.floats(0, 0.05), min_size=100, max_size=400))
 def test_retry_budget_many_retries_are_spread_to_the_rate(gaps: list[float]) -> None:
     clock = Clock()
-    budget = RetryBudget(per_s=10, at_once=5, clock=clock)
+    budget = RetryBudget(per_s=10, burst=5, clock=clock)
     made = []
     for gap in gaps:
         clock.now += gap
-        made.append(clock.now + budget.wait_s())
+        made.append(clock.now + budget.take())
     for start in made:
         within = sum(start <= at < start + 1 for at in made)
         assert within <= 10 + 5 + 1, "more than the rate and the burst"
@@ -34,11 +34,11 @@ def test_retry_budget_many_retries_are_spread_to_the_rate(gaps: list[float]) -> 
 
 @given(st.lists(st.booleans(), max_size=2000))
 def test_failure_budget_allows_small_share_and_none_without_success(succeeded: list[bool]) -> None:
-    budget = FailureBudget(per_success=0.02, at_once=10)
+    budget = FailureBudget(per_success=0.02, burst=10)
     failures = successes = in_a_row = 0
     for success in succeeded:
         if success:
-            budget.succeeded()
+            budget.record_success()
             successes += 1
             in_a_row = 0
         elif budget.take():

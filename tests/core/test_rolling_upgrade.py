@@ -25,7 +25,15 @@ from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.intake.crash_isolation import CrashIsolation
 from services.core.calibration import IsotonicMap
 from services.core.errors import NotOwned
-from services.core.messages import ATTEMPTS, REPLAYED_FROM, DeadLetter, Submission, Timings, Verdict, attempts_before
+from services.core.messages import (
+    ATTEMPTS_HEADER,
+    REPLAYED_FROM_HEADER,
+    DeadLetter,
+    Submission,
+    Timings,
+    Verdict,
+    count_earlier_attempts,
+)
 from services.core.settings import Settings
 from services.core.values import (
     Action,
@@ -513,8 +521,11 @@ async def test_messages_of_0_1_0_are_read(client: Any, settings: Settings) -> No
         (),
     )
     assert (replayed.value, replayed.key, replayed.header("ce_id")) == (DEAD.message.value, b"k", b"7")
-    assert (replayed.header(REPLAYED_FROM), replayed.header(ATTEMPTS)) == (b"sluice.dead-letters/5-0", b"2")
-    assert attempts_before(replayed.headers) == 2
+    assert (replayed.header(REPLAYED_FROM_HEADER), replayed.header(ATTEMPTS_HEADER)) == (
+        b"sluice.dead-letters/5-0",
+        b"2",
+    )
+    assert count_earlier_attempts(replayed.headers) == 2
     (judged,) = read[settings.verdicts_stream]
     assert Verdict.model_validate_json(judged.value) == verdict("upl-1")
     (dead,) = read[settings.dead_letters_stream]

@@ -17,7 +17,7 @@ from pipelines.dead_letters import replay as dead_letters
 from pipelines.dead_letters.replay import ReplayCounts, Selection, StoredDeadLetter, parse_dead_letter
 from pipelines.dead_letters.replay_log import ReplayLog
 from services.core.errors import ConfigurationError, StreamUnavailable, Unavailable
-from services.core.messages import DeadLetter, attempts_before, producer_headers
+from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
 from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
@@ -121,12 +121,12 @@ class TestSelection:
 
 def test_attempts_header_counts_only_on_replayed_submissions() -> None:
     replayed = ("sluice-replayed-from", b"x/0/1")
-    assert attempts_before([replayed, ("sluice-attempts", b"3")]) == 3
-    assert attempts_before([("Sluice-Attempts", b"3"), ("Sluice-Replayed-From", b"x")]) == 3
-    assert attempts_before([("sluice-attempts", b"3")]) == 0, "a producer cannot set attempts"
+    assert count_earlier_attempts([replayed, ("sluice-attempts", b"3")]) == 3
+    assert count_earlier_attempts([("Sluice-Attempts", b"3"), ("Sluice-Replayed-From", b"x")]) == 3
+    assert count_earlier_attempts([("sluice-attempts", b"3")]) == 0, "a producer cannot set attempts"
     for wrong in (b"", b"-1", b"x", b"9" * 5000, "٣".encode()):
-        assert attempts_before([replayed, ("sluice-attempts", wrong)]) == 0
-    assert producer_headers([("ce_id", b"1"), ("Sluice-Reason", b"x"), replayed]) == (("ce_id", b"1"),)
+        assert count_earlier_attempts([replayed, ("sluice-attempts", wrong)]) == 0
+    assert remove_own_headers([("ce_id", b"1"), ("Sluice-Reason", b"x"), replayed]) == (("ce_id", b"1"),)
 
 
 async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_its_attempts(bench: IntakeBench) -> None:
@@ -136,7 +136,7 @@ async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_it
     await bench.submit(native, b"its own key", **CLOUD_EVENT, **forged)
     await bench.settled(1)
     (dead,) = await bench.read(bench.settings.dead_letters_stream)
-    assert dict(producer_headers(dead.headers)) == CLOUD_EVENT
+    assert dict(remove_own_headers(dead.headers)) == CLOUD_EVENT
     assert {dead.header("Sluice-Attempts"), dead.header("sluice-attempts")} == {b"1"}
 
     counts, replayed = await replay(bench.settings)
@@ -144,7 +144,7 @@ async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_it
     await bench.settled(2)
     original, again = await bench.read(bench.settings.submissions_stream)
     assert (again.value, again.key) == (original.value, original.key)
-    assert dict(producer_headers(again.headers)) == CLOUD_EVENT
+    assert dict(remove_own_headers(again.headers)) == CLOUD_EVENT
     assert again.header("sluice-replayed-from") == dead.source.encode()
     letters = await bench.letters()
     assert [(each.submission_id, each.reason, each.attempts) for each in letters] == [
@@ -384,7 +384,7 @@ async def test_kafka_replays_to_the_same_partition_and_reports_refused_messages(
     assert (verdict.submission_id, len(letters)) == ("late", 2)
     again = [each for each in await bench.read(bench.settings.submissions_stream) if each.key == b"k"]
     assert len({each.source.rpartition("/")[0] for each in again}) == 1, "the same key, so the same partition"
-    assert all(dict(producer_headers(each.headers)) == CLOUD_EVENT for each in again)
+    assert all(dict(remove_own_headers(each.headers)) == CLOUD_EVENT for each in again)
     assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1, already_replayed=1)
     _, letters = await bench.settled(4, within_s=60)
     assert sorted(each.attempts for each in letters) == [1, 1, 2]

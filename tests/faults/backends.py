@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 import boto3
 
-from services.core.processes import SupervisedProcess, free_port
+from services.core.processes import SupervisedProcess, find_free_port
 from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
 from services.streams.config import StreamConfig
@@ -36,7 +36,7 @@ class Store:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.pictures = Pictures(folder / "pictures", seed)
-        self._port = free_port()
+        self._port = find_free_port()
         self._log = folder / "s3.log"
         self._child: SupervisedProcess | None = None
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import psutil
 
-from services.core.processes import SupervisedProcess, free_port
+from services.core.processes import SupervisedProcess, find_free_port
 from tests.faults.member import NOT_NOW
 from tests.support.kafka_broker import ROOT
 
@@ -109,7 +109,7 @@ class Fleet:
     ) -> None:
         """`links`: for each member the URL of its stream."""
         environment = os.environ | environment | {"PYTHONPATH": str(ROOT)}
-        ports = [str(free_port()) for _ in range(guards)]
+        ports = [str(find_free_port()) for _ in range(guards)]
         module = (sys.executable, "-m")
         self.guards = [
             Place(f"guard-{n}", (*module, "tests.faults.guard", port, refused), environment, folder / f"guard-{n}.log")

@@ -15,8 +15,8 @@ from typing import Final
 from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import IntakeWorker
 from services.core.errors import Unavailable
+from services.core.logs import configure_logging
 from services.core.settings import load
-from services.core.telemetry import configure_logging
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.retrying import build_retrying_moderator

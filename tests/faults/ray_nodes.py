@@ -15,7 +15,7 @@ from typing import Final, Literal
 import psutil
 import ray
 
-from services.core.processes import SupervisedProcess, free_port
+from services.core.processes import SupervisedProcess, find_free_port
 from tests.support.kafka_broker import ROOT
 
 Kind = Literal["cpu", "gpu"]
@@ -99,7 +99,7 @@ class Cluster:
     def __init__(self, folder: Path, redis_address: str, environment: Mapping[str, str]) -> None:
         """`redis_address`: host:port, where the head keeps its state; `environment`: of whatever runs on the nodes."""
         host = ray.util.get_node_ip_address()  # Ray takes the loopback address for this one wherever it is given
-        self.address = f"{host}:{free_port()}"
+        self.address = f"{host}:{find_free_port()}"
         self.environment = (
             os.environ
             | _SHARED
@@ -110,7 +110,7 @@ class Cluster:
         self._options = ("--block", f"--node-ip-address={host}", f"--object-store-memory={80 << 20}")
         self._options += ("--include-log-monitor=false", "--disable-usage-stats")
         own = ("--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false")
-        own += (f"--ray-client-server-port={free_port()}", "--no-monitor")
+        own += (f"--ray-client-server-port={find_free_port()}", "--no-monitor")
         kept = {"RAY_REDIS_ADDRESS": redis_address, "RAY_external_storage_namespace": "test"}
         self.head = Node(["ray", "start", *own, *self._options], self.environment | kept, folder / "head")
         self.nodes: list[Node] = []

@@ -188,7 +188,7 @@ async def test_blocking_message_is_settled_once_others_succeed() -> None:
     await bench.receive()
     await bench.moderator.stuck.wait()
     for _ in range(60):
-        bench.processor.expiry_budget.succeeded()
+        bench.processor.expiry_budget.record_success()
     bench.now_s = 600.0
     bench.lane.expire_blocking_messages(600)
     assert not any(held.deadline_passed for held in bench.lane.in_flight.values()), "its deadline has not passed"

@@ -209,7 +209,7 @@ async def test_block_with_an_open_breaker_becomes_a_review() -> None:
 
 async def test_upload_without_bytes_is_malformed() -> None:
     with pytest.raises(Malformed, match="must come with the request"):
-        await FakePorts(POLICY).build_moderator().judge(Upload(id="a", uri=Upload.uri_of(b"bytes")))
+        await FakePorts(POLICY).build_moderator().judge(Upload(id="a", uri=Upload.make_uri(b"bytes")))
 
 
 async def test_unavailable_port_is_called_again() -> None:
@@ -275,7 +275,7 @@ async def test_judge_image_returns_one_result_for_each_policy() -> None:
 async def test_upload_is_not_fetched_and_has_the_given_priority() -> None:
     ports = FakePorts(POLICY)
     moderator = Moderator(policies=ports, images=_NoImages(), preparer=_Preparer(), guard=ports)
-    upload = Upload(id="a", uri=Upload.uri_of(b"bytes"))
+    upload = Upload(id="a", uri=Upload.make_uri(b"bytes"))
     result = await moderator.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
     verdict = result.verdict
     assert verdict.uri == f"upload:sha256:{hashlib.sha256(b'bytes').hexdigest()}"

@@ -94,7 +94,7 @@ def test_files_and_drawings_travel_with_the_request_objects_are_named(service: S
     lines: list[str] = []
     assert run_examples(document, tmp_path, Settings(), write=lines.append, progress=print) == 0
     file, drawing, stored = service.requests
-    assert (file.image, file.submission.uri) == (b"bytes of a", Upload.uri_of(b"bytes of a"))
+    assert (file.image, file.submission.uri) == (b"bytes of a", Upload.make_uri(b"bytes of a"))
     assert drawing.image is not None
     assert drawing.image.startswith(b"\xff\xd8"), "a JPEG file"
     assert (stored.image, stored.submission.uri) == (None, "s3://uploads/k")

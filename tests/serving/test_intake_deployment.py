@@ -41,12 +41,12 @@ async def judge_under(moderator: FakeModerator, request: ImageRequest, image: by
 
 
 def upload(image: bytes) -> Upload:
-    return Upload(id="upl-1", uri=Upload.uri_of(image))
+    return Upload(id="upl-1", uri=Upload.make_uri(image))
 
 
 async def test_image_with_the_request_is_judged(moderator: FakeModerator) -> None:
     image = b"x" * LIMIT_BYTES
-    assert await judge_under(moderator, upload(image), image) == [(Upload.uri_of(image), "default")]
+    assert await judge_under(moderator, upload(image), image) == [(Upload.make_uri(image), "default")]
     assert moderator.images == [image]
 
 

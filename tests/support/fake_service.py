@@ -39,7 +39,7 @@ class ScriptedIntake:
             case "hang":
                 _mark(submission)
                 await asyncio.sleep(3600)
-        if image is not None and submission.uri != Upload.uri_of(image):
+        if image is not None and submission.uri != Upload.make_uri(image):
             raise NotFound("the bytes are not those that were sent")
         await asyncio.sleep(0.01 * (len(submission.id) % 3))
         return [

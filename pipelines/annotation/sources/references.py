@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pipelines.annotation.image_row import FileLocation, ImageRow
 from pipelines.annotation.storage import local_path
 from services.core.errors import ConfigurationError, Forbidden, Malformed
-from services.core.messages import Submission, id_of
+from services.core.messages import Submission, make_submission_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ReferenceResolver:
         number = columns.get("id")
         name = text.get("id") or (str(number) if isinstance(number, int) else "") or (uri if place else "")
         row = ImageRow(
-            id=id_of(name),
+            id=make_submission_id(name),
             uri=uri,
             version_id=text.get("version_id"),
             etag=text.get("etag"),
