@@ -59,7 +59,7 @@ class BacklogScaling:
         if since_s is not None and 0 <= since_s < self._rules.every_s:
             return {}
         measurements.last_decision_s = now_s
-        guard, intake = (count_replicas(contexts[each], now_s) for each in (guard_id, intake_id))
+        guard, intake = (_read_replica_counts(contexts[each], now_s) for each in (guard_id, intake_id))
         oldest_s = now_s - self._rules.stale_s
         reading = decode(contexts[intake_id].raw_metrics or {}, oldest_s)
         others = [context for each, context in contexts.items() if each not in (guard_id, intake_id)]
@@ -85,8 +85,8 @@ class BacklogScaling:
         return by_name[guard], by_name[intake]
 
 
-def count_replicas(context: Any, now_s: float) -> ReplicaCounts:
-    """Return the replicas of a deployment, from Serve's context of it."""
+def _read_replica_counts(context: Any, now_s: float) -> ReplicaCounts:
+    """Return the replicas of a deployment from Serve's context of it."""
     up_s, down_s = context.last_scale_up_time, context.last_scale_down_time
     return ReplicaCounts(
         running=context.current_num_replicas,

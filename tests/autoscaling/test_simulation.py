@@ -19,13 +19,13 @@ DETERMINISTIC = ClusterSpec(node_s=(300, 300), cold_start_s=(100, 100), spot_los
 class ConstantScaler:
     """Always wants the same number of replicas."""
 
-    every_s = 2
-    members: int | None = None
+    interval_s = 2
+    intake_members: int | None = None
 
     def __init__(self, replicas: int) -> None:
         self._replicas = replicas
 
-    def replicas(self, view: ClusterView) -> int:
+    def decide(self, view: ClusterView) -> int:
         return self._replicas
 
 
@@ -85,7 +85,7 @@ def test_lost_replicas_are_replaced() -> None:
     simulated = fleet(replace(DETERMINISTIC, spot_losses_per_hour=36_000))
     simulated.set_target(3)
     simulated.advance(400)
-    assert simulated.lose(60) == 3
+    assert simulated.lose_nodes(60) == 3
     assert simulated.running == 0
     simulated.advance(800)
     assert simulated.running == 3
@@ -110,22 +110,22 @@ def test_weighted_percentile_counts_each_weight() -> None:
 
 def test_ray_default_scaler_waits_for_its_delays() -> None:
     ray = RayDefaultScaler(DETERMINISTIC, target_ongoing_requests=2)
-    assert ray.replicas(view(0, at_guard=1)) == 1
-    decided = [ray.replicas(view(second, at_guard=20, running=4)) for second in range(40, 74, 2)]
+    assert ray.decide(view(0, at_guard=1)) == 1
+    decided = [ray.decide(view(second, at_guard=20, running=4)) for second in range(40, 74, 2)]
     assert decided[:15] == [4] * 15  # upscale_delay_s
     assert decided[15] == 10
-    calm = [ray.replicas(view(second, running=4)) for second in range(200, 860, 2)]
+    calm = [ray.decide(view(second, running=4)) for second in range(200, 860, 2)]
     assert calm.index(1) == 300  # downscale_delay_s; to zero only from one
 
 
 def test_keda_scaler_limits_its_steps() -> None:
     keda = KedaScaler(DETERMINISTIC, lag_threshold=100)
-    assert keda.replicas(view(0, backlog=1)) == 1
-    assert keda.replicas(view(15, backlog=5000, running=1)) == 5  # at most four more, or twice as many
-    assert keda.replicas(view(30, backlog=1050, running=10)) == 10  # within the tolerance
-    assert keda.replicas(view(45, backlog=200, running=10)) == 10  # more was wanted within 300 s
-    assert keda.replicas(view(400, backlog=200, running=10)) == 2
-    assert keda.replicas(view(701, running=2)) == 0  # cooldownPeriod
+    assert keda.decide(view(0, backlog=1)) == 1
+    assert keda.decide(view(15, backlog=5000, running=1)) == 5  # at most four more, or twice as many
+    assert keda.decide(view(30, backlog=1050, running=10)) == 10  # within the tolerance
+    assert keda.decide(view(45, backlog=200, running=10)) == 10  # more was wanted within 300 s
+    assert keda.decide(view(400, backlog=200, running=10)) == 2
+    assert keda.decide(view(701, running=2)) == 0  # cooldownPeriod
 
 
 def test_oracle_pays_only_for_work_and_loading() -> None:

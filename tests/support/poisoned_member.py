@@ -1,7 +1,7 @@
-"""An intake member as a process that dies of what it touches: settings (JSON) and a name are its arguments.
+"""An intake member as a process that poison kills. Its arguments are the settings (JSON) and its name.
 
-It dies when it reads a message whose value holds `deadly-to-read`, and when it judges a submission whose id holds
-`deadly-to-judge`; everything else needs review, after a moment.
+The process dies when it parses a message whose value contains `deadly-to-read`, and when it judges a submission whose
+id contains `deadly-to-judge`. Every other submission needs review.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
 from services.streams.parsing import parse
 
-_TAKES_S = 0.02
+_JUDGE_S = 0.02
 
 
 def deadly_parse(message: Message) -> Any:
@@ -34,7 +34,7 @@ def deadly_parse(message: Message) -> Any:
 
 class DeadlyModerator:
     async def judge(self, submission: Submission) -> ModerationResult:
-        await asyncio.sleep(_TAKES_S)
+        await asyncio.sleep(_JUDGE_S)
         if "deadly-to-judge" in submission.id:
             os.kill(os.getpid(), signal.SIGKILL)
         return ModerationResult(

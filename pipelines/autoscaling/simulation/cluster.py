@@ -82,7 +82,7 @@ class SimulatedFleet:
                 self._idle.pop(number, None)
         self._bill(now_s)
 
-    def lose(self, duration_s: float) -> int:
+    def lose_nodes(self, duration_s: float) -> int:
         """Lose spot nodes at random, at the rate of `duration_s`. Return how many."""
         rate = self.running * self.cluster.spot_losses_per_hour * duration_s / 3600
         lost = min(self.running, int(self.rng.poisson(rate))) if rate else 0

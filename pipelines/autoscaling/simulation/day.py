@@ -80,7 +80,7 @@ class _Simulation:
         if second == WARM_UP_S:
             self._warm_up_gpu_s, self._warm_up_changes = fleet.gpu_s, fleet.changes
         slots = fleet.running * cluster.guard_in_flight
-        lost = fleet.lose(1.0) * cluster.guard_in_flight
+        lost = fleet.lose_nodes(1.0) * cluster.guard_in_flight
         self._done -= min(lost, max(0.0, self._published[second] - self._done))
         fed_replicas = min(fleet.running, self._held_limit // cluster.guard_in_flight)
         capacity = fed_replicas * cluster.replica_rate
@@ -93,7 +93,7 @@ class _Simulation:
 
     def _scale(self, second: int, waiting: float, busy: float) -> None:
         """Record the numbers of this second, and let the scaler act on those that it has."""
-        fleet, interval_s = self._fleet, self._scaler.every_s
+        fleet, interval_s = self._fleet, self._scaler.interval_s
         if (second + _METRICS_AGE_S) % interval_s == 0:
             at_guard = min(busy + waiting, self._held_limit)
             self._metrics = (second, waiting + busy, self._published[second + 1], at_guard)
@@ -101,7 +101,7 @@ class _Simulation:
             view = ClusterView(
                 *self._metrics, fleet.running, fleet.target, fleet.scaled_up_at_s, fleet.scaled_down_at_s
             )
-            fleet.set_target(self._scaler.replicas(view))
+            fleet.set_target(self._scaler.decide(view))
 
     def finish(self) -> SimulatedDay:
         """Return the result of the day that followed the warm-up."""
@@ -125,6 +125,6 @@ class _Simulation:
 
 def _held_limit(scaler: Scaler, cluster: ClusterSpec) -> float:
     """Return how many submissions Intake can hold."""
-    if scaler.members is None:
+    if scaler.intake_members is None:
         return INTAKE_OVERSUBSCRIPTION * cluster.max_replicas * cluster.guard_in_flight
-    return scaler.members * cluster.intake_in_flight
+    return scaler.intake_members * cluster.intake_in_flight

@@ -30,11 +30,11 @@ class ClusterView:
 class Scaler(Protocol):
     """Decides how many replicas there should be."""
 
-    every_s: int
-    members: int | None
-    """Intake members, if their number is fixed; None if there are always enough."""
+    interval_s: int
+    intake_members: int | None
+    """The number of intake members, if it is fixed; None if there are always enough."""
 
-    def replicas(self, view: ClusterView) -> int: ...
+    def decide(self, view: ClusterView) -> int: ...
 
 
 def _since(now_s: float, at_s: float | None) -> float | None:
@@ -44,15 +44,15 @@ def _since(now_s: float, at_s: float | None) -> float | None:
 class SluiceScaler:
     """The decision and the measurements of production, on the numbers that Intake would have recorded."""
 
-    every_s: int = 2
-    members: int | None = None
+    interval_s: int = 2
+    intake_members: int | None = None
 
     def __init__(self, rules: Rules, cluster: ClusterSpec) -> None:
         self._rules, self._bounds = rules, ReplicaBounds(0, cluster.max_replicas)
         self._measured = Measurements(rules)
         self._intake = ReplicaCounts(1, 1, ReplicaBounds(1, cluster.max_replicas))
 
-    def replicas(self, view: ClusterView) -> int:
+    def decide(self, view: ClusterView) -> int:
         guard = ReplicaCounts(
             view.running,
             view.target,
@@ -79,16 +79,16 @@ class RayDefaultScaler:
 
     cluster: ClusterSpec
     target_ongoing_requests: float
-    members: int | None = None
+    intake_members: int | None = None
     look_back_period_s: float = 30.0
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
-    every_s: int = 2
+    interval_s: int = 2
     _ongoing: deque[tuple[float, float]] = field(default_factory=deque)
     _direction: int = 0
     _since_s: float = 0.0
 
-    def replicas(self, view: ClusterView) -> int:
+    def decide(self, view: ClusterView) -> int:
         self._ongoing.append((view.now_s, view.at_guard))
         while self._ongoing[0][0] < view.now_s - self.look_back_period_s:
             self._ongoing.popleft()
@@ -118,18 +118,18 @@ class KedaScaler:
 
     cluster: ClusterSpec
     lag_threshold: float
-    members: int | None = None
-    every_s: int = 15
+    intake_members: int | None = None
+    interval_s: int = 15
     stabilization_s: float = 300.0
     cooldown_s: float = 300.0
     _desired: deque[tuple[float, int]] = field(default_factory=deque)
     _active_s: float = 0.0
 
-    def replicas(self, view: ClusterView) -> int:
+    def decide(self, view: ClusterView) -> int:
         if view.backlog > 0:
             self._active_s = view.now_s
         if view.target == 0:
-            return 1 if view.backlog > 0 and view.now_s % 30 < self.every_s else 0
+            return 1 if view.backlog > 0 and view.now_s % 30 < self.interval_s else 0
         if view.now_s - self._active_s >= self.cooldown_s:
             return 0
         desired = max(1, min(math.ceil(view.backlog / self.lag_threshold), self.cluster.max_replicas))
