@@ -28,7 +28,7 @@ from services.core.settings import Settings
 from services.core.values import StoredObject
 from services.images.decoder_pool import DecoderPool
 from services.moderation.cascade import judge_image
-from services.moderation.retrying import RetryingPreparer
+from services.moderation.retrying_ports import RetryingPreparer
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 from services.policies.document import BUILT_IN

@@ -37,7 +37,7 @@ from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import build_retrying_moderator
+from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry

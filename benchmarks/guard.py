@@ -37,7 +37,7 @@ from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
 from services.images.decoder_pool import DecoderPool
 from services.moderation.cascade import PolicyAssessment, assess_each
-from services.moderation.retrying import RetryingGuard, RetryingPreparer
+from services.moderation.retrying_ports import RetryingGuard, RetryingPreparer
 from services.policies.document import PolicyDocument
 
 FRESH_SEED = 3_000_000_000

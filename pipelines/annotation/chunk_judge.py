@@ -16,7 +16,7 @@ from services.core.retry import retry_while_unavailable
 from services.core.values import Policy, Priority
 from services.moderation.cascade import judge_image
 from services.moderation.ports import GuardClient, ImagePreparer
-from services.moderation.retrying import RetryingGuard, RetryingPreparer
+from services.moderation.retrying_ports import RetryingGuard, RetryingPreparer
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 

@@ -11,7 +11,7 @@ from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.moderator import Moderator
-from services.moderation.retrying import build_retrying_moderator
+from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache

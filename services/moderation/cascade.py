@@ -47,7 +47,7 @@ async def judge_image(
 
     Raises:
         Unjudgeable: the bytes are not an image that can be decoded.
-        Unavailable: no decoder or no engine is available; retrying ports (retrying.py) wait instead.
+        Unavailable: no decoder or no engine is available; retrying ports (retrying_ports.py) wait instead.
     """
     image = await timer.time("prepare", preparer.prepare(data))
     assessing = assess_each(image, policies, priority, guard=guard, preparer=preparer, detail=detail)

@@ -43,7 +43,7 @@ from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import build_retrying_moderator
+from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
 from tests.support.data_set_images import picture, tar

@@ -19,7 +19,7 @@ from services.core.logs import configure_logging
 from services.core.settings import load
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import build_retrying_moderator
+from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache

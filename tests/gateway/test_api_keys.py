@@ -9,7 +9,7 @@ from services.core.errors import ConfigurationError, KeysUnavailable
 from services.gateway.api_key_cache import ApiKeyCache
 from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token
 from services.gateway.problems import TYPE_PREFIX
-from tests.support.gateway_bench import Bench, data_url
+from tests.support.gateway_bench import GatewayBench, data_url
 
 REQUEST = {"input": {"type": "image_url", "image_url": {"url": data_url()}}}
 
@@ -71,7 +71,7 @@ async def test_search_that_starts_when_a_refresh_ends_does_not_block_the_loop() 
         assert set(await asyncio.gather(*asking)) == {None}
 
 
-def test_created_key_is_stored_without_its_token_and_can_be_revoked(idle: Bench) -> None:
+def test_created_key_is_stored_without_its_token_and_can_be_revoked(idle: GatewayBench) -> None:
     key, token = idle.keys.create("ci", "review", tenant="shop", rate_per_s=5, concurrency=2, who="ada")
     objects = idle.s3.list_objects_v2(Bucket=idle.settings.policy_bucket, Prefix="keys/")["Contents"]
     (path,) = [each["Key"] for each in objects]
@@ -92,7 +92,7 @@ def test_created_key_is_stored_without_its_token_and_can_be_revoked(idle: Bench)
 
 
 async def test_other_and_invalid_objects_among_the_keys_are_ignored(
-    idle: Bench, caplog: pytest.LogCaptureFixture
+    idle: GatewayBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, token = idle.keys.create("good", "moderate")
     revoked, revoked_token = idle.keys.create("revoked", "moderate")
@@ -125,7 +125,7 @@ async def test_other_and_invalid_objects_among_the_keys_are_ignored(
     assert idle.keys.read_index()[newer], "a key with an invalid object can be revoked"
 
 
-async def test_new_key_is_accepted_and_revoked_key_is_refused_after_a_refresh(bench: Bench) -> None:
+async def test_new_key_is_accepted_and_revoked_key_is_refused_after_a_refresh(bench: GatewayBench) -> None:
     key, token = bench.keys.create("late", "moderate")
     async with bench.client(Authorization=f"Bearer {token}") as client:
         assert (await client.post("/v1/moderations", json=REQUEST)).status_code == 200
@@ -148,7 +148,7 @@ async def test_cache_refreshes_periodically_also_after_an_outage() -> None:
         assert await cache.find(token) is None
 
 
-async def test_request_without_a_valid_key_is_unauthenticated(bench: Bench) -> None:
+async def test_request_without_a_valid_key_is_unauthenticated(bench: GatewayBench) -> None:
     token = bench.token()
     wrong = [token[:-1], token + "a", token[:-1] + ("a" if token[-1] != "a" else "b"), "x" * 10_000, "\u00e9", "a b"]
     async with bench.client() as client:

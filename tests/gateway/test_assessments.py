@@ -15,7 +15,7 @@ from services.core.errors import RedisUnavailable
 from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway.assessment_store import AssessmentStore
 from services.gateway.problems import TYPE_PREFIX
-from tests.support.gateway_bench import JPEG, OTHER_JPEG, Bench, Gate, age_assessment, data_url, unsafe
+from tests.support.gateway_bench import JPEG, OTHER_JPEG, Gate, GatewayBench, age_assessment, data_url, unsafe
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.schema.json").read_text())
 PATH = "/v1/assessments"
@@ -40,9 +40,9 @@ def lost_answers(method: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def second_gateway(bench: Bench) -> AsyncIterator[Bench]:
+async def second_gateway(bench: GatewayBench) -> AsyncIterator[GatewayBench]:
     """Start another gateway with the same backends and API keys."""
-    other = Bench(bench.settings, bench.preparer)
+    other = GatewayBench(bench.settings, bench.preparer)
     other.share_keys_of(bench)
     await other.start()
     try:
@@ -55,7 +55,7 @@ def form(data: bytes = JPEG) -> dict[str, Any]:
     return {"files": {"file": ("picture.txt", data, "text/plain")}}
 
 
-async def test_image_by_reference_upload_or_data_url_gets_a_verdict(bench: Bench) -> None:
+async def test_image_by_reference_upload_or_data_url_gets_a_verdict(bench: GatewayBench) -> None:
     bench.guard.script = says_unsafe
     uri = bench.put("assessments/a.jpg")
     async with bench.client(tenant="shop") as client:
@@ -77,7 +77,7 @@ async def test_image_by_reference_upload_or_data_url_gets_a_verdict(bench: Bench
     assert inline.json()["submission_id"] == inline.headers["location"].rpartition("/")[2]
 
 
-async def test_detail_score_gives_a_verdict_without_category(bench: Bench) -> None:
+async def test_detail_score_gives_a_verdict_without_category(bench: GatewayBench) -> None:
     async with bench.client() as client:
         answer = await client.post(f"{PATH}?wait=20", **form(), data={"detail": "score"})
     assert "verdict" not in bench.guard.calls
@@ -85,7 +85,7 @@ async def test_detail_score_gives_a_verdict_without_category(bench: Bench) -> No
     assert (verdict["score"], verdict["action"], verdict["category"]) == (0.02, "allow", None)
 
 
-async def test_verdict_after_the_wait_is_found_at_the_location(bench: Bench) -> None:
+async def test_verdict_after_the_wait_is_found_at_the_location(bench: GatewayBench) -> None:
     gate = bench.guard.script = Gate()
     async with bench.client() as client, bench.client(tenant="other") as other:
         at_once = await client.post(PATH, **form())
@@ -103,7 +103,7 @@ async def test_verdict_after_the_wait_is_found_at_the_location(bench: Bench) -> 
             assert (hidden.status_code, hidden.json()["type"]) == (404, f"{TYPE_PREFIX}not-found")
 
 
-async def test_assessment_of_an_ended_process_is_interrupted(bench: Bench) -> None:
+async def test_assessment_of_an_ended_process_is_interrupted(bench: GatewayBench) -> None:
     async with bench.client() as client:
         async with second_gateway(bench) as other:
             other.guard.script = Gate()
@@ -115,7 +115,7 @@ async def test_assessment_of_an_ended_process_is_interrupted(bench: Bench) -> No
     assert lost.headers["retry-after"]
 
 
-async def test_requests_with_one_idempotency_key_are_judged_once(bench: Bench) -> None:
+async def test_requests_with_one_idempotency_key_are_judged_once(bench: GatewayBench) -> None:
     gate = bench.guard.script = Gate()
     async with bench.client(**{"Idempotency-Key": "order-7"}) as client:
         posts = [asyncio.create_task(client.post(f"{PATH}?wait=20", **form())) for _ in range(5)]
@@ -137,7 +137,7 @@ async def test_requests_with_one_idempotency_key_are_judged_once(bench: Bench) -
         assert answer.status_code == 200, "another API key has its own idempotency keys"
 
 
-async def test_idempotency_key_after_a_temporary_failure_is_judged_again(bench: Bench) -> None:
+async def test_idempotency_key_after_a_temporary_failure_is_judged_again(bench: GatewayBench) -> None:
     async def fails(_image: PreparedImage, _detail: Detail) -> Assessment:
         raise ZeroDivisionError
 
@@ -153,7 +153,9 @@ async def test_idempotency_key_after_a_temporary_failure_is_judged_again(bench: 
 
 
 @pytest.mark.parametrize("method", ["claim", "replace"])
-async def test_idempotency_key_with_a_lost_answer_of_redis_is_judged_when_sent_again(bench: Bench, method: str) -> None:
+async def test_idempotency_key_with_a_lost_answer_of_redis_is_judged_when_sent_again(
+    bench: GatewayBench, method: str
+) -> None:
     async def fails(_image: PreparedImage, _detail: Detail) -> Assessment:
         raise ZeroDivisionError
 
@@ -176,7 +178,7 @@ async def test_idempotency_key_with_a_lost_answer_of_redis_is_judged_when_sent_a
     assert bench.guard.calls.count("verdict") == before + 1
 
 
-async def test_slow_assessment_is_pending_in_all_gateways_until_its_verdict(bench: Bench) -> None:
+async def test_slow_assessment_is_pending_in_all_gateways_until_its_verdict(bench: GatewayBench) -> None:
     gate = bench.guard.script = Gate()
     key = {"Idempotency-Key": "a"}
     async with second_gateway(bench) as other, bench.client(**key) as here, other.client(**key) as elsewhere:
@@ -191,7 +193,7 @@ async def test_slow_assessment_is_pending_in_all_gateways_until_its_verdict(benc
         assert "verdict" not in other.guard.calls
 
 
-async def test_verdict_during_an_outage_of_redis_is_saved_afterwards(bench: Bench) -> None:
+async def test_verdict_during_an_outage_of_redis_is_saved_afterwards(bench: GatewayBench) -> None:
     gate = bench.guard.script = Gate()
     async with (
         second_gateway(bench) as other,
@@ -213,7 +215,7 @@ async def test_verdict_during_an_outage_of_redis_is_saved_afterwards(bench: Benc
     assert gate.calls == 1
 
 
-async def test_invalid_requests_are_refused(bench: Bench) -> None:
+async def test_invalid_requests_are_refused(bench: GatewayBench) -> None:
     uri = bench.put("assessments/b.jpg")
     refused: list[tuple[dict[str, Any], int, str]] = [
         ({"json": {"uri": "s3://uploads/absent"}}, 422, "image-not-found"),

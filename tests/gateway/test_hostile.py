@@ -9,7 +9,7 @@ import httpx
 import psutil
 
 from services.gateway.server import GatewayServer, listen
-from tests.support.gateway_bench import JPEG, Bench, Gate
+from tests.support.gateway_bench import JPEG, Gate, GatewayBench
 
 SLOW = 500
 PATH = "/v1/assessments"
@@ -36,7 +36,7 @@ async def statuses(readers: list[asyncio.StreamReader]) -> list[bytes]:
     return [answer[9:12] if isinstance(answer, bytes) else b"" for answer in answers]
 
 
-async def check_neighbour_is_served(idle: Bench, server: GatewayServer) -> None:
+async def check_neighbour_is_served(idle: GatewayBench, server: GatewayServer) -> None:
     """Send a request with another API key on another connection."""
     headers = {"Authorization": f"Bearer {idle.token(tenant='neighbour')}"}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", headers=headers, timeout=20) as client:
@@ -44,7 +44,7 @@ async def check_neighbour_is_served(idle: Bench, server: GatewayServer) -> None:
         assert answer.status_code == 200, answer.text
 
 
-async def test_slow_uploads_of_one_key_are_refused_within_its_limits(idle: Bench) -> None:
+async def test_slow_uploads_of_one_key_are_refused_within_its_limits(idle: GatewayBench) -> None:
     """Each upload announces a megabyte and sends little of it."""
     idle.configure(gateway_rate_per_s=10_000)
     server = await idle.serve()
@@ -61,7 +61,7 @@ async def test_slow_uploads_of_one_key_are_refused_within_its_limits(idle: Bench
     await check_neighbour_is_served(idle, server)
 
 
-async def test_slow_uploads_without_a_key_are_refused(idle: Bench) -> None:
+async def test_slow_uploads_without_a_key_are_refused(idle: GatewayBench) -> None:
     server = await idle.serve()
     head = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
     async with connections(server, SLOW, head) as readers:
@@ -69,7 +69,7 @@ async def test_slow_uploads_without_a_key_are_refused(idle: Bench) -> None:
         assert {b"401"} <= set(await statuses(readers)) <= {b"401", b""}
 
 
-async def test_connections_without_a_request_are_closed(idle: Bench) -> None:
+async def test_connections_without_a_request_are_closed(idle: GatewayBench) -> None:
     """More connections than allowed: the oldest are closed first, the others at the deadline for a request's head."""
     idle.configure(gateway_connections=100)
     server = await idle.serve()
@@ -79,7 +79,7 @@ async def test_connections_without_a_request_are_closed(idle: Bench) -> None:
     await check_neighbour_is_served(idle, server)
 
 
-async def test_slow_uploads_over_the_limit_of_connections_are_closed(idle: Bench) -> None:
+async def test_slow_uploads_over_the_limit_of_connections_are_closed(idle: GatewayBench) -> None:
     """The limits of the key are high, so only the number of connections is limited: the slowest are closed."""
     idle.configure(gateway_rate_per_s=10_000, gateway_concurrency=1000, gateway_connections=100)
     server = await idle.serve()
@@ -91,7 +91,7 @@ async def test_slow_uploads_over_the_limit_of_connections_are_closed(idle: Bench
     assert answers.count(b"408") <= idle.settings.gateway_connections
 
 
-async def test_malformed_and_broken_off_requests_are_refused(idle: Bench) -> None:
+async def test_malformed_and_broken_off_requests_are_refused(idle: GatewayBench) -> None:
     server = await idle.serve()
     bearer = f"Authorization: Bearer {idle.token()}\r\n"
     for sent, is_half_closed in (
@@ -119,7 +119,7 @@ async def test_malformed_and_broken_off_requests_are_refused(idle: Bench) -> Non
     await check_neighbour_is_served(idle, server)
 
 
-async def test_closed_connection_cancels_judging_and_frees_its_slot(idle: Bench) -> None:
+async def test_closed_connection_cancels_judging_and_frees_its_slot(idle: GatewayBench) -> None:
     idle.configure(gateway_in_flight=1)
     server = await idle.serve()
     gate = idle.guard.script = Gate()
@@ -135,7 +135,7 @@ async def test_closed_connection_cancels_judging_and_frees_its_slot(idle: Bench)
         assert (await client.post("/v1/moderations", json=request)).status_code == 200
 
 
-async def test_client_of_a_refused_large_upload_gets_the_response(idle: Bench) -> None:
+async def test_client_of_a_refused_large_upload_gets_the_response(idle: GatewayBench) -> None:
     """The client still sends when the response comes. A reset connection would hide the response."""
     server = await idle.serve()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as client:
@@ -147,7 +147,7 @@ async def test_client_of_a_refused_large_upload_gets_the_response(idle: Bench) -
             assert answer.status_code == (413 if size > idle.settings.gateway_body_limit_bytes else 400)
 
 
-async def test_stopped_replica_accepts_no_connections_on_the_shared_port(idle: Bench) -> None:
+async def test_stopped_replica_accepts_no_connections_on_the_shared_port(idle: GatewayBench) -> None:
     server = await idle.serve()
     port = server.port
     with listen("127.0.0.1", port) as other:

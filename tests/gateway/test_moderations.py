@@ -9,7 +9,7 @@ import pytest
 from services.core.errors import GuardFailed, UnreadableAnswer
 from services.core.values import CATEGORIES, Assessment, Detail, PreparedImage
 from tests.support.fake_guard import MODEL, says_safe
-from tests.support.gateway_bench import OTHER_JPEG, Bench, data_url, unsafe
+from tests.support.gateway_bench import OTHER_JPEG, GatewayBench, data_url, unsafe
 
 
 def part(url: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ async def knows_violence(image: PreparedImage, detail: Detail) -> Assessment:
     return unsafe() if image.sha256 == violent else await says_safe(image, detail)
 
 
-async def test_openai_client_gets_verdicts_and_errors(idle: Bench) -> None:
+async def test_openai_client_gets_verdicts_and_errors(idle: GatewayBench) -> None:
     server = await idle.serve()
     idle.guard.script = knows_violence
     uri = idle.put("moderations/a.jpg", OTHER_JPEG)
@@ -93,7 +93,7 @@ REFUSED: list[tuple[Any, str | None, str]] = [
 ]
 
 
-async def test_invalid_input_is_a_400_that_names_the_field(bench: Bench) -> None:
+async def test_invalid_input_is_a_400_that_names_the_field(bench: GatewayBench) -> None:
     async with bench.client() as client:
         for given, param, code in REFUSED:
             answer = await client.post("/v1/moderations", json=given)
@@ -106,7 +106,7 @@ async def test_invalid_input_is_a_400_that_names_the_field(bench: Bench) -> None
     assert bench.guard.calls.count("verdict") <= 2, "refused requests are not judged"
 
 
-async def test_errors_of_all_kinds_are_openai_error_objects(bench: Bench) -> None:
+async def test_errors_of_all_kinds_are_openai_error_objects(bench: GatewayBench) -> None:
     async with bench.client() as client:
         body = await client.post("/v1/moderations", content=b"{", headers={"content-type": "application/json"})
         kind = await client.post("/v1/moderations", content=b"a", headers={"content-type": "text/plain"})
@@ -125,7 +125,7 @@ async def test_errors_of_all_kinds_are_openai_error_objects(bench: Bench) -> Non
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "image_refused")
 
 
-async def test_unreadable_answer_of_the_guard_is_flagged_for_review(bench: Bench) -> None:
+async def test_unreadable_answer_of_the_guard_is_flagged_for_review(bench: GatewayBench) -> None:
     bench.guard.script = _answers_unreadably
     async with bench.client() as client:
         (result,) = (await client.post("/v1/moderations", json={"input": part(data_url())})).json()["results"]
@@ -133,7 +133,7 @@ async def test_unreadable_answer_of_the_guard_is_flagged_for_review(bench: Bench
     assert not any(result["categories"].values())
 
 
-async def test_categories_of_the_policy_are_in_the_result(bench: Bench) -> None:
+async def test_categories_of_the_policy_are_in_the_result(bench: GatewayBench) -> None:
     document = b"name: shop\nown_categories: [{code: O10, title: Gambling, should_not: [Show bets.]}]\n"
     async with bench.client("admin") as client:
         assert (await client.post("/v1/policies", content=document)).status_code == 201

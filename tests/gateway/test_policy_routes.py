@@ -4,12 +4,12 @@ import pytest
 
 from services.gateway.api_keys import Role
 from services.gateway.problems import TYPE_PREFIX
-from tests.support.gateway_bench import Bench, data_url
+from tests.support.gateway_bench import GatewayBench, data_url
 
 PATH = "/v1/policies"
 
 
-async def test_policy_is_published_activated_and_rolled_back(bench: Bench) -> None:
+async def test_policy_is_published_activated_and_rolled_back(bench: GatewayBench) -> None:
     async with bench.client("admin") as admin, bench.client("review") as reviewer, bench.client() as client:
         published = await admin.post(PATH, content=b"name: default\ncategories: {O2: waive}\n")
         assert published.status_code == 201
@@ -43,7 +43,7 @@ async def test_policy_is_published_activated_and_rolled_back(bench: Bench) -> No
     ]
 
 
-async def test_invalid_requests_are_refused(bench: Bench) -> None:
+async def test_invalid_requests_are_refused(bench: GatewayBench) -> None:
     async with bench.client("admin") as admin:
         for path in ("absent", "default@9", "default@x", "No Name", "absent/history"):
             answer = await admin.get(f"{PATH}/{path}")
@@ -63,7 +63,7 @@ async def test_invalid_requests_are_refused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("role", "may_read"), [("moderate", False), ("review", True)])
-async def test_role_limits_reading_and_changing(bench: Bench, role: Role, may_read: bool) -> None:
+async def test_role_limits_reading_and_changing(bench: GatewayBench, role: Role, may_read: bool) -> None:
     async with bench.client(role) as client:
         for path in ("", "/default", "/default/history"):
             answer = await client.get(PATH + path)

@@ -15,7 +15,7 @@ from services.gateway.body_memory import BodyMemory
 from services.gateway.problems import TYPE_PREFIX, HttpProblem
 from services.gateway.rate_limits import RateLimiter
 from services.policies.redis_cache import PolicyRedisCache
-from tests.support.gateway_bench import JPEG, Bench, Gate, data_url
+from tests.support.gateway_bench import JPEG, Gate, GatewayBench, data_url
 
 PATH = "/v1/assessments"
 REQUEST = {"input": {"type": "image_url", "image_url": {"url": data_url()}}}
@@ -71,7 +71,7 @@ async def test_flood_of_one_key_is_refused_without_asking_redis(valkey_url: str)
         await limiter.acquire(mine)
 
 
-async def test_request_over_the_rate_is_a_429_with_retry_after(idle: Bench) -> None:
+async def test_request_over_the_rate_is_a_429_with_retry_after(idle: GatewayBench) -> None:
     idle.configure(gateway_rate_per_s=0.1)
     await idle.start()
     async with idle.client() as client:
@@ -84,7 +84,7 @@ async def test_request_over_the_rate_is_a_429_with_retry_after(idle: Bench) -> N
     assert openai.json()["error"]["code"] == "rate_limit_exceeded"
 
 
-async def test_concurrent_requests_and_jobs_over_the_limit_are_refused(idle: Bench) -> None:
+async def test_concurrent_requests_and_jobs_over_the_limit_are_refused(idle: GatewayBench) -> None:
     idle.configure(gateway_concurrency=3)
     await idle.start()
     gate = idle.guard.script = Gate()
@@ -104,7 +104,7 @@ async def test_concurrent_requests_and_jobs_over_the_limit_are_refused(idle: Ben
     assert gate.calls == 7
 
 
-async def test_images_over_the_limit_of_the_gateway_are_refused(idle: Bench) -> None:
+async def test_images_over_the_limit_of_the_gateway_are_refused(idle: GatewayBench) -> None:
     idle.configure(gateway_in_flight=2)
     await idle.start()
     gate = idle.guard.script = Gate()
@@ -117,7 +117,7 @@ async def test_images_over_the_limit_of_the_gateway_are_refused(idle: Bench) -> 
         assert [(await answer).status_code for answer in waiting] == [200] * 2
 
 
-async def test_no_verdict_within_the_deadline_is_a_503(idle: Bench) -> None:
+async def test_no_verdict_within_the_deadline_is_a_503(idle: GatewayBench) -> None:
     idle.configure(gateway_deadline_s=0.2)
     await idle.start()
     idle.guard.script = Gate()
@@ -129,7 +129,7 @@ async def test_no_verdict_within_the_deadline_is_a_503(idle: Bench) -> None:
     assert (openai.status_code, openai.json()["error"]["type"]) == (503, "server_error")
 
 
-async def test_body_without_a_length_over_the_limit_is_refused_while_it_arrives(bench: Bench) -> None:
+async def test_body_without_a_length_over_the_limit_is_refused_while_it_arrives(bench: GatewayBench) -> None:
     limit = bench.settings.gateway_body_limit_bytes
     sent = 0
 
@@ -159,7 +159,7 @@ async def test_body_without_a_length_over_the_limit_is_refused_while_it_arrives(
         assert (await client.post(PATH, files=file)).json()["type"] == f"{TYPE_PREFIX}body-too-large"
 
 
-async def test_image_with_few_bytes_and_too_many_pixels_is_refused(bench: Bench) -> None:
+async def test_image_with_few_bytes_and_too_many_pixels_is_refused(bench: GatewayBench) -> None:
     header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (60_000).to_bytes(4) * 2 + b"\x08\x02\0\0\0"
     bomb = header + zlib.crc32(header[12:]).to_bytes(4) + b"\0\0\0\0IEND\xaeB`\x82"
     async with bench.client() as client:

@@ -5,7 +5,7 @@ import pytest
 from services.core.errors import GuardUnavailable
 from services.core.values import Assessment, Detail, PreparedImage
 from tests.support.fake_guard import says_safe
-from tests.support.gateway_bench import Bench
+from tests.support.gateway_bench import GatewayBench
 
 
 async def is_unavailable(_image: PreparedImage, _detail: Detail) -> Assessment:
@@ -16,7 +16,7 @@ async def has_a_bug(_image: PreparedImage, _detail: Detail) -> Assessment:
     raise ZeroDivisionError("secret")
 
 
-async def test_gateway_is_ready_after_the_guard_has_judged_a_test_image(bench: Bench) -> None:
+async def test_gateway_is_ready_after_the_guard_has_judged_a_test_image(bench: GatewayBench) -> None:
     await bench.app.state.readiness.refresh()
     async with bench.client() as client:
         answers = [await client.get(path) for path in ("/healthz", "/readyz")]
@@ -24,7 +24,7 @@ async def test_gateway_is_ready_after_the_guard_has_judged_a_test_image(bench: B
     assert set(bench.guard.calls) == {"score"}
 
 
-async def test_gateway_without_a_guard_is_not_ready_and_becomes_ready_with_it(idle: Bench) -> None:
+async def test_gateway_without_a_guard_is_not_ready_and_becomes_ready_with_it(idle: GatewayBench) -> None:
     idle.guard.script = is_unavailable
     await idle.start()
     readiness = idle.app.state.readiness
@@ -41,7 +41,7 @@ async def test_gateway_without_a_guard_is_not_ready_and_becomes_ready_with_it(id
 
 
 async def test_unexpected_error_of_the_probe_is_logged_and_not_shown(
-    idle: Bench, caplog: pytest.LogCaptureFixture
+    idle: GatewayBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     idle.guard.script = has_a_bug
     await idle.start()

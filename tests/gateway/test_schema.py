@@ -13,7 +13,7 @@ from hypothesis.errors import Unsatisfiable
 from jsonschema import Draft202012Validator
 
 from services.gateway.problems import PROBLEM_KINDS, TYPE_PREFIX
-from tests.support.gateway_bench import Bench
+from tests.support.gateway_bench import GatewayBench
 
 EXAMPLES = 8
 OPERATION_IDS = {
@@ -37,7 +37,7 @@ SCHEMAS = {
 }
 
 
-async def test_requests_of_schemathesis_get_no_5xx(idle: Bench) -> None:
+async def test_requests_of_schemathesis_get_no_5xx(idle: GatewayBench) -> None:
     idle.configure(gateway_rate_per_s=100_000, gateway_body_deadline_s=10)
     server = await idle.serve()
     base, token = f"http://127.0.0.1:{server.port}", idle.token("admin")
@@ -76,7 +76,7 @@ def _fuzz(schema: Any, base: str, token: str, seen: list[tuple[str, int]]) -> No
                 bounded(given(operation.as_strategy(generation_mode=mode))(send))()
 
 
-async def test_openapi_names_of_operations_and_schemas_never_change(bench: Bench) -> None:
+async def test_openapi_names_of_operations_and_schemas_never_change(bench: GatewayBench) -> None:
     async with bench.client() as client:
         document = (await client.get("/openapi.json")).json()
     operation_ids = {
@@ -89,7 +89,7 @@ async def test_openapi_names_of_operations_and_schemas_never_change(bench: Bench
     assert {name: schema["title"] for name, schema in schemas.items()} == {name: name for name in SCHEMAS}
 
 
-async def test_openapi_examples_are_valid(bench: Bench) -> None:
+async def test_openapi_examples_are_valid(bench: GatewayBench) -> None:
     async with bench.client() as client:
         document = (await client.get("/openapi.json")).json()
     examples = 0

@@ -11,7 +11,7 @@ import pytest
 from services.gateway.body_memory import BodyMemory
 from services.gateway.problems import HttpProblem
 from services.gateway.url_fetch import Address, ImageDownloader, is_public
-from tests.support.gateway_bench import JPEG, Bench
+from tests.support.gateway_bench import JPEG, GatewayBench
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG) + JPEG
 
@@ -186,7 +186,7 @@ async def test_slow_closed_or_unknown_host_is_refused() -> None:
         await fetch(build_downloader(["no-such-host.invalid"]), "https://no-such-host.invalid/")
 
 
-async def test_named_host_inside_the_network_is_refused_by_the_gateway(idle: Bench) -> None:
+async def test_named_host_inside_the_network_is_refused_by_the_gateway(idle: GatewayBench) -> None:
     async with serve() as host:
         idle.configure(gateway_fetch_hosts=(f"localhost:{host.port}", f"127.0.0.1:{host.port}"))
         await idle.start()

@@ -26,7 +26,7 @@ from services.core.values import (
 )
 from services.moderation.cascade import PolicyAssessment, judge_image
 from services.moderation.moderator import Moderator
-from services.moderation.retrying import build_retrying_moderator
+from services.moderation.retrying_ports import build_retrying_moderator
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import decide
 from services.policies.document import PolicyDocument

@@ -20,7 +20,7 @@ from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
-from services.moderation.retrying import build_retrying_moderator
+from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.cache import PolicyCache
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
@@ -89,7 +89,7 @@ async def age_assessment(redis_cache: PolicyRedisCache, assessment_id: str, by_s
     await redis_cache.run("redis.call('EXPIRE', KEYS[1], ARGV[1])", [name], left_s)
 
 
-class Bench:
+class GatewayBench:
     """The backends of one gateway, and its clients."""
 
     def __init__(self, settings: Settings, preparer: DecoderPool) -> None:
@@ -141,7 +141,7 @@ class Bench:
         )
         return create_app(parts, self.settings)
 
-    def share_keys_of(self, other: "Bench") -> None:
+    def share_keys_of(self, other: "GatewayBench") -> None:
         """Use the API keys of another bench with the same policy bucket."""
         self._tokens = other._tokens
 
@@ -177,7 +177,7 @@ def preparer() -> Iterator[DecoderPool]:
 
 
 @asynccontextmanager
-async def _bench(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[Bench]:
+async def _bench(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[GatewayBench]:
     settings = Settings(
         redis_url=valkey_url,
         s3_endpoint=s3_endpoint,
@@ -191,7 +191,7 @@ async def _bench(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> As
         fetch_deadline_s=3,
         drain_s=1,
     )
-    bench = Bench(settings, preparer)
+    bench = GatewayBench(settings, preparer)
     for name in ("uploads", settings.policy_bucket):
         if name not in {found["Name"] for found in bench.s3.list_buckets()["Buckets"]}:
             bench.s3.create_bucket(Bucket=name)
@@ -203,14 +203,14 @@ async def _bench(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> As
 
 
 @pytest.fixture
-async def idle(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[Bench]:
+async def idle(valkey_url: str, s3_endpoint: str, preparer: DecoderPool) -> AsyncIterator[GatewayBench]:
     """A gateway that is not started yet. Its guard says Safe by default."""
     async with _bench(valkey_url, s3_endpoint, preparer) as bench:
         yield bench
 
 
 @pytest.fixture
-async def bench(idle: Bench) -> Bench:
+async def bench(idle: GatewayBench) -> GatewayBench:
     """A started gateway."""
     await idle.start()
     return idle
