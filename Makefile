@@ -8,7 +8,7 @@ UV_VERSION := 0.13.8
 help:
 	@echo 'make demo      judge a dozen drawn images from submission to verdict, with embedded backends'
 	@echo 'make check     lint, type-check and run the tests that need no server: minutes'
-	@echo 'make test      lint, type-check and run every test, as CI does'
+	@echo 'make test      lint, type-check and run the tests, also those with servers, as CI does'
 	@echo 'make faults    break every part in turn under load; SEED=7 for other faults, SHORT=1 for a short form'
 	@echo 'make cluster   lose and suspend nodes of a Ray cluster; takes ten minutes'
 	@echo 'make soak      run for MINUTES=30 at half of the sustained rate; fails if anything grows'

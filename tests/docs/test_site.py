@@ -53,3 +53,12 @@ def test_links_of_root_pages_lead_to_existing_files(name: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
 
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_page_names_the_debian_packages_that_ci_installs(page: str) -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    packages = re.findall(r"packages\+=\((\S+)\)", script)
+
+    assert len(packages) == 3
+    assert [package for package in packages if f"`{package}`" not in (ROOT / page).read_text(encoding="utf-8")] == []
