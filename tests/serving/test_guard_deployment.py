@@ -182,7 +182,7 @@ async def test_guard_on_a_ray_cluster_survives_the_death_of_its_replica(tmp_path
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         one = GuardDeployment.options(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=16)
-        handle = serve.run(one.bind(settings(tmp_path)), name="guard-test", route_prefix=None)
+        handle = serve.run(one.bind(settings(tmp_path, guard_in_flight=2)), name="guard-test", route_prefix=None)
         guard = RemoteGuard(handle, deadline_s=120)
         judged_by = policy()
         # Policies come from the registry with a read-only mapping.
@@ -203,9 +203,9 @@ async def test_guard_on_a_ray_cluster_survives_the_death_of_its_replica(tmp_path
         assert engines
         owner = psutil.Process(_guardian(engines[0]).ppid())
         calls = [
-            asyncio.create_task(guard.assess_each(drawn(seed), [policy("always")], "verdict")) for seed in range(3)
+            asyncio.create_task(guard.assess_each(drawn(seed), [policy("always")], "verdict")) for seed in range(8)
         ]
-        await asyncio.sleep(0.3)
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)  # most of the others still wait in the replica
         os.kill(owner.pid, signal.SIGKILL)
         results = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(result) for result in results} <= {GuardUnavailable, list}
