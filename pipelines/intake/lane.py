@@ -152,7 +152,7 @@ class Lane:
             self._mark_judged(held)
             self._key_order.release(ticket)
             source = held.message.source
-            if self.in_flight.get(source) is held:  # else it was lost to another member and received again
+            if self.in_flight.get(source) is held:  # otherwise the message was revoked and received again
                 del self.in_flight[source]
 
     def _mark_judged(self, held: InFlightMessage) -> None:
@@ -203,7 +203,7 @@ class Lane:
 
     async def _process(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
         if isinstance(entry, InvalidMessage):
-            return await self._processor.process(message, entry)
+            return self._processor.reject(message, entry)
         if self.priority == "backfill":
             entry = replace(entry, submission=entry.submission.model_copy(update={"priority": "backfill"}))
         async with self._slots:
@@ -213,7 +213,7 @@ class Lane:
 
     def _outcome_after_deadline(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
         if isinstance(entry, InvalidMessage):
-            return [self._processor.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
+            return self._processor.reject(message, entry)
         if self._latest.is_stale(entry):
             return self._processor.make_superseded_verdict(entry)
         return self._processor.make_blocked_outcome(message, entry)

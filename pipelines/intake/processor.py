@@ -51,10 +51,8 @@ class Processor:
         self._sample = sample
         self._sleep = sleep
 
-    async def process(self, message: Message, entry: ParsedSubmission | InvalidMessage) -> list[OutgoingMessage]:
-        """Judge an entry. Return its verdict, with a shadow version's verdict if there is one, or its dead letter."""
-        if isinstance(entry, InvalidMessage):
-            return [self.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
+    async def process(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
+        """Return the verdict of a submission, with a shadow version's verdict if there is one, or its dead letter."""
         while True:
             try:
                 result = await self._judge(entry)
@@ -72,6 +70,10 @@ class Processor:
                 self.expiry_budget.record_success()
                 self._systemic_budget.record_success()
                 return self._make_verdicts(entry, result)
+
+    def reject(self, message: Message, entry: InvalidMessage) -> list[OutgoingMessage]:
+        """Return the dead letter of an entry that is no valid submission."""
+        return [self.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]
 
     def make_superseded_verdict(self, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """Return the verdict of an S3 event that a later event of the same object has overtaken."""

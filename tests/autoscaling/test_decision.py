@@ -13,13 +13,13 @@ RULES = Rules(objective_s=300, replica_rate=5, start_s=120)
 LONG_AGO = 1e6
 
 
-def guard(
-    running: int, loading: int = 0, *, since_s: float = LONG_AGO, least: int = 0, most: int = 100
+def make_guard(
+    running: int, loading: int = 0, *, since_s: float = LONG_AGO, minimum: int = 0, maximum: int = 100
 ) -> ReplicaCounts:
-    return ReplicaCounts(running, running + loading, ReplicaBounds(least, most), since_s, since_s)
+    return ReplicaCounts(running, running + loading, ReplicaBounds(minimum, maximum), since_s, since_s)
 
 
-def seen(
+def make_observation(
     rate: float = 0,
     waiting: float = 0,
     running: int = 0,
@@ -29,7 +29,7 @@ def seen(
     **more: Any,
 ) -> Observation:
     fields = {
-        "guard": guard(running, loading),
+        "guard": make_guard(running, loading),
         "intake": ReplicaCounts(1, 1, ReplicaBounds(1, 12)),
         "live": Backlog(waiting, by_partition or {}, 12),
         "arrivals": Arrivals(rate, rate),
@@ -47,8 +47,8 @@ def observations() -> st.SearchStrategy[Observation]:
         *(count, count, bounds, since, since),
     )
     members = st.builds(
-        lambda running, loading, most: ReplicaCounts(
-            max(1, running), max(1, running) + loading, ReplicaBounds(1, most)
+        lambda running, loading, maximum: ReplicaCounts(
+            max(1, running), max(1, running) + loading, ReplicaBounds(1, maximum)
         ),
         *(count, count, st.integers(1, 100)),
     )
@@ -114,76 +114,76 @@ def test_loading_replicas_are_not_requested_again(observation: Observation) -> N
 
 
 def test_scale_up_takes_one_step() -> None:
-    first = decide(seen(rate=100, waiting=30_000, running=2), RULES)
+    first = decide(make_observation(rate=100, waiting=30_000, running=2), RULES)
     assert first.guard > 20
-    after = decide(seen(rate=100, waiting=30_000, running=2, loading=first.guard - 2), RULES)
+    after = decide(make_observation(rate=100, waiting=30_000, running=2, loading=first.guard - 2), RULES)
     assert after.guard == first.guard
 
 
 def test_first_submission_starts_a_replica() -> None:
-    assert decide(seen(waiting=1), RULES).guard == 1
+    assert decide(make_observation(waiting=1), RULES).guard == 1
 
 
 def test_guard_goes_to_zero_only_after_the_idle_time() -> None:
-    assert decide(seen(running=1, idle_s=RULES.idle_s - 1), RULES).guard == 1
-    assert decide(seen(running=1, idle_s=RULES.idle_s), RULES).guard == 0
-    held = seen(guard=guard(1, least=1), idle_s=RULES.idle_s)
+    assert decide(make_observation(running=1, idle_s=RULES.idle_s - 1), RULES).guard == 1
+    assert decide(make_observation(running=1, idle_s=RULES.idle_s), RULES).guard == 0
+    held = make_observation(guard=make_guard(1, minimum=1), idle_s=RULES.idle_s)
     assert decide(held, RULES).guard == 1
 
 
 def test_scale_down_waits_for_the_delay() -> None:
-    recent = seen(rate=5, guard=guard(10, since_s=RULES.scale_down_s - 1))
+    recent = make_observation(rate=5, guard=make_guard(10, since_s=RULES.scale_down_s - 1))
     assert decide(recent, RULES).guard == 10
-    assert decide(seen(rate=5, running=10), RULES).guard == 2
+    assert decide(make_observation(rate=5, running=10), RULES).guard == 2
 
 
 def test_scale_down_keeps_the_replicas_that_the_backlog_needs() -> None:
     """Ten replicas would drain the backlog before others could start; removed replicas do not help."""
-    assert decide(seen(rate=5, running=10, waiting=5000), RULES).guard == 6
-    assert decide(seen(rate=5, running=10, waiting=20), RULES).guard == 2
+    assert decide(make_observation(rate=5, running=10, waiting=5000), RULES).guard == 6
+    assert decide(make_observation(rate=5, running=10, waiting=20), RULES).guard == 2
 
 
 def test_replicas_that_never_start_are_no_longer_requested() -> None:
-    stuck = seen(rate=5, guard=guard(5, 50))
+    stuck = make_observation(rate=5, guard=make_guard(5, 50))
     assert decide(stuck, RULES).guard == 2
 
 
 def test_backfill_adds_the_replicas_of_its_own_objective() -> None:
     backfill = RULES.backfill_objective_s * RULES.replica_rate * 3
-    assert decide(seen(backfill_peak=backfill), RULES).guard == 3
-    live = decide(seen(rate=95, running=20), RULES).guard
-    assert decide(seen(rate=95, running=20, backfill_peak=backfill), RULES).guard == live + 3
+    assert decide(make_observation(backfill_peak=backfill), RULES).guard == 3
+    live = decide(make_observation(rate=95, running=20), RULES).guard
+    assert decide(make_observation(rate=95, running=20, backfill_peak=backfill), RULES).guard == live + 3
 
 
 def test_busiest_partition_adds_replicas() -> None:
     even = dict.fromkeys(range(12), 225.0)
     skewed = {0: 2700.0} | dict.fromkeys(range(1, 12), 0.0)
-    assert decide(seen(waiting=2700, running=3, by_partition=even), RULES).guard == 3
-    assert decide(seen(waiting=2700, running=3, by_partition=skewed), RULES).guard == 4
-    assert decide(seen(waiting=9000, running=1, by_partition={0: 4000, 1: 5000}), RULES).intake == 12
+    assert decide(make_observation(waiting=2700, running=3, by_partition=even), RULES).guard == 3
+    assert decide(make_observation(waiting=2700, running=3, by_partition=skewed), RULES).guard == 4
+    assert decide(make_observation(waiting=9000, running=1, by_partition={0: 4000, 1: 5000}), RULES).intake == 12
 
 
 def test_hot_key_requests_no_replicas_that_it_cannot_use() -> None:
-    hopeless = decide(seen(rate=10, running=10, waiting=1e9, by_partition={0: 1e9}), RULES)
-    assert hopeless.guard < 20
+    decision = decide(make_observation(rate=10, running=10, waiting=1e9, by_partition={0: 1e9}), RULES)
+    assert decision.guard < 20
 
 
 def test_underused_guard_is_not_enlarged() -> None:
-    waiting = seen(rate=10, waiting=1e6, running=2)
-    starved = decide(replace(waiting, underused_s=60), RULES)
+    waiting = make_observation(rate=10, waiting=1e6, running=2)
+    underused = decide(replace(waiting, underused_s=60), RULES)
     assert decide(waiting, RULES).guard > 2
-    assert starved.guard == 2
-    assert starved.intake > 1
+    assert underused.guard == 2
+    assert underused.intake > 1
 
 
 def test_other_callers_of_the_guard_add_replicas() -> None:
-    assert decide(seen(active_callers=1), RULES).guard == 1
-    assert decide(seen(rate=45, running=9, active_callers=32), RULES).guard == 12
+    assert decide(make_observation(active_callers=1), RULES).guard == 1
+    assert decide(make_observation(rate=45, running=9, active_callers=32), RULES).guard == 12
 
 
 def test_intake_follows_the_guard() -> None:
-    assert decide(seen(rate=95, running=20), RULES).intake == 7
-    assert decide(seen(rate=950, running=20), RULES).intake == 12  # as many as there are partitions
+    assert decide(make_observation(rate=95, running=20), RULES).intake == 7
+    assert decide(make_observation(rate=950, running=20), RULES).intake == 12  # as many as there are partitions
     busy = ReplicaCounts(7, 7, ReplicaBounds(1, 12), LONG_AGO, LONG_AGO)
-    assert decide(seen(rate=80, running=17, intake=busy), RULES).intake == 7  # not worth a rebalance
-    assert decide(seen(rate=5, running=2, intake=busy), RULES).intake == 1
+    assert decide(make_observation(rate=80, running=17, intake=busy), RULES).intake == 7  # not worth a rebalance
+    assert decide(make_observation(rate=5, running=2, intake=busy), RULES).intake == 1
