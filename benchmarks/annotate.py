@@ -125,6 +125,8 @@ def time_command(folder: Path, pause_ms: float) -> tuple[float, float]:
                 judged.append((time.monotonic(), int(match[1].replace(",", ""))))
         assert process.wait() == 0
         (first_s, first_count), (last_s, last_count) = judged[0], judged[-1]
+        if first_count == last_count:
+            raise SystemExit(f"{last_count} images are too few: the command reported progress only once; give more")
         return (last_count - first_count) / (last_s - first_s), time.monotonic() - started
     finally:
         cluster.kill()
