@@ -79,7 +79,7 @@ async def run(faults: int, seed: int) -> dict[str, int]:
         engine = Engine(
             resolve("tiny"), state_dir=Path(folder), deadline_s=DEADLINE_S, start_s=240, probe_every_s=2, hang_s=10
         )
-        engine_module._LONGEST_PAUSE_S = 1.0  # the pauses are for broken machines; here they would only take time
+        engine_module._PAUSE_LIMIT_S = 1.0  # the pauses are for broken machines; here they would only take time
         async with engine:
             guard = GuardInference(engine, deadline_s=DEADLINE_S)
             callers = [asyncio.create_task(call_repeatedly(guard, number, results)) for number in range(CALLERS)]

@@ -61,11 +61,11 @@ def copy_of_tiny(tmp_path: Path) -> Path:
 
 class TestResolve:
     @pytest.mark.parametrize("row", CHECKPOINTS, ids=lambda row: row.name)
-    def test_by_name_and_hub_id(self, row) -> None:
+    def test_name_or_hub_id_finds_the_row(self, row) -> None:
         assert resolve(row.name) is row
         assert row.hub_id is None or resolve(row.hub_id) is row
 
-    def test_by_folder(self, copy_of_tiny: Path) -> None:
+    def test_folder_finds_the_row_of_its_config(self, copy_of_tiny: Path) -> None:
         found = resolve(str(copy_of_tiny))
         assert (found.name, found.folder) == ("tiny", copy_of_tiny)
 
@@ -96,39 +96,39 @@ class TestResolve:
             ),
         ],
     )
-    def test_the_config_of_a_folder_decides(self, tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    def test_config_of_a_folder_selects_the_row(self, tmp_path: Path, config: dict[str, Any], name: str) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert resolve(str(tmp_path)).name == name
 
-    def test_the_name_of_a_folder_tells_releases_apart(self, tmp_path: Path) -> None:
+    def test_folder_name_selects_the_release(self, tmp_path: Path) -> None:
         folder = tmp_path / "llavaguard-v1.0-7b"
         folder.mkdir()
         (folder / "config.json").write_text('{"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}')
         assert resolve(str(folder)).name == "LlavaGuard-v1.0-7B"
 
-    def test_a_size_that_nobody_released(self, tmp_path: Path) -> None:
+    def test_folder_of_an_unreleased_size_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 64}')
         with pytest.raises(ConfigurationError, match=r"hidden size of 64; .*LlavaLlamaForCausalLM \(4096\)"):
             resolve(str(tmp_path))
 
     @pytest.mark.parametrize("model", ["huge", "AIML-TUDA/Other", "/nowhere"])
-    def test_anything_else_lists_what_is_known(self, model: str) -> None:
+    def test_unknown_model_error_lists_known_checkpoints(self, model: str) -> None:
         with pytest.raises(ConfigurationError, match=r"tiny, LlavaGuard-v1\.2-0\.5B-OV \(AIML-TUDA/.*ShieldGemma-2-4B"):
             resolve(model)
 
-    def test_another_architecture(self, tmp_path: Path) -> None:
+    def test_folder_of_another_architecture_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
         with pytest.raises(ConfigurationError, match="BertModel"):
             resolve(str(tmp_path))
 
-    def test_a_broken_config(self, tmp_path: Path) -> None:
+    def test_broken_config_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(ConfigurationError, match="cannot be read"):
             resolve(str(tmp_path))
 
 
 class TestStage:
-    def test_the_tower_is_named_by_an_absolute_path(self, tmp_path: Path) -> None:
+    def test_staged_config_names_the_tower_by_an_absolute_path(self, tmp_path: Path) -> None:
         staged = stage(resolve("tiny"), tmp_path)
         tower = Path(json.loads((staged.folder / "config.json").read_text())["mm_vision_tower"])
         assert tower.is_absolute()
@@ -136,11 +136,11 @@ class TestStage:
         assert "siglip" in tower.name
         assert (staged.folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
-    def test_twice_is_once(self, tmp_path: Path) -> None:
+    def test_second_stage_reuses_the_folder(self, tmp_path: Path) -> None:
         assert stage(resolve("tiny"), tmp_path) == stage(resolve("tiny"), tmp_path)
         assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
-    def test_other_weights_are_another_revision(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+    def test_changed_weights_change_the_revision(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         before = stage(resolve(str(copy_of_tiny)), tmp_path)
         assert before.revision == stage(resolve("tiny"), tmp_path).revision
         weights = copy_of_tiny / "siglip-tiny" / "model.safetensors"
@@ -149,22 +149,24 @@ class TestStage:
         assert after.revision != before.revision
         assert after.folder != before.folder
 
-    def test_several_processes_at_once(self, tmp_path: Path) -> None:
+    def test_concurrent_processes_stage_one_folder(self, tmp_path: Path) -> None:
         with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
             staged = {future.result() for future in [pool.submit(stage, resolve("tiny"), tmp_path) for _ in range(8)]}
         assert len(staged) == 1
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [staged.pop().folder.name]
 
-    def test_a_path_that_sglang_would_misread(self, tmp_path: Path) -> None:
+    def test_state_dir_that_sglang_would_misread_is_rejected(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"SLUICE_STATE_DIR.*must not contain `clip`"):
             stage(resolve("tiny"), tmp_path / "paperclips")
 
-    def test_a_state_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+    def test_unwritable_state_dir_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").write_text("a file is in the way")
         with pytest.raises(ConfigurationError, match="cannot be written"):
             stage(resolve("tiny"), tmp_path)
 
-    def test_without_network_or_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_hub_checkpoint_without_network_or_cache_is_rejected(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def absent(*_: object, **__: object) -> str:
             raise LocalEntryNotFoundError("offline")
 
@@ -172,7 +174,7 @@ class TestStage:
         with pytest.raises(ConfigurationError, match=r"7B-OV is not in the local cache.*give a local folder"):
             stage(resolve("LlavaGuard-v1.2-7B-OV"), tmp_path)
 
-    def test_a_hub_checkpoint_gets_its_tower_and_overrides(self, tmp_path: Path, hub: Hub) -> None:
+    def test_hub_checkpoint_is_staged_with_tower_and_overrides(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"mm_vision_tower": "google/siglip-so400m-patch14-384", "vocab_size": 152000}}
         staged = stage(resolve("LlavaGuard-v1.2-7B-OV"), tmp_path / "state")
         config = json.loads((staged.folder / "config.json").read_text())
@@ -183,7 +185,7 @@ class TestStage:
         assert json.loads((staged.folder / "preprocessor_config.json").read_text())["size"]["height"] == 384
         assert staged.tokenizer is None
 
-    def test_an_older_release_gets_its_tower_and_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
+    def test_older_release_is_staged_with_tower_and_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}}
         hub.without_safetensors = {"openai/clip-vit-large-patch14-336"}
         staged = stage(resolve("LlavaGuard-v1.1-7B"), tmp_path / "state")
@@ -193,7 +195,7 @@ class TestStage:
         assert staged.tokenizer.parent.name == "llava-hf--llava-1.5-7b-hf"
         assert not (staged.tokenizer / "model.safetensors").exists()
 
-    def test_a_local_folder_may_hold_its_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
+    def test_tokenizer_in_the_local_folder_is_used(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}}
         folder = Path(hub("AIML-TUDA/LlavaGuard-v1.0-7B"))
         (folder / "tokenizer").mkdir()
@@ -202,29 +204,29 @@ class TestStage:
         (folder / "tokenizer" / "tokenizer.model").write_text("")
         assert stage(resolve(str(folder)), tmp_path / "state").tokenizer == folder / "tokenizer"
 
-    def test_a_gated_checkpoint(self, tmp_path: Path, hub: Hub) -> None:
+    def test_gated_checkpoint_is_rejected(self, tmp_path: Path, hub: Hub) -> None:
         hub.gated = {"AIML-TUDA/QwenGuard-v1.2-3B"}
         with pytest.raises(ConfigurationError, match=r"QwenGuard-v1\.2-3B is gated: accept its terms .* set HF_TOKEN"):
             stage(resolve("QwenGuard-v1.2-3B"), tmp_path)
 
-    def test_a_missing_tokenizer(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+    def test_missing_tokenizer_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         (copy_of_tiny / "tokenizer.json").unlink()
         with pytest.raises(ConfigurationError, match="holds no tokenizer"):
             stage(resolve(str(copy_of_tiny)), tmp_path)
 
-    def test_a_missing_vision_tower(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+    def test_missing_vision_tower_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         shutil.rmtree(copy_of_tiny / "siglip-tiny")
         with pytest.raises(ConfigurationError, match="names the vision tower siglip-tiny, which is not a folder in it"):
             stage(resolve(str(copy_of_tiny)), tmp_path)
 
 
 class TestWeights:
-    def test_missing(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+    def test_folder_without_weights_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         (copy_of_tiny / "siglip-tiny" / "model.safetensors").unlink()
         with pytest.raises(ConfigurationError, match=r"siglip-tiny holds no weights"):
             stage(resolve(str(copy_of_tiny)), tmp_path)
 
-    def test_a_shard_is_missing(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+    def test_missing_shard_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
         (copy_of_tiny / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ConfigurationError, match=r"lacks model-2\.safetensors \(1 of 2 files"):
@@ -233,13 +235,13 @@ class TestWeights:
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:-1], lambda _: b"version https://git-lfs.github.com/spec/v1\n"]
     )
-    def test_damaged_or_only_a_pointer(self, tmp_path: Path, copy_of_tiny: Path, damage) -> None:
+    def test_damaged_file_or_lfs_pointer_is_rejected(self, tmp_path: Path, copy_of_tiny: Path, damage) -> None:
         weights = copy_of_tiny / "model.safetensors"
         weights.write_bytes(damage(weights.read_bytes()))
         with pytest.raises(ConfigurationError, match="is damaged, or only a Git LFS pointer"):
             stage(resolve(str(copy_of_tiny)), tmp_path)
 
-    def test_a_prefix_is_stripped_and_the_original_left_alone(self, tmp_path: Path) -> None:
+    def test_strip_prefix_leaves_the_original_unchanged(self, tmp_path: Path) -> None:
         tensors = {"model.a": torch.arange(5), "model.model.b": torch.ones(3), "c": torch.zeros(2)}
         save_file(tensors, tmp_path / "original.bin")
         folder = tmp_path / "staged"
@@ -275,5 +277,5 @@ class TestSpread:
             ("tiny", [], 0),
         ],
     )
-    def test_over_as_few_cards_as_hold_it(self, name: str, cards: list[float], gpus: int) -> None:
+    def test_checkpoint_is_spread_over_as_few_gpus_as_hold_it(self, name: str, cards: list[float], gpus: int) -> None:
         assert resolve(name).tensor_parallel_size([int(card * GIB) for card in cards]) == gpus

@@ -53,16 +53,14 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 
 class TestBeforeItIsReady:
-    async def test_calls_are_turned_away(self, tmp_path: Path) -> None:
+    async def test_call_before_the_start_is_unavailable(self, tmp_path: Path) -> None:
         engine = Engine(resolve("tiny"), state_dir=tmp_path)
         with pytest.raises(GuardUnavailable, match="stopped"):
             await engine.generate({})
         with pytest.raises(GuardUnavailable):
             _ = engine.revision
 
-    async def test_what_this_machine_cannot_hold_is_refused_before_anything_is_fetched(
-        self, tmp_path, monkeypatch
-    ) -> None:
+    async def test_checkpoint_too_large_for_the_machine_is_rejected_before_staging(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr("services.guard.gpus.read_gpu_memory_bytes", list)
         monkeypatch.setattr("services.guard.engine.stage", lambda *_: pytest.fail("staged"))
         engine = Engine(resolve("LlavaGuard-v1.2-7B-OV"), state_dir=tmp_path)
@@ -70,7 +68,7 @@ class TestBeforeItIsReady:
             await engine.start()
         assert engine.state == "stopped"
 
-    async def test_a_server_that_ends_is_reported_with_its_last_words(self, tmp_path, monkeypatch) -> None:
+    async def test_server_that_exits_is_reported_with_its_last_log_line(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "print('no such kernel'); raise SystemExit(7)")
         engine = Engine(resolve("tiny"), state_dir=tmp_path)
         with pytest.raises(GuardUnavailable, match=r"status 7 .*\.log ends with: no such kernel"):
@@ -78,7 +76,7 @@ class TestBeforeItIsReady:
         assert engine.state == "stopped"
         assert engine.pid is None
 
-    async def test_a_server_that_never_listens(self, tmp_path, monkeypatch) -> None:
+    async def test_server_that_never_listens_is_killed_after_the_start_limit(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "import time; print('loading', flush=True); time.sleep(60)")
         engine = Engine(resolve("tiny"), state_dir=tmp_path, start_s=2)
         before = psutil.Process().children(recursive=True)  # servers of other tests
@@ -86,7 +84,7 @@ class TestBeforeItIsReady:
             await engine.start()
         assert set(psutil.Process().children(recursive=True)) <= set(before)
 
-    async def test_a_port_that_was_taken_is_exchanged(self, tmp_path, monkeypatch) -> None:
+    async def test_taken_port_is_replaced(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "raise SystemExit('[Errno 98] Address already in use')")
         spawned = []
         spawn = SglangServer.spawn
@@ -100,7 +98,7 @@ class TestBeforeItIsReady:
             await Engine(resolve("tiny"), state_dir=tmp_path).start()
         assert len(spawned) == 3
 
-    async def test_cancelled_while_starting_leaves_nothing(self, tmp_path, monkeypatch) -> None:
+    async def test_cancelled_start_leaves_no_process(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "import time; time.sleep(60)")
         engine = Engine(resolve("tiny"), state_dir=tmp_path)
         starting = asyncio.create_task(engine.start())
@@ -117,7 +115,7 @@ class TestBeforeItIsReady:
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 class TestTheRealServer:
-    async def test_strangers_are_refused(self, engine: SharedGuard) -> None:
+    async def test_request_without_the_key_is_rejected(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
         assert pid is not None
         server = engine.engine._server
@@ -135,7 +133,7 @@ class TestTheRealServer:
         assert answer.status_code == 401
         assert not any("api-key" in argument for process in family(pid) for argument in process.cmdline())
 
-    async def test_with_nothing_to_do_it_takes_no_core(self, engine: SharedGuard) -> None:
+    async def test_idle_engine_uses_little_cpu(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
         assert pid is not None
         await engine.assess(drawn(1), policy(), "score")
@@ -144,7 +142,7 @@ class TestTheRealServer:
         after = scheduler(pid).cpu_times()
         assert after.user + after.system - before.user - before.system < 2
 
-    async def test_a_killed_scheduler_costs_only_the_calls_in_flight(self, engine: SharedGuard) -> None:
+    async def test_killed_scheduler_fails_only_calls_in_flight(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
         assert pid is not None
         before = family(pid)
@@ -166,7 +164,7 @@ class TestTheRealServer:
         assert 0 <= (await engine.assess(drawn(1), policy(), "score")).score <= 1
         assert gone(before, within_s=60)
 
-    async def test_a_hanging_scheduler_is_noticed(self, engine: SharedGuard) -> None:
+    async def test_hanging_scheduler_is_restarted(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
         assert pid is not None
         before = family(pid)
@@ -179,7 +177,7 @@ class TestTheRealServer:
         assert gone(before, within_s=60)
         await engine.assess(drawn(300), policy(), "score")
 
-    def test_it_ends_with_an_owner_that_dies_while_it_loads(self, tmp_path: Path) -> None:
+    def test_engine_ends_when_its_owner_is_killed_during_loading(self, tmp_path: Path) -> None:
         """One that dies while it serves: see the deployment's tests."""
         script = f"""
 import asyncio

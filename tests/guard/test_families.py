@@ -34,20 +34,20 @@ class FakeEngine:
 
 
 class TestShieldGemma:
-    def test_asks_about_each_category_that_is_enforced(self) -> None:
+    def test_each_enforced_category_gets_a_question(self) -> None:
         assert list(parse_enforced_rules(DEFAULT_PROMPT)) == list(CATEGORIES)
         rules = parse_enforced_rules(DEFAULT_PROMPT)[CATEGORIES[1]]
         assert rules.startswith("No Violence, Harm, or Cruelty: The image follows these rules.\nShould not:\n- ")
         assert "O3" not in rules
         assert "Assessment Steps" not in parse_enforced_rules(DEFAULT_PROMPT)[CATEGORIES[-1]]
 
-    def test_leaves_out_what_is_waived(self) -> None:
+    def test_waived_category_gets_no_question(self) -> None:
         waived = DEFAULT_PROMPT.replace("O3: Sexual Content: \n", f"O3: Sexual Content: \n{WAIVER}\n")
         assert list(parse_enforced_rules(waived)) == [
             category for category in CATEGORIES if not category.startswith("O3")
         ]
 
-    def test_asks_about_a_category_of_the_policys_own(self) -> None:
+    def test_own_category_gets_a_question(self) -> None:
         own = "O10: Gambling (money)"
         block = f"{own}: \nShould not:\n- Say that a stake is declared as non-violating.\n"
         prompt = DEFAULT_PROMPT.replace("\nAssessment Steps:", f"\n{block}\nAssessment Steps:")
@@ -56,7 +56,7 @@ class TestShieldGemma:
         assert "Assessment Steps" not in rules
         assert "O10" not in parse_enforced_rules(prompt, (*CATEGORIES, own))[CATEGORIES[8]]
 
-    async def test_the_category_with_the_highest_score_decides(self) -> None:
+    async def test_category_with_the_highest_score_decides(self) -> None:
         ask = FakeEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
         judged = await ShieldGemma().judge(ask, policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.score) == ("Unsafe", CATEGORIES[7], 0.9)
@@ -67,31 +67,31 @@ class TestShieldGemma:
         assert (await ShieldGemma().judge(ask, policy("never"), "verdict", answer_tokens=9)).rationale is None
         assert (await ShieldGemma().judge(ask, policy(), "score", answer_tokens=9)).category == NO_CATEGORY
 
-    async def test_nothing_is_violated(self) -> None:
+    async def test_low_scores_rate_safe(self) -> None:
         judged = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.rationale, judged.score) == ("Safe", NO_CATEGORY, None, 0.2)
         always = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
         assert always.rationale
 
-    async def test_a_policy_that_waives_everything_is_never_violated(self) -> None:
+    async def test_policy_that_waives_every_category_rates_safe(self) -> None:
         everything = "\n".join(f"{category}: \n{WAIVER}\n" for category in CATEGORIES)
         ask = FakeEngine(lambda _: 1.0)
         judged = await ShieldGemma().judge(ask, policy(prompt=everything), "verdict", answer_tokens=9)
         assert (judged.rating, judged.score, ask.asked) == ("Safe", 0.0, [])
 
     @pytest.mark.parametrize("prompt", ["Be kind.", f"{DEFAULT_PROMPT}<end_of_turn>", "</END_SAFETY_POLICY>"])
-    async def test_what_cannot_be_asked(self, prompt: str) -> None:
+    async def test_prompt_with_markers_or_without_categories_is_rejected(self, prompt: str) -> None:
         with pytest.raises(ConfigurationError):
             await ShieldGemma().judge(FakeEngine(lambda _: 0), policy(prompt=prompt), "score", answer_tokens=9)
 
 
 class TestLlavaGuard:
-    async def test_the_rating_that_the_score_implies_is_asked_for(self) -> None:
+    async def test_rating_that_contradicts_the_score_is_asked_again(self) -> None:
         ask = FakeEngine(lambda _: 0.9, text='Safe",\n    "category": "NA: None applying"\n}')
         await LlavaGuard("chatml-llava").judge(ask, policy("never"), "verdict", answer_tokens=9)
         assert len(ask.asked) == 2
 
-    async def test_a_category_of_the_policys_own_can_be_the_answer(self) -> None:
+    async def test_own_category_can_be_the_answer(self) -> None:
         own = "O10: A title that is longer than any of LlavaGuard's nine categories"
         asked: list[int] = []
 
@@ -105,19 +105,19 @@ class TestLlavaGuard:
         judged = await LlavaGuard("chatml-llava").judge(ask, by, "verdict", answer_tokens=9)
         assert (judged.category, asked) == (own, [9 + len(own) - max(map(len, CATEGORIES))])
 
-    async def test_the_wording_is_that_of_the_training(self) -> None:
+    async def test_prompt_has_the_wording_of_the_training(self) -> None:
         for wording, sentence in (("explain", "Explain the reason why"), ("describe", "Describe the user content")):
             ask = FakeEngine(lambda _: 0.9)
             await LlavaGuard("chatml-llava", wording).judge(ask, policy(), "score", answer_tokens=9)
             assert ask.asked[0].count(sentence) == 1
 
-    def test_an_answer_begins_as_in_the_training(self) -> None:
+    def test_question_ends_with_the_start_of_the_answer(self) -> None:
         assert LlavaGuard("vicuna_v1.1").build_example().endswith('ASSISTANT: {\n    "rating": "')
         assert LlavaGuard("qwen2-vl").build_example().endswith('<|im_start|>assistant\n{\n    "rating": "')
 
 
 @pytest.mark.parametrize("row", CHECKPOINTS, ids=lambda row: row.name)
-def test_every_row_can_be_asked(row: Checkpoint) -> None:
+def test_every_checkpoint_has_an_example_and_two_ratings(row: Checkpoint) -> None:
     assert row.family.build_example()
     assert len(set(row.family.ratings)) == 2
 
@@ -125,7 +125,7 @@ def test_every_row_can_be_asked(row: Checkpoint) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 class TestThroughTheRealEngine:
-    async def test_shieldgemma(self, tmp_path: Path) -> None:
+    async def test_shieldgemma_judges_each_category(self, tmp_path: Path) -> None:
         checkpoint = resolve(str(fake_checkpoints.shieldgemma(tmp_path / "weights")))
         assert checkpoint.name == "ShieldGemma-2-4B"
         async with Engine(checkpoint, state_dir=tmp_path / "state", start_s=500) as engine:
@@ -144,7 +144,7 @@ class TestThroughTheRealEngine:
             other = await assess(guard, drawn(2), policy(), "score")
             assert other.score != look.score, "the image makes no difference"
 
-    async def test_qwenguard(self, tmp_path: Path) -> None:
+    async def test_qwenguard_reuses_the_cached_image(self, tmp_path: Path) -> None:
         # Its hidden size is that of no release, so no row is found for its folder.
         row = replace(resolve("QwenGuard-v1.2-3B"), folder=fake_checkpoints.qwenguard(tmp_path / "weights"))
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
@@ -156,7 +156,7 @@ class TestThroughTheRealEngine:
             assert again.cached_tokens > 0.9 * again.prompt_tokens
             assert (await assess(guard, drawn(2), policy(), "score")).score != verdict.score
 
-    async def test_llavaguard_1(self, tmp_path: Path) -> None:
+    async def test_llavaguard_1_reuses_the_cached_image(self, tmp_path: Path) -> None:
         row = replace(resolve("LlavaGuard-v1.1-7B"), folder=fake_checkpoints.llavaguard_1(tmp_path / "weights"))
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)

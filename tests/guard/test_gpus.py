@@ -20,42 +20,42 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 
 class TestWhatItRunsOn:
-    def test_a_gpu_that_holds_it(self, machine) -> None:
+    def test_checkpoint_that_fits_gets_as_few_gpus_as_hold_it(self, machine) -> None:
         machine(79.3)
         assert choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV")) == 1
         machine(79.3, 79.3, 79.3)
         assert choose_gpu_count(resolve("LlavaGuard-34B")) == 2
 
-    def test_too_little_gpu_memory(self, machine) -> None:
+    def test_too_little_gpu_memory_is_rejected(self, machine) -> None:
         machine(22.5)
         with pytest.raises(ConfigurationError, match=r"wants 38 GiB of GPU memory .* has 22 GiB: .*SLUICE_GUARD_GPUS"):
             choose_gpu_count(resolve("LlavaGuard-v1.1-13B"))
 
-    def test_a_share_of_a_gpu(self, machine) -> None:
+    def test_share_of_a_gpu_limits_the_checkpoint(self, machine) -> None:
         machine(44.5)
         assert choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
         with pytest.raises(ConfigurationError, match=r"this replica has 9 GiB"):
             choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.2)
 
-    def test_a_small_model_runs_on_the_cpu(self, machine) -> None:
+    def test_small_model_without_gpu_runs_on_the_cpu(self, machine) -> None:
         machine()
         assert choose_gpu_count(resolve("tiny")) == 0
         assert choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV")) == 0
 
-    def test_a_large_one_does_not(self, machine) -> None:
+    def test_large_model_without_gpu_is_rejected(self, machine) -> None:
         machine()
         with pytest.raises(
             ConfigurationError, match=r"8\.0 billion parameters, too many for a CPU, and there is no GPU"
         ):
             choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV"))
 
-    def test_what_a_folder_holds_counts(self, machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_parameters_in_the_folder_decide_about_the_cpu(self, machine, monkeypatch: pytest.MonkeyPatch) -> None:
         machine()
         monkeypatch.setattr(gpus, "_CPU_PARAMETERS_LIMIT", 1000)
         with pytest.raises(ConfigurationError, match=r"tiny has 0\.0 billion parameters"):
             choose_gpu_count(resolve("tiny"))
 
-    def test_a_gpu_that_pytorch_cannot_use(self, machine) -> None:
+    def test_gpu_that_pytorch_cannot_use_is_ignored(self, machine) -> None:
         machine(79.3, usable=False)
         assert choose_gpu_count(resolve("tiny")) == 0
         with pytest.raises(ConfigurationError, match="PyTorch cannot use this machine's GPU"):
@@ -81,7 +81,9 @@ class TestVisibleGpus:
         ("visible", "memory"),
         [(None, [0, 10, 20]), ("2,0", [20, 0]), ("", []), ("GPU-1", [10]), ("1,9,2", [10]), ("-1", []), ("none", [])],
     )
-    def test_are_those_that_cuda_sees(self, monkeypatch: pytest.MonkeyPatch, visible: str | None, memory) -> None:
+    def test_visible_gpus_are_those_of_cuda_visible_devices(
+        self, monkeypatch: pytest.MonkeyPatch, visible: str | None, memory
+    ) -> None:
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
@@ -92,7 +94,7 @@ class TestVisibleGpus:
 @pytest.mark.parametrize(
     ("share", "free_gib", "fraction"), [(1.0, 24, 0.8), (0.5, 24, 0.4), (0.5, 12, 0.8), (0.5, 4, 0.9)]
 )
-def test_a_share_is_of_the_whole_gpu_whoever_came_first(
+def test_memory_fraction_is_of_the_whole_gpu(
     monkeypatch: pytest.MonkeyPatch, share: float, free_gib: int, fraction: float
 ) -> None:
     memory = SimpleNamespace(total=24 * GIB, free=free_gib * GIB)
@@ -104,7 +106,7 @@ def test_a_share_is_of_the_whole_gpu_whoever_came_first(
     assert compute_mem_fraction_static(share) == pytest.approx(fraction)
 
 
-def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
@@ -112,6 +114,6 @@ def test_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_gpu_memory_bytes() == []
 
 
-def test_pytorch_is_not_loaded_here() -> None:
+def test_import_does_not_load_pytorch() -> None:
     source = Path(gpus.__file__).read_text(encoding="utf-8")
     assert "\nimport torch" not in source

@@ -29,14 +29,14 @@ def check(assessment: Assessment, mode: RationaleMode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["unsafe", "always", "never"])
-async def test_every_answer_is_one(engine: SharedGuard, mode: RationaleMode) -> None:
+async def test_every_answer_is_readable(engine: SharedGuard, mode: RationaleMode) -> None:
     assessments = await asyncio.gather(*(engine.assess(drawn(seed), policy(mode), "verdict") for seed in range(6)))
     for assessment in assessments:
         check(assessment, mode)
         assert assessment.output_tokens > 1
 
 
-async def test_the_score_is_the_same_with_and_without_a_verdict(engine: SharedGuard) -> None:
+async def test_score_is_equal_with_and_without_a_verdict(engine: SharedGuard) -> None:
     for seed in range(4):
         verdict = await engine.assess(drawn(seed), policy("never"), "verdict")
         look = await engine.assess(drawn(seed), policy("never"), "score")
@@ -45,14 +45,14 @@ async def test_the_score_is_the_same_with_and_without_a_verdict(engine: SharedGu
         assert look.output_tokens == 1
 
 
-async def test_again_is_the_same(engine: SharedGuard) -> None:
+async def test_repeated_call_gives_the_same_assessment(engine: SharedGuard) -> None:
     image = drawn(11)
     await engine.assess(image, policy(), "verdict")  # from here on the prompt is cached alike
     first, second = [await engine.assess(image, policy(), "verdict") for _ in range(2)]
     assert first == second
 
 
-async def test_a_second_policy_finds_the_image_in_the_cache(engine: SharedGuard) -> None:
+async def test_second_policy_finds_the_image_in_the_cache(engine: SharedGuard) -> None:
     image = drawn(12)
     other = policy(prompt=DEFAULT_PROMPT.replace("Provide a safety", "Write a safety", 1))
     first, second = await engine.on_loop(engine.guard.assess_each(image, [policy(), other], "score"))
@@ -66,7 +66,7 @@ async def test_a_second_policy_finds_the_image_in_the_cache(engine: SharedGuard)
     assert first.model.revision == second.model.revision
 
 
-async def test_each_policy_has_its_own_assessment(engine: SharedGuard) -> None:
+async def test_each_policy_gets_its_own_assessment(engine: SharedGuard) -> None:
     image = drawn(14)
     modes: tuple[RationaleMode, ...] = ("always", "never", "unsafe")
     each = await engine.on_loop(engine.guard.assess_each(image, [policy(mode) for mode in modes], "verdict"))
@@ -77,7 +77,7 @@ async def test_each_policy_has_its_own_assessment(engine: SharedGuard) -> None:
         await engine.on_loop(engine.guard.assess_each(image, [policy(), policy(prompt="<image>")], "score"))
 
 
-async def test_who_judged(engine: SharedGuard) -> None:
+async def test_assessment_names_model_engine_and_prompt(engine: SharedGuard) -> None:
     model = (await engine.assess(drawn(1), policy(), "score")).model
     assert model.name == "tiny"
     assert model.engine.startswith("sglang 0.5")
@@ -85,7 +85,7 @@ async def test_who_judged(engine: SharedGuard) -> None:
     assert model.prompt.startswith("sha256:")
 
 
-async def test_a_rationale_that_does_not_fit_is_closed_and_marked(engine: SharedGuard) -> None:
+async def test_cut_rationale_is_closed_and_marked(engine: SharedGuard) -> None:
     image = drawn(13)
     whole = await engine.assess(image, policy("always"), "verdict")
     assert whole.rationale is not None
@@ -103,7 +103,7 @@ async def test_a_rationale_that_does_not_fit_is_closed_and_marked(engine: Shared
     assert len(cut.rationale) < len(whole.rationale)
 
 
-async def test_a_refused_image_fails_alone(engine: SharedGuard) -> None:
+async def test_rejected_image_fails_alone(engine: SharedGuard) -> None:
     garbage = prepared(b"\xff\xd8 this is no JPEG")
     half = prepared(drawn(5).data[:400])
     results = await asyncio.gather(
@@ -116,24 +116,24 @@ async def test_a_refused_image_fails_alone(engine: SharedGuard) -> None:
     assert [type(result) for result in results] == [*[Assessment] * 3, GuardFailed, GuardFailed, *[Assessment] * 3]
 
 
-async def test_an_image_is_bytes_and_never_a_place(engine: SharedGuard) -> None:
+async def test_path_or_url_as_image_bytes_is_rejected(engine: SharedGuard) -> None:
     for place in (b"/etc/hostname", b"http://127.0.0.1/x.png", b"file:///etc/hostname"):
         with pytest.raises(GuardFailed):
             await engine.assess(prepared(place), policy(), "score")
 
 
-async def test_a_policy_cannot_speak_for_the_model(engine: SharedGuard) -> None:
+async def test_policy_with_a_chat_marker_is_rejected(engine: SharedGuard) -> None:
     with pytest.raises(ConfigurationError):
         await engine.assess(drawn(1), policy(prompt=f"{DEFAULT_PROMPT}<|im_end|>"), "score")
 
 
-async def test_a_deadline(engine: SharedGuard) -> None:
+async def test_call_after_the_deadline_is_unavailable(engine: SharedGuard) -> None:
     hasty = GuardInference(engine.engine, deadline_s=0.01)
     with pytest.raises(GuardUnavailable, match="within"):
         await engine.on_loop(assess(hasty, drawn(99), policy("always"), "verdict"))
 
 
-async def test_more_callers_than_slots(engine: SharedGuard) -> None:
+async def test_more_callers_than_slots_all_get_an_answer(engine: SharedGuard) -> None:
     narrow = GuardInference(engine.engine, in_flight=2, deadline_s=300)
     work = [assess(narrow, drawn(seed), replace(policy("never")), "verdict") for seed in range(8)]
 

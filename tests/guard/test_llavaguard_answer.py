@@ -40,14 +40,14 @@ def written(rating: str, category: str, rationale: str | None) -> str:
 
 
 class TestQuestion:
-    def test_is_the_layout_of_the_training(self) -> None:
+    def test_prompt_has_the_layout_of_the_training(self) -> None:
         assert build_prompt("chatml-llava", "POLICY") == (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
             "<|im_start|>user\n<image>\nPOLICY<|im_end|>\n<|im_start|>assistant\n"
         )
 
     @pytest.mark.parametrize("layout", get_args(Layout))
-    def test_is_what_sglang_would_write(self, layout: Layout) -> None:
+    def test_prompt_equals_sglangs_chat_template(self, layout: Layout) -> None:
         user = [
             {"type": "image_url", "image_url": {"url": "data:,"}},
             {"type": "text", "text": "POLICY"},
@@ -59,36 +59,36 @@ class TestQuestion:
             "POLICY"
         )
 
-    def test_both_wordings_are_of_one_prompt(self) -> None:
+    def test_wordings_differ_in_one_sentence(self) -> None:
         assert adapt_wording("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
         described = adapt_wording("describe", DEFAULT_PROMPT)
         assert "Explain the reason why" not in described
         assert described.count('3. Provide a "rationale". Describe the user content and justify why') == 1
 
-    def test_the_default_policy_can_be_asked(self) -> None:
+    def test_default_policy_makes_a_prompt(self) -> None:
         assert DEFAULT_PROMPT in build_prompt("chatml-llava", DEFAULT_PROMPT)
 
     @pytest.mark.parametrize(
         "marker",
         ["<image>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|image_pad|>", "</s>", "<start_of_image>"],
     )
-    def test_a_policy_cannot_end_the_turn(self, marker: str) -> None:
+    def test_policy_with_a_chat_marker_is_rejected(self, marker: str) -> None:
         with pytest.raises(ConfigurationError, match="must not contain"):
             build_prompt("chatml-llava", f"Be kind.{marker}")
 
 
 class TestRead:
     @given(RATIONALES.filter(str.isprintable))
-    def test_what_was_written_is_read(self, rationale: str) -> None:
+    def test_written_answer_is_parsed(self, rationale: str) -> None:
         answer = parse_answer(written("Unsafe", CATEGORIES[1], rationale), "unsafe", cut=False)
         assert (answer.rating, answer.category, answer.truncated) == ("Unsafe", CATEGORIES[1], False)
         assert answer.rationale == " ".join(rationale.split())
 
-    def test_safe_without_rationale(self) -> None:
+    def test_safe_answer_has_no_rationale(self) -> None:
         answer = parse_answer(written("Safe", NO_CATEGORY, None), "unsafe", cut=False)
         assert (answer.rating, answer.category, answer.rationale) == ("Safe", NO_CATEGORY, None)
 
-    def test_safe_may_have_a_waived_category(self) -> None:
+    def test_safe_answer_may_name_a_category(self) -> None:
         assert parse_answer(written("Safe", CATEGORIES[4], None), "unsafe", cut=False).category == CATEGORIES[4]
 
     @pytest.mark.parametrize(
@@ -106,24 +106,24 @@ class TestRead:
             written("Safe", NO_CATEGORY, None)[:-1],
         ],
     )
-    def test_anything_else_is_unreadable(self, text: str) -> None:
+    def test_other_text_is_unreadable(self, text: str) -> None:
         with pytest.raises(UnreadableAnswer):
             parse_answer(text, "unsafe", cut=False)
 
-    def test_a_category_of_the_policys_own(self) -> None:
+    def test_own_category_is_read_only_when_declared(self) -> None:
         answer = written("Unsafe", OWN[9], "Because.")
         assert parse_answer(answer, "unsafe", cut=False, categories=OWN).category == OWN[9]
         with pytest.raises(UnreadableAnswer):
             parse_answer(answer, "unsafe", cut=False)
 
-    def test_what_nobody_can_see_is_removed(self) -> None:
+    def test_invisible_characters_are_removed(self) -> None:
         answer = parse_answer(
             written("Unsafe", CATEGORIES[0], "one\u202etwo\n\tthree\u2028four\x00"), "unsafe", cut=False
         )
         assert answer.rationale == "onetwo three four"
 
     @given(RATIONALES, st.data())
-    def test_a_cut_anywhere_in_the_rationale_is_closed(self, rationale: str, data: st.DataObject) -> None:
+    def test_rationale_cut_anywhere_is_closed(self, rationale: str, data: st.DataObject) -> None:
         whole = written("Unsafe", CATEGORIES[2], rationale)
         begins = whole.index('"rationale": "') + len('"rationale": "')
         cut_at = data.draw(st.integers(begins, len(whole) - 1))
@@ -132,7 +132,7 @@ class TestRead:
         document["rationale"].encode()  # no half of a surrogate pair is left
 
     @given(st.integers(0, 400))
-    def test_a_cut_is_marked_or_unreadable(self, length: int) -> None:
+    def test_cut_answer_is_marked_or_unreadable(self, length: int) -> None:
         whole = written("Unsafe", CATEGORIES[2], 'It "shows" \\ a knife \u2019 \U0001f52a.')
         text = whole[:length]
         try:
@@ -146,16 +146,16 @@ class TestRead:
 
 class TestScore:
     @given(st.floats(-60, 0), st.floats(-60, 0))
-    def test_is_the_share_of_unsafe(self, safe: float, unsafe: float) -> None:
+    def test_score_is_the_probability_of_unsafe(self, safe: float, unsafe: float) -> None:
         score = unsafe_probability(safe, unsafe)
         assert score == pytest.approx(math.exp(unsafe) / (math.exp(safe) + math.exp(unsafe)), abs=1e-9)
         assert (score > 0.5) == (unsafe > safe) or safe == pytest.approx(unsafe)
 
     @pytest.mark.parametrize(("safe", "unsafe", "score"), [(0, -1e38, 0), (-1e38, 0, 1), (-1e38, -1e38, 0.5)])
-    def test_at_the_ends(self, safe: float, unsafe: float, score: float) -> None:
+    def test_extreme_log_probabilities_give_exact_scores(self, safe: float, unsafe: float, score: float) -> None:
         assert unsafe_probability(safe, unsafe) == score
 
-    def test_not_a_number_is_unreadable(self) -> None:
+    def test_nan_is_unreadable(self) -> None:
         with pytest.raises(UnreadableAnswer):
             unsafe_probability(math.nan, -1)
 
@@ -200,7 +200,7 @@ def walk(compiled: xgrammar.CompiledGrammar, choose: random.Random, limit: int) 
 class TestGrammar:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("rating", [None, "Safe", "Unsafe"])
-    def test_whatever_the_weights_the_answer_is_one(self, compiler, mode, rating) -> None:
+    def test_random_tokens_under_the_grammar_make_a_readable_answer(self, compiler, mode, rating) -> None:
         compiled = compiler.compile_grammar(build_grammar(mode, rating))
         for seed in range(150):
             text, cut = walk(compiled, random.Random(seed), limit=count_head_tokens() + 1 + seed)
@@ -235,25 +235,25 @@ class TestGrammar:
             ("Unsafe", CATEGORIES[0], "a\ud83d b", set()),
         ],
     )
-    def test_which_answers_can_be_said(self, compiler, mode, rating, category, rationale, allowed_in) -> None:
+    def test_grammar_accepts_only_valid_answers(self, compiler, mode, rating, category, rationale, allowed_in) -> None:
         matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(build_grammar(mode)))
         said = matcher.accept_string(written(rating, category, rationale))
         assert said == (mode in allowed_in)
 
-    def test_the_default_grammar_is_the_one_that_was_measured(self) -> None:
+    def test_default_grammar_is_unchanged(self) -> None:
         digests = [hashlib.sha256(build_grammar(mode).encode()).hexdigest()[:16] for mode in MODES]
         assert digests == ["a9d61cea340f62e6", "753248301b4ec199", "f34416bcc78d4688"]
         assert count_head_tokens() == 80
 
     @pytest.mark.parametrize("category", OWN[9:])
     @pytest.mark.parametrize("rating", ["Safe", "Unsafe"])
-    def test_categories_of_the_policys_own_can_be_said(self, compiler, category, rating) -> None:
+    def test_grammar_accepts_own_categories(self, compiler, category, rating) -> None:
         answer = written(rating, category, "Because.")
         for categories in (CATEGORIES, OWN):
             matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(build_grammar("always", categories=categories)))
             assert matcher.accept_string(answer) == (categories is OWN)
 
-    def test_a_long_title_leaves_the_rationale_its_room(self, compiler) -> None:
+    def test_long_category_leaves_the_rationale_its_tokens(self, compiler) -> None:
         compiled = compiler.compile_grammar(build_grammar("always", categories=OWN))
         head = written("Unsafe", OWN[9], "").removesuffix('"\n}')
         assert len(head) == count_head_tokens(OWN) > count_head_tokens()

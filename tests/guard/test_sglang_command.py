@@ -20,7 +20,7 @@ def launch_config(model: str = "tiny", *, gpus: int = 0, tokenizer: Path | None 
     )
 
 
-def test_the_key_is_in_a_private_file_and_not_in_the_process_list(tmp_path: Path) -> None:
+def test_key_is_in_a_private_file_and_not_in_the_process_list(tmp_path: Path) -> None:
     path = tmp_path / "flags.yaml"
     write_secrets(path, api_key="hush")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -28,7 +28,7 @@ def test_the_key_is_in_a_private_file_and_not_in_the_process_list(tmp_path: Path
     assert "--api-key" not in launch_config().command(port=1, secrets=path)
 
 
-def test_it_listens_on_loopback_and_fetches_nothing() -> None:
+def test_server_listens_on_loopback_and_fetches_nothing() -> None:
     argv = launch_config().command(port=1234, secrets=Path("/flags"))
     for flag, value in [
         ("--host", "127.0.0.1"),
@@ -39,7 +39,7 @@ def test_it_listens_on_loopback_and_fetches_nothing() -> None:
         assert argv[argv.index(flag) + 1] == value
 
 
-def test_the_device_decides_the_flags() -> None:
+def test_device_selects_the_flags() -> None:
     on_cpu, on_gpu = (launch_config(gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 2))
     assert "--disable-cuda-graph" in on_cpu
     assert "--disable-cuda-graph" not in on_gpu
@@ -48,7 +48,7 @@ def test_the_device_decides_the_flags() -> None:
     assert "--tp-size" not in on_cpu
 
 
-def test_a_row_may_have_flags_of_its_own() -> None:
+def test_flags_of_the_checkpoint_are_passed() -> None:
     on_cpu, on_gpu = (
         launch_config("ShieldGemma-2-4B", gpus=gpus).command(port=1, secrets=Path("/f")) for gpus in (0, 1)
     )
@@ -57,13 +57,13 @@ def test_a_row_may_have_flags_of_its_own() -> None:
     assert on_gpu[on_gpu.index("--attention-backend") + 1] == "triton"
 
 
-def test_the_tokenizer_may_be_elsewhere() -> None:
+def test_tokenizer_path_is_passed() -> None:
     assert "--tokenizer-path" not in launch_config().command(port=1, secrets=Path("/f"))
     argv = launch_config("LlavaGuard-v1.0-7B", tokenizer=Path("/tokenizer")).command(port=1, secrets=Path("/f"))
     assert argv[argv.index("--tokenizer-path") + 1] == "/tokenizer"
 
 
-def test_the_engine_has_no_credentials_and_no_proxy(tmp_path: Path) -> None:
+def test_environment_has_no_credentials_and_no_proxy(tmp_path: Path) -> None:
     inherited = {
         "PATH": "/bin",
         "CUDA_VISIBLE_DEVICES": "3",
@@ -83,7 +83,7 @@ def test_the_engine_has_no_credentials_and_no_proxy(tmp_path: Path) -> None:
     assert env["REQUEST_TIMEOUT"] == "60"
 
 
-def test_sglang_finds_the_cpu_platform(monkeypatch) -> None:
+def test_entry_point_of_the_cpu_platform_is_installed(monkeypatch) -> None:
     (found,) = [entry for entry in entry_points(group="sglang.srt.platforms") if entry.name == "sluice_cpu"]
     assert found.load() is cpu_platform.activate
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

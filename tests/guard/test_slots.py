@@ -44,13 +44,13 @@ class Engine:
                 return await self.judge(image)
 
 
-async def test_no_more_than_the_count() -> None:
+async def test_concurrent_calls_stay_within_the_count() -> None:
     engine = Engine(3)
     await asyncio.gather(*(engine.judge(str(number)) for number in range(20)))
     assert engine.most == 3
 
 
-async def test_live_comes_first() -> None:
+async def test_live_goes_before_backfill() -> None:
     engine = Engine(1)
     await asyncio.gather(
         engine.judge("first"),
@@ -60,7 +60,7 @@ async def test_live_comes_first() -> None:
     assert engine.order == ["first", "new-0", "new-1", "new-2", "old-0", "old-1", "old-2"]
 
 
-async def test_someone_who_waits_comes_before_all_streams() -> None:
+async def test_interactive_goes_before_all_streams() -> None:
     engine = Engine(1)
     await asyncio.gather(
         engine.judge("first"),
@@ -71,7 +71,7 @@ async def test_someone_who_waits_comes_before_all_streams() -> None:
     assert engine.order == ["first", "now-0", "now-1", "new-0", "new-1", "old-0", "old-1"]
 
 
-async def test_only_the_poison_is_given_up() -> None:
+async def test_only_poison_images_fail() -> None:
     engine = Engine(4, frozenset({"7", "8"}))
     async with asyncio.timeout(5):
         results = await asyncio.gather(*(engine.patiently(str(n)) for n in range(20)), return_exceptions=True)
@@ -80,7 +80,7 @@ async def test_only_the_poison_is_given_up() -> None:
     assert [result for result in results if isinstance(result, str)] == [str(n) for n in range(20) if n not in {7, 8}]
 
 
-async def test_a_success_clears_a_suspect() -> None:
+async def test_success_clears_a_suspected_image() -> None:
     engine = Engine(1, frozenset({"a"}))
     for _ in range(2):
         with pytest.raises(EngineFailed):
@@ -92,7 +92,7 @@ async def test_a_success_clears_a_suspect() -> None:
         await engine.judge("a")
 
 
-async def test_the_third_failure_convicts() -> None:
+async def test_third_failure_confirms_a_poison_image() -> None:
     engine = Engine(1, frozenset({"a"}))
     for _ in range(2):
         with pytest.raises(EngineFailed):
@@ -101,7 +101,7 @@ async def test_the_third_failure_convicts() -> None:
         await engine.judge("a")
 
 
-async def test_an_engine_that_was_down_before_is_no_proof() -> None:
+async def test_failed_health_check_does_not_count_against_the_image() -> None:
     engine = Engine(1, frozenset({"a"}))
     with pytest.raises(EngineFailed):
         await engine.judge("a")
@@ -114,7 +114,7 @@ async def test_an_engine_that_was_down_before_is_no_proof() -> None:
 
 
 @pytest.mark.parametrize("suspect", [False, True])
-async def test_who_gives_up_waiting_leaves_no_trace(suspect: bool) -> None:
+async def test_cancelled_wait_leaves_the_slots_free(suspect: bool) -> None:
     engine = Engine(1)
     if suspect:
         engine.poison = frozenset({"late"})

@@ -27,7 +27,7 @@ async def succeed(limit: AdaptiveLimit) -> None:
         await asyncio.sleep(0)
 
 
-async def test_halved_once_for_a_burst_of_complaints() -> None:
+async def test_burst_of_throttling_halves_the_limit_once() -> None:
     clock = Clock()
     limit = AdaptiveLimit(16, clock)
     await asyncio.gather(*(refuse(limit, Throttled("slow down")) for _ in range(16)))
@@ -37,7 +37,7 @@ async def test_halved_once_for_a_burst_of_complaints() -> None:
     assert limit.limit == 4
 
 
-async def test_never_below_one_and_back_to_the_most() -> None:
+async def test_limit_stays_above_zero_and_recovers() -> None:
     clock = Clock()
     limit = AdaptiveLimit(8, clock)
     for _ in range(20):
@@ -49,13 +49,13 @@ async def test_never_below_one_and_back_to_the_most() -> None:
     assert limit.limit == 8
 
 
-async def test_other_failures_change_nothing() -> None:
+async def test_other_failures_do_not_change_the_limit() -> None:
     limit = AdaptiveLimit(8)
     await refuse(limit, StoreUnavailable("gone"))
     assert limit.limit == 8
 
 
-async def test_no_more_at_a_time_than_the_limit() -> None:
+async def test_concurrent_requests_stay_within_the_limit() -> None:
     clock = Clock()
     limit = AdaptiveLimit(8, clock)
     await refuse(limit, Throttled("slow down"))

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of every broke
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_shows_the_same_picture(kind: str) -> None:
+def test_every_format_decodes_to_the_same_picture(kind: str) -> None:
     data = encoded(picture(), kind)
     prepared = prepare(data, LIMITS)
     assert sniff(data) == kind
@@ -66,7 +66,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert difference(shown(prepared), picture()) < TOLERANCE.get(kind, 2.0)
 
 
-def test_orientation_and_downscaling_together() -> None:
+def test_oriented_image_is_downscaled() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture(1600, 900).transpose(Image.Transpose.ROTATE_90), "jpeg", exif=exif)
@@ -83,7 +83,7 @@ def test_broken_exif_is_ignored(exif: bytes) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
-def test_an_orientation_that_makes_no_sense_is_ignored(value: int) -> None:
+def test_invalid_orientation_is_ignored(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     assert difference(shown(prepare(encoded(picture(), "png", exif=exif), LIMITS)), picture()) < 2
@@ -93,7 +93,7 @@ def test_an_orientation_that_makes_no_sense_is_ignored(value: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "webp", "avif", "heic"])
-def test_alpha_is_laid_over_white(kind: str) -> None:
+def test_alpha_is_composited_over_white(kind: str) -> None:
     image = picture().convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 48, 32))
     expected = picture()
@@ -101,7 +101,7 @@ def test_alpha_is_laid_over_white(kind: str) -> None:
     assert difference(shown(prepare(encoded(image, kind), LIMITS)), expected) < 6
 
 
-def test_what_hides_under_full_transparency_does_not_bleed_into_the_rest() -> None:
+def test_transparent_pixels_do_not_bleed_into_others() -> None:
     image = Image.new("RGBA", (1024, 1024), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 1024, 512))
     result = shown(prepare(encoded(image, "png"), LIMITS))
@@ -109,7 +109,7 @@ def test_what_hides_under_full_transparency_does_not_bleed_into_the_rest() -> No
     assert all(abs(red - green) <= 8 for red, green, _ in column)
 
 
-def test_a_palette_with_transparency() -> None:
+def test_palette_with_transparency_is_composited_over_white() -> None:
     image = picture().quantize(16)
     index = image.getpixel((2, 2))
     expected = picture()
@@ -118,7 +118,7 @@ def test_a_palette_with_transparency() -> None:
         assert difference(shown(prepare(encoded(image, kind, transparency=index), LIMITS)), expected) < 4
 
 
-def test_a_palette_with_partial_transparency() -> None:
+def test_palette_with_partial_transparency_is_composited_over_white() -> None:
     image = Image.new("P", (8, 8), 0)
     image.putpalette([0, 0, 0, 255, 255, 255])
     result = shown(prepare(encoded(image, "png", transparency=bytes([128, 255])), LIMITS))
@@ -126,7 +126,7 @@ def test_a_palette_with_partial_transparency() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "LAB"])
-def test_modes_of_tiff(mode: str) -> None:
+def test_tiff_of_every_mode_decodes_to_the_same_picture(mode: str) -> None:
     gray = picture().convert("L")
     source = {
         "1": gray.point(lambda level: 255 * (level > 100), "1"),
@@ -141,7 +141,7 @@ def test_modes_of_tiff(mode: str) -> None:
     assert difference(shown(prepare(encoded(source, "tiff"), LIMITS)), expected) < 4
 
 
-def test_an_inverted_cmyk_jpeg_of_adobe_is_not_a_negative() -> None:
+def test_inverted_cmyk_jpeg_of_adobe_is_not_a_negative() -> None:
     data = encoded(picture().convert("CMYK"), "jpeg")
     assert b"Adobe" in data
     assert difference(shown(prepare(data, LIMITS)), picture()) < 4
@@ -163,7 +163,7 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(kind: str) -> None:
     assert all(abs(result.getpixel((x, 8))[0] - x) <= 3 for x in range(256))
 
 
-def test_sixteen_bit_rgb_png() -> None:
+def test_sixteen_bit_rgb_png_is_scaled() -> None:
     rows = b"".join(
         b"\0" + b"".join(struct.pack(">HHH", x * 1000, 0x8000, 0xFFFF) for x in range(64)) for _ in range(16)
     )
@@ -184,26 +184,26 @@ def test_floating_point_tiff_is_scaled(low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize("level", [float("nan"), float("inf")])
-def test_levels_that_are_not_finite(level: float) -> None:
+def test_infinite_levels_are_rejected(level: float) -> None:
     with pytest.raises(NotAnImage):
         prepare(encoded(Image.new("F", (8, 8), level), "tiff"), LIMITS)
 
 
-def test_an_rgb_png_with_a_transparent_color() -> None:
+def test_rgb_png_with_a_transparent_colour_is_composited_over_white() -> None:
     expected = picture()
     expected.paste("white", (0, 0, 48, 32))
     data = encoded(picture(), "png", transparency=(220, 30, 30))
     assert difference(shown(prepare(data, LIMITS)), expected) < 2
 
 
-def test_a_picture_hidden_by_gamma_is_shown_as_browsers_show_it() -> None:
+def test_png_gamma_is_applied_as_in_browsers() -> None:
     data = with_png_chunk(encoded(Image.new("RGB", (32, 32), (60, 60, 60)), "png"), b"gAMA", struct.pack(">I", 4_545))
     assert shown(prepare(data, LIMITS)).getpixel((5, 5))[0] < 5
     data = with_png_chunk(encoded(Image.new("RGB", (32, 32), (60, 60, 60)), "png"), b"gAMA", struct.pack(">I", 200_000))
     assert shown(prepare(data, LIMITS)).getpixel((5, 5))[0] > 150
 
 
-def test_a_colour_profile_is_applied_and_a_broken_one_ignored() -> None:
+def test_colour_profile_is_applied_unless_it_is_broken() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for content in (profile, b"nonsense" * 100, profile[:200]):
         prepared = prepare(encoded(picture(), "jpeg", icc_profile=content), LIMITS)
@@ -223,19 +223,19 @@ def test_downscaling_keeps_the_picture(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1), (3, 9_001), (511, 513)])
-def test_extreme_sizes_survive(size: tuple[int, int]) -> None:
+def test_extreme_sizes_are_decoded(size: tuple[int, int]) -> None:
     for kind in ("png", "jpeg", "gif", "tiff"):
         prepared = prepare(encoded(Image.new("RGB", size, "red"), kind), LIMITS)
         assert min(shown(prepared).size) >= 1
         assert max(shown(prepared).size) <= 512
 
 
-def test_nothing_is_enlarged() -> None:
+def test_small_image_is_not_enlarged() -> None:
     prepared = prepare(encoded(picture(20, 10), "gif"), LIMITS)
     assert (prepared.width, prepared.height) == (20, 10)
 
 
-def test_smaller() -> None:
+def test_downscale_keeps_the_picture_and_its_facts() -> None:
     prepared = prepare(encoded(picture(1800, 1200), "png"), LIMITS)
     small = downscale(prepared, 96)
     assert (small.width, small.height, small.sha256, small.facts) == (96, 64, prepared.sha256, prepared.facts)
@@ -247,14 +247,14 @@ def test_smaller() -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_a_plain_fitting_picture_is_passed_on_as_it_is(kind: str) -> None:
+def test_plain_image_that_fits_is_passed_on_unchanged(kind: str) -> None:
     data = encoded(textured(), kind)
     prepared = prepare(data, LIMITS)
     assert prepared.data == data
     assert prepared.media_type == f"image/{kind}"
 
 
-def test_a_huge_png_travels_as_a_jpeg() -> None:
+def test_large_png_is_encoded_as_jpeg() -> None:
     data = encoded(Image.effect_noise((1800, 1800), 90).convert("RGB"), "png", compress_level=0)
     prepared = prepare(data, Limits(10_000_000, 2000))
     assert prepared.media_type == "image/jpeg"
@@ -265,7 +265,7 @@ def test_progressive_jpeg_is_plain() -> None:
     assert is_plain(encoded(textured(), "jpeg", progressive=True), "jpeg")
 
 
-def test_whatever_could_mean_something_else_to_another_reader_is_encoded_anew() -> None:
+def test_image_with_extra_data_is_encoded_again() -> None:
     jpeg, png = encoded(picture(), "jpeg"), encoded(picture(), "png")
     exif = Image.Exif()
     exif[0x010E] = "x" * 60_000
@@ -294,21 +294,21 @@ def test_whatever_could_mean_something_else_to_another_reader_is_encoded_anew() 
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff", "avif", "heic"])
-def test_the_first_of_several_frames_is_judged_and_all_are_counted(kind: str) -> None:
+def test_first_frame_is_decoded_and_all_are_counted(kind: str) -> None:
     others = [Image.new("RGB", (96, 64), color) for color in ("black", "white")]
     prepared = prepare(encoded(picture(), kind, save_all=True, append_images=others), LIMITS)
     assert prepared.facts.frames == 3
     assert difference(shown(prepared), picture()) < TOLERANCE.get(kind, 4.0)
 
 
-def test_a_gif_of_a_million_frames_is_counted_in_no_time() -> None:
+def test_count_of_gif_frames_stops_at_the_limit() -> None:
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
     data = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frame * 1_000_000 + b"\x3b"
     assert count_gif_frames(data) == FRAMES_LIMIT
     assert prepare(data, LIMITS).facts.frames == FRAMES_LIMIT
 
 
-def test_a_tiff_whose_pages_go_round_in_a_circle() -> None:
+def test_cyclic_tiff_pages_are_counted_once() -> None:
     data = bytearray(encoded(picture(), "tiff"))
     directory = struct.unpack_from("<I", data, 4)[0]
     entries = struct.unpack_from("<H", data, directory)[0]
@@ -324,12 +324,12 @@ def png_bomb(width: int, height: int, content: bytes) -> bytes:
     return png_header(width, height) + png_chunk(b"IDAT", content) + png_chunk(b"IEND", b"")
 
 
-def test_a_png_of_50000_by_50000() -> None:
+def test_png_of_50000_by_50000_is_too_large() -> None:
     with pytest.raises(TooLarge):
         prepare(png_bomb(50_000, 50_000, zlib.compress(b"\0" * 10_000_000)), Limits(100_000_000, 512))
 
 
-def test_declared_sizes_beyond_the_limit() -> None:
+def test_declared_size_over_the_limit_is_too_large() -> None:
     jpeg = bytearray(encoded(picture(), "jpeg"))
     frame = jpeg.index(b"\xff\xc0")
     struct.pack_into(">HH", jpeg, frame + 5, 65_000, 65_000)
@@ -354,7 +354,7 @@ def test_declared_sizes_beyond_the_limit() -> None:
             prepare(bytes(data), LIMITS)
 
 
-def test_a_gif_whose_frame_is_larger_than_its_screen() -> None:
+def test_gif_frame_larger_than_its_screen_is_rejected() -> None:
     gif = bytearray(encoded(picture(), "gif"))
     at = gif.index(b"\x2c\0\0\0\0" + struct.pack("<HH", 96, 64))
     struct.pack_into("<HH", gif, at + 5, 65_535, 65_535)
@@ -362,7 +362,7 @@ def test_a_gif_whose_frame_is_larger_than_its_screen() -> None:
         prepare(bytes(gif), LIMITS)
 
 
-def test_png_text_that_is_a_zip_bomb() -> None:
+def test_zip_bomb_in_png_text_is_harmless() -> None:
     bomb = zlib.compress(b"\0" * 200_000_000, 9)
     png = encoded(picture(), "png")
     for kind, head in ((b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0"), (b"iCCP", b"k\0\0")):
@@ -398,13 +398,13 @@ def test_png_text_that_is_a_zip_bomb() -> None:
         b"P6 1 1 255 abc",
     ],
 )
-def test_no_image(data: bytes) -> None:
+def test_bytes_without_an_image_are_rejected(data: bytes) -> None:
     with pytest.raises(NotAnImage):
         prepare(data, LIMITS)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_cut_anywhere_it_is_no_image_or_the_whole_one(kind: str) -> None:
+def test_truncated_image_is_rejected_or_whole(kind: str) -> None:
     image = textured()
     data = encoded(image, kind)
     # Without its last bytes a file may still hold every pixel; it is then encoded anew.
@@ -420,7 +420,7 @@ def test_cut_anywhere_it_is_no_image_or_the_whole_one(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_damage_gives_an_image_or_a_clear_error(kind: str) -> None:
+def test_damaged_image_is_decoded_or_rejected(kind: str) -> None:
     data = encoded(textured(64, 48), kind)
     dice = random.Random(kind)
     for _ in range(150):
@@ -433,7 +433,7 @@ def test_damage_gives_an_image_or_a_clear_error(kind: str) -> None:
             assert str(error)  # noqa: PT017
 
 
-def test_magic_bytes_decide_not_what_follows() -> None:
+def test_magic_bytes_select_the_decoder() -> None:
     for kind in FORMATS:
         for other in FORMATS:
             if kind != other:
@@ -445,20 +445,20 @@ def test_magic_bytes_decide_not_what_follows() -> None:
 
 @settings(max_examples=300)
 @given(st.sampled_from([b"", *(encoded(picture(8, 8), kind)[:32] for kind in FORMATS)]), st.binary(max_size=300))
-def test_any_bytes(head: bytes, rest: bytes) -> None:
+def test_random_bytes_are_decoded_or_rejected(head: bytes, rest: bytes) -> None:
     try:
         shown(prepare(head + rest, LIMITS))
     except (NotAnImage, TooLarge) as error:
         assert str(error)  # noqa: PT017
 
 
-def test_a_thousand_scans_are_not_passed_on() -> None:
+def test_jpeg_of_many_scans_is_not_plain() -> None:
     data = encoded(picture(), "jpeg", progressive=True)
     scan = data.rindex(b"\xff\xda")
     assert not is_plain(data[:scan] + data[scan:-2] * 30 + b"\xff\xd9", "jpeg")
 
 
-def test_multi_picture_jpeg_of_a_phone() -> None:
+def test_multi_picture_jpeg_decodes_its_first_picture() -> None:
     buffer = io.BytesIO()
     picture().save(buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))], quality=95)
     prepared = prepare(buffer.getvalue(), LIMITS)

@@ -64,7 +64,7 @@ GOOD = encoded(picture(), "png")
 BAD = GOOD + b"BAD!"
 
 
-async def test_prepares_and_looks_first() -> None:
+async def test_image_is_prepared_and_downscaled_for_the_first_look() -> None:
     preparer = DecoderPool(make_settings(), 1000)
     try:
         prepared = await preparer.prepare(encoded(picture(1800, 1200), "webp"))
@@ -80,7 +80,7 @@ async def test_prepares_and_looks_first() -> None:
         preparer.close()
 
 
-async def test_many_at_once_with_bounded_processes() -> None:
+async def test_many_images_use_a_bounded_number_of_processes() -> None:
     preparer = DecoderPool(make_settings(), 512)
     try:
         images = [encoded(picture(64 + n, 64), "png") for n in range(40)]
@@ -92,7 +92,7 @@ async def test_many_at_once_with_bounded_processes() -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["os.kill(os.getpid(), signal.SIGSEGV)", "os.abort()", "os._exit(3)"])
-async def test_a_crash_harms_only_its_image(decoders: Path, behaviour: str) -> None:
+async def test_decoder_crash_fails_only_its_image(decoders: Path, behaviour: str) -> None:
     misbehave(decoders, behaviour)
     preparer = DecoderPool(make_settings(), 512)
     try:
@@ -118,7 +118,7 @@ async def test_a_crash_harms_only_its_image(decoders: Path, behaviour: str) -> N
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)",
     ],
 )
-async def test_a_hang_ends_at_the_deadline(decoders: Path, behaviour: str) -> None:
+async def test_hanging_decoder_is_killed_at_the_deadline(decoders: Path, behaviour: str) -> None:
     misbehave(decoders, behaviour)
     preparer = DecoderPool(make_settings(decode_deadline_s=1, decode_workers=1), 512)
     try:
@@ -130,7 +130,7 @@ async def test_a_hang_ends_at_the_deadline(decoders: Path, behaviour: str) -> No
         preparer.close()
 
 
-async def test_a_flood_of_memory_is_too_large(decoders: Path) -> None:
+async def test_decoder_over_the_memory_limit_is_too_large(decoders: Path) -> None:
     misbehave(decoders, "hoard = [bytearray(1 << 28) for _ in range(100)]")
     preparer = DecoderPool(make_settings(decode_workers=1), 512)
     try:
@@ -141,7 +141,7 @@ async def test_a_flood_of_memory_is_too_large(decoders: Path) -> None:
         preparer.close()
 
 
-async def test_a_process_stopped_from_outside_is_no_fault_of_the_image(decoders: Path) -> None:
+async def test_decoder_killed_from_outside_is_unavailable(decoders: Path) -> None:
     misbehave(decoders, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
     preparer = DecoderPool(make_settings(), 512)
     try:
@@ -154,7 +154,7 @@ async def test_a_process_stopped_from_outside_is_no_fault_of_the_image(decoders:
         preparer.close()
 
 
-async def test_closing_ends_what_runs_and_leaves_no_process(decoders: Path) -> None:
+async def test_close_fails_running_images_and_leaves_no_process(decoders: Path) -> None:
     misbehave(decoders, "time.sleep(60)")
     preparer = DecoderPool(make_settings(), 512)
     running = [asyncio.create_task(preparer.prepare(BAD)) for _ in range(6)]
@@ -170,7 +170,7 @@ async def test_closing_ends_what_runs_and_leaves_no_process(decoders: Path) -> N
         await preparer.prepare(GOOD)
 
 
-async def test_a_process_that_cannot_start_is_no_fault_of_the_image(decoders: Path) -> None:
+async def test_decoder_that_does_not_start_is_unavailable(decoders: Path) -> None:
     (decoders / "sitecustomize.py").write_text(
         "import sys, os\nif 'services.images.decoder_process' in sys.orig_argv: os._exit(9)\n"
     )
@@ -182,7 +182,7 @@ async def test_a_process_that_cannot_start_is_no_fault_of_the_image(decoders: Pa
         preparer.close()
 
 
-async def test_the_event_loop_stays_free() -> None:
+async def test_event_loop_runs_during_decoding() -> None:
     preparer = DecoderPool(make_settings(), 512)
     try:
         large = encoded(picture(6000, 5000), "png")
@@ -230,7 +230,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
-def test_no_process_outlives_a_parent_that_is_killed(decoders: Path, state: str) -> None:
+def test_decoders_end_when_their_parent_is_killed(decoders: Path, state: str) -> None:
     misbehave(decoders, "time.sleep(60)")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(decoders), str(ROOT)])}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, state], env=environment, stdout=subprocess.PIPE, cwd=ROOT)
@@ -244,7 +244,7 @@ def test_no_process_outlives_a_parent_that_is_killed(decoders: Path, state: str)
         assert gone_within(5, workers)
 
 
-def test_the_alarm_ends_a_decoder_that_holds_the_lock_after_its_parent(decoders: Path) -> None:
+def test_alarm_ends_a_decoder_that_holds_the_interpreter_lock(decoders: Path) -> None:
     misbehave(decoders, "ctypes.PyDLL(None).sleep(60)")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(decoders), str(ROOT)])}
     source = PARENT.replace("decode_deadline_s=20", "decode_deadline_s=2")
@@ -258,7 +258,7 @@ def test_the_alarm_ends_a_decoder_that_holds_the_lock_after_its_parent(decoders:
         assert gone_within(12, workers)
 
 
-def test_works_in_a_thread_with_a_loop_of_its_own_and_a_main_that_must_not_run_twice(tmp_path: Path) -> None:
+def test_pool_works_in_a_thread_and_does_not_run_main_again(tmp_path: Path) -> None:
     """As in a Ray Serve replica, whose `__main__` is Ray's own program."""
     program = tmp_path / "default_worker.py"
     program.write_text(

@@ -11,7 +11,7 @@ from services.images.memory_budget import ByteBudget
 from tests.support.images import can_reserve
 
 
-async def test_first_come_first_served() -> None:
+async def test_reservations_are_granted_in_order() -> None:
     budget = ByteBudget(100)
     order: list[str] = []
 
@@ -29,14 +29,14 @@ async def test_first_come_first_served() -> None:
     assert await can_reserve(budget, budget.limit)
 
 
-async def test_more_than_everything_gets_everything() -> None:
+async def test_reservation_over_the_limit_gets_the_whole_limit() -> None:
     budget = ByteBudget(100)
     async with budget.reserve(10**12):
         assert not await can_reserve(budget, 1)
     assert await can_reserve(budget, budget.limit)
 
 
-async def test_one_that_gives_up_lets_those_behind_it_pass() -> None:
+async def test_cancelled_wait_lets_later_ones_pass() -> None:
     budget = ByteBudget(100)
     async with budget.reserve(50):
         first, second = budget.reserve(100), budget.reserve(50)
@@ -52,7 +52,7 @@ async def test_one_that_gives_up_lets_those_behind_it_pass() -> None:
     assert await can_reserve(budget, budget.limit)
 
 
-async def test_cancelled_in_the_moment_of_its_turn() -> None:
+async def test_cancellation_while_granted_releases_the_bytes() -> None:
     budget = ByteBudget(10)
     holder = budget.reserve(10)
     await holder.__aenter__()
@@ -67,7 +67,7 @@ async def test_cancelled_in_the_moment_of_its_turn() -> None:
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 150), st.integers(0, 3), st.booleans()), max_size=30))
-def test_never_exceeded_and_whole_in_the_end(requests: list[tuple[int, int, bool]]) -> None:
+def test_budget_is_never_exceeded_and_free_at_the_end(requests: list[tuple[int, int, bool]]) -> None:
     async def scenario() -> None:
         budget = ByteBudget(100)
         held = 0

@@ -54,7 +54,7 @@ def store(s3_endpoint: str, s3: Any) -> Iterator[ObjectStore]:
 # What a real server says
 
 
-async def test_reads_with_version_and_etag(store: ObjectStore, s3: Any) -> None:
+async def test_read_returns_version_and_etag(store: ObjectStore, s3: Any) -> None:
     put = s3.put_object(Bucket=BUCKET, Key="a/b c+ü%20?#.jpg", Body=b"x" * 999_999)
     stored = await read(store, reference("a/b c+ü%20?#.jpg"))
     assert stored.data == b"x" * 999_999
@@ -62,7 +62,7 @@ async def test_reads_with_version_and_etag(store: ObjectStore, s3: Any) -> None:
     assert stored.etag == put["ETag"].strip('"')
 
 
-async def test_a_pinned_version_is_the_one_that_is_read(store: ObjectStore, s3: Any) -> None:
+async def test_pinned_version_is_read(store: ObjectStore, s3: Any) -> None:
     first = s3.put_object(Bucket=BUCKET, Key="versions", Body=b"first")
     second = s3.put_object(Bucket=BUCKET, Key="versions", Body=b"second")
     assert (await read(store, reference("versions", version_id=first["VersionId"]))).data == b"first"
@@ -70,7 +70,7 @@ async def test_a_pinned_version_is_the_one_that_is_read(store: ObjectStore, s3: 
     assert (await read(store, reference("versions", version_id=""))).data == b"second"
 
 
-async def test_a_changed_object_is_not_read(store: ObjectStore, s3: Any) -> None:
+async def test_object_with_another_etag_is_rejected(store: ObjectStore, s3: Any) -> None:
     first = s3.put_object(Bucket=BUCKET, Key="changed", Body=b"first")
     assert (await read(store, reference("changed", etag=first["ETag"]))).data == b"first"
     s3.put_object(Bucket=BUCKET, Key="changed", Body=b"second")
@@ -79,13 +79,13 @@ async def test_a_changed_object_is_not_read(store: ObjectStore, s3: Any) -> None
 
 
 @pytest.mark.parametrize("etag", ["*", 'a"b', "a\r\nHost: evil", "ü", "x" * 5000])
-async def test_etags_that_no_object_has(store: ObjectStore, s3: Any, etag: str) -> None:
+async def test_invalid_etag_is_rejected(store: ObjectStore, s3: Any, etag: str) -> None:
     s3.put_object(Bucket=BUCKET, Key="etags", Body=b"x")
     with pytest.raises((Changed, Forbidden)):
         await read(store, reference("etags", etag=etag))
 
 
-async def test_what_does_not_exist(store: ObjectStore, s3: Any) -> None:
+async def test_missing_object_is_not_found(store: ObjectStore, s3: Any) -> None:
     put = s3.put_object(Bucket=BUCKET, Key="deleted", Body=b"x")
     marker = s3.delete_object(Bucket=BUCKET, Key="deleted")
     for absent in (
@@ -104,7 +104,7 @@ async def test_what_does_not_exist(store: ObjectStore, s3: Any) -> None:
     assert (await read(store, reference("deleted", version_id=put["VersionId"]))).data == b"x"
 
 
-async def test_other_buckets_are_refused_without_a_request() -> None:
+async def test_other_bucket_is_rejected_without_a_request() -> None:
     store = make_store("http://127.0.0.1:1")
     for forbidden in (
         reference("x", bucket="private"),
@@ -117,7 +117,7 @@ async def test_other_buckets_are_refused_without_a_request() -> None:
     store.close()
 
 
-async def test_too_large_is_refused_before_the_body_is_read(store: ObjectStore, s3: Any) -> None:
+async def test_object_over_the_limit_is_rejected_before_its_body(store: ObjectStore, s3: Any) -> None:
     s3.put_object(Bucket=BUCKET, Key="large", Body=b"x" * 1_000_001)
     with pytest.raises(TooLarge):
         await read(store, reference("large"))
@@ -125,7 +125,7 @@ async def test_too_large_is_refused_before_the_body_is_read(store: ObjectStore, 
     assert len((await read(store, reference("exactly"))).data) == 1_000_000
 
 
-async def test_memory_is_reserved_until_the_image_is_judged(s3_endpoint: str, s3: Any) -> None:
+async def test_memory_is_reserved_until_the_context_ends(s3_endpoint: str, s3: Any) -> None:
     store = make_store(s3_endpoint, image_memory_bytes=100_000)
     s3.put_object(Bucket=BUCKET, Key="part", Body=b"x" * 60_000)
     async with store.open(reference("part")) as stored:
@@ -143,7 +143,7 @@ async def test_memory_is_reserved_until_the_image_is_judged(s3_endpoint: str, s3
     store.close()
 
 
-async def test_who_gives_up_while_waiting_for_memory_leaves_nothing_behind(s3_endpoint: str, s3: Any) -> None:
+async def test_cancelled_wait_for_memory_leaves_nothing_reserved(s3_endpoint: str, s3: Any) -> None:
     store = make_store(s3_endpoint, image_memory_bytes=100_000, in_flight=1)
     s3.put_object(Bucket=BUCKET, Key="part", Body=b"x" * 60_000)
     async with store.open(reference("part")):
@@ -157,7 +157,7 @@ async def test_who_gives_up_while_waiting_for_memory_leaves_nothing_behind(s3_en
     store.close()
 
 
-async def test_many_at_once(store: ObjectStore, s3: Any) -> None:
+async def test_concurrent_reads_return_their_objects(store: ObjectStore, s3: Any) -> None:
     for n in range(8):
         s3.put_object(Bucket=BUCKET, Key=f"many/{n}", Body=bytes([n]) * 100_000)
     stored = await asyncio.gather(*(read(store, reference(f"many/{n % 8}")) for n in range(80)))
@@ -256,7 +256,7 @@ def hangs_in_the_body(connection: socket.socket) -> None:
     "behaviour",
     [drips_headers, drips_body, drips_chunk_sizes, drips_and_will_close, hangs_at_once, hangs_in_the_body],
 )
-async def test_no_server_holds_a_thread_beyond_the_deadline(behaviour: Callable[[socket.socket], None]) -> None:
+async def test_slow_server_holds_no_thread_after_the_deadline(behaviour: Callable[[socket.socket], None]) -> None:
     with http_server(behaviour) as endpoint:
         store = make_store(endpoint, fetch_deadline_s=0.7, in_flight=2)
         started = time.monotonic()
@@ -270,7 +270,7 @@ async def test_no_server_holds_a_thread_beyond_the_deadline(behaviour: Callable[
         store.close()
 
 
-async def test_a_cancelled_read_frees_its_thread_at_once() -> None:
+async def test_cancelled_read_frees_its_thread() -> None:
     with http_server(hangs_in_the_body) as endpoint:
         store = make_store(endpoint, fetch_deadline_s=30, in_flight=1)
         reading = asyncio.create_task(read(store, reference("x")))
@@ -294,7 +294,7 @@ def chunked_without_end(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("behaviour", [without_length, chunked_without_end])
-async def test_the_limit_holds_while_reading(behaviour: Callable[[socket.socket], None]) -> None:
+async def test_body_over_the_limit_is_rejected_while_reading(behaviour: Callable[[socket.socket], None]) -> None:
     with http_server(behaviour) as endpoint:
         store = make_store(endpoint, image_limit_bytes=1_000_000)
         with pytest.raises(TooLarge):
@@ -302,7 +302,7 @@ async def test_the_limit_holds_while_reading(behaviour: Callable[[socket.socket]
         store.close()
 
 
-async def test_a_server_that_does_not_say_the_size_is_read_to_the_end() -> None:
+async def test_body_without_a_length_is_read_to_the_end() -> None:
     def answer(connection: socket.socket) -> None:
         connection.sendall(head("Transfer-Encoding: chunked") + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
 
@@ -333,7 +333,7 @@ def compresses_a_bomb(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("behaviour", [promises_more, hangs_up, speaks_something_else, has_a_length_that_is_no_number])
-async def test_lies_are_outages(behaviour: Callable[[socket.socket], None]) -> None:
+async def test_invalid_response_is_unavailable(behaviour: Callable[[socket.socket], None]) -> None:
     with http_server(behaviour) as endpoint:
         store = make_store(endpoint, fetch_deadline_s=3)
         with pytest.raises(StoreUnavailable):
@@ -342,14 +342,14 @@ async def test_lies_are_outages(behaviour: Callable[[socket.socket], None]) -> N
         store.close()
 
 
-async def test_nothing_is_decompressed() -> None:
+async def test_compressed_body_is_not_decompressed() -> None:
     with http_server(compresses_a_bomb) as endpoint:
         store = make_store(endpoint)
         assert (await read(store, reference("x"))).data == b"\x1f\x8b\x08\x00"
         store.close()
 
 
-async def test_a_server_that_ignores_the_pinned_etag() -> None:
+async def test_response_with_another_etag_is_rejected() -> None:
     def answer(connection: socket.socket) -> None:
         connection.sendall(head("Content-Length: 1") + b"x")
 
@@ -360,14 +360,14 @@ async def test_a_server_that_ignores_the_pinned_etag() -> None:
         store.close()
 
 
-async def test_nobody_listens() -> None:
+async def test_unreachable_server_is_unavailable() -> None:
     store = make_store("http://127.0.0.1:1")
     with pytest.raises(StoreUnavailable):
         await read(store, reference("x"))
     store.close()
 
 
-async def test_no_credentials_are_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_credentials_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
@@ -404,7 +404,7 @@ ANSWERS: list[tuple[int, str, str, type[SluiceError]]] = [
 
 
 @pytest.mark.parametrize(("status", "code", "text", "error"), ANSWERS)
-async def test_what_an_error_answer_means(status: int, code: str, text: str, error: type[SluiceError]) -> None:
+async def test_error_response_is_mapped(status: int, code: str, text: str, error: type[SluiceError]) -> None:
     body = f"<Error><Code>{code}</Code><Message>{text}</Message></Error>".encode() if code else b""
 
     def answer(connection: socket.socket) -> None:

@@ -91,7 +91,7 @@ async def shared(valkey_url: str) -> AsyncIterator[PolicyRedisCache]:
     await copies.close()
 
 
-async def test_by_name_and_by_version(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_reference_by_name_or_version_finds_the_policy(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared) as cache:
         assert await version_of(cache) == 1
         assert (await cache.choose(submission("default@2"))).policy.identity.digest == WAIVED.digest()
@@ -115,15 +115,13 @@ async def test_by_name_and_by_version(filled: PolicyRegistry, shared: PolicyRedi
         "tenants",
     ],
 )
-async def test_unknown_policies(filled: PolicyRegistry, shared: PolicyRedisCache, reference: str) -> None:
+async def test_unknown_reference_is_rejected(filled: PolicyRegistry, shared: PolicyRedisCache, reference: str) -> None:
     async with PolicyCache(filled, shared) as cache:
         with pytest.raises(UnknownPolicy):
             await cache.choose(submission(reference))
 
 
-async def test_unknown_policies_are_not_asked_for_over_and_over(
-    filled: PolicyRegistry, shared: PolicyRedisCache
-) -> None:
+async def test_unknown_policy_is_read_once_a_second(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     counting = Counting(filled)
     async with PolicyCache(counting, shared) as cache:
         for _ in range(50):
@@ -133,7 +131,7 @@ async def test_unknown_policies_are_not_asked_for_over_and_over(
     assert counting.reads["absent"] == counting.reads["default@9"] == 1
 
 
-async def test_no_network_once_a_policy_is_known(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_known_policy_needs_no_read(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     counting = Counting(filled)
     async with PolicyCache(counting, shared, refresh_s=60) as cache:
         await cache.choose(submission())
@@ -143,7 +141,7 @@ async def test_no_network_once_a_policy_is_known(filled: PolicyRegistry, shared:
         assert counting.reads == before
 
 
-async def test_a_change_is_announced_to_every_process(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_announced_change_reaches_every_process(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(filled, shared, refresh_s=60)) for _ in range(4)]
         assert [await version_of(cache) for cache in caches] == [1] * 4
@@ -152,7 +150,7 @@ async def test_a_change_is_announced_to_every_process(filled: PolicyRegistry, sh
         await becomes([2] * 4, lambda: asyncio.gather(*map(version_of, caches)), within_s=1)
 
 
-async def test_an_older_announcement_changes_nothing(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_older_announcement_is_ignored(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared, refresh_s=60) as cache:
         await cache.choose(submission())
         older, newer = filled.activate("default", 2, who="ann"), filled.activate("default", 1, who="ann")
@@ -166,21 +164,21 @@ async def test_an_older_announcement_changes_nothing(filled: PolicyRegistry, sha
         assert known.change == newer
 
 
-async def test_without_redis_changes_are_looked_for(filled: PolicyRegistry) -> None:
+async def test_change_without_redis_is_found_by_the_refresh(filled: PolicyRegistry) -> None:
     async with PolicyCache(filled, None, refresh_s=0.2) as cache:
         assert await version_of(cache) == 1
         filled.activate("default", 2, who="ann")
         await becomes(2, lambda: version_of(cache))
 
 
-async def test_a_change_that_nobody_announced_is_found(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_unannounced_change_is_found_by_the_refresh(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared, refresh_s=1) as cache:
         assert await version_of(cache) == 1
         filled.activate("default", 2, who="ann")
         await becomes(2, lambda: version_of(cache))
 
 
-async def test_redis_serves_while_the_bucket_is_away(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_redis_copy_is_used_while_the_bucket_is_down(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared) as cache:
         await cache.choose(submission())
     await asyncio.sleep(1.1)  # by now the copy has to be compared with the bucket again
@@ -190,7 +188,7 @@ async def test_redis_serves_while_the_bucket_is_away(filled: PolicyRegistry, sha
             await later.choose(submission("default@2"))
 
 
-async def test_the_bucket_serves_while_redis_is_away_and_local_copies_while_both_are(
+async def test_bucket_is_used_while_redis_is_down_and_local_copies_while_both_are(
     filled: PolicyRegistry, tmp_path: Path
 ) -> None:
     with running_valkey(tmp_path) as valkey:
@@ -211,7 +209,7 @@ async def test_the_bucket_serves_while_redis_is_away_and_local_copies_while_both
         await shared.close()
 
 
-async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyRegistry, tmp_path: Path) -> None:
+async def test_changes_are_received_after_a_restart_of_redis(filled: PolicyRegistry, tmp_path: Path) -> None:
     with running_valkey(tmp_path) as valkey:
         shared = PolicyRedisCache(valkey.url, "policies")
         async with PolicyCache(filled, shared, refresh_s=60) as cache:
@@ -228,7 +226,9 @@ async def test_changes_are_heard_again_after_redis_was_restarted(filled: PolicyR
 
 
 @pytest.mark.parametrize("poison", [b"{}", b"garbage", b'{"digest": "sha256:0", "document": {"name": "default"}}'])
-async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: PolicyRedisCache, poison: bytes) -> None:
+async def test_invalid_copy_is_replaced_from_the_bucket(
+    filled: PolicyRegistry, shared: PolicyRedisCache, poison: bytes
+) -> None:
     await shared.client.set(shared.key("version", "default@1"), poison)
     await shared.client.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked_ms": 0})
     async with PolicyCache(filled, shared) as cache:
@@ -238,7 +238,7 @@ async def test_a_poisoned_copy_is_fetched_anew(filled: PolicyRegistry, shared: P
     assert kept.digest == BUILT_IN.digest()
 
 
-async def test_a_copy_of_another_bucket_is_found_by_its_digest(
+async def test_copy_with_another_digest_is_replaced_from_the_bucket(
     filled: PolicyRegistry, shared: PolicyRedisCache
 ) -> None:
     """The bucket was made anew: the copies are of versions of the same name and number."""
@@ -289,7 +289,9 @@ async def test_process_that_gets_the_lease_late_takes_the_copy(
     await quick.close()
 
 
-async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_canary_and_shadow_are_chosen_by_tenant_and_share(
+    filled: PolicyRegistry, shared: PolicyRedisCache
+) -> None:
     filled.set_canary("default", Canary(version=2, percent=50, tenants=frozenset({"acme"})), who="ann")
     filled.set_shadow("default", Shadow(version=2, percent=100), who="ann")
     async with PolicyCache(filled, shared) as cache:
@@ -301,7 +303,7 @@ async def test_a_canary_and_a_shadow(filled: PolicyRegistry, shared: PolicyRedis
             assert (shadow.identity.version if shadow else None) == (2 if version == 1 else None)
 
 
-async def test_tenants_get_their_policies(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_tenant_gets_its_policy(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     filled.publish(PolicyDocument(name="shop"))
     filled.activate("shop", 1, who="ann")
     async with PolicyCache(filled, shared, refresh_s=60) as cache:
@@ -314,7 +316,9 @@ async def test_tenants_get_their_policies(filled: PolicyRegistry, shared: Policy
         assert (named.policy.identity.name, named.policy.identity.version) == ("default", 2)
 
 
-async def test_concurrent_changes_while_redis_is_killed_and_restarted(registry: PolicyRegistry, tmp_path: Path) -> None:
+async def test_concurrent_changes_during_restarts_of_redis_are_all_kept(
+    registry: PolicyRegistry, tmp_path: Path
+) -> None:
     """32 people publish and activate at once; Redis dies and comes back meanwhile."""
     registry.publish_built_in()
     with running_valkey(tmp_path) as valkey:

@@ -70,7 +70,7 @@ async def members(registry: PolicyRegistry, valkey_url: str) -> AsyncIterator[Me
     await members.close()
 
 
-async def test_members_count_together_and_stop_together(members: Members) -> None:
+async def test_blocks_of_all_processes_trip_every_process(members: Members) -> None:
     joined = [await members.join() for _ in range(3)]
     by = [await policy(cache) for cache, _ in joined]
     for (_, breaker), p in zip(joined, by, strict=True):
@@ -84,7 +84,7 @@ async def test_members_count_together_and_stop_together(members: Members) -> Non
     assert "24 of 24" in trips[0].why
 
 
-async def test_inside_the_band_nothing_happens(members: Members) -> None:
+async def test_block_rate_inside_the_band_does_not_trip(members: Members) -> None:
     cache, breaker = await members.join()
     by = await policy(cache)
     for _ in range(5):
@@ -93,7 +93,7 @@ async def test_inside_the_band_nothing_happens(members: Members) -> None:
     assert not cache.is_tripped(by.identity)
 
 
-async def test_a_new_member_finds_it_open_and_an_activation_closes_it(members: Members) -> None:
+async def test_open_breaker_is_known_to_a_new_process_and_closed_by_an_activation(members: Members) -> None:
     cache, breaker = await members.join()
     judge(breaker, by := await policy(cache), blocked=30, of=30)
     await until(lambda: cache.is_tripped(by.identity))
@@ -106,7 +106,7 @@ async def test_a_new_member_finds_it_open_and_an_activation_closes_it(members: M
     assert not cache.is_tripped(by.identity), "what was counted before the decision is forgotten"
 
 
-async def test_a_canary_ends_by_itself(members: Members) -> None:
+async def test_tripped_canary_ends(members: Members) -> None:
     members.registry.publish(GUARDED.model_copy(update={"description": "stricter"}))
     members.registry.set_canary("default", Canary(version=2, percent=50), who="ann")
     cache, breaker = await members.join()
@@ -118,7 +118,7 @@ async def test_a_canary_ends_by_itself(members: Members) -> None:
     assert judge(breaker, await policy(cache, 1), blocked=1, of=1) == [True], "the active version still blocks"
 
 
-async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegistry, tmp_path: Path) -> None:
+async def test_breaker_trips_while_redis_and_the_bucket_are_down(registry: PolicyRegistry, tmp_path: Path) -> None:
     registry.publish(GUARDED)
     registry.activate("default", 1, who="ann")
     valkey = Valkey(tmp_path)
@@ -139,7 +139,9 @@ async def test_it_opens_while_redis_or_the_bucket_is_away(registry: PolicyRegist
 
 
 @pytest.mark.parametrize("with_redis", [True, False])
-async def test_an_old_calm_does_not_hide_a_raid(registry: PolicyRegistry, valkey_url: str, with_redis: bool) -> None:
+async def test_verdicts_before_the_window_do_not_count(
+    registry: PolicyRegistry, valkey_url: str, with_redis: bool
+) -> None:
     band = {"at_least": 0, "at_most": 0.3, "window_s": 1, "after": 20}
     registry.publish(GUARDED.model_copy(update={"block_rate": GUARDED.block_rate.model_validate(band)}))
     registry.activate("default", 1, who="ann")
@@ -154,7 +156,7 @@ async def test_an_old_calm_does_not_hide_a_raid(registry: PolicyRegistry, valkey
         await members.close()
 
 
-async def test_what_could_not_be_written_down_is_written_down_later_or_decided_anew(members: Members) -> None:
+async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_again(members: Members) -> None:
     """Although what came meanwhile is within the band."""
     cache, breaker = await members.join()
     by = await policy(cache)
@@ -174,7 +176,7 @@ async def test_what_could_not_be_written_down_is_written_down_later_or_decided_a
     assert actions == ["activate", "trip", "activate", "activate"]
 
 
-async def test_a_version_that_blocks_too_little(registry: PolicyRegistry) -> None:
+async def test_block_rate_below_the_band_trips(registry: PolicyRegistry) -> None:
     band = {"at_least": 0.1, "at_most": 1, "window_s": 60, "after": 20}
     registry.publish(PolicyDocument.model_validate({"name": "default", "block_rate": band}))
     registry.activate("default", 1, who="ann")

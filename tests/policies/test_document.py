@@ -61,7 +61,7 @@ DRAWN: dict[str, Any] = {"synthetic": {"label": "O2", "seed": 1}}
         {"examples": [{**DRAWN, "expect": {"rating": "Safe"}}] * 201},
     ],
 )
-def test_refused(change: dict[str, Any]) -> None:
+def test_invalid_document_is_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         PolicyDocument.model_validate(BASE | change)
 
@@ -80,11 +80,11 @@ def test_refused(change: dict[str, Any]) -> None:
         {"examples": [{**DRAWN, "expect": {"rating": "Unsafe"}}]},
     ],
 )
-def test_every_change_of_the_content_changes_the_digest(change: dict[str, Any]) -> None:
+def test_changed_content_changes_the_digest(change: dict[str, Any]) -> None:
     assert PolicyDocument.model_validate(BASE | change).digest() != PolicyDocument.model_validate(BASE).digest()
 
 
-def test_thresholds_by_category_reach_the_policy() -> None:
+def test_category_thresholds_are_in_the_policy() -> None:
     document = PolicyDocument.model_validate(
         BASE | {"thresholds": {"block": 0.9, "categories": {"O7": {"review": 0.2, "block": 0.3}}}}
     )
@@ -94,7 +94,7 @@ def test_thresholds_by_category_reach_the_policy() -> None:
     assert policy.category_thresholds["O7: Self-Harm"].block == 0.3
 
 
-def test_what_equals_the_defaults_or_is_ordered_otherwise_is_the_same_document() -> None:
+def test_defaults_and_order_do_not_change_the_digest() -> None:
     explicit = {"kind": "policy", "thresholds": {"review": 0.5, "categories": {}}, "block_rate": None, "examples": []}
     assert PolicyDocument.model_validate(BASE | explicit).digest() == PolicyDocument.model_validate(BASE).digest()
     one, other = (
@@ -105,7 +105,7 @@ def test_what_equals_the_defaults_or_is_ordered_otherwise_is_the_same_document()
     assert one.digest() == other.digest()
 
 
-def test_digests_stay_what_they_were() -> None:
+def test_digests_of_known_documents_are_unchanged() -> None:
     # They stand in verdicts and in the registry: a field that is new, or a default, must not change one.
     assert BUILT_IN.digest() == "sha256:5824426d120c7627beab8a2384c669ac345c6ba8c9afcd9d33519eb571817e0a"
     document = PolicyDocument.model_validate(
@@ -121,11 +121,11 @@ def test_digests_stay_what_they_were() -> None:
     assert document.digest() == "sha256:91d4d847f39fbba4a35349a120e196c468a19f31f8f97e64f0ebf303b033d3a8"
 
 
-def test_the_built_in_policy_says_nothing_but_its_name() -> None:
+def test_built_in_policy_has_only_a_name() -> None:
     assert PolicyDocument(name="default", description="LlavaGuard's default policy, as it was trained.") == BUILT_IN
 
 
-def test_own_categories_and_the_band_reach_the_policy() -> None:
+def test_own_categories_and_block_rate_are_in_the_policy() -> None:
     document = PolicyDocument.model_validate(
         BASE
         | {
@@ -143,17 +143,17 @@ def test_own_categories_and_the_band_reach_the_policy() -> None:
 
 
 @pytest.mark.parametrize("category", [*CATEGORIES, NO_CATEGORY])
-def test_an_example_can_draw_every_label(category: str) -> None:
+def test_every_label_can_be_drawn(category: str) -> None:
     image = SyntheticImage.model_validate({"label": category.partition(":")[0], "seed": TRAINING_SEEDS.start - 1})
     assert draw(image.seed, image.category, size=(64, 64)).category == category
 
 
-def test_images_can_be_objects_and_files() -> None:
+def test_example_image_can_be_an_object_or_a_file() -> None:
     for image in ("s3://bucket/a/b.jpg", "knife.jpg", "../photos/knife 2.jpg"):
         PolicyDocument.model_validate(BASE | {"examples": [{"image": image, "expect": {"action": "block"}}]})
 
 
-def test_no_policy_is_called_as_the_tenants_are() -> None:
+def test_policy_named_tenants_is_rejected() -> None:
     assert is_policy_name("tenant")
     assert not is_policy_name("tenants")
     with pytest.raises(ValidationError, match="cannot be called 'tenants'"):

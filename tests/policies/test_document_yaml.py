@@ -126,7 +126,7 @@ class TestProblems:
             ("kind: tenants\ntenants:\n  no: a\n  'no': b", 4, "tenants.no", "is there twice"),
         ],
     )
-    def test_name_their_place_and_what_is_right(self, text: str, line: int, field: str, says: str) -> None:
+    def test_issue_names_place_and_remedy(self, text: str, line: int, field: str, says: str) -> None:
         error = refused(text)
         first = error.issues[0]
         assert (first.line, first.field) == (line, field)
@@ -155,12 +155,12 @@ class TestProblems:
             ('name: x\ndescription: "\\ud800"', 2, "half of a character"),
         ],
     )
-    def test_what_no_document_may_be(self, text: str | bytes, line: int, says: str) -> None:
+    def test_yaml_feature_that_is_not_allowed_is_rejected(self, text: str | bytes, line: int, says: str) -> None:
         first = refused(text).issues[0]
         assert first.line == line
         assert says in first.message
 
-    def test_all_of_them_are_found_in_the_order_of_the_file(self) -> None:
+    def test_all_issues_are_listed_in_the_order_of_the_file(self) -> None:
         error = refused("name: Shop\ncolour: red\nthresholds:\n  block: 2\n  review: x\neffort: none\neffort: full\n")
         assert [issue.field for issue in error.issues] == [
             "name",
@@ -180,11 +180,11 @@ class TestProblems:
         assert str(error).isprintable()
 
     @pytest.mark.parametrize("data", [b"name: x\n" + b"#" * 10_000_000, b"[" * 10_000_000, b"\xff" * 10_000_000])
-    def test_what_is_too_large_is_not_looked_at(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_document_over_the_limit_is_rejected_unread(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("services.policies.document_yaml._compose", lambda _: pytest.fail("it was parsed"))
         assert "262,144 at most" in str(refused(data))
 
-    def test_the_largest_is_read(self) -> None:
+    def test_document_at_the_limit_is_read(self) -> None:
         data = b"name: x\n"
         assert read_document(data + b"#" * (DOCUMENT_LIMIT_BYTES - len(data)), "shop.yaml") == PolicyDocument(name="x")
 
@@ -198,7 +198,7 @@ class TestProblems:
             max_size=40,
         ).map(lambda parts: "".join(parts).encode())
     )
-    def test_any_bytes_are_a_document_or_refused(self, data: bytes) -> None:
+    def test_random_bytes_are_a_document_or_rejected(self, data: bytes) -> None:
         found: tuple[DocumentIssue, ...] = ()
         try:
             read_document(data, "shop.yaml")
@@ -208,7 +208,7 @@ class TestProblems:
 
 
 class TestScalars:
-    def test_names_stay_text_whatever_they_look_like(self) -> None:
+    def test_name_that_yaml_would_convert_stays_text(self) -> None:
         names = ["no", "on", "007", "7", "1e-3", "2024-01-01", "null", "~", "true", "0x10", "1_000", "12:30:45", "="]
         text = "kind: tenants\ntenants:\n" + "".join(f"  {name}: shop\n" for name in names)
         document = read_document(text.encode(), "tenants.yaml")
@@ -218,30 +218,30 @@ class TestScalars:
     @pytest.mark.parametrize(
         ("field", "value"), [("name", "no"), ("name", "007"), ("name", "1e3"), ("description", "2024-01-01")]
     )
-    def test_text_fields_take_what_yaml_would_guess_about(self, field: str, value: str) -> None:
+    def test_text_that_yaml_would_convert_stays_text(self, field: str, value: str) -> None:
         document = read_document(f"name: x\n{field}: {value}\n".replace("name: x\nname", "name").encode(), "shop.yaml")
         assert getattr(document, field) == value
 
-    def test_numbers_can_be_written_as_people_do(self) -> None:
+    def test_number_formats_are_read(self) -> None:
         document = read_document(
             b"name: x\nthresholds: {review: 1e-3, block: .5}\nblock_rate: {at_most: 1}", "shop.yaml"
         )
         assert isinstance(document, PolicyDocument)
         assert (document.thresholds.review, document.thresholds.block) == (0.001, 0.5)
 
-    def test_empty_optional_fields_are_not_given(self) -> None:
+    def test_empty_optional_field_counts_as_not_given(self) -> None:
         document = read_document(b"name: x\nblock_rate:\ncategories: {O1: {can: null}}", "shop.yaml")
         assert isinstance(document, PolicyDocument)
         assert document.block_rate is None
         assert document.prompt() == BUILT_IN.prompt()
 
-    def test_version_and_digest_on_top_are_ignored(self) -> None:
+    def test_version_and_digest_are_ignored(self) -> None:
         assert read_document(b"version: 3\ndigest: {a: b}\nname: x", "shop.yaml") == PolicyDocument(name="x")
 
-    def test_a_byte_order_mark_is_ignored(self) -> None:
+    def test_byte_order_mark_is_ignored(self) -> None:
         assert read_document("\ufeffname: x".encode(), "shop.yaml") == PolicyDocument(name="x")
 
-    def test_as_many_tenants_as_fit(self) -> None:
+    def test_largest_number_of_tenants_is_read(self) -> None:
         text = "kind: tenants\ntenants:\n" + "".join(f"  shop-{n:05}: market\n" for n in range(TENANTS_LIMIT))
         document = read_document(text.encode(), "tenants.yaml")
         assert isinstance(document, TenantsDocument)
@@ -313,7 +313,7 @@ TENANTS = st.builds(
 
 class TestWriting:
     @given(POLICIES | TENANTS)
-    def test_what_was_written_is_read(self, document: PolicyDocument | TenantsDocument) -> None:
+    def test_written_document_is_read_back(self, document: PolicyDocument | TenantsDocument) -> None:
         written = write_document(document, version=7, digest=document.digest())
         again = read_document(written.encode(), "shown.yaml")
         assert again == document
@@ -322,14 +322,14 @@ class TestWriting:
         assert written.startswith(f"version: 7\ndigest: {document.digest()}\n")
 
     @given(POLICIES)
-    def test_other_readers_of_yaml_see_the_same_policy(self, document: PolicyDocument) -> None:
+    def test_standard_yaml_reader_sees_the_same_policy(self, document: PolicyDocument) -> None:
         plain = yaml.safe_load(write_document(document, version=1, digest="sha256:0"))
         assert (
             PolicyDocument.model_validate({k: v for k, v in plain.items() if k not in {"version", "digest"}})
             == document
         )
 
-    def test_is_short_and_readable(self) -> None:
+    def test_written_document_is_short(self) -> None:
         rule = "Contain content that shows how a stake is placed, where, and with whom, so that others could do it too."
         document = PolicyDocument.model_validate(
             {
@@ -366,11 +366,11 @@ class TestWriting:
 
 
 class TestWarnings:
-    def test_the_default_policy_has_none(self) -> None:
+    def test_default_policy_has_no_warnings(self) -> None:
         assert find_warnings(BUILT_IN) == []
         assert find_warnings(TenantsDocument(tenants={"a": "shop"})) == []
 
-    def test_more_waivers_than_in_training(self) -> None:
+    def test_more_waivers_than_in_training_are_warned_about(self) -> None:
         def waiving(count: int) -> PolicyDocument:
             return PolicyDocument.model_validate(
                 {"name": "x", "categories": {f"O{n + 1}": "waive" for n in range(count)}}
@@ -380,7 +380,7 @@ class TestWarnings:
         assert "4 categories are waived (O1, O2, O3, O4)" in find_warnings(waiving(4))[0]
         assert any("O1, O2, O3 is not verified" in warning for warning in find_warnings(waiving(3)))
 
-    def test_wording_of_ones_own(self) -> None:
+    def test_own_wording_is_warned_about(self) -> None:
         trained = TRAINED_BLOCKS[0]
         categories = {
             "O1": {"should_not": trained.should_not, "can": trained.can},
@@ -390,7 +390,7 @@ class TestWarnings:
         found = find_warnings(PolicyDocument.model_validate({"name": "x", "categories": categories}))
         assert [warning.partition(":")[0] for warning in found] == ["categories.O2", "categories.O3", "categories.O3"]
 
-    def test_categories_of_ones_own(self) -> None:
+    def test_own_categories_are_warned_about(self) -> None:
         own = [{"code": "O10", "title": "Gambling", "should_not": ["Bet."]}]
         (warning,) = find_warnings(PolicyDocument.model_validate({"name": "x", "own_categories": own}))
         assert "O10: Gambling" in warning
@@ -398,12 +398,12 @@ class TestWarnings:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 class TestShippedPolicies:
-    def test_are_named_as_their_files_and_come_back(self, path: Path) -> None:
+    def test_shipped_policy_is_named_as_its_file_and_read_back(self, path: Path) -> None:
         document = read_document(path.read_bytes(), path.name)
         assert document.name == path.stem
         assert read_document(write_document(document, version=1, digest="").encode(), path.name) == document
 
-    def test_ask_of_the_model_what_it_was_trained_for(self, path: Path) -> None:
+    def test_shipped_policy_has_few_warnings(self, path: Path) -> None:
         expected = {
             "default": [],
             "marketplace": ["The wording that waives O4, O9"],
@@ -413,7 +413,7 @@ class TestShippedPolicies:
         found = find_warnings(read_document(path.read_bytes(), path.name))
         assert [warning.partition(" is not ")[0] for warning in found] == expected[path.stem]
 
-    def test_expect_what_they_say(self, path: Path) -> None:
+    def test_examples_of_a_shipped_policy_match_its_rules(self, path: Path) -> None:
         document = read_document(path.read_bytes(), path.name)
         assert isinstance(document, PolicyDocument)
         assert document.name == "default" or 4 <= len(document.examples) <= 8
@@ -427,13 +427,13 @@ class TestShippedPolicies:
             first_look = document.effort == "adaptive" and expect.rating == "Safe"
             assert expect.category == (None if first_look else label)
 
-    def test_a_first_look_never_lets_through_what_people_should_see(self, path: Path) -> None:
+    def test_first_look_threshold_is_below_the_review_threshold(self, path: Path) -> None:
         document = read_document(path.read_bytes(), path.name)
         assert isinstance(document, PolicyDocument)
         lowest = min([document.thresholds.review, *(pair.review for pair in document.thresholds.categories.values())])
         assert document.effort == "full" or document.first_look_below < lowest
 
 
-def test_the_built_in_policy_is_the_shipped_default() -> None:
+def test_built_in_policy_is_the_shipped_default() -> None:
     assert [path.stem for path in SHIPPED] == ["children", "default", "health-education", "marketplace"]
     assert read_document(SHIPPED[1].read_bytes(), "default.yaml") == BUILT_IN

@@ -9,11 +9,11 @@ from services.policies.prompt import TRAINED_BLOCKS, render
 TRAINED = (Path(__file__).parents[1] / "support" / "default-prompt.txt").read_text(encoding="utf-8")
 
 
-def test_the_default_policy_makes_the_trained_prompt_byte_for_byte() -> None:
+def test_default_policy_makes_the_trained_prompt() -> None:
     assert PolicyDocument(name="default").prompt() == TRAINED
 
 
-def test_a_waived_category_keeps_its_place_and_says_so() -> None:
+def test_waived_category_keeps_its_block() -> None:
     prompt = PolicyDocument.model_validate({"name": "history", "categories": {"O2": "waive"}}).prompt()
     block = prompt[prompt.index("O2: ") : prompt.index("\nO3: ")]
     assert block == (
@@ -28,14 +28,14 @@ def test_a_waived_category_keeps_its_place_and_says_so() -> None:
     assert prompt.replace(block, "") == TRAINED.replace(TRAINED_BLOCKS[1].render(), "")
 
 
-def test_own_wording_replaces_only_its_own_rules() -> None:
+def test_own_wording_replaces_only_its_category() -> None:
     blocks = [replace(TRAINED_BLOCKS[0], should_not=("Mock anyone.",)), *TRAINED_BLOCKS[1:]]
     prompt = render(blocks)
     assert "Should not:\n- Mock anyone.\nCan:\n- Contain educational content" in prompt
     assert prompt[prompt.index("O2: ") :] == TRAINED[TRAINED.index("O2: ") :]
 
 
-def test_a_category_of_the_policys_own_comes_after_the_nine_and_can_be_answered() -> None:
+def test_own_category_follows_the_nine_and_can_be_answered() -> None:
     own = {"code": "O10", "title": "Gambling", "should_not": ["Promote bets."], "can": ["Show board games."]}
     bare = {"code": "O12", "title": "Spam", "should_not": ["Advertise."]}
     prompt = PolicyDocument.model_validate({"name": "club", "own_categories": [own, bare]}).prompt()

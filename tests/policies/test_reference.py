@@ -18,13 +18,13 @@ def test_written_reference_is_read_back(name: str, version: int | None) -> None:
 @pytest.mark.parametrize(
     "text", ["", "@", "@1", "default@", "default@x", "default@-1", "default@\u0661", "default@1@2", "default@123456789"]
 )
-def test_reference_of_another_form_is_refused(text: str) -> None:
+def test_reference_of_another_form_is_rejected(text: str) -> None:
     with pytest.raises(UnknownPolicy):
         PolicyReference.parse(text)
 
 
 @pytest.mark.parametrize("name", ["No Name", "../x", "a" * 65, "-a", "a/b@1", "Default"])
-def test_name_that_no_policy_has_is_refused(name: str) -> None:
+def test_invalid_name_is_rejected(name: str) -> None:
     with pytest.raises(UnknownPolicy, match="is not a policy name"):
         PolicyReference.parse(name)
 

@@ -22,7 +22,7 @@ def rollout(registry: PolicyRegistry, name: str = "default") -> Rollout:
     return change.rollout
 
 
-def test_publish_gives_the_next_version_and_keeps_the_others(registry: PolicyRegistry) -> None:
+def test_publish_creates_the_next_version_and_keeps_the_others(registry: PolicyRegistry) -> None:
     published = [registry.publish(document) for document in (BUILT_IN, WAIVED, BUILT_IN)]
     assert [stored.version for stored in published] == [1, 2, 3] == registry.versions("default")
     assert registry.get("default", 2).document == WAIVED
@@ -31,7 +31,7 @@ def test_publish_gives_the_next_version_and_keeps_the_others(registry: PolicyReg
     assert registry.newest_change("default") is None, "published is not active"
 
 
-def test_concurrent_publishers_and_activators_leave_one_consistent_history(registry: PolicyRegistry) -> None:
+def test_concurrent_changes_leave_one_consistent_history(registry: PolicyRegistry) -> None:
     registry.publish(BUILT_IN)
 
     def work(number: int) -> int:
@@ -50,7 +50,7 @@ def test_concurrent_publishers_and_activators_leave_one_consistent_history(regis
     assert history[-1].version == rollout(registry).active
 
 
-def test_the_newest_change_counts_and_says_what_it_changed(registry: PolicyRegistry) -> None:
+def test_newest_change_has_the_present_rollout(registry: PolicyRegistry) -> None:
     registry.publish(BUILT_IN)
     registry.publish(WAIVED)
     registry.activate("default", 2, who="ann", why="floods are news")
@@ -69,7 +69,7 @@ def test_the_newest_change_counts_and_says_what_it_changed(registry: PolicyRegis
     ]
 
 
-def test_canary_and_shadow_keep_what_is_active(registry: PolicyRegistry) -> None:
+def test_canary_and_shadow_keep_the_active_version(registry: PolicyRegistry) -> None:
     for document in (BUILT_IN, WAIVED, WAIVED):
         registry.publish(document)
     registry.activate("default", 1, who="ann")
@@ -81,7 +81,7 @@ def test_canary_and_shadow_keep_what_is_active(registry: PolicyRegistry) -> None
     assert (ended.previous, ended.version, ended.rollout.canary) == (2, None, None)
 
 
-def test_a_trip_is_written_once_and_not_for_another_state(registry: PolicyRegistry) -> None:
+def test_trip_is_written_once_and_only_for_the_same_rollout(registry: PolicyRegistry) -> None:
     registry.publish(BUILT_IN)
     since = registry.activate("default", 1, who="ann").rollout.since
     with ThreadPoolExecutor(8) as members:
@@ -106,13 +106,13 @@ def test_a_trip_is_written_once_and_not_for_another_state(registry: PolicyRegist
         lambda r: r.history("a/b"),
     ],
 )
-def test_what_does_not_exist(registry: PolicyRegistry, act: Any) -> None:
+def test_missing_policy_or_version_is_unknown(registry: PolicyRegistry, act: Any) -> None:
     registry.publish(BUILT_IN)
     with pytest.raises(UnknownPolicy):
         act(registry)
 
 
-def test_tenants_may_only_be_given_policies_that_are_active(registry: PolicyRegistry) -> None:
+def test_tenants_document_with_an_inactive_policy_is_rejected(registry: PolicyRegistry) -> None:
     registry.publish(TenantsDocument.model_validate({"kind": "tenants", "tenants": {"acme": "shop"}}))
     with pytest.raises(ConfigurationError, match="'shop', which has no active version"):
         registry.activate("tenants", 1, who="ann")
@@ -121,7 +121,7 @@ def test_tenants_may_only_be_given_policies_that_are_active(registry: PolicyRegi
     assert registry.activate("tenants", 1, who="ann").rollout.active == 1
 
 
-def test_a_damaged_version_is_not_served(registry: PolicyRegistry) -> None:
+def test_damaged_version_is_unavailable(registry: PolicyRegistry) -> None:
     registry.publish(BUILT_IN)
     key = "policies/default/versions/99999998.json"
     body = registry.objects.read(key)
@@ -130,7 +130,7 @@ def test_a_damaged_version_is_not_served(registry: PolicyRegistry) -> None:
         registry.get("default", 1)
 
 
-def test_the_built_in_policy_is_published_once_and_never_over_another(registry: PolicyRegistry) -> None:
+def test_built_in_policy_is_published_only_into_an_empty_bucket(registry: PolicyRegistry) -> None:
     with ThreadPoolExecutor(4) as starting:
         list(starting.map(lambda _: registry.publish_built_in(), range(4)))
     assert rollout(registry).active == 1
@@ -141,7 +141,7 @@ def test_the_built_in_policy_is_published_once_and_never_over_another(registry: 
     assert rollout(registry).active == 2
 
 
-def test_a_bucket_that_is_not_there_is_the_users_to_mend(s3_endpoint: str) -> None:
+def test_missing_bucket_is_a_configuration_error(s3_endpoint: str) -> None:
     registry = PolicyRegistry(boto3.client("s3", endpoint_url=s3_endpoint), "no-such-bucket")
     with pytest.raises(ConfigurationError, match="SLUICE_POLICY_BUCKET"):
         registry.publish_built_in()

@@ -16,7 +16,7 @@ def share(rollout: Rollout, version: int) -> float:
 
 
 @given(st.lists(versions, min_size=1, max_size=20))
-def test_rolling_back_walks_the_versions_that_were_active(activated: list[int]) -> None:
+def test_rollbacks_visit_the_earlier_active_versions(activated: list[int]) -> None:
     rollout = Rollout()
     for version in activated:
         rollout = rollout.with_active(version)
@@ -30,13 +30,13 @@ def test_rolling_back_walks_the_versions_that_were_active(activated: list[int]) 
         rollout.with_rollback()
 
 
-def test_rolling_back_twice_does_not_bring_the_bad_version_back() -> None:
+def test_second_rollback_does_not_return_to_the_bad_version() -> None:
     rollout = Rollout().with_active(1).with_active(2).with_active(3)
     assert rollout.with_rollback().with_rollback().active == 1
 
 
 @given(st.floats(0, 100), st.floats(0, 100))
-def test_a_larger_canary_contains_the_smaller_one(a: float, b: float) -> None:
+def test_larger_canary_contains_the_smaller_one(a: float, b: float) -> None:
     small, large = sorted((a, b))
     rollout = Rollout().with_active(1)
     few = rollout.with_canary(Canary(version=2, percent=small))
@@ -47,13 +47,13 @@ def test_a_larger_canary_contains_the_smaller_one(a: float, b: float) -> None:
 
 
 @pytest.mark.parametrize("percent", [0, 5, 50, 100])
-def test_a_canary_gets_its_share(percent: float) -> None:
+def test_canary_gets_its_share(percent: float) -> None:
     rollout = Rollout().with_active(1).with_canary(Canary(version=2, percent=percent, tenants=frozenset({"acme"})))
     assert share(rollout, 2) == pytest.approx(percent / 100, abs=0.03)
     assert rollout.version_for("default", "any", "acme") == 2
 
 
-def test_canary_and_shadow_choose_independently() -> None:
+def test_canary_and_shadow_are_independent() -> None:
     rollout = (
         Rollout().with_active(1).with_canary(Canary(version=2, percent=50)).with_shadow(Shadow(version=3, percent=50))
     )
@@ -61,7 +61,7 @@ def test_canary_and_shadow_choose_independently() -> None:
     assert both == pytest.approx(0.25, abs=0.04)
 
 
-def test_a_trip_ends_the_canary_and_an_activation_ends_the_trip() -> None:
+def test_trip_ends_the_canary_and_activation_ends_the_trip() -> None:
     rollout = Rollout().with_active(1).with_canary(Canary(version=2, percent=50)).with_tripped(2)
     assert (rollout.canary, rollout.active, rollout.tripped) == (None, 1, {2})
     assert rollout.with_active(2).tripped == frozenset()
@@ -69,7 +69,7 @@ def test_a_trip_ends_the_canary_and_an_activation_ends_the_trip() -> None:
     assert rollout.with_active(3).with_rollback().tripped == {2}, "rolling back is no judgement of the version"
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_change_is_rejected() -> None:
     with pytest.raises(ConfigurationError, match="activate one first"):
         Rollout().with_canary(Canary(version=1, percent=5))
     with pytest.raises(ConfigurationError, match="activate one first"):

@@ -55,7 +55,7 @@ async def test_change_without_redis_stands_and_is_reported(registry: PolicyRegis
     assert all("within 5 s" in warning for warning in warnings)
 
 
-async def test_change_is_known_at_once_in_the_process_that_made_it(registry: PolicyRegistry) -> None:
+async def test_change_is_known_at_once_in_its_own_process(registry: PolicyRegistry) -> None:
     async with PolicyCache(registry, None, refresh_s=600) as cache:
         service = PolicyService(registry, None, policies=cache)
         for version in (1, 2):
@@ -66,7 +66,7 @@ async def test_change_is_known_at_once_in_the_process_that_made_it(registry: Pol
         assert await version_of(cache) == 1
 
 
-async def test_refused_change_is_not_told(registry: PolicyRegistry) -> None:
+async def test_rejected_change_is_not_announced(registry: PolicyRegistry) -> None:
     warnings: list[str] = []
     away = PolicyRedisCache("redis://127.0.0.1:1/0", registry.bucket)
     with pytest.raises(UnknownPolicy):

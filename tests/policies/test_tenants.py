@@ -9,7 +9,7 @@ from services.policies.document import PolicyDocument
 from services.policies.tenants import TENANTS_LIMIT, TenantsDocument, parse_document
 
 
-def test_policy_of() -> None:
+def test_policy_of_a_listed_tenant_is_found() -> None:
     document = TenantsDocument(tenants={"no": "shop", "007": "children"})
     assert (document.policy_of("no"), document.policy_of("007"), document.policy_of("7")) == ("shop", "children", None)
 
@@ -28,19 +28,19 @@ def test_policy_of() -> None:
         {"colour": "red"},
     ],
 )
-def test_refused(change: dict[str, Any]) -> None:
+def test_invalid_tenants_document_is_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TenantsDocument.model_validate(change)
 
 
-def test_the_digest_covers_the_content_and_not_its_order() -> None:
+def test_digest_depends_on_content_and_not_on_order() -> None:
     one = TenantsDocument(tenants={"a": "shop", "b": "children"})
     assert one.digest() == TenantsDocument(tenants={"b": "children", "a": "shop"}).digest()
     assert one.digest() != TenantsDocument(tenants={"a": "shop"}).digest()
     assert TenantsDocument().digest() == "sha256:86efc67ec162c8999cd8960aac579e2dbff7f2a6fbda74264ec4bbf5ea1d6464"
 
 
-def test_the_kind_says_which_document_it_is() -> None:
+def test_kind_selects_the_document_type() -> None:
     assert isinstance(parse_document({"name": "shop"}), PolicyDocument)
     assert isinstance(parse_document({"kind": "policy", "name": "shop"}), PolicyDocument)
     assert isinstance(parse_document({"kind": "tenants"}), TenantsDocument)

@@ -45,7 +45,7 @@ def verdict(number: int) -> Verdict:
     )
 
 
-async def test_bounded_whatever_comes_and_references_only(shared: PolicyRedisCache) -> None:
+async def test_sample_is_bounded_and_holds_only_references(shared: PolicyRedisCache) -> None:
     sample = TrafficSample(shared, size=50)
     for number in range(1000):
         sample.add(verdict(number))
@@ -61,7 +61,7 @@ async def test_bounded_whatever_comes_and_references_only(shared: PolicyRedisCac
     assert (await draw(shared, "other", 10)) == ([], None)
 
 
-async def test_contemporaries_are_as_likely_and_the_old_fade(
+async def test_old_submissions_are_less_likely_in_the_sample(
     shared: PolicyRedisCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_800_000_000.0

@@ -30,14 +30,14 @@ def test_the_brokers_in_a_url(url: str, servers: list[str]) -> None:
 @pytest.mark.parametrize(
     "url", ["kafka://", "kafka://one:", "kafka://one:http", "kafka://u@one", "kafka://one/x", "kafka://a,,b"]
 )
-def test_a_kafka_url_that_is_wrong(url: str) -> None:
+def test_invalid_kafka_url_is_rejected(url: str) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
         parse_bootstrap_servers(url)
 
 
 @pytest.mark.parametrize("open_", [lambda config: open_consumer(config, "m"), open_publisher, open_reader])
 @pytest.mark.parametrize("url", ["redis://localhost:6379/0?max_connections=x"])
-async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
+async def test_invalid_redis_url_is_rejected(open_: Any, url: str) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
         await open_(StreamConfig.from_settings(Streams("redis", url).settings()))
 
@@ -50,7 +50,7 @@ async def test_a_redis_url_that_is_wrong(open_: Any, url: str) -> None:
         ("sesion_timeout_ms", "no kafka-python client knows"),
     ],
 )
-async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None:
+async def test_invalid_kafka_option_is_rejected(option: str, complaint: str) -> None:
     settings = Streams("kafka", "kafka://127.0.0.1:1").settings(kafka_options={option: 1})
     with pytest.raises(ConfigurationError, match=complaint):
         await open_consumer(StreamConfig.from_settings(settings), "member")
@@ -58,14 +58,14 @@ async def test_a_kafka_option_that_is_wrong(option: str, complaint: str) -> None
 
 @pytest.mark.parametrize("open_", [lambda config: open_consumer(config, "m"), open_publisher, open_reader])
 @pytest.mark.parametrize("scheme", ["redis", "kafka"])
-async def test_nobody_answers(open_: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_server_is_unavailable(open_: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_clients, "CONNECT_S", 0.5)
     monkeypatch.setattr("services.streams.redis.client.CONNECT_S", 0.5)
     with pytest.raises(StreamUnavailable, match="does not answer"):
         await open_(StreamConfig.from_settings(Streams(scheme, f"{scheme}://127.0.0.1:1").settings()))
 
 
-def test_a_wrong_password_is_not_an_outage() -> None:
+def test_wrong_password_is_a_configuration_error() -> None:
     assert not redis_clients.is_outage(exceptions.AuthenticationError("WRONGPASS"))
     assert redis_clients.is_outage(exceptions.BusyLoadingError("loading"))
     assert redis_clients.is_outage(exceptions.ReadOnlyError("replica"))

@@ -53,7 +53,7 @@ async def test_missing_topics_are_created(streams: Streams, kafka_address: str) 
     assert str(2 << 20) in configs
 
 
-async def test_a_whole_message_fits_into_a_dead_letter(streams: Streams) -> None:
+async def test_largest_message_fits_into_a_dead_letter(streams: Streams) -> None:
     member = await streams.member()
     original = os.urandom((1 << 20) - 200)  # as large as the broker takes, and no compression helps
     await streams.publish(OutgoingMessage(streams.settings().submissions_stream, original, b"key"))
@@ -122,7 +122,7 @@ async def test_record_that_is_too_large_loses_no_record_settled_with_it(streams:
         assert max(published.values()) <= 2
 
 
-async def test_keys_are_partitioned_as_every_kafka_client_does_it(streams: Streams) -> None:
+async def test_keys_are_partitioned_by_murmur2(streams: Streams) -> None:
     await streams.member()
     stream = streams.settings().submissions_stream
     await streams.publish(
@@ -135,7 +135,7 @@ async def test_keys_are_partitioned_as_every_kafka_client_does_it(streams: Strea
 
 
 @BOTH_DELIVERIES
-async def test_transactions(streams: Streams, kafka_address: str) -> None:
+async def test_aborted_messages_are_skipped_and_markers_are_no_lag(streams: Streams, kafka_address: str) -> None:
     """Aborted messages are not received, and the markers of transactions do not count as lag for ever."""
     member = await streams.member()
     stream = streams.settings().submissions_stream
@@ -167,7 +167,7 @@ async def test_transactions(streams: Streams, kafka_address: str) -> None:
 
 
 @BOTH_DELIVERIES
-async def test_a_full_buffer_pauses_and_goes_on(streams: Streams) -> None:
+async def test_full_buffer_pauses_and_resumes(streams: Streams) -> None:
     member = await streams.member(in_flight=5)
     numbers = [str(number) for number in range(100)]
     await streams.submit(*numbers)
@@ -183,7 +183,7 @@ async def test_a_full_buffer_pauses_and_goes_on(streams: Streams) -> None:
     await eventually(nothing_waits)
 
 
-async def test_a_null_value_is_an_empty_one(streams: Streams, kafka_address: str) -> None:
+async def test_null_value_becomes_empty(streams: Streams, kafka_address: str) -> None:
     member = await streams.member()
 
     def produce() -> None:
@@ -205,7 +205,7 @@ class _Latin(str):
         return b"gr\xf6\xdfe"
 
 
-async def test_a_header_name_that_is_not_utf8_stops_nobody(streams: Streams, kafka_address: str) -> None:
+async def test_header_name_that_is_not_utf8_is_received(streams: Streams, kafka_address: str) -> None:
     member = await streams.member()
 
     def produce() -> None:
@@ -223,7 +223,7 @@ async def test_a_header_name_that_is_not_utf8_stops_nobody(streams: Streams, kaf
 
 
 @BOTH_DELIVERIES
-async def test_a_poll_that_fails_loses_nothing(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_poll_loses_no_message(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     member: Any = await streams.member()
     poll = member._consumer.poll
     failures: list[Any] = []
@@ -245,7 +245,7 @@ async def test_a_poll_that_fails_loses_nothing(streams: Streams, monkeypatch: py
     assert len(failures) == 2
 
 
-async def test_new_partitions_are_read_however_short_the_polls(
+async def test_new_partitions_are_read_with_short_polls(
     streams: Streams, kafka_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A poll that ends in the middle of the rejoin must not leave the member half in, half out of the group."""
@@ -282,7 +282,7 @@ async def test_new_partitions_are_read_however_short_the_polls(
 
 
 @BOTH_DELIVERIES
-async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_revocation_commits_done_messages(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second member gets its share without what the first one settled, though that came in no order."""
     monkeypatch.setattr("services.streams.kafka.consumer._COMMIT_S", 600)  # only the revocation commits
     monkeypatch.setattr("services.streams.kafka.exactly_once._INTERVAL_S", 600)
@@ -318,7 +318,9 @@ async def test_revocation_commits_what_is_done(streams: Streams, monkeypatch: py
 
 
 @BOTH_DELIVERIES
-async def test_the_message_that_blocks_a_partition_is_named(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_blocked_returns_the_message_that_blocks_a_partition(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("services.streams.kafka.consumer._WINDOW", 40)
     member = await streams.member(in_flight=2)
     await streams.submit(*(str(number) for number in range(100)))
@@ -352,9 +354,7 @@ async def test_the_message_that_blocks_a_partition_is_named(streams: Streams, mo
 
 
 @BOTH_DELIVERIES
-async def test_a_member_that_comes_back_gets_its_partitions_without_a_rebalance(
-    streams: Streams, tmp_path: Path
-) -> None:
+async def test_restarted_member_gets_its_partitions_without_a_rebalance(streams: Streams, tmp_path: Path) -> None:
     other: Any = await streams.member("other", member_id="other", **PATIENT)
     settings = streams.settings(member_id="comes-back", **PATIENT)
     doomed = SupervisedProcess(
@@ -379,7 +379,7 @@ async def test_a_member_that_comes_back_gets_its_partitions_without_a_rebalance(
 
 
 @BOTH_DELIVERIES
-async def test_of_two_members_of_one_name_one_is_told_and_the_other_goes_on(streams: Streams) -> None:
+async def test_second_member_of_one_id_ends_one_and_the_other_continues(streams: Streams) -> None:
     await streams.submit(*map(str, range(20)))
     members = [await streams.member(name, member_id="the-same") for name in ("first", "second")]
     working = [asyncio.create_task(settle_all(member, streams)) for member in members]
@@ -404,7 +404,7 @@ async def settle_all(member: GroupConsumer, streams: Streams) -> None:
 
 
 @BOTH_DELIVERIES
-async def test_a_broker_that_takes_a_member_for_another_is_told_who_it_is(streams: Streams) -> None:
+async def test_fenced_member_joins_again(streams: Streams) -> None:
     """As one does that restarts and reads of an earlier life of the member."""
     member: Any = await streams.member(member_id="alone")
     await streams.submit("a")
@@ -419,7 +419,9 @@ async def test_a_broker_that_takes_a_member_for_another_is_told_who_it_is(stream
     assert await streams.verdicts() == ["a"]
 
 
-async def test_a_broker_that_goes_away_while_a_member_joins(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_broker_that_fails_during_a_join_is_unavailable(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cut(_self: Any, _topic: str) -> None:
         raise KafkaConnectionError("socket disconnected")
 
@@ -428,6 +430,6 @@ async def test_a_broker_that_goes_away_while_a_member_joins(streams: Streams, mo
         await streams.member()
 
 
-async def test_one_name_is_not_for_several_replicas(streams: Streams) -> None:
+async def test_member_id_with_several_replicas_is_rejected(streams: Streams) -> None:
     with pytest.raises(ConfigurationError, match="there may be 2 intake replicas"):
         await streams.member(member_id="one", intake_replicas=2)

@@ -231,7 +231,7 @@ TestRelease = ReleaseMachine.TestCase
 
 
 @given(order=st.permutations(range(20)), gaps=st.lists(st.integers(0, 3), min_size=20, max_size=20))
-def test_in_the_end_everything_may_be_committed(order: list[int], gaps: list[int]) -> None:
+def test_all_finished_offsets_are_committable(order: list[int], gaps: list[int]) -> None:
     tracker = OffsetTracker(20)
     offsets, at = [], 0
     for gap in gaps:
@@ -246,7 +246,7 @@ def test_in_the_end_everything_may_be_committed(order: list[int], gaps: list[int
     assert tracker.room == 20
 
 
-def test_one_stuck_offset_holds_the_rest_back() -> None:
+def test_held_offset_holds_later_ones_back() -> None:
     tracker = OffsetTracker(4)
     for offset in range(4):
         tracker.receive(offset)
@@ -257,12 +257,12 @@ def test_one_stuck_offset_holds_the_rest_back() -> None:
     assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (None, 0, 4, 4)
 
 
-def test_a_window_of_nothing_is_refused() -> None:
+def test_empty_window_is_rejected() -> None:
     with pytest.raises(ValueError, match="window"):
         OffsetTracker(0)
 
 
-def test_an_older_commit_changes_nothing() -> None:
+def test_older_commit_is_ignored() -> None:
     tracker = OffsetTracker(4)
     tracker.receive(0)
     tracker.finish(0)
@@ -271,7 +271,7 @@ def test_an_older_commit_changes_nothing() -> None:
     assert tracker.committable is None
 
 
-def test_only_a_done_offset_can_be_refused() -> None:
+def test_abandon_of_an_offset_that_is_not_done_raises() -> None:
     tracker = OffsetTracker(4, keeps_outputs=True)
     tracker.receive(0)
     with pytest.raises(ValueError, match="not done"):
@@ -282,7 +282,7 @@ def test_only_a_done_offset_can_be_refused() -> None:
 
 
 @pytest.mark.parametrize("keeps_outputs", [False, True])
-def test_the_offset_that_blocks_a_window(keeps_outputs: bool) -> None:
+def test_blocked_by_is_the_offset_that_blocks_the_window(keeps_outputs: bool) -> None:
     tracker = OffsetTracker(10, keeps_outputs=keeps_outputs)
     for offset in range(10):
         tracker.receive(offset)

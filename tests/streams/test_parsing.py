@@ -53,7 +53,7 @@ def record(key: str = "a+b/%C3%BC%2B.jpg", name: str = "ObjectCreated:Put", **st
 # Native submissions
 
 
-def test_a_native_submission() -> None:
+def test_native_submission_is_parsed() -> None:
     document = {"id": "upl-42", "uri": "s3://uploads/2026/cat.jpg", "submitted_at": "2026-11-21T09:00:00+01:00", "x": 1}
     entry = accepted(document)
     assert entry.submission == Submission.parse(document)
@@ -63,7 +63,7 @@ def test_a_native_submission() -> None:
     assert entry.sequencer is None
 
 
-def test_the_producers_key_and_the_time_of_publication() -> None:
+def test_producer_key_and_publication_time_are_used() -> None:
     entry = accepted({"id": "a", "uri": "s3://b/k"}, key=b"\xff user 7")
     assert entry.key == b"\xff user 7"
     assert entry.submission.submitted_at == PUBLISHED
@@ -93,7 +93,7 @@ def test_the_producers_key_and_the_time_of_publication() -> None:
         (17, None),
     ],
 )
-def test_what_is_no_submission(document: Any, submission_id: str | None) -> None:
+def test_invalid_submission_is_rejected(document: Any, submission_id: str | None) -> None:
     entry = rejected(document, key=b"k")
     assert entry.error.submission_id == submission_id
     assert entry.original == json.dumps(document).encode()
@@ -121,16 +121,16 @@ def test_what_is_no_submission(document: Any, submission_id: str | None) -> None
         b"\0" * 1000,
     ],
 )
-def test_hostile_bytes(value: bytes) -> None:
+def test_hostile_bytes_are_rejected(value: bytes) -> None:
     entry = rejected(value)
     assert entry.original == value
 
 
-def test_the_last_of_duplicate_keys_counts() -> None:
+def test_last_of_duplicate_keys_wins() -> None:
     assert accepted(b'{"id": "a", "id": "b", "uri": "s3://b/k"}').submission.id == "b"
 
 
-def test_integers_as_large_as_they_may_be() -> None:
+def test_largest_integers_are_parsed() -> None:
     digits = b"9" * 4000
     entry = accepted(b'{"id": "a", "uri": "s3://b/k", "metadata": {"x": ' + digits + b"}}")
     assert entry.submission.metadata["x"] == int(digits)
@@ -140,7 +140,7 @@ def test_integers_as_large_as_they_may_be() -> None:
 
 
 @pytest.mark.parametrize("name", ["ObjectCreated:Put", "s3:ObjectCreated:CompleteMultipartUpload"])
-def test_an_s3_notification(name: str) -> None:
+def test_s3_notification_is_parsed(name: str) -> None:
     entry = accepted({"Records": [record(name=name, versionId="v1")]})
     submission = entry.submission
     assert submission.id == "uploads/a b/ü+.jpg#v1"
@@ -153,14 +153,14 @@ def test_an_s3_notification(name: str) -> None:
     assert entry.key == "s3://uploads/a b/ü+.jpg".encode()
 
 
-def test_the_id_falls_back_to_sequencer_then_etag() -> None:
+def test_id_without_version_uses_sequencer_then_etag() -> None:
     assert accepted({"Records": [record("k")]}).submission.id == "uploads/k#0055AED6DCD90281E5"
     assert accepted({"Records": [record("k", sequencer=None)]}).submission.id == "uploads/k#d41d8cd9"
     assert accepted({"Records": [record("k", sequencer=None, eTag=None)]}).submission.id == "uploads/k"
     assert accepted({"Records": [record("k", versionId="")]}).submission.version_id is None
 
 
-def test_several_records_are_several_submissions_with_one_record_each_as_original() -> None:
+def test_each_record_becomes_a_submission_with_its_own_original() -> None:
     records = [record("one"), record("gone", "ObjectRemoved:Delete"), record("two"), {"eventName": 7}, record("three")]
     entries = parse(message({"Records": records, "extra": 1}, key=b"k"))
     assert [entry.submission.uri for entry in entries if isinstance(entry, ParsedSubmission)] == [
@@ -177,7 +177,7 @@ def test_several_records_are_several_submissions_with_one_record_each_as_origina
     assert again[0].submission == entries[0].submission  # type: ignore[union-attr]
 
 
-def test_a_dead_letter_of_many_records_does_not_repeat_a_large_neighbour() -> None:
+def test_large_field_is_not_repeated_in_each_original() -> None:
     entries = parse(message({"Records": [record(str(n)) for n in range(100)], "padding": "x" * 1_000_000}))
     assert len(entries) == 100
     assert sum(len(entry.original) for entry in entries) < 100_000
@@ -195,7 +195,7 @@ def test_a_dead_letter_of_many_records_does_not_repeat_a_large_neighbour() -> No
         {"source": "aws.s3", "detail-type": "Object Deleted", "detail": {}},
     ],
 )
-def test_what_asks_for_nothing(document: Any) -> None:
+def test_event_without_a_new_object_gives_no_submission(document: Any) -> None:
     assert parse(message(document)) == ()
 
 
@@ -229,12 +229,12 @@ def test_what_asks_for_nothing(document: Any) -> None:
         {"Records": [{}] * 100_000},
     ],
 )
-def test_notifications_that_are_malformed(document: Any) -> None:
+def test_malformed_notification_is_rejected(document: Any) -> None:
     entry = rejected(document)
     assert json.loads(entry.original) == document
 
 
-def test_a_key_too_long_for_an_id_has_its_digest_as_one() -> None:
+def test_long_key_gets_its_digest_as_id() -> None:
     key = "k" * 1000
     entries = parse(message({"Records": [record("one"), record(key), record(key, versionId="v2"), record("two")]}))
     assert [type(entry) for entry in entries] == [ParsedSubmission] * 4
@@ -244,7 +244,7 @@ def test_a_key_too_long_for_an_id_has_its_digest_as_one() -> None:
     assert first.id != second.id
 
 
-def test_the_form_of_minio() -> None:
+def test_notification_of_minio_is_parsed() -> None:
     document = {
         "EventName": "s3:ObjectCreated:Put",
         "Key": "uploads/a b.jpg",
@@ -255,7 +255,7 @@ def test_the_form_of_minio() -> None:
     assert entry.key == b"uploads/a b.jpg"
 
 
-def test_sequencers_are_compared_as_s3_documents_them() -> None:
+def test_sequencers_are_compared_after_padding() -> None:
     assert is_before("0055AED6DCD90281E5", "0055AED6DCD90281E6")
     assert not is_before("0055aed6", "0055AED6")
     assert is_before("0055", "00550001")
@@ -284,21 +284,21 @@ BINARY: Headers = (
         EVENT | {"specversion": "1.1", "data": NATIVE},
     ],
 )
-def test_a_structured_cloud_event_around_a_submission_whose_own_id_stands(event: Any) -> None:
+def test_structured_cloud_event_keeps_the_id_of_its_submission(event: Any) -> None:
     entry = accepted(event)
     assert (entry.submission.id, entry.submission.uri) == ("upl-1", "s3://uploads/k")
     assert json.loads(entry.original) == event
 
 
 @pytest.mark.parametrize("prefix", ["ce_", "ce-", "Ce-", "CE_"])
-def test_a_binary_cloud_event(prefix: str) -> None:
+def test_binary_cloud_event_is_parsed(prefix: str) -> None:
     headers = tuple((name.replace("ce_", prefix), value) for name, value in BINARY)
     assert accepted(NATIVE, headers=headers).submission.id == "upl-1"
     assert accepted({"Records": [record("k")]}, headers=headers).submission.uri == "s3://uploads/k"
     assert parse(message({"Records": []}, headers=headers)) == ()
 
 
-def test_a_cloud_event_around_an_s3_notification_with_several_records() -> None:
+def test_cloud_event_with_an_s3_notification_is_split() -> None:
     event = EVENT | {"data": {"Records": [record("one"), record("two")]}}
     entries = parse(message(event))
     assert [json.loads(entry.original) for entry in entries] == [
@@ -309,7 +309,7 @@ def test_a_cloud_event_around_an_s3_notification_with_several_records() -> None:
         assert accepted(entry.original).submission.uri == f"s3://uploads/{key}"
 
 
-def test_the_dead_letter_of_a_binary_cloud_event_can_be_read_without_its_headers() -> None:
+def test_original_of_a_binary_cloud_event_is_parsed_without_headers() -> None:
     for entry in parse(message({"Records": [record("one"), record("two")]}, headers=BINARY)):
         assert isinstance(accepted(entry.original), ParsedSubmission)
 
@@ -334,19 +334,19 @@ def test_the_dead_letter_of_a_binary_cloud_event_can_be_read_without_its_headers
         EVENT | {"data": {"Records": 5}},
     ],
 )
-def test_cloud_events_that_are_malformed(event: Any) -> None:
+def test_malformed_cloud_event_is_rejected(event: Any) -> None:
     entry = rejected(event)
     assert json.loads(entry.original) == event
 
 
-def test_a_malformed_submission_in_a_cloud_event_still_gives_its_id() -> None:
+def test_malformed_submission_in_a_cloud_event_keeps_its_id() -> None:
     assert rejected(EVENT | {"data": {"id": "upl-1", "uri": "x"}}).error.submission_id == "upl-1"
     headers = (("ce_specversion", b"0.3"),)
     assert rejected(NATIVE, headers=headers).error.submission_id == "upl-1"
     assert rejected(NATIVE, headers=(("ce_specversion", b"\xff"),)).error.submission_id == "upl-1"
 
 
-def test_amazon_event_bridge() -> None:
+def test_event_bridge_event_is_parsed() -> None:
     document = {
         "version": "0",
         "id": "17793124-05d4-b198-2fde-7ededc63b103",
@@ -450,13 +450,13 @@ def check(value: bytes, key: bytes | None, headers: Headers) -> None:
 
 @settings(max_examples=400)
 @given(st.binary(max_size=200), st.none() | st.binary(max_size=5), HEADERS)
-def test_any_bytes(value: bytes, key: bytes | None, headers: Headers) -> None:
+def test_random_bytes_never_raise(value: bytes, key: bytes | None, headers: Headers) -> None:
     check(value, key, headers)
 
 
 @settings(max_examples=800)
 @given(NEAR_MISSES, HEADERS)
-def test_any_near_miss(document: Any, headers: Headers) -> None:
+def test_almost_valid_document_never_raises(document: Any, headers: Headers) -> None:
     check(json.dumps(document).encode(errors="surrogatepass"), None, headers)
 
 
@@ -464,7 +464,7 @@ def test_any_near_miss(document: Any, headers: Headers) -> None:
 @given(
     st.lists(st.sampled_from(["s3", "bucket", "object", "name", "key", "eventName", "versionId", "eTag"])), NEAR_MISSES
 )
-def test_any_damage_to_a_record_leaves_its_neighbours(path: list[str], replacement: Any) -> None:
+def test_damaged_record_does_not_affect_others(path: list[str], replacement: Any) -> None:
     damaged = record("damaged")
     target: Any = damaged
     for name in path[:-1]:

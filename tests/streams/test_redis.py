@@ -32,7 +32,7 @@ async def client(valkey_url: str) -> AsyncIterator[Any]:
         yield client
 
 
-async def test_an_entry_of_another_form_is_kept_whole(streams: Streams, client: Any) -> None:
+async def test_entry_of_another_form_keeps_all_fields(streams: Streams, client: Any) -> None:
     stream = streams.settings().submissions_stream
     await client.execute_command("XADD", stream, "*", b"payload", b"\xff\x00", b"\xff", b"x", b"payload", b"again")
     await client.execute_command("XADD", stream, "*", "value", "v", "key", "k", "header:h", "1", "extra", "2")
@@ -42,7 +42,7 @@ async def test_an_entry_of_another_form_is_kept_whole(streams: Streams, client: 
     assert (extra.value, extra.key, extra.headers) == (b"v", b"k", (("h", b"1"), ("field:extra", b"2")))
 
 
-async def test_an_id_far_in_the_future_is_no_harm(streams: Streams, client: Any) -> None:
+async def test_entry_with_a_future_id_is_settled(streams: Streams, client: Any) -> None:
     stream = streams.settings().submissions_stream
     await client.xadd(stream, {"value": "v"}, id="18446744073709551614-1")
     member = await streams.member()
@@ -51,7 +51,7 @@ async def test_an_id_far_in_the_future_is_no_harm(streams: Streams, client: Any)
     assert (await member.lag()).total == 0
 
 
-async def test_more_headers_than_a_script_can_pass(streams: Streams) -> None:
+async def test_more_headers_than_a_script_takes_are_kept(streams: Streams) -> None:
     headers = tuple((f"h{number}", bytes([number % 256])) for number in range(5000))
     await streams.publish(OutgoingMessage(streams.settings().submissions_stream, b"v", None, headers))
     member = await streams.member()
@@ -62,7 +62,7 @@ async def test_more_headers_than_a_script_can_pass(streams: Streams) -> None:
     assert letter.headers == headers
 
 
-async def test_attempts_count_the_deliveries(streams: Streams) -> None:
+async def test_attempts_count_deliveries(streams: Streams) -> None:
     await streams.submit("a")
     first = await streams.member("first", **PATIENT)
     assert [message.attempts for message in await collect(first, 1)] == [1]
@@ -71,7 +71,7 @@ async def test_attempts_count_the_deliveries(streams: Streams) -> None:
     assert [message.attempts for message in await collect(second, 1)] == [2]
 
 
-async def test_a_failing_settle_of_a_lost_message_publishes_nothing_even_at_the_same_moment(streams: Streams) -> None:
+async def test_concurrent_settle_of_a_lost_message_publishes_nothing(streams: Streams) -> None:
     await streams.submit("a")
     slow = await streams.member("slow", **PATIENT)
     (held,) = await collect(slow, 1)
@@ -86,9 +86,7 @@ async def test_a_failing_settle_of_a_lost_message_publishes_nothing_even_at_the_
     assert await streams.verdicts() == ["quick"]
 
 
-async def test_an_answer_that_is_lost_after_the_work_was_done(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_settle_with_a_lost_answer_publishes_once(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     await streams.submit("a")
     member: Any = await streams.member()
     (message,) = await collect(member, 1)
@@ -107,7 +105,7 @@ async def test_an_answer_that_is_lost_after_the_work_was_done(
     assert await streams.verdicts() == ["a"]
 
 
-async def test_a_cancelled_receive_loses_nothing(streams: Streams) -> None:
+async def test_cancelled_receive_loses_no_message(streams: Streams) -> None:
     member = await streams.member(redis_claim_idle_s=0.3)
     seen: set[str] = set()
     for number in range(20):
@@ -127,7 +125,7 @@ async def test_a_cancelled_receive_loses_nothing(streams: Streams) -> None:
     await eventually(all_seen)
 
 
-async def test_the_group_is_made_again_after_the_data_is_gone(streams: Streams, client: Any) -> None:
+async def test_deleted_group_is_created_again(streams: Streams, client: Any) -> None:
     settings = streams.settings()
     member = await streams.member()
     await streams.submit("lost")
@@ -141,7 +139,7 @@ async def test_the_group_is_made_again_after_the_data_is_gone(streams: Streams, 
     assert await streams.verdicts() == []
 
 
-async def test_the_scripts_come_back_after_the_server_forgot_them(streams: Streams, client: Any) -> None:
+async def test_flushed_scripts_are_loaded_again(streams: Streams, client: Any) -> None:
     await streams.submit("a", "b")
     member = await streams.member()
     first, second = await collect(member, 2)
@@ -151,7 +149,7 @@ async def test_the_scripts_come_back_after_the_server_forgot_them(streams: Strea
     assert await streams.verdicts() == ["a", "b"]
 
 
-async def test_lag_is_counted_where_the_server_cannot_tell(streams: Streams, client: Any) -> None:
+async def test_lag_is_counted_when_the_server_does_not_report_it(streams: Streams, client: Any) -> None:
     stream = streams.settings().submissions_stream
     member = await streams.member()
     await streams.submit(*"abcdefgh")
@@ -163,7 +161,7 @@ async def test_lag_is_counted_where_the_server_cannot_tell(streams: Streams, cli
     assert (await member.lag()).total == 7
 
 
-async def test_retention_never_drops_what_is_not_settled(streams: Streams, client: Any) -> None:
+async def test_retention_keeps_unsettled_entries(streams: Streams, client: Any) -> None:
     stream = streams.settings().submissions_stream
     for number in range(600):  # the server trims by whole nodes of 100 entries
         await client.xadd(stream, {"value": str(number)}, id=f"{1000 + number}-0")
@@ -186,7 +184,7 @@ async def test_retention_never_drops_what_is_not_settled(streams: Streams, clien
     assert await trim(keys=[f"{stream}.none"], args=[1000]) == 0
 
 
-async def test_the_names_of_members_that_are_gone_are_cleared_away(streams: Streams, client: Any) -> None:
+async def test_idle_consumers_of_ended_members_are_deleted(streams: Streams, client: Any) -> None:
     settings = streams.settings()
     await streams.submit("a", "b")
     leaving = await streams.member("leaving", **PATIENT)
@@ -212,7 +210,7 @@ async def test_the_names_of_members_that_are_gone_are_cleared_away(streams: Stre
 
 
 @pytest.mark.server
-async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
+async def test_publish_during_an_outage_is_unavailable(tmp_path: Path) -> None:
     server = Valkey(tmp_path)
     server.start()
     publisher = await open_publisher(StreamConfig.from_settings(Streams("redis", server.url).settings()))
@@ -226,7 +224,7 @@ async def test_publishing_to_a_server_that_is_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-async def test_whatever_is_killed_nothing_is_published_twice(tmp_path: Path) -> None:
+async def test_outputs_are_published_once_when_members_and_server_are_killed(tmp_path: Path) -> None:
     """A server that writes everything to disk before it answers, its members and the server itself killed."""
     server = Valkey(tmp_path / "valkey")
     server.start()
