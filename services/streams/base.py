@@ -65,20 +65,20 @@ class GroupConsumer(Protocol):
     """One member of a consumer group. Every method is called from one event loop."""
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
-        """Wait for up to `timeout_s` and return 0..`limit` messages. Polling goes on whatever the caller does.
+        """Wait for up to `timeout_s` and return 0..`limit` messages. The member keeps polling between two calls.
 
-        An outage of the stream system is waited out here (an empty batch is returned); it is never raised. Raises:
-            ConfigurationError: another member has joined with this one's `member_id`; this one is out of the group.
+        During an outage of the stream system it returns an empty batch. Raises:
+            ConfigurationError: another member has joined with this member's `member_id`; this member left the group.
         """
 
     async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
-        """Publish `records` and acknowledge `message`. May be called out of order. Returns when it is durable.
+        """Publish `records` and acknowledge `message`. May be called out of order. Returns when both are durable.
 
-        Outages are waited out. Raises:
-            NotOwned: another member has the message by now; drop it. (On Kafka, under at-least-once delivery, the
+        During an outage it retries. Raises:
+            NotOwned: another member owns the message now; drop it. (On Kafka, under at-least-once delivery, the
                 records may have been published.)
-            ConfigurationError: the stream system refuses a record for good, because it is too large for its stream.
-                The message is still held.
+            ConfigurationError: a record is too large for its stream, so a retry cannot help. The message is still
+                held.
         """
 
     async def lag(self) -> Lag:
@@ -89,11 +89,11 @@ class GroupConsumer(Protocol):
         """
 
     def blocked(self) -> Sequence[Message]:
-        """The held messages that hold up all others of their line, whose memory for what is done is nearly full.
+        """The held messages that will soon stop the receipt of later messages.
 
-        On Kafka a partition is such a line: what was settled after a message that is still held is kept in mind, and
-        at 4096 messages (or 16 times `in_flight`) nothing more is received from it. On Redis Streams there is no line,
-        so this is empty.
+        On Kafka the messages settled after a held message of the same partition are remembered. At 4096 of them (or 16
+        times `in_flight`) no more are received from the partition. On Redis Streams no message blocks another, so this
+        is empty.
         """
 
     async def close(self) -> None:

@@ -1,6 +1,6 @@
 """Parses stream messages: native submissions, S3 event notifications, and CloudEvents around either.
 
-Pure: bytes and headers in, values out. Whatever the bytes are, `parse` returns; it never raises.
+Pure: bytes and headers in, values out. `parse` never raises.
 """
 
 from base64 import b64decode
@@ -20,7 +20,7 @@ RECORDS_LIMIT: Final = 1000
 """Records of one S3 notification. S3 itself sends one; MinIO and forwarders send a few."""
 
 _ENVELOPE_LIMIT_BYTES: Final = 4096
-"""What stands beside `Records` is repeated in the dead letter of every record, so it has to be small to be kept."""
+"""The fields beside `Records` are repeated in the dead letter of every record. Larger ones are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class InvalidMessage:
 
 
 Parsed = tuple[ParsedSubmission | InvalidMessage, ...]
-"""In the order of the message; empty when there is nothing to judge (a deletion, a test event): then just settle it."""
+"""In the order of the message. Empty when there is nothing to judge (a deletion, a test event): settle the message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _cloud_event_data(event: dict[str, Any]) -> Any:
 
 def _check_version(specversion: Any) -> None:
     if specversion != "1.0" and not (isinstance(specversion, str) and specversion.startswith("1.")):
-        raise Malformed("specversion: only CloudEvents 1.x is understood")
+        raise Malformed("specversion: only CloudEvents 1.x is supported")
 
 
 def _header_text(message: Message, attribute: str) -> str:
@@ -221,7 +221,7 @@ def _creation(record: Any) -> _Event | None:
 
 
 def _event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
-    """Amazon EventBridge's own form; unlike in a notification, keys are not URL-encoded."""
+    """The format of Amazon EventBridge. Unlike in a notification, keys are not URL-encoded."""
     if document["detail-type"] != "Object Created":
         if document.get("source") == "aws.s3":
             return ()
@@ -245,7 +245,7 @@ def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmissi
     if not bucket or not key:
         raise Malformed("an S3 event must name a bucket and a key")
     if "/" in bucket:
-        # The URI could not tell where the bucket's name ends: it would mean another bucket.
+        # In the URI the part after the slash would belong to the key, so it would name another bucket.
         raise Malformed("bucket.name: must not contain a slash")
     version_id, etag, sequencer = (
         _text(name, value) or None

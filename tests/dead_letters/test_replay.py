@@ -399,4 +399,4 @@ async def test_kafka_replays_to_the_same_partition_and_reports_refused_messages(
     progress: list[str] = []
     counts, _ = await replay(bench.settings, Selection(ids={"huge"}), progress=progress.append)
     assert counts == ReplayCounts(replayed=2, refused=1)
-    assert any("did not replay" in line and "Kafka refuses a message of 1200000 bytes" in line for line in progress)
+    assert any("did not replay" in line and "Kafka rejects a message of 1200000 bytes" in line for line in progress)

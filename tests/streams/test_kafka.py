@@ -426,7 +426,7 @@ async def test_broker_that_fails_during_a_join_is_unavailable(
         raise KafkaConnectionError("socket disconnected")
 
     monkeypatch.setattr(kafka.KafkaConsumer, "partitions_for_topic", cut)
-    with pytest.raises(StreamUnavailable, match=r"went away while member joined .*socket disconnected"):
+    with pytest.raises(StreamUnavailable, match=r"became unavailable while member joined .*socket disconnected"):
         await streams.member()
 
 

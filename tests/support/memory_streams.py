@@ -110,7 +110,7 @@ class MemoryGroupConsumer:
         """Publish and acknowledge without a pause in between."""
         pending = self._group.pending.get(message.token)
         if self._closed or pending is None or pending.owner is not self:
-            raise NotOwned(f"{message.source} belongs to another member by now.")
+            raise NotOwned(f"{message.source} belongs to another member now.")
         del self._group.pending[message.token]
         await self._broker.publish(records)
 

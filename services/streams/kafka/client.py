@@ -28,7 +28,7 @@ _DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
 """A dead letter is a whole original message (up to 1 MiB by default) and its headers."""
 
 REQUEST_LIMIT_BYTES: Final = 16 << 20
-"""Counted before compression; the broker's own limit is the one that matters."""
+"""Before compression. It is high, so that the limits of the broker and the topic decide."""
 
 _RESERVED: Final = frozenset(
     {
@@ -50,7 +50,7 @@ _RESERVED: Final = frozenset(
         "value_serializer",
     }
 )
-"""Options that Sluice's guarantees rest on."""
+"""Options that Sluice's guarantees depend on."""
 
 REFUSED: Final = (
     errors.MessageSizeTooLargeError,
@@ -64,10 +64,10 @@ REFUSED: Final = (
 
 
 def parse_bootstrap_servers(url: str) -> list[str]:
-    """The brokers in `kafka://host:9092,host:9092`; the port may be left out.
+    """The brokers in `kafka://host:9092,host:9092`. The port may be left out.
 
     Raises:
-        ConfigurationError: it does not look like that.
+        ConfigurationError: the URL has another form.
     """
     servers = []
     for server in url.removeprefix("kafka://").rstrip("/").split(","):
@@ -81,7 +81,7 @@ def parse_bootstrap_servers(url: str) -> list[str]:
 
 
 def build_options(config: StreamConfig, client: type, **ours: Any) -> dict[str, Any]:
-    """The keyword arguments for a client: Sluice's own, then those of SLUICE_KAFKA_OPTIONS that it understands.
+    """The keyword arguments for a client: Sluice's own, then the options in SLUICE_KAFKA_OPTIONS that the client has.
 
     Raises:
         ConfigurationError: an option is reserved, or no client knows it.
@@ -114,7 +114,7 @@ def connect(config: StreamConfig, client: Any, **ours: Any) -> Any:
     try:
         return client(**arguments)
     except (errors.SaslAuthenticationFailedError, errors.UnsupportedSaslMechanismError) as error:
-        raise ConfigurationError(f"Kafka refuses the credentials in SLUICE_KAFKA_OPTIONS: {error}.") from error
+        raise ConfigurationError(f"Kafka rejects the credentials in SLUICE_KAFKA_OPTIONS: {error}.") from error
     except (errors.KafkaConfigurationError, ValueError, TypeError, AssertionError) as error:
         raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS is wrong: {error}.") from error
     except (errors.KafkaError, OSError) as error:
@@ -123,11 +123,11 @@ def connect(config: StreamConfig, client: Any, **ours: Any) -> Any:
 
 
 def ensure_topics(config: StreamConfig, admin: Any) -> None:
-    """Create the topics that do not exist. A missing right to create is fine where they do. Blocks.
+    """Create the topics that do not exist. Blocks. If all exist, it needs no right to create topics.
 
     Raises:
         ConfigurationError: a topic does not exist and cannot be created.
-        StreamUnavailable: the broker went away.
+        StreamUnavailable: the broker became unavailable.
     """
     wanted: dict[str, dict[str, str]] = {
         config.submissions_stream: {},
@@ -156,13 +156,13 @@ def _create_missing(partitions: int, wanted: Mapping[str, Mapping[str, str]], ad
     for name in wanted.keys() - present:
         # -1 is the broker's default.
         topic = {"num_partitions": partitions, "replication_factor": -1, "configs": wanted[name]}
-        with contextlib.suppress(errors.TopicAlreadyExistsError):  # another member was quicker
+        with contextlib.suppress(errors.TopicAlreadyExistsError):  # another member has created it meanwhile
             admin.create_topics({name: topic})
     admin.wait_for_topics(list(wanted))
 
 
 def to_message(record: Any, token: Any = None) -> Message:
-    """A ConsumerRecord as a message; a null value or header becomes an empty one."""
+    """Convert a ConsumerRecord. A null value or header becomes an empty one."""
     return Message(
         value=record.value or b"",
         key=record.key,

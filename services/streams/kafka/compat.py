@@ -93,7 +93,7 @@ def reset_stale_parked_records(consumer: Any) -> None:
 
 
 def request_missed_rejoin(consumer: Any) -> None:
-    """Go on with a rejoin that a poll has left unfinished. Call it before each poll; a second request does no harm.
+    """Continue a rejoin that a poll has left unfinished. Call it before each poll; a second request does no harm.
 
     The defect: when the consumer rejoins because the partitions changed, and the poll ends in the middle of that, the
     rejoin is forgotten. The member then sends no heartbeats and cannot commit.
@@ -120,10 +120,10 @@ def raise_if_fenced(consumer: Any) -> None:
 
 
 def forget_offset_fetches(consumer: Any, partitions: Collection[Any] | None = None) -> None:
-    """Make the next question about committed offsets (of exactly `partitions`, or of any) a new one.
+    """Let the next request for committed offsets (of exactly `partitions`, or of any) go to the broker.
 
-    The defect: a question that timed out is kept. The next question about the same partitions, however much later,
-    gets its answer: the offsets of an earlier assignment.
+    The defect: a request that timed out is kept. The next request for the same partitions, at any later time, gets its
+    answer: the offsets of an earlier assignment.
     """
     futures = consumer._coordinator._offset_fetch_futures
     if partitions is None:
@@ -152,7 +152,7 @@ class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore
             self.member_assignment = None
             lost = self.consumer.assignment()
             if lost:
-                log.warning("lost while joining: %s", sorted(lost))
+                log.warning("partitions lost while joining: %s", sorted(lost))
                 self.consumer._subscription.assign_from_subscribed([])
                 self.on_lost(lost)
         return super().metadata(topics)

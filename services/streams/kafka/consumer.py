@@ -44,7 +44,7 @@ _POLL_MS: Final = 200
 _WINDOW: Final = 4096
 """Offsets per partition between the oldest unfinished one and the newest received one."""
 _WINDOW_SHARES: Final = 16
-"""Or this many times `in_flight`, if that is more: a partition is paused with a share or less to go, nearly full."""
+"""The window is at least this many times `in_flight`. A partition with less than `in_flight` left is paused."""
 _REBUILD_S: Final = 30.0
 """After polls have failed for this long, the consumer is replaced."""
 _FENCINGS_LIMIT: Final = 4
@@ -84,12 +84,12 @@ class KafkaGroupConsumer:
         self._closing = threading.Event()
         self._next_commit = 0.0
         self._suspect = False
-        """The last poll failed: the consumer may stand behind records that it never returned."""
+        """The last poll failed, so the consumer's position may be after records that it never returned."""
         self._fenced = False
         self._fencings: deque[float] = deque(maxlen=_FENCINGS_LIMIT - 1)
         """When this member was fenced, by `time.monotonic`."""
         self._duplicate_member: ConfigurationError | None = None
-        """Set when another member has this one's identity."""
+        """Set when another member has the `member_id` of this one."""
         self._sender: Sender | None = None
         self._committer: TransactionalCommitter | None = None
         """One of the two publishes: at least once, or exactly once."""
@@ -149,7 +149,7 @@ class KafkaGroupConsumer:
                 return []
 
     async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
-        """At least once: the records are acknowledged by all in-sync replicas, then the offset is committed.
+        """At least once: all in-sync replicas acknowledge the records, then the offset is committed.
 
         Exactly once: both are committed in one transaction, after those of every older offset of the partition.
         """
@@ -175,7 +175,7 @@ class KafkaGroupConsumer:
         pending = list(records)
         for delay in backoff(MAX_BACKOFF_S):
             if not token.tracker.holds(token.offset):
-                raise NotOwned(f"{message.source} belongs to another member by now.")
+                raise NotOwned(f"{message.source} belongs to another member now.")
             pending = await self._sender.send(pending)
             if not pending:
                 break
@@ -193,23 +193,23 @@ class KafkaGroupConsumer:
             return replace(read, held=frozenset(each.partition for each in self._trackers))
 
     def blocked(self) -> Sequence[Message]:
-        """One of every partition whose window is nearly full of messages that are done, behind this one."""
+        """The oldest held message of each partition whose window is nearly full of done messages."""
         with self._lock:
             blocked = [(each, offset) for each in self._trackers.values() if (offset := each.blocked_by) is not None]
             messages = (self._unfinished.get(MessageToken(tracker, offset)) for tracker, offset in blocked)
             return [message for message in messages if message is not None]
 
     async def close(self) -> None:
-        """Commit what is done and leave the group, so that the other members get the rest at once.
+        """Commit the done offsets and leave the group, so that other members get the held messages at once.
 
-        Gives up after about 10 s when the broker is away. With a `member_id` the others get it when the session times
-        out, unless this member comes back before.
+        During an outage it gives up after about 10 s. With a `member_id` other members get the messages only after the
+        session timeout, and only if no member with this id has joined by then.
         """
         if self._closed:
             return
         self._closed = True
         if self._sender is not None:
-            await self._sender.close()  # what is being settled is done before the last commit
+            await self._sender.close()  # before the last commit, so that it includes these messages
         if self._committer is not None:
             await asyncio.to_thread(self._committer.flush().wait, _FLUSH_S)
         self._closing.set()
@@ -254,7 +254,7 @@ class KafkaGroupConsumer:
                 if partition not in self._trackers:
                     self._trackers[partition] = self._new_tracker()
             room = self._config.in_flight - len(self._buffer)
-            # One poll may bring everything from one partition, so each that is polled has room for a whole one.
+            # One poll may return records of one partition only, so each polled partition needs room for a whole poll.
             full = {each for each in assigned if room < 1 or self._trackers[each].room < self._config.in_flight}
         paused = self._consumer.paused()
         self._consumer.pause(*(full - paused))
@@ -265,7 +265,7 @@ class KafkaGroupConsumer:
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
-                owned = self._consumer.assignment()  # some may have been lost while the poll was ending
+                owned = self._consumer.assignment()  # the poll may have ended with a loss of partitions
                 for partition, records in polled.items():
                     for record in records if partition in owned else ():
                         self._buffer.append(self._track(partition, record))
@@ -275,7 +275,7 @@ class KafkaGroupConsumer:
             if self._committer is not None:
                 offsets = {}
                 self._committer.wake()
-            # One at a time: the callback, which a later poll calls, brings the next one forward.
+            # One commit at a time: its callback, which a later poll calls, allows the next one.
             self._next_commit = time.monotonic() + (_COMMIT_TIMEOUT_S if offsets else _COMMIT_S)
             if offsets:
                 self._consumer.commit_async(offsets, callback=self._committed)
@@ -285,7 +285,7 @@ class KafkaGroupConsumer:
         if tracker is None:  # assigned during this very poll
             tracker = self._trackers[partition] = self._new_tracker()
         if tracker.position is not None and record.offset < tracker.position:
-            # The log was cut (an unclean election, or a topic made anew): these are other messages than before.
+            # The log was truncated (an unclean leader election, or a re-created topic): these are other messages.
             log.warning("%s went back from offset %d to %d", partition, tracker.position, record.offset)
             self._drop_partition(partition)
             tracker = self._trackers[partition] = self._new_tracker()
@@ -378,7 +378,7 @@ class KafkaGroupConsumer:
         self.drop_partitions(tuple(self._trackers))
         self._fenced = True
 
-    # ---- the poll thread's ends
+    # ---- rejoining and leaving
 
     def _rejoin(self) -> None:
         """Join again after a fencing. That fences any other member with this id, so one of them has to stop."""
@@ -386,7 +386,7 @@ class KafkaGroupConsumer:
         if len(self._fencings) == _FENCINGS_LIMIT - 1 and now - self._fencings[0] < _FENCINGS_S:
             self._duplicate_member = ConfigurationError(
                 f"Another member of {self._config.group} has joined with SLUICE_MEMBER_ID="
-                f"{self._config.member_id}: give every member one of its own, or none."
+                f"{self._config.member_id}: give each member its own id, or none."
             )
             log.error("%s", self._duplicate_member)
             self._closing.set()
@@ -440,6 +440,6 @@ def _as_offsets(trackers: Mapping[Any, OffsetTracker]) -> dict[Any, Any]:
 def _make_sender(config: StreamConfig) -> Sender | Transactions:
     if config.delivery == "at_least_once":
         return Sender(config, delivery_s=_DELIVERY_S)
-    # A member that comes back as the same one ends what its earlier life had begun; any other has an id of its own. A
-    # member's own id has no slash, so no two groups can share one.
+    # With a fixed id a restarted member ends the transaction of its earlier start. Without one each start has a new id.
+    # A `member_id` contains no slash, so two groups never share a transactional id.
     return Transactions(config, f"{config.group}/{config.member_id or uuid.uuid4().hex}")

@@ -45,10 +45,10 @@ class Membership(Protocol):
         """The consumer's group metadata; None while it is not in the group."""
 
     def committed(self, partition: Any) -> int | None:
-        """The group's committed offset, once no transaction that could move it is under way. Raises when it cannot."""
+        """The group's committed offset, after every pending transaction that could move it. Raises on failure."""
 
     def on_fenced(self) -> None:
-        """The broker knows this member's id as another's."""
+        """Another member has joined with this member's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +92,12 @@ class TransactionalCommitter:
 
         Raises:
             NotOwned: the partition went to another member before that.
-            ConfigurationError: a topic refuses one of the records. The offset is held again.
+            ConfigurationError: a topic rejects one of the records. The offset is held again.
         """
         future: asyncio.Future[None] = self._loop.create_future()
         with self._lock:
             if token.tracker.finish(token.offset, records) in (SettleResult.REVOKED, SettleResult.NOT_HELD):
-                raise NotOwned(f"{source} belongs to another member by now.")
+                raise NotOwned(f"{source} belongs to another member now.")
             self._settling[token] = future
         with self._changed:
             self._finished += 1
@@ -213,8 +213,8 @@ class TransactionalCommitter:
         self, membership: Membership, partition_batches: Sequence[_PartitionBatch]
     ) -> Callable[[], Any | None]:
         def confirm() -> Any | None:
-            # In this order: nobody else can own a partition, that was still owned after the metadata were taken, in
-            # the generation that they name. In a later one the broker refuses them.
+            # The order matters. A partition that this member still owns after it read the metadata has no other owner
+            # in their generation. In a later generation the broker rejects the metadata.
             group = membership.group()
             with self._lock:
                 return None if any(partition_batch.tracker.revoked for partition_batch in partition_batches) else group
@@ -239,13 +239,13 @@ class TransactionalCommitter:
             self._resolve_waiters(
                 tokens,
                 ConfigurationError(
-                    f"Kafka refuses the outputs of a message: {words}. Raise the topic's max.message.bytes."
+                    f"Kafka rejects the outputs of a message: {words}. Raise the topic's max.message.bytes."
                 ),
             )
             self._limit = _MESSAGES_LIMIT
             return True
         if outcome is CommitOutcome.REFUSED:
-            # Any of them can be to blame, because one that is refused takes all the others with it.
+            # One rejected record fails the whole transaction, so halve it until the record is alone.
             self._limit = max(1, len(tokens) // 2)
             return True
         if outcome is CommitOutcome.FENCED:
@@ -267,7 +267,7 @@ class TransactionalCommitter:
             try:
                 if self._transactions.recover():
                     committed = membership.committed(witness.partition)
-                    if not witness.tracker.revoked:  # only this member can have moved it
+                    if not witness.tracker.revoked:  # so only this member can have committed it
                         found = committed is not None and committed >= witness.batch.committable
                         return CommitOutcome.COMMITTED if found else CommitOutcome.ABORTED
             except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors

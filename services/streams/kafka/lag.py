@@ -27,7 +27,7 @@ class LagMeter:
         self._running: asyncio.Future[Lag] | None = None
 
     async def read(self) -> Lag:
-        """One reading, shared by everyone who asks while it is under way.
+        """Read the backlog. Concurrent callers share one reading.
 
         Raises:
             StreamUnavailable: no broker answered within 10 s.
@@ -37,7 +37,7 @@ class LagMeter:
         try:
             return await asyncio.wait_for(asyncio.shield(self._running), _TIMEOUT_S)
         except (errors.KafkaError, OSError, TimeoutError) as error:
-            raise StreamUnavailable(f"Kafka does not say how much waits: {error or 'no answer'}.") from error
+            raise StreamUnavailable(f"Reading the backlog from Kafka failed: {error or 'no answer'}.") from error
 
     async def close(self) -> None:
         """Release the connection."""
@@ -50,7 +50,7 @@ class LagMeter:
         try:
             return self._read_offsets()
         except BaseException:
-            self._disconnect()  # it may have cached who leads what; the next reading starts afresh
+            self._disconnect()  # its cached metadata may be stale; the next reading connects again
             raise
 
     def _read_offsets(self) -> Lag:

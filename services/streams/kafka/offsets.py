@@ -4,17 +4,17 @@ Pure: no clock, no thread, no Kafka. The states of an offset:
 
     (unseen) ── receive ──► held ── finish ──► done ── release ──► released ── commit ──► committed
         │                    ▲                  │
-        │                    └───── refuse ─────┘
+        │                    └──── abandon ─────┘
         └───── never: a gap (a compacted record, a transaction's marker) ─────┘
 
-- *held*: received, and whoever works on it has not finished.
-- *done*: finished. It is released when nothing older is held. A tracker that keeps outputs (exactly-once delivery)
+- *held*: received and not finished.
+- *done*: finished. It is released when no older offset is held. A tracker that keeps outputs (exactly-once delivery)
   releases it when one transaction has published the outputs and committed the offset.
-- *released*: forgotten here, and so is what is committed.
-- A *gap* is never received. It is passed over as soon as nothing older is held or done.
+- *released*: the tracker has forgotten the offset. Only the offset to commit remains.
+- A *gap* is never received. It is skipped when no older offset is held or done.
 
-A partition that is revoked takes its tracker with it: messages keep the tracker that they were received with, and a
-tracker that is `revoked` refuses everything. When the partition comes back it gets a new tracker.
+Each assignment of a partition has its own tracker. A message keeps the tracker that it was received with. After the
+revocation of the partition that tracker is `revoked` and changes nothing any more.
 """
 
 from collections.abc import Sequence
@@ -26,28 +26,28 @@ from typing import Final
 from services.streams.base import OutgoingMessage
 
 BLOCKED_SHARE: Final = 0.9
-"""A window that is full to this share, of done offsets behind one held one, is blocked by it."""
+"""A held offset blocks a window when done offsets after it fill this share."""
 
 
 class SettleResult(Enum):
-    """What finishing an offset did."""
+    """The result of finishing an offset."""
 
     DONE = "done"
-    """It was held and is done now."""
+    """The offset was held and is done now."""
     NOT_HELD = "not_held"
-    """Never received here, or finished before."""
+    """The offset was never received, or was finished before."""
     REVOKED = "revoked"
-    """The partition belongs to another member by now."""
+    """The partition belongs to another member now."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommittableBatch:
-    """The oldest done offsets of a partition, which nothing held stands before."""
+    """The done offsets of a partition that are older than every held offset."""
 
     offsets: tuple[int, ...]
-    """Ascending; empty when there is only a gap to pass over."""
+    """Ascending. Empty when there is only a gap to skip."""
     outputs: tuple[OutgoingMessage, ...]
-    """Of all the offsets, in their order."""
+    """The outputs of all the offsets, in their order."""
     committable: int
     """The offset to commit with them (the next one to read)."""
 
@@ -56,7 +56,7 @@ class OffsetTracker:
     """The offsets of one partition for as long as this member owns it. Not thread-safe."""
 
     def __init__(self, window: int, *, keeps_outputs: bool = False) -> None:
-        """`window` bounds the offsets kept track of, held and done ones together.
+        """`window` limits the offsets in the tracker, held and done ones together.
 
         With `keeps_outputs` a done offset stays, with its outputs, until `mark_committed`.
         """
@@ -64,7 +64,7 @@ class OffsetTracker:
             raise ValueError("window must be at least 1")
         self.window: Final = window
         self.revoked = False
-        """True once the partition went to another member."""
+        """Whether the partition was revoked."""
         self._keeps_outputs = keeps_outputs
         self._kept: dict[int, tuple[OutgoingMessage, ...] | None] = {}
         """Ascending, because offsets are received so. None for a held offset, the outputs of a done one."""
@@ -89,7 +89,7 @@ class OffsetTracker:
 
     @property
     def oldest_unfinished(self) -> int | None:
-        """The held offset that everything else waits for; None when nothing is held."""
+        """The oldest held offset; None when none is held."""
         return next((offset for offset, outputs in self._kept.items() if outputs is None), None)
 
     @property
@@ -99,7 +99,7 @@ class OffsetTracker:
 
     @property
     def blocked_by(self) -> int | None:
-        """The held offset behind which done ones fill the window to `BLOCKED_SHARE`; None when none does."""
+        """The held offset that blocks the window, see `BLOCKED_SHARE`; None when none does."""
         return self.oldest_unfinished if self.waiting >= BLOCKED_SHARE * self.window else None
 
     def holds(self, offset: int) -> bool:
@@ -108,7 +108,7 @@ class OffsetTracker:
 
     @property
     def committable(self) -> int | None:
-        """The offset to commit (the next one to read), or None when there is nothing new to commit."""
+        """The offset to commit (the next one to read); None when there is nothing new to commit."""
         if self.revoked:
             return None
         offset = next(iter(self._kept), self._position)
@@ -131,12 +131,12 @@ class OffsetTracker:
         self._position = offset + 1
 
     def skip(self, position: int) -> None:
-        """Say that no offset from the present position up to (not including) `position` will ever be received."""
+        """Move the position: no offset from the present one up to (not including) `position` will be received."""
         if not self.revoked and (self._position is None or position > self._position):
             self._position = position
 
     def finish(self, offset: int, outputs: Sequence[OutgoingMessage] = ()) -> SettleResult:
-        """Mark a held offset as done. `outputs` matter only to a tracker that keeps them."""
+        """Mark a held offset as done. Only a tracker that keeps outputs uses `outputs`."""
         if self.revoked:
             return SettleResult.REVOKED
         if not self.holds(offset):
@@ -149,7 +149,7 @@ class OffsetTracker:
         return SettleResult.DONE
 
     def next_batch(self, limit: int) -> CommittableBatch | None:
-        """What may be published and committed now, of up to `limit` offsets; None when there is nothing new."""
+        """Up to `limit` done offsets to publish and commit now; None when there is nothing new."""
         offsets = tuple(self._done(limit))
         committable = next(islice(self._kept, len(offsets), None), self._position)
         if self.revoked or committable is None or committable == self._committed:
@@ -158,7 +158,7 @@ class OffsetTracker:
         return CommittableBatch(offsets, outputs, committable)
 
     def mark_committed(self, released: CommittableBatch) -> None:
-        """Remember that its outputs are published and its offset is committed. A revoked tracker ignores it."""
+        """Remove a batch whose outputs are published and whose offset is committed. A revoked tracker ignores it."""
         if self.revoked:
             return
         for offset in released.offsets:
@@ -166,7 +166,7 @@ class OffsetTracker:
         self.commit(released.committable)
 
     def abandon(self, offset: int) -> None:
-        """Hold a done offset again: its outputs cannot be published. A revoked tracker ignores it.
+        """Hold a done offset again, because its outputs cannot be published. A revoked tracker ignores it.
 
         Raises:
             ValueError: it is not done.
@@ -184,7 +184,7 @@ class OffsetTracker:
             self._committed = offset
 
     def revoke(self) -> None:
-        """Give the partition up: nothing can be received, finished, released or committed any more."""
+        """End the tracker with the assignment of the partition."""
         self.revoked = True
         self._kept.clear()
         self._held = 0

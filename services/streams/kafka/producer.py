@@ -17,7 +17,7 @@ from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_pr
 log = logging.getLogger(__name__)
 
 SENDS_IN_FLIGHT: Final = 256
-"""Concurrent calls of `Sender.send`, per sender; kafka-python itself has no bound on what it buffers."""
+"""Concurrent calls of `Sender.send`, per sender. kafka-python buffers records without a limit."""
 
 _PUBLISH_S: Final = 10.0
 _CLOSE_S: Final = 3.0
@@ -36,7 +36,7 @@ class Sender:
         self._config = config
         self._delivery_s = delivery_s
         self._slots = asyncio.Semaphore(SENDS_IN_FLIGHT)
-        # send() of kafka-python blocks while it does not know a topic, so it gets a thread; one, to keep the order.
+        # send() of kafka-python blocks until it knows a topic, so it runs in a thread; in one, to keep the order.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kafka-send")
         self._producer = self._connect()
         self._closed = False
@@ -55,10 +55,10 @@ class Sender:
         )
 
     async def send(self, records: Sequence[OutgoingMessage]) -> list[OutgoingMessage]:
-        """Send and wait. Returns the records that were not acknowledged: trying those again can help, until `close`.
+        """Send and wait. Returns the records that were not acknowledged; until `close` a retry can help.
 
         Raises:
-            ConfigurationError: a topic refuses a record for good, such as one that is too large for it.
+            ConfigurationError: a topic rejects a record, for example because it is too large for the topic.
         """
         async with self._slots:
             if self._closed or not records:
@@ -74,8 +74,8 @@ class Sender:
                 log.warning("a message for %s was not acknowledged: %s", record.stream, outcome)
                 if not isinstance(outcome, errors.RetriableError | errors.AuthorizationError):
                     await loop.run_in_executor(self._thread, self._renew, producer)
-                # A record that is too large takes everything with it that the producer holds at the moment, so which
-                # one is to blame shows only when each is sent alone.
+                # A rejected record fails every record that the producer holds. Sending each failed record alone shows
+                # which one is rejected.
                 if not isinstance(outcome, REFUSED) or not await loop.run_in_executor(
                     self._thread, self._send_alone, record
                 ):
@@ -90,7 +90,7 @@ class Sender:
             futures.append(future)
             try:
                 pending = producer.send(record.stream, record.value, key=record.key, headers=list(record.headers))
-            except Exception as error:  # noqa: BLE001 - it goes to whoever waits for this record
+            except Exception as error:  # noqa: BLE001 - the caller gets it as the outcome of this record
                 future.set_exception(error)
                 continue
             pending.add_callback(lambda _, future=future: future.set_result(None))
@@ -105,7 +105,7 @@ class Sender:
             )
         except REFUSED as error:
             raise ConfigurationError(
-                f"Kafka refuses a message of {len(record.value)} bytes for {record.stream}: {error}. "
+                f"Kafka rejects a message of {len(record.value)} bytes for {record.stream}: {error}. "
                 "Raise the topic's max.message.bytes."
             ) from error
         except errors.KafkaError as error:
@@ -116,7 +116,7 @@ class Sender:
         return True
 
     def _renew(self, broken: Any) -> None:
-        """A producer can end in a state that it does not leave by itself; then a new one takes its place."""
+        """Replace a failed producer, which would fail every later record."""
         if self._producer is not broken or self._closed:
             return
         try:
@@ -127,7 +127,7 @@ class Sender:
         close_producer(broken, 1)
 
     async def close(self) -> None:
-        """Wait a little for what is in flight, then release the connections."""
+        """Wait up to 3 s for records in flight, then release the connections."""
         if not self._closed:
             self._closed = True
             loop = asyncio.get_running_loop()
@@ -165,7 +165,7 @@ class KafkaPublisher:
         """Acknowledged by all in-sync replicas. When it raises, some of the records may have been published."""
         failed = await self._sender.send(records)
         if failed:
-            raise StreamUnavailable(f"Kafka did not take {len(failed)} of {len(records)} messages in time.")
+            raise StreamUnavailable(f"Kafka did not acknowledge {len(failed)} of {len(records)} messages in time.")
 
     async def close(self) -> None:
         """Release the connections."""

@@ -19,7 +19,7 @@ _POLL_MS: Final = 300
 _READ_AT_ONCE: Final = 200
 _CLOSE_MS: Final = 2_000
 _ANSWER_MS: Final = 10_000
-"""How long the broker may be silent before it counts as away."""
+"""After no answer for this long the broker counts as unavailable."""
 
 
 class KafkaReader:
@@ -59,7 +59,7 @@ class KafkaReader:
             thread.shutdown(wait=False)
 
     async def close(self) -> None:
-        """Nothing to release: every reading releases its own connection."""
+        """Nothing to release: each read releases its own connection."""
 
 
 class _Reading:
@@ -77,7 +77,7 @@ class _Reading:
         )
         self._heard = time.monotonic()
         self._ends: dict[Any, int] = {}
-        """Where each partition that is not read to its end ended at the beginning."""
+        """The end offset at the start of the read, of each partition that is not read up to it."""
         try:
             self._begin(stream, since)
         except BaseException:
@@ -92,8 +92,8 @@ class _Reading:
         first = self._consumer.beginning_offsets(partitions, timeout_ms=_ANSWER_MS)
         end = self._consumer.end_offsets(partitions, timeout_ms=_ANSWER_MS)
         if since is not None:
-            moment = max(0, int(since.timestamp() * 1000))
-            found = self._consumer.offsets_for_times(dict.fromkeys(partitions, moment), timeout_ms=_ANSWER_MS)
+            since_ms = max(0, int(since.timestamp() * 1000))
+            found = self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms), timeout_ms=_ANSWER_MS)
             first |= {each: found[each].offset if found.get(each) else end[each] for each in partitions}
         for partition in partitions:
             self._consumer.seek(partition, first[partition])
@@ -101,14 +101,14 @@ class _Reading:
 
     @property
     def unread(self) -> bool:
-        """Whether something that was there at the beginning has not been read."""
+        """Whether messages that existed at the start of the read are left."""
         return bool(self._ends)
 
     def poll_once(self) -> list[Message]:
-        """What comes within a short time.
+        """The messages of one short poll.
 
         Raises:
-            KafkaError: nothing came, and the broker does not answer.
+            KafkaError: the poll returned nothing, and the broker does not answer.
         """
         assigned = self._consumer.assignment()
         if not assigned:

@@ -42,7 +42,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         """Drop leftovers of an earlier assignment; then kafka-python starts at the committed offsets."""
         self.owner.drop_partitions(assigned)
         forget_offset_fetches(self._consumer)
-        log.info("assigned: %s", sorted(assigned))
+        log.info("partitions assigned: %s", sorted(assigned))
 
     async def on_partitions_revoked(self, revoked: set[Any]) -> None:
         """Commit the done offsets: the next owner of the partitions starts when this returns."""
@@ -66,7 +66,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_lost(self, lost: set[Any]) -> None:
         """Drop the messages without a commit: this member is no longer in the group."""
-        log.warning("lost: %s", sorted(lost))
+        log.warning("partitions lost: %s", sorted(lost))
         self.owner.drop_partitions(lost)
 
 
@@ -98,21 +98,21 @@ def subscribe(config: StreamConfig, member: str) -> tuple[Any, Rebalance]:
         consumer.partitions_for_topic(config.submissions_stream)
     except (errors.KafkaError, OSError) as error:
         consumer.close(autocommit=False, timeout_ms=0)
-        raise StreamUnavailable(f"Kafka went away while {member} joined {config.group}: {error}.") from error
+        raise StreamUnavailable(f"Kafka became unavailable while {member} joined {config.group}: {error}.") from error
     return consumer, listener
 
 
 def get_group_metadata(consumer: Any) -> Any | None:
-    """Identifies the member in a transaction. None while it is not in the group: the broker would not check it then."""
+    """Identifies the member in a transaction. None while it is not in the group: the broker would not check it."""
     group = consumer.group_metadata()
     return group if group.generation_id >= 0 and group.member_id else None
 
 
 def fetch_committed(consumer: Any, partition: Any, timeout_ms: int) -> int | None:
-    """The group's committed offset, once no transaction that could move it is under way; None: there is none. Blocks.
+    """The group's committed offset, None if there is none. Blocks until every transaction that could move it has ended.
 
     Raises:
-        KafkaError: no answer.
+        KafkaError: the broker does not answer.
     """
     forget_offset_fetches(consumer, [partition])
     offset: int | None = consumer.committed(partition, timeout_ms=timeout_ms)

@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 _DELIVERY_S: Final = 10.0
 _TRANSACTION_S: Final = 10.0
-"""The broker aborts an open transaction after this long (it looks every 10 s). Until then the transaction of a member
-that was killed holds up readers and the next owner of its partitions, unless the member comes back with its id."""
+"""The broker aborts an open transaction after this long (it checks every 10 s). Until then the transaction of a killed
+member blocks readers and the next owner of its partitions, unless a member with its id starts."""
 _ANSWER_S: Final = 15.0
 _CHECK_S: Final = 0.1
 _RETRY_MS: Final = 20
-"""The next transaction is often begun before the broker is done with the last one, and then tried again after this."""
+"""Pause before a retry when the broker has not finished the last transaction."""
 
 
 class CommitOutcome(Enum):
@@ -47,17 +47,17 @@ class CommitOutcome(Enum):
 
     COMMITTED = "committed"
     ABORTED = "aborted"
-    """Nothing was published; trying again can help."""
+    """Nothing was published. A retry can help."""
     REFUSED = "refused"
-    """Nothing was published: a topic refuses one of the records, which can be any of them."""
+    """Nothing was published: a topic rejects at least one of the records."""
     FENCED = "fenced"
-    """Nothing was published: the broker knows this member's id as another's."""
+    """Nothing was published: another member has joined with this member's id."""
     UNKNOWN = "unknown"
-    """There was no answer. After `recover` the committed offsets say whether it was committed."""
+    """There was no answer. After `recover` the committed offsets show the outcome."""
 
 
 class _Refusal(Exception):
-    """Sending a record again cannot help."""
+    """A topic rejects a record."""
 
 
 class Transactions:
@@ -80,10 +80,10 @@ class Transactions:
     def publish(
         self, records: Sequence[OutgoingMessage], offsets: Mapping[Any, int], confirm: Callable[[], Any | None]
     ) -> tuple[CommitOutcome, str]:
-        """Publish `records` and commit `offsets` by partition. The outcome, and a few words about it.
+        """Publish `records` and commit `offsets` by partition. Returns the outcome, and the cause of a failure.
 
-        `confirm` is asked when the records are written. It returns the consumer's group metadata, or None when they
-        must not be published any more.
+        `confirm` is called after the records are written. It returns the consumer's group metadata, or None to abort
+        the transaction.
         """
         if not self.ready():
             return CommitOutcome.ABORTED, "Kafka does not answer"
@@ -103,17 +103,17 @@ class Transactions:
             return _failure_outcome(error), _describe(error)
         try:
             self._wait_for_result(producer, commit)
-        except Exception as error:  # noqa: BLE001 - likewise; the commit itself may have been the first of two tries
+        except Exception as error:  # noqa: BLE001 - likewise; the commit may have succeeded
             self._discard_producer()
             return CommitOutcome.UNKNOWN, _describe(error)
         return CommitOutcome.COMMITTED, ""
 
     def ready(self) -> bool:
-        """Whether there is a producer; where the last one was given up this `recover`s."""
+        """Whether there is a producer. If not, it tries to `recover`."""
         return self._producer is not None or self.recover()
 
     def recover(self) -> bool:
-        """Replace the producer. Whatever the last one had begun has ended when this returns True; False: no answer."""
+        """Replace the producer, which ends its last transaction. Returns False if no broker answers."""
         self._discard_producer()
         if self._stopping.is_set():
             return False
@@ -146,7 +146,7 @@ class Transactions:
         return self._producer is not None
 
     def stop(self) -> None:
-        """Let the call that is under way end soon, and every later one at once."""
+        """End a running call soon, and every later call at once."""
         self._stopping.set()
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class Transactions:
         """Returns when every record is acknowledged.
 
         Raises:
-            _Refusal: a topic refuses one of them.
+            _Refusal: a topic rejects one of them.
             Exception: one was not acknowledged for another reason.
         """
         failures: list[Exception] = []
@@ -202,7 +202,7 @@ class Transactions:
 
 
 def _failure_outcome(error: Exception) -> CommitOutcome:
-    """Of a transaction that failed before its commit."""
+    """The outcome of a transaction that failed before its commit."""
     if isinstance(error, _Refusal):
         return CommitOutcome.REFUSED
     return CommitOutcome.FENCED if isinstance(error, errors.FencedInstanceIdError) else CommitOutcome.ABORTED

@@ -25,10 +25,10 @@ MAX_BACKOFF_S: Final = 2.0
 """The longest pause between tries while the server is unavailable."""
 
 _ANSWER_S: Final = 10.0
-"""A server that is silent for longer, blocking reads aside, counts as gone."""
+"""A server that does not answer for this long is unavailable. A blocking read may take its own time longer."""
 
 _HEADERS_LIMIT: Final = 1000
-"""More do not fit into the arguments of one XADD in a script; what is over goes into one field, `more-headers`."""
+"""One XADD in a script takes no more arguments. Further headers go into one field, `more-headers`."""
 
 _OUTAGES: Final = (
     exceptions.ConnectionError,  # also loading, and too many clients
@@ -58,7 +58,7 @@ def is_missing_group(error: BaseException) -> bool:
 
 
 def make_client(url: str, *, connections: int) -> "Redis":
-    """A client that tries everything once: its users know what may be tried again.
+    """A client that sends each command once: the caller decides about retries.
 
     Raises:
         ConfigurationError: the URL is wrong.
@@ -71,13 +71,13 @@ def make_client(url: str, *, connections: int) -> "Redis":
         socket_connect_timeout=5,
         socket_keepalive=True,
         health_check_interval=0,
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),  # they want RESP 3
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),  # they need RESP 3
         decode_responses=False,
     )
     chosen = client.connection_pool.connection_kwargs
     if chosen["protocol"] != 2 or chosen["decode_responses"]:
         raise ConfigurationError("SLUICE_STREAM_URL is wrong: Sluice chooses protocol and decode_responses itself")
-    # The client would make dicts of entries, which drops fields of the same name.
+    # By default the client returns entries as dicts, which drop repeated fields.
     for command in ("XREADGROUP", "XREAD", "XRANGE", "XREVRANGE"):
         client.set_response_callback(command, _return_unchanged)  # type: ignore[arg-type]
     return client
@@ -92,7 +92,7 @@ def translate_error(error: Exception) -> Exception:
     if is_outage(error):
         return StreamUnavailable(f"Redis does not answer: {str(error) or type(error).__name__}.")
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError | exceptions.NoPermissionError):
-        return ConfigurationError(f"Redis refuses the credentials in SLUICE_STREAM_URL: {error}.")
+        return ConfigurationError(f"Redis rejects the credentials in SLUICE_STREAM_URL: {error}.")
     if isinstance(error, exceptions.ResponseError):
         return ConfigurationError(f"Redis rejects a command: {error}.")
     return error
@@ -114,8 +114,8 @@ def encode_entry(record: OutgoingMessage) -> list[bytes]:
 def decode_entry(stream: str, id_: bytes, fields: Sequence[bytes], *, attempts: int = 1, token: Any = None) -> Message:
     """The message in an entry.
 
-    A field that Sluice does not know becomes the header `field:<name>`, and a missing `value` is an empty one, so that
-    a dead letter for an entry of the wrong form keeps everything that was in it.
+    An unknown field becomes the header `field:<name>`, and a missing `value` becomes an empty one. So the dead letter
+    of an entry of another form keeps all of its content.
     """
     value, key = b"", None
     headers: list[tuple[str, bytes]] = []
@@ -149,7 +149,7 @@ def _decode_name(name: bytes) -> str:
 def _parse_timestamp(milliseconds: int) -> datetime:
     try:
         return datetime.fromtimestamp(milliseconds / 1000, UTC)
-    except (OverflowError, ValueError, OSError):  # a producer chose the id itself
+    except (OverflowError, ValueError, OSError):  # a producer may choose any id
         return datetime.now(UTC)
 
 
@@ -161,12 +161,12 @@ def _parse_more_headers(content: bytes) -> Headers | None:
 
 
 def connection_limit(config: StreamConfig) -> int:
-    """Settling takes milliseconds, so a few connections carry many messages; a blocking read has one to itself."""
+    """The number of connections. Settling takes milliseconds, so few serve many messages; a blocking read holds one."""
     return min(32, 4 + config.in_flight)
 
 
 async def open_client(config: StreamConfig) -> Redis:
-    """A client of the server in SLUICE_STREAM_URL, which has answered.
+    """A client of the server in SLUICE_STREAM_URL. Waits until the server answers.
 
     Raises:
         ConfigurationError: the URL or the credentials are wrong.
@@ -186,7 +186,7 @@ async def connect(client: Redis) -> None:
 
     Raises:
         StreamUnavailable: it did not answer within 15 s.
-        ConfigurationError: it refuses the credentials.
+        ConfigurationError: it rejects the credentials.
     """
     deadline = time.monotonic() + CONNECT_S
     for delay in backoff(MAX_BACKOFF_S):

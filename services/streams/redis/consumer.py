@@ -91,7 +91,7 @@ class RedisGroupConsumer:
         """Join the group; stream and group are created where they do not exist.
 
         Raises:
-            ConfigurationError: the URL or the credentials are wrong, or the server is not one that can do this.
+            ConfigurationError: the URL or the credentials are wrong, or the server is too old.
             StreamUnavailable: the server did not answer in time.
         """
         client = make_client(config.url, connections=connection_limit(config))
@@ -129,7 +129,7 @@ class RedisGroupConsumer:
             fields = encode_entry(record)
             arguments += [len(fields), *fields]
         if message.token not in self._held:
-            raise NotOwned(f"{message.source} belongs to another member by now.")
+            raise NotOwned(f"{message.source} belongs to another member now.")
         unsure = False
         for delay in backoff(MAX_BACKOFF_S):
             if self._closed:
@@ -145,7 +145,7 @@ class RedisGroupConsumer:
             self._held.discard(message.token)
             if outcome == 1 or (outcome == -1 and unsure):
                 return
-            raise NotOwned(f"{message.source} belongs to another member by now.")
+            raise NotOwned(f"{message.source} belongs to another member now.")
 
     async def lag(self) -> Lag:
         """Entries not delivered yet and entries pending, for the whole group."""

@@ -50,8 +50,8 @@ return {reply[1], taken}
 """
 
 LEAVE: Final = """
--- ARGV: group, consumer, idle ms.  Makes everything that the consumer holds claimable at once. XGROUP DELCONSUMER would
--- drop it, so the consumer is only deleted when it holds nothing; otherwise the others do that later.
+-- ARGV: group, consumer, idle ms.  Makes all entries of the consumer claimable at once. XGROUP DELCONSUMER would drop
+-- them, so the consumer is deleted only when it has none; otherwise another member deletes it later.
 local from = '-'
 repeat
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], from, '+', 100, ARGV[2])
@@ -81,7 +81,7 @@ return deleted
 """
 
 TRIM: Final = """
--- ARGV: retention ms.  Drops entries older than that, but none that any group has not settled.
+-- ARGV: retention ms.  Drops entries older than that, except entries that a group has not settled.
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local function parse(id)
   local ms, seq = string.match(id, '^(%d+)-(%d+)$')
@@ -103,8 +103,8 @@ return redis.call('XTRIM', KEYS[1], 'MINID', '~', bound)
 
 LAG: Final = """
 -- ARGV: group.  Returns the pending entries, the entries not delivered yet and the entries ever added. The second are
--- counted (up to 10000) where the server cannot tell: after an entry was deleted, and before Redis 7; before that, what
--- is there stands for what was ever added.
+-- counted (up to 10000) if the server does not report them: after an entry was deleted, and before Redis 7. Before
+-- Redis 7 the length of the stream is returned in place of the entries ever added.
 local added = redis.call('XLEN', KEYS[1])
 local stream = redis.call('XINFO', 'STREAM', KEYS[1])
 for i = 1, #stream, 2 do
