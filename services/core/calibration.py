@@ -1,5 +1,7 @@
-"""From the guard's score to a probability: a monotone map, fitted on labelled images for one policy version and one
-checkpoint. What fits it is elsewhere; here are its value and what it makes of a score. Pure.
+"""Calibrations: monotone maps from the guard's score to a probability.
+
+A calibration belongs to one policy version and one checkpoint. `pipelines.evaluation.calibration` fits it on labelled
+images. The functions here are pure.
 """
 
 import hashlib
@@ -13,8 +15,8 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_CLOSEST: Final = 1e-6
-"""How close to 0 and 1 a score may be before its log-odds are taken."""
+_MIN_DISTANCE: Final = 1e-6
+"""The smallest distance of a score from 0 and 1 when its log-odds are computed."""
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Knots = Annotated[tuple[Probability, ...], Field(min_length=2, max_length=256)]
@@ -24,33 +26,33 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class _Map(_Value, ABC):
+class _MonotoneMap(_Value, ABC):
     @abstractmethod
     def probability(self, score: float) -> float:
-        """P(Unsafe) in [0, 1] of a score in [0, 1]; never lower for a higher score."""
+        """Map a score in [0, 1] to P(Unsafe) in [0, 1]. A higher score never gets a lower probability."""
 
     @cached_property
     def digest(self) -> str:
-        """`sha256:<hex>` of the map; equal maps have equal digests."""
+        """`sha256:<hex>` of the map. Equal maps have equal digests."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
-class IsotonicMap(_Map):
-    """Straight lines between knots; beyond the first and the last one the probability stays."""
+class IsotonicMap(_MonotoneMap):
+    """Linear interpolation between knots. Outside of the knots the probability is that of the nearest knot."""
 
     method: Literal["isotonic"] = "isotonic"
     scores: Knots
-    """Rising strictly."""
+    """Strictly increasing."""
     probabilities: Knots
-    """Never falling."""
+    """Never decreasing."""
 
     @model_validator(mode="after")
-    def _rises(self) -> Self:
+    def _check_knots(self) -> Self:
         if len(self.scores) != len(self.probabilities):
-            raise ValueError("a knot has a score and a probability")
+            raise ValueError("scores and probabilities must have the same length")
         if any(a >= b for a, b in pairwise(self.scores)) or any(a > b for a, b in pairwise(self.probabilities)):
-            raise ValueError("knots have to rise")
+            raise ValueError("scores must increase strictly, and probabilities must not decrease")
         return self
 
     def probability(self, score: float) -> float:
@@ -63,7 +65,7 @@ class IsotonicMap(_Map):
         return min(y1, y0 + (y1 - y0) * (score - x0) / (x1 - x0))
 
 
-class PlattMap(_Map):
+class PlattMap(_MonotoneMap):
     """A logistic curve over the score's log-odds: sigmoid(slope * log(score / (1 - score)) + intercept)."""
 
     method: Literal["platt"] = "platt"
@@ -79,24 +81,24 @@ Calibration = Annotated[IsotonicMap | PlattMap, Field(discriminator="method")]
 
 
 class FittedCalibration(_Value):
-    """A map, and how it was come by."""
+    """A map, and the figures of its fit."""
 
     version: int
-    """Of the policy."""
+    """Version of the policy."""
     revision: str
-    """Of the checkpoint."""
+    """Revision of the checkpoint."""
     map: Calibration
     samples: int
-    """Labelled images that it was fitted on."""
+    """Number of labelled images in the fit."""
     unsafe: int
-    """Unsafe ones among them."""
+    """Number of unsafe images among them."""
     ece_before: float
-    """Expected calibration error of the guard's own scores on them, in [0, 1]."""
+    """Expected calibration error of the guard's own scores for these images, in [0, 1]."""
     ece_after: float
-    """The same of the calibrated ones; each was calibrated by a map fitted on others."""
+    """The same for calibrated scores. Each was calibrated by a map that was fitted without its image."""
 
 
 def log_odds(score: float) -> float:
-    """log(score / (1 - score)), bounded: a score of 0 or 1 says no more than a millionth of doubt."""
-    bounded = min(max(score, _CLOSEST), 1 - _CLOSEST)
+    """log(score / (1 - score)). A score of 0 or 1 counts as 1e-6 away from it, so that the result is finite."""
+    bounded = min(max(score, _MIN_DISTANCE), 1 - _MIN_DISTANCE)
     return math.log(bounded / (1 - bounded))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def configure_logging(file: Path | None) -> None:
-    """Write this process' log to stderr, where Ray collects it, and to `file`; each record is one line."""
+    """Write the log of this process to stderr, where Ray collects it, and to `file`. Each record is one line."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
         handlers.append(logging.FileHandler(file))

@@ -1,4 +1,4 @@
-"""The wire: submissions, verdicts and dead letters, and the headers of their messages."""
+"""The messages on the streams: submissions, verdicts and dead letters, with their headers."""
 
 import hashlib
 import math
@@ -27,10 +27,10 @@ from services.core.values import (
 )
 
 METADATA_LIMIT_BYTES: Final = 65_536
-"""Metadata travels on into the verdict, which must fit into one message too."""
+"""The verdict repeats the metadata and must fit into one message, too."""
 
 OWN_HEADER_PREFIX: Final = "sluice-"
-"""How the names of headers begin that only Sluice sets."""
+"""Only Sluice sets headers whose names begin with this."""
 
 ATTEMPTS_HEADER: Final = "sluice-attempts"
 
@@ -47,10 +47,10 @@ def _as_utc(moment: datetime) -> datetime:
 
 
 Moment = Annotated[datetime, AfterValidator(_as_utc)]
-"""A point in time, always UTC; one without a zone is taken as UTC."""
+"""A point in time in UTC. A value without a time zone counts as UTC."""
 
 ETag = Annotated[str, AfterValidator(lambda etag: etag.strip('"'))]
-"""An S3 entity tag without the quotes that HTTP puts around it."""
+"""An S3 entity tag, without the quotes that HTTP puts around it."""
 
 
 def _null_as(default: Any) -> BeforeValidator:
@@ -58,7 +58,7 @@ def _null_as(default: Any) -> BeforeValidator:
 
 
 class ObjectReference(WireModel):
-    """One object in S3, optionally pinned to a version or to the ETag it is expected to have."""
+    """One object in S3. It can be pinned to a version, or to an expected ETag."""
 
     bucket: str
     key: str
@@ -86,7 +86,7 @@ _ID_LIMIT: Final = 256
 
 
 def make_submission_id(name: str) -> str:
-    """The submission id of something with this name: the name itself, or of one that is too long its digest."""
+    """A submission id made from a name: the name itself, or its digest if the name is too long."""
     return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
@@ -109,9 +109,9 @@ class ImageRequest(WireModel):
 
     @field_validator("metadata")
     @classmethod
-    def _metadata_fits(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+    def _check_metadata(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         if not _is_finite(metadata):
-            # 1e999 is valid JSON but decodes to infinity, which a verdict could not carry on.
+            # 1e999 is valid JSON but decodes to infinity, which cannot be written into the verdict.
             raise ValueError("a number is out of range")
         if len(to_json(metadata)) > METADATA_LIMIT_BYTES:
             raise ValueError(f"is larger than {METADATA_LIMIT_BYTES} bytes")
@@ -119,7 +119,7 @@ class ImageRequest(WireModel):
 
     @property
     def reference(self) -> ObjectReference | None:
-        """The object that has the image; None if the bytes come with the request."""
+        """The object with the image. None if the bytes come with the request."""
         return None
 
     @classmethod
@@ -127,7 +127,7 @@ class ImageRequest(WireModel):
         """Validate a decoded JSON document.
 
         Raises:
-            Malformed: with one sentence that names the field, and the id where one could be read.
+            Malformed: the sentence names the field. The error has the id, if it could be read.
         """
         try:
             return cls.model_validate(document)
@@ -136,7 +136,7 @@ class ImageRequest(WireModel):
             field = ".".join(str(part) for part in first["loc"]) or "the message"
             raise Malformed(f"{field}: {first['msg']}", read_submission_id(document)) from None
         except (ArithmeticError, RecursionError, ValueError):
-            # Dates beyond the calendar and integers beyond printing get past the model's own validation.
+            # pydantic raises these for dates outside of the calendar and for integers that are too long to print.
             raise Malformed("a value is out of range", read_submission_id(document)) from None
 
 
@@ -147,7 +147,7 @@ class Submission(ImageRequest):
 
     @field_validator("uri")
     @classmethod
-    def _names_an_object(cls, uri: str) -> str:
+    def _check_uri(cls, uri: str) -> str:
         _, key = parse_s3_uri(uri)
         if not key:
             raise ValueError("must be s3://bucket/key")
@@ -159,18 +159,18 @@ class Submission(ImageRequest):
 
 
 class Upload(ImageRequest):
-    """A request to judge one image that came with it: there is no object to refer to."""
+    """A request to judge one image whose bytes come with the request. No object in S3 has the image."""
 
     uri: Annotated[str, Field(pattern=r"^upload:sha256:[0-9a-f]{64}$", description="upload:sha256:<hex>")]
 
     @staticmethod
     def make_uri(data: bytes) -> str:
-        """The URI of an image that is stored nowhere: the digest of its bytes."""
+        """The URI of an image that is not stored: the digest of its bytes."""
         return f"upload:sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def _is_finite(value: Any) -> bool:
-    # Depth is bounded by the JSON decoder (200).
+    # The JSON decoder limits the depth to 200.
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict):
@@ -244,10 +244,18 @@ def make_verdict_id(
     model_revision: str,
     calibration: str | None = None,
 ) -> str:
-    """UUIDv5 of what was judged by what: judging the same thing again gives the same id.
+    """The id of a verdict. Judging the same image by the same policy and model again gives the same id.
 
-    `object_version` is the object's version id, else its ETag, else the sha256 of its bytes; `calibration` is the
-    digest of the map that was applied to the score, if any.
+    Args:
+        submission_id: of the submission.
+        uri: of the image.
+        object_version: the object's version id, else its ETag, else the SHA-256 of its bytes.
+        policy_digest: of the policy version.
+        model_revision: of the checkpoint.
+        calibration: the digest of the map that was applied to the score, if any.
+
+    Returns:
+        A UUIDv5 of all arguments.
     """
     judged_by = [policy_digest, model_revision] if calibration is None else [policy_digest, model_revision, calibration]
     name = to_json([submission_id, uri, object_version, *judged_by]).decode()
@@ -255,7 +263,7 @@ def make_verdict_id(
 
 
 class DeadLetter(WireModel):
-    """A submission that can never be judged. The original bytes are the dead letter's value; this is its headers."""
+    """The headers of a dead letter: a submission that can never be judged. Its value is the original bytes."""
 
     model_config = ConfigDict(
         alias_generator=lambda name: f"sluice-{name.replace('_', '-')}", validate_by_name=True, validate_by_alias=True
@@ -269,25 +277,25 @@ class DeadLetter(WireModel):
     failed_at: Moment
 
     def headers(self) -> tuple[tuple[str, bytes], ...]:
-        """One header for each field that is known, UTF-8."""
+        """One header in UTF-8 for each field that has a value."""
         fields = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         return tuple((name, str(value).encode()) for name, value in fields.items())
 
     @classmethod
     def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self:
-        """The inverse of `headers`; headers that are not Sluice's are ignored."""
+        """The inverse of `headers`. Ignores headers that are not Sluice's."""
         return cls.model_validate(
             {name: value.decode(errors="replace") for name, value in headers if name.startswith(OWN_HEADER_PREFIX)}
         )
 
 
 def remove_own_headers(headers: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
-    """What a message says besides its value and key, without what only Sluice may say."""
+    """The headers of a producer: all but those that only Sluice may set."""
     return tuple((name, value) for name, value in headers if not name.lower().startswith(OWN_HEADER_PREFIX))
 
 
 def count_earlier_attempts(headers: Iterable[tuple[str, bytes]]) -> int:
-    """How often a replayed submission was tried until it became the dead letter that it was; 0 for any other."""
+    """The tries of a replayed submission before it became a dead letter. 0 for any other submission."""
     own = {name.lower(): value for name, value in headers}
     attempts = own.get(ATTEMPTS_HEADER, b"") if REPLAYED_FROM_HEADER in own else b""
     return int(attempts) if attempts.isdigit() and len(attempts) <= _ATTEMPTS_DIGITS else 0

@@ -1,6 +1,7 @@
-"""Every setting, in one place. Each is read from the environment with the prefix `SLUICE_`.
+"""All settings. Each is an environment variable with the prefix `SLUICE_`.
 
-Credentials are not settings: S3's come the usual AWS way, Kafka's in `SLUICE_KAFKA_OPTIONS`, Redis' in its URL.
+Credentials are not settings. S3 credentials come the usual AWS way, Kafka credentials in `SLUICE_KAFKA_OPTIONS`, and
+Redis credentials in the URL.
 """
 
 import os
@@ -20,12 +21,12 @@ _NEEDED_BY_WORKERS = ("stream_url", "redis_url", "s3_buckets", "policy_bucket", 
 
 
 class Settings(BaseSettings):
-    """What a deployment of Sluice is told. Immutable; sizes in bytes, durations in seconds, unless the name says so."""
+    """The settings of a deployment. Immutable. Sizes are in bytes, durations in seconds, unless the name has a unit."""
 
     model_config = SettingsConfigDict(env_prefix="SLUICE_", frozen=True, extra="ignore", env_ignore_empty=True)
 
-    # Where things are
-    stream_url: str = Field("", description="kafka://host:9092,host:9092 or redis://host:6379/0")
+    # Addresses
+    stream_url: str = Field("", description="URL of Kafka or Redis: kafka://host:9092,host:9092 or redis://host:6379/0")
     redis_url: str = Field("", description="URL of Redis or Valkey, which is used as a cache")
     s3_endpoint: str | None = Field(None, description="URL of an S3 server other than AWS")
     s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -34,8 +35,8 @@ class Settings(BaseSettings):
     policy_bucket: str = Field("", description="bucket of the policy versions and API keys")
     model: str = Field(
         "",
-        description="checkpoint: a name (`LlavaGuard-v1.2-7B-OV`; a wrong name lists all), a hub id, a folder, or "
-        "`tiny`",
+        description="checkpoint: a name such as `LlavaGuard-v1.2-7B-OV`, a hub id, a folder, or `tiny`; the error for "
+        "an unknown name lists all names",
     )
 
     # Streams
@@ -43,8 +44,8 @@ class Settings(BaseSettings):
     member_id: str = Field(
         "",
         pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,248})?$",
-        description="Kafka: a name of this member's own; after a restart it gets its partitions back without a "
-        "rebalance",
+        description="Kafka: a fixed name of this member, unique in the group; after a restart the member gets its "
+        "partitions back without a rebalance",
     )
     delivery: Literal["at_least_once", "exactly_once"] = Field(
         "at_least_once", description="Kafka: whether outputs and offsets are committed as one transaction"
@@ -64,12 +65,14 @@ class Settings(BaseSettings):
         default_factory=dict,
         description='JSON object for every kafka-python client, for example `{"security_protocol": "SASL_SSL"}`',
     )
-    kafka_partitions: Positive = Field(6, description="partitions of a Kafka topic that Sluice has to create")
+    kafka_partitions: Positive = Field(6, description="Kafka: number of partitions of a topic that Sluice creates")
     redis_claim_idle_s: PositiveSeconds = Field(
-        15, description="Redis Streams: a member silent for this long loses what it holds to the others"
+        15,
+        description="Redis Streams: the other members take over the messages of a member without a heartbeat for this "
+        "long",
     )
     redis_retention_s: PositiveSeconds = Field(
-        7 * 86_400, description="Redis Streams: how long settled entries are kept; unsettled ones always are"
+        7 * 86_400, description="Redis Streams: how long settled entries are kept; unsettled entries are kept for ever"
     )
 
     # Policies
@@ -81,9 +84,9 @@ class Settings(BaseSettings):
     )
 
     # Ray
-    ray_address: str | None = Field(None, description="Ray cluster to run on; unset: Sluice starts one on this machine")
-
-    log_file: Path | None = Field(None, description="file that also collects the log of every replica on this machine")
+    ray_address: str | None = Field(
+        None, description="address of the Ray cluster to run on; unset: Sluice starts a cluster on this machine"
+    )
 
     # Work in flight
     intake_replicas: Positive = Field(
@@ -92,26 +95,31 @@ class Settings(BaseSettings):
     in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")
     image_memory_bytes: Positive = Field(1 << 30, description="memory for images in flight, per intake replica")
     judge_deadline_s: PositiveSeconds = Field(
-        3600, description="a submission that cannot be judged for this long, while others are, is a dead letter"
+        3600,
+        description="a submission that cannot be judged for this long, while others are judged, becomes a dead letter",
     )
     blocked_deadline_s: PositiveSeconds = Field(
         600,
-        description="Kafka: a submission that holds up a full window of its partition for this long ends as "
-        "SLUICE_BLOCKED_AS says",
+        description="Kafka: if a submission holds up a full window of its partition for this long, SLUICE_BLOCKED_AS "
+        "decides its outcome",
     )
     blocked_as: Literal["needs_review", "dead_letter"] = Field(
         "needs_review", description="outcome of a submission after SLUICE_BLOCKED_DEADLINE_S"
     )
-    drain_s: Annotated[float, Field(ge=0)] = Field(30, description="time for work in flight after SIGTERM")
+    drain_s: Annotated[float, Field(ge=0)] = Field(30, description="time to finish the work in flight after SIGTERM")
 
     # Images
     image_limit_bytes: Positive = Field(64 << 20, description="largest image file that is judged")
     image_limit_px: Positive = Field(
         100_000_000, description="largest image, width x height in pixels; checked before decoding"
     )
-    fetch_deadline_s: PositiveSeconds = Field(30, description="for one object, from the request to the last byte")
+    fetch_deadline_s: PositiveSeconds = Field(
+        30, description="limit for fetching one object, from the request to the last byte"
+    )
     decode_workers: Positive = Field(2, description="processes that decode images, per intake replica")
-    decode_deadline_s: PositiveSeconds = Field(30, description="for one image; a decoder that hangs is killed")
+    decode_deadline_s: PositiveSeconds = Field(
+        30, description="limit for decoding one image; then the decoder is killed"
+    )
 
     # Guard
     guard_replicas: Positive = Field(1, description="number of guard replicas, unless SLUICE_GUARD_MAX_REPLICAS is set")
@@ -123,83 +131,95 @@ class Settings(BaseSettings):
     guard_in_flight: Positive = Field(
         16, description="assessments that one guard replica gives to its engine at a time"
     )
-    guard_deadline_s: PositiveSeconds = Field(60, description="for one assessment")
-    guard_start_s: PositiveSeconds = Field(900, description="for the engine to load its weights and warm up")
+    guard_deadline_s: PositiveSeconds = Field(60, description="limit for one assessment")
+    guard_start_s: PositiveSeconds = Field(900, description="limit for the engine to load its weights and warm up")
 
-    # Replicas that follow the backlog
+    # Autoscaling
     guard_max_replicas: Positive | None = Field(
         None, description="maximum of guard replicas; if set, their number follows the backlog"
     )
     guard_min_replicas: Annotated[int, Field(ge=0)] = Field(
-        0, description="minimum of guard replicas if their number follows the backlog; with a gateway at least 1"
+        0, description="minimum of guard replicas if their number follows the backlog; at least 1 with a gateway"
     )
     intake_max_replicas: Positive | None = Field(
         None, description="maximum of intake replicas; unset: always SLUICE_INTAKE_REPLICAS"
     )
     objective_s: PositiveSeconds = Field(
-        300, description="aim for the time from submission to verdict, for live submissions"
+        300, description="objective for the time from submission to verdict, for live submissions"
     )
-    backfill_objective_s: PositiveSeconds = Field(6 * 3600, description="aim for the time in which a backfill is done")
-    idle_s: PositiveSeconds = Field(600, description="with nothing to do for this long, guard replicas may go to zero")
-    scale_down_s: PositiveSeconds = Field(240, description="for how long fewer replicas must have been enough")
+    backfill_objective_s: PositiveSeconds = Field(
+        6 * 3600, description="objective for the time in which a backfill is finished"
+    )
+    idle_s: PositiveSeconds = Field(
+        600, description="after this time without work, the number of guard replicas may become zero"
+    )
+    scale_down_s: PositiveSeconds = Field(
+        240, description="replicas are stopped after fewer replicas have been enough for this long"
+    )
     replica_rate: Annotated[float, Field(gt=0)] = Field(
-        5, description="submissions a second that a guard replica judges, until it is measured"
+        5, description="assumed rate of one guard replica in submissions a second, until the rate is measured"
     )
     replica_start_s: PositiveSeconds = Field(
-        300, description="time from requesting a guard replica until it judges, until it is measured"
+        300, description="assumed time from the request for a guard replica until it judges, until the time is measured"
     )
 
     # Gateway
-    gateway_host: str = Field("127.0.0.1", description="address to listen on; plain HTTP, so put TLS in front of it")
-    gateway_port: Annotated[int, Field(ge=0, le=65_535)] = Field(
-        8080, description="port, shared by replicas on one machine; `up --embedded` takes a free one unless it is set"
+    gateway_host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; the gateway speaks plain HTTP, so put a TLS proxy in front of it",
     )
-    gateway_replicas: Annotated[int, Field(ge=0)] = Field(1, description="number of gateway replicas; 0: no gateway")
-    gateway_connections: Positive = Field(1024, description="open at a time, per gateway replica")
+    gateway_port: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        8080, description="port, shared by the replicas on one machine; if unset, `up --embedded` takes a free port"
+    )
+    gateway_replicas: Annotated[int, Field(ge=0)] = Field(
+        1, description="number of gateway replicas; 0 means no gateway"
+    )
+    gateway_connections: Positive = Field(1024, description="open connections at a time, per gateway replica")
     gateway_in_flight: Positive = Field(128, description="images that one gateway replica works on at a time")
     gateway_rate_per_s: Annotated[float, Field(gt=0)] = Field(
-        50, description="requests of one API key, over all replicas, unless the key has a rate of its own"
+        50, description="requests a second of one API key over all replicas, unless the key has a rate of its own"
     )
     gateway_concurrency: Positive = Field(32, description="requests of one API key at a time, per gateway replica")
-    gateway_body_limit_bytes: Positive = Field(32 << 20, description="one request's body, base64 included")
+    gateway_body_limit_bytes: Positive = Field(32 << 20, description="largest body of a request, including base64")
     gateway_body_memory_bytes: Positive = Field(
-        256 << 20, description="bodies held at a time, per gateway replica; one API key gets a quarter of it"
+        256 << 20, description="memory for request bodies, per gateway replica; one API key gets a quarter of it"
     )
-    gateway_body_deadline_s: PositiveSeconds = Field(20, description="for one request's body to arrive")
-    gateway_deadline_s: PositiveSeconds = Field(60, description="for one image to be judged, waiting included")
-    gateway_keep_s: Positive = Field(86_400, description="how long assessments and idempotency keys are remembered")
-    gateway_keys_refresh_s: PositiveSeconds = Field(2, description="how soon a revoked API key is refused")
+    gateway_body_deadline_s: PositiveSeconds = Field(20, description="limit for the body of a request to arrive")
+    gateway_deadline_s: PositiveSeconds = Field(60, description="limit for judging one image, including the wait")
+    gateway_keep_s: Positive = Field(86_400, description="how long assessments and idempotency keys are kept")
+    gateway_keys_refresh_s: PositiveSeconds = Field(2, description="longest time until a revoked API key is refused")
     gateway_fetch_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="hosts (host or host:port) whose http(s) URLs are fetched; none are unless they are named"
+        (), description="hosts (host or host:port) whose http(s) URLs the gateway fetches; unset: none"
     )
 
     # Files on this machine
+    log_file: Path | None = Field(None, description="file that also collects the log of every replica on this machine")
     state_dir: Path = Field(
         Path.home() / ".cache" / "sluice", description="staged checkpoints and engine logs; safe to delete"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _without_backfill(cls, values: Any) -> Any:
-        # Of the other variables an empty one is the same as none.
+    def _keep_empty_backfill_stream(cls, values: Any) -> Any:
+        # An empty variable counts as unset (env_ignore_empty). This one may be empty, and then there is no backfill.
         if isinstance(values, dict) and os.environ.get("SLUICE_BACKFILL_STREAM") == "":
             values.setdefault("backfill_stream", "")
         return values
 
     @field_validator("stream_url")
     @classmethod
-    def _names_a_transport(cls, url: str) -> str:
-        return _checked(url, "kafka", "redis", "rediss")
+    def _check_stream_url(cls, url: str) -> str:
+        return _check_url(url, "kafka", "redis", "rediss")
 
     @field_validator("redis_url")
     @classmethod
-    def _names_redis(cls, url: str) -> str:
-        return _checked(url, "redis", "rediss", "unix")
+    def _check_redis_url(cls, url: str) -> str:
+        return _check_url(url, "redis", "rediss", "unix")
 
     @field_validator("s3_endpoint")
     @classmethod
-    def _names_a_server(cls, url: str | None) -> str | None:
-        return _checked(url, "http", "https") if url else None
+    def _check_s3_endpoint(cls, url: str | None) -> str | None:
+        return _check_url(url, "http", "https") if url else None
 
     @field_validator("s3_buckets", "gateway_fetch_hosts", mode="before")
     @classmethod
@@ -209,29 +229,32 @@ class Settings(BaseSettings):
         return names
 
 
-def _checked(url: str, *schemes: str) -> str:
-    """A URL, or several hosts in one, with one of these schemes and ports that can be; empty where none is named."""
-    begins = tuple(f"{scheme}://" for scheme in schemes)
-    if url and not url.startswith(begins):
-        raise ValueError(f"must begin with {' or '.join(begins)}")
+def _check_url(url: str, *schemes: str) -> str:
+    """Check the scheme and the ports of a URL, which may name several hosts. An empty URL is valid."""
+    prefixes = tuple(f"{scheme}://" for scheme in schemes)
+    if url and not url.startswith(prefixes):
+        raise ValueError(f"must begin with {' or '.join(prefixes)}")
     try:
         for host in urlsplit(url).netloc.rpartition("@")[2].split(","):
             _ = urlsplit(f"//{host}").port
     except ValueError:
-        raise ValueError("has a port that is none; write /, ? and # of a password as %2F, %3F and %23") from None
+        raise ValueError("has an invalid port; in a password, write /, ? and # as %2F, %3F and %23") from None
     return url
 
 
 def load(*needed: str) -> Settings:
-    """Read the environment. `needed` names the fields that must be set; all that a worker needs when empty.
+    """Read the settings from the environment.
+
+    Args:
+        needed: names of the fields that must be set. Without names: the fields that a worker needs.
 
     Raises:
-        ConfigurationError: naming every variable that is missing or wrong.
+        ConfigurationError: a variable is missing or wrong. The sentence names every one.
     """
     try:
         settings = Settings()
-    except SettingsError:  # the only one that is read as JSON
-        raise ConfigurationError("SLUICE_KAFKA_OPTIONS is wrong: it is no JSON object") from None
+    except SettingsError:  # only this setting is JSON
+        raise ConfigurationError("SLUICE_KAFKA_OPTIONS is wrong: it is not a JSON object") from None
     except ValidationError as error:
         problems = [
             f"SLUICE_{str(problem['loc'][0]).upper()} is wrong: {problem['msg'].removeprefix('Value error, ')}"
@@ -243,14 +266,14 @@ def load(*needed: str) -> Settings:
 
 
 def require(settings: Settings, *needed: str) -> None:
-    """See that the fields `needed` are set; all that a worker needs when empty.
+    """Check that the fields `needed` are set. Without names: the fields that a worker needs.
 
     Raises:
-        ConfigurationError: naming every variable that is missing.
+        ConfigurationError: a variable is missing. The sentence names every one.
     """
     missing = [f"SLUICE_{name.upper()}" for name in needed or _NEEDED_BY_WORKERS if not getattr(settings, name)]
     if missing:
         raise ConfigurationError(
-            f"{', '.join(missing)} not set; set {'it' if len(missing) == 1 else 'them'} as README.md says, or start "
-            "everything here with `sluice up --embedded`"
+            f"{', '.join(missing)} not set; set {'it' if len(missing) == 1 else 'them'} as docs/settings.md says, or "
+            "start everything on this machine with `sluice up --embedded`"
         )

@@ -24,8 +24,8 @@ STEP_SECONDS: Final = Histogram(
 
 FIRST_LOOKS: Final = Counter(
     "sluice_first_looks_total",
-    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`; the share escalated "
-    "is what adaptive costs.",
+    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`. An escalated image is "
+    "judged twice.",
     tag_keys=("result",),
 )
 
@@ -56,7 +56,7 @@ SHADOWS: Final = Counter(
 
 UNKNOWN_TENANTS: Final = Counter(
     "sluice_unknown_tenants_total",
-    "Submissions of a tenant that the active tenants document does not name; they get the policy `default`.",
+    "Submissions of a tenant that the active tenants document does not name. They get the policy `default`.",
 )
 
 POLICY_PROPAGATION_SECONDS: Final = Histogram(
@@ -67,19 +67,19 @@ POLICY_PROPAGATION_SECONDS: Final = Histogram(
 
 BREAKER_TRIPS: Final = Counter(
     "sluice_breaker_trips_total",
-    "Times that this process found a version's block rate outside of its band. Alert on each one.",
+    "Times that this process found the block rate of a version outside of its band. Alert on each increase.",
     tag_keys=("policy", "version"),
 )
 
 GATEWAY_REQUESTS: Final = Counter(
     "sluice_gateway_requests_total",
-    "Requests to the gateway by route and HTTP status; `none` is no route.",
+    "Requests to the gateway by route and HTTP status. The route `none` stands for unknown paths.",
     tag_keys=("route", "status"),
 )
 
 GATEWAY_SECONDS: Final = Histogram(
     "sluice_gateway_seconds",
-    "Time from a request's head to the end of its answer, waiting for the guard included.",
+    "Time from the head of a request to the end of its response, including the wait for the guard.",
     boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60],
     tag_keys=("route",),
 )
@@ -94,13 +94,13 @@ IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake repli
 
 LAG: Final = Gauge(
     "sluice_lag",
-    "Messages published and not settled, for the whole group, by priority (live, backfill) and partition.",
+    "Messages of the whole group that are published but not settled, by priority (live, backfill) and partition.",
     tag_keys=("priority", "partition"),
 )
 
 
 _REASON_LABELS: Final = {"quota": "circuit_breaker"}
-"""Reasons of verdicts that have another name as a label."""
+"""Labels of the reasons whose label is not the reason itself."""
 
 
 def count_result(result: str, reason: str | None) -> None:

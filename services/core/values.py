@@ -1,4 +1,4 @@
-"""The values that services hand each other: all of them immutable, without clocks, sockets or credentials."""
+"""Values that services pass to each other. All are immutable, and none has a clock, a socket or a credential."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ VerdictOutcome = Literal["verdict", "needs_review", "superseded"]
 ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
 Priority = Literal["live", "backfill"]
 GuardPriority = Literal["interactive"] | Priority
-"""Who comes first at the guard: someone who waits for the answer, then live submissions, then backfill."""
+"""The order at the guard: requests that wait for the answer, then live submissions, then backfill."""
 Effort = Literal["full", "first_look"]
 EffortMode = Literal["full", "adaptive"]
 RationaleMode = Literal["unsafe", "always", "never"]
 Detail = Literal["score", "verdict"]
-"""What the guard is asked for: only the score (one token), or the whole verdict."""
+"""What the guard generates: the score only (one token), or the whole verdict."""
 
 CATEGORIES: Final = (
     "O1: Hate, Humiliation, Harassment",
@@ -32,16 +32,16 @@ CATEGORIES: Final = (
     "O8: Animal Cruelty",
     "O9: Disasters or Emergencies",
 )
-"""LlavaGuard's categories, in the order and the wording of its training."""
+"""LlavaGuard's categories, in the order and with the words of its training."""
 
 NO_CATEGORY: Final = "NA: None applying"
 
 DEFAULT_POLICY: Final = "default"
-"""What a submission that names no policy asks for: its tenant's policy, else the policy of this name."""
+"""The policy of a submission that names none. It stands for the tenant's policy, if the tenant has one."""
 
 
 class WireModel(BaseModel):
-    """A message on a stream: immutable; unknown fields are ignored so that producers can be newer."""
+    """A message on a stream. Immutable. Unknown fields are ignored, so that a producer can be newer."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -90,21 +90,21 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """What the guard sees: an upright RGB JPEG or PNG no larger than the model can use."""
+    """The image for the guard: an upright RGB JPEG or PNG, not larger than the model can use."""
 
     data: bytes
     media_type: Literal["image/jpeg", "image/png"]
     width: int
     height: int
     sha256: str
-    """Of the original bytes, lower-case hex."""
+    """SHA-256 of the original bytes in lower-case hex."""
     facts: ImageFacts
-    """Of the original."""
+    """Facts about the original image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Scores from which an Unsafe rating becomes a review or a block; both in [0, 1], review <= block."""
+    """The lowest scores at which an Unsafe rating becomes a review or a block. Both in [0, 1]; review <= block."""
 
     review: float
     block: float
@@ -112,41 +112,41 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class BlockRateBand:
-    """How much of what a policy version judges it may block; outside of the band something is wrong with it."""
+    """The expected block rate of a policy version. Outside of the band, its circuit breaker opens."""
 
     at_least: float
-    """Share in [0, 1]."""
+    """Lowest share of blocks, in [0, 1]."""
     at_most: float
-    """Share in [0, 1], not below `at_least`."""
+    """Highest share of blocks, in [0, 1]. Not below `at_least`."""
     window_s: float
-    """Seconds of verdicts that the share is taken over."""
+    """Duration in seconds over which the share is computed."""
     after: int
-    """Verdicts that the window has to hold before the share means anything."""
+    """Number of verdicts in the window from which the share counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One version of a policy, ready to judge by."""
+    """One version of a policy, in the form that the moderator uses."""
 
     identity: PolicyIdentity
     prompt: str
     thresholds: Thresholds
     category_thresholds: Mapping[str, Thresholds]
-    """Overrides, by full category name."""
+    """Thresholds that override `thresholds`, by full category name."""
     rationale: RationaleMode
     effort: EffortMode
     first_look_below: float
-    """With effort `adaptive`: a first look with a score below this bound is accepted as Safe."""
+    """With effort `adaptive`, a first look with a score below this bound is accepted as Safe."""
     own_categories: tuple[str, ...] = ()
     """Full names of the categories that the policy adds to `CATEGORIES`, e.g. `O10: Gambling`."""
     block_rate: BlockRateBand | None = None
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
-    """What maps the score of a checkpoint to a probability, by the checkpoint's revision; mostly there is none."""
+    """Calibrations of the score, by the revision of the checkpoint. Most policies have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyChoice:
-    """The policy version that a submission is judged by, and one to compare it with, if any."""
+    """The policy version for a submission, and the shadow version for comparison, if there is one."""
 
     policy: Policy
     shadow: Policy | None = None
@@ -154,13 +154,13 @@ class PolicyChoice:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What the guard says about one image under one policy. With detail `score`, only the score is looked at."""
+    """The guard's assessment of one image under one policy. With detail `score`, only `score` has a meaning."""
 
     rating: Rating
     category: str
     rationale: str | None
     score: float
-    """P(Unsafe) in [0, 1], read before any grammar mask; of a calibrated policy what the calibration makes of it."""
+    """P(Unsafe) in [0, 1], read before any grammar mask. Calibrated, if the policy has a calibration."""
     model: ModelIdentity
     rationale_truncated: bool = False
     prompt_tokens: int = 0

@@ -19,7 +19,7 @@ HIERARCHY: Final = {
 
 
 @pytest.mark.parametrize("name", HIERARCHY)
-def test_drawn_tree_shows_every_error(name: str) -> None:
+def test_docstring_tree_shows_every_error(name: str) -> None:
     assert name in (errors.__doc__ or "").replace(",", "").split()
 
 

@@ -1,4 +1,4 @@
-"""The wire: what is accepted, what is refused, and what the schemas say."""
+"""Messages: valid and malformed submissions, verdict ids, headers of dead letters, and the schemas."""
 
 import json
 import uuid
@@ -17,7 +17,7 @@ from services.core.messages import METADATA_LIMIT_BYTES, DeadLetter, Submission,
 MINIMAL = {"id": "upl-42", "uri": "s3://uploads/2026/cat.jpg"}
 
 
-def test_defaults() -> None:
+def test_submission_optional_fields_missing_gets_defaults() -> None:
     submission = Submission.parse(MINIMAL | {"unknown": "ignored", "policy": None, "metadata": None})
     assert (submission.tenant, submission.policy, submission.priority, submission.metadata) == (
         "default",
@@ -44,19 +44,19 @@ def test_defaults() -> None:
         ({"metadata": {"blob": "x" * METADATA_LIMIT_BYTES}}, "metadata", "upl-42"),
     ],
 )
-def test_malformed_names_the_field_and_the_id(change: dict[str, Any], field: str, readable: str | None) -> None:
+def test_submission_malformed_error_has_field_and_id(change: dict[str, Any], field: str, readable: str | None) -> None:
     with pytest.raises(Malformed, match=f"^{field}: ") as caught:
         Submission.parse(MINIMAL | change)
     assert caught.value.submission_id == readable
 
 
 @pytest.mark.parametrize("value", [b"", b"\xff\xfe", b"{", b'{"score": NaN}', b'"\\ud800"', b"[" * 100_000])
-def test_not_json(value: bytes) -> None:
+def test_decode_json_invalid_text_raises_malformed(value: bytes) -> None:
     with pytest.raises(Malformed):
         decode_json(value)
 
 
-def test_a_moment_without_a_zone_is_utc() -> None:
+def test_submitted_at_other_or_no_time_zone_becomes_utc() -> None:
     submission = Submission.parse(MINIMAL | {"submitted_at": "2026-11-21T12:00:00+02:00"})
     assert submission.submitted_at == datetime(2026, 11, 21, 10, tzinfo=UTC)
     naive = Submission.parse(MINIMAL | {"submitted_at": "2026-11-21T10:00:00"})
@@ -64,7 +64,7 @@ def test_a_moment_without_a_zone_is_utc() -> None:
 
 
 @given(st.lists(st.text(), min_size=5, max_size=5), st.integers(0, 4), st.text())
-def test_verdict_id_is_a_function_of_all_its_parts(parts: list[str], changed: int, other: str) -> None:
+def test_verdict_id_changes_with_each_part(parts: list[str], changed: int, other: str) -> None:
     names = ("submission_id", "uri", "object_version", "policy_digest", "model_revision")
     arguments = dict(zip(names, parts, strict=True))
     one = make_verdict_id(**arguments)
@@ -72,7 +72,7 @@ def test_verdict_id_is_a_function_of_all_its_parts(parts: list[str], changed: in
     assert (make_verdict_id(**arguments | {names[changed]: other}) == one) == (other == parts[changed])
 
 
-def test_dead_letter_headers_round_trip() -> None:
+def test_dead_letter_headers_are_read_back() -> None:
     letter = DeadLetter(
         submission_id="bild-ä",
         reason="changed",
@@ -87,7 +87,7 @@ def test_dead_letter_headers_round_trip() -> None:
     assert DeadLetter.from_headers((*letter.headers(), ("traceparent", b"00-x"))) == letter
 
 
-def test_dead_letter_without_an_id_has_no_such_header() -> None:
+def test_dead_letter_without_id_has_no_id_header() -> None:
     letter = DeadLetter(
         reason="malformed", detail="x", attempts=1, source="s/1-0", failed_at=datetime(2026, 11, 21, tzinfo=UTC)
     )
@@ -95,6 +95,6 @@ def test_dead_letter_without_an_id_has_no_such_header() -> None:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_exported_schemas_are_current(message: str) -> None:
+def test_schemas_exported_files_are_current(message: str) -> None:
     file = Path(__file__).parents[2] / "infra" / "schemas" / f"{message}.schema.json"
     assert json.loads(file.read_text()) == schema(message), "run `make schemas`"

@@ -1,16 +1,18 @@
 """Child processes end with their parent, even if the parent is killed."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from services.core.processes import SupervisedProcess
+from services.core.processes import SupervisedProcess, start_helper
 
 # A parent, a child, and a grandchild in a session of its own: each writes its pid.
 FAMILY = """
@@ -40,6 +42,30 @@ def all_gone(pids: list[int], within_s: float = 10) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def await_recording(parent: int) -> None:
+    """Wait until the process of `kill_descendants_on_exit` has recorded the present descendants of `parent`.
+
+    It holds a pidfd while it records, and each round of its loop is at least one voluntary context switch.
+    """
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        command = ["services.core.processes", str(parent)]
+        recorders = [each for each in psutil.Process(parent).children() if each.cmdline()[-2:] == command]
+        if recorders and "anon_inode:[pidfd]" in links_of(recorders[0].pid):
+            break
+        time.sleep(0.05)
+    switches = recorders[0].num_ctx_switches().voluntary
+    while recorders[0].num_ctx_switches().voluntary < switches + 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def links_of(pid: int) -> list[str]:
+    with suppress(OSError):
+        return [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    return []
 
 
 @pytest.fixture
@@ -134,9 +160,10 @@ def test_kill_descendants_on_exit_process_ends_kills_orphans_too(family: tuple[s
         cwd=Path(__file__).parents[2],
     )
     pids = pids_in(file, 2)
-    time.sleep(2.5)  # descendants are recorded once a second
+    await_recording(parent.pid)
     os.kill(pids[0], signal.SIGKILL)
-    assert not all_gone(pids[1:], within_s=0.5)
+    assert all_gone(pids[:1])
+    assert psutil.pid_exists(pids[1])
     parent.send_signal(end)
     parent.wait()
     assert all_gone(pids)
@@ -160,3 +187,14 @@ def test_kill_descendants_with_spare_kills_all_others() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.split() == ["0", "None"]
+
+
+def test_start_helper_gets_given_environment_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "environment"
+    (tmp_path / "helper_of_test.py").write_text(f"import os; open({str(file)!r}, 'w').write(str(dict(os.environ)))")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert start_helper("helper_of_test", env={"SETTING": "value"}).wait(20) == 0
+    environment = ast.literal_eval(file.read_text())
+    assert environment["SETTING"] == "value"
+    assert "AWS_SECRET_ACCESS_KEY" not in environment

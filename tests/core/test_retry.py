@@ -1,22 +1,30 @@
 """Retries stay below a rate, and failures are limited while nothing succeeds."""
 
 import asyncio
-from itertools import islice
+from itertools import count, islice, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.core import retry
 from services.core.errors import NotFound, StoreUnavailable
 from services.core.retry import FailureBudget, RetryBudget, backoff, retry_blocking, retry_while_unavailable
 
 
 class Clock:
+    """A clock that only `sleep` advances."""
+
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
         return self.now
+
+    monotonic = __call__
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @given(st.lists(st.floats(0, 0.05), min_size=100, max_size=400))
@@ -25,7 +33,7 @@ def test_retry_budget_many_retries_are_spread_to_the_rate(gaps: list[float]) -> 
     budget = RetryBudget(per_s=10, burst=5, clock=clock)
     made = []
     for gap in gaps:
-        clock.now += gap
+        clock.sleep(gap)
         made.append(clock.now + budget.take())
     for start in made:
         within = sum(start <= at < start + 1 for at in made)
@@ -79,22 +87,36 @@ async def test_retry_while_unavailable_after_deadline_raises_last_error() -> Non
         raise StoreUnavailable("S3 does not answer")
 
     with pytest.raises(StoreUnavailable):
-        await retry_while_unavailable(unavailable, within_s=0.3)
+        await retry_while_unavailable(unavailable, within_s=0.01)
 
 
 async def test_retry_while_unavailable_hanging_step_times_out() -> None:
     with pytest.raises(TimeoutError):
-        await retry_while_unavailable(asyncio.Event().wait, within_s=0.1)
+        await retry_while_unavailable(asyncio.Event().wait, within_s=0.01)
 
 
-def test_retry_blocking_retries_until_deadline() -> None:
-    tries = 0
+def test_retry_blocking_unavailable_until_deadline_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(retry, "time", clock)
+    tried_at: list[float] = []
 
     def unavailable() -> None:
-        nonlocal tries
-        tries += 1
+        tried_at.append(clock.now)
         raise StoreUnavailable("S3 does not answer")
 
     with pytest.raises(StoreUnavailable):
-        retry_blocking(unavailable, within_s=0.3)
-    assert tries >= 3
+        retry_blocking(unavailable, within_s=20)
+    assert 20 < tried_at[-1] <= 21
+    assert all(after - before <= 1 for before, after in pairwise(tried_at))
+
+
+def test_retry_blocking_unavailable_at_first_returns_later_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "time", Clock())
+    tries = count(1)
+
+    def unavailable_twice() -> int:
+        if (number := next(tries)) < 3:
+            raise StoreUnavailable("S3 does not answer")
+        return number
+
+    assert retry_blocking(unavailable_twice, within_s=20) == 3
