@@ -31,7 +31,7 @@ from services.images.memory_budget import ByteBudget
 _PAUSES_S: Final = (1.0, 5.0, 15.0)
 """Ray replaces a replica that died in this time."""
 _IMAGE_BYTES_IN_FLIGHT: Final = 64 << 20
-"""Images that travel to the service at a time. Ray keeps each in its object store, of which `sluice up` has 200 MiB."""
+"""The images in requests at a time. Ray stores each in its object store, which has 200 MiB under `sluice up`."""
 
 
 def _connect(address: str) -> DeploymentHandle[Any]:
@@ -42,7 +42,7 @@ def _connect(address: str) -> DeploymentHandle[Any]:
         return serve.get_deployment_handle(INTAKE, APPLICATION)
     except (RayServeException, RayActorError, ValueError):
         raise ConfigurationError(
-            f"Ray runs at {address}, and Sluice does not run on it; start it with `sluice up`"
+            f"Ray runs at {address}, but Sluice does not run on it; start it with `sluice up`"
         ) from None
 
 
@@ -53,25 +53,25 @@ async def _work(channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], 
     reading = read()
     while True:
         try:
-            trials = await reading
+            requests = await reading
         except (EOFError, OSError):
             return
         reading = read()
-        judging = asyncio.create_task(_judge_all(channel, intake, trials, in_flight))
+        judging = asyncio.create_task(_judge_all(channel, intake, requests, in_flight))
         await asyncio.wait([reading, judging], return_when=asyncio.FIRST_COMPLETED)
         await cancel_and_wait(judging)  # the results have no reader any more
 
 
 async def _judge_all(
-    channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], trials: Sequence[JudgeRequest], in_flight: int
+    channel: "Connection[Any, Any]", intake: DeploymentHandle[Any], requests: Sequence[JudgeRequest], in_flight: int
 ) -> None:
-    waiting = iter(enumerate(trials))
+    waiting = iter(enumerate(requests))
     budget = ByteBudget(_IMAGE_BYTES_IN_FLIGHT)
 
     async def work() -> None:
-        for number, trial in waiting:
-            async with budget.reserve(len(trial.image or b"")):
-                result = await _judge(intake, trial)
+        for number, request in waiting:
+            async with budget.reserve(len(request.image or b"")):
+                result = await _judge(intake, request)
             channel.send((number, result))
 
     tasks = [asyncio.create_task(work()) for _ in range(in_flight)]
@@ -87,14 +87,14 @@ async def _judge_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeResult:
-    submission = trial.submission.model_copy(update={"priority": "backfill"})
+async def _judge(intake: DeploymentHandle[Any], request: JudgeRequest) -> JudgeResult:
+    submission = request.submission.model_copy(update={"priority": "backfill"})
     for pause_s in (*_PAUSES_S, None):
         # Services of earlier versions take no third argument. Requests without an image work there, too.
-        image = () if trial.image is None else (trial.image,)
-        response = intake.judge_under.remote(submission, trial.policies, *image)
+        image = () if request.image is None else (request.image,)
+        response = intake.judge_under.remote(submission, request.policies, *image)
         try:
-            outcome: JudgeResult = await response
+            result: JudgeResult = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -113,13 +113,13 @@ async def _judge(intake: DeploymentHandle[Any], trial: JudgeRequest) -> JudgeRes
             if pause_s is None:
                 raise GuardUnavailable(f"the service does not answer ({type(error).__name__})") from None
         else:
-            return outcome
+            return result
         await asyncio.sleep(pause_s)
     raise AssertionError
 
 
 def main() -> None:
-    """Serve the connection whose file descriptor is given."""
+    """Serve the connection with the given file descriptor."""
     channel: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
         intake = _connect(sys.argv[2])

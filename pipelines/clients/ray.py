@@ -14,7 +14,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
-from pipelines.clients.ray_address import answers
+from pipelines.clients.ray_address import is_reachable
 from pipelines.serving.log_config import LOGGING_CONFIG
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.settings import Settings
@@ -38,7 +38,7 @@ def connect_to_cluster(address: str) -> None:
     Raises:
         ConfigurationError: the cluster does not answer, or does not accept this process.
     """
-    if not answers(address):
+    if not is_reachable(address):
         raise ConfigurationError(
             f"no Ray cluster answers at SLUICE_RAY_ADDRESS ({address}); start it, or unset it to use this machine alone"
         )
@@ -64,14 +64,14 @@ def join_failure(error: BaseException) -> str:
 def silent() -> Iterator[None]:
     """Discard what Ray's native library writes to stderr. For the main thread, and for short blocks only."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def start_serve() -> None:

@@ -1,4 +1,4 @@
-"""The address of a Ray cluster, before Ray itself is asked, which takes half a minute to say that nothing is there."""
+"""Checks the address of a Ray cluster without Ray, which takes half a minute to report that nothing is there."""
 
 import socket
 from typing import Final
@@ -6,16 +6,16 @@ from urllib.parse import urlsplit
 
 NO_CLUSTER: Final = {"", "local"}
 """Addresses with which Ray starts a new cluster instead of joining one."""
-_ANSWER_S: Final = 3.0
+_CONNECT_S: Final = 3.0
 
 
-def answers(address: str) -> bool:
-    """Whether something listens there; an address that is not host:port is Ray's to understand. Blocks, 3 s at most."""
-    place = urlsplit(f"//{address.removeprefix('ray://')}")
+def is_reachable(address: str) -> bool:
+    """Whether something listens at an address. True for an address that only Ray can parse. Blocks for up to 3 s."""
+    parts = urlsplit(f"//{address.removeprefix('ray://')}")
     try:
-        if place.hostname is None or place.port is None:
+        if parts.hostname is None or parts.port is None:
             return True
-        with socket.create_connection((place.hostname, place.port), timeout=_ANSWER_S):
+        with socket.create_connection((parts.hostname, parts.port), timeout=_CONNECT_S):
             return True
     except (OSError, ValueError):
         return False

@@ -1,4 +1,4 @@
-"""What the command line does as a client of a running service: submit images, read verdicts."""
+"""The client of a running service's streams: submits images, reads verdicts."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader
 
-_BATCH: Final = 500
+_BATCH_SUBMISSIONS: Final = 500
 
 
 def read_references(
@@ -95,7 +95,7 @@ async def print_verdicts(
             try:
                 verdict = Verdict.model_validate_json(message.value)
             except ValidationError:
-                progress(f"{message.source} is not a verdict, left out")
+                progress(f"{message.source} is not a verdict; skipped")
             else:
                 write(message.value.decode() if as_json else one_line(verdict))
     finally:
@@ -103,7 +103,7 @@ async def print_verdicts(
 
 
 def one_line(verdict: Verdict) -> str:
-    """A verdict for people: action, score, category, policy version, submission."""
+    """A verdict as one readable line: action, score, category, policy version, submission."""
     score = "   -" if verdict.score is None else f"{verdict.score:.2f}"
     policy = f"{verdict.policy.name}@{verdict.policy.version}" if verdict.policy else "-"
     what = verdict.category or verdict.reason or verdict.outcome
@@ -112,10 +112,10 @@ def one_line(verdict: Verdict) -> str:
 
 
 def _next_batch(remaining: Iterator[Submission]) -> tuple[list[Submission], SluiceError | None]:
-    """The next submissions, and the error that ended them early, so that those before it are not held back."""
+    """The next submissions, and the error after them, so that the submissions before it are still published."""
     batch: list[Submission] = []
     try:
-        for submission in itertools.islice(remaining, _BATCH):
+        for submission in itertools.islice(remaining, _BATCH_SUBMISSIONS):
             batch.append(submission)
     except SluiceError as error:
         return batch, error

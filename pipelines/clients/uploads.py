@@ -1,4 +1,4 @@
-"""The files that `sluice submit` uploads to a bucket which the service reads."""
+"""Uploads the files of `sluice submit` to a bucket that the service reads."""
 
 import uuid
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A Ray cluster with a guard that looks like the service's and says by script what the digest of an image says.
+"""A Ray cluster with a scripted guard: the digest of an image decides its answer.
 
 python -m tests.support.annotation_service FILE LOG [MS]: writes the cluster's address to FILE when it is ready, a line
 with the image's digest to LOG for every assessment, each of which takes MS milliseconds (10), and runs until killed.
@@ -30,7 +30,7 @@ MODEL = ModelIdentity(name="scripted", revision="sha256:0", engine="none", promp
 
 
 def assessment(sha256: str) -> Assessment:
-    """What the scripted guard says about an image: one in four is Unsafe."""
+    """The answer of the scripted guard: one of four images is Unsafe."""
     score = int(sha256[:8], 16) / 0xFFFFFFFF
     if score < 0.75:
         return Assessment(rating="Safe", category=NO_CATEGORY, rationale=None, score=score / 2, model=MODEL)
@@ -52,7 +52,7 @@ class FakeGuard:
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"
     ) -> list[Assessment]:
-        assert priority == "backfill", "live submissions go first"
+        assert priority == "backfill", "live submissions have priority"
         os.write(self._log, f"{image.sha256}\n".encode())
         if image.facts.width == 1:
             raise GuardFailed("The engine refuses it.")
@@ -64,7 +64,7 @@ def main() -> None:
     pause_s = float(sys.argv[3]) / 1000 if sys.argv[3:] else 0.01
     ray.init("local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
-    # Both CPUs are taken, as by `sluice up` on a machine with two.
+    # The guard reserves both CPUs, as under `sluice up` on a machine with two.
     guard = FakeGuard.options(ray_actor_options={"num_cpus": 2})  # type: ignore[attr-defined]
     serve.run(guard.bind(sys.argv[2], pause_s), name="sluice", route_prefix=None)
     address = Path(sys.argv[1])

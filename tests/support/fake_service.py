@@ -1,4 +1,4 @@
-"""A Ray Serve application that looks like Sluice to `pipelines.clients.judge_client` and judges by script.
+"""A Ray Serve application that `pipelines.clients.judge_client` accepts as Sluice. It judges by a script.
 
 python -m tests.support.fake_service FILE APPLICATION: writes the cluster's address to FILE when it is ready, and
 runs until it is killed.
@@ -22,7 +22,7 @@ from services.core.values import Policy
 
 @serve.deployment(name="Intake", max_ongoing_requests=100)
 class ScriptedIntake:
-    """What a submission's id says is what happens."""
+    """The first word of a submission's id decides the answer."""
 
     async def judge_under(
         self, submission: Submission, policies: Sequence[str | Policy], image: bytes | None = None
@@ -40,7 +40,7 @@ class ScriptedIntake:
                 _mark(submission)
                 await asyncio.sleep(3600)
         if image is not None and submission.uri != Upload.make_uri(image):
-            raise NotFound("the bytes are not those that were sent")
+            raise NotFound("the image is not the one that was sent")
         await asyncio.sleep(0.01 * (len(submission.id) % 3))
         return [
             _verdict(submission, policy if isinstance(policy, str) else policy.identity.name) for policy in policies
@@ -48,7 +48,7 @@ class ScriptedIntake:
 
 
 def _mark(submission: Submission) -> bool:
-    """Create the file that the key names; whether it was not there."""
+    """Create the file that the key names. Returns whether it is new."""
     marker = Path(f"/{submission.reference.key}")
     new = not marker.exists()
     marker.touch()
