@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipelines.annotation.image_row import FileLocation, ImageRow
 from pipelines.annotation.sources.discover import AnnotationSource, bucket_of
-from pipelines.annotation.storage import folder, local_path, open_local
+from pipelines.annotation.storage import local_path, open_folder, open_local
 from services.core.errors import Changed, NotAnImage, TooLarge
 from services.core.messages import ObjectReference
 from services.core.settings import Settings
@@ -80,7 +80,7 @@ def open_uri(uri: str, settings: Settings) -> BinaryIO:
     if not uri.startswith("s3://"):
         return open_local(local_path(uri))
     parent, _, name = uri.rpartition("/")
-    return folder(parent, settings).open(name)
+    return open_folder(parent, settings).open(name)
 
 
 def read_table_images(file: BinaryIO, group: int, column: str) -> Iterator[list[bytes | None]]:

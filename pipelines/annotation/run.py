@@ -27,7 +27,7 @@ from pipelines.annotation.sources.discover import (
     list_shards,
 )
 from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, RunState
-from pipelines.annotation.storage import folder, local_path
+from pipelines.annotation.storage import local_path, open_folder
 from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.messages import Submission
@@ -58,7 +58,7 @@ def annotate(
         SluiceError: the run could not finish; the same call resumes it.
     """
     out = _to_uri(options.out)
-    state = RunState(folder(out, settings))
+    state = RunState(open_folder(out, settings))
     _check_options(options, out, settings)
     source = find_source(options.source, settings, kind=options.kind, column=options.column)
     with _exclusive_lock(out):
@@ -278,7 +278,7 @@ def _curate(
     row_filter = options.row_filter
     if row_filter is None or options.curated is None:
         return None
-    into = folder(_to_uri(options.curated), settings)
+    into = open_folder(_to_uri(options.curated), settings)
     claim_folder(into, {"annotations": state.folder.uri, "filter": row_filter.text, "as": options.curated_format})
     with StageProgress("curated", None, progress) as stage:
         if options.curated_format == "references":

@@ -1,4 +1,4 @@
-"""Folders that a data set is read from or written to: on this machine, or a prefix in S3. One interface for both."""
+"""Folders that data sets are read from and written to: local ones and prefixes in S3, with one interface."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ from services.core.s3 import Bucket, s3_client
 from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
 
-_NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+_NO_HARD_LINK_ERRORS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _READ_AHEAD_BYTES: Final = 8 << 20
 
 
@@ -26,50 +26,53 @@ class Entry:
     """A file in a folder."""
 
     name: str
-    """Relative to the folder, with slashes."""
+    """The path relative to the folder, with slashes."""
     size: int
 
 
 class Folder(Protocol):
-    """Files by their names. Every method raises StoreUnavailable where the store does not answer."""
+    """A folder of files. Every method raises StoreUnavailable if the store does not answer."""
 
     @property
     def uri(self) -> str:
-        """The folder itself, without a slash at the end."""
+        """The URI of the folder, without a slash at the end."""
 
     def entries(self, below: str = "") -> Iterator[Entry]:
-        """Every file below, in the order of their names; none where there is no such folder."""
+        """All files in a subfolder, sorted by name; none if it does not exist."""
 
     def read(self, name: str) -> bytes | None:
-        """All of a file, None where there is none."""
+        """The content of a file; None if it does not exist."""
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read and seek in, that stays the same while it is open. Raises NotFound, Forbidden, Changed."""
+        """Open a file to read and seek. Its content cannot change while it is open.
+
+        Raises NotFound, Forbidden, or Changed while reading.
+        """
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file, whole or not at all, unless there is one; whether it was written."""
+        """Write a new file, whole or not at all. Returns False if it exists already."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all, in place of any other."""
+        """Write a file, whole or not at all, or replace the existing one."""
 
     def remove(self, below: str) -> None:
-        """Remove every file below."""
+        """Remove all files in a subfolder."""
 
     def uri_of(self, name: str) -> str:
-        """What a file is called by others."""
+        """The URI of a file."""
 
 
-def folder(place: str, settings: Settings) -> Folder:
-    """The folder at a path, a file:// or an s3:// URI.
+def open_folder(location: str, settings: Settings) -> Folder:
+    """The folder at a path, a file:// URI or an s3:// URI.
 
     Raises:
-        ConfigurationError: it is no such place.
+        ConfigurationError: the location is none of these.
     """
-    if place.startswith("s3://"):
+    if location.startswith("s3://"):
         try:
-            bucket, prefix = parse_s3_uri(place)
+            bucket, prefix = parse_s3_uri(location)
         except ValueError:
-            raise ConfigurationError(f"{place!r} names no bucket; write s3://bucket/prefix") from None
+            raise ConfigurationError(f"{location!r} names no bucket; write s3://bucket/prefix") from None
         client = s3_client(
             settings.s3_endpoint,
             connect_timeout=5,
@@ -77,23 +80,23 @@ def folder(place: str, settings: Settings) -> Folder:
             retries={"mode": "standard", "max_attempts": 6},
         )
         return BucketFolder(Bucket(client, bucket), prefix.strip("/"))
-    return LocalFolder(local_path(place))
+    return LocalFolder(local_path(location))
 
 
-def local_path(place: str) -> Path:
-    """The absolute path that a path or a file:// URI stands for.
+def local_path(location: str) -> Path:
+    """The absolute path of a path or a file:// URI.
 
     Raises:
-        ConfigurationError: it is neither.
+        ConfigurationError: the location is neither.
     """
-    if place.startswith("file://"):
-        parts = urlsplit(place)
+    if location.startswith("file://"):
+        parts = urlsplit(location)
         if parts.netloc not in ("", "localhost"):
-            raise ConfigurationError(f"{place} names another machine; write file:///path")
+            raise ConfigurationError(f"{location} names another machine; write file:///path")
         return Path(os.fsdecode(unquote_to_bytes(parts.path)))
-    if "://" in place:
-        raise ConfigurationError(f"{place} is neither a path nor an s3:// URI")
-    return Path(place).absolute()
+    if "://" in location:
+        raise ConfigurationError(f"{location} is neither a path nor an s3:// URI")
+    return Path(location).absolute()
 
 
 class LocalFolder:
@@ -120,15 +123,15 @@ class LocalFolder:
 
     def create(self, name: str, data: bytes) -> bool:
         file = self.path / name
-        draft = self._draft(file, data)
+        draft = self._write_draft(file, data)
         try:
             os.link(draft, file)
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_HARD_LINK_ERRORS:
                 raise
-            # A file system without links: a rename is whole, too, but lets the last one win.
+            # The file system has no hard links. A rename is atomic, too, but could overwrite a file created just now.
             if file.exists():
                 return False
             draft.replace(file)
@@ -138,7 +141,7 @@ class LocalFolder:
 
     def put(self, name: str, data: bytes) -> None:
         file = self.path / name
-        self._draft(file, data).replace(file)
+        self._write_draft(file, data).replace(file)
 
     def remove(self, below: str) -> None:
         for entry in list(self.entries(below)):
@@ -165,12 +168,12 @@ class LocalFolder:
                 try:
                     size = child.stat().st_size
                 except OSError:
-                    size = 0  # a link to nowhere: whoever reads it says so
+                    size = 0  # a broken link: reading it reports the error
                 yield Entry(Path(child.path).relative_to(self.path).as_posix(), size)
 
-    def _draft(self, file: Path, data: bytes) -> Path:
-        """The content under another name in the same folder, on disk."""
-        # Made again each time: someone who finishes the same run removes folders that have become empty.
+    def _write_draft(self, file: Path, data: bytes) -> Path:
+        """Write the content under a temporary name in the same folder, and sync it to disk."""
+        # Another process that finishes the same run removes empty folders, so the folder may have to be made again.
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
         with draft.open("xb") as output:
@@ -181,11 +184,11 @@ class LocalFolder:
 
 
 def open_local(file: Path) -> BinaryIO:
-    """A file of this machine; nothing but a plain file, so that no pipe or device holds anyone up.
+    """Open a plain file of this machine. A pipe or a device is rejected, because reading it could block forever.
 
     Raises:
-        NotFound: there is none.
-        Forbidden: it may not be read.
+        NotFound: the file does not exist.
+        Forbidden: the file cannot be read, or it is not a plain file.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -240,7 +243,7 @@ class BucketFolder:
 
 
 class _Ranged(io.RawIOBase):
-    """An object in S3 as a file, read by ranges; pinned to its ETag."""
+    """An object in S3 as a file. It is read by ranges, all of the same ETag."""
 
     def __init__(self, bucket: Bucket, key: str, size: int, etag: str) -> None:
         super().__init__()

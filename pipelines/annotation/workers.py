@@ -15,7 +15,7 @@ from pipelines.annotation.ray_workers import WorkResult
 from pipelines.annotation.schema import to_parquet
 from pipelines.annotation.sources.discover import AnnotationSource, is_local
 from pipelines.annotation.state import Listing, RunState
-from pipelines.annotation.storage import folder
+from pipelines.annotation.storage import open_folder
 from pipelines.serving.guard_client import RemoteGuard
 from services.core.errors import StoreUnavailable
 from services.core.logs import configure_logging
@@ -47,7 +47,7 @@ class Job:
 
     def open_run(self) -> RunState:
         """The state of the run."""
-        return RunState(folder(self.out, self.settings))
+        return RunState(open_folder(self.out, self.settings))
 
 
 class IndexWorker:

@@ -1,4 +1,4 @@
-"""`sluice annotate` on a real Ray cluster, killed again and again: no row is there twice and none is missing."""
+"""`sluice annotate` is killed repeatedly on a real Ray cluster: no row is repeated or missing."""
 
 import json
 import os
@@ -32,7 +32,7 @@ _SEED = int(os.environ.get("SLUICE_TEST_SEED", "0")) or random.randrange(1 << 30
 
 
 class Cluster:
-    """A Ray cluster with a scripted guard, in a process of its own."""
+    """A Ray cluster with a scripted guard, in its own process."""
 
     def __init__(self, folder: Path) -> None:
         address, self.log = folder / "address", folder / "assessments"
@@ -59,7 +59,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Cluster]:
-    assert s3_endpoint  # whose credentials the workers inherit
+    assert s3_endpoint  # the workers inherit its credentials
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     yield made
     made.child.kill()
@@ -98,7 +98,7 @@ class Command:
 
 
 def check(rows: list[dict[str, Any]], count: int, bad: int) -> None:
-    """Every row is there once, and says what the script says about its bytes."""
+    """Every row exists once, with the scripted answer for its bytes."""
     assert len(rows) == count, f"SLUICE_TEST_SEED={_SEED}"
     assert sorted(row["row"] for row in rows) == list(range(count))
     assert len({row["uri"] for row in rows}) == count
@@ -107,14 +107,18 @@ def check(rows: list[dict[str, Any]], count: int, bad: int) -> None:
     judged = {row["row"]: row for row in rows}
     for row in rows:
         if row["outcome"] == "verdict":
-            said = assessment(row["sha256"])
-            assert (row["rating"], row["category"], row["score"]) == (said.rating, said.category, said.score)
+            expected = assessment(row["sha256"])
+            assert (row["rating"], row["category"], row["score"]) == (
+                expected.rating,
+                expected.category,
+                expected.score,
+            )
             assert judged[row["duplicate_of"] or row["row"]]["sha256"] == row["sha256"]
     assert sum(row["duplicate_of"] is None for row in rows if row["outcome"] == "verdict") == _DISTINCT
 
 
 def shards(folder: Path) -> tuple[int, int]:
-    """Tars with every picture twice, in other tars, and bad ones among them; the number of rows, and of bad ones."""
+    """Write tars with every picture twice and some bad ones. Returns the number of rows, and of bad ones."""
     folder.mkdir()
     draw = random.Random(_SEED)
     images = [(f"{n:04d}-{copy}.png", picture(n)) for copy in (1, 2) for n in range(_DISTINCT)]
@@ -125,7 +129,7 @@ def shards(folder: Path) -> tuple[int, int]:
     return len(images), 20
 
 
-def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
+def test_killed_at_random_times_run_finishes(cluster: Cluster, tmp_path: Path) -> None:
     """SIGKILL for the command, for its workers, or for both, from the first second to the last."""
     count, bad = shards(tmp_path / "shards")
     arguments = ("shards", "--out", "out", "--chunk-rows", "10", "--workers", "2", "--json")
@@ -140,7 +144,7 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
                 worker.kill()
                 seen["workers"] += 1
         if victim == "workers":
-            time.sleep(draw.uniform(0, 1))  # it goes on with others, until it is killed itself
+            time.sleep(draw.uniform(0, 1))  # new workers continue until the command is killed
         seen["unfinished"] += command.process.poll() is None
         command.kill()
     summary = Command(cluster, tmp_path, *arguments).finish()
@@ -148,11 +152,11 @@ def test_killed_at_random(cluster: Cluster, tmp_path: Path) -> None:
     assert (summary["rows"], summary["duplicates"]) == (count, _DISTINCT)
     assert summary["errors"]["not_an_image"]["rows"] == bad
     check(pq.read_table(tmp_path / "out").to_pylist(), count, bad)
-    assert Command(cluster, tmp_path, *arguments).finish() == summary, "a run that is complete stays as it is"
+    assert Command(cluster, tmp_path, *arguments).finish() == summary, "a complete run does not change"
 
 
-def test_killed_on_s3(cluster: Cluster, tmp_path: Path, s3_endpoint: str) -> None:
-    """From a bucket to a bucket, where a write counts that finds nothing in its place."""
+def test_killed_while_writing_to_s3_run_finishes(cluster: Cluster, tmp_path: Path, s3_endpoint: str) -> None:
+    """From a bucket to a bucket, where conditional writes never overwrite a file."""
     s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
     bucket = f"annotated-{uuid.uuid4().hex}"
     s3.create_bucket(Bucket=bucket)

@@ -35,7 +35,7 @@ from pipelines.annotation.schema import BATCH_ROWS, from_parquet, to_parquet
 from pipelines.annotation.sources.discover import SourceShard, extra_fields, find_source, list_shards
 from pipelines.annotation.sources.lines import read_lines
 from pipelines.annotation.state import RunState
-from pipelines.annotation.storage import Folder, folder
+from pipelines.annotation.storage import Folder, open_folder
 from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
 from services.core.errors import ConfigurationError, GuardFailed
 from services.core.messages import Submission
@@ -67,7 +67,7 @@ class Bench:
     def __init__(self, out: str, settings: Settings = SETTINGS) -> None:
         self.settings = settings
         self.guard = FakeGuard(says)
-        self.run = RunState(folder(out, settings))
+        self.run = RunState(open_folder(out, settings))
 
     async def annotate(
         self, location: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any
@@ -436,7 +436,7 @@ async def test_curated_set_has_the_selected_images(bench: Bench, tmp_path: Path)
     wanted = parse_filter("rating=Safe")
     expected = [row for row in rows if row["rating"] == "Safe"]
     assert 0 < len(expected) < 20
-    into: Folder = folder(str(tmp_path / "references"), SETTINGS)
+    into: Folder = open_folder(str(tmp_path / "references"), SETTINGS)
     claim_folder(into, {"as": "references"})
     made = write_references(bench.run.folder, wanted, into, lambda _: None)
     assert made.images == len(expected)
@@ -447,7 +447,7 @@ async def test_curated_set_has_the_selected_images(bench: Bench, tmp_path: Path)
 
     source = find_source(str(pictures), SETTINGS)
     (pictures / expected[0]["uri"].rpartition("/")[2]).unlink()
-    images, tars = ImageReader(SETTINGS, source), folder(str(tmp_path / "tars"), SETTINGS)
+    images, tars = ImageReader(SETTINGS, source), open_folder(str(tmp_path / "tars"), SETTINGS)
     claim_folder(tars, {"as": "tars"})
     made = await write_tars(bench.run.folder, wanted, tars, images, lambda _: None)
     images.close()
@@ -462,7 +462,7 @@ async def test_curated_set_has_the_selected_images(bench: Bench, tmp_path: Path)
     with pytest.raises(ConfigurationError, match="another curated set"):
         claim_folder(tars, {"as": "references"})
     with pytest.raises(ConfigurationError, match="is not empty"):
-        claim_folder(folder(str(pictures), SETTINGS), {})
+        claim_folder(open_folder(str(pictures), SETTINGS), {})
 
 
 def test_summary_page_escapes_text_of_the_source() -> None:
@@ -540,7 +540,7 @@ def test_bad_input_error_is_one_sentence(cases: Path, source: str, more: dict[st
 
 
 def test_output_folder_of_another_run_error(cases: Path) -> None:
-    run = RunState(folder(str(cases / "out"), SETTINGS))
+    run = RunState(open_folder(str(cases / "out"), SETTINGS))
     run.begin({"source": "file:///elsewhere", "policy": "default@1"})
     with pytest.raises(
         ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; name another folder by --out"
@@ -558,7 +558,7 @@ def test_created_file_is_not_overwritten(place: str, tmp_path: Path, s3_endpoint
     settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
     if place == "s3":
         boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="folders")
-    within = folder(str(tmp_path / "f") if place == "local" else "s3://folders/f", settings)
+    within = open_folder(str(tmp_path / "f") if place == "local" else "s3://folders/f", settings)
     assert within.create("a/b", b"first")
     assert not within.create("a/b", b"second")
     assert within.read("a/b") == b"first"

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.annotation.options import SourceKind
-from pipelines.annotation.storage import Entry, Folder, folder, local_path
+from pipelines.annotation.storage import Entry, Folder, local_path, open_folder
 from services.core.errors import ConfigurationError, NotFound, SluiceError
 from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
@@ -81,7 +81,7 @@ def find_source(
         ConfigurationError: there is no data set, or its format is unclear.
     """
     folder_uri, file_name = _split_location(location, settings)
-    within = folder(folder_uri, settings)
+    within = open_folder(folder_uri, settings)
     names = [entry.name for entry in islice(_entries(within, file_name), _ENTRIES_EXAMINED)]
     if not names:
         raise ConfigurationError(f"there is nothing to annotate at {location}: no such file or folder, or an empty one")
@@ -111,12 +111,12 @@ def _split_location(location: str, settings: Settings) -> tuple[str, str | None]
     if not location.startswith("s3://"):
         path = local_path(location)
         return (path.parent.as_uri(), path.name) if path.is_file() else (path.as_uri(), None)
-    within = folder(location, settings)
+    within = open_folder(location, settings)
     parent, _, name = within.uri.rpartition("/")
     if location.endswith("/") or parent == "s3:/":
         return within.uri, None
     try:
-        folder(parent, settings).open(name).close()
+        open_folder(parent, settings).open(name).close()
     except NotFound:
         return within.uri, None
     return parent, name
@@ -185,7 +185,7 @@ def extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
     """The source's own columns, under the names that they have in the annotations."""
     if source.kind == "images":
         return pa.schema([])
-    within = folder(source.folder_uri, settings)
+    within = open_folder(source.folder_uri, settings)
     tables = (entry.name for entry in _entries(within, source.file_name) if entry.name.endswith(_TABLE_SUFFIXES))
     if source.kind == "tars" or (name := next(tables, None)) is None:
         return pa.schema([("source_json", pa.string())])
@@ -197,7 +197,7 @@ def extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
 
 def list_shards(source: AnnotationSource, settings: Settings) -> Iterator[SourceShard]:
     """The shards of the whole source. Only names and sizes of files decide their order."""
-    within = folder(source.folder_uri, settings)
+    within = open_folder(source.folder_uri, settings)
     entries = _entries(within, source.file_name)
     if source.kind == "images":
         while names := tuple(entry.name for entry in islice(entries, _SHARD_IMAGES)):
