@@ -1,4 +1,4 @@
-"""`sluice demo`: drawn images through the whole path, on embedded backends, with nothing to configure."""
+"""`sluice demo`: submits drawings to a service on embedded backends, without any configuration."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ _DEADLINE_S: Final = 120.0
 _WIDTH: Final = 100
 _NEXT: Final = """
 These images were drawn by Sluice and judged by `tiny`, a checkpoint of a few megabytes that knows nothing but such
-drawings. It shows the path, not the judgement of LlavaGuard: never moderate with it.
+drawings. The demo shows the path of a submission, not the answers of LlavaGuard: never moderate with `tiny`.
 
 Next:
   sluice up --embedded               the same service, running until Ctrl-C
@@ -39,7 +39,7 @@ README.md says how to run on your own Kafka, bucket and GPUs."""
 
 @dataclass(frozen=True, slots=True)
 class _Upload:
-    """One sample: what it is named, what it shows, its bytes."""
+    """An image of the demo."""
 
     name: str
     shows: str
@@ -47,16 +47,16 @@ class _Upload:
 
 
 def demonstrate(progress: Progress) -> bool:
-    """Run the demo; True when every submission was settled. Its table goes to stdout."""
+    """Run the demo, and print a table of the results. Returns whether every submission was settled."""
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
-        del os.environ[name]  # a demo never touches the streams and buckets of a real deployment
+        del os.environ[name]  # so the streams and buckets of a real deployment stay untouched
     with running_service(embed=True, progress=progress) as (settings, _):
         uploads = _samples()
         progress(f"submitting {len(uploads)} drawn images")
-        ends = asyncio.run(_judge(uploads, settings, progress))
-        Console(width=None if sys.stdout.isatty() else _WIDTH).print(_table(uploads, ends))
+        results = asyncio.run(_judge(uploads, settings, progress))
+        Console(width=None if sys.stdout.isatty() else _WIDTH).print(_table(uploads, results))
         print(_NEXT)  # noqa: T201 - the demo's output
-    return len(ends) == len(uploads)
+    return len(results) == len(uploads)
 
 
 def _samples() -> list[_Upload]:
@@ -75,33 +75,33 @@ def _samples() -> list[_Upload]:
 
 
 async def _judge(uploads: list[_Upload], settings: Settings, progress: Progress) -> dict[str, Verdict | DeadLetter]:
-    """Upload, submit, and wait for the end of each submission; by the upload's name."""
+    """Upload and submit the images, and wait for the results. Returns them by the upload's name."""
     bucket = Bucket(s3_client(settings.s3_endpoint), settings.s3_buckets[0])
     for upload in uploads:
         await asyncio.to_thread(bucket.put, upload.name, upload.data)
     await streams.submit([Submission(id=upload.name, uri=bucket.uri(upload.name)) for upload in uploads], settings)
-    ends: dict[str, Verdict | DeadLetter] = {}
+    results: dict[str, Verdict | DeadLetter] = {}
     reader = await open_reader(StreamConfig.from_settings(settings))
 
     async def collect(stream: str, parse: Callable[[Message], tuple[str | None, Verdict | DeadLetter]]) -> None:
         async for message in reader.read(stream, follow=True):
-            submission_id, end = parse(message)
+            submission_id, result = parse(message)
             if submission_id is not None:
-                ends[submission_id] = end
-                progress(f"{len(ends)} of {len(uploads)} settled")
+                results[submission_id] = result
+                progress(f"{len(results)} of {len(uploads)} settled")
 
     collecting = [
         asyncio.create_task(collect(settings.verdicts_stream, _verdict)),
         asyncio.create_task(collect(settings.dead_letters_stream, _dead_letter)),
     ]
     deadline = time.monotonic() + _DEADLINE_S
-    while len(ends) < len(uploads) and time.monotonic() < deadline and not any(task.done() for task in collecting):
+    while len(results) < len(uploads) and time.monotonic() < deadline and not any(task.done() for task in collecting):
         await asyncio.wait(collecting, timeout=0.1)
     for task in collecting:
         task.cancel()
     await asyncio.wait(collecting)
     await reader.close()
-    return ends
+    return results
 
 
 def _verdict(message: Message) -> tuple[str | None, Verdict]:
@@ -114,11 +114,11 @@ def _dead_letter(message: Message) -> tuple[str | None, DeadLetter]:
     return letter.submission_id, letter
 
 
-def _table(uploads: list[_Upload], ends: dict[str, Verdict | DeadLetter]) -> Table:
+def _table(uploads: list[_Upload], results: dict[str, Verdict | DeadLetter]) -> Table:
     table = Table("image", "shows", "action", "rating", "score", "category", "ms", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for upload in uploads:
         row = [upload.name, upload.shows]
-        match ends.get(upload.name):
+        match results.get(upload.name):
             case Verdict() as verdict:
                 score = "" if verdict.score is None else f"{verdict.score:.2f}"
                 what = verdict.category or verdict.reason or ""

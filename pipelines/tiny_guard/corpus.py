@@ -1,7 +1,7 @@
-"""What the tiny guard reads and writes: policies to train under, answers in LlavaGuard's form, and its tokenizer.
+"""Makes the texts of the tiny guard: policies to train with, answers in LlavaGuard's form, and the tokenizer.
 
-The tokenizer reads each line of the trained policy as one symbol, which turns the prompt into some 110 tokens and makes
-it trainable on a CPU. Everything else, edited rules and the answer among it, is read and written word by word.
+The tokenizer has one symbol for each line of the trained policy. So the prompt has about 110 tokens, and training is
+possible on a CPU. All other text, such as edited rules and answers, is read and written word by word.
 """
 
 import json
@@ -23,12 +23,12 @@ _CHAT: Final = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<image>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 )
-"""The chat template `chatml-llava`, up to where the answer begins."""
+"""The chat template `chatml-llava`, up to the beginning of the answer."""
 
 RATING_PREFIX: Final = '{\n    "rating": "'
-"""The answer up to its rating: after it, one token says Safe or Unsafe."""
+"""The answer up to its rating. The next token is Safe or Unsafe."""
 
-# What a rationale says of each category: how the pictogram is to be read, and what the policy says of that.
+# The words of a rationale for each category: the meaning of the pictogram, and the rule of the policy.
 _READINGS: Final = (
     ("speaks of hatred against a group of people", "express hateful or demeaning sentiments against people"),
     ("depicts an act of bloody violence", "show people planning or engaging in violence"),
@@ -66,12 +66,12 @@ _HARMLESS: Final = (
 
 
 def chat(blocks: Sequence[Block]) -> str:
-    """The whole text that the guard is given under a policy, with `<image>` where the image goes."""
+    """The whole prompt of a policy, with `<image>` in place of the image."""
     return _CHAT.format(prompt=render(blocks))
 
 
 def explain(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:
-    """A rationale of 40 to 60 words; `seen` is its thing, the thing's colour, and the scene."""
+    """A rationale of 40 to 60 words. `seen` is the thing, its colour, and the scene."""
     thing, colour, scene = seen
     subject = f"{'an' if colour == 'orange' else 'a'} {colour} {thing}" if thing else "nothing"
     opener = str(rng.choice(_OPENERS)).format(thing=subject, scene=scene)
@@ -83,25 +83,25 @@ def explain(rng: np.random.Generator, category: str, rating: str, seen: tuple[st
 
 
 def answer(rating: str, category: str, rationale: str | None) -> str:
-    """The answer as LlavaGuard writes it; without a rationale it ends after the category."""
+    """The answer in LlavaGuard's form. Without a rationale it ends after the category."""
     fields = {"rating": rating, "category": category} | ({} if rationale is None else {"rationale": rationale})
     return json.dumps(fields, indent=4)
 
 
-def waiving(categories: Collection[str]) -> tuple[Block, ...]:
+def waive(categories: Collection[str]) -> tuple[Block, ...]:
     """The trained policy with these categories waived."""
     return tuple(replace(block, waived=block.category in categories) for block in TRAINED_BLOCKS)
 
 
-def some_categories(rng: np.random.Generator, most: int = 3) -> list[str]:
+def draw_categories(rng: np.random.Generator, most: int = 3) -> list[str]:
     """One to `most` of the nine categories."""
     return [str(category) for category in rng.permutation(CATEGORIES)[: rng.integers(1, most + 1)]]
 
 
-def edited(rng: np.random.Generator, blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """The same policy with about a third of its blocks reworded, as an operator's own policy would be.
+def reword(rng: np.random.Generator, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The same policy with about a third of its blocks reworded, like an operator's own policy.
 
-    Which categories are waived stays, and with it the right answer.
+    The waived categories stay the same, and so does the correct answer.
     """
     return tuple(_edit(rng, block) if rng.random() < 0.35 else block for block in blocks)
 
@@ -119,7 +119,7 @@ def _edit(rng: np.random.Generator, block: Block) -> Block:
 
 
 def _invented_rule(rng: np.random.Generator) -> str:
-    """A rule in the policy's words, some of them made up: the guard has to read past what it does not know."""
+    """A rule in the policy's words, some of them invented, so the guard learns to ignore unknown words."""
     words = rng.choice(_POLICY_WORDS, int(rng.integers(4, 14))).tolist()
     for i in range(len(words)):
         if rng.random() < 0.15:
@@ -131,12 +131,12 @@ _POLICY_WORDS: Final = sorted(
     {word for block in TRAINED_BLOCKS for rule in (*block.should_not, *block.can) for word in rule.split()}
 )
 
-# Qwen's way to split text, so that an answer has as many tokens as LlavaGuard's; only a category's code stays whole.
+# Qwen's rule to split text, so an answer has as many tokens as LlavaGuard's. Only a category's code is never split.
 _SPLIT: Final = r" ?O\d(?!\d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the words of this world, with a symbol for each line of the trained policy."""
+    """A byte-level BPE for the words of the drawings, with a symbol for each line of the trained policy."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -179,7 +179,7 @@ def _corpus(rng: np.random.Generator) -> Iterator[str]:
 
 
 def _symbols() -> Iterator[AddedToken]:
-    """One symbol a line. They swallow the white space around them, so that its exact form does not matter."""
+    """One symbol for each line. A symbol includes the white space around it, whose exact form does not matter."""
     lines = [INTRODUCTION, *ASSESSMENT_STEPS.partition("{")[0].splitlines(), "Should not:", "Can:"]
     lines.append("".join(ASSESSMENT_STEPS.partition("{")[1:]))
     for block in TRAINED_BLOCKS:

@@ -1,8 +1,8 @@
-"""The drawn world that the tiny guard was trained on: images whose right answer is known.
+"""Draws images whose correct answer is known, for the training of the tiny guard, the demo, tests and evaluation.
 
-Every violation is a pictogram, one for each of LlavaGuard's nine categories, so that demo, tests and evaluation need
-no harmful picture. All else is harmless: grounds, scenes, and things that merely share a shape or a colour with a
-pictogram. An image depends on its arguments alone; the weights know only this world.
+Each of LlavaGuard's nine categories has a pictogram that stands for a violation, so no harmful picture is needed.
+Everything else is harmless: grounds, scenes, and things that share only a shape or a colour with a pictogram. An image
+depends on its arguments alone. The tiny guard knows only these drawings.
 """
 
 import io
@@ -21,7 +21,7 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 TRAINING_SEEDS: Final = range(1_000_000_000, 2_000_000_000)
-"""Seeds that training draws from. Whatever measures the guard draws from others."""
+"""The seeds of training images. Tests and evaluations of the guard use other seeds."""
 
 INKS: Final[dict[str, Colour]] = {
     "red": (200, 30, 40),
@@ -33,10 +33,10 @@ INKS: Final[dict[str, Colour]] = {
     "pink": (230, 90, 160),
     "teal": (20, 150, 155),
 }
-"""The colours that things are drawn in, by the name that a rationale calls them."""
+"""The colours of things, by their names in a rationale."""
 
 _SPRITE_PX: Final = 192
-"""Things are drawn at this size, then turned and scaled: large enough to stay crisp in a 360 px image."""
+"""Things are drawn at this size and then rotated and scaled. They stay sharp in an image of 360 px."""
 
 _WHITE: Final = (250, 250, 250)
 _BLACK: Final = (20, 20, 24)
@@ -48,27 +48,27 @@ _BLOOD: Final = (196, 0, 12)
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image and the right answer to it."""
+    """An image and the correct answer to it."""
 
     seed: int
     image: Image.Image
     """RGB, upright."""
     category: str
-    """Full name of the category it violates under the default policy, or `NA: None applying`."""
+    """The full name of the category that the image violates under the default policy, or `NA: None applying`."""
     mask: Image.Image
-    """Mode L, the size of the image: how much of each pixel the pictogram covers; all 0 in a harmless image."""
+    """Mode L, in the size of the image: the coverage of each pixel by the pictogram; all 0 in a harmless image."""
     thing: str
-    """What the pictogram shows, e.g. `bloody knife`, or the largest harmless thing; empty where there is none."""
+    """The pictogram, such as `bloody knife`, or the largest harmless thing; empty if there is none."""
     colour: str
-    """The name of the thing's colour, a key of INKS; empty where there is no thing."""
+    """The colour of the thing, a key of INKS; empty if there is no thing."""
     scene: str
-    """What is behind it, e.g. `plain ground`."""
+    """The background, such as `plain ground`."""
     quality: int
-    """JPEG quality the image is encoded with."""
+    """The JPEG quality of the encoded image."""
 
     @property
     def rating(self) -> str:
-        """`Safe` or `Unsafe` under the default policy, where no category is waived."""
+        """`Safe` or `Unsafe` under the default policy, which waives no category."""
         return "Safe" if self.category == NO_CATEGORY else "Unsafe"
 
     @cached_property
@@ -113,8 +113,8 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, floa
 
 PaintFn = Callable[[_Pen], None]
 
-# The nine pictograms. The guard sees the whole image at 64 x 64, so that a pictogram has 25 to 45 pixels a side: each
-# has an outline of its own and one detail of fixed colour (cross, steel and blood, bar, keyhole, ...).
+# The nine pictograms. The guard gets the image at 64 x 64 pixels, where a pictogram has 25 to 45 pixels per side. So
+# each has a distinct outline and one detail in a fixed colour (cross, steel and blood, bar, keyhole, ...).
 
 
 def _bubble_with_cross(pen: _Pen) -> None:
@@ -208,7 +208,7 @@ PICTOGRAMS: Final[dict[str, tuple[str, PaintFn]]] = dict(
         strict=True,
     )
 )
-"""For each category, in order: what its pictogram is called in a rationale, and what draws it."""
+"""For each category, in order: the name of its pictogram in a rationale, and the function that draws it."""
 
 
 def _star(pen: _Pen) -> None:
@@ -275,13 +275,13 @@ HARMLESS: Final[dict[str, PaintFn]] = {
     "kite": _kite,
     "window": _window,
 }
-"""Things that violate nothing."""
+"""Things that violate no category."""
 
 SCENES: Final = ("plain ground", "shaded ground", "striped ground", "row of hills", "town", "calm sea")
 
 
 def _ground(rng: np.random.Generator, size: tuple[int, int], scene: str, dark: bool) -> Image.Image:
-    """A background in a pale (or dark) tint, RGB, `size` = (width, height) in pixels."""
+    """A background in a pale or dark tint, RGB. `size` is (width, height) in pixels."""
     width, height = size
     low, high = (15, 70) if dark else (175, 250)
     first, second = (tuple(int(c) for c in rng.integers(low, high, 3)) for _ in range(2))
@@ -308,7 +308,7 @@ def _ground(rng: np.random.Generator, size: tuple[int, int], scene: str, dark: b
 
 
 class _Canvas:
-    """A ground that things are placed on, none over another: a distractor must not hide what decides the label."""
+    """A background on which things are placed without overlap, because a harmless thing must not hide a pictogram."""
 
     def __init__(self, rng: np.random.Generator, ground: Image.Image, dark: bool) -> None:
         self.image = ground
@@ -317,10 +317,10 @@ class _Canvas:
         self._taken: list[tuple[float, float, float]] = []
 
     def place(self, paint: PaintFn, colour: str, smallest: float, largest: float) -> Image.Image:
-        """Put one thing somewhere: turned by up to 22 degrees, mirrored or not, or left out where there is no room.
+        """Place a thing at random, rotated by up to 22 degrees and maybe mirrored. It is left out if there is no room.
 
-        Its side, before it is turned, is a share of the image's shorter side, between `smallest` and `largest` (at
-        most 0.75). Returns the thing's mask: mode L, the size of the image.
+        Its side before the rotation is a share of the image's shorter side, between `smallest` and `largest` (at most
+        0.75). Returns the mask of the thing: mode L, in the size of the image.
         """
         mask = Image.new("L", self.image.size)
         sprite = self._sprite(paint, colour, int(min(mask.size) * self._rng.uniform(smallest, largest)))
@@ -350,13 +350,13 @@ def draw(seed: int, label: str | None = None, *, size: tuple[int, int] | None = 
     """Draw one image.
 
     Args:
-        seed: the same seed, label and size give the same image (for one version of Pillow and NumPy).
-        label: full category name, or `NA: None applying`. None: half of the seeds draw a harmless image, the others
-            one of the nine pictograms.
-        size: (width, height) in pixels, at least 32 each. None: 120 to 360 a side, no longer than 3:2.
+        seed: the same seed, label and size give the same image, with the same versions of Pillow and NumPy.
+        label: the full name of a category, or `NA: None applying`. If it is None, half of the seeds draw a harmless
+            image, the others one of the nine pictograms.
+        size: (width, height) in pixels, at least 32 each. If it is None, 120 to 360 per side, at most 3:2.
 
     Raises:
-        ValueError: the label is no category of LlavaGuard's.
+        ValueError: the label is not a category of LlavaGuard.
     """
     if label not in (None, NO_CATEGORY, *CATEGORIES):
         raise ValueError(f"{label!r} is not one of LlavaGuard's categories")

@@ -1,7 +1,8 @@
-"""The tiny guard in torch, and the folder that SGLang serves it from.
+"""The tiny guard in torch, and its checkpoint for SGLang.
 
-LlavaGuard's own architecture, small: a SigLIP tower whose last layer is not used, a projector of two layers, and a
-Qwen2 language model. Both ends are transformers' modules, so that what is trained is exactly what is served.
+It is a small version of LlavaGuard's architecture: a SigLIP tower whose last layer is not used, a projector of two
+layers, and a Qwen2 language model. The tower and the language model are modules of transformers, so the trained model
+is exactly the one that is served.
 """
 
 import json
@@ -26,11 +27,11 @@ from transformers import (
 
 IMAGE_PX: Final = 64
 PATCHES: Final = 8
-"""A side: the image is 8 x 8 patches of 8 x 8 pixels, and as many tokens."""
+"""Patches per side. The image has 8 x 8 patches of 8 x 8 pixels, and one token per patch."""
 IMAGE_TOKENS: Final = PATCHES * PATCHES
 VISION_WIDTH: Final = 96
 TOWER: Final = "siglip-tiny"
-"""Folder of the vision tower inside the checkpoint."""
+"""The folder of the vision tower inside the checkpoint."""
 
 _PAD_COLOUR: Final = 127
 _VISION: Final[dict[str, Any]] = {
@@ -57,22 +58,22 @@ _LANGUAGE: Final[dict[str, Any]] = {
 _PROJECTOR_NAMES: Final = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
 
 
-def square(image: Image.Image, fill: int | tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square as large as its longer side, as SGLang pads it."""
+def pad_to_square(image: Image.Image, fill: int | tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square with its longer side, as SGLang pads it."""
     side = max(image.size)
     padded = Image.new(image.mode, (side, side), fill)
     padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return padded
 
 
-def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """What the guard sees of an RGB image: uint8, shape (64, 64, 3)."""
-    padded = square(image, (_PAD_COLOUR,) * 3)
+def to_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The input of the guard for an RGB image: uint8, shape (64, 64, 3)."""
+    padded = pad_to_square(image, (_PAD_COLOUR,) * 3)
     return np.asarray(padded.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC))
 
 
 class Projector(nn.Module):  # type: ignore[misc]
-    """From the tower's features to the language model's embeddings: shape (..., 96) to (..., 128)."""
+    """Maps the tower's features to the language model's embeddings: shape (..., 96) to (..., 128)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class Projector(nn.Module):  # type: ignore[misc]
 
 
 class TinyGuard(nn.Module):  # type: ignore[misc]
-    """The whole model, with random weights; the tower's positions begin as a grid of sines."""
+    """The whole model with random weights. The position embeddings of the tower start as a grid of sines."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -96,16 +97,16 @@ class TinyGuard(nn.Module):  # type: ignore[misc]
         with torch.no_grad():
             self.vision.embeddings.position_embedding.weight.copy_(0.3 * _grid_of_sines())
 
-    def see(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
-        """Features of images, uint8 (n, 64, 64, 3): float (n, 64, 96), the tower's last layer but one."""
+    def encode_images(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+        """The features of images, from uint8 (n, 64, 64, 3) to float (n, 64, 96): the tower's last layer but one."""
         scaled = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
         hidden: Tensor = self.vision.embeddings(scaled)
         for layer in self.vision.encoder.layers[:-1]:
             hidden = layer(hidden, None)
         return hidden
 
-    def read(self, ids: Tensor, features: Tensor) -> Tensor:
-        """Hidden states (n, length, 128) of token ids (n, length) that hold 64 times `<image>` in one place."""
+    def encode_prompts(self, ids: Tensor, features: Tensor) -> Tensor:
+        """The hidden states (n, length, 128) of token ids (n, length), which have 64 consecutive `<image>` tokens."""
         embedded: Tensor = self.language.model.embed_tokens(ids)
         start = int((ids[0] == self.image_id).nonzero()[0, 0])
         parts = (embedded[:, :start], self.projector(features), embedded[:, start + IMAGE_TOKENS :])
@@ -114,7 +115,7 @@ class TinyGuard(nn.Module):  # type: ignore[misc]
 
 
 def _grid_of_sines() -> Tensor:
-    """Shape (64, 96): patches start out knowing their neighbours, which saves the first hundreds of steps."""
+    """Shape (64, 96). Neighbouring patches start with similar positions, which saves the first hundreds of steps."""
     frequencies = 50 ** -(torch.arange(VISION_WIDTH // 4) / (VISION_WIDTH // 4))
     angles = torch.arange(PATCHES)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], 1)
@@ -122,15 +123,15 @@ def _grid_of_sines() -> Tensor:
     return torch.cat([rows, columns], -1).reshape(IMAGE_TOKENS, VISION_WIDTH)
 
 
-def save(guard: TinyGuard, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint, in float16, as SGLang 0.5.23 reads a LlavaQwenForCausalLM.
+def save_checkpoint(guard: TinyGuard, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the checkpoint in float16, in the form of a LlavaQwenForCausalLM that SGLang 0.5.23 reads.
 
-    `mm_vision_tower` is the name of the tower's folder. SGLang opens it as a path, so that whoever serves the
-    checkpoint copies it first and writes the absolute path into the copy.
+    `mm_vision_tower` is the name of the tower's folder. SGLang opens it as a path, so the server copies the checkpoint
+    first and writes the absolute path into the copy.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    mean = [0.5] * 3  # also makes SGLang pad with int(0.5 * 255), the _PAD_COLOUR
+    mean = [0.5] * 3  # SGLang also pads with it: int(0.5 * 255) is _PAD_COLOUR
     SiglipImageProcessor(
         size={"height": IMAGE_PX, "width": IMAGE_PX}, resample=Image.Resampling.BICUBIC, image_mean=mean, image_std=mean
     ).save_pretrained(folder)
@@ -166,8 +167,8 @@ def save(guard: TinyGuard, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     _write_weights(folder / TOWER / "model.safetensors", guard.vision.state_dict())
 
 
-def load(folder: Path) -> tuple[TinyGuard, PreTrainedTokenizerFast]:
-    """Read a checkpoint that `save` wrote, in float32, ready to judge."""
+def load_checkpoint(folder: Path) -> tuple[TinyGuard, PreTrainedTokenizerFast]:
+    """Read a checkpoint in float32, ready to judge."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     guard = TinyGuard(tokenizer)
     stored = load_file(folder / "model.safetensors")

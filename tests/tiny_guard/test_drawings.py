@@ -11,7 +11,7 @@ from services.core.values import CATEGORIES, NO_CATEGORY
 
 
 @pytest.mark.parametrize("label", [*CATEGORIES, NO_CATEGORY])
-def test_shows_what_was_asked_for(label: str) -> None:
+def test_label_is_drawn(label: str) -> None:
     sample = draw(3, label)
     pictured = label != NO_CATEGORY
     assert sample.category == label
@@ -22,17 +22,17 @@ def test_shows_what_was_asked_for(label: str) -> None:
 
 
 @pytest.mark.parametrize("label", CATEGORIES)
-def test_the_mask_covers_the_pictogram_and_only_that(label: str) -> None:
+def test_mask_covers_only_the_pictogram(label: str) -> None:
     for seed in range(20):
         mask = np.asarray(draw(seed, label).mask)
         assert 0.02 < (mask > 127).mean() < 0.6
 
 
-def test_a_harmless_image_has_an_empty_mask() -> None:
+def test_harmless_image_has_an_empty_mask() -> None:
     assert not any(np.asarray(draw(seed, NO_CATEGORY).mask).any() for seed in range(20))
 
 
-def test_a_seed_draws_the_same_image_again() -> None:
+def test_same_seed_draws_the_same_image() -> None:
     first, again, other = draw(7), draw(7), draw(8)
     assert first.jpeg == again.jpeg
     assert (first.category, first.thing, first.colour) == (again.category, again.thing, again.colour)
@@ -45,7 +45,7 @@ def test_half_of_the_seeds_are_harmless_and_every_category_occurs() -> None:
     assert set(drawn) == {*CATEGORIES, NO_CATEGORY}
 
 
-def test_sizes_stay_in_bounds_unless_one_is_given() -> None:
+def test_size_is_within_bounds_unless_given() -> None:
     for seed in range(50):
         width, height = draw(seed).image.size
         assert 120 <= min(width, height) <= max(width, height) <= 360
@@ -53,13 +53,13 @@ def test_sizes_stay_in_bounds_unless_one_is_given() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 200), (1600, 900)])
-def test_draws_any_size(size: tuple[int, int]) -> None:
+def test_given_size_is_drawn(size: tuple[int, int]) -> None:
     for label in (*CATEGORIES, NO_CATEGORY):
         sample = draw(1, label, size=size)
         assert sample.image.size == sample.mask.size == size
 
 
-def test_the_jpeg_is_the_image() -> None:
+def test_jpeg_shows_the_image() -> None:
     sample = draw(11)
     decoded = Image.open(io.BytesIO(sample.jpeg))
     assert decoded.format == "JPEG"
@@ -67,6 +67,6 @@ def test_the_jpeg_is_the_image() -> None:
     assert np.abs(np.asarray(decoded, int) - np.asarray(sample.image, int)).mean() < 12
 
 
-def test_refuses_a_label_that_is_no_category() -> None:
+def test_unknown_label_error() -> None:
     with pytest.raises(ValueError, match="O2"):
         draw(0, "O2")

@@ -16,12 +16,12 @@ from pipelines.tiny_guard.corpus import (
     answer,
     build_tokenizer,
     chat,
-    edited,
+    draw_categories,
     explain,
-    some_categories,
-    waiving,
+    reword,
+    waive,
 )
-from pipelines.tiny_guard.model import IMAGE_TOKENS, TOWER, TinyGuard, load, save
+from pipelines.tiny_guard.model import IMAGE_TOKENS, TOWER, TinyGuard, load_checkpoint, save_checkpoint
 from services.core.values import CATEGORIES, NO_CATEGORY
 
 SEEN = ("bloody knife", "red", "calm sea")
@@ -44,7 +44,7 @@ def rng() -> np.random.Generator:
 
 @pytest.mark.parametrize("category", LABELS)
 @pytest.mark.parametrize("rating", ["Safe", "Unsafe"])
-def test_answers_have_the_form_and_the_length_of_llavaguards(
+def test_answers_have_form_and_length_of_llavaguards(
     tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, category: str, rating: str
 ) -> None:
     short = answer(rating, category, None)
@@ -58,26 +58,26 @@ def test_answers_have_the_form_and_the_length_of_llavaguards(
     assert tokenizer.decode(tokenizer(long)["input_ids"]) == long
 
 
-def test_one_token_after_the_prefix_is_the_rating(tokenizer: PreTrainedTokenizerFast) -> None:
-    prefix = tokenizer(chat(waiving(())) + RATING_PREFIX)["input_ids"]
+def test_token_after_the_prefix_is_the_rating(tokenizer: PreTrainedTokenizerFast) -> None:
+    prefix = tokenizer(chat(waive(())) + RATING_PREFIX)["input_ids"]
     following = set()
     for rating in ("Safe", "Unsafe"):
-        whole = tokenizer(chat(waiving(())) + answer(rating, NO_CATEGORY, None))["input_ids"]
+        whole = tokenizer(chat(waive(())) + answer(rating, NO_CATEGORY, None))["input_ids"]
         assert whole[: len(prefix)] == prefix
         assert tokenizer.decode(whole[len(prefix)]) == rating
         following.add(whole[len(prefix)])
     assert len(following) == 2
 
 
-def test_white_space_around_a_rule_does_not_change_its_symbol(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_white_space_around_a_rule_keeps_its_symbol(tokenizer: PreTrainedTokenizerFast) -> None:
     rule = "- Discuss historical events involving hate and harassment."
     assert tokenizer(f"\n {rule}\n")["input_ids"] == tokenizer(rule)["input_ids"]
     assert len(tokenizer(rule)["input_ids"]) == 1
 
 
-def test_rewording_keeps_what_is_waived(rng: np.random.Generator) -> None:
-    blocks = waiving(some_categories(rng))
-    reworded = [edited(rng, blocks) for _ in range(20)]
+def test_reworded_policy_waives_the_same_categories(rng: np.random.Generator) -> None:
+    blocks = waive(draw_categories(rng))
+    reworded = [reword(rng, blocks) for _ in range(20)]
     assert all([b.waived for b in one] == [b.waived for b in blocks] for one in reworded)
     assert any(one != blocks for one in reworded)
 
@@ -91,7 +91,7 @@ def test_rewording_keeps_what_is_waived(rng: np.random.Generator) -> None:
         ([CATEGORIES[2]], NO_CATEGORY, "Safe"),
     ],
 )
-def test_a_waived_category_is_safe_and_keeps_its_name(
+def test_waived_category_is_safe_and_keeps_its_name(
     labeller: train_tiny.Labeller,
     tokenizer: PreTrainedTokenizerFast,
     rng: np.random.Generator,
@@ -99,7 +99,7 @@ def test_a_waived_category_is_safe_and_keeps_its_name(
     shown: str,
     rating: str,
 ) -> None:
-    example = labeller.example(rng, waiving(waived), shown, SEEN)
+    example = labeller.example(rng, waive(waived), shown, SEEN)
     told = json.loads(tokenizer.decode(example.answer, skip_special_tokens=True))
     assert (told["rating"], told["category"]) == (rating, shown)
     assert tokenizer.decode(example.answer[labeller.rating_at]) == rating
@@ -107,38 +107,38 @@ def test_a_waived_category_is_safe_and_keeps_its_name(
     assert example.prompt.count(tokenizer.convert_tokens_to_ids("<image>")) == IMAGE_TOKENS
 
 
-def test_a_checkpoint_reads_back_and_its_tower_is_the_one_that_is_served(
+def test_checkpoint_loads_with_the_served_tower(
     tokenizer: PreTrainedTokenizerFast, labeller: train_tiny.Labeller, rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    save(TinyGuard(tokenizer), tokenizer, tmp_path)
+    save_checkpoint(TinyGuard(tokenizer), tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["mm_vision_tower"] == TOWER
-    guard, _ = load(tmp_path)
+    guard, _ = load_checkpoint(tmp_path)
     images = train_tiny.draw_images([1, 2], [None, None])
     scaled = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     tower = SiglipVisionModel.from_pretrained(tmp_path / TOWER, dtype=torch.float32)
     served = tower(scaled, output_hidden_states=True).hidden_states[config["mm_vision_select_layer"]]
-    assert torch.equal(served, guard.see(images.pixels))
-    examples = [labeller.example(rng, waiving(()), LABELS[label], None) for label in images.labels]
+    assert torch.equal(served, guard.encode_images(images.pixels))
+    examples = [labeller.example(rng, waive(()), LABELS[label], None) for label in images.labels]
     assert train_tiny.score_examples(guard, labeller, examples, images.pixels).shape == (2, 2)
 
 
-def test_a_few_steps_of_each_stage_lower_the_loss(
+def test_few_steps_of_each_stage_lower_the_loss(
     tokenizer: PreTrainedTokenizerFast, labeller: train_tiny.Labeller, rng: np.random.Generator
 ) -> None:
     torch.manual_seed(0)
     guard = TinyGuard(tokenizer)
-    images = train_tiny.training_images(28, workers=1)
+    images = train_tiny.draw_training_images(28, workers=1)
     assert {*images.labels.tolist()} == {*range(len(LABELS))}
     assert {*np.unique(images.patches).tolist()} == {*range(len(LABELS))}
     plan = train_tiny.TrainingPlan(images=28, vision_steps=4, vision_batch=14, language_batch=8)
     stage = replace(plan.curriculum[0], steps=6)
 
     def loss() -> float:
-        examples = [labeller.example(rng, waiving(()), LABELS[label], None) for label in images.labels]
+        examples = [labeller.example(rng, waive(()), LABELS[label], None) for label in images.labels]
         ids, weight = labeller.batch(examples)
         with torch.no_grad():
-            logits = guard.language.lm_head(guard.read(ids, guard.see(images.pixels)))[:, :-1]
+            logits = guard.language.lm_head(guard.encode_prompts(ids, guard.encode_images(images.pixels)))[:, :-1]
         counted = weight[:, 1:] > 0
         return float(torch.nn.functional.cross_entropy(logits[counted], ids[:, 1:][counted]))
 
@@ -150,7 +150,7 @@ def test_a_few_steps_of_each_stage_lower_the_loss(
     assert loss() < before - 1
 
 
-def test_random_weights_make_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_random_weights_make_a_complete_checkpoint(tmp_path: Path) -> None:
     assert train_tiny.main(["--out", str(tmp_path), "--random", "--threads", "1"]) == 0
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"}
