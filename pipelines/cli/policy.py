@@ -170,7 +170,7 @@ def backtest(
     The command publishes no verdicts. Live submissions have priority.
     """
     from pipelines.policy_testing import backtest as backtesting  # noqa: PLC0415 - it loads SciPy
-    from pipelines.policy_testing.backtest_html import render  # noqa: PLC0415
+    from pipelines.policy_testing.backtest_html import render_page  # noqa: PLC0415
     from pipelines.policy_testing.backtest_report import ActionThresholds  # noqa: PLC0415
 
     thresholds = ActionThresholds(
@@ -197,7 +197,7 @@ def backtest(
     )
     exceeded = report.exceeded(thresholds)
     if html:
-        write_file(html, render(report, pairs, exceeded=exceeded))
+        write_file(html, render_page(report, pairs, exceeded=exceeded))
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json") | {"exceeded": exceeded}))
     else:

@@ -30,22 +30,22 @@ class _ShownGroup:
     flips: tuple[_ShownFlip, ...]
 
 
-def render(report: BacktestReport, pairs: Sequence[VerdictPair], *, exceeded: Sequence[str] = ()) -> str:
+def render_page(report: BacktestReport, pairs: Sequence[VerdictPair], *, exceeded: Sequence[str] = ()) -> str:
     """The page: one self-contained HTML document, without scripts.
 
     Args:
-        report: what `summarize` made of `pairs`.
-        pairs: where the pictures come from; `PICTURES_LIMIT` of them at most are shown, in the order of the flips.
-        exceeded: the sentences of `Report.exceeded`, shown first.
+        report: the report on `pairs`.
+        pairs: the pairs with their pictures. At most `PICTURES_LIMIT` are shown, in the order of the flips.
+        exceeded: the sentences of `BacktestReport.exceeded`, shown first.
     """
-    groups, without_picture = _shown(report, pairs)
+    groups, without_picture = _groups_with_pictures(report, pairs)
     return _TEMPLATE.render(
         report=report, groups=groups, exceeded=exceeded, limit=PICTURES_LIMIT, without_picture=without_picture
     )
 
 
-def _shown(report: BacktestReport, pairs: Sequence[VerdictPair]) -> tuple[list[_ShownGroup], int]:
-    """The groups with the pictures that fit, and how many pictures did not."""
+def _groups_with_pictures(report: BacktestReport, pairs: Sequence[VerdictPair]) -> tuple[list[_ShownGroup], int]:
+    """The groups with pictures up to the limit, and the number of pictures beyond it."""
     pictures = {(pair.submission_id, pair.uri): pair.picture for pair in pairs if pair.picture}
     groups, shown, without = [], 0, 0
     for group in report.flip_groups:

@@ -1,10 +1,7 @@
-"""What would change if another version of a policy judged: the figures of a backtest.
+"""Builds the report of a backtest from pairs of verdicts: a sample of submissions, judged under two policy versions.
 
-A sample of recent submissions is judged under two policy versions, `before` and `after`. Here the pairs of verdicts
-become a report; whoever gets the verdicts, and the page that shows the report, are elsewhere.
-
-Every interval is a 95 % confidence interval and takes the sample for a random one of the submissions to come.
-Rates are over the pairs that were judged under both versions, so that both sides are about the same images.
+Every interval is a 95 % confidence interval. It treats the sample as a random sample of future submissions. Rates are
+over the pairs that were judged under both versions, so both sides are about the same images.
 """
 
 import math
@@ -22,14 +19,14 @@ from services.core.messages import Verdict
 from services.core.values import Action, Rating, ReviewReason
 
 UNREADABLE: Final = "unreadable answer"
-"""Stands for the category where the guard's answer could not be read."""
+"""Replaces the category if the guard's answer is unreadable."""
 
 _SEVERITY: Final[dict[Action, int]] = {"allow": 0, "review": 1, "block": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """How one submission ended under one policy version: judged, or why it could not be. Exactly one is given.
+    """The result of one submission under one policy version: a verdict, or an error. Exactly one is given.
 
     Raises:
         ValueError: both or neither are given.
@@ -37,7 +34,7 @@ class Side:
 
     verdict: Verdict | None
     error: str | None
-    """`reason: sentence`, where the reason is a dead letter's."""
+    """`reason: sentence`, with the reason of a dead letter."""
 
     def __post_init__(self) -> None:
         if (self.verdict is None) == (self.error is None):
@@ -71,7 +68,7 @@ class Estimate(_Figures):
 
 
 class ReviewLoad(_Figures):
-    """Reviews to expect, before and after, and after minus before."""
+    """Expected reviews before and after, and their difference, after minus before."""
 
     before: Estimate
     after: Estimate
@@ -79,16 +76,16 @@ class ReviewLoad(_Figures):
 
 
 class ActionRates(_Figures):
-    """What one policy version makes of the submissions that were judged under both."""
+    """The actions of one policy version on the submissions that were judged under both."""
 
     policy: str
-    """Such as `default@3`."""
+    """The policy version, such as `default@3`."""
     allow: Share
     review: Share
-    """Includes every verdict whose outcome is `needs_review`."""
+    """Includes every verdict with the outcome `needs_review`."""
     block: Share
     unreadable: Share
-    """Reviews because the guard's answer could not be read."""
+    """Reviews because the guard's answer is unreadable."""
 
 
 class Failures(_Figures):
@@ -96,11 +93,11 @@ class Failures(_Figures):
 
     all: Share
     by_reason: dict[str, int]
-    """By the dead letter's reason, most frequent first."""
+    """Counts by the reason of a dead letter, most frequent first."""
 
 
 class VerdictSummary(_Figures):
-    """What a verdict says."""
+    """The fields of a verdict that are compared or shown."""
 
     action: Action
     rating: Rating | None
@@ -109,11 +106,11 @@ class VerdictSummary(_Figures):
     """P(Unsafe) in [0, 1]."""
     rationale: str | None
     reason: ReviewReason | None
-    """Why a person has to look, where the guard did not settle it."""
+    """Why a person has to decide, if the guard did not."""
 
 
 class Flip(_Figures):
-    """A submission whose action, rating or category differs."""
+    """A submission whose action, rating or category differs between the versions."""
 
     submission_id: str
     uri: str
@@ -124,24 +121,24 @@ class Flip(_Figures):
 class FlipGroup(_Figures):
     """Flips with the same actions before and after, and the same category on the more severe side.
 
-    The more severe side is the one with the severer action, else with the higher score, else `after`.
+    The more severe side has the more severe action, else the higher score; otherwise it is `after`.
     """
 
     before: Action
     after: Action
     category: str
-    """`UNREADABLE` where the more severe side has none."""
+    """`UNREADABLE` if the more severe side has none."""
     flips: tuple[Flip, ...]
     """Largest change of the score first."""
 
     @property
     def direction(self) -> str:
-        """Such as `allow → block`."""
+        """The change of the action, such as `allow → block`."""
         return f"{self.before} → {self.after}"
 
     @property
     def changes_action(self) -> bool:
-        """Whether more than the rating or the category differs."""
+        """Whether the action differs, not only the rating or the category."""
         return self.before != self.after
 
 
@@ -150,24 +147,24 @@ ShareThreshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class ActionThresholds(_Figures):
-    """What a new policy version may change at most. Shares in [0, 1]; what is not given is not checked."""
+    """Limits for a new policy version, as shares in [0, 1]. A limit that is None is not checked."""
 
     max_block_rate: ShareThreshold | None = None
-    """Of `after`."""
+    """The limit for the rate under `after`."""
     max_review_rate: ShareThreshold | None = None
-    """Of `after`."""
+    """The limit for the rate under `after`."""
     max_block_increase: ShareThreshold | None = None
     """After minus before: 0.01 is one percentage point."""
     max_review_increase: ShareThreshold | None = None
     """After minus before: 0.01 is one percentage point."""
     max_flips: ShareThreshold | None = None
-    """Share whose action flips, of those judged under both."""
+    """The share of submissions judged under both whose action differs."""
     max_errors: ShareThreshold | None = None
-    """Share that could not be judged under `after`, of the whole sample."""
+    """The share of the whole sample that could not be judged under `after`."""
 
 
 class BacktestReport(_Figures):
-    """The outcome of a backtest."""
+    """The figures of a backtest."""
 
     pairs: int
     judged_both: int
@@ -181,25 +178,25 @@ class BacktestReport(_Figures):
     block_difference: ShareDifference
     review_difference: ShareDifference
     action_flips: Share
-    """Of those judged under both."""
+    """The share of submissions judged under both."""
     flip_groups: tuple[FlipGroup, ...]
-    """Changes of the action first, the largest and most frequent of them first."""
+    """Groups with a change of the action first, the largest change and the most frequent first."""
     reviews_per_thousand: ReviewLoad | None
-    """Per 1,000 submissions that can be judged; unknown where nothing was judged under both."""
+    """Per 1,000 submissions that can be judged; None if no submission was judged under both."""
     reviews_per_day: ReviewLoad | None
-    """The same for the submissions of a day; unknown also where their number is."""
+    """Per day; None also if the number of submissions per day is unknown."""
 
     @property
     def flips(self) -> int:
-        """Submissions whose action, rating or category differs."""
+        """The number of submissions whose action, rating or category differs."""
         return sum(len(group.flips) for group in self.flip_groups)
 
     def exceeded(self, thresholds: ActionThresholds) -> list[str]:
-        """One sentence for each bound that is exceeded, with the figure and the bound.
+        """One sentence for each limit that is exceeded, with the figure and the limit.
 
-        What is compared is the point estimate, not the end of its interval: a small sample can exceed a bound, or
-        keep it, by chance. A figure that is exactly on its bound keeps it. A bound whose figure is unknown, because
-        nothing was judged, counts as exceeded: no evidence is no reason to go ahead.
+        Point estimates are compared, not the ends of intervals, so a small sample can exceed or meet a limit by chance.
+        A figure equal to its limit does not exceed it. If nothing was judged, the figure is unknown and counts as
+        exceeded, because there is no evidence for the new version.
         """
         checks: tuple[tuple[str, Share | ShareDifference, float | None], ...] = (
             (f"The block rate under {self.after.policy}", self.after.block, thresholds.max_block_rate),
@@ -213,18 +210,18 @@ class BacktestReport(_Figures):
         return [sentence for sentence in found if sentence]
 
     def lines(self) -> list[str]:
-        """A summary for a terminal, one line each, without ids, addresses and rationales."""
-        return [escape_control_chars(line) for line in _summary(self)]
+        """A summary for a terminal, without ids, addresses and rationales."""
+        return [escape_control_chars(line) for line in _summary_lines(self)]
 
 
-def summarize(pairs: Sequence[VerdictPair], *, before: str, after: str, per_day: float | None) -> BacktestReport:
+def build_report(pairs: Sequence[VerdictPair], *, before: str, after: str, per_day: float | None) -> BacktestReport:
     """The report on a sample.
 
     Args:
         pairs: the sample; it may be empty.
-        before: the policy version that judges today, such as `default@3`.
-        after: the policy version that would judge instead.
-        per_day: submissions per day, taken as exact; None where unknown.
+        before: the policy version to compare with, such as `default@3`.
+        after: the new policy version.
+        per_day: submissions per day, treated as exact; None if unknown.
 
     Raises:
         ValueError: `per_day` is negative or not finite.
@@ -240,7 +237,7 @@ def summarize(pairs: Sequence[VerdictPair], *, before: str, after: str, per_day:
     rates_after = _rates(after, [later for _, _, later in both])
     actions = Counter((earlier.action, later.action) for _, earlier, later in both)
     review_difference = _difference_of("review", actions)
-    thousand = _load(rates_before.review, rates_after.review, review_difference, 1000)
+    thousand = _review_load(rates_before.review, rates_after.review, review_difference, 1000)
     return BacktestReport(
         pairs=len(pairs),
         judged_both=len(both),
@@ -262,7 +259,7 @@ def summarize(pairs: Sequence[VerdictPair], *, before: str, after: str, per_day:
         reviews_per_thousand=thousand,
         reviews_per_day=None
         if per_day is None
-        else _load(rates_before.review, rates_after.review, review_difference, per_day),
+        else _review_load(rates_before.review, rates_after.review, review_difference, per_day),
     )
 
 
@@ -271,7 +268,7 @@ def _judged(side: Side) -> VerdictSummary | None:
     if verdict is None:
         return None
     action = "review" if verdict.outcome == "needs_review" else verdict.action
-    if action is None:  # superseded: it says nothing about the image
+    if action is None:  # a superseded submission has no answer about its image
         return None
     return VerdictSummary(
         action=action,
@@ -291,7 +288,7 @@ def _failures(of: int, sides: Iterable[Side]) -> Failures:
 def _reason(side: Side) -> str:
     if side.verdict:
         return side.verdict.outcome
-    # Sentences name objects and sizes: counted whole, each would be a reason of its own.
+    # Sentences contain objects and sizes, so only the reason before the colon is counted.
     named = re.match(r"([a-z_]+)(?::|$)", side.error or "")
     return named[1] if named else "other"
 
@@ -319,7 +316,7 @@ def _difference_of(action: Action, pairs: Counter[tuple[Action, Action]]) -> Sha
     )
 
 
-def _load(before: Share, after: Share, difference: ShareDifference, submissions: float) -> ReviewLoad | None:
+def _review_load(before: Share, after: Share, difference: ShareDifference, submissions: float) -> ReviewLoad | None:
     def estimate(value: float | None, interval: Interval | None) -> Estimate | None:
         if value is None or interval is None:
             return None
@@ -333,7 +330,7 @@ def _load(before: Share, after: Share, difference: ShareDifference, submissions:
 def _groups(flips: Iterable[Flip]) -> tuple[FlipGroup, ...]:
     found: defaultdict[tuple[Action, Action, str], list[Flip]] = defaultdict(list)
     for flip in flips:
-        severe = max(flip.after, flip.before, key=_severity)  # of equals, max takes the first
+        severe = max(flip.after, flip.before, key=_severity)  # max returns the first of equal values
         found[flip.before.action, flip.after.action, severe.category or UNREADABLE].append(flip)
     groups = [
         FlipGroup(before=before, after=after, category=category, flips=tuple(sorted(members, key=_by_change)))
@@ -348,7 +345,7 @@ def _severity(judgement: VerdictSummary) -> tuple[int, float]:
 
 def _by_change(flip: Flip) -> tuple[float, str, str]:
     before, after = flip.before.score, flip.after.score
-    # An answer that cannot be read is the largest change there is.
+    # An unreadable answer counts as the largest change.
     change = 1.0 if before is None or after is None else abs(after - before)
     return -change, flip.submission_id, flip.uri
 
@@ -362,14 +359,14 @@ def _exceeded(what: str, figure: Share | ShareDifference, bound: float) -> str |
     value, unit = (figure.share, "%") if isinstance(figure, Share) else (figure.difference, " percentage points")
     limit = f"its bound is {100 * bound:.4g}{unit}"
     if value is None:
-        return f"{what} is unknown, for no submission was judged; {limit}."
+        return f"{what} is unknown, because no submission was judged; {limit}."
     if value <= bound:
         return None
     count = figure.count if isinstance(figure, Share) else figure.after_only - figure.before_only
     return f"{what} is {100 * value:.4g}{unit} ({count:,} of {figure.of:,} submissions); {limit}."
 
 
-def _summary(report: BacktestReport) -> Iterator[str]:
+def _summary_lines(report: BacktestReport) -> Iterator[str]:
     before, after = report.before, report.after
     yield f"{before.policy} → {after.policy}: {report.pairs:,} submissions, {report.judged_both:,} judged under both"
     for rates, failures in ((before, report.failures_before), (after, report.failures_after)):
@@ -377,7 +374,7 @@ def _summary(report: BacktestReport) -> Iterator[str]:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in failures.by_reason.items())
             yield f"not judged under {rates.policy}: {failures.all.count:,} ({reasons})"
     if not report.judged_both:
-        yield "No submission was judged under both, so nothing is known about what would change."
+        yield "No submission was judged under both versions, so the difference between them is unknown."
         return
     width = max(25, len(before.policy) + 2, len(after.policy) + 2)
     yield f"{'':12}{before.policy:{width}}{after.policy:{width}}change"

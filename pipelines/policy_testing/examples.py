@@ -1,4 +1,4 @@
-"""The examples of a policy document, judged by the running service before the document is published."""
+"""Judges the examples of a policy document on the running service, before the document is published."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ _BATCH_BYTES: Final = 64 << 20
 def run_examples(
     document: PolicyDocument, folder: Path, settings: Settings, *, write: Callable[[str], None], progress: Progress
 ) -> int:
-    """Judge every example and write a line on each; return how many came out otherwise than expected.
+    """Judge every example and write a line for each. Returns the number of examples that failed.
 
-    Paths of files are relative to `folder`. Files and drawn images travel with the request; nothing is uploaded.
+    Paths of files are relative to `folder`. Files and drawings travel with the request, so nothing is uploaded.
 
     Raises:
         ConfigurationError: a file cannot be read, or no service runs.
@@ -30,20 +30,20 @@ def run_examples(
         return 0
     for example in examples:
         if (file := _file(example, folder)) and not file.is_file():
-            raise ConfigurationError(f"{name_of(example)}: there is no file {file}")
+            raise ConfigurationError(f"{example_name(example)}: there is no file {file}")
     with open_client(settings) as service:
-        outcomes = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes, progress)
-    problems = [problem(example.expect, outcome) for example, outcome in zip(examples, outcomes, strict=True)]
-    for example, wrong in zip(examples, problems, strict=True):
-        write(f"FAIL  {name_of(example)}: {wrong}" if wrong else f"ok    {name_of(example)}")
-    return sum(wrong is not None for wrong in problems)
+        results = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes, progress)
+    mismatches = [find_mismatch(example.expect, result) for example, result in zip(examples, results, strict=True)]
+    for example, mismatch in zip(examples, mismatches, strict=True):
+        write(f"FAIL  {example_name(example)}: {mismatch}" if mismatch else f"ok    {example_name(example)}")
+    return sum(mismatch is not None for mismatch in mismatches)
 
 
-def problem(expected: Expectation, outcome: JudgeResult) -> str | None:
-    """What came instead of what was expected, None where it is what was expected."""
-    if not isinstance(outcome, list):
-        return f"it cannot be judged ({outcome.reason}): {outcome}"
-    (verdict,) = outcome
+def find_mismatch(expected: Expectation, result: JudgeResult) -> str | None:
+    """How a result differs from the expectation; None if it meets it."""
+    if not isinstance(result, list):
+        return f"it cannot be judged ({result.reason}): {result}"
+    (verdict,) = result
     if not isinstance(verdict, Verdict):
         return f"it cannot be judged ({verdict.reason}): {verdict}"
     code = verdict.category.partition(":")[0] if verdict.category else None
@@ -55,12 +55,12 @@ def problem(expected: Expectation, outcome: JudgeResult) -> str | None:
         return None
     wanted = ", ".join(part for part in (expected.rating, expected.category, expected.action) if part)
     if verdict.rating is None or verdict.score is None:
-        return f"expected {wanted}; the guard's answer could not be read"
-    return f"expected {wanted}; came {verdict.rating}, {verdict.category}, {verdict.action} (score {verdict.score:.2f})"
+        return f"expected {wanted}; the guard's answer is unreadable"
+    return f"expected {wanted}; got {verdict.rating}, {verdict.category}, {verdict.action} (score {verdict.score:.2f})"
 
 
-def name_of(example: Example) -> str:
-    """What an example is called in messages."""
+def example_name(example: Example) -> str:
+    """The name of an example in messages."""
     drawn = example.synthetic
     return example.name or example.image or (f"synthetic {drawn.label}, seed {drawn.seed}" if drawn else "")
 
@@ -73,24 +73,23 @@ def _judge(
     limit_bytes: int,
     progress: Progress,
 ) -> list[JudgeResult]:
-    """Judge the examples, about 64 MiB of images at a time."""
-    outcomes: dict[int, JudgeResult] = {}
+    """Judge the examples in batches of about 64 MiB of images."""
+    results: dict[int, JudgeResult] = {}
     batch: dict[int, JudgeRequest] = {}
     for number, example in enumerate(examples, start=1):
         request = _request(number, example, policy, folder, limit_bytes)
         if isinstance(request, TooLarge):
-            outcomes[number] = request
+            results[number] = request
         else:
             batch[number] = request
         if number == len(examples) or sum(len(each.image or b"") for each in batch.values()) >= _BATCH_BYTES:
-            judged = service.judge(list(batch.values()), progress)
-            outcomes |= zip(batch, judged, strict=True)
+            results |= zip(batch, service.judge(list(batch.values()), progress), strict=True)
             batch.clear()
-    return [outcomes[number] for number in sorted(outcomes)]
+    return [results[number] for number in sorted(results)]
 
 
 def _request(number: int, example: Example, policy: Policy, folder: Path, limit_bytes: int) -> JudgeRequest | TooLarge:
-    """The request to judge one example; a file or a drawing travels with it.
+    """The request to judge one example, with its file or drawing. TooLarge if the file exceeds the limit.
 
     Raises:
         ConfigurationError: the file cannot be read.
@@ -102,9 +101,9 @@ def _request(number: int, example: Example, policy: Policy, folder: Path, limit_
                 return TooLarge(f"the image has {size} bytes, more than {limit_bytes}")
             return JudgeRequest.of_bytes(name, file.read_bytes(), policy)
         except OSError as error:
-            raise ConfigurationError(f"{name_of(example)}: {file} cannot be read: {error.strerror}") from error
+            raise ConfigurationError(f"{example_name(example)}: {file} cannot be read: {error.strerror}") from error
     if example.synthetic:
-        return JudgeRequest.of_bytes(name, _drawn(example), policy)
+        return JudgeRequest.of_bytes(name, _draw(example), policy)
     return JudgeRequest(Submission(id=name, uri=example.image or "", policy=policy.identity.name), (policy,))
 
 
@@ -112,8 +111,8 @@ def _file(example: Example, folder: Path) -> Path | None:
     return folder / example.image if example.image and not example.image.startswith("s3://") else None
 
 
-def _drawn(example: Example) -> bytes:
-    from pipelines.tiny_guard.drawings import draw  # noqa: PLC0415 - it takes NumPy
+def _draw(example: Example) -> bytes:
+    from pipelines.tiny_guard.drawings import draw  # noqa: PLC0415 - it loads NumPy
 
     assert example.synthetic is not None
     return draw(example.synthetic.seed, example.synthetic.category).jpeg

@@ -1,4 +1,4 @@
-"""`sluice replay`: judge again what a verdict was about, by the same policy version, and compare."""
+"""`sluice replay`: judges the image of a verdict again, by the same policy version, and compares the verdicts."""
 
 import dataclasses
 import json
@@ -22,35 +22,36 @@ from services.streams.config import StreamConfig
 from services.streams.factory import open_reader
 
 SCORE_TOLERANCE: Final = 1e-3
-"""Engines add up in another order from batch to batch, which moves a score in its last digits."""
+"""Engines sum in another order in each batch, which changes the last digits of a score."""
 
 Value = str | float | None
 
 
 @dataclass(frozen=True, slots=True)
 class FieldDifference:
-    """A field that is not what it was."""
+    """A field that differs between the two verdicts."""
 
     field: str
     before: Value
     after: Value
 
     def __str__(self) -> str:
-        return f"{self.field}: was {_shown(self.before)}, is {_shown(self.after)}"
+        return f"{self.field}: was {_display(self.before)}, is {_display(self.after)}"
 
 
 @dataclass(frozen=True, slots=True)
 class RejudgedVerdict:
-    """A verdict, and the one that the service gives now."""
+    """A verdict, and the new verdict on the same image."""
 
     before: Verdict
     after: Verdict
     differences: tuple[FieldDifference, ...]
     notes: tuple[str, ...]
-    """A sentence each on what has to be known to read the differences."""
+    """Sentences that help to read the differences."""
 
     @property
     def reproduced(self) -> bool:
+        """Whether no field differs."""
         return not self.differences
 
     def lines(self) -> list[str]:
@@ -70,10 +71,10 @@ class RejudgedVerdict:
 
 
 async def find_verdict(verdict_id: str, settings: Settings) -> Verdict:
-    """The newest verdict of that id on the stream.
+    """The newest verdict with that id on the stream.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the stream has no such verdict.
         StreamUnavailable: the stream does not answer.
     """
     reader = await open_reader(StreamConfig.from_settings(settings))
@@ -81,33 +82,33 @@ async def find_verdict(verdict_id: str, settings: Settings) -> Verdict:
     try:
         async for message in reader.read(settings.verdicts_stream, follow=False):
             if wanted in message.value:
-                with suppress(ValidationError):  # others may write to that stream, too
+                with suppress(ValidationError):  # other programs may write to that stream
                     verdict = Verdict.model_validate_json(message.value)
                     found = verdict if verdict.verdict_id == verdict_id else found
     finally:
         await reader.close()
     if found is None:
         raise ConfigurationError(
-            f"there is no verdict {verdict_id} on {settings.verdicts_stream}; `sluice verdicts --json` shows those "
-            "that the stream still has"
+            f"there is no verdict {verdict_id} on {settings.verdicts_stream}; `sluice verdicts --json` shows the "
+            "verdicts that the stream still has"
         )
     return found
 
 
 def rejudge(before: Verdict, settings: Settings, progress: Callable[[str], None]) -> RejudgedVerdict:
-    """Judge the same object version by the same policy version; nothing is published.
+    """Judge the same object version by the same policy version again. Nothing is published.
 
     Raises:
         ConfigurationError: no service runs.
-        UnknownPolicy: the policy bucket has not got what it was judged by.
-        SluiceError: nothing was judged then, or the object cannot be judged any more.
+        UnknownPolicy: the policy bucket does not have the policy version or the calibration of the verdict.
+        SluiceError: the verdict has no answer of the guard, or the object cannot be judged any more.
     """
     if before.policy is None or before.outcome == "superseded":
         raise SluiceError(
-            f"verdict {before.verdict_id} is {before.outcome}: a later object took the place of this one before it was "
+            f"verdict {before.verdict_id} is {before.outcome}: a newer version of the object arrived before it was "
             "judged, so there is nothing to judge again"
             if before.outcome == "superseded"
-            else f"verdict {before.verdict_id} names no policy, so nothing was judged and nothing can be judged again"
+            else f"verdict {before.verdict_id} has no policy, so its image was not judged and cannot be judged again"
         )
     submission = Submission(
         id=before.submission_id,
@@ -116,25 +117,25 @@ def rejudge(before: Verdict, settings: Settings, progress: Callable[[str], None]
         etag=before.etag,
         tenant=before.tenant,
     )
-    policy = _as_then(before, before.policy, PolicyRegistry.from_settings(settings))
+    policy = _policy_of(before, before.policy, PolicyRegistry.from_settings(settings))
     with open_client(settings) as service:
-        (outcome,) = service.judge([JudgeRequest(submission, (policy,))], progress)
-    answer = outcome[0] if isinstance(outcome, list) else outcome
+        (result,) = service.judge([JudgeRequest(submission, (policy,))], progress)
+    answer = result[0] if isinstance(result, list) else result
     if not isinstance(answer, Verdict):
         raise SluiceError(f"verdict {before.verdict_id} cannot be replayed ({answer.reason}): {answer}")
     if answer.sha256 != before.sha256:
         raise SluiceError(
-            f"verdict {before.verdict_id} cannot be replayed (changed): {before.uri} has other bytes than then, and no "
-            "version or ETag to tell them apart"
+            f"verdict {before.verdict_id} cannot be replayed (changed): the object {before.uri} has changed, and the "
+            "verdict has no version or ETag of the former object"
         )
-    return RejudgedVerdict(before, answer, tuple(compare(before, answer)), tuple(notes(before, answer)))
+    return RejudgedVerdict(before, answer, tuple(compare(before, answer)), tuple(explain(before, answer)))
 
 
-def _as_then(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
-    """The version with the calibration that was applied then, whatever is applied now."""
+def _policy_of(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
+    """The policy version with the calibration of the verdict, which may not be the one that is applied now."""
     stored = registry.get(identity.name, identity.version)
     if not isinstance(stored.document, PolicyDocument):
-        raise UnknownPolicy(f"{identity.name}@{identity.version} is not a policy to judge by")
+        raise UnknownPolicy(f"{identity.name}@{identity.version} is not a policy that can judge images")
     policy = stored.document.as_version(identity.version)
     if before.calibration is None or before.model is None:
         return policy
@@ -144,31 +145,31 @@ def _as_then(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry
 
 
 def compare(before: Verdict, after: Verdict) -> Sequence[FieldDifference]:
-    """What differs of what is judged by, and of what was said; no ids, times and sizes.
+    """The differences in policy, model and answer. Ids, times and sizes are not compared.
 
-    A verdict that the circuit breaker held back is compared as it was before that.
+    A verdict that the circuit breaker changed is compared as it was before.
     """
     then, now = _fields(_without_breaker(before)), _fields(after)
     return [FieldDifference(field, then[field], now[field]) for field in then if not _same(then[field], now[field])]
 
 
-def notes(before: Verdict, after: Verdict) -> list[str]:
-    """What has to be known to read the differences, a sentence each."""
+def explain(before: Verdict, after: Verdict) -> list[str]:
+    """Sentences that help to read the differences."""
     found = []
     if before.reason == "quota":
         found.append(
-            "the circuit breaker of the policy version was open then, and made a review of this block; replayed is "
-            "what the guard said"
+            "the circuit breaker of the policy version was open at the time and turned this block into a review; the "
+            "comparison uses the guard's answer"
         )
     if (before.model and before.model.revision) != (after.model and after.model.revision):
-        found.append("the service has another model than then, so it may well say something else")
+        found.append("the service has another model than at the time, so the answer may differ")
     elif (before.model and before.model.engine) != (after.model and after.model.engine):
-        found.append("the service has another engine than then, so scores may well differ")
+        found.append("the service has another engine than at the time, so scores may differ")
     return found
 
 
 def _without_breaker(verdict: Verdict) -> Verdict:
-    # The breaker turns nothing but blocks into reviews.
+    # The breaker changes blocks into reviews, and nothing else.
     if verdict.reason != "quota":
         return verdict
     return verdict.model_copy(update={"outcome": "verdict", "reason": None, "action": "block"})
@@ -201,5 +202,5 @@ def _same(one: Value, other: Value) -> bool:
     return one == other
 
 
-def _shown(value: Value) -> str:
+def _display(value: Value) -> str:
     return "nothing" if value is None else f"{value:.4f}" if isinstance(value, float) else value

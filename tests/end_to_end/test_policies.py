@@ -199,7 +199,7 @@ def test_the_examples_of_a_document(user: User) -> None:
     failed = user.runs("policy", "check", str(file), "--examples", status=1)
     first, second, third = failed.stdout.splitlines()
     assert first == "ok    pictures/knife.jpg"
-    assert second.startswith("FAIL  a knife: expected Safe; came Unsafe, O2: ")
+    assert second.startswith("FAIL  a knife: expected Safe; got Unsafe, O2: ")
     assert third.startswith("FAIL  s3://uploads/absent.jpg: it cannot be judged (not_found)")
     assert failed.stderr.strip().endswith("2 of 3 examples did not come out as expected")
 

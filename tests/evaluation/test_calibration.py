@@ -33,8 +33,8 @@ from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument
 from services.policies.rollout import Rollout
 from tests.moderation.test_moderator import POLICY, Parts, unsafe
-from tests.policy_testing.test_rejudge import VERDICT, changed
 from tests.support.intake_bench import IntakeBench
+from tests.support.verdicts import VERDICT, verdict_with
 
 ISOTONIC = IsotonicMap(scores=(0.2, 0.6, 0.9), probabilities=(0.1, 0.1, 0.5))
 PLATT = PlattMap(slope=0.5, intercept=-1.0)
@@ -293,7 +293,7 @@ class Script:
         score = 0.75 if trial.submission.id == "upl-42" else int(trial.submission.id.partition("-")[2]) / 100
         said = apply_calibration(replace(unsafe(score), model=VERDICT.model or unsafe().model), policy)
         return [
-            changed(
+            verdict_with(
                 rating="Unsafe" if score >= 0.5 else "Safe", score=said.score, calibration=said.calibration,
                 category=said.category if score >= 0.5 else NO_CATEGORY,
                 policy=policy.identity,
@@ -396,8 +396,10 @@ def test_replay_uses_the_calibration_of_the_verdict(bench: IntakeBench, service:
     identity = PolicyIdentity(name="default", version=1, digest=stored.digest)
     fitted = FITTED.model_copy(update={"revision": "r1"})
     bench.registry.calibrate("default", fitted, who="ann")
-    then = changed(policy=identity, score=0.3, calibration=AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75))
-    before_that = changed(policy=identity, score=0.75)
+    then = verdict_with(
+        policy=identity, score=0.3, calibration=AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.75)
+    )
+    before_that = verdict_with(policy=identity, score=0.75)
     bench.registry.revert_calibration("default", 1, "r1", who="ann")
     bench.registry.calibrate("default", fitted.model_copy(update={"map": PLATT}), who="ann")
     for verdict in (then, before_that):

@@ -29,8 +29,8 @@ from services.core.messages import ImageRequest
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import BUILT_IN, PolicyDocument
-from tests.policy_testing.test_rejudge import changed
 from tests.support.intake_bench import IntakeBench
+from tests.support.verdicts import verdict_with
 
 O2, O3 = CATEGORIES[1:3]
 HERE = Path("/data")
@@ -286,13 +286,15 @@ class ScriptedService:
             image = self._bench.s3.get_object(Bucket=bucket, Key=key)["Body"].read()
         assert Image.open(io.BytesIO(image)).format == "JPEG"
         if name == "unreadable":
-            return [changed(rating=None, category=None, score=None, outcome="needs_review", reason="unreadable_answer")]
+            return [
+                verdict_with(rating=None, category=None, score=None, outcome="needs_review", reason="unreadable_answer")
+            ]
         safe = name == "safe" or "non-violating" in policy.prompt
         effort = "first_look" if safe and policy.effort == "adaptive" else "full"
         fields = (
             {"rating": "Safe", "score": 0.1, "category": NO_CATEGORY, "action": "allow"} if safe else {"score": 0.9}
         )
-        return [changed(effort=effort, **fields)]
+        return [verdict_with(effort=effort, **fields)]
 
 
 def jpeg(colour: str) -> bytes:

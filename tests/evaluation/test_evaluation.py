@@ -36,7 +36,7 @@ from pipelines.evaluation.results import ResultColumns
 from pipelines.tiny_guard.drawings import draw as draw_image
 from services.core.messages import Timings, Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating
-from tests.policy_testing.test_rejudge import changed
+from tests.support.verdicts import verdict_with
 
 Row = tuple[Rating, Rating | None, str | None, str | None, int]
 """Label, answer, category of the label and of the answer, kind."""
@@ -263,7 +263,7 @@ def answer(rating: Rating | None, score: float | None = None, **fields: Any) -> 
     unreadable = {"outcome": "needs_review", "reason": "unreadable_answer", "category": None, "action": "review"}
     action = "block" if rating == "Unsafe" else "allow"
     given = {"rating": rating, "score": score, "category": O1 if rating == "Unsafe" else NO_CATEGORY, "action": action}
-    return changed(**(given | (unreadable if rating is None else {}) | fields))
+    return verdict_with(**(given | (unreadable if rating is None else {}) | fields))
 
 
 def collected() -> ResultColumns:

@@ -1,4 +1,4 @@
-"""A backtest from the sample in Redis to the pictures, with a service by script."""
+"""A backtest from the sample in Redis to the pictures, with a scripted service."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -14,23 +14,24 @@ from services.core.errors import ConfigurationError, GuardFailed, NotFound
 from services.core.settings import Settings
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.traffic_sample import TrafficSample
-from tests.policy_testing.test_rejudge import changed
 from tests.support.intake_bench import IntakeBench
+from tests.support.verdicts import verdict_with
 
 BEFORE, AFTER = "default@1", "default@2"
 
 
-class Script:
-    """Says Safe under the second version to what is called flip."""
+class ScriptedService:
+    """Answers Safe under the second version to submissions named flip."""
 
-    def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
-        return [self._judge(trial) for trial in trials]
+    def judge(self, requests: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
+        return [self._judge(request) for request in requests]
 
-    def _judge(self, trial: JudgeRequest) -> JudgeResult:
-        submission = trial.submission
-        assert trial.policies == (BEFORE, AFTER)
+    def _judge(self, request: JudgeRequest) -> JudgeResult:
+        submission = request.submission
+        assert request.policies == (BEFORE, AFTER)
         assert submission.priority == "backfill"
-        before = changed(submission_id=submission.id, uri=submission.uri, etag=submission.etag)
+        assert request.image is None, "the service fetches the object of the submission"
+        before = verdict_with(submission_id=submission.id, uri=submission.uri, etag=submission.etag)
         match submission.id.partition("-")[0]:
             case "absent":
                 return NotFound("there is no such key")
@@ -42,22 +43,22 @@ class Script:
 
 
 @contextmanager
-def _connected(_settings: Settings) -> Iterator[Script]:
-    yield Script()
+def _connected(_settings: Settings) -> Iterator[ScriptedService]:
+    yield ScriptedService()
 
 
 @pytest.fixture(autouse=True)
-def _by_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backtesting, "open_client", _connected)
 
 
-async def _sample(bench: IntakeBench, ends: dict[str, str]) -> None:
-    """Submission ids, and the keys of what they are about."""
+async def _sample(bench: IntakeBench, keys: dict[str, str]) -> None:
+    """Add submissions to the sample: their ids, and the keys of their objects."""
     shared = PolicyRedisCache(bench.settings.redis_url, bench.settings.policy_bucket)
     sample = TrafficSample(shared, size=100)
-    for name, key in ends.items():
+    for name, key in keys.items():
         found = bench.s3.head_object(Bucket="uploads", Key=key)["ETag"].strip('"')
-        sample.add(changed(submission_id=name, uri=f"s3://uploads/{key}", etag=found))
+        sample.add(verdict_with(submission_id=name, uri=f"s3://uploads/{key}", etag=found))
     await sample.flush()
     await shared.close()
 
@@ -90,7 +91,7 @@ async def sampled(bench: IntakeBench) -> IntakeBench:
     return bench
 
 
-def test_pairs_and_pictures(sampled: IntakeBench) -> None:
+def test_backtest_pairs_verdicts_and_shows_flips(sampled: IntakeBench) -> None:
     report, pairs = _run(sampled)
     assert (report.pairs, report.judged_both, report.action_flips.count) == (6, 4, 3)
     assert report.failures_before.by_reason == {"not_found": 1}
@@ -103,12 +104,12 @@ def test_pairs_and_pictures(sampled: IntakeBench) -> None:
             assert max(image.size) == (320 if name == "flip-1" else 63)
 
 
-def test_without_pictures_and_fewer(sampled: IntakeBench) -> None:
+def test_backtest_without_pictures_of_a_smaller_sample(sampled: IntakeBench) -> None:
     report, pairs = _run(sampled, pictures=False, count=3)
     assert report.pairs == len(pairs) == 3
     assert all(pair.picture is None for pair in pairs)
 
 
-def test_no_sample(bench: IntakeBench) -> None:
+def test_no_sample_error(bench: IntakeBench) -> None:
     with pytest.raises(ConfigurationError, match="there is no sample of policy default yet"):
         _run(bench)

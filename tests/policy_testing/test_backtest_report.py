@@ -1,4 +1,4 @@
-"""The figures of a backtest by hand, against published intervals and a bootstrap; the page against hostile text."""
+"""The figures of a backtest, compared with hand counts and published intervals; the page and hostile text."""
 
 import base64
 import hashlib
@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipelines.policy_testing.backtest_html import PICTURES_LIMIT, render
+from pipelines.policy_testing.backtest_html import PICTURES_LIMIT, render_page
 from pipelines.policy_testing.backtest_report import (
     UNREADABLE,
     ActionThresholds,
     BacktestReport,
     Side,
     VerdictPair,
-    summarize,
+    build_report,
 )
 from pipelines.reporting.statistics import Share, ShareDifference, paired_difference, share
 from services.core.messages import Timings, Verdict
@@ -43,7 +43,7 @@ def judged(
     rationale: str | None = None,
     submission_id: str = "a",
 ) -> Side:
-    """A side with a verdict; what is not given goes with the action."""
+    """A side with a verdict. Fields that are not given fit the action."""
     verdict = Verdict(
         verdict_id="v",
         submission_id=submission_id,
@@ -95,17 +95,17 @@ def pair(before: Side, after: Side, *, name: str = "a", picture: bytes | None = 
 
 
 def report_on(*pairs: VerdictPair, per_day: float | None = None) -> BacktestReport:
-    return summarize(pairs, before="shop@3", after="shop@4", per_day=per_day)
+    return build_report(pairs, before="shop@3", after="shop@4", per_day=per_day)
 
 
 def sample(counts: dict[tuple[Action, Action], int]) -> list[VerdictPair]:
-    """As many pairs of each two actions."""
+    """Pairs of actions, as many as given."""
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     return [pair(judged(before), judged(after), name=f"{index:04}") for index, (before, after) in enumerate(kinds)]
 
 
 class TestSide:
-    def test_has_exactly_one_of_verdict_and_error(self) -> None:
+    def test_side_needs_exactly_one_of_verdict_and_error(self) -> None:
         with pytest.raises(ValueError, match="either"):
             Side(None, None)
         with pytest.raises(ValueError, match="either"):
@@ -113,7 +113,7 @@ class TestSide:
 
 
 class TestIntervals:
-    def test_wilson_by_hand(self) -> None:
+    def test_wilson_interval_matches_hand_count(self) -> None:
         # The closed form with z = 1.96 for 3 of 10.
         z, p, n = 1.959963984540054, 0.3, 10
         middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -132,14 +132,16 @@ class TestIntervals:
             ((59, 6, 16, 80), 0.0046, 0.1186),
         ],
     )
-    def test_paired_difference_as_published(self, table: tuple[int, int, int, int], low: float, high: float) -> None:
+    def test_paired_difference_matches_published_intervals(
+        self, table: tuple[int, int, int, int], low: float, high: float
+    ) -> None:
         both, before_only, after_only, neither = table
         found = paired_difference(both=both, before_only=before_only, after_only=after_only, neither=neither)
         assert found.difference == (after_only - before_only) / sum(table)
         assert found.interval
         assert (found.interval.low, found.interval.high) == pytest.approx((low, high), abs=5e-5)
 
-    def test_paired_difference_against_a_bootstrap(self) -> None:
+    def test_paired_difference_matches_a_bootstrap(self) -> None:
         table = (60, 12, 45, 883)
         found = paired_difference(both=60, before_only=12, after_only=45, neither=883)
         drawn = np.random.default_rng(1).multinomial(1000, np.array(table) / 1000, size=20_000)
@@ -148,7 +150,7 @@ class TestIntervals:
         assert (found.interval.low, found.interval.high) == pytest.approx((low, high), abs=0.003)
 
     @given(st.tuples(*[st.integers(0, 2000)] * 4))
-    def test_paired_difference_is_sane_everywhere(self, table: tuple[int, int, int, int]) -> None:
+    def test_paired_difference_is_within_bounds_for_every_table(self, table: tuple[int, int, int, int]) -> None:
         both, before_only, after_only, neither = table
         found = paired_difference(both=both, before_only=before_only, after_only=after_only, neither=neither)
         if not sum(table):
@@ -164,7 +166,7 @@ class TestIntervals:
         assert swapped.interval.low == pytest.approx(-found.interval.high)
         assert swapped.interval.high == pytest.approx(-found.interval.low)
 
-    def test_printed(self) -> None:
+    def test_shares_as_text(self) -> None:
         assert str(share(3, 10)) == "30.0% (10.8% to 60.3%)"
         assert str(share(0, 0)) == "unknown"
         found = paired_difference(both=59, before_only=6, after_only=16, neither=80)
@@ -173,7 +175,7 @@ class TestIntervals:
 
 
 class TestSummarize:
-    def test_rates_are_over_what_was_judged_under_both(self) -> None:
+    def test_rates_are_over_submissions_judged_under_both(self) -> None:
         report = report_on(
             *sample({("allow", "allow"): 5, ("allow", "block"): 2, ("review", "block"): 1, ("block", "review"): 1}),
             pair(judged("block"), failed("guard_failed: The engine refuses the image.")),
@@ -202,7 +204,7 @@ class TestSummarize:
         assert report.review_difference == paired_difference(both=0, before_only=1, after_only=2, neither=7)
         assert report.action_flips == share(5, 10)
 
-    def test_needs_review_is_a_review_whatever_its_action(self) -> None:
+    def test_needs_review_counts_as_review(self) -> None:
         verdict = judged("block").verdict
         assert verdict
         side = Side(verdict.model_copy(update={"outcome": "needs_review", "reason": "quota"}), None)
@@ -211,7 +213,7 @@ class TestSummarize:
         assert report.before.block.count == 0
         assert report.before.unreadable.count == 0
 
-    def test_superseded_is_not_judged(self) -> None:
+    def test_superseded_counts_as_not_judged(self) -> None:
         report = report_on(pair(judged(), superseded()))
         assert report.judged_before_only == 1
         assert report.failures_after.by_reason == {"superseded": 1}
@@ -220,10 +222,10 @@ class TestSummarize:
         ("error", "reason"),
         [("expired", "expired"), ("too_large: 9 MB", "too_large"), ("Boom: s3://x", "other"), ("", "other")],
     )
-    def test_reasons_are_counted_without_their_sentence(self, error: str, reason: str) -> None:
+    def test_failures_are_counted_by_reason_without_sentence(self, error: str, reason: str) -> None:
         assert report_on(pair(judged(), failed(error))).failures_after.by_reason == {reason: 1}
 
-    def test_flips_by_direction_and_category_of_the_more_severe_side(self) -> None:
+    def test_flips_are_grouped_by_direction_and_more_severe_category(self) -> None:
         report = report_on(
             pair(judged("allow"), judged("block", category=NUDITY), name="up"),
             pair(judged("block", category=NUDITY), judged("allow"), name="down"),
@@ -247,7 +249,7 @@ class TestSummarize:
         assert [group.changes_action for group in report.flip_groups] == [True] * 4 + [False] * 2
         assert {group.direction for group in report.flip_groups[:2]} == {"allow → block", "block → allow"}
 
-    def test_a_flip_keeps_what_both_verdicts_said(self) -> None:
+    def test_flip_has_both_verdicts(self) -> None:
         before = judged("review", score=0.55, rationale="A fist.")
         after = judged("block", score=0.85, category=NUDITY, rationale="Skin.")
         (flip,) = report_on(pair(before, after, name="x")).flip_groups[0].flips
@@ -256,14 +258,14 @@ class TestSummarize:
         assert (flip.after.score, flip.after.category, flip.after.rationale) == (0.85, NUDITY, "Skin.")
         assert (flip.before.rating, flip.after.action) == ("Unsafe", "block")
 
-    def test_flips_of_a_group_by_the_change_of_the_score(self) -> None:
+    def test_flips_of_a_group_are_sorted_by_change_of_score(self) -> None:
         report = report_on(
             pair(judged("allow", score=0.4), judged("review", score=0.5), name="small"),
             pair(judged("allow", score=0.1), judged("review", score=0.7), name="large"),
         )
         assert [flip.submission_id for flip in report.flip_groups[0].flips] == ["large", "small"]
 
-    def test_review_load(self) -> None:
+    def test_review_load_scales_with_submissions(self) -> None:
         report = report_on(
             *sample({("allow", "allow"): 80, ("review", "review"): 4, ("allow", "review"): 16}), per_day=50_000
         )
@@ -280,22 +282,24 @@ class TestSummarize:
         assert report_on(*sample({("allow", "review"): 1})).reviews_per_day is None
 
     @pytest.mark.parametrize("per_day", [-1.0, math.nan, math.inf])
-    def test_refuses_an_impossible_number_per_day(self, per_day: float) -> None:
+    def test_invalid_number_per_day_error(self, per_day: float) -> None:
         with pytest.raises(ValueError, match="per_day"):
             report_on(per_day=per_day)
 
     @pytest.mark.parametrize("pairs", [[], [pair(failed(), judged())]])
-    def test_nothing_to_compare(self, pairs: list[VerdictPair]) -> None:
+    def test_no_common_verdict_figures_are_unknown(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs, per_day=100)
         assert report.judged_both == 0
         assert report.after.block == Share(count=0, of=0, share=None, interval=None)
         assert report.reviews_per_thousand is None
         assert report.reviews_per_day is None
-        assert any("nothing is known" in line for line in report.lines())
-        assert "nothing is known" in render(report, pairs)
+        assert any("the difference between them is unknown" in line for line in report.lines())
+        assert "the difference between them is unknown" in render_page(report, pairs)
         assert report.exceeded(ActionThresholds()) == []
         (sentence,) = report.exceeded(ActionThresholds(max_block_rate=1))
-        assert sentence == ("The block rate under shop@4 is unknown, for no submission was judged; its bound is 100%.")
+        assert sentence == (
+            "The block rate under shop@4 is unknown, because no submission was judged; its bound is 100%."
+        )
 
 
 SIDES = st.one_of(
@@ -309,7 +313,7 @@ PAIRS = st.lists(st.builds(pair, SIDES, SIDES, name=st.text(max_size=5), picture
 
 class TestEverySample:
     @given(PAIRS)
-    def test_counts_add_up(self, pairs: list[VerdictPair]) -> None:
+    def test_counts_of_any_sample_add_up(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs)
         assert report.pairs == len(pairs)
         assert report.pairs == (
@@ -329,12 +333,12 @@ class TestEverySample:
             assert difference.after_only - difference.before_only == change
 
     @given(PAIRS)
-    def test_survives_json(self, pairs: list[VerdictPair]) -> None:
+    def test_report_of_any_sample_survives_json(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs, per_day=12.5)
         assert BacktestReport.model_validate_json(report.model_dump_json()) == report
 
     @given(PAIRS)
-    def test_its_own_figures_are_bounds_that_it_keeps(self, pairs: list[VerdictPair]) -> None:
+    def test_report_does_not_exceed_its_own_figures(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs)
         if not report.judged_both:
             return
@@ -360,7 +364,7 @@ class TestBounds:
         *[pair(judged(), failed())] * 25,
     )
 
-    def test_one_sentence_each(self) -> None:
+    def test_exceeded_limit_gives_one_sentence(self) -> None:
         thresholds = ActionThresholds(
             max_block_rate=0.05,
             max_review_rate=0.03,
@@ -380,22 +384,22 @@ class TestBounds:
             "The share not judged under shop@4 is 20% (25 of 125 submissions); its bound is 10%.",
         ]
 
-    def test_a_decrease_exceeds_nothing(self) -> None:
+    def test_decrease_does_not_exceed_a_limit(self) -> None:
         report = report_on(*sample({("block", "allow"): 5}))
         assert report.exceeded(ActionThresholds(max_block_increase=0, max_review_increase=0)) == []
 
     @pytest.mark.parametrize("bound", [-0.1, 1.1, math.nan, "much"])
-    def test_are_shares(self, bound: object) -> None:
+    def test_limit_outside_of_zero_to_one_error(self, bound: object) -> None:
         with pytest.raises(ValidationError):
             ActionThresholds.model_validate({"max_flips": bound})
 
-    def test_a_misspelt_bound_is_refused(self) -> None:
+    def test_unknown_limit_error(self) -> None:
         with pytest.raises(ValidationError):
             ActionThresholds.model_validate({"max_flip": 0.1})
 
 
 class TestLines:
-    def test_says_the_figures(self) -> None:
+    def test_summary_has_the_figures(self) -> None:
         report = report_on(
             *sample({("allow", "allow"): 80, ("allow", "block"): 15, ("review", "review"): 5}),
             pair(judged(), failed()),
@@ -411,7 +415,7 @@ class TestLines:
         assert "flips: 15 of the action, 0 of only the rating or the category" in text
         assert f"15  allow → block     {VIOLENCE}" in text
 
-    def test_a_category_cannot_steer_the_terminal(self) -> None:
+    def test_control_characters_of_a_category_are_escaped(self) -> None:
         report = report_on(pair(judged(), judged("block", category="O10: \x1b[2Jgone\nnew")))
         assert all(line.isprintable() for line in report.lines())
 
@@ -476,15 +480,15 @@ def assert_safe(page: Page) -> None:
 class TestPage:
     HOSTILE = "\"'><script>alert(1)</script><img src=//x onerror=y>"
 
-    def test_hostile_text_stays_text(self) -> None:
+    def test_hostile_text_is_escaped(self) -> None:
         before = judged("allow", rationale=self.HOSTILE)
         after = judged("block", category=self.HOSTILE, rationale=self.HOSTILE + " after")
         pairs = [
             VerdictPair(self.HOSTILE, f"s3://b/{self.HOSTILE}", before, after, JPEG),
             pair(judged(), failed(f"other: {self.HOSTILE}")),
         ]
-        report = summarize(pairs, before=self.HOSTILE, after=self.HOSTILE, per_day=7)
-        text = render(report, pairs, exceeded=[self.HOSTILE])
+        report = build_report(pairs, before=self.HOSTILE, after=self.HOSTILE, per_day=7)
+        text = render_page(report, pairs, exceeded=[self.HOSTILE])
         assert "<script" not in text
         page = Page(text)
         assert_safe(page)
@@ -495,13 +499,13 @@ class TestPage:
 
     @settings(max_examples=50)
     @given(PAIRS, st.text(), st.text())
-    def test_is_safe_for_every_sample(self, pairs: list[VerdictPair], policy: str, rationale: str) -> None:
+    def test_page_of_any_sample_is_safe(self, pairs: list[VerdictPair], policy: str, rationale: str) -> None:
         pairs = [*pairs, pair(judged(), judged("block", rationale=rationale, category=rationale), name=policy)]
-        assert_safe(Page(render(summarize(pairs, before=policy, after="p@1", per_day=None), pairs)))
+        assert_safe(Page(render_page(build_report(pairs, before=policy, after="p@1", per_day=None), pairs)))
 
-    def test_loads_and_runs_nothing(self) -> None:
+    def test_page_loads_and_runs_nothing(self) -> None:
         pairs = [pair(judged(), judged("block"), picture=JPEG)]
-        text = render(report_on(*pairs), pairs)
+        text = render_page(report_on(*pairs), pairs)
         assert text.startswith("<!doctype html>")
         page = Page(text)
         (rules,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
@@ -513,14 +517,14 @@ class TestPage:
         assert "<style" not in before_rules  # a policy binds only what follows it
         assert_safe(page)
 
-    def test_shows_the_figures_and_the_pictures(self) -> None:
+    def test_page_has_figures_and_pictures(self) -> None:
         pairs = [
             *sample({("allow", "allow"): 80, ("review", "review"): 5}),
             *[pair(judged(), judged("block", rationale="Blood."), name=f"p{i}", picture=JPEG) for i in range(15)],
             pair(failed(), judged()),
         ]
         report = report_on(*pairs, per_day=10_000)
-        page = Page(render(report, pairs, exceeded=report.exceeded(ActionThresholds(max_flips=0.1))))
+        page = Page(render_page(report, pairs, exceeded=report.exceeded(ActionThresholds(max_flips=0.1))))
         words = " ".join(page.text.split())
         assert "101 submissions: 100 judged under both versions, 0 only under shop@3, 1 only under shop@4" in words
         assert "Not judged under shop@3: 1," in words
@@ -540,18 +544,18 @@ class TestPage:
         anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
         assert {(link["href"] or "")[1:] for link in page.all("a")} == anchors
 
-    def test_lists_the_flips_beyond_the_limit_without_pictures(self) -> None:
+    def test_flips_beyond_the_limit_are_listed_without_pictures(self) -> None:
         over = PICTURES_LIMIT + 7
         pairs = [pair(judged(), judged("block"), name=f"{index:04}", picture=JPEG) for index in range(over)]
         pairs.append(pair(judged(), judged("block"), name="9999"))  # has no picture anyway
-        text = render(report_on(*pairs), pairs)
+        text = render_page(report_on(*pairs), pairs)
         page = Page(text)
         assert len(list(page.all("img"))) == PICTURES_LIMIT
         assert sum(attributes.get("class") == "flip" for attributes in page.all("li")) == over + 1
         words = " ".join(page.text.split())
         assert "There are pictures of the first 200 flips only; 7 more are listed without." in words
-        assert "listed without" not in render(report_on(*pairs[:PICTURES_LIMIT]), pairs)
+        assert "listed without" not in render_page(report_on(*pairs[:PICTURES_LIMIT]), pairs)
 
-    def test_nothing_differs(self) -> None:
+    def test_page_without_differences(self) -> None:
         pairs = sample({("allow", "allow"): 3})
-        assert "No submission's action, rating or category differs." in Page(render(report_on(*pairs), pairs)).text
+        assert "No submission's action, rating or category differs." in Page(render_page(report_on(*pairs), pairs)).text

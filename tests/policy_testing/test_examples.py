@@ -1,4 +1,4 @@
-"""The examples of a policy document: how each is sent to the service, and whether it came out as expected."""
+"""The examples of a policy document: how each is sent to the service, and whether it meets its expectation."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,12 +9,12 @@ import pytest
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.policy_testing import examples
-from pipelines.policy_testing.examples import name_of, problem, run_examples
+from pipelines.policy_testing.examples import example_name, find_mismatch, run_examples
 from services.core.errors import ConfigurationError, GuardFailed, NotFound
 from services.core.messages import Upload
 from services.core.settings import Settings
 from services.policies.document import Example, Expectation, PolicyDocument
-from tests.policy_testing.test_rejudge import changed
+from tests.support.verdicts import verdict_with
 
 
 def expect(**fields: Any) -> Expectation:
@@ -34,32 +34,34 @@ def expect(**fields: Any) -> Expectation:
         (expect(rating="Unsafe", category="O2", action="review"), True),
     ],
 )
-def test_an_example(expected: Expectation, wrong: bool) -> None:
-    assert (problem(expected, [changed()]) is not None) == wrong
+def test_expectation_is_met_or_not(expected: Expectation, wrong: bool) -> None:
+    assert (find_mismatch(expected, [verdict_with()]) is not None) == wrong
 
 
-def test_nothing_is_a_category_too() -> None:
-    harmless = changed(rating="Safe", category="NA: None applying", rationale=None, score=0.01, action="allow")
-    assert problem(expect(category="NA", action="allow"), [harmless]) is None
+def test_expectation_of_no_category_is_met() -> None:
+    harmless = verdict_with(rating="Safe", category="NA: None applying", rationale=None, score=0.01, action="allow")
+    assert find_mismatch(expect(category="NA", action="allow"), [harmless]) is None
 
 
-def test_says_what_came_instead() -> None:
-    assert problem(expect(rating="Safe", action="allow"), [changed()]) == (
-        "expected Safe, allow; came Unsafe, O2: Violence, Harm, or Cruelty, block (score 0.97)"
+def test_mismatch_names_expectation_and_result() -> None:
+    assert find_mismatch(expect(rating="Safe", action="allow"), [verdict_with()]) == (
+        "expected Safe, allow; got Unsafe, O2: Violence, Harm, or Cruelty, block (score 0.97)"
     )
-    unreadable = changed(outcome="needs_review", rating=None, category=None, score=None, action="review")
-    assert problem(expect(rating="Safe"), [unreadable]) == "expected Safe; the guard's answer could not be read"
-    assert problem(expect(action="review"), [unreadable]) is None
-    assert problem(expect(rating="Safe"), NotFound("no such key")) == "it cannot be judged (not_found): no such key"
-    assert problem(expect(rating="Safe"), [GuardFailed("no")]) == "it cannot be judged (guard_failed): no"
+    unreadable = verdict_with(outcome="needs_review", rating=None, category=None, score=None, action="review")
+    assert find_mismatch(expect(rating="Safe"), [unreadable]) == "expected Safe; the guard's answer is unreadable"
+    assert find_mismatch(expect(action="review"), [unreadable]) is None
+    assert (
+        find_mismatch(expect(rating="Safe"), NotFound("no such key")) == "it cannot be judged (not_found): no such key"
+    )
+    assert find_mismatch(expect(rating="Safe"), [GuardFailed("no")]) == "it cannot be judged (guard_failed): no"
 
 
-def test_names() -> None:
+def test_example_without_name_has_a_name_in_messages() -> None:
     drawn: dict[str, Any] = {"synthetic": {"label": "O2", "seed": 7}, "expect": {"rating": "Safe"}}
-    assert name_of(Example.model_validate(drawn)) == "synthetic O2, seed 7"
-    assert name_of(Example.model_validate(drawn | {"name": "a knife"})) == "a knife"
+    assert example_name(Example.model_validate(drawn)) == "synthetic O2, seed 7"
+    assert example_name(Example.model_validate(drawn | {"name": "a knife"})) == "a knife"
     file = Example.model_validate({"image": "pictures/a.jpg", "expect": {"rating": "Safe"}})
-    assert name_of(file) == "pictures/a.jpg"
+    assert example_name(file) == "pictures/a.jpg"
 
 
 class ScriptedService:
@@ -72,7 +74,7 @@ class ScriptedService:
     def judge(self, trials: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
         self.requests += trials
         self.batches.append(len(trials))
-        return [[changed()] for _ in trials]
+        return [[verdict_with()] for _ in trials]
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def document_of(*images: dict[str, Any]) -> PolicyDocument:
     )
 
 
-def test_files_and_drawings_travel_with_the_request_objects_are_named(service: ScriptedService, tmp_path: Path) -> None:
+def test_files_and_drawings_are_sent_and_objects_are_named(service: ScriptedService, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"bytes of a")
     document = document_of({"image": "a.jpg"}, {"synthetic": {"label": "O2", "seed": 7}}, {"image": "s3://uploads/k"})
     lines: list[str] = []
@@ -114,7 +116,7 @@ def test_file_larger_than_the_limit_fails_and_is_not_sent(service: ScriptedServi
     ]
 
 
-def test_many_large_files_go_in_batches(
+def test_many_large_files_are_judged_in_batches(
     service: ScriptedService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examples, "_BATCH_BYTES", 20)
@@ -126,7 +128,7 @@ def test_many_large_files_go_in_batches(
     assert [request.submission.id for request in service.requests] == [f"example-{n}" for n in range(1, 6)]
 
 
-def test_missing_file_nothing_is_judged(service: ScriptedService, tmp_path: Path) -> None:
+def test_missing_file_error_and_nothing_is_judged(service: ScriptedService, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent\.jpg: there is no file"):
         run_examples(document_of({"image": "absent.jpg"}), tmp_path, Settings(), write=print, progress=print)
     assert service.requests == []

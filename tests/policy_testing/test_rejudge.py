@@ -1,4 +1,4 @@
-"""What of two verdicts on the same image counts as the same."""
+"""The comparison of two verdicts on the same image, and the errors of a replay."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -8,47 +8,20 @@ import pytest
 from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import FieldDifference, RejudgedVerdict, compare, find_verdict, rejudge
 from services.core.errors import ConfigurationError, SluiceError
-from services.core.messages import Timings, Verdict
-from services.core.values import ModelIdentity, PolicyIdentity
+from services.core.messages import Timings
+from services.core.values import PolicyIdentity
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
 from tests.support.intake_bench import IntakeBench
-
-NOW = datetime(2026, 11, 21, tzinfo=UTC)
-MODEL = ModelIdentity(name="tiny", revision="r1", engine="sglang 0.5.23", prompt="sha256:p")
-VERDICT = Verdict(
-    verdict_id="7d9f",
-    submission_id="upl-42",
-    uri="s3://uploads/a.jpg",
-    version_id=None,
-    etag="e",
-    sha256="5f70",
-    tenant="shop",
-    outcome="verdict",
-    rating="Unsafe",
-    category="O2: Violence, Harm, or Cruelty",
-    rationale="A bloody knife.",
-    score=0.97,
-    action="block",
-    policy=PolicyIdentity(name="default", version=1, digest="sha256:d"),
-    model=MODEL,
-    effort="full",
-    image=None,
-    timings_ms=Timings(total=165),
-    metadata={"user": "u1"},
-    submitted_at=NOW,
-    judged_at=NOW,
-)
-
-
-def changed(**fields: Any) -> Verdict:
-    return VERDICT.model_copy(update=fields)
+from tests.support.verdicts import MODEL, VERDICT, verdict_with
 
 
 class TestCompare:
-    def test_the_same_again(self) -> None:
-        later = changed(judged_at=datetime(2027, 1, 1, tzinfo=UTC), timings_ms=Timings(), metadata={}, score=0.9706)
+    def test_same_verdict_has_no_difference(self) -> None:
+        later = verdict_with(
+            judged_at=datetime(2027, 1, 1, tzinfo=UTC), timings_ms=Timings(), metadata={}, score=0.9706
+        )
         assert compare(VERDICT, later) == []
 
     @pytest.mark.parametrize(
@@ -67,63 +40,70 @@ class TestCompare:
             ("effort", "first_look"),
         ],
     )
-    def test_whatever_differs(self, field: str, value: Any) -> None:
-        assert compare(VERDICT, changed(**{field: value})) == [FieldDifference(field, getattr(VERDICT, field), value)]
+    def test_changed_answer_is_a_difference(self, field: str, value: Any) -> None:
+        assert compare(VERDICT, verdict_with(**{field: value})) == [
+            FieldDifference(field, getattr(VERDICT, field), value)
+        ]
 
     @pytest.mark.parametrize("field", ["name", "revision", "engine", "prompt"])
-    def test_what_judged(self, field: str) -> None:
-        after = changed(model=MODEL.model_copy(update={field: "other"}))
+    def test_changed_policy_or_model_is_a_difference(self, field: str) -> None:
+        after = verdict_with(model=MODEL.model_copy(update={field: "other"}))
         assert compare(VERDICT, after) == [FieldDifference(f"model.{field}", getattr(MODEL, field), "other")]
 
-    def test_a_policy_bucket_with_another_content(self) -> None:
-        after = changed(policy=PolicyIdentity(name="default", version=1, digest="sha256:x"))
+    def test_changed_policy_digest_is_a_difference(self) -> None:
+        after = verdict_with(policy=PolicyIdentity(name="default", version=1, digest="sha256:x"))
         assert [str(difference) for difference in compare(VERDICT, after)] == [
             "policy.digest: was sha256:d, is sha256:x"
         ]
 
-    def test_an_answer_that_is_unreadable_both_times(self) -> None:
-        unreadable = changed(
+    def test_unreadable_answer_twice_is_no_difference(self) -> None:
+        unreadable = verdict_with(
             outcome="needs_review", reason="unreadable_answer", rating=None, category=None, score=None, action="review"
         )
         assert compare(unreadable, unreadable) == []
 
-    def test_a_block_that_the_circuit_breaker_held_back(self) -> None:
-        held_back = changed(outcome="needs_review", reason="quota", action="review")
+    def test_block_held_back_by_circuit_breaker_is_no_difference(self) -> None:
+        held_back = verdict_with(outcome="needs_review", reason="quota", action="review")
         assert compare(held_back, VERDICT) == []
-        assert [d.field for d in compare(held_back, changed(action="review", score=0.6))] == ["score", "action"]
+        assert [d.field for d in compare(held_back, verdict_with(action="review", score=0.6))] == ["score", "action"]
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "nothing"), (0.97001, "0.9700"), ("block", "block")])
-def test_a_difference_is_readable(value: Any, shown: str) -> None:
+def test_difference_as_text(value: Any, shown: str) -> None:
     assert str(FieldDifference("score", value, 0.5)) == f"score: was {shown}, is 0.5000"
 
 
-def test_notes() -> None:
-    newer = changed(model=MODEL.model_copy(update={"revision": "r2", "engine": "sglang 1"}))
-    engine = changed(model=MODEL.model_copy(update={"engine": "sglang 1"}))
-    held_back = changed(outcome="needs_review", reason="quota", action="review")
+def test_explanations_name_breaker_model_and_engine() -> None:
+    newer = verdict_with(model=MODEL.model_copy(update={"revision": "r2", "engine": "sglang 1"}))
+    engine = verdict_with(model=MODEL.model_copy(update={"engine": "sglang 1"}))
+    held_back = verdict_with(outcome="needs_review", reason="quota", action="review")
     for before, after, words in (
         (VERDICT, newer, ["another model"]),
         (VERDICT, engine, ["another engine"]),
         (held_back, VERDICT, ["circuit breaker"]),
         (VERDICT, VERDICT, []),
     ):
-        notes = replaying.notes(before, after)
+        notes = replaying.explain(before, after)
         assert len(notes) == len(words)
         assert all(word in note for word, note in zip(words, notes, strict=True))
     assert RejudgedVerdict(VERDICT, VERDICT, (), ()).reproduced
 
 
-def test_nothing_was_judged(bench: IntakeBench) -> None:
-    overtaken = changed(outcome="superseded", policy=None, model=None, rating=None, category=None, score=None)
-    with pytest.raises(SluiceError, match="superseded: a later object took the place"):
+def test_verdict_without_answer_error(bench: IntakeBench) -> None:
+    overtaken = verdict_with(outcome="superseded", policy=None, model=None, rating=None, category=None, score=None)
+    with pytest.raises(SluiceError, match="superseded: a newer version of the object arrived"):
         rejudge(overtaken, bench.settings, print)
 
 
-async def test_finds_the_newest(bench: IntakeBench) -> None:
+async def test_newest_verdict_of_an_id_is_found(bench: IntakeBench) -> None:
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))
     stream = bench.settings.verdicts_stream
-    found = [changed(), changed(score=0.5), changed(verdict_id="other"), changed(verdict_id="b", uri="s3://u/7d9f")]
+    found = [
+        verdict_with(),
+        verdict_with(score=0.5),
+        verdict_with(verdict_id="other"),
+        verdict_with(verdict_id="b", uri="s3://u/7d9f"),
+    ]
     await publisher.publish([OutgoingMessage(stream, verdict.model_dump_json().encode()) for verdict in found])
     await publisher.close()
     assert (await find_verdict("7d9f", bench.settings)).score == 0.5
