@@ -32,7 +32,7 @@ from services.moderation.cascade import apply_calibration
 from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument
 from services.policies.rollout import Rollout
-from tests.moderation.test_moderator import POLICY, Parts, unsafe
+from tests.moderation.test_moderator import POLICY, FakePorts, unsafe
 from tests.support.intake_bench import IntakeBench
 from tests.support.verdicts import VERDICT, verdict_with
 
@@ -187,9 +187,9 @@ class TestModeration:
 
     async def test_thresholds_use_the_calibrated_score(self) -> None:
         submission = Submission(id="upl-1", uri="s3://uploads/a")
-        before = (await Parts(POLICY)().judge(submission)).verdict
+        before = (await FakePorts(POLICY).build_moderator().judge(submission)).verdict
         policy = replace(POLICY, calibrations={unsafe().model.revision: ISOTONIC})
-        after = (await Parts(policy)().judge(submission)).verdict
+        after = (await FakePorts(policy).build_moderator().judge(submission)).verdict
         assert (before.score, before.action, before.calibration) == (0.9, "block", None)
         assert (after.score, after.action, after.rating) == (pytest.approx(0.5), "review", "Unsafe")
         assert after.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.9)
@@ -198,13 +198,13 @@ class TestModeration:
     async def test_first_look_uses_the_calibrated_score(self) -> None:
         adaptive = PolicyDocument.model_validate({"name": "p", "effort": "adaptive", "first_look_below": 0.2})
         policy = replace(adaptive.as_version(3), calibrations={unsafe().model.revision: ISOTONIC})
-        parts = Parts(policy)
-        parts.looks = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
-        verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+        ports = FakePorts(policy)
+        ports.screening_answers = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
+        verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
         assert (verdict.effort, verdict.score) == ("first_look", pytest.approx(0.1))
-        for score in (0.6, 0.9):  # the first for its rating, whatever the calibrated score is
-            parts.looks = [unsafe(score)]
-            verdict = (await parts().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+        for score in (0.6, 0.9):  # the first for its rating, although its calibrated score is low
+            ports.screening_answers = [unsafe(score)]
+            verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
             assert verdict.effort == "full"
 
 
