@@ -32,7 +32,7 @@ from services.moderation.cascade import apply_calibration
 from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument
 from services.policies.rollout import Rollout
-from tests.moderation.test_moderator import POLICY, FakePorts, unsafe
+from tests.support.fake_ports import POLICY, FakePorts, unsafe
 from tests.support.intake_bench import IntakeBench
 from tests.support.verdicts import VERDICT, verdict_with
 

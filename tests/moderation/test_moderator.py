@@ -14,11 +14,9 @@ from services.core.messages import ImageRequest, ObjectReference, Submission, Up
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
-    Action,
     Assessment,
     Detail,
     GuardPriority,
-    ImageFacts,
     Policy,
     PolicyChoice,
     PreparedImage,
@@ -31,74 +29,12 @@ from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import decide
 from services.policies.document import PolicyDocument
 from tests.support.fake_guard import MODEL
+from tests.support.fake_ports import POLICY, FakePorts, FakePreparer, safe, unsafe
 
-POLICY = PolicyDocument.model_validate(
-    {"name": "p", "thresholds": {"review": 0.4, "block": 0.8, "categories": {"O7": {"review": 0.1, "block": 0.2}}}}
-).as_version(1)
 OTHER = PolicyDocument.model_validate({"name": "p", "description": "other"}).as_version(2)
 ADAPTIVE = PolicyDocument.model_validate({"name": "p", "effort": "adaptive"}).as_version(3)
 
 SUBMISSION = Submission(id="upl-1", uri="s3://uploads/a")
-
-
-def unsafe(score: float = 0.9) -> Assessment:
-    return Assessment(rating="Unsafe", category=CATEGORIES[1], rationale="r", score=score, model=MODEL)
-
-
-def safe(score: float = 0.02) -> Assessment:
-    return Assessment(rating="Safe", category=NO_CATEGORY, rationale=None, score=score, model=MODEL)
-
-
-class FakePorts:
-    """The ports of a moderator, in memory. The guard answers with `answers[version]`, or raises it."""
-
-    def __init__(self, policy: Policy, shadow: Policy | None = None) -> None:
-        self.choice = PolicyChoice(policy, shadow)
-        self.answers: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
-        self.screening_answers: list[Assessment | Exception] = []
-        self.calls: list[tuple[list[int], Detail]] = []
-        self.priorities: list[GuardPriority] = []
-        self.counted_actions: list[Action] = []
-        self.is_breaker_open = False
-
-    async def choose(self, _request: ImageRequest) -> PolicyChoice:
-        return self.choice
-
-    @asynccontextmanager
-    async def _stored(self) -> AsyncIterator[StoredObject]:
-        yield StoredObject(b"bytes", None, "etag")
-
-    def build_moderator(self) -> Moderator:
-        return Moderator(policies=self, images=_Images(self), preparer=_Preparer(), guard=self, breaker=self)
-
-    async def assess_each(
-        self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority
-    ) -> list[Assessment]:
-        self.priorities.append(priority)
-        self.calls.append(([policy.identity.version for policy in policies], detail))
-        answers = (
-            self.screening_answers
-            if detail == "score"
-            else [self.answers[policy.identity.version] for policy in policies]
-        )
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return [answer for answer in answers if isinstance(answer, Assessment)]
-
-    def allows(self, _policy: Policy, action: Action) -> bool:
-        self.counted_actions.append(action)
-        return not (self.is_breaker_open and action == "block")
-
-
-class _Images:
-    """Every object has the same bytes."""
-
-    def __init__(self, ports: FakePorts) -> None:
-        self._ports = ports
-
-    def open(self, _reference: ObjectReference):  # type: ignore[no-untyped-def]
-        return self._ports._stored()
 
 
 class _NoImages:
@@ -106,16 +42,6 @@ class _NoImages:
 
     def open(self, reference: ObjectReference) -> NoReturn:
         raise AssertionError(f"{reference} was fetched")
-
-
-class _Preparer:
-    """Decodes nothing: the bytes are the image."""
-
-    async def prepare(self, data: bytes) -> PreparedImage:
-        return PreparedImage(data, "image/jpeg", 8, 8, "0", ImageFacts(width=8, height=8, format="jpeg"))
-
-    async def first_look(self, image: PreparedImage) -> PreparedImage:
-        return image
 
 
 @given(st.floats(0, 1), st.sampled_from([*CATEGORIES, NO_CATEGORY]))
@@ -245,7 +171,7 @@ class _UnavailableOnce:
 
     async def prepare(self, data: bytes) -> PreparedImage:
         self._count("prepare")
-        return await _Preparer().prepare(data)
+        return await FakePreparer().prepare(data)
 
     async def first_look(self, image: PreparedImage) -> PreparedImage:
         self._count("first_look")
@@ -263,7 +189,7 @@ async def test_judge_image_returns_one_result_for_each_policy() -> None:
     ports.answers[2] = GuardFailed("refused")
     timer = StepTimer.start()
     judged = await judge_image(
-        b"bytes", [POLICY, OTHER], priority="backfill", guard=ports, preparer=_Preparer(), timer=timer
+        b"bytes", [POLICY, OTHER], priority="backfill", guard=ports, preparer=FakePreparer(), timer=timer
     )
     first, second = judged.results
     assert isinstance(first, PolicyAssessment)
@@ -274,7 +200,7 @@ async def test_judge_image_returns_one_result_for_each_policy() -> None:
 
 async def test_upload_is_not_fetched_and_has_the_given_priority() -> None:
     ports = FakePorts(POLICY)
-    moderator = Moderator(policies=ports, images=_NoImages(), preparer=_Preparer(), guard=ports)
+    moderator = Moderator(policies=ports, images=_NoImages(), preparer=FakePreparer(), guard=ports)
     upload = Upload(id="a", uri=Upload.make_uri(b"bytes"))
     result = await moderator.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
     verdict = result.verdict
