@@ -1,4 +1,4 @@
-"""An outside client: it starts `sluice` as a user would, and knows the wire format and nothing of the code."""
+"""An outside client: it starts `sluice` as a user would, and knows only the wire format, not the code."""
 
 import os
 import signal
@@ -16,7 +16,9 @@ import kafka
 import psutil
 import redis
 
-START_S = 300.0
+START_S = 600.0
+STOP_S = 45.0
+"""For the end beyond the drain. `sluice up` kills what is left after 15 s; the rest is for a busy machine."""
 SLUICE = str(Path(sys.executable).with_name("sluice"))
 
 
@@ -54,7 +56,7 @@ class Service:
             )
 
     def wait_until_ready(self) -> dict[str, str]:
-        """Its settings, from .sluice/env."""
+        """Wait for .sluice/env, and return the settings in it."""
         file = self.folder / ".sluice" / "env"
         deadline = time.monotonic() + START_S
         while not file.exists():
@@ -68,17 +70,17 @@ class Service:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def terminate(self, within_s: float) -> None:
-        """SIGTERM: it is gone in time, with all that it started."""
+        """Send SIGTERM. The process and its descendants have to end in time."""
         self._end(lambda: self.process.send_signal(signal.SIGTERM), within_s)
         assert not (self.folder / ".sluice" / "env").exists()
 
     def interrupt(self, within_s: float) -> None:
-        """Ctrl-C, as a terminal sends it: to the whole process group. It is gone in time, with all that it started."""
+        """Send SIGINT to the process group, as a terminal does. The process and its descendants have to end in time."""
         self._end(lambda: os.killpg(self.process.pid, signal.SIGINT), within_s)
         assert not (self.folder / ".sluice" / "env").exists()
 
     def kill_alone(self, within_s: float) -> None:
-        """SIGKILL for the one process that the user started: the others end by themselves."""
+        """Send SIGKILL to the process that the user started. Its descendants have to end by themselves."""
         self._end(self.process.kill, within_s)
 
     def _end(self, signal_it: Callable[[], None], within_s: float) -> None:
@@ -90,7 +92,7 @@ class Service:
         assert not left, f"left behind: {left}"
 
     def kill(self) -> None:
-        """Whatever the test left, even when it failed."""
+        """Kill the processes that are left, also after a failure."""
         family = self.descendants() if self.process.poll() is None else []
         for process in [*family, self.process]:
             try:
@@ -101,7 +103,7 @@ class Service:
 
 
 class RedisStream:
-    """redis-py, by the words of the wire format."""
+    """The streams of a Redis server, read and written by redis-py."""
 
     def __init__(self, url: str, prefix: str = "sluice") -> None:
         self._prefix = prefix
@@ -110,6 +112,11 @@ class RedisStream:
     def publish(self, value: bytes, key: bytes | None, headers: dict[str, bytes]) -> None:
         fields: dict[Any, Any] = {"value": value} | {f"header:{name}": content for name, content in headers.items()}
         self._redis.xadd(f"{self._prefix}.submissions", fields if key is None else fields | {"key": key})
+
+    def lengths(self) -> tuple[int, int]:
+        """The number of verdicts and of dead letters."""
+        verdicts, letters = (self._redis.xlen(f"{self._prefix}.{name}") for name in ("verdicts", "dead-letters"))
+        return int(verdicts), int(letters)  # type: ignore[arg-type]
 
     def read(self, stream: str) -> list[Entry]:
         return [
@@ -127,7 +134,7 @@ class RedisStream:
 
 
 class KafkaStream:
-    """kafka-python, by the words of the wire format."""
+    """The topics of a Kafka broker, read and written by kafka-python."""
 
     def __init__(self, address: str, prefix: str) -> None:
         self._prefix = prefix
@@ -172,23 +179,27 @@ class Uploads:
             self._s3.create_bucket(Bucket=bucket)
 
     def put(self, key: str, data: bytes) -> str:
-        """Upload with a content type that lies; the ETag without quotes."""
+        """Upload an object with a wrong content type, and return its ETag without quotes."""
         answer = self._s3.put_object(Bucket="uploads", Key=key, Body=data, ContentType="application/x-lie")
         return str(answer["ETag"]).strip('"')
 
 
-def wait_until_settled(stream: Stream, count: int, within_s: float) -> tuple[list[Entry], list[Entry]]:
-    """Verdicts and dead letters, once there are `count` of both together and no more come."""
+def wait_until_settled(
+    stream: Stream, count: int, within_s: float, before: tuple[int, int] = (0, 0)
+) -> tuple[list[Entry], list[Entry]]:
+    """Wait until there are `count` verdicts and dead letters together, and return both.
+
+    `before` are the lengths of the two streams before the test, whose entries are left out.
+    """
     deadline = time.monotonic() + within_s
-    verdicts: list[Entry] = []
-    letters: list[Entry] = []
-    while time.monotonic() < deadline:
-        verdicts, letters = stream.read("verdicts"), stream.read("dead-letters")
-        if len(verdicts) + len(letters) >= count:
-            break
+
+    def read() -> tuple[list[Entry], list[Entry]]:
+        return stream.read("verdicts")[before[0] :], stream.read("dead-letters")[before[1] :]
+
+    while time.monotonic() < deadline and sum(map(len, read())) < count:
         time.sleep(0.5)
-    time.sleep(2)  # time for one too many to come
-    return stream.read("verdicts"), stream.read("dead-letters")
+    time.sleep(2)  # a duplicate may still come
+    return read()
 
 
 def new_folder(parent: Path) -> Path:

@@ -177,6 +177,7 @@ async def test_replica_that_cannot_start_stops_its_engine(tmp_path: Path, monkey
 
 
 @pytest.mark.engine
+@pytest.mark.ray
 @pytest.mark.timeout(900)
 async def test_guard_on_a_ray_cluster_survives_the_death_of_its_replica(tmp_path: Path) -> None:
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
