@@ -12,7 +12,7 @@ import pytest
 from pipelines.local.backends import backends
 from pipelines.local.env_file import env_file_written, read_env_file
 from services.core.settings import Settings, load
-from tests.support.command_line import assert_fails, run_sluice, start_sluice
+from tests.support.command_line import assert_fails, run_sluice, run_sluice_in, start_sluice
 from tests.support.intake_bench import IntakeBench
 from tests.support.s3_server import CREDENTIALS
 from tests.support.servers import Valkey
@@ -25,8 +25,8 @@ async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdic
     bench.put("a.jpg")
     picture = tmp_path / "bild ä.jpg"
     picture.write_bytes(bench.s3.get_object(Bucket="uploads", Key="a.jpg")["Body"].read())
-    result = start_sluice(
-        "submit", "s3://uploads/a.jpg", str(picture), "--policy", "default@1", "--tenant", "shop", folder=folder
+    result = run_sluice_in(
+        folder, "submit", "s3://uploads/a.jpg", str(picture), "--policy", "default@1", "--tenant", "shop"
     )
     assert result.returncode == 0, result.stderr
     ids = result.stdout.decode().split()
@@ -34,10 +34,10 @@ async def test_submit_of_files_and_objects_prints_ids_and_verdicts_prints_verdic
     assert (sorted(ids), letters) == (sorted(verdict.submission_id for verdict in verdicts), [])
     assert {verdict.tenant for verdict in verdicts} == {"shop"}
 
-    lines = start_sluice("verdicts", "--json", folder=folder).stdout.decode().splitlines()
+    lines = run_sluice_in(folder, "verdicts", "--json").stdout.decode().splitlines()
     assert {json.loads(line)["verdict_id"] for line in lines} == {verdict.verdict_id for verdict in verdicts}
     await bench.submit(b"what another program wrote", stream=bench.settings.verdicts_stream)
-    shown = start_sluice("verdicts", folder=folder)
+    shown = run_sluice_in(folder, "verdicts")
     readable = shown.stdout.decode().splitlines()
     assert len(readable) == 2
     assert all("allow" in line and "default@1" in line for line in readable)
@@ -49,7 +49,7 @@ async def test_submit_of_json_lines_stops_at_the_first_invalid_line(bench: Intak
     bench.put("a.jpg")
     good = [{"id": f"line-{number}", "uri": "s3://uploads/a.jpg", "metadata": {"a": None}} for number in range(2)]
     lines = "\n".join([*map(json.dumps, good), "", json.dumps({"id": "bad", "uri": "ftp://x"}), json.dumps(good[0])])
-    result = start_sluice("submit", "-", folder=folder, stdin=lines.encode())
+    result = run_sluice_in(folder, "submit", "-", stdin=lines.encode())
     assert_fails(result, "line 4", "uri")
     assert result.stdout.decode().split() == ["line-0", "line-1"]
     verdicts, _ = await bench.settled(2)
@@ -57,8 +57,8 @@ async def test_submit_of_json_lines_stops_at_the_first_invalid_line(bench: Intak
 
 
 async def test_submit_of_an_invalid_reference_fails(folder: Path) -> None:
-    assert_fails(start_sluice("submit", "no/such/file.jpg", folder=folder), "neither a file nor an s3:// URI")
-    assert_fails(start_sluice("submit", "s3://uploads", folder=folder), "s3://bucket/key")
+    assert_fails(run_sluice_in(folder, "submit", "no/such/file.jpg"), "neither a file nor an s3:// URI")
+    assert_fails(run_sluice_in(folder, "submit", "s3://uploads"), "s3://bucket/key")
 
 
 def test_command_without_a_service_names_the_missing_settings(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typer.testing import CliRunner
 
 from pipelines.cli import keys
 from services.core.errors import ConfigurationError
-from tests.support.gateway_bench import Bench
+from tests.support.gateway_bench import GatewayBench
 
 
-def test_created_key_is_listed_until_and_after_its_revocation(idle: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_created_key_is_listed_until_and_after_its_revocation(
+    idle: GatewayBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLUICE_POLICY_BUCKET", idle.settings.policy_bucket)
     monkeypatch.setenv("SLUICE_S3_ENDPOINT", idle.settings.s3_endpoint or "")
 

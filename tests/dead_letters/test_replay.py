@@ -22,7 +22,7 @@ from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
-from tests.support.command_line import SLUICE, assert_fails, start_sluice
+from tests.support.command_line import SLUICE, assert_fails, run_sluice_in
 from tests.support.intake_bench import IntakeBench
 
 NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
@@ -229,7 +229,7 @@ async def test_command_killed_while_publishing_is_continued_by_the_next(bench: I
     await command.wait()
     published = len(await bench.read(bench.settings.submissions_stream))
     assert 0 < published < len(originals)
-    done = await asyncio.to_thread(start_sluice, "dead-letters", "replay", folder=folder)
+    done = await asyncio.to_thread(run_sluice_in, folder, "dead-letters", "replay")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, len(originals) - published)
     assert "was killed; waiting" in done.stderr.decode()
     replayed = [each.value for each in await bench.read(bench.settings.submissions_stream)]
@@ -327,35 +327,31 @@ async def test_commands_list_and_replay_dead_letters(bench: IntakeBench, folder:
     await publisher.publish([OutgoingMessage(bench.settings.dead_letters_stream, b"not ours")])
     await publisher.close()
 
-    listed = start_sluice("dead-letters", "list", folder=folder)
+    listed = run_sluice_in(folder, "dead-letters", "list")
     lines = listed.stdout.decode().splitlines()
     assert (listed.returncode, len(lines)) == (0, 2)
     assert "\x1b" not in listed.stdout.decode()
     assert all(word in lines[0] for word in ("forbidden", "x1", "shop", "s3://uploads/evil", "s/0/1"))
     assert "skipped 1 messages" in listed.stderr.decode()
-    rows = [
-        json.loads(line) for line in start_sluice("dead-letters", "list", "--json", folder=folder).stdout.splitlines()
-    ]
+    rows = [json.loads(line) for line in run_sluice_in(folder, "dead-letters", "list", "--json").stdout.splitlines()]
     assert rows[0].keys() == {
         *("dead_letter", "submission_id", "reason", "detail", "attempts", "source", "failed_at", "tenant", "uri")
     }
-    recent = start_sluice("dead-letters", "list", "--newer-than", "1h", "--tenant", "shop", "--json", folder=folder)
+    recent = run_sluice_in(folder, "dead-letters", "list", "--newer-than", "1h", "--tenant", "shop", "--json")
     assert [json.loads(line)["submission_id"] for line in recent.stdout.splitlines()] == ["plain"]
 
-    assert_fails(start_sluice("dead-letters", "list", "--reason", "boredom", folder=folder), "boredom", "not_found")
-    assert_fails(start_sluice("dead-letters", "list", "--older-than", "soon", folder=folder), "'soon' is neither")
-    assert_fails(start_sluice("dead-letters", "replay", "--id", "absent\x1b", folder=folder), "belongs to absent\ufffd")
+    assert_fails(run_sluice_in(folder, "dead-letters", "list", "--reason", "boredom"), "boredom", "not_found")
+    assert_fails(run_sluice_in(folder, "dead-letters", "list", "--older-than", "soon"), "'soon' is neither")
+    assert_fails(run_sluice_in(folder, "dead-letters", "replay", "--id", "absent\x1b"), "belongs to absent\ufffd")
     assert_fails(
-        start_sluice("dead-letters", "replay", folder=folder, SLUICE_REDIS_URL="redis://127.0.0.1:9/0"),
+        run_sluice_in(folder, "dead-letters", "replay", SLUICE_REDIS_URL="redis://127.0.0.1:9/0"),
         "SLUICE_REDIS_URL",
     )
-    assert_fails(
-        start_sluice("dead-letters", "list", folder=folder, SLUICE_STREAM_URL="redis://x:bad"), "SLUICE_STREAM_URL"
-    )
+    assert_fails(run_sluice_in(folder, "dead-letters", "list", SLUICE_STREAM_URL="redis://x:bad"), "SLUICE_STREAM_URL")
 
-    done = start_sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
+    done = run_sluice_in(folder, "dead-letters", "replay", "--reason", "not_found", "--json")
     assert (done.returncode, json.loads(done.stdout)["submission_id"]) == (0, "plain")
-    again = start_sluice("dead-letters", "replay", "--reason", "not_found", "--json", folder=folder)
+    again = run_sluice_in(folder, "dead-letters", "replay", "--reason", "not_found", "--json")
     assert (again.returncode, again.stdout) == (0, b"")
     assert "skipped 1 that were replayed before" in again.stderr.decode()
 

@@ -25,7 +25,7 @@ from services.core.values import Assessment, Detail, PreparedImage
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher
-from tests.support.command_line import assert_fails, start_sluice
+from tests.support.command_line import assert_fails, run_sluice_in
 from tests.support.fake_guard import says_safe
 from tests.support.intake_bench import IntakeBench
 
@@ -330,7 +330,7 @@ async def test_running_service_causes_no_findings(bench: IntakeBench, monkeypatc
 async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: IntakeBench, folder: Path) -> None:
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), verdict(settings, "a"))
-    fine = start_sluice("reconcile", "--settle-s", "0", "--json", folder=folder)
+    fine = run_sluice_in(folder, "reconcile", "--settle-s", "0", "--json")
     assert fine.returncode == 0, fine.stderr
     finding, line = map(json.loads, fine.stdout.splitlines())
     assert (finding["finding"], finding["submission_id"], finding["count"]) == ("repeats", "a", 1)
@@ -347,19 +347,19 @@ async def test_command_prints_findings_and_exits_with_1_if_any_is_lost(bench: In
         "outside": 0,
         "ignored": 0,
     }
-    assert_fails(start_sluice("reconcile", "--since", "x", folder=folder), "'x' is neither")
+    assert_fails(run_sluice_in(folder, "reconcile", "--since", "x"), "'x' is neither")
 
     await publish(settings, submission(settings, "evil\x1b[2J"))
-    young = start_sluice("reconcile", folder=folder)
+    young = run_sluice_in(folder, "reconcile")
     assert (young.returncode, "in flight 1" in young.stdout.decode()) == (0, True)
-    lost = start_sluice("reconcile", "--settle-s", "0", folder=folder)
+    lost = run_sluice_in(folder, "reconcile", "--settle-s", "0")
     assert lost.returncode == 1
     assert lost.stderr.decode().splitlines()[-1] == (
         "sluice: found 1 submission without an outcome; the findings name the submissions"
     )
     assert "\x1b" not in lost.stdout.decode()
     assert "lost " in lost.stdout.decode().splitlines()[0]
-    once = start_sluice("reconcile", folder=folder, SLUICE_DELIVERY="exactly_once")
+    once = run_sluice_in(folder, "reconcile", SLUICE_DELIVERY="exactly_once")
     assert (once.returncode, "exactly_once" in once.stderr.decode()) == (1, True)
 
 

@@ -1,13 +1,14 @@
 """Run `sluice` commands: in the process of the test, or as a child process in a folder of its own.
 
-A child process imports the whole stack again for each command, so prefer `run_sluice`.
+A child process imports the whole stack again for each command, so prefer `run_sluice` and `run_sluice_in`.
 """
 
 import io
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Final
 from unittest import mock
@@ -21,7 +22,7 @@ from tests.support.intake_bench import IntakeBench
 SLUICE: Final = str(Path(sys.executable).with_name("sluice"))
 
 
-def run_sluice(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_sluice(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
     """Run one command through the entry point of the `sluice` script, and return what a shell would see of it.
 
     Not for `sluice up`, which installs signal handlers, nor inside a running event loop.
@@ -29,6 +30,8 @@ def run_sluice(*arguments: str) -> subprocess.CompletedProcess[str]:
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["sluice", *arguments]),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+        mock.patch.dict(os.environ),  # the command adds the settings in .sluice/env
         redirect_stdout(stdout),
         redirect_stderr(stderr),
     ):
@@ -39,6 +42,23 @@ def run_sluice(*arguments: str) -> subprocess.CompletedProcess[str]:
         else:
             status = 0
     return subprocess.CompletedProcess(["sluice", *arguments], status, stdout.getvalue(), stderr.getvalue())
+
+
+def run_sluice_in(
+    folder: Path, *arguments: str, stdin: bytes = b"", **variables: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run one command in `folder`, with no setting in its environment but `variables`.
+
+    The command has a thread of its own, because the test may have an event loop. It blocks that loop, as a shell would.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+    with (
+        chdir(folder),
+        mock.patch.dict(os.environ, inherited | variables, clear=True),
+        ThreadPoolExecutor(1) as thread,
+    ):
+        done = thread.submit(run_sluice, *arguments, stdin=stdin).result()
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.encode(), done.stderr.encode())
 
 
 def start_sluice(
