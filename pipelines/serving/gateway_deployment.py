@@ -15,6 +15,7 @@ from pipelines.serving.components import Components
 from pipelines.serving.names import GATEWAY
 from services.core.logs import configure_logging
 from services.core.settings import Settings
+from services.core.tasks import close_on_error
 from services.gateway.api_keys import ApiKeyRegistry
 from services.gateway.app import Dependencies, create_app
 from services.gateway.server import GatewayServer, listen
@@ -37,11 +38,8 @@ class GatewayDeployment:
         """
         configure_logging(settings.log_file)
         self._closing = AsyncExitStack()
-        try:
+        async with close_on_error(self._closing):
             await self._start(settings, max_side_px, guard)
-        except BaseException:
-            await self._closing.aclose()
-            raise
 
     async def _start(self, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any]) -> None:
         components = await Components.from_settings(settings, max_side_px, guard, self._closing)

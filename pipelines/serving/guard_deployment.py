@@ -10,6 +10,7 @@ from pipelines.serving.names import GUARD
 from services.core.errors import ConfigurationError, GuardUnavailable
 from services.core.logs import configure_logging
 from services.core.settings import Settings
+from services.core.tasks import close_on_error
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
@@ -35,11 +36,8 @@ class GuardDeployment:
         """
         configure_logging(settings.log_file)
         self._closing = AsyncExitStack()
-        try:
+        async with close_on_error(self._closing):
             await self._start(settings)
-        except BaseException:
-            await self._closing.aclose()
-            raise
 
     async def _start(self, settings: Settings) -> None:
         self._settings = settings

@@ -17,6 +17,7 @@ from services.core.errors import TooLarge, Unjudgeable
 from services.core.logs import configure_logging
 from services.core.messages import ImageRequest, Verdict
 from services.core.settings import Settings
+from services.core.tasks import close_on_error
 from services.core.values import Policy, StoredObject
 from services.policies.traffic_sample import TrafficSample
 from services.streams.config import StreamConfig
@@ -39,11 +40,8 @@ class IntakeDeployment:
         """
         configure_logging(settings.log_file)
         self._closing = AsyncExitStack()
-        try:
+        async with close_on_error(self._closing):
             await self._start(settings, max_side_px, guard)
-        except BaseException:
-            await self._closing.aclose()
-            raise
 
     async def _start(self, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any]) -> None:
         components = await Components.from_settings(settings, max_side_px, guard, self._closing)

@@ -117,6 +117,12 @@ class OwnCategory(StrictModel):
         return f"{self.code}: {self.title}"
 
 
+def _check_order(info: ValidationInfo, lower: str, value: float) -> float:
+    if (bound := info.data.get(lower, 0)) > value:
+        raise ValueError(f"{info.field_name} ({value:g}) is below {lower} ({bound:g}); it has to be as high at least")
+    return value
+
+
 class ThresholdPair(StrictModel):
     """Scores from which an image is reviewed, and blocked."""
 
@@ -126,9 +132,7 @@ class ThresholdPair(StrictModel):
     @field_validator("block")
     @classmethod
     def _in_order(cls, block: float, info: ValidationInfo) -> float:
-        if (review := info.data.get("review", 0)) > block:
-            raise ValueError(f"block ({block:g}) is below review ({review:g}); it has to be as high at least")
-        return block
+        return _check_order(info, "review", block)
 
 
 class ThresholdRules(ThresholdPair):
@@ -148,9 +152,7 @@ class BlockRateRules(StrictModel):
     @field_validator("at_most")
     @classmethod
     def _in_order(cls, at_most: float, info: ValidationInfo) -> float:
-        if (at_least := info.data.get("at_least", 0)) > at_most:
-            raise ValueError(f"at_most ({at_most:g}) is below at_least ({at_least:g}); it has to be as high at least")
-        return at_most
+        return _check_order(info, "at_least", at_most)
 
     def as_band(self) -> BlockRateBand:
         return BlockRateBand(self.at_least, self.at_most, self.window_s, self.after)

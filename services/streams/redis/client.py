@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from redis import exceptions
 from redis.asyncio import Redis
@@ -199,3 +199,25 @@ async def connect(client: Redis) -> None:
             await asyncio.sleep(delay)
         else:
             return
+
+
+class RedisConnection:
+    """The connections of a publisher or a reader, which are no members of a group."""
+
+    def __init__(self, client: Redis) -> None:
+        """Use `open`, which connects."""
+        self._client = client
+
+    @classmethod
+    async def open(cls, config: StreamConfig) -> Self:
+        """Connect.
+
+        Raises:
+            ConfigurationError: the URL or the credentials are wrong.
+            StreamUnavailable: the server did not answer in time.
+        """
+        return cls(await open_client(config))
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._client.aclose(close_connection_pool=True)

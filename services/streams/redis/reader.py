@@ -2,35 +2,19 @@
 
 from collections.abc import AsyncIterator
 from datetime import datetime
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from redis import exceptions
-from redis.asyncio import Redis
 
 from services.streams.base import Message
-from services.streams.config import StreamConfig
-from services.streams.redis.client import decode_entry, open_client, translate_error
+from services.streams.redis.client import RedisConnection, decode_entry, translate_error
 
 _BLOCK_S: Final = 1.0
 _READ_AT_ONCE: Final = 100
 
 
-class RedisReader:
+class RedisReader(RedisConnection):
     """Reads whole streams without being a member. See `Reader`."""
-
-    def __init__(self, client: Redis) -> None:
-        """Use `open`, which connects."""
-        self._client = client
-
-    @classmethod
-    async def open(cls, config: StreamConfig) -> Self:
-        """Connect.
-
-        Raises:
-            ConfigurationError: the URL or the credentials are wrong.
-            StreamUnavailable: the server did not answer in time.
-        """
-        return cls(await open_client(config))
 
     async def read(self, stream: str, *, follow: bool, since: datetime | None = None) -> AsyncIterator[Message]:
         """In the order of the ids."""
@@ -53,7 +37,3 @@ class RedisReader:
 
     async def _range(self, stream: str, first: bytes, end: bytes) -> Any:
         return await self._client.xrange(stream, first, end, count=_READ_AT_ONCE)
-
-    async def close(self) -> None:
-        """Release the connections."""
-        await self._client.aclose(close_connection_pool=True)
