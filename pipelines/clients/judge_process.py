@@ -9,6 +9,7 @@ a SluiceError. The process ends when the connection is closed.
 
 import asyncio
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RaySystemError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -30,6 +31,10 @@ from services.images.memory_budget import ByteBudget
 
 _PAUSES_S: Final = (1.0, 5.0, 15.0)
 """Ray replaces a replica that died in this time."""
+_OTHER_VERSION: Final = re.compile(
+    r"judge_under\(\) (?:takes|got|missing)|No module named '(?:services|pipelines)\b|Can't get attribute '"
+)
+"""The errors of a service with other arguments, or with classes in other modules."""
 _IMAGE_BYTES_IN_FLIGHT: Final = 64 << 20
 """The images in requests at a time. Ray stores each in its object store, which has 200 MiB under `sluice up`."""
 
@@ -90,7 +95,7 @@ async def _judge_all(
 async def _judge(intake: DeploymentHandle[Any], request: JudgeRequest) -> JudgeResult:
     submission = request.submission.model_copy(update={"priority": "backfill"})
     for pause_s in (*_PAUSES_S, None):
-        # Services of earlier versions take no third argument. Requests without an image work there, too.
+        # A service without this argument can still judge the requests that have no image.
         image = () if request.image is None else (request.image,)
         response = intake.judge_under.remote(submission, request.policies, *image)
         try:
@@ -98,17 +103,18 @@ async def _judge(intake: DeploymentHandle[Any], request: JudgeRequest) -> JudgeR
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except RayTaskError as error:
+        except (RayTaskError, RaySystemError) as error:
             own = own_error(error)
             if isinstance(own, Unjudgeable):
                 return own
-            if image and isinstance(error.cause, TypeError) and "judge_under()" in str(error.cause):
+            cause = own or getattr(error, "cause", None) or error
+            if own is None and _OTHER_VERSION.search(str(cause)):
                 raise ConfigurationError(
-                    "the service was started by an earlier version of Sluice, which accepts no image files from this "
-                    "command; upgrade the service, or name images that lie in a bucket (s3://...)"
+                    "the service runs another version of Sluice than this command, and they do not understand each "
+                    "other; upgrade both to the same version, then run the command again"
                 ) from None
             if not isinstance(own, Unavailable) or pause_s is None:
-                raise own or error.cause from None
+                raise cause from None
         except (RayActorError, RayServeException) as error:
             if pause_s is None:
                 raise GuardUnavailable(f"the service does not answer ({type(error).__name__})") from None

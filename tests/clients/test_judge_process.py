@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RaySystemError, RayTaskError
 
 from pipelines.clients.judge_client import JudgeRequest
 from pipelines.clients.judge_process import _judge
@@ -25,11 +25,14 @@ class FakeMethod:
 
     def __init__(self, method: Callable[..., Awaitable[Any]]) -> None:
         self._method = method
+        self.wraps_errors = True
 
     async def remote(self, *arguments: Any) -> Any:
         try:
             return await self._method(*arguments)
-        except Exception as error:  # noqa: BLE001 - Ray wraps whatever the method raises
+        except Exception as error:
+            if not self.wraps_errors:
+                raise
             raise RayTaskError("judge_under", "a traceback", error).as_instanceof_cause() from None
 
 
@@ -43,7 +46,23 @@ async def test_service_of_earlier_version_judges_objects() -> None:
     assert await _judge(FakeHandle(EarlierIntake()), request) == ["default@1"]  # type: ignore[arg-type]
 
 
-async def test_image_for_service_of_earlier_version_error_says_upgrade() -> None:
+async def test_image_for_service_without_the_argument_error_says_upgrade() -> None:
     request = JudgeRequest.of_bytes("a", b"image", BUILT_IN.as_version(0))
-    with pytest.raises(ConfigurationError, match=r"earlier version of Sluice.*upgrade the service"):
+    with pytest.raises(ConfigurationError, match=r"another version of Sluice.*upgrade both"):
         await _judge(FakeHandle(EarlierIntake()), request)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+async def test_service_with_other_modules_error_says_upgrade(is_remote: bool) -> None:
+    """The service cannot load the request, or this process cannot load the answer."""
+
+    class OtherIntake(EarlierIntake):
+        async def judge_under(self, _submission: Submission, _policies: Sequence[str]) -> list[Any]:
+            raise RaySystemError(ModuleNotFoundError("No module named 'services.contracts'"), "a traceback")
+
+    handle = FakeHandle(OtherIntake())
+    if not is_remote:
+        handle.judge_under.wraps_errors = False
+    request = JudgeRequest(Submission(id="a", uri="s3://uploads/a.jpg"), ("default@1",))
+    with pytest.raises(ConfigurationError, match=r"another version of Sluice.*upgrade both"):
+        await _judge(handle, request)  # type: ignore[arg-type]
