@@ -166,7 +166,7 @@ class _UnavailableOnce:
     @asynccontextmanager
     async def open(self, _reference: ObjectReference) -> AsyncIterator[StoredObject]:
         self._count("open")
-        async with self._ports._stored() as stored:
+        async with self._ports.open_object() as stored:
             yield stored
 
     async def prepare(self, data: bytes) -> PreparedImage:

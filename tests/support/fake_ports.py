@@ -1,7 +1,7 @@
 """The ports of a moderator, in memory."""
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from services.core.messages import ImageRequest, ObjectReference
 from services.core.values import (
@@ -50,7 +50,7 @@ class FakePorts:
         return self.choice
 
     @asynccontextmanager
-    async def _stored(self) -> AsyncIterator[StoredObject]:
+    async def open_object(self) -> AsyncIterator[StoredObject]:
         yield StoredObject(b"bytes", None, "etag")
 
     def build_moderator(self) -> Moderator:
@@ -82,8 +82,8 @@ class _Images:
     def __init__(self, ports: FakePorts) -> None:
         self._ports = ports
 
-    def open(self, _reference: ObjectReference):  # type: ignore[no-untyped-def]
-        return self._ports._stored()
+    def open(self, _reference: ObjectReference) -> AbstractAsyncContextManager[StoredObject]:
+        return self._ports.open_object()
 
 
 class FakePreparer:
