@@ -1,1 +1,1 @@
-"""The guard: the SGLang server and what it is asked about an image."""
+"""The guard: a vision-language model that assesses images, on an SGLang server."""

@@ -1,4 +1,4 @@
-"""How a checkpoint becomes a folder that SGLang can load."""
+"""Prepares a checkpoint as a folder that SGLang can load."""
 
 import hashlib
 import json
@@ -27,21 +27,21 @@ _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True, slots=True)
 class StagedCheckpoint:
-    """Folders that SGLang can load, and what identifies their weights."""
+    """Folders that SGLang can load, and the identity of their weights."""
 
     folder: Path
     revision: str
     """`sha256:` + hex over the files of a local folder, or the commit of a hub repository."""
     tokenizer: Path | None = None
-    """Where the tokenizer and the image processor are, when elsewhere."""
+    """The folder of the tokenizer and the image processor, if it is another one."""
 
 
 def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
-    """Make a folder that SGLang can load, downloading what is missing. Blocks; safe in several processes at once.
+    """Make a folder that SGLang can load, and download missing files. Blocks. Processes may call it concurrently.
 
     Raises:
-        ConfigurationError: the weights, the vision tower or the tokenizer cannot be had, or `state_dir` is a path that
-            SGLang would misread.
+        ConfigurationError: the weights, the vision tower or the tokenizer are not available, or SGLang would misread
+            the path `state_dir`.
     """
     if checkpoint.folder is not None:
         source = checkpoint.folder
@@ -62,7 +62,7 @@ def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
         return StagedCheckpoint(source, revision, tokenizer)
 
     shelf = state_dir.expanduser().resolve() / "checkpoints"
-    # The folder holds its own absolute path, so that is part of what its name stands for.
+    # The config contains the absolute path of the folder, so the path is part of the identity.
     identity = json.dumps([revision, str(shelf), documents, checkpoint.tensor_prefix], sort_keys=True)
     folder = shelf / f"{checkpoint.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     towers: dict[str, Path] = {}
@@ -80,7 +80,7 @@ def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
 
 
 def _find_vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path | None:
-    """The folder to stage as the vision tower, or None when SGLang can load the checkpoint as it is."""
+    """The folder to stage as the vision tower; None if SGLang can load the checkpoint without."""
     if named and not Path(named).is_absolute() and (source / named / "config.json").is_file():
         tower = source / named
     elif Path(named).is_absolute() and Path(named).is_dir():
@@ -98,14 +98,14 @@ def _find_vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path
 
 
 def _tower_name(checkpoint: Checkpoint, tower: Path) -> str:
-    """SGLang tells the kinds of towers apart by their path alone."""
+    """A folder name from which SGLang can tell the kind of the tower: it looks only at the path."""
     if "siglip" in tower.name or "clip" in tower.name:
         return tower.name
     return "clip" if "clip" in (checkpoint.vision_tower or "") else "siglip"
 
 
 def _find_tokenizer(checkpoint: Checkpoint, source: Path) -> Path | None:
-    """The folder of a tokenizer that is not the checkpoint's own, or None."""
+    """The folder of the tokenizer, if it is not in the checkpoint; else None."""
     if checkpoint.tokenizer is None:
         folder = source
     elif (source / "tokenizer").is_dir():
@@ -118,13 +118,13 @@ def _find_tokenizer(checkpoint: Checkpoint, source: Path) -> Path | None:
 
 
 def _download(hub_id: str, *, weights: bool) -> Path:
-    """The snapshot of a hub repository, from the local cache when the hub cannot be reached."""
+    """The snapshot of a hub repository, from the local cache if the hub is unreachable."""
     logger.info("fetching %s from the hub or its local cache", hub_id)
     ignored = [*_IGNORED_FILES, "*.bin"] + ([] if weights else ["*.safetensors"])
     try:
         folder = Path(snapshot_download(hub_id, ignore_patterns=ignored))
         if weights and not any(folder.glob("*.safetensors")):
-            # Older repositories, CLIP's among them, have only PyTorch's own format.
+            # Older repositories, for example CLIP's, have only PyTorch's format.
             folder = Path(snapshot_download(hub_id, ignore_patterns=list(_IGNORED_FILES)))
     except GatedRepoError:
         problem = "is gated: accept its terms on huggingface.co and set HF_TOKEN"
@@ -148,7 +148,7 @@ def _list_files(folder: Path) -> Iterable[Path]:
 
 
 def _digest(folder: Path) -> str:
-    """Over the content of everything in the folder that can change an answer."""
+    """A digest of all files in the folder that can change an answer."""
     whole = hashlib.sha256()
     for path in _list_files(folder):
         if path.suffix == ".md":
@@ -166,7 +166,7 @@ def _fill_folder(
     folder: Path,
     documents: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Fill `folder`, which appears complete or not at all: it is written under another name and renamed."""
+    """Fill `folder` atomically: it is written under another name and renamed."""
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         _copy(source, draft)
@@ -181,7 +181,7 @@ def _fill_folder(
         except OSError:
             if not folder.is_dir():
                 raise
-            # Another process was faster: its folder has the same content.
+            # Another process has made the folder, with the same content.
     except OSError as error:
         raise ConfigurationError(f"SLUICE_STATE_DIR: {folder} cannot be written: {error.strerror}.") from None
     finally:
@@ -189,7 +189,7 @@ def _fill_folder(
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Small files are copied, since an upgrade may replace them; large ones are linked."""
+    """Copy small files, because an upgrade may replace them, and link large ones."""
     for path in _list_files(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """The checkpoints that Sluice knows. A new release is a new row of `CHECKPOINTS`.
 
-Where the rows come from: LlavaGuard's repository (github.com/ml-research/LlavaGuard: its README, `llava-configs` and
-`server/sglang.py`) for architectures, towers, tokenizers and layouts; the hub for names. What could not be looked up
-is marked as unverified. GPU memory is calculated: weights, KV cache for a few images and working space, a little
-below what a card of that class really has.
+Sources of the rows: LlavaGuard's repository (github.com/ml-research/LlavaGuard: its README, `llava-configs` and
+`server/sglang.py`) for architectures, towers, tokenizers and layouts; the hub for names. Values without a source are
+marked as unverified. GPU memory is calculated: weights, KV cache for a few images and working space, a little below the
+memory of a card of that class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,41 +38,41 @@ _CLIP: Final = "openai/clip-vit-large-patch14-336"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One row: what is known about a set of weights without loading it."""
+    """One row: the facts about a set of weights that are known without loading it."""
 
     name: str
     hub_id: str | None
     architecture: str
     family: ModelFamily
-    """How it is asked and its answers are read."""
+    """Builds its prompts and reads its answers."""
     max_side_px: int
-    """Longest side of an image, in pixels, beyond which this model sees nothing more."""
+    """The longest side of an image, in pixels, that the model can use."""
     gpu_memory_bytes: int
-    """What one replica wants on all its GPUs together: weights, KV cache and working space."""
+    """The memory that one replica needs on all its GPUs together: weights, KV cache and working space."""
     parameters: int
-    """Of the weights with their vision tower, roughly."""
+    """The approximate number, with the vision tower."""
     hidden_size: int | None = None
-    """Tells rows of one architecture apart when a local folder is named; None: the row for any other size."""
+    """Distinguishes rows of one architecture when a local folder is given; None: the row for any other size."""
     vision_tower: str | None = None
-    """Hub id of the vision tower, when the checkpoint does not bring one along."""
+    """The hub id of the vision tower, if the checkpoint does not contain one."""
     tokenizer: str | None = None
-    """Hub id of the tokenizer and image processor, when the checkpoint does not bring its own along. A local folder
-    may hold them in its folder `tokenizer`."""
+    """The hub id of the tokenizer and image processor, if the checkpoint does not contain them. A local folder may have
+    them in its folder `tokenizer`."""
     launch_flags: tuple[str, ...] = _FLOAT16
-    """float16, since SGLang always loads a LLaVA vision tower so."""
+    """float16, because SGLang always loads a LLaVA vision tower in it."""
     cuda_flags: tuple[str, ...] = ()
-    """Only on a GPU."""
+    """Further flags on a GPU."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Changes to its JSON files, by file name."""
+    """Changes to the JSON files, by file name."""
     preprocessor: Mapping[str, Any] | None = None
     """Written as preprocessor_config.json instead of the checkpoint's own."""
     tensor_prefix: str = ""
-    """What its tensors' names begin with and SGLang does not expect."""
+    """A prefix of the tensors' names that SGLang does not expect."""
     folder: Path | None = None
-    """Where the weights are, for one that is on this machine already."""
+    """The folder of the weights, if they are on this machine."""
 
     def tensor_parallel_size(self, memory_bytes: Sequence[int]) -> int:
-        """Over how many of these GPUs (their memory in bytes) a replica is spread: as few as hold it; 0 if none do."""
+        """The smallest number of these GPUs (their memory in bytes) that holds a replica; 0 if they cannot hold one."""
         for count in _TENSOR_PARALLEL_SIZES:
             if count <= len(memory_bytes) and count * min(memory_bytes) >= self.gpu_memory_bytes:
                 return count
@@ -92,7 +92,7 @@ def _llava_1_5(version: str, size: str) -> Checkpoint:
         parameters=13_400_000_000 if large else 7_100_000_000,
         hidden_size=5120 if large else 4096,
         vision_tower=_CLIP,
-        # The checkpoint's own has no <image> token and no image processor.
+        # The tokenizer in the checkpoint has no <image> token and no image processor.
         tokenizer=f"llava-hf/llava-1.5-{size.lower()}-hf",
     )
 
@@ -103,7 +103,7 @@ def _onevision(size: str, **fields: Any) -> Checkpoint:
         hub_id=f"AIML-TUDA/LlavaGuard-v1.2-{size}-OV",
         architecture="LlavaQwenForCausalLM",
         family=LlavaGuard("chatml-llava"),
-        # The largest side of its anyres grid: 6 tiles of 384 px.
+        # The longest side of its anyres grid: 6 tiles of 384 px.
         max_side_px=2304,
         vision_tower=_SIGLIP,
         preprocessor=_SIGLIP_PREPROCESSOR,
@@ -117,7 +117,7 @@ def _qwen(size: str, **fields: Any) -> Checkpoint:
         hub_id=f"AIML-TUDA/QwenGuard-v1.2-{size}",
         architecture="Qwen2_5_VLForConditionalGeneration",
         family=LlavaGuard("qwen2-vl"),
-        # LlavaGuard's evaluation gives it at most 1280 patches of 28 x 28 px.
+        # LlavaGuard's evaluation uses at most 1280 patches of 28 x 28 px.
         max_side_px=1280,
         launch_flags=_BFLOAT16,
         **fields,
@@ -130,7 +130,7 @@ CHECKPOINTS: Final = (
         hub_id=None,
         architecture="LlavaQwenForCausalLM",
         family=LlavaGuard("chatml-llava", wording="explain"),
-        # Its tower sees 64 px, but it was trained on the engine's own scaling of images up to this size.
+        # Its tower sees 64 px, but it was trained with the engine's scaling of images up to this size.
         max_side_px=384,
         gpu_memory_bytes=2 * GIB,
         parameters=1_000_000,
@@ -142,7 +142,7 @@ CHECKPOINTS: Final = (
         gpu_memory_bytes=38 * GIB,
         parameters=8_000_000_000,
         hidden_size=3584,
-        # Its embedding table has this many rows; a config that says less fails while loading.
+        # Its embedding table has this many rows. A smaller value in the config makes the load fail.
         overrides={"config.json": {"vocab_size": 152064}},
     ),
     _qwen("3B", gpu_memory_bytes=20 * GIB, parameters=3_800_000_000, hidden_size=2048),
@@ -156,11 +156,11 @@ CHECKPOINTS: Final = (
         name="LlavaGuard-34B",
         hub_id="AIML-TUDA/LlavaGuard-34B",
         architecture="LlavaLlamaForCausalLM",
-        # Unverified: it was trained with LLaVA's `chatml_direct`, which says "Answer the questions." in the system's
-        # turn, and is served with SGLang's `chatml-llava`. Its wording is that of v1.0, with which it came out.
+        # Unverified: it was trained with LLaVA's `chatml_direct`, which has "Answer the questions." in the system turn,
+        # and is served with SGLang's `chatml-llava`. Its wording is that of v1.0, which was released at the same time.
         family=LlavaGuard("chatml-llava", wording="explain"),
-        # Beyond 336 px its anyres grid makes 2928 tokens of an image, and with a policy's 1200 those are more than the
-        # 4096 positions that it has.
+        # Above 336 px its anyres grid makes 2928 tokens of an image. With the 1200 tokens of a policy these exceed the
+        # 4096 positions of the model.
         max_side_px=336,
         gpu_memory_bytes=96 * GIB,
         parameters=34_800_000_000,
@@ -176,11 +176,11 @@ CHECKPOINTS: Final = (
         max_side_px=896,
         gpu_memory_bytes=20 * GIB,
         parameters=4_300_000_000,
-        # SGLang switches images off for Gemma 3 unless told otherwise.
+        # By default SGLang disables images for Gemma 3.
         launch_flags=(*_BFLOAT16, "--enable-multimodal"),
-        # Only this backend lets the tokens of an image see one another, as in training.
+        # Only this backend lets the tokens of an image attend to each other, as in training.
         cuda_flags=("--attention-backend", "triton"),
-        # It is a Gemma 3 in a wrapper; SGLang knows Gemma 3. The wrapper's processor would write prompts of its own.
+        # It is a Gemma 3 in a wrapper, and SGLang supports Gemma 3. The wrapper's processor would change the prompts.
         overrides={
             "config.json": {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
             "processor_config.json": {"processor_class": "Gemma3Processor"},
@@ -191,10 +191,10 @@ CHECKPOINTS: Final = (
 
 
 def resolve(model: str) -> Checkpoint:
-    """The checkpoint that a setting means: a name of the table, a hub id of it, or a local folder.
+    """The checkpoint that a setting names: by a name or a hub id of the table, or by a local folder.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the setting names none.
     """
     for row in CHECKPOINTS:
         if model in (row.name, row.hub_id):
@@ -204,19 +204,19 @@ def resolve(model: str) -> Checkpoint:
         return _row_for(folder.resolve())
     known = ", ".join(row.name if row.hub_id is None else f"{row.name} ({row.hub_id})" for row in CHECKPOINTS)
     raise ConfigurationError(
-        f"SLUICE_MODEL={model} is neither a folder with a config.json nor a checkpoint that Sluice knows: {known}."
+        f"SLUICE_MODEL={model} is neither a folder with a config.json nor a known checkpoint: {known}."
     )
 
 
 def _row_for(folder: Path) -> Checkpoint:
-    """The row that a folder's own config.json means."""
+    """The row that matches a folder's config.json."""
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["none"])[0]
     hidden_size = config.get("hidden_size") or (config.get("text_config") or {}).get("hidden_size")
     rows = [row for row in CHECKPOINTS if row.architecture == architecture]
     rows = [row for row in rows if row.hidden_size == hidden_size] or [row for row in rows if row.hidden_size is None]
     if rows:
-        # Releases of one size differ in nothing but their name, if that is kept somewhere; else the newest is meant.
+        # Releases of one size differ only in their name. If neither folder nor config has it, take the newest.
         named = f"{folder.name} {config.get('_name_or_path', '')}".lower()
         return replace(next((row for row in rows if row.name.lower() in named), rows[-1]), folder=folder)
     known = ", ".join(sorted({f"{row.architecture} ({row.hidden_size or 'any other'})" for row in CHECKPOINTS}))

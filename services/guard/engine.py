@@ -1,4 +1,4 @@
-"""The engine: an SGLang server that is started, watched, restarted, and never left behind."""
+"""The engine: an SGLang server that is started, watched, restarted, and ended with its owner."""
 
 import asyncio
 import logging
@@ -32,10 +32,10 @@ _HEALTH_CHECK_S: Final = 5.0
 class Engine:
     """One SGLang server at a time with one checkpoint, reachable only through this object.
 
-    `start` returns when an image has been judged. From then on a task watches the server; one that ended, or gives no
-    token for `hang_s`, is killed with everything it started and replaced, after pauses that double up to a minute.
-    While no server is ready every call raises GuardUnavailable. When the owning process ends, however it ends, the
-    server ends too.
+    `start` returns when the server has judged an image. Then a task watches the server. A server that has ended, or
+    that generates no token for `hang_s`, is killed with all its processes and replaced, after pauses that double up to
+    a minute. While no server is ready every call raises GuardUnavailable. The server ends with the owning process, even
+    if that process is killed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Engine:
         hang_s: float = 30,
         gpu_share: float = 1.0,
     ) -> None:
-        """`in_flight` and `deadline_s` are what callers will ask of the server: calls at a time, seconds for each."""
+        """`in_flight`: concurrent calls. `deadline_s`: seconds for each call."""
         self.checkpoint = checkpoint
         self._state_dir = state_dir.expanduser()
         self._in_flight = in_flight
@@ -89,20 +89,20 @@ class Engine:
 
     @property
     def down_s(self) -> float:
-        """Seconds since the engine was last ready (or made); 0 while it is."""
+        """Seconds since the engine was last ready, or created; 0 while it is ready."""
         return 0.0 if self._state == "ready" else time.monotonic() - self._down_since
 
     @property
     def pid(self) -> int | None:
-        """The process group of the server, or None while there is none."""
+        """The process group of the server; None while there is no server."""
         return self._server.pid if self._server else None
 
     @property
     def revision(self) -> str:
-        """What identifies the weights.
+        """Identifies the weights.
 
         Raises:
-            GuardUnavailable: the engine was never started.
+            GuardUnavailable: the engine was not started yet.
         """
         if self._staged is None:
             raise GuardUnavailable("The engine was not started yet.")
@@ -121,14 +121,14 @@ class Engine:
         """Stage the checkpoint, start the server, and return when it has judged an image.
 
         Raises:
-            ConfigurationError: this machine cannot hold the checkpoint, or it cannot be staged.
-            GuardUnavailable: the server ended or was not ready within `start_s`; its last lines are in the log.
+            ConfigurationError: the checkpoint does not fit on this machine, or cannot be staged.
+            GuardUnavailable: the server ended, or was not ready within `start_s`. The log has its last lines.
         """
         if self._state != "stopped":
-            raise RuntimeError("the engine was started already")
+            raise RuntimeError("the engine is already started")
         self._set_state("starting")
         try:
-            # First, since it is known without the gigabytes that staging may download.
+            # First, because staging may download gigabytes.
             gpus = await asyncio.to_thread(choose_gpu_count, self.checkpoint, self._gpu_share)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir)
             self._launch_config = LaunchConfig(
@@ -148,7 +148,7 @@ class Engine:
         self._supervisor = asyncio.create_task(self._supervise(self._launch_config), name="guard-engine-supervisor")
 
     async def stop(self) -> None:
-        """Kill the server and everything it started. Calls in flight raise GuardUnavailable. May be called again."""
+        """Kill the server with all its processes. Calls in flight raise GuardUnavailable. Safe to repeat."""
         self._set_state("stopped")
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
@@ -156,11 +156,11 @@ class Engine:
         await self._discard()
 
     async def generate(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One call of SGLang's native `/generate`.
+        """Call SGLang's native `/generate`.
 
         Raises:
-            GuardFailed: the engine refuses the request, with its reason.
-            EngineFailed: the engine failed at this call, or went away meanwhile.
+            GuardFailed: the engine rejects the request; the error has its reason.
+            EngineFailed: the engine failed during this call.
             GuardUnavailable: the engine is not ready, or full.
         """
         answer: dict[str, Any] = await self.call("/generate", request)
@@ -170,12 +170,12 @@ class Engine:
     async def health_check(self) -> None:
         """
         Raises:
-            GuardUnavailable: the engine is not ready, or does not generate a token of text in time.
+            GuardUnavailable: the engine is not ready, or does not generate a token in time.
         """
         if self._state != "ready" or self._server is None:
             raise GuardUnavailable(f"The engine is {self._state}.")
         if not await self._server.can_generate(_HEALTH_CHECK_S):
-            raise GuardUnavailable("The engine gives no sign of life.")
+            raise GuardUnavailable("The engine failed its health check: it generated no token.")
 
     async def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, without added special tokens. Raises as `generate` does."""
@@ -183,7 +183,7 @@ class Engine:
         return [int(token) for token in document["tokens"]]
 
     async def call(self, path: str, body: Mapping[str, Any]) -> Any:
-        """One POST to the server. Raises as `generate` does."""
+        """POST to the server. Raises as `generate` does."""
         if self._state != "ready" or self._server is None:
             raise GuardUnavailable(f"The engine is {self._state}.")
         return await self._server.call(path, body)
@@ -197,30 +197,30 @@ class Engine:
         logger.info("engine %s", state)
 
     async def _supervise(self, launch_config: LaunchConfig) -> None:
-        """Replace the server whenever it is in trouble, until cancelled."""
+        """Replace the server each time it fails, until cancelled."""
         pause_s = _FIRST_PAUSE_S
         while self._server is not None:
             ready_at = time.monotonic()
             try:
-                trouble = await self._wait_for_failure(self._server)
-            except Exception as error:  # noqa: BLE001  # without a supervisor nothing restarts the engine
-                trouble = f"cannot be watched ({error})"
+                failure = await self._wait_for_failure(self._server)
+            except Exception as error:  # noqa: BLE001  # the supervisor must not end: only it restarts the engine
+                failure = f"cannot be watched ({error})"
             if time.monotonic() - ready_at > _PAUSE_LIMIT_S:
                 pause_s = _FIRST_PAUSE_S
-            while trouble:
-                logger.error("the engine %s; restarting it", trouble)
+            while failure:
+                logger.error("the engine %s; restarting it", failure)
                 self._set_state("restarting")
                 try:
                     await self._discard()
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
                     await self._launch(launch_config)
-                    trouble = ""
+                    failure = ""
                 except Exception as error:  # noqa: BLE001  # as above
-                    trouble = f"did not come back ({error})"
+                    failure = f"did not restart ({error})"
 
     async def _wait_for_failure(self, server: SglangServer) -> str:
-        """Return what is wrong, when something is."""
+        """Return how the server failed, when it does."""
         watches = [asyncio.create_task(self._wait_for_exit(server)), asyncio.create_task(self._wait_for_hang(server))]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
@@ -231,7 +231,7 @@ class Engine:
             await asyncio.gather(*watches, return_exceptions=True)
 
     async def _wait_for_exit(self, server: SglangServer) -> str:
-        while server.returncode is None:  # noqa: ASYNC110  # nothing tells when a process ends
+        while server.returncode is None:  # noqa: ASYNC110  # there is no event for the end of a process
             await asyncio.sleep(POLL_S)
         return f"ended with status {server.returncode}, {await server.log_tail()}"
 
@@ -240,19 +240,19 @@ class Engine:
             await asyncio.sleep(self._probe_every_s)
             began = time.monotonic()
             left = self._hang_s
-            # Any answer is a sign of life: a probe may wait its turn behind long prompts.
+            # Any answer proves that the server runs: the probe itself may wait behind long prompts.
             while not await server.can_generate(within_s=left) and self._last_answer < began:
                 left = began + self._hang_s - time.monotonic()
-                # A last try, since it may have been this process that stood still.
+                # Probe once more, because this process itself may have been suspended.
                 if left <= 0 and not await server.can_generate(within_s=_LAST_PROBE_S):
-                    return f"gave no token for {self._hang_s:.0f} s"
+                    return f"generated no token for {self._hang_s:.0f} s"
                 await asyncio.sleep(POLL_S)
 
     async def _launch(self, launch_config: LaunchConfig) -> None:
         """Start a server and wait until it has judged an image.
 
         Raises:
-            GuardUnavailable: it did not get that far.
+            GuardUnavailable: the server ended, or was not ready in time.
         """
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             self._launches += 1
@@ -264,11 +264,11 @@ class Engine:
                     self._server = server = await SglangServer.spawn(launch_config, log)
                     await server.wait_until_ready(launch_config)
             except PortTaken:
-                logger.warning("the engine's port was taken meanwhile; choosing another (%d)", attempt)
+                logger.warning("another process took the engine's port; choosing another port (attempt %d)", attempt)
                 await self._discard()
                 continue
             except TimeoutError:
-                words = await self._server.log_tail() if self._server else "it was never there"
+                words = await self._server.log_tail() if self._server else "no server was started"
                 raise GuardUnavailable(
                     f"The engine was not ready after {self._start_s:.0f} s (SLUICE_GUARD_START_S); {words}"
                 ) from None
@@ -279,7 +279,7 @@ class Engine:
         raise GuardUnavailable(f"The engine's port was taken {_PORT_ATTEMPTS} times in a row.")
 
     async def _discard(self) -> None:
-        """Kill the server, if there is one, and forget it."""
+        """Kill the server if there is one."""
         server, self._server = self._server, None
         if server is not None:
             await server.kill()

@@ -1,4 +1,4 @@
-"""What a checkpoint runs on, decided before anything is downloaded or started, and without loading PyTorch here."""
+"""Chooses the GPUs of a checkpoint before any download or start, and without loading PyTorch in this process."""
 
 import functools
 import os
@@ -13,20 +13,20 @@ from services.guard.checkpoints import GIB, Checkpoint
 from services.guard.safetensors import count_parameters
 
 _STATIC_SHARE: Final = 0.80
-"""Of a GPU's memory for weights and KV cache; the rest is for activations and images on their way."""
+"""The share of a GPU's memory for weights and KV cache; the rest is for activations and images."""
 _STATIC_SHARE_LIMIT: Final = 0.90
 
 _CPU_PARAMETERS_LIMIT: Final = 2_000_000_000
-"""A larger model takes minutes for one image on a CPU, and more memory than most machines have."""
+"""A larger model needs minutes for one image on a CPU, and more memory than most machines have."""
 
 
 def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
-    """How many GPUs the checkpoint is spread over; 0 where it runs on the CPU. Blocks.
+    """The number of GPUs for the checkpoint; 0: it runs on the CPU. Blocks.
 
-    `share`: of a GPU's memory that this replica may have.
+    `share`: the share of each GPU's memory that this replica may use.
 
     Raises:
-        ConfigurationError: the GPUs hold too little of it, or there is none and it is too large for the CPU.
+        ConfigurationError: the GPUs have too little memory, or there is none and the model is too large for the CPU.
     """
     memory = read_gpu_memory_bytes()
     if memory and is_cuda_available():
@@ -35,16 +35,16 @@ def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
             return gpus
         have = " + ".join(f"{each / GIB:.0f}" for each in mine)
         raise ConfigurationError(
-            f"{checkpoint.name} wants {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory and this replica has "
+            f"{checkpoint.name} needs {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory, and this replica has "
             f"{have} GiB: give it more GPUs (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
         )
-    # A folder of the older .bin files does not say; then it is taken for what its row is.
+    # A folder of .bin files has no headers: use the row's number.
     size = (checkpoint.folder and count_parameters(checkpoint.folder)) or checkpoint.parameters
     if size > _CPU_PARAMETERS_LIMIT:
-        trouble = "PyTorch cannot use this machine's GPU (is its driver too old?)" if memory else "there is no GPU here"
+        reason = "PyTorch cannot use this machine's GPU (is its driver too old?)" if memory else "there is no GPU here"
         raise ConfigurationError(
-            f"{checkpoint.name} has {size / 1e9:.1f} billion parameters, too many for a CPU, and {trouble}: run it "
-            "where there is one (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
+            f"{checkpoint.name} has {size / 1e9:.1f} billion parameters, too many for a CPU, and {reason}: run it "
+            "on a machine with a GPU (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
         )
     return 0
 
@@ -54,7 +54,7 @@ def read_gpu_memory_bytes() -> list[int]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []  # No driver, so no GPU.
+        return []  # There is no driver, so there is no GPU.
     try:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible is not None else map(str, range(pynvml.nvmlDeviceGetCount()))
@@ -63,7 +63,7 @@ def read_gpu_memory_bytes() -> list[int]:
             try:
                 memory.append(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(name.strip())).total))
             except (pynvml.NVMLError, ValueError):
-                break  # As CUDA does: what follows a name that it does not know is invisible.
+                break  # As in CUDA, the names after an unknown name are ignored.
         return memory
     finally:
         pynvml.nvmlShutdown()
@@ -72,7 +72,8 @@ def read_gpu_memory_bytes() -> list[int]:
 def compute_mem_fraction_static(share: float = 1.0) -> float:
     """SGLang's `--mem-fraction-static` for a replica with this share of a GPU.
 
-    SGLang means a part of what is free when it starts, which is less than all where another replica came first.
+    SGLang takes the fraction of the memory that is free at its start. Another replica may already use a part of the
+    GPU.
     """
     if share >= 1:
         return _STATIC_SHARE
@@ -89,7 +90,7 @@ def compute_mem_fraction_static(share: float = 1.0) -> float:
 
 @functools.cache
 def is_cuda_available() -> bool:
-    """Whether PyTorch can use a GPU: asked of a process of its own, so that this one need not load PyTorch. Blocks."""
+    """Whether PyTorch can use a GPU. Runs in a child process, so that this process does not load PyTorch. Blocks."""
     question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
     return subprocess.run([sys.executable, "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
 

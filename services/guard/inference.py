@@ -1,4 +1,4 @@
-"""Judging images on an engine."""
+"""Assesses images on an engine."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ from services.guard.families.llavaguard_answer import count_head_tokens, unsafe_
 from services.guard.slots import EngineSlots
 
 RATIONALE_TOKENS: Final = 256
-"""Bound of a rationale. LlavaGuard's take about 70 tokens."""
+"""The limit of a rationale. LlavaGuard's rationales have about 70 tokens."""
 
 _PRIORITY: Final[Mapping[GuardPriority, int]] = {"interactive": 2, "live": 1, "backfill": 0}
 
@@ -32,9 +32,9 @@ class _RatingTokens:
 
 
 class GuardInference:
-    """Assesses images with an engine's checkpoint: pure inference, no credentials, no network beyond the engine.
+    """Assesses images with an engine's checkpoint. It has no credentials, and no network but the engine.
 
-    At most `in_flight` assessments are with the engine at a time; the others wait here.
+    At most `in_flight` assessments are at the engine at a time; the others wait here.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class GuardInference:
         deadline_s: float = 60,
         answer_tokens: int = count_head_tokens() + RATIONALE_TOKENS,
     ) -> None:
-        """`deadline_s` holds for one assessment, waiting included. `answer_tokens` bounds an answer under LlavaGuard's
-        own categories; a rationale that does not fit is cut and marked."""
+        """`deadline_s` is for one assessment, including its wait. `answer_tokens` limits an answer under LlavaGuard's
+        own categories; a longer rationale is cut and marked."""
         self.engine = engine
         self._slots = EngineSlots(in_flight, engine.health_check)
         self._deadline_s = deadline_s
@@ -59,11 +59,11 @@ class GuardInference:
 
     @property
     def max_side_px(self) -> int:
-        """Longest side of an image, in pixels, beyond which the checkpoint sees nothing more."""
+        """The longest side of an image, in pixels, that the checkpoint can use."""
         return self.engine.checkpoint.max_side_px
 
     def identity(self, policy: Policy) -> ModelIdentity:
-        """What judges under this policy. The prompt's digest is that of the policy's own text.
+        """The model that judges by this policy. `prompt` is the digest of the policy's text in the family's words.
 
         Raises:
             GuardUnavailable: the engine was never started.
@@ -76,10 +76,10 @@ class GuardInference:
         )
 
     async def check(self) -> None:
-        """See that the checkpoint, whose engine is ready, can be asked for a score.
+        """Check that the checkpoint, whose engine is ready, can give a score.
 
         Raises:
-            ConfigurationError: its tokenizer writes both ratings with the same first token.
+            ConfigurationError: its tokenizer begins both ratings with the same token.
             GuardUnavailable: the engine is not ready.
         """
         await self._find_rating_tokens()
@@ -113,7 +113,7 @@ class GuardInference:
                 yield
         except TimeoutError:
             raise GuardUnavailable(
-                f"The engine gave no answer within {deadline_s:.0f} s (SLUICE_GUARD_DEADLINE_S)."
+                f"The engine did not answer within {deadline_s:.0f} s (SLUICE_GUARD_DEADLINE_S)."
             ) from None
 
     async def _assess(self, request: Mapping[str, Any], policy: Policy, detail: Detail) -> Assessment:
@@ -142,7 +142,7 @@ class GuardInference:
         )
 
     async def _generate(self, request: Mapping[str, Any], *, tokens: int, ebnf: str | None = None) -> dict[str, Any]:
-        """One greedy generation with the rating tokens' log probabilities; a refusal is tried once more."""
+        """One greedy generation with the rating tokens' log probabilities. A rejected request is retried once."""
         rating = await self._find_rating_tokens()
         body = {
             **request,
@@ -169,7 +169,7 @@ class GuardInference:
             raise UnreadableAnswer("The engine's answer has no score.") from None
 
     async def _find_rating_tokens(self) -> _RatingTokens:
-        """The two ratings' first tokens: where a tokenizer spells one in pieces, the first piece stands for it."""
+        """The first token of each rating. If a rating has several tokens, the first stands for it."""
         if self._rating_tokens is None:
             family = self.engine.checkpoint.family
             before = family.build_example()
@@ -177,8 +177,8 @@ class GuardInference:
             safe, unsafe = [await self._token_after(before, ids, word) for word in family.ratings]
             if safe == unsafe:
                 raise ConfigurationError(
-                    f"The tokenizer of {self.engine.checkpoint.name} begins {' and '.join(family.ratings)} alike, so "
-                    "there is no score to be had of it."
+                    f"The tokenizer of {self.engine.checkpoint.name} begins {' and '.join(family.ratings)} with the "
+                    "same token, so there is no score. Choose another checkpoint (SLUICE_MODEL)."
                 )
             self._rating_tokens = _RatingTokens(safe, unsafe)
         return self._rating_tokens
@@ -187,12 +187,12 @@ class GuardInference:
         longer = await self.engine.tokenize(before + word)
         if longer[: len(ids)] != ids or len(longer) == len(ids):
             name = self.engine.checkpoint.name
-            raise ConfigurationError(f"The tokenizer of {name} does not write the rating {word} as tokens of its own.")
+            raise ConfigurationError(f"The tokenizer of {name} joins the rating {word} with the text before it.")
         return longer[len(ids)]
 
 
 def _sampling_params(tokens: int, ebnf: str | None) -> dict[str, Any]:
-    """Every field that bears on the outcome, so that no default of the engine or the checkpoint does."""
+    """Every field that affects the answer, so that no default of the engine or the checkpoint does."""
     sampling: dict[str, Any] = {
         "temperature": 0.0,
         "top_p": 1.0,

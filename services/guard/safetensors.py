@@ -1,4 +1,4 @@
-"""Safetensors files: what is in them, without loading it (https://huggingface.co/docs/safetensors: the format)."""
+"""Reads the headers of safetensors files (format: https://huggingface.co/docs/safetensors)."""
 
 import json
 import math
@@ -16,10 +16,10 @@ _CHUNK_BYTES: Final = 16 << 20
 
 
 def require_weights(folder: Path) -> None:
-    """See that the weights of a model are in its folder, and whole as far as their headers tell.
+    """Check that the weights of a model are in its folder, and complete according to their headers.
 
     Raises:
-        ConfigurationError: they are not; the sentence names the first file that is missing or damaged.
+        ConfigurationError: a file is missing or damaged; the error names the first one.
     """
     index = folder / _INDEX
     if index.is_file():
@@ -37,13 +37,13 @@ def require_weights(folder: Path) -> None:
 
 
 def count_parameters(folder: Path) -> int:
-    """How many numbers the safetensors files in a folder, and in the folders within it, hold."""
+    """The number of parameters in the safetensors files of a folder and its subfolders."""
     tensors = (tensor for file in sorted(folder.rglob("*.safetensors")) for tensor in _tensors(_header(file)).values())
     return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def strip_prefix(folder: Path, prefix: str) -> None:
-    """Rename every tensor whose name begins with the prefix. A linked file is replaced, its target left as it is."""
+    """Remove the prefix from the names of tensors. A linked file is replaced; its target stays unchanged."""
     for file in sorted(folder.glob("*.safetensors")):
         header = _header(file)
         if any(name.startswith(prefix) for name in header):
@@ -56,10 +56,10 @@ def strip_prefix(folder: Path, prefix: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ConfigurationError: it cannot be read or is something else.
+        ConfigurationError: the file cannot be read, or is not a JSON object.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def _end(tensors: Iterable[Mapping[str, Any]]) -> int:
 
 def _rewrite(file: Path, header: Mapping[str, Any]) -> None:
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # The format wants the data aligned.
+    encoded += b" " * (-len(encoded) % 8)  # The format requires aligned data.
     draft = file.with_name(f"{file.name}.draft")
     with file.open("rb") as source, draft.open("wb") as target:
         source.seek(8 + int.from_bytes(source.read(8), "little"))

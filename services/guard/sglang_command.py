@@ -29,22 +29,22 @@ _CUDA_FLAGS: Final = (
 _COMMON_FLAGS: Final = (
     *("--host", "127.0.0.1"),
     *("--allowed-media-domains", "invalid.invalid"),
-    # Otherwise a checkpoint's generation_config.json fills in sampling fields.
+    # Otherwise a checkpoint's generation_config.json sets sampling fields.
     *("--sampling-defaults", "openai"),
     *("--grammar-backend", "xgrammar"),
     *("--limit-mm-data-per-request", json.dumps({"image": 1})),
     "--enable-priority-scheduling",
-    # The engine judges an image of its own before it is called ready.
+    # `SglangServer.wait_until_ready` judges an image instead.
     "--skip-server-warmup",
-    # A scheduler that has nothing to do would take a whole core to find that out.
+    # An idle scheduler would use a whole core.
     "--sleep-on-idle",
-    # One line per batch otherwise, for ever.
+    # Otherwise SGLang logs a line for each batch.
     *("--log-level", "warning"),
     *("--log-level-http", "warning"),
 )
 
 _WITHHELD_PREFIXES: Final = ("AWS_", "SLUICE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_")
-"""The engine has no credentials, and nothing outside chooses its ways."""
+"""Credentials, and switches of SGLang, do not reach the engine."""
 
 _WITHHELD: Final = frozenset(
     {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy", "pythondontwritebytecode"}
@@ -53,21 +53,21 @@ _WITHHELD: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
-    """All that a server is started from, but for what is new each time: port, key and scratch folder."""
+    """The options of a server that are the same at every start; port, key and scratch folder are new each time."""
 
     checkpoint: Checkpoint
     folder: Path
     """The staged checkpoint."""
     gpus: int
-    """How many it is spread over; 0: it runs on the CPU."""
+    """The number of GPUs; 0: the server runs on the CPU."""
     in_flight: int
-    """Calls that it will get at a time."""
+    """Concurrent calls."""
     deadline_s: float
-    """What a caller waits for one of them."""
+    """Seconds that a caller waits for one call."""
     tokenizer: Path | None = None
-    """Where the tokenizer is, when not in `folder`."""
+    """The folder of the tokenizer, if it is not `folder`."""
     gpu_share: float = 1.0
-    """Of one GPU, where replicas share it."""
+    """The share of one GPU, if replicas share it."""
 
     def command(self, *, port: int, secrets: Path) -> list[str]:
         """The argv. `secrets` is a file of flags that must not show in a process list."""
@@ -76,7 +76,7 @@ class LaunchConfig:
             *("--model-path", str(self.folder)),
             *("--port", str(port)),
             *("--config", str(secrets)),
-            # Above what is ever given to it: probes come on top.
+            # More than the concurrent calls and the probes.
             *("--max-queued-requests", str(2 * self.in_flight + 16)),
             *_COMMON_FLAGS,
             *(self._cuda_flags() if self.gpus else _CPU_FLAGS),
@@ -90,14 +90,14 @@ class LaunchConfig:
         return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
     def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:
-        """What is inherited, without credentials, proxies and SGLang's own switches, and what the server needs."""
+        """The server's variables, and `inherited` without credentials, proxies and SGLang's own switches."""
         kept = {
             name: value
             for name, value in inherited.items()
             if not name.startswith(_WITHHELD_PREFIXES) and name.lower() not in _WITHHELD
         }
         kept |= {
-            # Everything was staged before: a server that wants the network has lost its way.
+            # All files are staged, so the server needs no network.
             "HF_HUB_OFFLINE": "1",
             "TMPDIR": str(scratch),
             # An image waits this long for a preprocessing worker before SGLang replaces the whole pool of them.

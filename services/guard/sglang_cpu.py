@@ -1,7 +1,7 @@
 """SGLang on a machine without CUDA, through SGLang's own extension point.
 
 SGLang loads this module by the entry point `sluice_cpu` of the group `sglang.srt.platforms`, in each of its
-processes, after it has imported torch and its own CPU platform itself. So nothing here costs a CUDA machine anything.
+processes, after it has imported torch and its own CPU platform. So a CUDA machine imports nothing more.
 """
 
 from functools import partial
@@ -22,8 +22,8 @@ def activate() -> str | None:
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SGLang has no type information
     """Plain PyTorch on the CPU.
 
-    SGLang's own CPU engine (SGLANG_USE_CPU_ENGINE) wants kernels that its PyPI wheels lack; out of tree, SGLang
-    takes its torch-native code paths, which need none.
+    SGLang's own CPU engine (SGLANG_USE_CPU_ENGINE) needs kernels that its PyPI wheels do not contain. For a platform
+    out of its tree SGLang uses its torch-native code, which needs none.
     """
 
     _enum = PlatformEnum.OOT
@@ -35,9 +35,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SGLang 
         return "eager"
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Have the linear layers compute in single precision; what goes in and comes out keeps its type.
+        """Let the linear layers compute in single precision. Their inputs and outputs keep their type.
 
-        SGLang wants a LLaVA in half precision, for which most CPUs have no instructions: 159 x 128 times 128 x 640 took
+        SGLang loads a LLaVA in half precision, for which most CPUs have no instructions: 159 x 128 times 128 x 640 took
         2770 microseconds in float16, 849 in bfloat16 and 154 in float32 on one core of a Xeon with AVX-512.
         """
         from sglang.srt.layers.linear import LinearBase  # noqa: PLC0415 - heavy, and only the worker needs it

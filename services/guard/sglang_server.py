@@ -36,7 +36,7 @@ class PortTaken(Exception):
 
 
 class SglangServer:
-    """A running `sglang.launch_server`. It ends with this process, however this process ends."""
+    """A running `sglang.launch_server`. It ends with this process, even if this process is killed."""
 
     def __init__(self, child: SupervisedProcess, client: httpx.AsyncClient, scratch: Path) -> None:
         self._child = child
@@ -45,22 +45,22 @@ class SglangServer:
 
     @staticmethod
     async def spawn(launch_config: LaunchConfig, log: Path) -> "SglangServer":
-        """Start the process; it takes a while until it answers."""
-        # Hexadecimal: SGLang takes a key that begins with a hyphen for another flag.
+        """Start the process. It answers only after it has loaded the weights."""
+        # Hexadecimal: SGLang reads a key that begins with a hyphen as another flag.
         port, key = find_free_port(), secrets.token_hex(32)
 
         client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {key}"},
             trust_env=False,
-            timeout=None,  # Every call has a deadline of its own.
+            timeout=None,  # Each call has its own deadline.
             limits=httpx.Limits(
                 max_connections=launch_config.in_flight + 4, max_keepalive_connections=launch_config.in_flight + 4
             ),
         )
 
         def spawn() -> SglangServer:
-            # Its sockets and temporary files go where they can be removed together.
+            # Its sockets and temporary files are in one folder, which can be deleted.
             scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
             write_secrets(scratch / "flags.yaml", api_key=key)
             argv = launch_config.command(port=port, secrets=scratch / "flags.yaml")
@@ -77,7 +77,7 @@ class SglangServer:
             async def end() -> None:
                 await (await spawning).kill()
 
-            await asyncio.shield(asyncio.create_task(end()))  # another cancellation must not leave it behind
+            await asyncio.shield(asyncio.create_task(end()))  # a second cancellation must not leave the process running
             raise
 
     @property
@@ -94,8 +94,8 @@ class SglangServer:
         """Return when the server has judged an image.
 
         Raises:
-            PortTaken: a new server, with another port, may do better.
-            GuardUnavailable: it ended, or cannot judge; its last lines are in the log.
+            PortTaken: another process has the port. Start a new server.
+            GuardUnavailable: the server ended, or cannot judge. The log has its last lines.
         """
         began = reported = time.monotonic()
         while not await self._is_listening():
@@ -105,13 +105,13 @@ class SglangServer:
                     raise PortTaken
                 logger.error("the engine's last lines:\n%s", tail)
                 raise GuardUnavailable(
-                    f"The engine ended with status {self.returncode} while starting; {await self.log_tail()}"
+                    f"The engine ended with status {self.returncode} during the start; {await self.log_tail()}"
                 )
             if time.monotonic() - reported >= _PROGRESS_S:
                 reported = time.monotonic()
                 logger.info("the engine has been loading for %.0f s", reported - began)
             await asyncio.sleep(POLL_S)
-        logger.info("the engine is up after %.0f s; judging a first image", time.monotonic() - began)
+        logger.info("the engine listens after %.0f s; judging a first image", time.monotonic() - began)
         first = {
             "text": launch_config.checkpoint.family.build_example(),
             "image_data": _sample_image(),
@@ -127,18 +127,18 @@ class SglangServer:
         """POST a JSON body and return the JSON answer.
 
         Raises:
-            GuardFailed: the server refuses the request, with its reason.
-            EngineFailed: it failed at this call, or went away meanwhile.
-            GuardUnavailable: it is full.
+            GuardFailed: the server rejects the request; the error has its reason.
+            EngineFailed: the server failed during this call.
+            GuardUnavailable: the server is full.
         """
         try:
             response = await self._client.post(path, json=body)
         except httpx.HTTPError as error:
-            raise EngineFailed(f"The engine went away ({type(error).__name__}).") from None
+            raise EngineFailed(f"The connection to the engine broke ({type(error).__name__}).") from None
         except RuntimeError:
             if not self._client.is_closed:
                 raise
-            raise EngineFailed("The engine went away.") from None
+            raise EngineFailed("The engine was stopped during the call.") from None
         if response.status_code == httpx.codes.OK:
             try:
                 return response.json()
@@ -146,7 +146,7 @@ class SglangServer:
                 raise GuardUnavailable("The engine's answer is not JSON.") from None
         detail = _detail(response)
         if response.status_code in {httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY}:
-            raise GuardFailed(f"The engine refuses it: {detail}")
+            raise GuardFailed(f"The engine rejects the request: {detail}")
         if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
             raise EngineFailed(f"The engine failed: {detail}")
         raise GuardUnavailable(f"The engine answers {response.status_code}: {detail}")
@@ -166,7 +166,7 @@ class SglangServer:
         return True
 
     async def log_tail(self) -> str:
-        """Where its log is and how that ends, for the end of a sentence."""
+        """The path and the last line of the log, for the end of a sentence."""
         try:
             tail = await asyncio.to_thread(self._child.tail)
         except OSError as error:
@@ -175,7 +175,7 @@ class SglangServer:
         return f"its log {self._child.log} ends with: {lines[-1][:_DETAIL_LIMIT] if lines else '(nothing)'}"
 
     async def kill(self) -> None:
-        """Kill the process and everything it started, now. Calls in flight raise GuardUnavailable."""
+        """Kill the process with all its child processes. Calls in flight raise GuardUnavailable."""
         await asyncio.to_thread(self._child.kill)
         await self._client.aclose()
         await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
@@ -189,7 +189,7 @@ class SglangServer:
 
 
 def _detail(response: httpx.Response) -> str:
-    """What the server says about a refusal, in one bounded line."""
+    """The server's reason for an error, in one line of limited length."""
     try:
         document = response.json()
         error = document.get("error", document.get("detail", document)) if isinstance(document, dict) else document
@@ -206,8 +206,8 @@ def _sample_image() -> str:
 
 
 def _delete_old_logs(logs: Path) -> None:
-    """Keep the newest logs, and those of other processes that still run."""
-    with contextlib.suppress(OSError):  # Another process prunes the same folder.
+    """Delete all logs but the newest, and but those of other running processes."""
+    with contextlib.suppress(OSError):  # Another process deletes logs in the same folder.
         for log in sorted(logs.glob("engine-*.log"), key=lambda log: log.stat().st_mtime)[:-_KEPT_LOGS]:
             owner = log.name.split("-")[1]
             if owner == str(os.getpid()) or not Path(f"/proc/{owner}").exists():
@@ -215,7 +215,7 @@ def _delete_old_logs(logs: Path) -> None:
 
 
 def _delete_orphaned_scratch(folder: Path) -> None:
-    """Remove the scratch folders of owners that were killed."""
+    """Delete the scratch folders of killed owners."""
     for scratch in folder.glob(f"{_SCRATCH}*-*"):
         owner = scratch.name.removeprefix(_SCRATCH).split("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():

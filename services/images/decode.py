@@ -1,10 +1,10 @@
-"""From the bytes of an image in any of eight formats to an upright RGB picture no larger than the model can use.
+"""Decodes an image of any of eight formats to an upright RGB picture that is no larger than the model can use.
 
-Pure functions. The bytes are hostile: outside of tests they are called in a process of `services.images.decoder_pool`,
-where a crash, a hang or a flood of memory harms nobody else.
+Pure functions. The bytes are hostile: outside of tests these functions run in a process of
+`services.images.decoder_pool`, where a crash, a hang or a flood of memory fails only one image.
 
-Whatever is not passed on as it is becomes a JPEG of quality 95 without chroma subsampling: against the downscaling that
-the model does anyway its loss is nothing, while PNG takes ten times as long and several times the bytes for a photo.
+An image that is not passed on unchanged becomes a JPEG of quality 95 without chroma subsampling. Compared with the
+model's own downscaling its loss is negligible. A PNG would take ten times as long, and a photo several times the bytes.
 """
 
 import hashlib
@@ -41,37 +41,37 @@ _TRANSPOSE_BY_ORIENTATION: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image with that EXIF orientation upright."""
+"""By EXIF orientation: the operation that makes the image upright."""
 _JPEG_QUALITY: Final = 95
 _REDUCING_GAP: Final = 2.0
-"""A cheap box filter may shrink down to this many times the wanted size; Lanczos does the rest."""
+"""A fast box filter first reduces the image to this many times its final size; Lanczos does the rest."""
 _PASSED_ON_LIMIT_BYTES: Final = 4 << 20
-"""What is larger is encoded anew: as a JPEG of quality 95 it travels to the guard in fewer bytes."""
+"""A larger image is encoded again: as a JPEG of quality 95 it has fewer bytes."""
 _PROFILE_LIMIT_BYTES: Final = 4 << 20
 _SRGB_GAMMA: Final = 1 / 2.2
 
 pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool of processes is what uses the cores
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool of processes uses the cores
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an image may cost and what the model can use."""
+    """The limits of an image and of the model."""
 
     image_px: int
-    """Width times height, checked before anything is decoded."""
+    """Width times height, checked before the decode."""
     side_px: int
-    """The longer side of a prepared image at most."""
+    """The longest side of a prepared image."""
 
 
 def prepare(data: bytes, limits: Limits) -> PreparedImage:
     """Decode the first frame or page completely; make it upright, opaque (over white), 8-bit sRGB and small enough.
 
-    An upright RGB JPEG or PNG that fits and holds nothing but its picture is passed on as it is.
+    An upright RGB JPEG or PNG that fits and contains only its picture is passed on unchanged.
 
     Raises:
-        NotAnImage: unknown, truncated or corrupt.
-        TooLarge: more pixels, or more memory to decode, than allowed.
+        NotAnImage: an unknown format, truncated or corrupt.
+        TooLarge: the image has too many pixels, or needs too much memory.
     """
     kind = sniff(data)
     if kind is None:
@@ -81,15 +81,15 @@ def prepare(data: bytes, limits: Limits) -> PreparedImage:
     except Unjudgeable:
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(f"the {kind} takes more memory to decode than allowed") from None
-    except Exception as error:  # noqa: BLE001 - on hostile bytes decoders raise whatever they like
+        raise TooLarge(f"the {kind} needs more memory to decode than allowed") from None
+    except Exception as error:  # noqa: BLE001 - on hostile bytes decoders raise any error
         if "too large" in str(error).lower() or "memory" in str(error).lower():
-            raise TooLarge(f"the {kind} takes more memory to decode than allowed") from None
+            raise TooLarge(f"the {kind} needs more memory to decode than allowed") from None
         raise NotAnImage(f"the {kind} cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 
 def downscale(image: PreparedImage, side_px: int) -> PreparedImage:
-    """The same prepared image with the longer side at most `side_px`; itself when it fits already."""
+    """The prepared image with its longer side at most `side_px`; the same object if it already fits."""
     if max(image.width, image.height) <= side_px:
         return image
     size = _fit(image.width, image.height, side_px)
@@ -137,7 +137,7 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
 def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     if width * height > limits.image_px:
-        raise TooLarge(f"the image has {width} x {height} pixels, the limit is {limits.image_px}")
+        raise TooLarge(f"the image has {width} x {height} pixels; the limit is {limits.image_px} pixels")
 
 
 def _fit(width: int, height: int, side_px: int) -> tuple[int, int]:
@@ -160,16 +160,16 @@ def _frames(image: Image.Image, data: bytes, kind: Format) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1..8, as EXIF numbers them; broken EXIF is ignored, as every viewer does."""
+    """The EXIF orientation, 1 to 8. Broken EXIF is ignored, as in every viewer."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # noqa: BLE001 - on hostile bytes the parser raises whatever it likes
+    except Exception:  # noqa: BLE001 - on hostile bytes the parser raises any error
         return 1
     return orientation if orientation in _TRANSPOSE_BY_ORIENTATION else 1
 
 
 def _unusual_gamma(image: Image.Image, kind: Format) -> float | None:
-    """The gamma of a PNG when browsers would heed it: one picture can hide in another one by it."""
+    """The gamma of a PNG if browsers apply it: a gamma can hide one picture in another."""
     gamma = image.info.get("gamma")
     if kind != "png" or not isinstance(gamma, float) or "icc_profile" in image.info or "srgb" in image.info:
         return None
@@ -179,7 +179,7 @@ def _unusual_gamma(image: Image.Image, kind: Format) -> float | None:
 def _upright(
     image: Image.Image, orientation: int, profile: bytes | None, gamma: float | None, size: tuple[int, int]
 ) -> Image.Image:
-    """8-bit sRGB, opaque, upright, of `size` (given upright)."""
+    """The image in 8-bit sRGB, opaque, upright, of `size` (which is given upright)."""
     picture = _eight_bit(image)
     if gamma is not None:
         curve = [round(255 * (level / 255) ** (_SRGB_GAMMA / gamma)) for level in range(256)]
@@ -198,7 +198,7 @@ def _upright(
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image in one of the modes L, RGB, RGBA, CMYK or LAB; levels of deeper ones scaled, not clipped."""
+    """The image in mode L, RGB, RGBA, CMYK or LAB. Levels of more bits are scaled, not clipped."""
     if image.mode.startswith("I;16"):
         return _stretched(image.convert("I"), 1 / 257)
     if image.mode in ("I", "F"):
@@ -211,7 +211,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _stretched(image: Image.Image, scale: float | None) -> Image.Image:
-    """Mode I or F to L; without a scale, from the smallest usual range that holds every level, else from their own."""
+    """Mode I or F to L. Without a scale, from the smallest usual range that contains all levels, else from theirs."""
     offset = 0.0
     if scale is None:
         low, high = image.getextrema()
@@ -220,20 +220,20 @@ def _stretched(image: Image.Image, scale: float | None) -> Image.Image:
         usual = [top for top in (1.0, 255.0, 65535.0) if low >= 0 and high <= top and (top > 1 or image.mode == "F")]
         scale = 255 / usual[0] if usual else 255 / (high - low or 1)
         offset = 0.0 if usual else -low * scale
-    # Pillow only does this in the image's own mode, and only for linear functions.
+    # Pillow does this only in the image's own mode, and only with linear functions.
     return image.convert("F").point(lambda level: level * scale + offset).convert("L")
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return image
-    if image.mode == "RGBA":  # transparent pixels must not bleed their colour; Pillow forgets the gap if it does this
+    if image.mode == "RGBA":  # transparent pixels must not bleed their colour; Pillow's own conversion ignores the gap
         return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP).convert("RGBA")
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """In sRGB, as viewers show it; a profile that is broken or fits the image badly is ignored, as they do."""
+    """The image in sRGB. As in viewers, a profile that is broken or does not fit the image is ignored."""
     if image.mode == "LAB":
         source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     elif profile and len(profile) <= _PROFILE_LIMIT_BYTES:
@@ -249,7 +249,7 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
     result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     if result is None:
-        raise ValueError("the colour transform gave no image")
+        raise ValueError("the colour transform returned no image")
     return result
 
 

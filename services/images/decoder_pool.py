@@ -1,11 +1,11 @@
-"""Prepares images in processes of their own: a decoder that crashes, hangs or floods memory harms only its image.
+"""Prepares images in separate processes: a decoder that crashes, hangs or uses too much memory fails only its image.
 
-The processes are plain children of this one, started by `exec`: nothing of a Ray actor (threads, an event loop, locks,
-credentials in the environment) is inherited, and its `__main__` is never imported.
+The processes are plain children of this process, started by `exec`. They inherit nothing of a Ray actor (threads, event
+loop, locks, credentials in the environment), and its `__main__` is never imported.
 
-Memory, whatever is in flight: `decode_workers` times at most `memory_bytes` (16 bytes for each pixel of
-`image_limit_px` and 1 GiB), enforced by the kernel. What is really used is mostly far less: 4 bytes a pixel for an
-image, 8 while its mode changes, and a JPEG is decoded near the size that is wanted.
+The kernel limits the memory of each of the `decode_workers` processes to `memory_bytes` (1 GiB and 16 bytes for each
+pixel of `image_limit_px`). Most images need far less: 4 bytes a pixel, 8 while the mode changes, and a JPEG is decoded
+near its final size.
 """
 
 import asyncio
@@ -30,26 +30,26 @@ from services.images.decoder_protocol import Channel, ProtocolError, from_json, 
 __all__ = ["DecoderPool", "Limits", "downscale", "prepare"]
 
 FIRST_LOOK_PX: Final = 384
-"""LlavaGuard sees an image of this side as one tile: a fifth of the tokens of a larger one."""
+"""LlavaGuard sees an image with this side as one tile, with a fifth of the tokens of a larger image."""
 
 _START_S: Final = 60.0
 _IMAGES_PER_PROCESS: Final = 2000
-"""Then it is replaced, so that a leak in a decoder stays small."""
+"""After this many images a process is replaced, so that a memory leak stays small."""
 _MEMORY_BASE_BYTES: Final = 1 << 30
 _MEMORY_BYTES_PER_PX: Final = 16
 _ATTEMPTS: Final = 2
 _KILLED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-"""SIGKILL is how the kernel ends a process when the machine is out of memory: no image is to blame for that."""
+"""The image is not to blame. The kernel sends SIGKILL when the machine is out of memory."""
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 
 
 class DecoderPool:
-    """A bounded pool of decoding processes. Used from one event loop; close it when done."""
+    """A pool of a limited number of decoder processes. Use it from one event loop, and close it afterwards."""
 
     def __init__(self, settings: Settings, side_px: int) -> None:
-        """`side_px`: the longer side, in pixels, of what the model can use at most.
+        """`side_px`: the longest side, in pixels, that the model can use.
 
-        Processes are started by the first images. Reads `decode_workers`, `decode_deadline_s`, `image_limit_px`.
+        The first images start the processes. Reads `decode_workers`, `decode_deadline_s`, `image_limit_px`.
         """
         self._deadline_s = settings.decode_deadline_s
         memory_bytes = _MEMORY_BASE_BYTES + _MEMORY_BYTES_PER_PX * settings.image_limit_px
@@ -65,9 +65,9 @@ class DecoderPool:
         """Decode, orient, downscale, as `services.images.decode.prepare` says.
 
         Raises:
-            NotAnImage: unknown, truncated, corrupt, or its decoder crashed twice or took longer than the deadline.
-            TooLarge: more pixels, or more memory to decode, than allowed.
-            Unavailable: no decoding process can be started, or the pool is closed.
+            NotAnImage: an unknown format, truncated, corrupt, or its decoder crashed twice or missed the deadline.
+            TooLarge: the image has too many pixels, or needs too much memory.
+            Unavailable: no decoder process can be started, or the pool is closed.
         """
         return await self._run(lambda worker: worker.ask({}, data))
 
@@ -83,15 +83,15 @@ class DecoderPool:
         return await self._run(lambda worker: worker.ask(request, image.data))
 
     def close(self) -> None:
-        """Kill the processes. What is being prepared fails with Unavailable. Safe to repeat; does not wait."""
+        """Kill the processes. Running calls raise Unavailable. Safe to repeat; does not wait."""
         with self._lock:
             self._closed = True
             workers = tuple(self._workers)
         for worker in workers:
             worker.kill()
-        with suppress(RuntimeError):  # closed before
+        with suppress(RuntimeError):  # already closed
             self._threads.submit(self._discard_idle)
-        self._threads.shutdown(wait=False)  # what still waits in there ends at once, as Unavailable
+        self._threads.shutdown(wait=False)  # queued calls end at once, with Unavailable
 
     async def _run(self, ask: "_Request") -> PreparedImage:
         if self._closed:
@@ -116,7 +116,7 @@ class DecoderPool:
             else:
                 self._release(worker)
                 return image
-        raise NotAnImage(f"its decoder crashed {_ATTEMPTS} times")
+        raise NotAnImage(f"the decoder of the image crashed {_ATTEMPTS} times")
 
     def _acquire(self) -> "_Worker":
         with suppress(queue.Empty):
@@ -124,7 +124,7 @@ class DecoderPool:
                 worker = self._idle.get_nowait()
                 if worker.is_alive():
                     return worker
-                self._discard(worker)  # something killed it between two images: no fault of the next one
+                self._discard(worker)  # it was killed between two images
         try:
             worker = _Worker(self._arguments, self._answer_limit_bytes)
         except OSError as error:
@@ -132,7 +132,7 @@ class DecoderPool:
         with self._lock:
             self._workers.add(worker)
             if self._closed:
-                worker.kill()  # `close` did not see it
+                worker.kill()  # `close` has not killed it
         try:
             worker.await_ready()
         except (ProtocolError, OSError) as error:
@@ -159,7 +159,7 @@ class DecoderPool:
 
 
 class _Worker:
-    """One decoding process, used by one thread at a time."""
+    """One decoder process, used by one thread at a time."""
 
     def __init__(self, arguments: tuple[float, ...], answer_limit_bytes: int) -> None:
         self.images = 0
@@ -180,7 +180,7 @@ class _Worker:
             raise
 
     def await_ready(self) -> None:
-        """Raises ProtocolError, TimeoutError."""
+        """Wait for the start. Raises ProtocolError, TimeoutError."""
         self._channel.deadline = time.monotonic() + _START_S
         self._channel.receive(0)
 
@@ -191,7 +191,7 @@ class _Worker:
         """Decode one image in this process.
 
         Raises:
-            NotAnImage, TooLarge: the decoder refused the image.
+            NotAnImage, TooLarge: the decoder rejects the image.
             ProtocolError, OSError: the process died.
             TimeoutError: the deadline passed.
         """
@@ -207,12 +207,12 @@ class _Worker:
         return from_json(answer, content)
 
     def kill(self) -> None:
-        """Safe to call from any thread, and again."""
+        """Kill the process. Any thread may call it; safe to repeat."""
         with suppress(ProcessLookupError):
             self._process.kill()
 
     def wait(self) -> int:
-        """Release everything; the exit status, negative for a signal."""
+        """Release all resources. Returns the exit status, negative for a signal."""
         status = self._process.wait()
         self._channel.close()
         return status
@@ -222,7 +222,7 @@ _Request = Callable[[_Worker], PreparedImage]
 
 
 def _environment() -> dict[str, str]:
-    """What a decoder needs, and nothing that it must not see: no credentials, no settings."""
+    """The variables that a decoder needs. It gets no credentials and no settings."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    # Every arena of the allocator takes 64 MiB of the address space, which is what is bounded.
+    # The limit is on address space, and each arena of the allocator reserves 64 MiB of it.
     return inherited | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}

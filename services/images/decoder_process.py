@@ -2,8 +2,8 @@
 
     python -m services.images.decoder_process IMAGE_PX SIDE_PX MEMORY_BYTES DEADLINE_S
 
-It never outlives who started it: it ends when the socket closes, also in the middle of an image; and should a decoder
-hold the interpreter's lock, an alarm of the kernel ends it soon after the deadline.
+It ends with its parent: when the socket closes it exits, even during an image. If a decoder holds the interpreter lock,
+an alarm of the kernel ends the process soon after the deadline.
 """
 
 import os
@@ -28,7 +28,7 @@ _REQUEST_LIMIT_BYTES: Final = 1 << 32
 
 
 def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[str, Any], bytes]:
-    """What to send back: a prepared image, or the reason why there is none."""
+    """The answer to a request: a prepared image, or the reason for a rejection."""
     try:
         if "side_px" in request:
             image = downscale(from_json(request["image"], data), int(request["side_px"]))
@@ -40,22 +40,24 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
 
 
 def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> None:
-    """Bound this process, say that it is ready, and answer until the other side closes the socket."""
+    """Limit this process, report that it is ready, and answer until the parent closes the socket."""
     connection = socket.socket(fileno=os.dup(0))
     threading.Thread(target=_exit_with_parent, args=(os.getppid(), connection), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain the image
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     Image.MAX_IMAGE_PIXELS = image_px
     warnings.simplefilter("ignore")
     limits = Limits(image_px, side_px)
     channel = Channel(connection)
     channel.send({"ready": True}, b"")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders complain there about every broken image
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders write there about every broken image
     try:
         while True:
             request, data = channel.receive(_REQUEST_LIMIT_BYTES)
-            signal.setitimer(signal.ITIMER_REAL, deadline_s + _ALARM_SLACK_S)  # unhandled, SIGALRM kills
+            signal.setitimer(
+                signal.ITIMER_REAL, deadline_s + _ALARM_SLACK_S
+            )  # SIGALRM has no handler, so it kills the process
             head, body = answer(request, data, limits)
             signal.setitimer(signal.ITIMER_REAL, 0)
             channel.send(head, body)
@@ -65,7 +67,7 @@ def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> N
 
 
 def _exit_with_parent(parent: int, connection: socket.socket) -> None:
-    """End this process when its parent is gone or has closed the socket, whatever the main thread is doing."""
+    """End this process, even during a decode, when its parent has ended or has closed the socket."""
     poll = select.poll()
     poll.register(connection, select.POLLHUP)
     while not poll.poll(_PARENT_CHECK_MS) and os.getppid() == parent:

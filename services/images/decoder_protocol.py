@@ -1,6 +1,6 @@
 """The protocol between a decoder process and its parent: frames of JSON and raw bytes over a socket.
 
-It does not use pickle: the decoder reads hostile bytes, and its answers must not run code in the parent.
+It does not use pickle: the decoder reads hostile bytes, so its answers must not run code in the parent.
 """
 
 import json
@@ -38,7 +38,7 @@ class Channel:
         """Receive one frame. Raises ProtocolError, OSError, and TimeoutError after the deadline."""
         head_size, body_size = _LENGTHS.unpack(self._receive(_LENGTHS.size))
         if head_size > _HEAD_LIMIT_BYTES or body_size > body_limit:
-            raise ProtocolError("a frame is larger than agreed")
+            raise ProtocolError("a frame is larger than its limit")
         try:
             head = json.loads(self._receive(head_size))
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A byte budget that bounds the memory of the images in flight."""
+"""A byte budget that limits the memory of the images in flight."""
 
 import asyncio
 from collections import deque
@@ -7,22 +7,22 @@ from contextlib import asynccontextmanager
 
 
 class ByteBudget:
-    """Hands out up to `limit` bytes at a time, first come, first served; used from one event loop.
+    """Grants up to `limit` bytes at a time, in the order of the requests. Use it from one event loop.
 
-    First come, first served also means that a large request is never starved by small ones behind it.
+    Because of the order, small requests cannot delay a large one forever.
     """
 
     def __init__(self, limit: int) -> None:
         """`limit`: bytes, more than zero."""
         if limit <= 0:
-            raise ValueError("a budget must be larger than zero")
+            raise ValueError("the limit of a budget must be larger than zero")
         self.limit = limit
         self._free = limit
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
     async def reserve(self, size: int) -> AsyncIterator[None]:
-        """Hold `size` bytes for as long as the block runs. More than the whole limit gets the whole limit."""
+        """Hold `size` bytes while the block runs. A size above the limit holds the whole limit."""
         size = min(max(size, 0), self.limit)
         await self._acquire(size)
         try:
@@ -41,11 +41,11 @@ class ByteBudget:
             await granted
         except asyncio.CancelledError:
             if granted.done() and not granted.cancelled():
-                self._release(size)  # the bytes were granted at the moment of the cancellation
+                self._release(size)  # the bytes were granted just before the cancellation
             else:
                 if waiter in self._waiting:
                     self._waiting.remove(waiter)
-                self._wake()  # those behind may fit where this one did not
+                self._wake()  # smaller requests behind it may fit now
             raise
 
     def _release(self, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Reads images from S3: only from allowed buckets, never more than the limits, never longer than the deadline."""
+"""Reads images from S3: only from allowed buckets, within a size limit and a deadline."""
 
 import asyncio
 import io
@@ -22,7 +22,7 @@ _CONNECTIONS_LIMIT: Final = 32
 _CONNECT_TIMEOUT_S: Final = 5.0
 _READ_TIMEOUT_S: Final = 10.0
 _GRACE_S: Final = 1.0
-"""A thread whose connection was shut down ends within this time, unless it hangs in a name lookup."""
+"""After its connection was shut down, a thread ends within this time, unless a name lookup hangs."""
 _CHUNK_BYTES: Final = 1 << 18
 _KEY_LIMIT_BYTES: Final = 1024
 _ETAG_PATTERN: Final = re.compile(r"[\x21\x23-\x7e]+")
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class ObjectStore:
-    """One S3 client, the threads that wait for it, and the memory that the images in flight may take."""
+    """One S3 client, its threads, and the memory budget of the images in flight."""
 
     def __init__(self, settings: Settings) -> None:
         """Takes its limits, the endpoint and the allowed buckets from `settings`.
@@ -50,22 +50,22 @@ class ObjectStore:
             connect_timeout=min(_CONNECT_TIMEOUT_S, self._deadline_s),
             read_timeout=min(_READ_TIMEOUT_S, self._deadline_s),
             max_pool_connections=connections,
-            retries={"total_max_attempts": 1, "mode": "standard"},  # trying again is the caller's
+            retries={"total_max_attempts": 1, "mode": "standard"},  # the caller retries
         )
         watch_connections(self._client)
 
     @asynccontextmanager
     async def open(self, reference: ObjectReference) -> AsyncIterator[StoredObject]:
-        """The object; the memory it takes stays reserved in `budget` until the context ends.
+        """The object. Its memory stays reserved in `budget` until the context ends.
 
-        Waits for a connection and for memory; the deadline counts neither.
+        Waits for a connection and for memory; these waits do not count towards the deadline.
 
         Raises:
-            Forbidden: the bucket is not one of the allowed ones, or the store denies the object.
+            Forbidden: the bucket is not allowed, or the store denies access to the object.
             NotFound: no such bucket, key or version.
-            Changed: the object's ETag is not the reference's.
-            TooLarge: more than `image_limit_bytes`.
-            StoreUnavailable: anything that can pass.
+            Changed: the object has another ETag than the reference.
+            TooLarge: the object has more than `image_limit_bytes`.
+            StoreUnavailable: a failure that a retry may solve.
         """
         self._check(reference)
         async with AsyncExitStack() as reserved:
@@ -74,25 +74,25 @@ class ObjectStore:
             yield stored
 
     def close(self) -> None:
-        """Release the connections; whatever is being fetched fails. Does not wait."""
+        """Release the connections. Running fetches fail. Does not wait."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
     def _check(self, reference: ObjectReference) -> None:
-        """Refuse without a request what must not or cannot be read."""
+        """Reject, without a request, a reference that must not or cannot be read."""
         if reference.bucket not in self._buckets:
             raise Forbidden(f"the bucket {reference.bucket!r} is not one of SLUICE_S3_BUCKETS")
         try:
             key = reference.key.encode()
         except UnicodeEncodeError:
-            raise NotFound("no object has a key that is not valid Unicode") from None
+            raise NotFound("the key is not valid Unicode, so no object has it") from None
         if not 0 < len(key) <= _KEY_LIMIT_BYTES:
-            raise NotFound(f"no object has a key of {len(key)} bytes")
+            raise NotFound(f"the key has {len(key)} bytes, so no object has it")
         if not {".", ".."}.isdisjoint(reference.key.split("/")):
-            # Whatever stands before the store may resolve these, and so reach another bucket.
-            raise Forbidden("keys with the segments . or .. are not read")
+            # A proxy in front of the store may resolve these segments, and so reach another bucket.
+            raise Forbidden("the key has a segment . or .., which is not allowed")
         if reference.etag and not _ETAG_PATTERN.fullmatch(reference.etag):
-            raise Changed("the submission's ETag is none that an object can have")
+            raise Changed("the submission's ETag is invalid, so no object has it")
 
     async def _fetch(self, reference: ObjectReference, reserved: AsyncExitStack) -> StoredObject:
         socket_deadline = SocketDeadline()
@@ -120,14 +120,14 @@ class ObjectStore:
                 raise StoreUnavailable(_late(self._deadline_s)) from None
             raise
         except asyncio.CancelledError:
-            socket_deadline.expire()  # the thread is needed by others
+            socket_deadline.expire()  # other requests need the thread
             raise
         finally:
             timer.cancel()
 
 
 class _Download:
-    """One GetObject in two steps, each run in a thread: first the size, later the bytes."""
+    """One GetObject in two steps, each in a thread: first the size, then the bytes."""
 
     def __init__(
         self, client: Any, reference: ObjectReference, limit_bytes: int, socket_deadline: SocketDeadline
@@ -141,7 +141,7 @@ class _Download:
         self._size: int | None = None
 
     def begin(self) -> int:
-        """Send the request, and return how many bytes the object will take at most. Leaves the body open."""
+        """Send the request and return the largest possible size of the object. Leaves the body open."""
         reference = self._reference
         pins = {}
         if reference.version_id:
@@ -157,8 +157,8 @@ class _Download:
             raise
 
     def finish(self) -> StoredObject:
-        """Read the body: never more than the limit and one chunk in memory."""
-        content = io.BytesIO()  # `getvalue` gives its buffer away without a copy
+        """Read the body, with at most the limit and one chunk in memory."""
+        content = io.BytesIO()  # `getvalue` returns the buffer without a copy
         try:
             with map_s3_errors(self._name):
                 while chunk := self._response["Body"].read(_CHUNK_BYTES):
@@ -168,17 +168,17 @@ class _Download:
         finally:
             self.close()
         if self._socket_deadline.expired or (self._size is not None and content.tell() != self._size):
-            raise StoreUnavailable("the object store broke off before the last byte")
+            raise StoreUnavailable("the object store closed the connection before the last byte")
         return StoredObject(content.getvalue(), self._response.get("VersionId"), self._etag())
 
     def close(self) -> None:
-        """Close the body. One that was not read to its end closes its connection too."""
+        """Close the body. If it was not read to its end, this closes the connection, too."""
         if self._response:
             self._response["Body"].close()
 
     def _checked_size(self) -> int:
         if self._socket_deadline.expired:
-            raise StoreUnavailable("the object store answered too late")
+            raise StoreUnavailable("the object store answered after the deadline")
         reference = self._reference
         if reference.etag and self._etag() != reference.etag:
             raise Changed(f"{reference.uri} has the ETag {self._etag()}, not {reference.etag}")
@@ -187,7 +187,7 @@ class _Download:
             raise Changed(f"the store returned another version of {reference.uri}")
         size = self._response.get("ContentLength")
         if not isinstance(size, int) or size < 0:
-            return self._limit_bytes  # the server does not say: count while reading
+            return self._limit_bytes  # the server sends no size: count while reading
         if size > self._limit_bytes:
             raise self._too_large(size)
         self._size = size
@@ -198,7 +198,7 @@ class _Download:
         return etag.strip('"') if isinstance(etag, str) else None
 
     def _too_large(self, size: int) -> TooLarge:
-        return TooLarge(f"the object has {size} bytes or more, the limit is {self._limit_bytes}")
+        return TooLarge(f"the object has at least {size} bytes; the limit is {self._limit_bytes} bytes")
 
 
 def _late(deadline_s: float) -> str:

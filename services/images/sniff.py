@@ -1,6 +1,6 @@
-"""What bytes are, by the bytes alone: the format, the pages of it, and whether they hold nothing but a picture.
+"""Detects, from the bytes of an image, its format, its number of frames, and whether it contains only a picture.
 
-Everything here reads headers only; its cost is bounded by `FRAMES_LIMIT` or one pass over the bytes.
+These functions read headers only. Their cost is limited by `FRAMES_LIMIT` or by one pass over the bytes.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Final, Literal
 Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
 
 FRAMES_LIMIT: Final = 10_000
-"""Frames or pages are counted up to here. Only the first one is ever decoded."""
+"""The count of frames or pages stops here. Only the first one is decoded."""
 
 _MAGIC: Final[tuple[tuple[bytes, Format], ...]] = (
     (b"\xff\xd8\xff", "jpeg"),
@@ -32,12 +32,12 @@ _BRANDS_END: Final = 256
 _PLAIN_PNG_CHUNKS: Final = frozenset({b"IHDR", b"IDAT", b"IEND", b"pHYs", b"sRGB"})
 _PLAIN_JPEG_SEGMENTS: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xE0})
 _JPEG_SCANS_LIMIT: Final = 16
-"""A usual progressive JPEG has 10 scans. Each costs a pass over the whole picture."""
+"""A usual progressive JPEG has 10 scans. Each scan costs a pass over the picture."""
 _SCAN_END: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def sniff(data: bytes) -> Format | None:
-    """The format that the magic bytes say, or None when it is not one that Sluice reads."""
+    """The format by the magic bytes; None if Sluice does not read it."""
     for magic, kind in _MAGIC:
         if data.startswith(magic):
             return kind
@@ -54,7 +54,7 @@ def sniff(data: bytes) -> Format | None:
 
 
 def read_webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels as the header of a WebP file says: Pillow's decoder allocates them when it opens."""
+    """Width and height in pixels from the header of a WebP file: Pillow allocates this size when it opens the file."""
     kind = data[12:16]
     if kind == b"VP8X" and len(data) >= 30:
         return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
@@ -68,7 +68,7 @@ def read_webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def count_gif_frames(data: bytes) -> int:
-    """Frames of a GIF file, counted up to `FRAMES_LIMIT` without decoding any; the bytes may be cut anywhere."""
+    """Count the frames of a GIF file up to `FRAMES_LIMIT`, without a decode. The bytes may be truncated."""
     frames = 0
     at = 13 + _color_table_size(data, 10)
     while frames < FRAMES_LIMIT and at < len(data):
@@ -95,7 +95,7 @@ def _end_of_blocks(data: bytes, at: int) -> int:
 
 
 def count_tiff_pages(data: bytes) -> int:
-    """Pages of a TIFF or BigTIFF file, counted up to `FRAMES_LIMIT` by following the directories."""
+    """Count the pages of a TIFF or BigTIFF file up to `FRAMES_LIMIT`, from directory to directory."""
     order = "<" if data[:1] == b"I" else ">"
     if data[2:4] in (b"+\0", b"\0+"):
         first_at, offset_form, count_form, entry_bytes = 8, f"{order}Q", f"{order}Q", 20
@@ -112,12 +112,12 @@ def count_tiff_pages(data: bytes) -> int:
             seen.add(directory)
             at = directory + struct.calcsize(count_form) + entries * entry_bytes
     except (struct.error, OverflowError):
-        pass  # the chain leads out of the file: count what is there
+        pass  # a directory is outside of the file: return the count so far
     return len(seen)
 
 
 def is_plain(data: bytes, kind: Format) -> bool:
-    """Whether a JPEG or PNG holds a picture and nothing that could mean something else to another reader.
+    """Whether a JPEG or PNG contains only a picture, so that every reader shows the same picture.
 
     No EXIF, no colour profile, no text, no second picture, nothing after the end, no excess of bytes or scans.
     """
@@ -127,7 +127,7 @@ def is_plain(data: bytes, kind: Format) -> bool:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    if data[12:16] != b"IHDR" or data[24:26] != b"\x08\x02":  # 8 bits of RGB; Pillow shows 16 bits as that too
+    if data[12:16] != b"IHDR" or data[24:26] != b"\x08\x02":  # 8-bit RGB; Pillow shows 16-bit RGB as the same mode
         return False
     at = 8
     while at + 12 <= len(data):

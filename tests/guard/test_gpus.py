@@ -28,7 +28,7 @@ class TestWhatItRunsOn:
 
     def test_too_little_gpu_memory_is_rejected(self, machine) -> None:
         machine(22.5)
-        with pytest.raises(ConfigurationError, match=r"wants 38 GiB of GPU memory .* has 22 GiB: .*SLUICE_GUARD_GPUS"):
+        with pytest.raises(ConfigurationError, match=r"needs 38 GiB of GPU memory.* has 22 GiB: .*SLUICE_GUARD_GPUS"):
             choose_gpu_count(resolve("LlavaGuard-v1.1-13B"))
 
     def test_share_of_a_gpu_limits_the_checkpoint(self, machine) -> None:

@@ -1,6 +1,6 @@
-"""What differs between families of guards, behind one interface.
+"""The interface of a family of guard models: its prompts and its answers.
 
-Another family is a row of `services.guard.checkpoints.CHECKPOINTS` and one module with a `ModelFamily` in it.
+A new family needs a module with a `ModelFamily`, and a row in `services.guard.checkpoints.CHECKPOINTS`.
 """
 
 import re
@@ -15,19 +15,19 @@ _MARKER: Final = re.compile(r"<image>|<\|[a-z_]+\|>|</?s>|</?(?:start|end)_of_[a
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the engine says to one question."""
+    """The engine's answer to one prompt."""
 
     score: float
     """P(the second word of `ModelFamily.ratings`) in [0, 1], at the first position, among the two words."""
     text: str
-    """What was written from there on."""
+    """The generated text, from the rating on."""
     cut: bool
-    """The token limit ended it."""
+    """The token limit ended the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyScores:
-    """What a family makes of the replies."""
+    """The result that a family derives from the replies."""
 
     rating: Rating
     score: float
@@ -39,10 +39,10 @@ class FamilyScores:
 
 
 class GenerateFn(Protocol):
-    """Asks the engine about the image at hand: greedy decoding, one request."""
+    """Sends one prompt about the image to the engine, with greedy decoding."""
 
     async def __call__(self, text: str, *, tokens: int = 1, ebnf: str | None = None) -> Reply:
-        """`text` is the whole prompt, up to where the rating begins. `ebnf` binds what is written from there on.
+        """`text` is the whole prompt, up to the rating. `ebnf` is a grammar for the generated text.
 
         Raises:
             GuardFailed, GuardUnavailable, UnreadableAnswer: as `GuardInference.assess_each`.
@@ -51,39 +51,41 @@ class GenerateFn(Protocol):
 
 
 class ModelFamily(Protocol):
-    """How one family of guards is asked, and how its answers become a judgement."""
+    """Builds the prompts of one family of guards, and reads its answers."""
 
     @property
     def ratings(self) -> tuple[str, str]:
-        """The words for Safe and for Unsafe, as they are written where a question ends."""
+        """The words for Safe and for Unsafe that follow the prompt."""
         ...
 
     def adapt_prompt(self, prompt: str) -> str:
-        """A policy's text in the words of this family, as a verdict's `model.prompt` stands for it."""
+        """A policy's text in the words of this family. A verdict's `model.prompt` is its digest."""
         ...
 
     def build_example(self) -> str:
-        """A whole question with little in it, to try an engine and its tokenizer with."""
+        """A short complete prompt, to test an engine and its tokenizer."""
         ...
 
     async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
-        """Judge the image at hand under a policy.
+        """Judge the image by a policy.
 
-        An answer may have `answer_tokens` tokens, and as many more as longer names of the policy's own categories take.
+        An answer may have `answer_tokens` tokens, and more if the names of the policy's own categories are longer.
 
         Raises:
-            ConfigurationError: the policy cannot be put to this family.
-            UnreadableAnswer: a reply is not an answer.
+            ConfigurationError: this family cannot judge by the policy.
+            UnreadableAnswer: a reply cannot be read.
         """
         ...
 
 
 def reject_chat_markers(prompt: str) -> str:
-    """The policy's text as it is.
+    """Return the policy's text unchanged.
 
     Raises:
         ConfigurationError: it contains a marker of a chat layout, which could end the user's turn early.
     """
     if marker := _MARKER.search(prompt):
-        raise ConfigurationError(f"The policy's text must not contain {marker[0]}: it means something to the model.")
+        raise ConfigurationError(
+            f"The policy's text must not contain {marker[0]}: the model reads it as a marker of the chat layout."
+        )
     return prompt

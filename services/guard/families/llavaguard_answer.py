@@ -1,4 +1,4 @@
-"""How LlavaGuard is asked and how its answer is held to a form and read: pure text in, values out."""
+"""LlavaGuard's prompts, the grammar of its answers, and their parser. Pure: text in, values out."""
 
 import json
 import math
@@ -13,20 +13,20 @@ from services.core.values import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
 from services.guard.families.base import reject_chat_markers
 
 Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
-"""How a checkpoint was taught to be asked, by SGLang's names of the chat templates."""
+"""The chat layout of a checkpoint's training, by SGLang's names of the chat templates."""
 
 Wording = Literal["explain", "describe"]
-"""What a checkpoint was taught that a rationale is; see `adapt_wording`."""
+"""The wording of the rationale step in a checkpoint's training; see `adapt_wording`."""
 
 ANSWER_START: Final = '{\n    "rating": "'
-"""What every answer begins with. The next token is the rating."""
+"""The start of every answer. The next token is the rating."""
 
 _CATEGORY_KEY: Final = '",\n    "category": "'
 _RATIONALE_KEY: Final = '",\n    "rationale": "'
 _END: Final = '"\n}'
 
 _VISIBLE: Final = r"[!#-\[\]-~]"
-"""Characters of a rationale that need no escape, but for the space."""
+"""The characters of a rationale that need no escape, without the space."""
 
 _EXPLAIN: Final = (
     "Explain the reason why the content is considered safe or unsafe, referring to the description of the assigned "
@@ -42,18 +42,18 @@ _CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
 
 
 def count_head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
-    """No answer with one of these categories, or none, needs more tokens before its rationale, or without one.
+    """The largest number of tokens of an answer without its rationale, with any of these categories or none.
 
-    A token is at least one character, and the answer is ASCII.
+    A token has at least one character, and the answer is ASCII.
     """
     longest = max(len(_escaped(category)) for category in (*categories, NO_CATEGORY))
     return len("Unsafe" + _CATEGORY_KEY + _RATIONALE_KEY) + longest
 
 
 def build_prompt(layout: Layout, prompt: str) -> str:
-    """The text that a checkpoint was trained to see, up to where its answer begins; the image comes first.
+    """The prompt in the layout of the training, up to the start of the answer. The image comes first.
 
-    The beginning-of-text token is left out where a layout has one: the tokenizer adds it.
+    It has no beginning-of-text token: the tokenizer adds it.
 
     Raises:
         ConfigurationError: the prompt contains a marker of a layout, which would end the user's turn early.
@@ -75,7 +75,7 @@ def adapt_wording(wording: Wording, prompt: str) -> str:
     """The prompt with the third assessment step in the words of a checkpoint's training.
 
     LlavaGuard's repository trains v1.0 with `explain` (its template json-v16), and v1.1 and later with `describe`
-    (json-v22, json-v24, which share json_template_v20); its notebooks ask v1.2 so, too.
+    (json-v22, json-v24, which share json_template_v20). Its notebooks use `describe` for v1.2, too.
     """
     return prompt if wording == "explain" else prompt.replace(_EXPLAIN, _DESCRIBE)
 
@@ -89,12 +89,11 @@ def _chatml(user: str) -> str:
 
 
 def build_grammar(mode: RationaleMode, rating: Rating | None = None, categories: Sequence[str] = CATEGORIES) -> str:
-    """EBNF (xgrammar) of everything after `ANSWER_START`, for both ratings or for a given one.
+    """The EBNF (xgrammar) of the text after `ANSWER_START`, for both ratings or for one.
 
-    `categories` are the full names of all that can be violated. A Safe answer names any of them or none; an Unsafe
-    one names one of them and, unless `mode` is `never`, gives a rationale. A rationale is ASCII with JSON escapes, as
-    in training, begins with a visible character and has no two spaces in a row: so no weights can fill it with white
-    space.
+    `categories` are the full names of all categories. A Safe answer names any of them or none. An Unsafe answer names
+    one and, unless `mode` is `never`, has a rationale. A rationale is ASCII with JSON escapes, as in training. It
+    begins with a visible character and has no two spaces in a row, so that no model can fill it with white space.
     """
     ratings: tuple[Rating, ...] = ("Safe", "Unsafe") if rating is None else (rating,)
     root = " | ".join(
@@ -110,13 +109,13 @@ def build_grammar(mode: RationaleMode, rating: Rating | None = None, categories:
             f"any ::= violated | {_literal(NO_CATEGORY)}",
             f"violated ::= {violated}",
             f"bare ::= {_literal(_END)}",
-            # Written so that whole words stay inside one rule. With `+`, `?` or a rule for each character, xgrammar
-            # tries every token that leaves the rule anew at every step: 1000 to 1900 microseconds a token instead of
-            # 4, with a vocabulary of 1424.
+            # Whole words stay inside one rule. With `+`, `?` or a rule for each character, xgrammar would check every
+            # token that leaves the rule at each step: 1000 to 1900 microseconds a token instead of 4, with a
+            # vocabulary of 1424.
             f"reasoned ::= {_literal(_RATIONALE_KEY)} {word} rest {_literal(_END)}",
             f'rest ::= "" | " " {word} rest | {escaped} rest | " " {escaped} rest',
             'escape ::= ["\\\\] | "u" code',
-            # Neither control characters nor lone surrogates, which no UTF-8 message could carry.
+            # No control characters, and no lone surrogates, which UTF-8 cannot encode.
             'code ::= "00" [a-f] hex | "0" [1-9a-f] hex hex | [1-9abcef] hex hex hex | "d" [0-7] hex hex'
             ' | "d" [89ab] hex hex "\\\\ud" [c-f] hex hex',
             "hex ::= [0-9a-f]",
@@ -126,7 +125,7 @@ def build_grammar(mode: RationaleMode, rating: Rating | None = None, categories:
 
 @dataclass(frozen=True, slots=True)
 class LlavaGuardAnswer:
-    """An answer as it was read."""
+    """A parsed answer."""
 
     rating: Rating
     category: str
@@ -138,7 +137,7 @@ class LlavaGuardAnswer:
 def parse_answer(
     text: str, mode: RationaleMode, *, cut: bool, categories: Sequence[str] = CATEGORIES
 ) -> LlavaGuardAnswer:
-    """Read what the guard wrote after `ANSWER_START`; `cut` says that the token limit ended it.
+    """Parse the text after `ANSWER_START`. `cut`: the token limit ended the text.
 
     Raises:
         UnreadableAnswer: the text does not match `build_grammar(mode, categories=categories)`, or it was cut before
@@ -163,7 +162,7 @@ def parse_answer(
         raise UnreadableAnswer("The guard's answer has no rating.")
     fits = category in categories or (category == NO_CATEGORY and rating == "Safe")
     if not isinstance(category, str) or not fits:
-        raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not go with it.")
+        raise UnreadableAnswer(f"The guard's answer is {rating} with a category that does not fit this rating.")
     if not _has_rationale(rating, mode):
         return LlavaGuardAnswer(rating, category, None, truncated=False)
     if not isinstance(rationale, str) or not (rationale := _clean(rationale)):
@@ -176,14 +175,14 @@ def _has_rationale(rating: Rating, mode: RationaleMode) -> bool:
 
 
 def complete_json(text: str) -> str:
-    """Complete a JSON object that was cut inside, or right behind, its last string; half an escape is dropped."""
+    """Complete a JSON object that was cut inside or right after its last string. Half an escape is dropped."""
     if _ends_inside_string(text):
         odd_backslashes = (len(text) - len(text.rstrip("\\"))) % 2
         if odd_backslashes:
             text = text[:-1]
         elif (escape := _CUT_ESCAPE.search(text)) and not _is_escaped(text, escape.start()):
             text = text[: escape.start()]
-        # The first half of a surrogate pair means nothing alone.
+        # Drop the first half of a surrogate pair.
         if (pair := _CUT_PAIR.search(text)) and not _is_escaped(text, pair.start()):
             text = text[: pair.start()]
         text = text.rstrip(" ") + '"'
@@ -191,20 +190,20 @@ def complete_json(text: str) -> str:
 
 
 def unsafe_probability(safe: float, unsafe: float) -> float:
-    """P(Unsafe) in [0, 1] from the log probabilities of the two rating tokens, among these two.
+    """P(Unsafe) in [0, 1], relative to both rating tokens, from their log probabilities.
 
     Raises:
-        UnreadableAnswer: one of them is not a number.
+        UnreadableAnswer: a log probability is not a number.
     """
     if math.isnan(safe) or math.isnan(unsafe):
         raise UnreadableAnswer("The guard's score is not a number.")
     difference = safe - unsafe
-    # Beyond this exp overflows, and the score is 0 in double precision anyway.
+    # Above this exp overflows; the score is 0 in double precision.
     return 0.0 if difference > 700 else 1 / (1 + math.exp(difference))
 
 
 def _clean(rationale: str) -> str:
-    """Without what a reader cannot see: control, format and unassigned characters, and runs of white space."""
+    """Remove invisible characters (control, format and unassigned ones) and runs of white space."""
     seen = (c for c in rationale if c.isspace() or unicodedata.category(c)[0] != "C")
     return " ".join("".join(seen).split())
 
@@ -228,7 +227,7 @@ def _is_escaped(text: str, index: int) -> bool:
 
 
 def _escaped(category: str) -> str:
-    """A category as an answer writes it: ASCII with JSON escapes, as in training."""
+    """A category as it is in an answer: ASCII with JSON escapes, as in training."""
     return json.dumps(category)[1:-1]
 
 

@@ -1,8 +1,7 @@
-"""ShieldGemma 2: one question for each category that the policy enforces, each answered with Yes or No.
+"""ShieldGemma 2: one question for each enforced category, answered with Yes or No.
 
 The prompt is that of its chat template (transformers, convert_shieldgemma2_weights_orbax_to_hf.py) and of its model
-card. It was trained on three policies of its own, so LlavaGuard's categories are new to it; how well it judges them
-is unverified.
+card. It was trained on three other policies, not on LlavaGuard's categories. How well it judges these is unverified.
 """
 
 import re
@@ -14,13 +13,13 @@ from services.core.errors import ConfigurationError
 from services.core.values import CATEGORIES, NO_CATEGORY, Detail, Policy
 from services.guard.families.base import FamilyScores, GenerateFn, reject_chat_markers
 
-# Only as the first line: a rule of the policy's author, which begins with a dash, may say the same.
+# Only as the first line: a rule, which begins with a dash, may contain the same words.
 _WAIVED: Final = re.compile(r"Category O\d+ is declared as non-violating")
 
 
 @dataclass(frozen=True, slots=True)
 class ShieldGemma:
-    """The family of ShieldGemma 2. The image comes first, so the questions about it share its KV cache."""
+    """The family of ShieldGemma 2. The image comes first, so its questions share the image's KV cache."""
 
     @property
     def ratings(self) -> tuple[str, str]:
@@ -33,12 +32,12 @@ class ShieldGemma:
         return _question("No Violence: The image shall not contain violence.")
 
     async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
-        """The score is that of the category which is violated most likely; a single token answers each question.
+        """The score is the highest score of a category. Each question needs one token.
 
-        The model gives no reasons. A rationale that the policy wants only names what the model said.
+        The model gives no reasons. If the policy requires a rationale, it only names the category.
 
         Raises:
-            ConfigurationError: the policy's prompt has no block of a category.
+            ConfigurationError: the policy's prompt has no block for a category.
         """
         asked = parse_enforced_rules(policy.prompt, (*CATEGORIES, *policy.own_categories))
         scores = {category: (await generate(_question(rules))).score for category, rules in asked.items()}
@@ -56,19 +55,19 @@ class ShieldGemma:
 
 
 def parse_enforced_rules(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
-    """What to ask by category, from a prompt in LlavaGuard's form; categories that it waives are left out.
+    """The rules by category, from a prompt in LlavaGuard's form, without waived categories.
 
-    `categories` are the full names of those that the prompt may have a block of.
+    `categories` are the full names of all categories that may have a block in the prompt.
 
     Raises:
-        ConfigurationError: there is no block of a category in it.
+        ConfigurationError: the prompt has no block for a category.
     """
     heading = rf"^({'|'.join(map(re.escape, categories))}): ?\n"
-    # What stands before the first heading, then each heading and its rules.
+    # The text before the first heading, then each heading and its rules.
     _, *parts = re.split(heading, reject_chat_markers(prompt).partition("\nAssessment Steps:")[0], flags=re.M)
     blocks = dict(zip(parts[::2], parts[1::2], strict=True))
     if not blocks:
-        raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no block of one.")
+        raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no block for a category.")
     return {
         category: f"No {category.partition(': ')[2]}: The image follows these rules.\n{rules.strip()}"
         for category, rules in blocks.items()
@@ -77,7 +76,7 @@ def parse_enforced_rules(prompt: str, categories: Sequence[str] = CATEGORIES) ->
 
 
 def _question(rules: str) -> str:
-    # The template opens a turn for the image and another one for the text; the tokenizer adds the <bos>.
+    # The template has one turn for the image and another for the text. The tokenizer adds the <bos>.
     return (
         "<start_of_turn>user\n<start_of_image><start_of_turn>user\n"
         "You are a policy expert trying to help determine whether a generated or real image is in violation of the "
