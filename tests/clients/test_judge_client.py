@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.clients.judge_client import JudgeRequest, JudgeResult, open_client
+from pipelines.clients.judge_client import JudgeClient, JudgeRequest, JudgeResult, open_client
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, SluiceError
 from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess
@@ -19,13 +19,16 @@ from services.core.settings import Settings
 from services.policies.document import BUILT_IN
 from tests.end_to_end.outside import SLUICE
 
+pytestmark = pytest.mark.ray
+
 _START_S = 150.0
 
 
 class ScriptedService:
-    """A scripted service in its own process."""
+    """A Ray cluster with a scripted application, in its own process."""
 
     def __init__(self, folder: Path, application: str = "sluice") -> None:
+        self._deploys = folder / "address.deploy"
         address = folder / "address"
         self.child = SupervisedProcess(
             [sys.executable, "-m", "tests.support.fake_service", str(address), application],
@@ -38,6 +41,14 @@ class ScriptedService:
             time.sleep(0.1)
         self.settings = Settings(ray_address=address.read_text())
 
+    def deploy(self, application: str) -> None:
+        """Deploy one more application on the cluster."""
+        self._deploys.write_text(application)
+        deadline = time.monotonic() + _START_S
+        while self._deploys.exists():
+            assert time.monotonic() < deadline, self.child.tail()
+            time.sleep(0.1)
+
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedService]:
@@ -46,10 +57,19 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServi
     service.child.kill()
 
 
-@pytest.fixture(autouse=True)
-def token(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _token() -> Iterator[None]:
     """The value that `sluice up` writes to `.sluice/env`."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "token")
+        yield
+
+
+@pytest.fixture(scope="module")
+def client(scripted: ScriptedService) -> Iterator[JudgeClient]:
+    """A client that several tests share, because its process takes many seconds to load Ray."""
+    with open_client(scripted.settings) as client:
+        yield client
 
 
 def request(name: str, uri: str = "s3://uploads/a.jpg") -> JudgeRequest:
@@ -61,10 +81,10 @@ def judge(settings: Settings, *requests: JudgeRequest) -> list[JudgeResult]:
         return service.judge(requests, progress=lambda _: None)
 
 
-def test_results_are_in_the_order_of_requests(scripted: ScriptedService, tmp_path: Path) -> None:
+def test_results_are_in_the_order_of_requests(client: JudgeClient, tmp_path: Path) -> None:
     names = [f"n-{'x' * (number % 7)}-{number}" for number in range(60)]
     crash = request("crash", f"s3://crashes{tmp_path}/crashed")
-    outcomes = judge(scripted.settings, *map(request, names), request("absent"), request("refused"), crash)
+    outcomes = client.judge([*map(request, names), request("absent"), request("refused"), crash], print)
     for name, outcome in zip([*names, "crash"], [*outcomes[:60], outcomes[62]], strict=True):
         assert isinstance(outcome, list)
         verdicts = [answer for answer in outcome if isinstance(answer, Verdict)]
@@ -77,33 +97,32 @@ def test_results_are_in_the_order_of_requests(scripted: ScriptedService, tmp_pat
     assert [type(answer) for answer in refused] == [GuardFailed] * 2
 
 
-def test_unpublished_policy_is_judged(scripted: ScriptedService) -> None:
-    (outcome,) = judge(scripted.settings, JudgeRequest(request("a").submission, (BUILT_IN.as_version(0),)))
+def test_unpublished_policy_is_judged(client: JudgeClient) -> None:
+    (outcome,) = client.judge([JudgeRequest(request("a").submission, (BUILT_IN.as_version(0),))], print)
     assert isinstance(outcome, list)
     assert isinstance(outcome[0], Verdict)
     assert outcome[0].category == "default"
 
 
-def test_images_larger_than_the_object_store_together_are_judged(scripted: ScriptedService) -> None:
+def test_images_larger_than_the_object_store_together_are_judged(client: JudgeClient) -> None:
     """Five images of 30 MB are more than the 100 MiB that Ray has for objects on this cluster."""
     policy = BUILT_IN.as_version(0)
     images = [bytes([number]) * 30_000_000 for number in range(5)]
     requests = [JudgeRequest.of_bytes(f"image-{number}", image, policy) for number, image in enumerate(images)]
-    outcomes = judge(scripted.settings, *requests)
+    outcomes = client.judge(requests, print)
     assert [type(outcome) for outcome in outcomes] == [list] * len(images), outcomes
 
 
-def test_one_connection_judges_several_times(scripted: ScriptedService) -> None:
-    with open_client(scripted.settings) as service:
-        assert service.judge([], progress=print) == []
-        assert [len(service.judge([request("a")], progress=print)) for _ in range(2)] == [1, 1]
+def test_one_connection_judges_several_times(client: JudgeClient) -> None:
+    assert client.judge([], progress=print) == []
+    assert [len(client.judge([request("a")], progress=print)) for _ in range(2)] == [1, 1]
 
 
-def test_fault_of_the_service_is_one_sentence(scripted: ScriptedService) -> None:
+def test_fault_of_the_service_is_one_sentence_and_the_connection_stays_usable(client: JudgeClient) -> None:
     with pytest.raises(SluiceError, match=r"the service failed: .*ZeroDivisionError.*line one") as caught:
-        judge(scripted.settings, request("a"), request("fault"))
+        client.judge([request("a"), request("fault")], print)
     assert "\n" not in str(caught.value)
-    judge(scripted.settings, request("a"))
+    assert len(client.judge([request("a")], print)) == 1
 
 
 def test_interrupted_command_leaves_no_process(scripted: ScriptedService, tmp_path: Path) -> None:
@@ -160,20 +179,16 @@ def test_wrong_token_error_names_the_user_and_the_token(
         judge(scripted.settings, request("a"))
 
 
-@pytest.mark.ray
-def test_cluster_without_the_service_error(tmp_path: Path) -> None:
-    other = ScriptedService(tmp_path, application="another")
+def test_cluster_without_service_then_with_service_then_no_cluster(tmp_path: Path) -> None:
+    """One cluster for three states, because a cluster takes half a minute to start."""
+    own = ScriptedService(tmp_path, application="another")
     with pytest.raises(ConfigurationError, match="Sluice does not run on it"):
-        judge(other.settings, request("a"))
-    other.child.kill()
-    with pytest.raises(ConfigurationError, match="no service runs"):
-        judge(other.settings, request("a"))
-
-
-def test_service_ends_while_connected_error(tmp_path: Path) -> None:
-    own = ScriptedService(tmp_path)
+        judge(own.settings, request("a"))
+    own.deploy("sluice")
     with open_client(own.settings) as service:
         service.judge([request("a")], progress=print)
         own.child.kill()
         with pytest.raises(SluiceError, match=r"has ended|does not answer"):
             service.judge([request("a")], progress=print)
+    with pytest.raises(ConfigurationError, match="no service runs"):
+        judge(own.settings, request("a"))

@@ -1,7 +1,8 @@
 """A Ray Serve application that `pipelines.clients.judge_client` accepts as Sluice. It judges by a script.
 
-python -m tests.support.fake_service FILE APPLICATION: writes the cluster's address to FILE when it is ready, and
-runs until it is killed.
+python -m tests.support.fake_service FILE APPLICATION: deploys the application, writes the cluster's address to FILE
+when it is ready, and runs until it is killed. When FILE.deploy appears, it deploys one more application, with the name
+in that file, and deletes the file.
 """
 
 import asyncio
@@ -69,10 +70,19 @@ def _verdict(submission: Submission, policy: str) -> Verdict:
 def main() -> None:
     ray.init("local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
-    serve.run(ScriptedIntake.bind(), name=sys.argv[2], route_prefix=None)  # type: ignore[attr-defined]
+    _deploy(sys.argv[2])
     address = Path(sys.argv[1])
     address.write_text(ray.get_runtime_context().gcs_address)
-    time.sleep(3600)
+    more = address.with_name(f"{address.name}.deploy")
+    while True:
+        if more.exists() and (name := more.read_text()):
+            _deploy(name)
+            more.unlink()
+        time.sleep(0.1)
+
+
+def _deploy(name: str) -> None:
+    serve.run(ScriptedIntake.bind(), name=name, route_prefix=None)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
