@@ -124,7 +124,7 @@ class RunningGateway:
 async def gateway(model: str, **changes: Any) -> AsyncIterator[RunningGateway]:
     """Run the whole gateway with a timed guard, and its backends as children. `changes` override default settings."""
     async with AsyncExitStack() as closing:
-        environment = closing.enter_context(backends.backends({"SLUICE_MODEL": model}))
+        environment = closing.enter_context(backends.start_backends({"SLUICE_MODEL": model}))
         os.environ.update(environment)
         settings = Settings(**changes)
         boto3.client("s3", endpoint_url=settings.s3_endpoint).put_object(

@@ -114,7 +114,7 @@ async def measure_changes(settings: Settings, count: int, processes: int) -> dic
 
 @contextmanager
 def start_backends() -> Iterator[Settings]:
-    with backends.backends(os.environ) as variables:
+    with backends.start_backends(os.environ) as variables:
         os.environ.update(variables)
         settings = settings_module.load()
         PolicyRegistry.from_settings(settings).publish_built_in()

@@ -41,7 +41,7 @@ class AnnotationPlan:
 
 
 def choose_chunk_rows(rows: int) -> int:
-    """The rows of a chunk for a source of `rows` rows, so that there are at most some thousands of chunks."""
+    """The rows of a chunk for a source of `rows` rows. Large sources get at most some thousands of chunks."""
     return min(max(rows // _CHUNKS, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
 
 

@@ -90,7 +90,7 @@ def read_table_images(file: BinaryIO, group: int, column: str) -> Iterator[list[
 
 
 class _TableImages:
-    """Reads images of tables in the order of their rows, so that each row group is read once."""
+    """Reads images of tables in the order of their rows. Each row group is read once."""
 
     def __init__(self, column: str, settings: Settings) -> None:
         self._column = column

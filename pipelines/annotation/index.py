@@ -1,4 +1,4 @@
-"""Reads every image of the source once for its digest, so that the same bytes are judged only once."""
+"""Reads every image of the source once for its digest, because the same bytes are judged only once."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""The state of a run of `sluice annotate`: files in its output folder, so that a killed run can be resumed.
+"""The state of a run of `sluice annotate`: files in its output folder. A killed run is resumed from them.
 
     _sluice/run.json              the source, policy and model of the run; written first, and never changed
     _sluice/listing/.../000123.json  shards of the source; listing.json is written after the last one and locates them
@@ -32,7 +32,7 @@ from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, SluiceError
 
 Stage = Literal["index", "plan", "chunks"]
-"""The tables of a run: what is indexed, planned, and judged."""
+"""The steps of a run that store tables: the index, the plan, and the judged chunks."""
 
 FORMAT: Final = 1
 STATE: Final = "_sluice"

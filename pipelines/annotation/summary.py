@@ -59,7 +59,7 @@ class SummaryCounts:
 
 
 def summary_lines(summary: dict[str, Any], curated: CuratedSet | None) -> list[str]:
-    """The counts as lines for a terminal, with those of the curated set if one was written."""
+    """The counts as lines for a terminal, and the size of the curated set if there is one."""
     counted = [
         (name, value, rows)
         for name in ("outcome", "rating", "category", "action")
@@ -72,7 +72,7 @@ def summary_lines(summary: dict[str, Any], curated: CuratedSet | None) -> list[s
 
 
 def with_curated(summary: dict[str, Any], curated: CuratedSet | None) -> dict[str, Any]:
-    """The summary with the counts of the curated set, if one was written."""
+    """The summary with the size of the curated set, if there is one."""
     if not curated:
         return summary
     return summary | {"curated": {"images": curated.images, "files": curated.files, "lost": curated.lost}}

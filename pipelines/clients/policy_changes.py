@@ -1,4 +1,4 @@
-"""Changes a policy from a command, which has no event loop of its own."""
+"""Changes a policy from a command, which runs no event loop."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -112,7 +112,7 @@ def one_line(verdict: Verdict) -> str:
 
 
 def _next_batch(remaining: Iterator[Submission]) -> tuple[list[Submission], SluiceError | None]:
-    """The next submissions, and the error after them, so that the submissions before it are still published."""
+    """The next submissions, and the error after them. The submissions before the error are still published."""
     batch: list[Submission] = []
     try:
         for submission in itertools.islice(remaining, _BATCH_SUBMISSIONS):

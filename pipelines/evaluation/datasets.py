@@ -41,7 +41,7 @@ class DataSet:
         return sum(int(_open_parquet(file).metadata.num_rows) for file in self.files)
 
     def records(self) -> Iterator[Any]:
-        """Decoded records, or `UnreadableRecord` where one is no JSON.
+        """The decoded records. A record that is not JSON is an `UnreadableRecord`.
 
         Raises:
             ConfigurationError: a file cannot be read.

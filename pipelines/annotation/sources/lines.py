@@ -1,4 +1,4 @@
-"""Reads a range of a file of JSON lines, so that a large file is divided among workers."""
+"""Reads a range of a file of JSON lines. Several workers can read one large file."""
 
 from collections.abc import Iterator
 from typing import BinaryIO, Final
