@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
+from pipelines.reporting.text import format_duration
+
 _REPORT_INTERVAL_S: Final = 5.0
 _WINDOW_S: Final = 120.0
 
@@ -66,7 +68,7 @@ class StageProgress:
         if rate > 0:
             line += f", {rate:,.1f}/s"
             if self._total is not None and done < self._total:
-                line += f", {_duration((self._total - done) / rate)} left"
+                line += f", {format_duration((self._total - done) / rate)} left"
         return line
 
     def _report_loop(self) -> None:
@@ -78,11 +80,3 @@ class StageProgress:
         if self._done not in (self._reported, 0):
             self._reported = self._done
             self._progress(line)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -18,6 +18,7 @@ from pipelines.evaluation.labels import Image, LabelledImage, Reason, RejectedRe
 from pipelines.evaluation.metrics import DEFAULT
 from pipelines.evaluation.perturbations import perturb
 from pipelines.evaluation.policies import PolicySelector, RowPolicy
+from pipelines.reporting.text import format_duration
 from services.core.errors import Unavailable, Unjudgeable
 from services.core.messages import ObjectReference
 from services.core.settings import Settings
@@ -85,7 +86,7 @@ class BatchPace:
         rate = self._done / max(now - self._started, 1e-3)
         total, left = "", ""
         if self._total:
-            total, left = f" of {self._total:,}", f", {_duration(max(0, self._total - self._done) / rate)} left"
+            total, left = f" of {self._total:,}", f", {format_duration(max(0, self._total - self._done) / rate)} left"
         self._progress(f"{self._done:,}{total} rows, {rate:.1f} a second{left}")
 
 
@@ -232,9 +233,3 @@ def _size(image: Image) -> int:
         return image.stat().st_size if isinstance(image, Path) else 0
     except (OSError, ValueError):
         return 0
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,17 +1,26 @@
-"""Text of others in a terminal, which must not move the cursor, change colours, or pass for lines of Sluice; and who
-sits there."""
+"""Text in a terminal: texts of others made harmless, durations, and the name of the user."""
 
 import getpass
 import os
 
 
 def escape_control_chars(text: str) -> str:
-    """The same text on one line; what is not a visible character (control, bidi, surrogate) becomes U+FFFD."""
+    """Replace each invisible character (control, bidi, surrogate, line break) by U+FFFD.
+
+    Texts of others must not move the cursor, change colours, or look like lines of Sluice.
+    """
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
+def format_duration(seconds: float) -> str:
+    """For example `7 s`, `5 min 3 s` or `2 h 10 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def user() -> str:
-    """The name of who runs this process, or the number of one who has none, as in many containers."""
+    """The name of the user of this process, or the number if the user has no name, as in many containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from services.core.processes import SupervisedProcess, start_helper
+from tests.support.processes import are_gone
 
 # A parent, a child, and a grandchild in a session of its own: each writes its pid.
 FAMILY = """
@@ -33,15 +34,6 @@ def pids_in(file: Path, count: int) -> list[int]:
             return [int(pid) for pid in pids]
         time.sleep(0.05)
     raise AssertionError(f"{file} never had {count} pids")
-
-
-def all_gone(pids: list[int], within_s: float = 10) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def await_recording(parent: int) -> None:
@@ -68,6 +60,10 @@ def links_of(pid: int) -> list[str]:
     return []
 
 
+def start_parent(program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> tuple[str, Path]:
     pids = tmp_path / "pids"
@@ -80,7 +76,7 @@ def test_supervised_process_stopped_kills_descendants(family: tuple[str, Path], 
     child = SupervisedProcess([sys.executable, "-c", script], log=tmp_path / "log")
     pids = pids_in(file, 2)
     getattr(child, end)()
-    assert all_gone(pids)
+    assert are_gone(pids)
     assert child.returncode is not None
 
 
@@ -92,25 +88,20 @@ def test_kill_suspended_watchdog_is_killed_too(family: tuple[str, Path], tmp_pat
     (watchdog,) = [process for process in everyone if process.pid not in pids]
     watchdog.suspend()
     child.kill()
-    assert all_gone([*pids, watchdog.pid])
+    assert are_gone([*pids, watchdog.pid])
 
 
 def test_supervised_process_parent_killed_descendants_end(family: tuple[str, Path], tmp_path: Path) -> None:
     script, file = family
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, time; from pathlib import Path; from services.core.processes import SupervisedProcess;"
-            f"SupervisedProcess([sys.executable, '-c', {script!r}], log=Path({str(tmp_path / 'log')!r}));"
-            "time.sleep(600)",
-        ],
-        cwd=Path(__file__).parents[2],
+    parent = start_parent(
+        "import sys, time; from pathlib import Path; from services.core.processes import SupervisedProcess;"
+        f"SupervisedProcess([sys.executable, '-c', {script!r}], log=Path({str(tmp_path / 'log')!r}));"
+        "time.sleep(600)"
     )
     pids = pids_in(file, 2)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    assert all_gone(pids)
+    assert are_gone(pids)
 
 
 def test_supervised_process_supervisor_killed_group_ends(family: tuple[str, Path], tmp_path: Path) -> None:
@@ -122,7 +113,7 @@ def test_supervised_process_supervisor_killed_group_ends(family: tuple[str, Path
     )
     pids = pids_in(file, 2)
     os.kill(child.pid, signal.SIGKILL)
-    assert all_gone(pids)
+    assert are_gone(pids)
 
 
 def test_kill_suspended_supervisor_is_killed_too(family: tuple[str, Path], tmp_path: Path) -> None:
@@ -131,7 +122,7 @@ def test_kill_suspended_supervisor_is_killed_too(family: tuple[str, Path], tmp_p
     pids = pids_in(file, 2)
     os.kill(child.pid, signal.SIGSTOP)
     child.kill()
-    assert all_gone([child.pid, pids[0]])
+    assert are_gone([child.pid, pids[0]])
 
 
 def test_supervised_process_exit_reports_status_and_last_lines(tmp_path: Path) -> None:
@@ -149,24 +140,19 @@ def test_supervised_process_exit_reports_status_and_last_lines(tmp_path: Path) -
 def test_kill_descendants_on_exit_process_ends_kills_orphans_too(family: tuple[str, Path], end: signal.Signals) -> None:
     """The grandchild, whose own parent was killed before, is killed as well."""
     script, file = family
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import subprocess, sys, time; from services.core.processes import kill_descendants_on_exit;"
-            f"kill_descendants_on_exit(); subprocess.Popen([sys.executable, '-c', {script!r}], start_new_session=True);"
-            "time.sleep(600)",
-        ],
-        cwd=Path(__file__).parents[2],
+    parent = start_parent(
+        "import subprocess, sys, time; from services.core.processes import kill_descendants_on_exit;"
+        f"kill_descendants_on_exit(); subprocess.Popen([sys.executable, '-c', {script!r}], start_new_session=True);"
+        "time.sleep(600)"
     )
     pids = pids_in(file, 2)
     await_recording(parent.pid)
     os.kill(pids[0], signal.SIGKILL)
-    assert all_gone(pids[:1])
+    assert are_gone(pids[:1])
     assert psutil.pid_exists(pids[1])
     parent.send_signal(end)
     parent.wait()
-    assert all_gone(pids)
+    assert are_gone(pids)
 
 
 def test_kill_descendants_with_spare_kills_all_others() -> None:

@@ -17,6 +17,7 @@ from services.guard.checkpoints import resolve
 from services.guard.engine import Engine
 from services.guard.sglang_server import SglangServer
 from tests.support.engine import SharedGuard, drawn, policy
+from tests.support.processes import are_gone
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,11 +30,6 @@ def family(pid: int) -> list[psutil.Process]:
 def scheduler(pid: int) -> psutil.Process:
     (found,) = [process for process in family(pid) if "scheduler" in process.name()]
     return found
-
-
-def gone(processes: list[psutil.Process], within_s: float) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=within_s)
-    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 async def until(engine: Engine, state: str, within_s: float) -> None:
@@ -108,7 +104,7 @@ class TestBeforeItIsReady:
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        assert gone(processes, within_s=60)
+        assert are_gone(processes, within_s=60)
         assert engine.state == "stopped"
 
 
@@ -162,7 +158,7 @@ class TestTheRealServer:
         await until(engine.engine, "ready", 400)
         assert engine.engine.down_s == 0
         assert 0 <= (await engine.assess(drawn(1), policy(), "score")).score <= 1
-        assert gone(before, within_s=60)
+        assert are_gone(before, within_s=60)
 
     async def test_hanging_scheduler_is_restarted(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
@@ -174,7 +170,7 @@ class TestTheRealServer:
         with pytest.raises(GuardUnavailable):
             await call
         await until(engine.engine, "ready", 400)
-        assert gone(before, within_s=60)
+        assert are_gone(before, within_s=60)
         await engine.assess(drawn(300), policy(), "score")
 
     def test_engine_ends_when_its_owner_is_killed_during_loading(self, tmp_path: Path) -> None:
@@ -203,7 +199,7 @@ asyncio.run(own())
             processes = family(int(owner.stdout.readline()))
             assert len(processes) > 3
             os.kill(owner.pid, signal.SIGKILL)
-            assert gone(processes, within_s=60), "left behind"
+            assert are_gone(processes, within_s=60), "left behind"
         finally:
             owner.kill()
             owner.wait()

@@ -16,6 +16,7 @@ from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.images.decoder_pool import DecoderPool
 from tests.support.images import make_settings
 from tests.support.pictures import difference, encoded, picture, shown
+from tests.support.processes import are_gone
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,11 +27,6 @@ def workers_of(pid: int) -> list[psutil.Process]:
         for child in psutil.Process(pid).children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE and "services.images.decoder_process" in child.cmdline()
     ]
-
-
-def gone_within(seconds: float, processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
@@ -165,7 +161,7 @@ async def test_close_fails_running_images_and_leaves_no_process(decoders: Path) 
     preparer.close()
     results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 5)
     assert [type(result) for result in results] == [Unavailable] * 6
-    assert gone_within(5, workers)
+    assert are_gone(workers, within_s=5)
     with pytest.raises(Unavailable):
         await preparer.prepare(GOOD)
 
@@ -241,7 +237,7 @@ def test_decoders_end_when_their_parent_is_killed(decoders: Path, state: str) ->
         assert workers
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
-        assert gone_within(5, workers)
+        assert are_gone(workers, within_s=5)
 
 
 def test_alarm_ends_a_decoder_that_holds_the_interpreter_lock(decoders: Path) -> None:
@@ -255,7 +251,7 @@ def test_alarm_ends_a_decoder_that_holds_the_interpreter_lock(decoders: Path) ->
         workers = workers_of(parent.pid)
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
-        assert gone_within(12, workers)
+        assert are_gone(workers, within_s=12)
 
 
 def test_pool_works_in_a_thread_and_does_not_run_main_again(tmp_path: Path) -> None:
