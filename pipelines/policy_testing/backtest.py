@@ -63,11 +63,11 @@ def _side(answer: Verdict | Unjudgeable) -> Side:
 
 
 async def _draw_sample(name: str, count: int, settings: Settings) -> tuple[list[SampledSubmission], float | None]:
-    shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+    redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     try:
-        return await draw(shared, name, count)
+        return await draw(redis_cache, name, count)
     finally:
-        await shared.close()
+        await redis_cache.close()
 
 
 async def _with_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], settings: Settings) -> list[VerdictPair]:

@@ -52,10 +52,12 @@ class _CachedRollout:
 class PolicyCache:
     """Chooses the policy version of each submission. To be used as an async context manager."""
 
-    def __init__(self, registry: PolicyRegistry, shared: PolicyRedisCache | None, *, refresh_s: float = 5.0) -> None:
+    def __init__(
+        self, registry: PolicyRegistry, redis_cache: PolicyRedisCache | None, *, refresh_s: float = 5.0
+    ) -> None:
         """`refresh_s`: how long a roll-out is believed to be unchanged where no news of it can be heard."""
         self._registry = registry
-        self._shared = shared
+        self._redis_cache = redis_cache
         self._refresh_s = refresh_s
         self._known: dict[str, _CachedRollout] = {}
         self._policies: dict[tuple[str, int], Policy] = {}
@@ -67,7 +69,7 @@ class PolicyCache:
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        loops = [self._refresh, self._listen] if self._shared else [self._refresh]
+        loops = [self._refresh, self._listen] if self._redis_cache else [self._refresh]
         for task in [asyncio.create_task(_repeat(loop)) for loop in loops]:
             self._closing.push_async_callback(cancel_and_wait, task)
         return self
@@ -158,15 +160,15 @@ class PolicyCache:
         known = self._known.get(name)
         expected = known.rollout.digests.get(version) if known else None
 
-        async def copy(shared: PolicyRedisCache) -> StoredVersion | None:
-            stored = await shared.version(name, version)
+        async def copy(redis_cache: PolicyRedisCache) -> StoredVersion | None:
+            stored = await redis_cache.version(name, version)
             return stored if stored and expected in {None, stored.digest} else None
 
         async def read() -> StoredVersion:
             stored = await _read_in_thread(self._registry.get, name, version)
-            if self._shared:
+            if self._redis_cache:
                 with suppress(RedisUnavailable):
-                    await self._shared.cache_version(stored)
+                    await self._redis_cache.cache_version(stored)
             return stored
 
         try:
@@ -189,9 +191,9 @@ class PolicyCache:
         before = self._known.get(name)
         stale: CachedChange | None = None
 
-        async def copy(shared: PolicyRedisCache) -> tuple[Change | None] | None:
+        async def copy(redis_cache: PolicyRedisCache) -> tuple[Change | None] | None:
             nonlocal stale
-            stale = await shared.newest_change(name)
+            stale = await redis_cache.newest_change(name)
             believed_s = min(self._refresh_s, time.monotonic() - self._redis_back_at)
             if stale is None or stale.age_s >= believed_s:
                 return None
@@ -200,10 +202,10 @@ class PolicyCache:
 
         async def read() -> tuple[Change | None]:
             newest = await _read_in_thread(self._registry.newest_change, name)
-            if self._shared:
+            if self._redis_cache:
                 with suppress(RedisUnavailable):
                     # What Redis had before the bucket was read, and the bucket has not, is not so any more.
-                    await self._shared.publish_change(name, newest, even_if_older=stale is not None)
+                    await self._redis_cache.publish_change(name, newest, even_if_older=stale is not None)
             return (newest,)
 
         try:
@@ -224,23 +226,23 @@ class PolicyCache:
     ) -> V:
         """A good copy from Redis, else what is read from the bucket, by one process at a time for all of them."""
         deadline = time.monotonic() + _LEASE_WAIT_S
-        while self._shared and time.monotonic() < deadline:
+        while self._redis_cache and time.monotonic() < deadline:
             try:
-                if (found := await copy(self._shared)) is not None:
+                if (found := await copy(self._redis_cache)) is not None:
                     return found
-                token = await self._shared.lease(what)
+                token = await self._redis_cache.lease(what)
             except RedisUnavailable:
                 break
             if token:
                 try:
                     # Between the check above and the lease, another process may have read it and released its lease.
                     with suppress(RedisUnavailable):
-                        if (found := await copy(self._shared)) is not None:
+                        if (found := await copy(self._redis_cache)) is not None:
                             return found
                     return await read()
                 finally:
                     with suppress(RedisUnavailable):
-                        await self._shared.release(what, token)
+                        await self._redis_cache.release(what, token)
             await asyncio.sleep(_POLL_S)
         return await read()
 
@@ -263,9 +265,9 @@ class PolicyCache:
 
     async def _listen(self) -> None:
         """Take over every change that Redis announces, until it is away."""
-        assert self._shared is not None
+        assert self._redis_cache is not None
         try:
-            async for change in self._shared.subscribe(self._refresh_all):
+            async for change in self._redis_cache.subscribe(self._refresh_all):
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
                 self.accept(change)
         except RedisUnavailable as error:

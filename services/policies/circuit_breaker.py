@@ -70,10 +70,10 @@ class CircuitBreaker:
     history, it outlives every process, and it ends when the version is activated, or made canary, again.
     """
 
-    def __init__(self, policies: PolicyCache, registry: PolicyRegistry, shared: PolicyRedisCache | None) -> None:
+    def __init__(self, policies: PolicyCache, registry: PolicyRegistry, redis_cache: PolicyRedisCache | None) -> None:
         self._policies = policies
-        self._service = PolicyService(registry, shared, policies=policies)
-        self._shared = shared
+        self._service = PolicyService(registry, redis_cache, policies=policies)
+        self._redis_cache = redis_cache
         self._watched: dict[PolicyIdentity, _UnsentCounts] = {}
         self._pending_trips: dict[PolicyIdentity, _PendingTrip] = {}
         """Open here, and not yet in the policy bucket."""
@@ -158,11 +158,11 @@ class CircuitBreaker:
             watched.began_s = now_s
         told = Counter(watched.counts)
         judged, blocked = told["judged"], told["blocked"]
-        if self._shared is None:
+        if self._redis_cache is None:
             return judged, blocked
-        key = self._shared.key("block-rate", f"{policy.name}@{policy.version}", str(since))
+        key = self._redis_cache.key("block-rate", f"{policy.name}@{policy.version}", str(since))
         try:
-            judged, blocked = await self._shared.run(
+            judged, blocked = await self._redis_cache.run(
                 _COUNT, [key], band.window_s / _WINDOW_SLICES, _WINDOW_SLICES, judged, blocked
             )
         except RedisUnavailable:

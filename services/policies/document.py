@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from services.core.s3_uri import parse_s3_uri
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
@@ -225,9 +226,8 @@ class Example(StrictModel):
     def _can_be_found(cls, image: str | None) -> str | None:
         if image is None:
             return None
-        scheme, colon, rest = image.partition("://")
-        bucket, _, key = rest.partition("/")
-        if not image.isprintable() or image.startswith("/") or (colon and not (scheme == "s3" and bucket and key)):
+        is_path = "://" not in image and not image.startswith("/")
+        if not image.isprintable() or not (is_path or _is_object_uri(image)):
             raise ValueError("has to be s3://bucket/key or a file's path, seen from the folder of the document")
         return image
 
@@ -355,3 +355,11 @@ BUILT_IN: Final = PolicyDocument.model_validate(
     yaml.safe_load((Path(__file__).parent / "documents" / "default.yaml").read_text(encoding="utf-8"))
 )
 """Published and activated as `default@1` by `sluice up` when the policy bucket is empty."""
+
+
+def _is_object_uri(uri: str) -> bool:
+    try:
+        _, key = parse_s3_uri(uri)
+    except ValueError:
+        return False
+    return bool(key)

@@ -66,9 +66,9 @@ class SampledSubmission(WireModel):
 class TrafficSample:
     """Adds to the sample. To be used as an async context manager; what Redis cannot take is dropped."""
 
-    def __init__(self, shared: RedisClient, *, size: int) -> None:
+    def __init__(self, redis: RedisClient, *, size: int) -> None:
         """`size`: entries kept for each policy name."""
-        self._shared = shared
+        self._redis = redis
         self._size = size
         self._new: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
         self._seen: defaultdict[str, int] = defaultdict(int)
@@ -106,7 +106,7 @@ class TrafficSample:
         for name, count in seen.items():
             entries = [part for entry in new[name] for part in entry]
             try:
-                lowest = await self._shared.run(_ADD, _keys(self._shared, name), self._size, count, *entries)
+                lowest = await self._redis.run(_ADD, _keys(self._redis, name), self._size, count, *entries)
             except RedisUnavailable as error:
                 log.debug("the sample of %s is not kept: %s", name, error)
             else:
@@ -121,13 +121,13 @@ class TrafficSample:
                 log.exception("the sample could not be kept")
 
 
-async def draw(shared: RedisClient, name: str, count: int) -> tuple[list[SampledSubmission], float | None]:
+async def draw(redis: RedisClient, name: str, count: int) -> tuple[list[SampledSubmission], float | None]:
     """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
 
     Raises:
         RedisUnavailable: Redis does not answer.
     """
-    members, hours, now = await shared.run(_DRAW, _keys(shared, name), count)
+    members, hours, now = await redis.run(_DRAW, _keys(redis, name), count)
     found = []
     for member in members:
         with suppress(ValidationError):
@@ -146,5 +146,5 @@ def _key(at: float) -> float:
     return at / _AGE_DECAY_S - math.log(random.expovariate(1.0) or 1e-300)
 
 
-def _keys(shared: RedisClient, name: str) -> list[str]:
-    return [shared.key("sample", name), shared.key("seen", name)]
+def _keys(redis: RedisClient, name: str) -> list[str]:
+    return [redis.key("sample", name), redis.key("seen", name)]
