@@ -1,5 +1,6 @@
-"""Data sets without a cluster: sources, indexes, plans, judging, filters, curated sets; the guard is scripted."""
+"""Runs of `annotate` without Ray, with a scripted guard: sources, plans, filters, curated sets, errors."""
 
+import asyncio
 import io
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import tarfile
 import uuid
 from collections import Counter
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.annotation.chunk_judge import ChunkJudge
+from pipelines.annotation import ray_workers, workers
 from pipelines.annotation.chunks import plan_chunks
 from pipelines.annotation.curate import claim_folder, write_references, write_tars
 from pipelines.annotation.filters import parse_filter
@@ -27,12 +28,11 @@ from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import INDEX, PLAN, FileLocation, ImageRow, PlannedImage
 from pipelines.annotation.index import Indexer
 from pipelines.annotation.options import AnnotateOptions
-from pipelines.annotation.partitions import publish_partitions
 from pipelines.annotation.progress import StageProgress
 from pipelines.annotation.reader import list_partition_files, read_annotations
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import BATCH_ROWS, from_parquet, to_parquet
-from pipelines.annotation.sources.discover import SourceShard, extra_fields, find_source, list_shards
+from pipelines.annotation.sources.discover import SourceShard, find_source
 from pipelines.annotation.sources.lines import read_lines
 from pipelines.annotation.state import RunState
 from pipelines.annotation.storage import Folder, open_folder
@@ -46,6 +46,7 @@ from services.images.object_store import ObjectStore
 from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.document import BUILT_IN
 from tests.support.annotation_service import assessment
+from tests.support.annotation_without_ray import annotate_without_ray
 from tests.support.data_set_images import picture, tar
 from tests.support.fake_guard import FakeGuard
 
@@ -55,47 +56,52 @@ SETTINGS = Settings(model="tiny", image_limit_bytes=1 << 20)
 POLICY = BUILT_IN.as_version(1)
 
 
-async def says(image: PreparedImage, _detail: Detail) -> Assessment:
+class ScriptedGuard(FakeGuard):
+    """Refuses images 1 pixel wide. The digest decides the answer for others."""
+
+    def __init__(self) -> None:
+        super().__init__(_answer)
+
+    async def max_side_px(self) -> int:
+        return 384
+
+
+async def _answer(image: PreparedImage, _detail: Detail) -> Assessment:
     if image.facts.width == 1:
         raise GuardFailed("The engine refuses it.")
     return assessment(image.sha256)
 
 
-class Bench:
-    """Everything of a run but Ray: one indexer, one judge."""
+run_in_process = ray_workers.run_in_process
+
+
+class AnnotateBench:
+    """Runs `annotate` without Ray, with a scripted guard and real decoders. Keeps the temporary files of the run."""
 
     def __init__(self, out: str, settings: Settings = SETTINGS) -> None:
         self.settings = settings
-        self.guard = FakeGuard(says)
+        self.guard = ScriptedGuard()
+        self.out = out
         self.run = RunState(open_folder(out, settings))
 
-    async def annotate(
-        self, location: str, *, chunk_rows: int = 4, root: Path | None = None, **find: Any
-    ) -> list[Annotation]:
+    async def annotate(self, source: Path | str, *, chunk_rows: int = 4, **more: Any) -> list[Annotation]:
         """All rows, in the order of the source."""
-        source = find_source(location, self.settings, **find)
-        listing = self.run.save_listing(list_shards(source, self.settings), extra_fields(source, self.settings))
-        indexer = Indexer(source, listing.extras, self.settings, root)
-        for number in range(listing.shards):
-            index = await indexer.index(self.run.shard(listing, number))
-            self.run.save_table("index", f"{number:06d}", to_parquet(index))
-        indexer.close()
-        plan = plan_chunks(
-            lambda: chain(*(self.run.read_table("index", f"{number:06d}") or () for number in range(listing.shards))),
-            listing.extras,
-            lambda name, _, parquet: self.run.save_table("plan", name, parquet),
-            chunk_rows,
-        )
-        images, preparer = ImageReader(self.settings, source), DecoderPool(self.settings, 384)
-        judge = ChunkJudge(images=images, preparer=preparer, guard=self.guard, policy=POLICY, in_flight=4)
-        try:
-            for chunk in reversed(range(plan.chunks)):
-                annotations = await judge.judge(self.run.read_planned(chunk), listing.extras)
-                self.run.save_table("chunks", f"{chunk:06d}", annotations.finish())
-        finally:
-            images.close()
-            preparer.close()
-        publish_partitions(self.run, plan.chunks, lambda _: None)
+        options = AnnotateOptions(str(source), self.out, "default", chunk_rows=chunk_rows, **more)
+        decoders: list[DecoderPool] = []
+
+        def make_decoder(*arguments: Any) -> DecoderPool:
+            decoders.append(DecoderPool(*arguments))
+            return decoders[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            annotate_without_ray(patch, lambda: self.guard)
+            patch.setattr(workers, "DecoderPool", make_decoder)
+            for name in ("run_on_workers", "run_in_process"):
+                patch.setattr(ray_workers, name, _run_last_number_first)
+            patch.setattr(RunState, "delete_temporary", lambda _state: None)
+            await asyncio.to_thread(annotate, options, self.settings, lambda _line: None)
+        for decoder in decoders:
+            decoder.close()
         return self.rows()
 
     def rows(self) -> list[Annotation]:
@@ -108,9 +114,13 @@ class Bench:
         return sorted(found, key=lambda row: int(row["row"]))
 
 
+def _run_last_number_first(worker: type[Any], arguments: Any, numbers: Sequence[int], _placement: Any = None) -> Any:
+    return run_in_process(worker, arguments, sorted(numbers, reverse=True))
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(str(tmp_path / "out"))
+def bench(tmp_path: Path) -> AnnotateBench:
+    return AnnotateBench(str(tmp_path / "out"))
 
 
 def results(rows: list[Annotation]) -> list[str]:
@@ -118,7 +128,7 @@ def results(rows: list[Annotation]) -> list[str]:
     return [row["rating"] or row["reason"] for row in rows]
 
 
-async def test_folder_of_images_row_for_each_file(bench: Bench, tmp_path: Path) -> None:
+async def test_folder_of_images_row_for_each_file(bench: AnnotateBench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     (pictures / "b #ä").mkdir(parents=True)
     (pictures / "_ours").mkdir()
@@ -146,7 +156,7 @@ async def test_folder_of_images_row_for_each_file(bench: Bench, tmp_path: Path) 
     assert bench.guard.calls.count("verdict") == 2, "the same bytes are judged once"
 
 
-async def test_s3_objects_ids_are_those_of_the_stream(bench: Bench, s3_endpoint: str) -> None:
+async def test_s3_objects_ids_are_those_of_the_stream(bench: AnnotateBench, s3_endpoint: str) -> None:
     settings = SETTINGS.model_copy(update={"s3_endpoint": s3_endpoint})
     s3: Any = boto3.client("s3", endpoint_url=s3_endpoint)
     unique = uuid.uuid4().hex
@@ -156,7 +166,7 @@ async def test_s3_objects_ids_are_those_of_the_stream(bench: Bench, s3_endpoint:
     s3.put_bucket_versioning(Bucket=public, VersioningConfiguration={"Status": "Enabled"})
     versions = [s3.put_object(Bucket=public, Key=f"p/{n}.png", Body=picture(n))["VersionId"] for n in (1, 2)]
     s3.put_object(Bucket=private, Key="a.png", Body=picture(3))
-    bench = Bench(f"s3://{public}/annotations/first", settings)
+    bench = AnnotateBench(f"s3://{public}/annotations/first", settings)
     rows = await bench.annotate(f"s3://{public}/p/")
     assert [row["uri"] for row in rows] == [f"s3://{public}/p/1.png", f"s3://{public}/p/2.png"]
     assert [row["submission_id"] for row in rows] == [
@@ -177,12 +187,12 @@ async def test_s3_objects_ids_are_those_of_the_stream(bench: Bench, s3_endpoint:
     # A list cannot open a bucket that the settings do not.
     listed = [{"uri": f"s3://{private}/a.png"}, {"uri": "1.png", "id": "own", "tenant": "t"}, {"uri": "../p/1.png"}]
     s3.put_object(Bucket=public, Key="p/list.jsonl", Body="\n".join(map(json.dumps, listed)))
-    rows = await Bench(f"s3://{public}/annotations/second", allowed).annotate(f"s3://{public}/p/list.jsonl")
+    rows = await AnnotateBench(f"s3://{public}/annotations/second", allowed).annotate(f"s3://{public}/p/list.jsonl")
     assert results(rows) == ["forbidden", rows[1]["rating"], "forbidden"]
     assert (rows[1]["submission_id"], rows[1]["tenant"]) == ("own", "t")
 
 
-async def test_list_of_references_files_outside_of_root_are_forbidden(bench: Bench, tmp_path: Path) -> None:
+async def test_list_of_references_files_outside_of_root_are_forbidden(bench: AnnotateBench, tmp_path: Path) -> None:
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "a.png").write_bytes(picture(1))
@@ -211,7 +221,7 @@ async def test_list_of_references_files_outside_of_root_are_forbidden(bench: Ben
     ]
     text = "\n".join([*map(json.dumps, [*good, *bad]), "{", "", "x" * (2 << 20)])
     (lists / "l.jsonl").write_text(text)
-    rows = await bench.annotate(str(lists / "l.jsonl"), root=lists)
+    rows = await bench.annotate(str(lists / "l.jsonl"), root=str(lists))
     assert results(rows)[:3] == [rows[0]["rating"]] * 3
     assert [row["duplicate_of"] for row in rows[:3]] == [None, 0, 0]
     assert json.loads(rows[0]["source_json"]) == {"uri": "s3://other/k", "caption": "ä", "n": 1}
@@ -231,7 +241,7 @@ async def test_tables_annotations_have_their_columns(tmp_path: Path) -> None:
     table = pa.table({"image": images, "rating": list(range(150)), "when": pa.array(range(150), pa.timestamp("s"))})
     pq.write_table(table, tables / "a.parquet", row_group_size=70)
     (tables / "b.parquet").write_bytes(b"PAR1 no table")
-    bench = Bench(str(tmp_path / "out"))
+    bench = AnnotateBench(str(tmp_path / "out"))
     rows = await bench.annotate(str(tables), chunk_rows=40)
     assert [row["source_rating"] for row in rows] == [*range(150), None]
     assert rows[3]["source_when"].second == 3
@@ -248,13 +258,13 @@ async def test_tables_annotations_have_their_columns(tmp_path: Path) -> None:
         ConfigurationError, match=r"no column with images or references; name one by --column: it has url"
     ):
         find_source(str(tmp_path / "refs.parquet"), SETTINGS)
-    other = Bench(str(tmp_path / "out2"))
-    rows = await other.annotate(str(tmp_path / "refs.parquet"), column="url", root=tmp_path)
+    other = AnnotateBench(str(tmp_path / "out2"))
+    rows = await other.annotate(str(tmp_path / "refs.parquet"), column="url", root=str(tmp_path))
     assert [(row["submission_id"], row["source_score"]) for row in rows] == [("a", 1.5), ("b", 2.5)]
     assert {row["rating"] for row in rows} <= {"Safe", "Unsafe"}
 
 
-async def test_tars_hostile_and_truncated_members_get_reasons(bench: Bench, tmp_path: Path) -> None:
+async def test_tars_hostile_and_truncated_members_get_reasons(bench: AnnotateBench, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     hostile = ["../../etc/a.png", "/etc/a.png", "a/../../b.png"]
@@ -289,13 +299,13 @@ async def test_tars_hostile_and_truncated_members_get_reasons(bench: Bench, tmp_
     assert len(rows) == 7 + 1 + 3 + 2
 
 
-async def test_many_duplicates_are_judged_once_in_bounded_batches(bench: Bench, tmp_path: Path) -> None:
+async def test_many_duplicates_are_judged_once_in_bounded_batches(bench: AnnotateBench, tmp_path: Path) -> None:
     """A service's "image not available" may be most of its images. No step has all of their rows in memory."""
     rows = 2 * BATCH_ROWS + 7
     images = [{"bytes": picture(1)}] * rows
     images[0] = {"bytes": picture(2)}
     pq.write_table(pa.table({"image": images}), tmp_path / "images.parquet")
-    found = await bench.annotate(str(tmp_path / "images.parquet"))
+    found = await bench.annotate(str(tmp_path / "images.parquet"), chunk_rows=500)
     assert [row["row"] for row in found] == list(range(rows))
     assert [row["duplicate_of"] for row in found] == [None, None, *[1] * (rows - 2)]
     assert len({row["score"] for row in found[1:]}) == 1
@@ -304,7 +314,7 @@ async def test_many_duplicates_are_judged_once_in_bounded_batches(bench: Bench, 
     assert (sum(held), max(held)) == (rows, BATCH_ROWS)
 
 
-async def test_image_changed_after_indexing_next_duplicate_is_judged(bench: Bench, tmp_path: Path) -> None:
+async def test_image_changed_after_indexing_next_duplicate_is_judged(bench: AnnotateBench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in "abc":
@@ -427,7 +437,7 @@ def test_invalid_filter_error_names_the_condition(text: str, sentence: str) -> N
         parse_filter(text)
 
 
-async def test_curated_set_has_the_selected_images(bench: Bench, tmp_path: Path) -> None:
+async def test_curated_set_has_the_selected_images(bench: AnnotateBench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for n in range(20):
@@ -440,8 +450,8 @@ async def test_curated_set_has_the_selected_images(bench: Bench, tmp_path: Path)
     claim_folder(into, {"as": "references"})
     made = write_references(bench.run.folder, wanted, into, lambda _: None)
     assert made.images == len(expected)
-    again = Bench(str(tmp_path / "again"))
-    assert [row["uri"] for row in await again.annotate(into.uri.removeprefix("file://"), root=pictures)] == [
+    again = AnnotateBench(str(tmp_path / "again"))
+    assert [row["uri"] for row in await again.annotate(into.uri.removeprefix("file://"), root=str(pictures))] == [
         row["uri"] for row in expected
     ]
 
@@ -491,7 +501,7 @@ def test_progress_line_has_rate_and_time_left() -> None:
     times = iter((0.0, 10.0))
     stage = StageProgress("judged", 1000, lambda _: None, done=100, clock=lambda: next(times))
     stage.add(100)
-    assert stage.line() == "judged 200 of 1,000, 10.0/s, 80 s left"
+    assert stage.line() == "judged 200 of 1,000, 10.0/s, 1 min 20 s left"
 
 
 def options(source: Path | str, out: Path, **more: Any) -> AnnotateOptions:
