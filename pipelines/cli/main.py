@@ -61,7 +61,7 @@ def _load_env_file(context: typer.Context) -> None:
 @app.command(hidden=True)
 def schemas(folder: Path) -> None:
     """Export the JSON Schemas of the wire."""
-    from services.core.json_schemas import export  # noqa: PLC0415 - no other command needs it
+    from services.core.json_schemas import export_schemas  # noqa: PLC0415 - no other command needs it
 
-    for file in export(folder):
+    for file in export_schemas(folder):
         typer.echo(file)

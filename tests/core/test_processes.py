@@ -158,9 +158,9 @@ def test_kill_descendants_on_exit_process_ends_kills_orphans_too(family: tuple[s
 def test_kill_descendants_with_spare_kills_all_others() -> None:
     """The descendant whose parent has ended is found, because the killing process is its subreaper."""
     program = (
-        "import ctypes, subprocess, sys, time\n"
-        "from services.core.processes import kill_descendants\n"
-        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
+        "import subprocess\n"
+        "from services.core.processes import adopt_orphans, kill_descendants\n"
+        "adopt_orphans()\n"
         "spared = subprocess.Popen(['sleep', '600'])\n"
         "subprocess.run(['sh', '-c', 'setsid sleep 600 & setsid sleep 600 &'])\n"
         "import psutil\n"
