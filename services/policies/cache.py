@@ -1,8 +1,8 @@
-"""The local copy of policies that every process keeps, so that a submission needs no network for its policy.
+"""Each process keeps a local copy of the policies, so that a submission needs no network for its policy.
 
-Copies come from Redis, where every process of a deployment finds them, and in the end from the policy bucket. Redis
-announces changes; a periodic look makes up for what was not heard. While one of the two is away the other serves, and
-while both are, the last known versions do.
+The copies come from Redis, which all processes of a deployment share, and Redis gets them from the policy bucket. Redis
+announces changes. A periodic refresh finds the changes whose announcement was lost. If either Redis or the bucket is
+down, the other is used. If both are down, the last known versions are used.
 """
 
 import asyncio
@@ -30,9 +30,9 @@ from services.policies.tenants import TENANTS, TenantsDocument
 
 _COPIES_LIMIT: Final = 1024
 _ABSENT_TTL_S: Final = 1.0
-"""How long it is believed that a policy does not exist."""
+"""For this long a missing policy is not looked up again."""
 _LEASE_WAIT_S: Final = 6.0
-"""How long another process may take to read what this one needs, before this one reads it, too."""
+"""After this long this process reads the bucket itself, although another process has the lease."""
 _POLL_S: Final = 0.02
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class _CachedRollout:
-    """What is known of one name's roll-out."""
+    """The last known roll-out of one name."""
 
     number: int
     rollout: Rollout
@@ -50,12 +50,12 @@ class _CachedRollout:
 
 
 class PolicyCache:
-    """Chooses the policy version of each submission. To be used as an async context manager."""
+    """Chooses the policy version of each submission. Use it as an async context manager."""
 
     def __init__(
         self, registry: PolicyRegistry, redis_cache: PolicyRedisCache | None, *, refresh_s: float = 5.0
     ) -> None:
-        """`refresh_s`: how long a roll-out is believed to be unchanged where no news of it can be heard."""
+        """`refresh_s`: the age at which a roll-out is read again."""
         self._registry = registry
         self._redis_cache = redis_cache
         self._refresh_s = refresh_s
@@ -65,7 +65,7 @@ class PolicyCache:
         self._absent: dict[tuple[str, int], float] = {}
         self._lookups: dict[Hashable, asyncio.Task[Any]] = {}
         self._redis_back_at = float("-inf")
-        """What Redis had before then may lack the changes that were made while it was away."""
+        """Copies in Redis from before then may lack the changes made while Redis was down."""
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -78,11 +78,11 @@ class PolicyCache:
         await self._closing.aclose()
 
     async def choose(self, request: ImageRequest) -> PolicyChoice:
-        """The version that a submission gets, and the one to compare it with. No network where both are known.
+        """The version that judges a submission, and its shadow. Needs no network if both are known.
 
         Raises:
-            UnknownPolicy: no such policy or version, or the reference is not well-formed.
-            PolicyUnavailable: it is not known here, and neither Redis nor the policy bucket has it.
+            UnknownPolicy: there is no such policy or version, or the reference is malformed.
+            PolicyUnavailable: the policy is not known here, and neither Redis nor the policy bucket answers.
         """
         reference = _parse(request.policy)
         name, version = reference.name, reference.version
@@ -101,7 +101,7 @@ class PolicyCache:
         )
 
     async def resolve(self, reference: str) -> Policy:
-        """The policy that `name` (the active version) or `name@7` stands for; raises as `choose`."""
+        """The policy of a reference: `name` (the active version) or `name@7`. Raises as `choose`."""
         parsed = _parse(reference)
         name, version = parsed.name, parsed.version
         if version is None and (version := (await self._rollout(name)).active) is None:
@@ -109,16 +109,16 @@ class PolicyCache:
         return await self._policy(name, version)
 
     async def rollout(self, name: str) -> Rollout:
-        """The present roll-out of a name; raises PolicyUnavailable."""
+        """The present roll-out of a name. Raises PolicyUnavailable."""
         return await self._rollout(name)
 
     def is_tripped(self, policy: PolicyIdentity) -> bool:
-        """Whether the circuit breaker of a version is open, as far as is known here."""
+        """Whether the last known roll-out says that the circuit breaker of a version is open."""
         known = self._known.get(policy.name)
         return known is not None and policy.version in known.rollout.tripped
 
     def accept(self, change: Change) -> None:
-        """Take over a change that was heard of, or made here, unless a newer one is known."""
+        """Apply a change that was announced, or made in this process, unless a newer one is known."""
         known = self._known.get(change.name)
         if known is None or change.number > known.number:
             self._keep_rollout(change.name, change)
@@ -152,11 +152,11 @@ class PolicyCache:
             await self._join_or_start(("version", name, version), self._load, name, version)
             policy = self._policies.get((name, version))
             if policy is None:
-                raise UnknownPolicy(f"{name}@{version} is not a policy to judge by")
+                raise UnknownPolicy(f"{name}@{version} is a tenants document and not a policy")
         return policy
 
     async def _load(self, name: str, version: int) -> None:
-        """Bring in one version."""
+        """Load one version into the local copies."""
         known = self._known.get(name)
         expected = known.rollout.digests.get(version) if known else None
 
@@ -178,7 +178,7 @@ class PolicyCache:
             raise
         if isinstance(stored.document, PolicyDocument):
             if name not in self._known:
-                await self._refresh_rollout(name)  # which has the calibrations of every version
+                await self._refresh_rollout(name)  # it has the calibrations of every version
             _remember(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
         else:
             _remember(self._tenants, (name, version), stored.document)
@@ -187,7 +187,7 @@ class PolicyCache:
         await self._join_or_start(("rollout", name), self._fetch_rollout, name)
 
     async def _fetch_rollout(self, name: str) -> None:
-        """Bring in the present roll-out of a name, or keep the last known one."""
+        """Load the present roll-out of a name, or keep the last known one."""
         before = self._known.get(name)
         stale: CachedChange | None = None
 
@@ -204,7 +204,7 @@ class PolicyCache:
             newest = await _read_in_thread(self._registry.newest_change, name)
             if self._redis_cache:
                 with suppress(RedisUnavailable):
-                    # What Redis had before the bucket was read, and the bucket has not, is not so any more.
+                    # A copy in Redis that is newer than the bucket is wrong: the bucket was replaced. So overwrite it.
                     await self._redis_cache.publish_change(name, newest, even_if_older=stale is not None)
             return (newest,)
 
@@ -214,17 +214,17 @@ class PolicyCache:
             if before is not None:
                 log.warning("keeping the last known version of policy %s: %s", name, error)
                 return
-            # That a policy does not exist is too much to believe of a copy; that there is no tenants document is not.
+            # An old copy may say that there is no tenants document, but not that a policy does not exist.
             if stale is None or (stale.change is None and name != TENANTS):
                 raise
             change = stale.change
-        if self._known.get(name) is before:  # else news came in meanwhile
+        if self._known.get(name) is before:  # otherwise a newer change has arrived
             self._keep_rollout(name, change)
 
     async def _coalesced(
         self, what: str, copy: Callable[[PolicyRedisCache], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
     ) -> V:
-        """A good copy from Redis, else what is read from the bucket, by one process at a time for all of them."""
+        """A valid copy from Redis, or the result of `read`, which one process at a time calls for all of them."""
         deadline = time.monotonic() + _LEASE_WAIT_S
         while self._redis_cache and time.monotonic() < deadline:
             try:
@@ -258,20 +258,24 @@ class PolicyCache:
                 self._policies[name, version] = self._calibrated(policy)
 
     def _calibrated(self, policy: Policy) -> Policy:
-        """The policy with the calibrations that its roll-out has for it now."""
+        """The policy with the calibrations of its last known roll-out."""
         known = self._known.get(policy.identity.name)
         applied = known.rollout.calibrations_of(policy.identity.version) if known else {}
         return policy if applied == policy.calibrations else replace(policy, calibrations=applied)
 
     async def _listen(self) -> None:
-        """Take over every change that Redis announces, until it is away."""
+        """Apply every change that Redis announces, until Redis is down."""
         assert self._redis_cache is not None
         try:
             async for change in self._redis_cache.subscribe(self._refresh_all):
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
                 self.accept(change)
         except RedisUnavailable as error:
-            log.warning("policy changes are looked for every %g s until Redis is back: %s", self._refresh_s, error)
+            log.warning(
+                "Redis is down: policy changes are read from the bucket every %g s until it is back: %s",
+                self._refresh_s,
+                error,
+            )
             await asyncio.sleep(random.uniform(0.1, 1))
             self._redis_back_at = time.monotonic()
 
@@ -281,7 +285,7 @@ class PolicyCache:
 
     async def _refresh_all(self) -> None:
         names = {name for name, known in self._known.items() if known.rollout.active is not None} | {TENANTS}
-        names |= {name for name, _ in self._policies}  # a version in use may be of a name without an active one
+        names |= {name for name, _ in self._policies}  # a version in use may belong to a name without an active version
         for name in names:
             with suppress(PolicyUnavailable):
                 await self._refresh_rollout(name)
@@ -290,7 +294,7 @@ class PolicyCache:
         return time.monotonic() - known.checked_at
 
     async def _join_or_start(self, key: Hashable, lookup: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """Join the same look-up where it is under way, else start it."""
+        """Await the running look-up of this key, or start one."""
         task = self._lookups.get(key)
         if task is None:
             task = asyncio.ensure_future(lookup(*arguments))
@@ -301,13 +305,13 @@ class PolicyCache:
     def _forget_lookup(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         del self._lookups[key]
         if not task.cancelled():
-            task.exception()  # whoever waited has got it; if everyone left, it is of no interest
+            task.exception()  # mark it as retrieved: the callers that waited have it
 
 
 def _parse(reference: str) -> PolicyReference:
     parsed = PolicyReference.parse(reference)
     if parsed.name == TENANTS:
-        raise UnknownPolicy(f"{TENANTS!r} is the document that assigns policies to tenants, and not a policy")
+        raise UnknownPolicy(f"{TENANTS!r} is the document that assigns policies to tenants, not a policy")
     return parsed
 
 
@@ -323,7 +327,7 @@ async def _repeat(work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
         except Exception:
-            log.exception("policies could not be looked at; they are again in a second")
+            log.exception("refreshing policies failed; retrying in 1 s")
             await asyncio.sleep(1)
 
 

@@ -1,4 +1,4 @@
-"""The circuit breaker: a version whose block rate leaves its band stops blocking, before it takes down everything."""
+"""The circuit breaker: a policy version whose block rate leaves its band stops blocking."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from services.policies.registry import PolicyRegistry
 from services.policies.service import PolicyService
 
 BREAKER: Final = "circuit breaker"
-"""`who` of the changes that it makes."""
+"""The `who` of its changes."""
 
 _CHECK_INTERVAL_S: Final = 0.25
 _WINDOW_SLICES: Final = 10
@@ -46,28 +46,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _UnsentCounts:
-    """Verdicts of one version that the other processes do not know of yet."""
+    """Verdicts of one version that are not in Redis yet."""
 
     policy: PolicyIdentity
     band: BlockRateBand
     counts: Counter[str] = field(default_factory=Counter)
     began_s: float = field(default_factory=time.monotonic)
-    """When the first of them may have been counted."""
+    """The earliest time of a counted verdict."""
 
 
 class _PendingTrip(NamedTuple):
-    """A version that has left its band, which is still to be written down."""
+    """A trip that is not in the policy bucket yet."""
 
     since: int
-    """Of the roll-out that it was part of."""
+    """`Rollout.since` at the time of the trip."""
     why: str
 
 
 class CircuitBreaker:
-    """Counts what each version blocks, over all processes, and opens when that leaves the version's band.
+    """Counts the blocks of each version in all processes, and opens when their rate leaves the version's band.
 
-    To be used as an async context manager. That a breaker is open is a change of the policy's roll-out: it is in the
-    history, it outlives every process, and it ends when the version is activated, or made canary, again.
+    Use it as an async context manager. An open breaker is a change of the policy's roll-out: it is in the history and
+    outlives every process. It closes when the version is activated, or made canary, again.
     """
 
     def __init__(self, policies: PolicyCache, registry: PolicyRegistry, redis_cache: PolicyRedisCache | None) -> None:
@@ -76,7 +76,7 @@ class CircuitBreaker:
         self._redis_cache = redis_cache
         self._watched: dict[PolicyIdentity, _UnsentCounts] = {}
         self._pending_trips: dict[PolicyIdentity, _PendingTrip] = {}
-        """Open here, and not yet in the policy bucket."""
+        """Breakers that are open in this process and not in the policy bucket yet."""
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._check_loop())
@@ -86,7 +86,7 @@ class CircuitBreaker:
         await cancel_and_wait(self._task)
 
     def allows(self, policy: Policy, action: Action) -> bool:
-        """Count one verdict, and say whether its action may stand. No network."""
+        """Count one verdict, and return whether its action is allowed. Needs no network."""
         if policy.block_rate is None:
             return True
         watched = self._watched.get(policy.identity)
@@ -107,9 +107,9 @@ class CircuitBreaker:
                 try:
                     await self._check(watched)
                 except PolicyUnavailable as error:
-                    log.warning("the circuit breaker waits: %s", error)
+                    log.warning("the circuit breaker cannot read or write the roll-out; retrying: %s", error)
                 except Exception:
-                    log.exception("the circuit breaker of %s could not be looked at", watched.policy.name)
+                    log.exception("checking the circuit breaker of %s failed; retrying", watched.policy.name)
 
     async def _check(self, watched: _UnsentCounts) -> None:
         policy, band = watched.policy, watched.band
@@ -119,7 +119,7 @@ class CircuitBreaker:
         judged, blocked = await self._count(watched, rollout.since)
         trip = self._pending_trips.get(policy)
         if policy.version in rollout.tripped or (trip and trip.since != rollout.since):
-            self._pending_trips.pop(policy, None)  # it is known everywhere, or someone has decided anew meanwhile
+            self._pending_trips.pop(policy, None)  # the trip is written, or the roll-out has changed since
             return
         if trip is None:
             rate = blocked / judged if judged else 0.0
@@ -132,8 +132,8 @@ class CircuitBreaker:
             trip = self._pending_trips[policy] = _PendingTrip(rollout.since, why)
             telemetry.BREAKER_TRIPS.inc(1, {"policy": policy.name, "version": str(policy.version)})
             log.error(
-                "CIRCUIT BREAKER: policy %s@%d %s; it blocks nothing until it is activated again, what it would block "
-                "goes to review",
+                "CIRCUIT BREAKER: policy %s@%d %s; it blocks nothing until it is activated again; images that it would "
+                "block go to review",
                 policy.name,
                 policy.version,
                 why,
@@ -148,9 +148,9 @@ class CircuitBreaker:
         self._pending_trips.pop(policy, None)
 
     async def _count(self, watched: _UnsentCounts, since: int) -> tuple[int, int]:
-        """Verdicts and blocks in the window, of all processes.
+        """Verdicts and blocks of all processes in the window.
 
-        While Redis is away those of this one alone, which are forgotten after each window.
+        While Redis is down it counts only this process, from the start of each window.
         """
         policy, band, now_s = watched.policy, watched.band, time.monotonic()
         if now_s - watched.began_s > band.window_s:
@@ -167,6 +167,6 @@ class CircuitBreaker:
             )
         except RedisUnavailable:
             return judged, blocked
-        watched.counts -= told  # what was counted meanwhile stays
+        watched.counts -= told  # verdicts counted since then stay
         watched.began_s = now_s
         return int(judged), int(blocked)

@@ -1,4 +1,4 @@
-"""The policy document: what people write, and the value that the guard judges by."""
+"""The policy document that people write, and its conversion to the policy that the guard uses."""
 
 import hashlib
 import json
@@ -40,13 +40,13 @@ OwnCode = Literal["O10", "O11", "O12", "O13", "O14", "O15", "O16", "O17", "O18",
 AnyCode = Literal[CategoryCode, OwnCode]
 CodeOrNone = Literal[CategoryCode, OwnCode, "NA"]
 Probability = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: share + 0.0)]
-"""In [0, 1]; -0.0 becomes 0.0, so that equal documents are written alike."""
+"""In [0, 1]. -0.0 becomes 0.0, so that equal documents have equal digests."""
 Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000)]
-"""One line; without angle brackets, which could be taken for a marker of a model's chat layout."""
+"""One line without angle brackets, which could be part of a marker of a chat layout."""
 Rules = Annotated[tuple[Rule, ...], Field(max_length=50)]
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 TENANTS: Final = "tenants"
-"""What the document of services.policies.tenants is called, and so no policy."""
+"""The name of the tenants document. No policy may have it."""
 
 _FIRST_TRAINING_SEED: Final = (
     1_000_000_000  # pipelines.tiny_guard.drawings.TRAINING_SEEDS, without importing NumPy and Pillow
@@ -57,20 +57,20 @@ _NAME_BY_CODE: Final[Mapping[str, str]] = {
 
 
 def is_policy_name(name: str) -> bool:
-    """Whether a policy may be called so: it becomes a part of object keys."""
+    """Whether a policy may have this name, which becomes a part of object keys."""
     return re.fullmatch(NAME_PATTERN, name) is not None and name != TENANTS
 
 
-def _no_policy_is_called_tenants(name: str) -> str:
+def _reject_tenants(name: str) -> str:
     if name == TENANTS:
         raise ValueError(
-            f"a policy cannot be called {TENANTS!r}: that is the document which says which tenant has which "
-            f"policy (kind: {TENANTS}); give the policy another name"
+            f"a policy cannot be called {TENANTS!r}: this is the name of the document that assigns policies to tenants "
+            f"(kind: {TENANTS}); give the policy another name"
         )
     return name
 
 
-PolicyName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_no_policy_is_called_tenants)]
+PolicyName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_reject_tenants)]
 
 
 class ConflictingFields(ValueError):
@@ -79,17 +79,17 @@ class ConflictingFields(ValueError):
     def __init__(self, at: tuple[str | int, ...], message: str) -> None:
         super().__init__(message)
         self.at = at
-        """Where, as a path that begins at the field which was being validated."""
+        """The place, as a path from the validated field."""
 
 
 class StrictModel(BaseModel):
-    """A part of a document: immutable, and without fields that nobody knows."""
+    """A part of a document: immutable, and without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CategoryRules(StrictModel):
-    """What a policy says about one category; rules that are not given are the trained ones."""
+    """The rules of one category. Omitted rules are those of the training."""
 
     mode: Literal["enforce", "waive"] = "enforce"
     should_not: Rules | None = None
@@ -107,9 +107,9 @@ class OwnCategory(StrictModel):
     @field_validator("title")
     @classmethod
     def _can_be_quoted(cls, title: str) -> str:
-        # It stands in the prompt's JSON template, as the head of a block, and in every answer.
+        # The title is in the prompt's JSON template, in the heading of a block, and in answers.
         if title != title.strip() or not title.isprintable() or set(title) & set('<>":\\'):
-            raise ValueError('has to be one line of text without < > " : \\ and without spaces around it')
+            raise ValueError('must be one line of text without < > " : \\ and without spaces around it')
         return title
 
     @property
@@ -120,12 +120,12 @@ class OwnCategory(StrictModel):
 
 def _check_order(info: ValidationInfo, lower: str, value: float) -> float:
     if (bound := info.data.get(lower, 0)) > value:
-        raise ValueError(f"{info.field_name} ({value:g}) is below {lower} ({bound:g}); it has to be as high at least")
+        raise ValueError(f"{info.field_name} ({value:g}) is below {lower} ({bound:g}); it must be at least as high")
     return value
 
 
 class ThresholdPair(StrictModel):
-    """Scores from which an image is reviewed, and blocked."""
+    """The lowest scores for a review and for a block."""
 
     review: Probability = 0.5
     block: Annotated[Probability, Field(validate_default=True)] = 0.8
@@ -143,7 +143,7 @@ class ThresholdRules(ThresholdPair):
 
 
 class BlockRateRules(StrictModel):
-    """The band that the share of blocked images has to stay in."""
+    """The allowed band of the share of blocked images."""
 
     at_least: Probability = 0.0
     at_most: Probability
@@ -160,7 +160,7 @@ class BlockRateRules(StrictModel):
 
 
 class SyntheticImage(StrictModel):
-    """An image of the drawn world, pipelines.tiny_guard.drawings: made, not stored."""
+    """A drawn image (pipelines.tiny_guard.drawings), which is not stored."""
 
     label: Annotated[
         Literal[CategoryCode, "NA"], Field(description="the category that it shows, or NA for a harmless image")
@@ -172,7 +172,7 @@ class SyntheticImage(StrictModel):
     def _was_not_learned(cls, seed: int) -> int:
         if seed >= _FIRST_TRAINING_SEED:
             raise ValueError(
-                f"has to be below {_FIRST_TRAINING_SEED:_}: the images from there on are those that `tiny` learned"
+                f"must be below {_FIRST_TRAINING_SEED:_}: `tiny` was trained on the images from this seed on"
             )
         return seed
 
@@ -183,7 +183,7 @@ class SyntheticImage(StrictModel):
 
 
 class Expectation(StrictModel):
-    """What a verdict has to say; what is not given may be anything."""
+    """The expected verdict. Omitted fields may have any value."""
 
     rating: Rating | None = None
     category: Annotated[CodeOrNone | None, Field(description="code, or NA for none")] = None
@@ -199,7 +199,7 @@ class Expectation(StrictModel):
 
 
 class Example(StrictModel):
-    """A test of the policy: an image, and what the verdict on it has to be."""
+    """A test of the policy: an image and the expected verdict."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     image: (
@@ -218,7 +218,7 @@ class Example(StrictModel):
     @classmethod
     def _is_one_line(cls, name: str | None) -> str | None:
         if name is not None and not name.isprintable():
-            raise ValueError("has to be one line of text")
+            raise ValueError("must be one line of text")
         return name
 
     @field_validator("image")
@@ -228,7 +228,7 @@ class Example(StrictModel):
             return None
         is_path = "://" not in image and not image.startswith("/")
         if not image.isprintable() or not (is_path or _is_object_uri(image)):
-            raise ValueError("has to be s3://bucket/key or a file's path, seen from the folder of the document")
+            raise ValueError("must be s3://bucket/key or a file's path, relative to the folder of the document")
         return image
 
     @model_validator(mode="after")
@@ -239,7 +239,7 @@ class Example(StrictModel):
 
 
 class PolicyDocument(StrictModel):
-    """A policy as it is written. Equal documents make equal prompts and have equal digests."""
+    """A policy as people write it. Equal documents have equal prompts and equal digests."""
 
     # A default must never change. Digests leave defaults out (see `compute_digest`), so the digest in an old verdict
     # would stand for another policy. The default of a new field has to describe the behaviour before the field.
@@ -270,7 +270,7 @@ class PolicyDocument(StrictModel):
         codes = [category.code for category in own]
         for index, code in enumerate(codes):
             if code in codes[:index]:
-                raise ConflictingFields((index, "code"), f"{code} is taken by another category of this policy")
+                raise ConflictingFields((index, "code"), f"another category of this policy has the code {code}")
         return own
 
     @field_validator("thresholds")
@@ -291,16 +291,16 @@ class PolicyDocument(StrictModel):
         return examples
 
     def prompt(self) -> str:
-        """The prompt text that this policy makes."""
+        """The prompt text of this policy."""
         own = (Block(category.category, category.should_not, category.can) for category in self.own_categories)
         return render([*map(self._block, TRAINED_BLOCKS), *own])
 
     def digest(self) -> str:
-        """`sha256:<hex>` of what the document says and of the prompt that it makes."""
+        """`sha256:<hex>` of the document's content and of its prompt."""
         return compute_digest(self, prompt=self.prompt())
 
     def as_version(self, version: int) -> Policy:
-        """The value to judge by, once the registry has given the document a version."""
+        """The policy for the guard, with the version that the registry has given to the document."""
         thresholds = self.thresholds
         names: dict[str, str] = {**_NAME_BY_CODE, **{own.code: own.category for own in self.own_categories}}
         return Policy(
@@ -330,11 +330,11 @@ class PolicyDocument(StrictModel):
 
 
 def compute_digest(document: BaseModel, **made: str) -> str:
-    """`sha256:<hex>` of what a document says, and of what is made of it.
+    """`sha256:<hex>` of a document's content, and of the values `made` from it.
 
-    Only what differs from the defaults counts, in an order that does not depend on how it was written: so a field
-    that a later release adds leaves the digests of documents that do without it as they are. A default that changed
-    would silently change what a digest stands for, so none ever may.
+    Only values that differ from the defaults count, in a fixed order. So a field that a later release adds does not
+    change the digests of documents without it. A changed default would silently change the meaning of a digest, so
+    defaults must never change.
     """
     content = document.model_dump(mode="json", exclude_defaults=True)
     canonical = json.dumps({"content": content, **made}, sort_keys=True, separators=(",", ":"))
@@ -343,12 +343,12 @@ def compute_digest(document: BaseModel, **made: str) -> str:
 
 def _is_declared(code: str, info: ValidationInfo) -> bool:
     own = info.data.get("own_categories")
-    # Own categories that are wrong themselves are complained about already.
+    # Invalid own categories already have an issue.
     return code in _NAME_BY_CODE or own is None or code in {category.code for category in own}
 
 
 def _undeclared(code: str) -> str:
-    return f"{code} is not one of LlavaGuard's categories and the policy does not declare it under own_categories"
+    return f"{code} is not one of LlavaGuard's categories, and the policy does not declare it under own_categories"
 
 
 BUILT_IN: Final = PolicyDocument.model_validate(

@@ -1,7 +1,7 @@
-"""Documents as files: YAML to a document with every problem named by its line, and back.
+"""Reads policy documents from YAML, with a line number for every issue, and writes them.
 
-A scalar is text until the field that it belongs to says otherwise. So nothing of YAML 1.1's guesses gets in: `no`,
-`on` and `007` are names if they stand where a name belongs, and `1e-3` is a number where a number does.
+The type of a scalar depends only on its field, not on the conversions of YAML 1.1: in a name field `no`, `on` and `007`
+are names, and in a number field `1e-3` is a number.
 """
 
 import difflib
@@ -21,19 +21,19 @@ from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import TENANTS, Document, TenantsDocument, parse_document
 
 DOCUMENT_LIMIT_BYTES: Final = 256 * 1024
-"""No document is larger."""
+"""The largest size of a document."""
 
 _NESTING_LIMIT: Final = 12
-"""Levels of nesting. A document needs five; PyYAML's composer is recursive."""
+"""The largest depth of nesting. A document needs five levels; PyYAML's composer is recursive."""
 
 _STAMP_FIELDS: Final = ("version", "digest")
-"""What `write_document` puts on top of a document, and what is no part of one."""
+"""Fields that `write_document` adds at the top. They are not part of a document."""
 
 _TRAINED_WAIVERS_LIMIT: Final = 3
-"""At most so many categories were waived in one training example of LlavaGuard v1.2."""
+"""The most waived categories in one training example of LlavaGuard v1.2."""
 
 _LONG_TEXT_CHARS: Final = 80
-"""Characters from which a text is written as a block of its own."""
+"""A longer text is written as a block."""
 
 _NULL_TEXTS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _Path = tuple[str | int, ...]
@@ -53,21 +53,17 @@ def read_document_file(file: Path) -> Document:
 
 
 def read_document(data: bytes, source: str) -> Document:
-    """Read one YAML document. `source` is what the bytes are called in messages.
+    """Read one YAML document. `source` names it in messages.
 
-    `version` and `digest` on top are ignored, so that what `write_document` gave can be read.
+    Ignores the fields `version` and `digest` that `write_document` adds.
 
     Raises:
-        InvalidDocument: it is not YAML, not a document, or more than `DOCUMENT_LIMIT_BYTES`.
+        InvalidDocument: the bytes are not YAML, not a document, or more than `DOCUMENT_LIMIT_BYTES`.
     """
     if len(data) > DOCUMENT_LIMIT_BYTES:
         raise InvalidDocument(
             source,
-            [
-                _issue_with_document(
-                    f"has {len(data):,} bytes; a document has {DOCUMENT_LIMIT_BYTES:,} at most (256 KiB)"
-                )
-            ],
+            [_issue_with_document(f"has {len(data):,} bytes; the limit is {DOCUMENT_LIMIT_BYTES:,} bytes (256 KiB)")],
         )
     try:
         text = data.decode("utf-8-sig")
@@ -84,9 +80,7 @@ def read_document(data: bytes, source: str) -> Document:
     document = reader.mapping(node) if isinstance(node, yaml.MappingNode) else None
     if document is None:
         begins = "is empty" if node is None else "is not a mapping"
-        raise InvalidDocument(
-            source, [_issue_with_document(f"{begins}; a document is made of fields such as `name: shop`")]
-        )
+        raise InvalidDocument(source, [_issue_with_document(f"{begins}; a document has fields such as `name: shop`")])
     read: Document | None = None
     try:
         read = parse_document({field: value for field, value in document.items() if field not in _STAMP_FIELDS})
@@ -99,7 +93,7 @@ def read_document(data: bytes, source: str) -> Document:
 
 
 def find_warnings(document: Document) -> list[str]:
-    """What LlavaGuard was not trained for in a document, a sentence each. It is allowed, and worth examples."""
+    """One sentence for each part of a document that LlavaGuard was not trained for. Such parts are allowed."""
     if isinstance(document, TenantsDocument):
         return []
     waived = [code for code, rules in document.categories.items() if rules.mode == "waive"]
@@ -107,12 +101,12 @@ def find_warnings(document: Document) -> list[str]:
     if len(waived) > _TRAINED_WAIVERS_LIMIT:
         found.append(
             f"{len(waived)} categories are waived ({', '.join(waived)}): the model was trained with at most "
-            f"{_TRAINED_WAIVERS_LIMIT}, and may obey more of them less well."
+            f"{_TRAINED_WAIVERS_LIMIT}, and may ignore some of them."
         )
     if waived:
         found.append(
-            f"The wording that waives {', '.join(waived)} is not verified against the model's training: have examples "
-            "that see whether it is obeyed."
+            f"The wording that waives {', '.join(waived)} is not verified against the model's training: add examples "
+            "that check whether the model obeys it."
         )
     trained = {block.category.partition(":")[0]: block for block in TRAINED_BLOCKS}
     for code, rules in document.categories.items():
@@ -130,17 +124,17 @@ def find_warnings(document: Document) -> list[str]:
                 f"categories.{code}: the wording of {' and '.join(changed)} is not that of the model's training."
             )
         if rules.should_not == () and rules.mode == "enforce":
-            found.append(f"categories.{code}: without a rule in should_not nothing says what violates it.")
+            found.append(f"categories.{code}: should_not has no rule, so no image violates the category.")
     if document.own_categories:
         names = ", ".join(own.category for own in document.own_categories)
-        found.append(f"The model was trained on its nine categories alone, and not on {names}.")
+        found.append(f"The model was trained only on its nine categories, not on {names}.")
     return found
 
 
 def write_document(document: Document, *, version: int, digest: str) -> str:
-    """The document as YAML, with `version` and `digest` on top: only what differs from the defaults.
+    """The document as YAML, with `version` and `digest` at the top, and without default values.
 
-    `read_document` makes an equal document of it.
+    `read_document` returns an equal document.
     """
     content = document.model_dump(mode="json", exclude_defaults=True)
     if isinstance(document, TenantsDocument):
@@ -167,7 +161,7 @@ class _Rejected(Exception):
 
 
 class _Composer(yaml.SafeLoader):
-    """PyYAML's graph of nodes, without what lets a small text become a large one or name a type."""
+    """Composes nodes as PyYAML does, and rejects anchors, aliases and tags."""
 
     _depth = 0
 
@@ -183,7 +177,7 @@ class _Composer(yaml.SafeLoader):
             raise _Rejected(_issue_at(event.start_mark, "! (a tag) is not allowed; leave it out, or quote the text"))
         if self._depth == _NESTING_LIMIT:
             raise _Rejected(
-                _issue_at(event.start_mark, f"is nested deeper than {_NESTING_LIMIT} levels, which no document is")
+                _issue_at(event.start_mark, f"is nested deeper than {_NESTING_LIMIT} levels; a document needs fewer")
             )
         self._depth += 1
         node = super().compose_node(parent, index)
@@ -192,10 +186,10 @@ class _Composer(yaml.SafeLoader):
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """The root of the text's only document, or None where it has none.
+    """The root node of the text; None if the text is empty.
 
     Raises:
-        _Rejected: it is not YAML, has several documents, or uses what a document may not.
+        _Rejected: the text is not YAML, has several documents, or uses a feature that is not allowed.
     """
     if unprintable := yaml.reader.Reader.NON_PRINTABLE.search(text):
         before = text[: unprintable.start()]
@@ -203,19 +197,19 @@ def _compose(text: str) -> yaml.Node | None:
             before.count("\n") + 1,
             len(before) - before.rfind("\n"),
             "",
-            f"contains U+{ord(unprintable[0]):04X}, which no text file does; write it as an escape in double quotes",
+            f"contains the control character U+{ord(unprintable[0]):04X}; write it as an escape in double quotes",
         )
         raise _Rejected(issue)
     loader = _Composer(text)
     try:
         node = loader.get_single_node()
     except yaml.composer.ComposerError as error:
-        raise _Rejected(_issue_at(error.problem_mark, "is a second document; a file has one")) from None
+        raise _Rejected(_issue_at(error.problem_mark, "begins a second document; a file may have only one")) from None
     except yaml.MarkedYAMLError as error:
         raise _Rejected(_issue_at(error.problem_mark or error.context_mark, f"is not YAML: {_reason(error)}")) from None
     except (ValueError, OverflowError):
-        # PyYAML hands the number of an escape to chr().
-        raise _Rejected(_issue_at(loader.get_mark(), "is not YAML: an escape that names no character")) from None
+        # PyYAML passes the number of an escape to chr().
+        raise _Rejected(_issue_at(loader.get_mark(), "is not YAML: an escape is not a character")) from None
     return node
 
 
@@ -227,14 +221,14 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
 
 
 class _NodeReader:
-    """Turns nodes into plain values, and remembers where each of them stands."""
+    """Converts nodes to plain values, and remembers their positions."""
 
     def __init__(self) -> None:
         self.issues: list[DocumentIssue] = []
         self._marks: dict[_Path, yaml.Mark] = {}
 
     def mapping(self, node: yaml.MappingNode, path: _Path = ()) -> dict[str, Any]:
-        """Keys are text, whatever they look like; of a key that is there twice the last value is taken."""
+        """Convert a mapping. Keys are always text. A repeated key is an issue."""
         self._marks.setdefault(path, node.start_mark)
         values: dict[str, Any] = {}
         for key, value in node.value:
@@ -247,14 +241,14 @@ class _NodeReader:
             below = (*path, name)
             if name in values:
                 first = self._marks[below].line + 1
-                self._add_issue(key.start_mark, below, f"is there twice, first in line {first}; keep one of them")
+                self._add_issue(key.start_mark, below, f"appears twice, first in line {first}; keep one of them")
             else:
                 self._marks[below] = key.start_mark
             values[name] = self._value(value, below)
         return values
 
     def issue(self, error: ErrorDetails, model: type[BaseModel]) -> DocumentIssue:
-        """What pydantic says, in words and with its place."""
+        """The issue for an error of pydantic, with its position."""
         path: _Path = tuple(step for step in error["loc"] if step != "[key]")
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, ConflictingFields):
@@ -267,7 +261,7 @@ class _NodeReader:
         mark = self._marks[known]
         message = _sentence(error, path, model)
         if known != path and error["type"] == "value_error" and not isinstance(cause, ConflictingFields):
-            message += "; it is not given, so its default counts"
+            message += "; it is not given, so its default applies"
         return DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message)
 
     def _value(self, node: yaml.Node, path: _Path) -> Any:
@@ -285,7 +279,7 @@ class _NodeReader:
     def _text(self, node: yaml.Node, path: _Path) -> str:
         text = str(node.value)
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            self._add_issue(node.start_mark, path, "has an escape for half of a character; write the character itself")
+            self._add_issue(node.start_mark, path, "has an escape for half of a character; write the whole character")
             return ""
         return text
 
@@ -348,7 +342,7 @@ def _sentence(error: ErrorDetails, path: _Path, model: type[BaseModel]) -> str: 
 
 
 def _fields(model: type[BaseModel], path: _Path) -> list[str]:
-    """The names of the fields at a place of a document, as far as they are fixed."""
+    """The field names at a path of a document, if they are fixed."""
     annotation: Any = model
     for step in path:
         annotation = _bare(annotation)
@@ -404,7 +398,7 @@ class _Literal(str):
 
 
 class _Writer(yaml.SafeDumper):
-    """Long texts as blocks, and lists indented below their field."""
+    """Writes long texts as blocks, and indents lists below their field."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
@@ -415,7 +409,7 @@ def _represent_with(style: str | None) -> Callable[[yaml.SafeDumper, str], yaml.
 
 
 def _text(writer: yaml.SafeDumper, text: str) -> yaml.Node:
-    # Left to itself PyYAML writes some line separators where a reader takes them for white space.
+    # By default PyYAML writes some line separators that a reader takes for white space.
     return _represent_with(None if text.isprintable() else '"')(writer, text)
 
 
@@ -425,13 +419,13 @@ _Writer.add_representer(_Literal, _represent_with("|"))
 
 
 def _with_block_styles(value: Any) -> Any:
-    """Says which texts are written as blocks. Keys stay as they are."""
+    """Mark the texts that are written as blocks. Keys stay unchanged."""
     if isinstance(value, dict):
         return {key: _with_block_styles(below) for key, below in value.items()}
     if isinstance(value, list):
         return [_with_block_styles(below) for below in value]
     if not isinstance(value, str) or not all(line.isprintable() and line == line.strip() for line in value.split("\n")):
-        # Blocks have no escapes, and white space at the ends of their lines can mean something else.
+        # Blocks have no escapes, and white space at the end of a line can change their meaning.
         return value
     if "\n" in value:
         return _Literal(value)

@@ -1,9 +1,9 @@
-"""From a policy to the prompt text, exactly in the form LlavaGuard was trained on.
+"""Renders a policy as the prompt text, exactly in the form of LlavaGuard's training.
 
 The trained text itself is `trained_prompt.txt` (AIML-TUDA/LlavaGuard, Apache-2.0): an introduction, one block for
 each of the nine categories, and the assessment steps with the answer's template. A policy keeps all nine blocks in
-their order, for the model has never seen one removed; a waived category keeps its block in another wording, and a
-category of the policy's own comes after the nine.
+their order, because the model was never trained without one. A waived category keeps its block in another wording. A
+policy's own categories follow the nine.
 """
 
 import re
@@ -22,7 +22,7 @@ _WAIVER: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What the prompt says about one category."""
+    """The text of one category in the prompt."""
 
     category: str
     """Full name, e.g. `O2: Violence, Harm, or Cruelty`."""
@@ -40,7 +40,7 @@ class Block:
         return "\n".join(lines)
 
     def _waiver(self) -> str:
-        # Unverified: which bullets the training's waived blocks repeated, and where exactly their lines broke.
+        # Unverified: the bullets and the line breaks of waived blocks in the training.
         code = self.category.partition(":")[0]
         return "\n".join([_WAIVER.format(code=code), *(f" - {rule}" for rule in (*self.should_not, *self.can))])
 
@@ -48,7 +48,7 @@ class Block:
 def render(blocks: Sequence[Block]) -> str:
     """The prompt text for these blocks, without the image placeholder and without the chat template's tokens."""
     own = "".join(f'|"{block.category}"' for block in blocks if block.category not in CATEGORIES)
-    # The steps end with the answer's template, where every category that may be answered is named.
+    # The steps end with the answer's template, which names every category of an answer.
     steps = ASSESSMENT_STEPS.replace(f'|"{NO_CATEGORY}">', f'{own}|"{NO_CATEGORY}">')
     return INTRODUCTION + "\n".join(block.render() for block in blocks) + steps
 

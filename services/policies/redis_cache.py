@@ -1,6 +1,7 @@
-"""What the processes of a deployment share in Redis: copies of versions and roll-outs, and the news of changes.
+"""The policy data in Redis, which all processes share: copies of versions and roll-outs, and announced changes.
 
-Nothing here is the truth: every entry can be lost, stale or wrong, and is then fetched anew from the policy bucket.
+The policy bucket is the source of truth. An entry in Redis may be missing, stale or invalid; then it is read again from
+the bucket.
 """
 
 import uuid
@@ -20,7 +21,7 @@ _LEASE_MS: Final = 5_000
 _PING_S: Final = 5.0
 
 _ABSENT_NAME_TTL_S: Final = 60
-"""How long it is remembered that a name has no roll-out; anyone can ask for any name."""
+"""The time to live of an entry for a name without roll-out. It is short, because a client can send any name."""
 
 _NOW_MS: Final = """
 local time = redis.call('TIME')
@@ -44,12 +45,12 @@ _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.ca
 
 @dataclass(frozen=True, slots=True)
 class CachedChange:
-    """A roll-out as Redis has it."""
+    """A roll-out in Redis."""
 
     change: Change | None
     """None: there is no policy of that name, or it was never activated."""
     age_s: float
-    """Since it was last compared with the policy bucket."""
+    """Seconds since it was last compared with the policy bucket."""
 
 
 class PolicyRedisCache(RedisClient):
@@ -63,7 +64,7 @@ class PolicyRedisCache(RedisClient):
         super().__init__(url, f"sluice:{bucket}:policies:", timeout_s=timeout_s)
 
     async def version(self, name: str, version: int) -> StoredVersion | None:
-        """The copy of a version, None where there is none or it does not match its own digest."""
+        """The copy of a version; None if there is none, or if it does not match its digest."""
         data: Any = await self.call(self.client.get(self.key("version", f"{name}@{version}")))
         try:
             return StoredVersion.from_json(name, version, data) if data is not None else None
@@ -71,11 +72,11 @@ class PolicyRedisCache(RedisClient):
             return None
 
     async def cache_version(self, stored: StoredVersion) -> None:
-        """Keep a copy of a version."""
+        """Store a copy of a version."""
         await self.call(self.client.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
 
     async def newest_change(self, name: str) -> CachedChange | None:
-        """What is known of a roll-out, None where nothing is that can be read."""
+        """The copy of a roll-out; None if there is none that can be read."""
         entry = await self.run(_READ, [self.key("rollout", name)])
         try:
             change, age_ms = entry
@@ -85,9 +86,9 @@ class PolicyRedisCache(RedisClient):
         return CachedChange(known, age_ms / 1000) if known is None or known.name == name else None
 
     async def publish_change(self, name: str, change: Change | None, *, even_if_older: bool = False) -> None:
-        """Keep what was just read from the bucket, or written to it, and tell every process of it.
+        """Store a change that was just read from the bucket, or written to it, and announce it to every process.
 
-        An older change than the copy is dropped, unless it is known that the bucket has nothing newer.
+        A change that is older than the copy is dropped, unless `even_if_older` says that the bucket has no newer one.
         """
         number = change.number if change else 0
         body = change.model_dump_json(by_alias=True) if change else ""
@@ -96,7 +97,7 @@ class PolicyRedisCache(RedisClient):
         await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s)
 
     async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[Change]:
-        """Changes as they are announced; `on_listening` is called when nothing can be missed any more."""
+        """Yield announced changes. Calls `on_listening` once the subscription has begun."""
         async with self.client.pubsub(ignore_subscribe_messages=True) as listener:
             await self.call(listener.subscribe(self.key("changes")))
             await on_listening()
@@ -114,7 +115,7 @@ class PolicyRedisCache(RedisClient):
                     continue
 
     async def lease(self, what: str) -> str | None:
-        """Be the only process that does something for some seconds: a token for `release`, None where another is."""
+        """Take a lease of 5 s. Returns a token for `release`; None if another process has the lease."""
         token = uuid.uuid4().hex
         taken = await self.call(self.client.set(self.key("lease", what), token, nx=True, px=_LEASE_MS))
         return token if taken else None

@@ -1,4 +1,4 @@
-"""How people and submissions name a policy: NAME for the active version, NAME@V for one version."""
+"""References to policies: NAME for the active version, NAME@V for one version."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ _DIGITS_LIMIT: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class PolicyReference:
-    """A name, and the version where one was given."""
+    """A name, and optionally a version."""
 
     name: str
     version: int | None = None
@@ -21,10 +21,10 @@ class PolicyReference:
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(reference: str) -> "PolicyReference":
-        """Read NAME or NAME@V. Whether such a policy exists is not looked up.
+        """Parse NAME or NAME@V. Does not check whether the policy exists.
 
         Raises:
-            UnknownPolicy: the text has another form, or the name is not a policy's.
+            UnknownPolicy: the text has another form, or the name is invalid.
         """
         name, at, number = reference.partition("@")
         if at and not (number.isascii() and number.isdigit() and len(number) <= _DIGITS_LIMIT):

@@ -1,11 +1,10 @@
-"""Policy versions and their roll-out in S3, the truth: immutable objects, each created by a conditional write.
+"""Policy versions and their roll-outs in S3, the source of truth: immutable objects, each created conditionally.
 
     policies/<name>/versions/<n>.json    the document of version n
-    policies/<name>/changes/<m>.json     the m-th change of the roll-out, with the state since then; the newest counts
-    policies/<name>/calibrations/<n>/<revision>/<digest>.json    how a map of version n's scores was fitted
+    policies/<name>/changes/<m>.json     the m-th change of the roll-out, with the state after it; the newest one counts
+    policies/<name>/calibrations/<n>/<revision>/<digest>.json    the fit of a calibration of version n
 
-Numbers of the first two are written as their distance from 99,999,999, so that the newest object is the first one
-listed.
+The first two are numbered by the distance from 99,999,999, so that a listing begins with the newest object.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +43,7 @@ _READER_THREADS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """One version as it is kept: the document, and the digest of its content."""
+    """One stored version: the document, and the digest of its content."""
 
     name: str
     version: int
@@ -59,7 +58,7 @@ class StoredVersion:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: it is not a version of that name, or the content does not match its digest.
+            ValueError: the data is not a version of that name, or does not match its digest.
         """
         stored = from_json(data)
         document = parse_document(stored["document"]) if isinstance(stored, dict) and "document" in stored else None
@@ -92,9 +91,9 @@ class PolicySummary(BaseModel):
 
 
 class PolicyRegistry:
-    """Publishes, finds and rolls out policy versions in one bucket. Blocking: call it off the event loop.
+    """Publishes, finds and rolls out policy versions in one bucket. Every method blocks: call it in a thread.
 
-    Any method raises PolicyUnavailable where the bucket does not answer, ConfigurationError where there is none.
+    Every method raises PolicyUnavailable if the bucket does not answer, and ConfigurationError if it does not exist.
     """
 
     def __init__(self, s3: "S3Client", bucket: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -121,8 +120,8 @@ class PolicyRegistry:
         """One version.
 
         Raises:
-            UnknownPolicy: no such name or version.
-            PolicyUnavailable: also where what the bucket holds does not match its digest.
+            UnknownPolicy: there is no such name or version.
+            PolicyUnavailable: also if the stored version does not match its digest.
         """
         stored = self._read(_key(_versions(name), version)) if 0 < version < _LARGEST_NUMBER else None
         if stored is None:
@@ -133,7 +132,7 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"policy {name}@{version} is damaged in the bucket: {error}") from error
 
     def find(self, reference: PolicyReference) -> StoredVersion:
-        """The version that a reference names, or the active one where it names none.
+        """The version that a reference names, or the active version if it names none.
 
         Raises:
             UnknownPolicy: there is no such version, or none is active.
@@ -147,7 +146,7 @@ class PolicyRegistry:
         return self.get(name, version)
 
     def summary(self, name: str) -> PolicySummary:
-        """How many versions a policy has, and which of them are in use."""
+        """The number of versions of a policy, and the versions in use."""
         newest, versions = self.newest_change(name), self.versions(name)
         rollout = newest.rollout if newest else Rollout()
         return PolicySummary(
@@ -170,7 +169,7 @@ class PolicyRegistry:
         return self._numbers(_versions(name))
 
     def newest_change(self, name: str) -> Change | None:
-        """The last change of the roll-out, which has its present state; None where there was none."""
+        """The last change of the roll-out, with the present state; None if there is none."""
         number = self._newest_number(_changes(name))
         return self._change_at(name, number) if number else None
 
@@ -187,20 +186,20 @@ class PolicyRegistry:
             return list(readers.map(lambda number: self._change_at(name, number), numbers))
 
     def activate(self, name: str, version: int, *, who: str, why: str = "") -> Change:
-        """Make `version` the one that new submissions get.
+        """Make `version` the active version.
 
         Raises:
-            UnknownPolicy: no such version.
+            UnknownPolicy: there is no such version.
             ConfigurationError: a tenants document names a policy that has no active version.
         """
         self._check_tenants(self.get(name, version))
         return self._change(name, "activate", lambda now: (now.with_active(version), now.active, version), who, why)
 
     def rollback(self, name: str, *, who: str, why: str = "") -> Change:
-        """Make the version that was active before the active one again; once more goes further back.
+        """Activate the version that was active before. A second rollback goes further back.
 
         Raises:
-            ConfigurationError: there was none before.
+            ConfigurationError: no version was active before.
         """
 
         def back(now: Rollout) -> _Step:
@@ -210,10 +209,10 @@ class PolicyRegistry:
         return self._change(name, "rollback", back, who, why)
 
     def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> Change:
-        """Give a share of the traffic another version, or none.
+        """Set or remove the canary: a version for a share of the traffic.
 
         Raises:
-            UnknownPolicy: no such version.
+            UnknownPolicy: there is no such version.
             ConfigurationError: the version is the active one, or none is active.
         """
         if canary:
@@ -225,10 +224,10 @@ class PolicyRegistry:
         return self._change(name, "canary", change, who, why)
 
     def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> Change:
-        """Judge a share of the traffic by another version as well, or by none.
+        """Set or remove the shadow: a version that also judges a share of the traffic, for comparison.
 
         Raises:
-            UnknownPolicy: no such version.
+            UnknownPolicy: there is no such version.
             ConfigurationError: no version is active.
         """
         if shadow:
@@ -240,8 +239,8 @@ class PolicyRegistry:
         return self._change(name, "shadow", change, who, why)
 
     def trip(self, name: str, version: int, *, since: int, who: str, why: str) -> Change:
-        """Open the circuit breaker of a version; where it is open already, or the versions in use have changed after
-        `since`, the change that did so is returned."""
+        """Open the circuit breaker of a version. If it is already open, or if the versions in use have changed after
+        the change number `since`, nothing is written, and the newest change is returned."""
 
         def change(now: Rollout) -> _Step | None:
             if version in now.tripped or now.since != since:
@@ -251,14 +250,14 @@ class PolicyRegistry:
         return self._change(name, "trip", change, who, why)
 
     def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> Change:
-        """Apply a calibration to the scores of its version and checkpoint, and keep how it was fitted.
+        """Apply a calibration to the scores of its version and checkpoint, and store its fit.
 
         Raises:
-            UnknownPolicy: no such version.
+            UnknownPolicy: there is no such version.
         """
         version, revision = fitted.version, fitted.revision
         self.get(name, version)
-        # The key has the map's digest; of two fits that come to the same map the first one is kept.
+        # The key has the map's digest, so of two fits with the same map the first one is stored.
         self._create(_calibration_key(name, version, revision, fitted.map.digest), fitted.model_dump_json().encode())
 
         def apply(now: Rollout) -> _Step:
@@ -267,10 +266,10 @@ class PolicyRegistry:
         return self._change(name, "calibrate", apply, who, why)
 
     def revert_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> Change:
-        """Apply what was applied before a version's calibration for a checkpoint: an earlier one, or none.
+        """Apply the calibration that was applied before, or none.
 
         Raises:
-            ConfigurationError: none is applied.
+            ConfigurationError: the version has no calibration for the checkpoint.
         """
 
         def revert(now: Rollout) -> _Step:
@@ -279,10 +278,10 @@ class PolicyRegistry:
         return self._change(name, "calibrate", revert, who, why)
 
     def calibration(self, name: str, version: int, revision: str, digest: str) -> FittedCalibration:
-        """A calibration that was applied once, whether it still is or not.
+        """A calibration that is applied, or was applied earlier.
 
         Raises:
-            UnknownPolicy: no such calibration.
+            UnknownPolicy: there is no such calibration.
         """
         key = _calibration_key(name, version, revision, digest)
         if (stored := self._read(key)) is None:
@@ -293,10 +292,10 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
     def publish_built_in(self) -> None:
-        """Publish and activate the built-in policy when the bucket holds no policy at all; safe to repeat."""
+        """Publish and activate the built-in policy if the bucket has no policy. Safe to repeat."""
         name = BUILT_IN.name
         if self._first_key("policies/") is None:
-            # Of several processes that start at once, one creates version 1 and the others find it there.
+            # If several processes start at once, one creates version 1 and the others find it.
             self._create(_key(_versions(name), 1), StoredVersion(name, 1, BUILT_IN.digest(), BUILT_IN).to_json())
         if not self._newest_number(_changes(name)) and self._newest_number(_versions(name)):
             self.activate(name, 1, who="sluice", why="first start")
@@ -308,13 +307,13 @@ class PolicyRegistry:
                 if change is None or change.rollout.active is None:
                     raise ConfigurationError(
                         f"{stored.name}@{stored.version} gives tenants the policy {policy!r}, which has no active "
-                        "version; publish and activate that first"
+                        "version; publish and activate that policy first"
                     )
 
     def _change(
         self, name: str, action: ChangeAction, step: "Callable[[Rollout], _Step | None]", who: str, why: str
     ) -> Change:
-        """Compare and swap: compute the next state from the newest one, and write it unless someone else has."""
+        """Compute the next state from the newest one, and write it. If another process was first, repeat."""
         while True:
             newest = self.newest_change(name)
             number = newest.number + 1 if newest else 1
@@ -389,7 +388,7 @@ class PolicyRegistry:
 
 
 _Step = tuple[Rollout, int | None, int | None]
-"""The next state, and the versions that the change went from and to."""
+"""The next state, the version before the change, and the version after it."""
 
 
 def _version_of(share: Canary | Shadow | None) -> int | None:

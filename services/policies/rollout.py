@@ -1,4 +1,4 @@
-"""Who gets which version of a policy: the state of its roll-out, and the changes of that state. Pure."""
+"""The roll-out of a policy: which submissions get which version, and the changes of this state. Pure."""
 
 import hashlib
 import json
@@ -17,46 +17,46 @@ ChangeAction = Literal["activate", "rollback", "canary", "shadow", "trip", "cali
 
 _EARLIER_LIMIT: Final = 100
 _CALIBRATIONS_LIMIT: Final = 3
-"""Every change carries them, and one has a few KB."""
+"""Every change contains them, and each has a few KB."""
 
 
 class Canary(WireModel):
-    """A version that a share of the traffic gets instead of the active one."""
+    """A version that judges a share of the traffic instead of the active version."""
 
     version: int
     percent: Annotated[float, Field(ge=0, le=100)]
-    """Of the submissions, chosen by a stable hash of the id: a larger share contains the smaller one."""
+    """The share of submissions, by a stable hash of the id: a larger share contains every smaller one."""
     tenants: frozenset[str] = frozenset()
-    """All of whose submissions get it."""
+    """All submissions of these tenants get the canary."""
 
 
 class Shadow(WireModel):
-    """A version judged alongside, for comparison only."""
+    """A version that also judges a share of the traffic, for comparison only."""
 
     version: int
     percent: Percent
 
 
 class Rollout(WireModel):
-    """The state of one policy's roll-out. Every change of it is one entry of the history."""
+    """The state of one policy's roll-out. Each change of the state is one entry of the history."""
 
     active: int | None = None
     earlier: tuple[int, ...] = ()
-    """The versions to roll back to, newest last."""
+    """The versions to roll back to, the newest last."""
     canary: Canary | None = None
     shadow: Shadow | None = None
     tripped: frozenset[int] = frozenset()
-    """Versions whose circuit breaker is open: they block nothing until they are activated, or made canary, again."""
+    """Versions whose circuit breaker is open. They block nothing until they are activated, or made canary, again."""
     since: int = 0
-    """The change since which the versions in use are the same; block rates count from there."""
+    """The number of the last change of the versions in use. Block rates count from this change."""
     digests: Mapping[int, str] = Field(default_factory=dict)
-    """Of the versions in use, so that a copy of another content is found out."""
+    """The digests of the versions in use. A copy with another digest is not used."""
     calibrations: Mapping[int, Mapping[str, tuple[Calibration, ...]]] = Field(default_factory=dict)
-    """By version and checkpoint revision: what maps scores, the one that is applied last; before it those to take it
-    back to. They belong to their version, whatever else is active."""
+    """By version and checkpoint revision: the last calibration is applied, the earlier ones can be restored. They
+    belong to their version, even while another one is active."""
 
     def with_active(self, version: int) -> Self:
-        """`version` is what everyone gets; a canary ends."""
+        """The state with another active version. The canary ends."""
         earlier = self.earlier
         if self.active is not None and self.active != version:
             earlier = (*earlier, self.active)[-_EARLIER_LIMIT:]
@@ -64,17 +64,17 @@ class Rollout(WireModel):
         return self._with(active=version, earlier=earlier, canary=None, shadow=shadow, tripped=self.tripped - {version})
 
     def with_rollback(self) -> Self:
-        """The version that was active before is again; a canary ends. Rolling back again goes further back.
+        """The state with the version active that was active before. The canary ends.
 
         Raises:
-            ConfigurationError: there was none before.
+            ConfigurationError: no version was active before.
         """
         if not self.earlier:
             raise ConfigurationError("there is no earlier active version to roll back to; activate one by its number")
         return self._with(active=self.earlier[-1], earlier=self.earlier[:-1], canary=None)
 
     def with_canary(self, canary: Canary | None) -> Self:
-        """Another canary, or none.
+        """The state with another canary, or with none.
 
         Raises:
             ConfigurationError: the canary is the active version, or none is active.
@@ -87,7 +87,7 @@ class Rollout(WireModel):
         return self._with(canary=canary, tripped=self.tripped - {canary.version})
 
     def with_shadow(self, shadow: Shadow | None) -> Self:
-        """Another shadow, or none.
+        """The state with another shadow, or with none.
 
         Raises:
             ConfigurationError: no version is active.
@@ -97,20 +97,20 @@ class Rollout(WireModel):
         return self._with(shadow=shadow)
 
     def with_tripped(self, version: int) -> Self:
-        """The version stops blocking; where it is the canary, the canary ends."""
+        """The state with the version's circuit breaker open. If the version is the canary, the canary ends."""
         canary = None if self.canary and self.canary.version == version else self.canary
         return self._with(tripped=self.tripped | {version}, canary=canary)
 
     def with_calibration(self, version: int, revision: str, calibration: Calibration) -> Self:
-        """Scores of that checkpoint under that version become what the calibration makes of them."""
+        """The state with a calibration for the scores of a version and a checkpoint."""
         kept = (*self._calibrations(version, revision), calibration)[-_CALIBRATIONS_LIMIT:]
         return self._calibrated(version, revision, kept)
 
     def without_calibration(self, version: int, revision: str) -> Self:
-        """The calibration that was applied before the present one is again, or none.
+        """The state with the calibration that was applied before the present one, or with none.
 
         Raises:
-            ConfigurationError: none is applied.
+            ConfigurationError: no calibration is applied.
         """
         applied = self._calibrations(version, revision)
         if not applied:
@@ -118,24 +118,24 @@ class Rollout(WireModel):
         return self._calibrated(version, revision, applied[:-1])
 
     def calibrations_of(self, version: int) -> dict[str, Calibration]:
-        """What is applied under a version, by checkpoint revision."""
+        """The applied calibrations of a version, by checkpoint revision."""
         return {revision: applied[-1] for revision, applied in self.calibrations.get(version, {}).items()}
 
     def version_for(self, name: str, submission_id: str, tenant: str) -> int | None:
-        """The version of policy `name` that a submission gets, None where none was ever activated."""
+        """The version of policy `name` that judges a submission; None if none was ever activated."""
         canary = self.canary
         if canary and (tenant in canary.tenants or _percentile("canary", name, submission_id) < canary.percent):
             return canary.version
         return self.active
 
     def shadow_for(self, name: str, submission_id: str) -> int | None:
-        """The version to judge a submission by as well, if any."""
+        """The shadow version for a submission; None if there is none."""
         shadow = self.shadow
         return shadow.version if shadow and _percentile("shadow", name, submission_id) < shadow.percent else None
 
     @property
     def in_use(self) -> frozenset[int]:
-        """The versions that submissions get without naming one."""
+        """The versions that judge submissions whose policy names no version."""
         others = {other.version for other in (self.canary, self.shadow) if other}
         return frozenset(others if self.active is None else others | {self.active})
 
@@ -158,13 +158,13 @@ class Rollout(WireModel):
 
 
 def _percentile(purpose: str, name: str, submission_id: str) -> float:
-    """Where a submission lies in [0, 100), the same in every process and for every version."""
+    """The position of a submission in [0, 100), equal in every process and for every version."""
     digest = hashlib.blake2b(f"{purpose}\0{name}\0{submission_id}".encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64 * 100
 
 
 class Change(WireModel):
-    """One entry of a policy's history: who changed its roll-out, from what to what, and the state since then."""
+    """One entry of a policy's history: who changed the roll-out, the versions before and after, and the new state."""
 
     name: str
     number: int

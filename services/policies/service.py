@@ -1,7 +1,7 @@
-"""Changes to policies: each is written to the policy bucket, and then told to every process.
+"""Changes policies: writes each change to the policy bucket, and then notifies every process.
 
-A caller that wrote to the registry alone would leave the running processes on the old version until their next
-refresh. So every change of a running system is made here.
+After a write to the registry alone, running processes would use the old version until their next refresh. So all
+changes of a running system go through this service.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from services.policies.rollout import Canary, Change, Shadow
 from services.policies.tenants import Document
 
 if TYPE_CHECKING:
-    from services.policies.cache import PolicyCache  # it loads Ray's metrics, which a command need not wait for
+    from services.policies.cache import PolicyCache  # it loads Ray's metrics, which a command does not need
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class PolicyService:
     """Publishes and rolls out policies, and notifies the processes that judge by them.
 
-    A change stands once it is in the policy bucket. While Redis is down it is not undone: `warn` gets a sentence, and
-    the processes find the change at their next refresh. Methods raise what those of PolicyRegistry raise.
+    A change is effective once it is in the policy bucket. If Redis is down, `warn` is called, and the processes find
+    the change at their next refresh. The methods raise the errors of PolicyRegistry.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PolicyService:
         refresh_s: float | None = None,
         warn: Callable[[str], object] = log.warning,
     ) -> None:
-        """`policies`: the cache of this process, which takes a change over without Redis."""
+        """`policies`: the cache of this process, which gets each change directly."""
         self._registry = registry
         self._redis_cache = redis_cache
         self._policies = policies
@@ -50,7 +50,7 @@ class PolicyService:
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings, *, warn: Callable[[str], object] = log.warning) -> AsyncIterator[Self]:
-        """A service with its own connection to Redis, where the settings have one."""
+        """A service with its own connection to Redis, if the settings have one."""
         registry = PolicyRegistry.from_settings(settings)
         redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket) if settings.redis_url else None
         try:
@@ -67,19 +67,19 @@ class PolicyService:
         return stored
 
     async def activate(self, name: str, version: int, *, who: str, why: str = "") -> Change:
-        """Make `version` the one that new submissions get."""
+        """Make `version` the active version."""
         return await self._change(self._registry.activate, name, version, who=who, why=why)
 
     async def rollback(self, name: str, *, who: str, why: str = "") -> Change:
-        """Make the version active that was active before the present one."""
+        """Activate the version that was active before."""
         return await self._change(self._registry.rollback, name, who=who, why=why)
 
     async def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> Change:
-        """Give a share of the traffic another version, or none."""
+        """Set or remove the canary."""
         return await self._change(self._registry.set_canary, name, canary, who=who, why=why)
 
     async def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> Change:
-        """Judge a share of the traffic by another version as well, or by none."""
+        """Set or remove the shadow."""
         return await self._change(self._registry.set_shadow, name, shadow, who=who, why=why)
 
     async def trip(self, name: str, version: int, *, since: int, who: str, why: str) -> Change:

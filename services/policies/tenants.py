@@ -1,4 +1,4 @@
-"""The other kind of document: which tenant is judged by which policy."""
+"""The tenants document, which assigns policies to tenants."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
@@ -23,11 +23,11 @@ class TenantsDocument(StrictModel):
     tenants: Annotated[dict[TenantName, PolicyName], Field(max_length=TENANTS_LIMIT)] = Field(default_factory=dict)
 
     def policy_of(self, tenant: str) -> str | None:
-        """The name of the policy that a tenant's submissions are judged by, or None where it has none."""
+        """The name of a tenant's policy; None if the document does not list the tenant."""
         return self.tenants.get(tenant)
 
     def digest(self) -> str:
-        """`sha256:<hex>` of what the document says."""
+        """`sha256:<hex>` of the document's content."""
         return compute_digest(self, kind=self.kind)
 
 
@@ -35,16 +35,16 @@ Document = PolicyDocument | TenantsDocument
 
 
 def is_document_name(name: str) -> bool:
-    """Whether a document of either kind may be called so."""
+    """Whether a policy or the tenants document may have this name."""
     return name == TENANTS or is_policy_name(name)
 
 
 def parse_document(document: Mapping[str, Any]) -> Document:
-    """The document of decoded JSON or YAML. Its `kind` says which it is; one without is a policy.
+    """Validate a document of decoded JSON or YAML. Without a `kind` it is a policy.
 
     Raises:
-        pydantic.ValidationError: it is neither.
+        pydantic.ValidationError: the document is invalid.
     """
-    # What is of no kind at all is refused as a policy, with an error about `kind`.
+    # A document of an unknown kind fails as a policy, with an error about `kind`.
     model = TenantsDocument if document.get("kind") == TENANTS else PolicyDocument
     return model.model_validate(document)

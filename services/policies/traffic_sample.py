@@ -1,4 +1,4 @@
-"""The sample: a bounded number of recent submissions of each policy, to try another version on. References only."""
+"""A sample of the recent submissions of each policy, to test other versions. It has references, not images."""
 
 import asyncio
 import logging
@@ -19,10 +19,10 @@ from services.core.values import WireModel
 
 _FLUSH_INTERVAL_S: Final = 1.0
 _AGE_DECAY_S: Final = 86_400.0
-"""A submission is e times as likely to be in the sample as one this much older."""
+"""A submission is e times more likely to be in the sample than one that is this much older."""
 _HOURS_PER_DAY: Final = 24
 
-# Entries with the highest keys stay; see _key. Also counts the submissions of each hour.
+# Keeps the entries with the highest keys; see _key. Also counts the submissions of each hour.
 _ADD: Final = """
 for i = 3, #ARGV, 2 do redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - ARGV[1])
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class SampledSubmission(WireModel):
-    """A submission in the sample: what is needed to fetch the same object again."""
+    """A submission in the sample, with the fields to fetch the same object again."""
 
     id: str
     uri: str
@@ -52,7 +52,7 @@ class SampledSubmission(WireModel):
     at: Moment
 
     def submission(self) -> Submission:
-        """To judge it again, behind everything else."""
+        """The submission to judge again, with the lowest priority."""
         return Submission(
             id=self.id,
             uri=self.uri,
@@ -64,7 +64,7 @@ class SampledSubmission(WireModel):
 
 
 class TrafficSample:
-    """Adds to the sample. To be used as an async context manager; what Redis cannot take is dropped."""
+    """Adds submissions to the sample. Use it as an async context manager. While Redis is down they are dropped."""
 
     def __init__(self, redis: RedisClient, *, size: int) -> None:
         """`size`: entries kept for each policy name."""
@@ -82,7 +82,7 @@ class TrafficSample:
         await cancel_and_wait(self._task)
 
     def add(self, verdict: Verdict) -> None:
-        """Consider what was just judged. No network."""
+        """Add the submission of a verdict, or skip it. Needs no network."""
         if verdict.policy is None:
             return
         name = verdict.policy.name
@@ -100,7 +100,7 @@ class TrafficSample:
             self._new[name].append((key, sampled.model_dump_json()))
 
     async def flush(self) -> None:
-        """Put what is new where every process finds it."""
+        """Write the new submissions to Redis."""
         seen, self._seen = self._seen, defaultdict(int)
         new, self._new = self._new, defaultdict(list)
         for name, count in seen.items():
@@ -108,7 +108,7 @@ class TrafficSample:
             try:
                 lowest = await self._redis.run(_ADD, _keys(self._redis, name), self._size, count, *entries)
             except RedisUnavailable as error:
-                log.debug("the sample of %s is not kept: %s", name, error)
+                log.debug("dropped new submissions of the sample of %s: %s", name, error)
             else:
                 self._lowest[name] = float(lowest) if lowest else -math.inf
 
@@ -118,11 +118,11 @@ class TrafficSample:
             try:
                 await self.flush()
             except Exception:
-                log.exception("the sample could not be kept")
+                log.exception("writing the traffic sample failed; retrying in 1 s")
 
 
 async def draw(redis: RedisClient, name: str, count: int) -> tuple[list[SampledSubmission], float | None]:
-    """At most `count` sampled submissions of a policy name, and how many a day it gets, where that is known.
+    """Up to `count` sampled submissions of a policy name, and its submissions per day (None: not known yet).
 
     Raises:
         RedisUnavailable: Redis does not answer.
@@ -138,7 +138,7 @@ async def draw(redis: RedisClient, name: str, count: int) -> tuple[list[SampledS
 
 
 def _key(at: float) -> float:
-    """A random key; the entries with the highest ones are a sample weighted by exp(-age), whatever their order.
+    """A random key. The entries with the highest keys are a sample weighted by exp(-age), in any order of arrival.
 
     Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), in logarithms, with forward decay
     (Cormode et al., 2009).

@@ -23,7 +23,13 @@ _END_S: Final = 15.0
 _BEFORE_IT_LISTENS: Final = -signal.SIGTERM & 0xFF
 """The status of a member that got SIGTERM while Python was still importing."""
 
-_FAULTS: Final = ("could not be handled", "releasing failed", "could not be looked at", "could not be kept")
+_FAULTS: Final = (
+    "a defect of Sluice stopped message",
+    "committing a transaction failed",
+    "refreshing policies failed",
+    "checking the circuit breaker",
+    "writing the traffic sample failed",
+)
 """How Sluice logs an exception that it has not foreseen."""
 
 

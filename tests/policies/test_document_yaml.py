@@ -57,14 +57,14 @@ class TestProblems:
                 "name: x\nthresholds:\n  categories:\n    O7:\n      review: 0.3\n      block: 0.2",
                 6,
                 "thresholds.categories.O7.block",
-                "block (0.2) is below review (0.3); it has to be as high at least",
+                "block (0.2) is below review (0.3); it must be at least as high",
             ),
             ("name: x\nthresholds:\n  categories:\n    O12: {}", 4, "thresholds.categories.O12", "does not declare it"),
             ("name: x\ncategories:\n  O10: waive", 3, "categories.O10", "belongs under own_categories"),
             ("name: x\ncategories:\n  O1: off", 3, "categories.O1", "off is not allowed; allowed are enforce, waive"),
-            ("name: x\ncategories:\n  O1: waive\n  O1: enforce", 4, "categories.O1", "is there twice, first in line 3"),
-            ("name: x\nname: x", 2, "name", "is there twice, first in line 1"),
-            ("name: x\nthresholds: {block: 1, block: 1}", 2, "thresholds.block", "is there twice"),
+            ("name: x\ncategories:\n  O1: waive\n  O1: enforce", 4, "categories.O1", "appears twice, first in line 3"),
+            ("name: x\nname: x", 2, "name", "appears twice, first in line 1"),
+            ("name: x\nthresholds: {block: 1, block: 1}", 2, "thresholds.block", "appears twice"),
             ("name: x\ncategories:\n  O1:\n    can: yes", 4, "categories.O1.can", "has to be a list, with a dash"),
             ("name: x\ncategories:\n  O1:\n    can:\n      - a: b", 5, "categories.O1.can.1", "needs quotes"),
             ("name: x\ncategories:\n  O1:\n    can: [<x>]", 4, "categories.O1.can.1", "without < and >"),
@@ -91,7 +91,7 @@ class TestProblems:
                 "should_not: [a]}",
                 4,
                 "own_categories.2.code",
-                "O10 is taken",
+                "has the code O10",
             ),
             (
                 "name: x\nown_categories:\n- code: O10\n  title: a\n  should_not: []",
@@ -123,7 +123,7 @@ class TestProblems:
             ("kind: tenants\ntenants:\n  a: Shop", 3, "tenants.a", "Shop is not a policy's name"),
             ("kind: tenants\ntenants:\n  a:", 3, "tenants.a", "is empty"),
             ("kind: tenants\ntenants:\n  '': a", 3, "tenants.", "must not be empty"),
-            ("kind: tenants\ntenants:\n  no: a\n  'no': b", 4, "tenants.no", "is there twice"),
+            ("kind: tenants\ntenants:\n  no: a\n  'no': b", 4, "tenants.no", "appears twice"),
         ],
     )
     def test_issue_names_place_and_remedy(self, text: str, line: int, field: str, says: str) -> None:
@@ -147,7 +147,7 @@ class TestProblems:
             ("name: x\ndescription: *a", 2, "anchors and aliases"),
             ("name: x\ndescription: !!python/object:os.system b", 2, "a tag"),
             ("name: x\ndescription: !b c", 2, "a tag"),
-            ("name: x\n---\nname: y", 2, "is a second document"),
+            ("name: x\n---\nname: y", 2, "begins a second document"),
             ("name: x\n? [a]\n: b", 2, "a field's name has to be text"),
             ("name: " + "[" * 50_000, 1, "is nested deeper"),
             ("name: " + "{a: " * 10_000, 1, "is nested deeper"),
@@ -182,7 +182,7 @@ class TestProblems:
     @pytest.mark.parametrize("data", [b"name: x\n" + b"#" * 10_000_000, b"[" * 10_000_000, b"\xff" * 10_000_000])
     def test_document_over_the_limit_is_rejected_unread(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("services.policies.document_yaml._compose", lambda _: pytest.fail("it was parsed"))
-        assert "262,144 at most" in str(refused(data))
+        assert "the limit is 262,144 bytes" in str(refused(data))
 
     def test_document_at_the_limit_is_read(self) -> None:
         data = b"name: x\n"
