@@ -120,7 +120,7 @@ async def test_malformed_and_broken_off_requests_are_refused(idle: GatewayBench)
 
 
 async def test_closed_connection_cancels_judging_and_frees_its_slot(idle: GatewayBench) -> None:
-    idle.configure(gateway_in_flight=1)
+    idle.configure(gateway_in_flight=1, gateway_deadline_s=60)
     server = await idle.serve()
     gate = idle.guard.script = Gate()
     headers = {"Authorization": f"Bearer {idle.token()}"}
