@@ -14,7 +14,7 @@ from services.core.values import DEFAULT_POLICY
 # These commands load Ray, SciPy and Matplotlib; the other commands need not wait for them.
 # ruff: noqa: PLC0415
 
-_SETTINGS = ("policy_bucket", "s3_buckets", "ray_address")
+_SETTINGS = ("policy_bucket", "ray_address")
 
 DataSet = Annotated[Path, typer.Argument(metavar="DATASET", help="A .jsonl, .json or .parquet file, or a folder.")]
 PolicyOption = Annotated[

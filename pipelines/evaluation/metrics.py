@@ -129,55 +129,78 @@ def policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Figure:
 
 def rates_by_category(judged: JudgedRows, names: Sequence[str], bootstrap: Bootstrap) -> list[CategoryRates]:
     """An entry for each category that a label has, in the order of `names`."""
-    size, valid = len(names), judged.predicted != INVALID
-    unsafe, called = judged.expected & valid, (judged.predicted == UNSAFE) & (judged.predicted_category >= 0)
-    safe, waived = ~judged.expected & valid, (judged.kind == VIOLATION_WAIVED) & valid
-    right = judged.expected & called & (judged.category == judged.predicted_category)
-    shares: list[tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.bool_]]] = [
-        (judged.category, unsafe & (judged.predicted == UNSAFE), unsafe),
-        (judged.category, safe & (judged.predicted == SAFE), safe),
-        (judged.category, waived & (judged.predicted == SAFE), waived),
-        (judged.category, right, unsafe & (judged.predicted == UNSAFE)),
-        (judged.predicted_category, right, called),
-    ]
-
-    def sums(column: NDArray[np.int16], chosen: NDArray[np.bool_], weights: Floats) -> Floats:
-        chosen = chosen & (column >= 0)
-        return counts(column[chosen].astype(np.int64), weights[chosen], size)
+    shares, size = _category_shares(judged), len(names)
 
     def statistic(weights: Floats) -> Floats:
-        return np.concatenate([ratio(sums(c, part, weights), sums(c, whole, weights)) for c, part, whole in shares])
+        return np.concatenate(
+            [
+                ratio(_by_category(share.column, share.part, weights, size), share.rows(weights, size))
+                for share in shares
+            ]
+        )
 
     estimates, ones = bootstrap(statistic), np.ones(len(judged))
-    wholes = [sums(column, whole, ones).astype(int) for column, _, whole in shares]
-    why = (
-        "no Unsafe row of this category",
-        "no Safe row of this category",
-        "no row waives this category where the image violates it",
-        "no Unsafe row of this category was judged Unsafe",
-        "no row was judged Unsafe with this category",
-    )
+    rows = [share.rows(ones, size).astype(int) for share in shares]
     found = []
-    for place, name in enumerate(names):
-        of_it = judged.category == place
-        if not of_it.any():
-            continue
-        figures = [
-            estimates.figure(n * size + place, of=int(wholes[n][place]), undefined=why[n]) for n in range(len(shares))
-        ]
-        found.append(
-            CategoryRates(
-                category=name,
-                unsafe=int((of_it & judged.expected).sum()),
-                safe=int((of_it & ~judged.expected).sum()),
-                recall=figures[0],
-                specificity=figures[1],
-                per=figures[2],
-                named=figures[3],
-                named_precision=figures[4],
+    for index, name in enumerate(names):
+        of_it = judged.category == index
+        if of_it.any():
+            recall, specificity, per, named, named_precision = (
+                estimates.figure(n * size + index, of=int(rows[n][index]), undefined=share.undefined)
+                for n, share in enumerate(shares)
             )
-        )
+            found.append(
+                CategoryRates(
+                    category=name,
+                    unsafe=int((of_it & judged.expected).sum()),
+                    safe=int((of_it & ~judged.expected).sum()),
+                    recall=recall,
+                    specificity=specificity,
+                    per=per,
+                    named=named,
+                    named_precision=named_precision,
+                )
+            )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _CategoryShare:
+    """A share of rows, for each category: the rows in `part` among those in `whole`."""
+
+    column: NDArray[np.int16]
+    """The category of each row."""
+    part: NDArray[np.bool_]
+    whole: NDArray[np.bool_]
+    undefined: str
+    """Why the share has no value if there is no row."""
+
+    def rows(self, weights: Floats, size: int) -> Floats:
+        """The weight of the rows in `whole`, for each of `size` categories."""
+        return _by_category(self.column, self.whole, weights, size)
+
+
+def _category_shares(judged: JudgedRows) -> tuple[_CategoryShare, ...]:
+    """Recall, specificity, policy exception rate, and the recall and precision of the named category."""
+    valid, label, answer = judged.predicted != INVALID, judged.category, judged.predicted_category
+    unsafe, safe = judged.expected & valid, ~judged.expected & valid
+    found, passed = judged.predicted == UNSAFE, judged.predicted == SAFE
+    waived = (judged.kind == VIOLATION_WAIVED) & valid
+    named = found & (answer >= 0)
+    right = judged.expected & named & (label == answer)
+    return (
+        _CategoryShare(label, unsafe & found, unsafe, "no Unsafe row of this category"),
+        _CategoryShare(label, safe & passed, safe, "no Safe row of this category"),
+        _CategoryShare(label, waived & passed, waived, "no row waives this category where the image violates it"),
+        _CategoryShare(label, right, unsafe & found, "no Unsafe row of this category was judged Unsafe"),
+        _CategoryShare(answer, right, named, "no row was judged Unsafe with this category"),
+    )
+
+
+def _by_category(column: NDArray[np.int16], chosen: NDArray[np.bool_], weights: Floats, size: int) -> Floats:
+    """The weights of the chosen rows, summed for each of `size` categories."""
+    chosen = chosen & (column >= 0)
+    return counts(column[chosen].astype(np.int64), weights[chosen], size)
 
 
 def _table(cells: NDArray[np.int64], weights: Floats, groups: int) -> Floats:

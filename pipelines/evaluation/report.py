@@ -1,33 +1,34 @@
 """Builds the report of an evaluation, and its summary for a terminal. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation import curves
-from pipelines.evaluation.bootstrap import RESAMPLES, Bootstrap, Figure, Floats, ratio
+from pipelines.evaluation.bootstrap import RESAMPLES, Bootstrap, Figure, Floats
+from pipelines.evaluation.comparisons import (
+    Adaptive,
+    Robustness,
+    compare_adaptive,
+    compare_perturbed,
+    renumber_images,
+)
 from pipelines.evaluation.metrics import (
-    INVALID,
-    SAFE,
-    UNSAFE,
     CategoryRates,
     ConfusionRates,
-    JudgedRows,
     policy_exception_rate,
     rates_by_category,
     rates_by_kind,
 )
-from pipelines.evaluation.results import STEPS, AdaptiveColumns, PerturbedColumns, ResultColumns
+from pipelines.evaluation.results import STEPS, ResultColumns
 from pipelines.reporting.statistics import CONFIDENCE
 from pipelines.reporting.text import escape_control_chars
 from services.core.values import ModelIdentity
 
 PERCENTILES: Final = (50, 90, 95, 99)
 THRESHOLDS: Final = tuple(n / 20 for n in range(1, 20))
-_NO_PAIRS: Final = "no row was judged both ways with answers that could be read"
 
 
 class _FrozenModel(BaseModel):
@@ -47,35 +48,6 @@ class Latency(_FrozenModel):
 
     step: str
     percentiles: dict[int, Figure]
-
-
-class Adaptive(_FrozenModel):
-    """Effort `adaptive` compared with `full`, over the rows that were judged with both."""
-
-    rows: int
-    escalated: Figure
-    """The share that the first look did not decide, so the rows were judged in full."""
-    same_rating: Figure
-    same_action: Figure
-    missed: Figure
-    """The share of the Unsafe rows found with `full` that `adaptive` judges Safe."""
-    balanced_accuracy: Figure
-    """Of the verdicts with `adaptive`."""
-
-
-class Robustness(_FrozenModel):
-    """The effect of a perturbation, over the images that were judged before and after."""
-
-    perturbation: str
-    rows: int
-    flips: Figure
-    """The share whose rating changes."""
-    to_safe: Figure
-    """The share of those judged Unsafe that become Safe: the gain of someone who evades moderation."""
-    to_unsafe: Figure
-    action_flips: Figure
-    score_change: Figure
-    """Mean absolute change of the score."""
 
 
 class EvaluationReport(_FrozenModel):
@@ -133,7 +105,7 @@ def build_report(
     rows = columns.rows()
     bootstrap = Bootstrap(rows.image, seed=seed, resamples=resamples)
     scored = rows.where(np.isfinite(rows.score))
-    score_bootstrap = Bootstrap(_renumber(scored.image), seed=seed, resamples=resamples)
+    score_bootstrap = Bootstrap(renumber_images(scored.image), seed=seed, resamples=resamples)
     unsafe, score = scored.expected.astype(np.float64), scored.score
     roc, precision_recall = curves.curves(unsafe, score, score_bootstrap)
     thresholds = (*THRESHOLDS, *policy_thresholds)
@@ -162,16 +134,12 @@ def build_report(
         thresholds=tuple(curves.threshold_table(unsafe, score, score_bootstrap, thresholds, prevalence)),
         policy_thresholds=policy_thresholds,
         latency=tuple(_latency(step, columns.latency(step), bootstrap) for step in STEPS),
-        adaptive=_compare_adaptive(rows, columns.actions(), adaptive, seed, resamples) if len(adaptive.rows) else None,
+        adaptive=compare_adaptive(rows, columns.actions(), adaptive, seed, resamples) if len(adaptive.rows) else None,
         robustness=tuple(
-            _compare_perturbed(name, rows, columns.actions(), after, seed, resamples)
+            compare_perturbed(name, rows, columns.actions(), after, seed, resamples)
             for name, after in columns.perturbed().items()
         ),
     )
-
-
-def _renumber(images: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.unique(images, return_inverse=True)[1].astype(np.int64)
 
 
 def _latency(step: str, ms: Floats, bootstrap: Bootstrap) -> Latency:
@@ -189,89 +157,6 @@ def _latency(step: str, ms: Floats, bootstrap: Bootstrap) -> Latency:
     estimates = bootstrap(statistic)
     found = {p: estimates.figure(n, undefined="no row was judged") for n, p in enumerate(PERCENTILES)}
     return Latency(step=step, percentiles=found)
-
-
-def _shares(
-    parts: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], bootstrap: Bootstrap, undefined: str
-) -> list[Figure]:
-    """For each pair, the share of the rows in the second that are also in the first."""
-
-    def statistic(weights: Floats) -> Floats:
-        return np.concatenate(
-            [ratio(np.array([weights[part & whole].sum()]), np.array([weights[whole].sum()])) for part, whole in parts]
-        )
-
-    estimates = bootstrap(statistic)
-    return [estimates.figure(n, of=int(whole.sum()), undefined=undefined) for n, (_, whole) in enumerate(parts)]
-
-
-def _compare_adaptive(
-    rows: JudgedRows, actions: NDArray[np.int8], after: AdaptiveColumns, seed: int, resamples: int
-) -> Adaptive:
-    before, action = rows.predicted[after.rows], actions[after.rows]
-    both = (before != INVALID) & (after.predicted != INVALID)
-    every = np.ones(len(after.rows), np.bool_)
-    found = rows.expected[after.rows] & (before == UNSAFE) & both
-    bootstrap = Bootstrap(_renumber(rows.image[after.rows]), seed=seed, resamples=resamples)
-    escalated, same_rating, same_action, missed = _shares(
-        [
-            (after.escalated, every),
-            (before == after.predicted, both),
-            (action == after.action, every),
-            (after.predicted == SAFE, found),
-        ],
-        bootstrap,
-        _NO_PAIRS,
-    )
-    judged = JudgedRows(
-        expected=rows.expected[after.rows],
-        predicted=after.predicted,
-        score=np.full(len(after.rows), np.nan),
-        category=rows.category[after.rows],
-        predicted_category=rows.predicted_category[after.rows],
-        kind=rows.kind[after.rows],
-        image=_renumber(rows.image[after.rows]),
-    )
-    return Adaptive(
-        rows=len(after.rows),
-        escalated=escalated,
-        same_rating=same_rating,
-        same_action=same_action,
-        missed=missed,
-        balanced_accuracy=rates_by_kind(judged, bootstrap)["all"].balanced_accuracy,
-    )
-
-
-def _compare_perturbed(
-    name: str, rows: JudgedRows, actions: NDArray[np.int8], after: PerturbedColumns, seed: int, resamples: int
-) -> Robustness:
-    before, action, score = rows.predicted[after.rows], actions[after.rows], rows.score[after.rows]
-    both = (before != INVALID) & (after.predicted != INVALID)
-    bootstrap = Bootstrap(_renumber(rows.image[after.rows]), seed=seed, resamples=resamples)
-    flips, to_safe, to_unsafe, action_flips = _shares(
-        [
-            (before != after.predicted, both),
-            (after.predicted == SAFE, both & (before == UNSAFE)),
-            (after.predicted == UNSAFE, both & (before == SAFE)),
-            (action != after.action, np.ones(len(before), np.bool_)),
-        ],
-        bootstrap,
-        _NO_PAIRS,
-    )
-    change = np.where(both, np.abs(after.score - score), 0.0)
-
-    def mean_change(weights: Floats) -> Floats:
-        return ratio(np.array([(weights * change).sum()]), np.array([weights[both].sum()]))
-
-    return Robustness(
-        perturbation=name,
-        rows=int(both.sum()),
-        flips=flips,
-        to_safe=to_safe,
-        to_unsafe=to_unsafe,
-        action_flips=action_flips,
-        score_change=bootstrap(mean_change).figure(0, undefined=_NO_PAIRS),
-    )
 
 
 def _summary_lines(report: EvaluationReport) -> Iterator[str]:
