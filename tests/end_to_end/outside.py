@@ -1,5 +1,6 @@
 """An outside client: it starts `sluice` as a user would, and knows only the wire format, not the code."""
 
+import json
 import os
 import signal
 import subprocess
@@ -187,16 +188,22 @@ class Uploads:
 def wait_until_settled(
     stream: Stream, count: int, within_s: float, before: tuple[int, int] = (0, 0)
 ) -> tuple[list[Entry], list[Entry]]:
-    """Wait until there are `count` verdicts and dead letters together, and return both.
+    """Wait until `count` submissions have a verdict or a dead letter, and return all verdicts and dead letters.
 
-    `before` are the lengths of the two streams before the test, whose entries are left out.
+    A submission with two of the same counts once, because delivery at least once may repeat them. `before` are the
+    lengths of the two streams before the test, whose entries are left out.
     """
     deadline = time.monotonic() + within_s
 
     def read() -> tuple[list[Entry], list[Entry]]:
         return stream.read("verdicts")[before[0] :], stream.read("dead-letters")[before[1] :]
 
-    while time.monotonic() < deadline and sum(map(len, read())) < count:
+    def settled() -> int:
+        verdicts, letters = read()
+        judged = {json.loads(entry.value)["submission_id"] for entry in verdicts}
+        return len(judged) + len({entry.value for entry in letters})
+
+    while time.monotonic() < deadline and settled() < count:
         time.sleep(0.5)
     time.sleep(2)  # a duplicate may still come
     return read()
