@@ -26,6 +26,13 @@ _GROUPS: Final = {
 }
 """Groups of tests by markers, fixtures and the folder end_to_end. A test is in the first group that fits."""
 
+_FIXTURES_WITH_MARKS: Final = {
+    "engine": {"engine"},
+    "kafka": {"kafka_address", "outage_broker"},
+    "ray": {"cluster", "scripted"},
+}
+"""Tests that use one of the fixtures have the mark, so that `-m "not ray"` and the like leave all of them out."""
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test that needs a server, and name the group that `--dist loadgroup` keeps on one worker.
@@ -37,6 +44,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if getattr(getattr(item, "callspec", None), "params", {}).get("streams") == "memory":
         fixtures.discard("streams")
     needs = {mark.name for mark in item.iter_markers()} | fixtures | ({"end_to_end"} & {item.path.parent.name})
+    for mark, fixtures_of_mark in _FIXTURES_WITH_MARKS.items():
+        if fixtures & fixtures_of_mark and item.get_closest_marker(mark) is None:
+            raise pytest.UsageError(f"{item.nodeid} needs the mark {mark}: it uses {fixtures & fixtures_of_mark}")
     group = next((name for name, members in _GROUPS.items() if members & needs), None)
     if group:
         item.add_marker(pytest.mark.server)
