@@ -235,6 +235,17 @@ class TestRegistry:
         assert bench.registry.rollback("default", who="ann").rollout.calibrations_of(1) == {"sha256:0": ISOTONIC}
 
 
+async def subscribed(bench: IntakeBench) -> None:
+    """Wait until a process listens for changes of policies."""
+    cache = bench.redis_cache
+    for _ in range(500):
+        ((_, listeners),) = await cache.client.pubsub_numsub(cache.key("changes"))
+        if listeners:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("no process listens")
+
+
 class TestProcesses:
     @pytest.mark.parametrize("policy", ["default", "default@1"])
     async def test_announced_calibration_is_applied_until_it_is_reverted(self, bench: IntakeBench, policy: str) -> None:
@@ -249,7 +260,7 @@ class TestProcesses:
                 raise AssertionError((await cache.choose(submission)).policy.calibrations)
 
             await becomes({})
-            await asyncio.sleep(0.2)
+            await subscribed(bench)
             await bench.redis_cache.publish_change("default", bench.registry.calibrate("default", FITTED, who="ann"))
             await becomes({"sha256:0": ISOTONIC})
             back = bench.registry.revert_calibration("default", 1, "sha256:0", who="ann")
@@ -277,36 +288,36 @@ class TestProcesses:
             raise AssertionError("no version of shop is active, and its calibration was not found")
 
 
-class Script:
-    """Scores by the number in the id, applies what the policy says, as the service would."""
+class ScriptedService:
+    """The number in the id is the score. The policy's calibration is applied, as in the service."""
 
     def __init__(self) -> None:
         self.policies: list[Policy] = []
 
-    def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
-        return [self._judge(trial) for trial in trials]
+    def judge(self, requests: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
+        return [self._judge(request) for request in requests]
 
-    def _judge(self, trial: JudgeRequest) -> JudgeResult:
-        (policy,) = trial.policies
+    def _judge(self, request: JudgeRequest) -> JudgeResult:
+        (policy,) = request.policies
         assert isinstance(policy, Policy)
         self.policies.append(policy)
-        score = 0.75 if trial.submission.id == "upl-42" else int(trial.submission.id.partition("-")[2]) / 100
-        said = apply_calibration(replace(unsafe(score), model=VERDICT.model or unsafe().model), policy)
+        score = 0.75 if request.submission.id == "upl-42" else int(request.submission.id.partition("-")[2]) / 100
+        calibrated = apply_calibration(replace(unsafe(score), model=VERDICT.model or unsafe().model), policy)
         return [
             verdict_with(
-                rating="Unsafe" if score >= 0.5 else "Safe", score=said.score, calibration=said.calibration,
-                category=said.category if score >= 0.5 else NO_CATEGORY,
+                rating="Unsafe" if score >= 0.5 else "Safe", score=calibrated.score, calibration=calibrated.calibration,
+                category=calibrated.category if score >= 0.5 else NO_CATEGORY,
                 policy=policy.identity,
             )
         ]  # fmt: skip
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Script:
-    script = Script()
+def service(monkeypatch: pytest.MonkeyPatch) -> ScriptedService:
+    script = ScriptedService()
 
     @contextmanager
-    def open_client(_settings: Settings) -> Iterator[Script]:
+    def open_client(_settings: Settings) -> Iterator[ScriptedService]:
         yield script
 
     monkeypatch.setattr(runs, "open_client", open_client)
@@ -346,7 +357,7 @@ def sluice(bench: IntakeBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_calibrate_without_apply_stores_nothing(
-    bench: IntakeBench, service: Script, data_set: Path, sluice: Any
+    bench: IntakeBench, service: ScriptedService, data_set: Path, sluice: Any
 ) -> None:
     result = sluice(str(data_set))
     assert "platt over 100 samples" in result.stdout
@@ -357,7 +368,7 @@ def test_calibrate_without_apply_stores_nothing(
     assert [change.action for change in bench.registry.history("default")] == ["activate"]
 
 
-def test_apply_twice_and_revert(bench: IntakeBench, service: Script, data_set: Path, sluice: Any) -> None:
+def test_apply_twice_and_revert(bench: IntakeBench, service: ScriptedService, data_set: Path, sluice: Any) -> None:
     assert "applied to the scores of default@1" in sluice(str(data_set), "--apply", "--why", "May").stderr
     newest = bench.registry.newest_change("default")
     assert newest is not None
@@ -376,7 +387,7 @@ def test_apply_twice_and_revert(bench: IntakeBench, service: Script, data_set: P
     assert "has no calibration" in sluice("--take-back")
 
 
-def test_bad_arguments_error(service: Script, data_set: Path, sluice: Any, tmp_path: Path) -> None:
+def test_bad_arguments_error(service: ScriptedService, data_set: Path, sluice: Any, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("name: shop\n")
     for arguments, words in (
         ((), "name one with labelled images, or give --revert"),
@@ -391,7 +402,7 @@ def test_bad_arguments_error(service: Script, data_set: Path, sluice: Any, tmp_p
         assert any(word in found for word in words.split("|")), found
 
 
-def test_replay_uses_the_calibration_of_the_verdict(bench: IntakeBench, service: Script) -> None:
+def test_replay_uses_the_calibration_of_the_verdict(bench: IntakeBench, service: ScriptedService) -> None:
     stored = bench.registry.get("default", 1)
     identity = PolicyIdentity(name="default", version=1, digest=stored.digest)
     fitted = FITTED.model_copy(update={"revision": "r1"})

@@ -266,13 +266,13 @@ class ScriptedService:
 
     def __init__(self, bench: IntakeBench) -> None:
         self._bench = bench
-        self.trials: list[JudgeRequest] = []
+        self.requests: list[JudgeRequest] = []
         self.batches: list[int] = []
 
-    def judge(self, trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
-        self.trials += trials
-        self.batches.append(len(trials))
-        return [self._judge(trial.submission, trial.policies[0], trial.image) for trial in trials]
+    def judge(self, requests: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
+        self.requests += requests
+        self.batches.append(len(requests))
+        return [self._judge(request.submission, request.policies[0], request.image) for request in requests]
 
     def _judge(self, submission: ImageRequest, policy: str | Policy, image: bytes | None) -> JudgeResult:
         assert isinstance(policy, Policy)
@@ -360,8 +360,8 @@ def test_evaluation_writes_report_and_nothing_to_the_bucket(
     before = objects(bench)
     report = evaluated(bench, data_set, lines, out=tmp_path / "out")
     assert objects(bench) == before, "nothing is written to the bucket"
-    assert {trial.image is None for trial in service.trials if trial.submission.id == "safe-1"} == {True, False}
-    assert all(trial.image for trial in service.trials if trial.submission.id == "unsafe-1")
+    assert {request.image is None for request in service.requests if request.submission.id == "safe-1"} == {True, False}
+    assert all(request.image for request in service.requests if request.submission.id == "unsafe-1")
     assert (report.rows, report.judged, report.images) == (10, 4, 2)
     assert report.failures == {
         "no_image": 1,
@@ -392,7 +392,7 @@ def test_row_that_names_a_policy_is_judged_by_it(bench: IntakeBench, service: Sc
     report = evaluated(bench, tmp_path / "d.jsonl", [], options=EvaluationOptions())
     assert (report.judged, report.per.value) == (1, 1.0)
     assert report.adaptive is None
-    (policy,) = service.trials[0].policies
+    (policy,) = service.requests[0].policies
     assert isinstance(policy, Policy)
     assert (policy.identity.name, policy.identity.version) == ("shop", 1)
 
@@ -422,7 +422,7 @@ def test_no_judged_row_error_names_reasons(bench: IntakeBench, service: Scripted
 def test_service_that_ends_stops_the_evaluation(
     bench: IntakeBench, service: ScriptedService, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ends(_trials: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
+    def ends(_requests: Sequence[JudgeRequest], _progress: Progress) -> list[JudgeResult]:
         raise ConfigurationError("the service has ended; start it again")
 
     monkeypatch.setattr(service, "judge", ends)
@@ -437,7 +437,7 @@ def test_file_larger_than_the_limit_is_not_sent(bench: IntakeBench, service: Scr
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = evaluated(bench, tmp_path / "d.jsonl", [], options=EvaluationOptions())
     assert (report.judged, report.failures) == (1, {"too_large": 1})
-    assert [trial.submission.id for trial in service.trials] == ["safe-a.jpg"]
+    assert [request.submission.id for request in service.requests] == ["safe-a.jpg"]
 
 
 def test_many_rows_are_judged_in_bounded_batches(bench: IntakeBench, service: ScriptedService) -> None:

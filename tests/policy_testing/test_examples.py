@@ -71,10 +71,10 @@ class ScriptedService:
         self.requests: list[JudgeRequest] = []
         self.batches: list[int] = []
 
-    def judge(self, trials: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
-        self.requests += trials
-        self.batches.append(len(trials))
-        return [[verdict_with()] for _ in trials]
+    def judge(self, requests: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
+        self.requests += requests
+        self.batches.append(len(requests))
+        return [[verdict_with()] for _ in requests]
 
 
 @pytest.fixture
