@@ -210,7 +210,7 @@ def backtest(
 
 @app.command()
 def history(policy: Name, as_json: AsJson = False) -> None:
-    """Print every change of a policy's roll-out, oldest first."""
+    """Print every change of a policy's rollout, oldest first."""
     for change in PolicyRegistry.from_settings(_settings()).history(_name(policy)):
         typer.echo(change.history_json() if as_json else change.history_line())
 

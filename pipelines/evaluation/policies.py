@@ -131,6 +131,6 @@ def find_published(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
     parsed = PolicyReference.parse(reference)
     stored, newest = registry.find(parsed), registry.newest_change(parsed.name)
     if not isinstance(stored.document, PolicyDocument):
-        raise UnknownPolicy(f"{reference} is not a policy to judge by")
+        raise UnknownPolicy(f"{reference} is the tenants document, not a policy")
     calibrations = newest.rollout.calibrations_of(stored.version) if newest else {}
     return EvaluatedPolicy(stored.document, stored.version, calibrations)

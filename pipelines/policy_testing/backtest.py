@@ -15,7 +15,7 @@ from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.reference import PolicyReference
-from services.policies.traffic_sample import SampledSubmission, draw
+from services.policies.traffic_sample import SampledSubmission, draw_sample
 
 _PICTURE_PX: Final = 320
 _READS_IN_FLIGHT: Final = 8
@@ -65,7 +65,7 @@ def _side(answer: Verdict | Unjudgeable) -> Side:
 async def _draw_sample(name: str, count: int, settings: Settings) -> tuple[list[SampledSubmission], float | None]:
     redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
     try:
-        return await draw(redis_cache, name, count)
+        return await draw_sample(redis_cache, name, count)
     finally:
         await redis_cache.close()
 

@@ -135,7 +135,7 @@ def _policy_of(before: Verdict, identity: PolicyIdentity, registry: PolicyRegist
     """The policy version with the calibration of the verdict, which may not be the one that is applied now."""
     stored = registry.get(identity.name, identity.version)
     if not isinstance(stored.document, PolicyDocument):
-        raise UnknownPolicy(f"{identity.name}@{identity.version} is not a policy that can judge images")
+        raise UnknownPolicy(f"{identity.name}@{identity.version} is the tenants document, not a policy")
     policy = stored.document.as_version(identity.version)
     if before.calibration is None or before.model is None:
         return policy

@@ -61,7 +61,7 @@ UNKNOWN_TENANTS: Final = Counter(
 
 POLICY_PROPAGATION_SECONDS: Final = Histogram(
     "sluice_policy_propagation_seconds",
-    "Time from a change of a policy's roll-out until this process received it.",
+    "Time from a change of a policy's rollout until this process received it.",
     boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10],
 )
 

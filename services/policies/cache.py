@@ -29,10 +29,10 @@ from services.policies.rollout import Change, Rollout
 from services.policies.tenants import TENANTS, TenantsDocument
 
 _COPIES_LIMIT: Final = 1024
-_ABSENT_TTL_S: Final = 1.0
-"""For this long a missing policy is not looked up again."""
+_MISSING_TTL_S: Final = 1.0
+"""How long a negative lookup is cached."""
 _LEASE_WAIT_S: Final = 6.0
-"""After this long this process reads the bucket itself, although another process has the lease."""
+"""How long to wait for another process's lease before reading the bucket without one."""
 _POLL_S: Final = 0.02
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class _CachedRollout:
-    """The last known roll-out of one name."""
+    """The cached rollout of one policy."""
 
     number: int
     rollout: Rollout
@@ -55,16 +55,16 @@ class PolicyCache:
     def __init__(
         self, registry: PolicyRegistry, redis_cache: PolicyRedisCache | None, *, refresh_s: float = 5.0
     ) -> None:
-        """`refresh_s`: the age at which a roll-out is read again."""
+        """`refresh_s`: period of the refresh."""
         self._registry = registry
         self._redis_cache = redis_cache
         self._refresh_s = refresh_s
-        self._known: dict[str, _CachedRollout] = {}
+        self._rollouts: dict[str, _CachedRollout] = {}
         self._policies: dict[tuple[str, int], Policy] = {}
         self._tenants: dict[tuple[str, int], TenantsDocument] = {}
-        self._absent: dict[tuple[str, int], float] = {}
-        self._lookups: dict[Hashable, asyncio.Task[Any]] = {}
-        self._redis_back_at = float("-inf")
+        self._missing_since: dict[tuple[str, int], float] = {}
+        self._running_lookups: dict[Hashable, asyncio.Task[Any]] = {}
+        self._redis_recovered_at = float("-inf")
         """Copies in Redis from before then may lack the changes made while Redis was down."""
         self._closing = AsyncExitStack()
 
@@ -109,25 +109,25 @@ class PolicyCache:
         return await self._policy(name, version)
 
     async def rollout(self, name: str) -> Rollout:
-        """The present roll-out of a name. Raises PolicyUnavailable."""
+        """The present rollout of a name. Raises PolicyUnavailable."""
         return await self._rollout(name)
 
     def is_tripped(self, policy: PolicyIdentity) -> bool:
-        """Whether the last known roll-out says that the circuit breaker of a version is open."""
-        known = self._known.get(policy.name)
+        """Whether the last known rollout says that the circuit breaker of a version is open."""
+        known = self._rollouts.get(policy.name)
         return known is not None and policy.version in known.rollout.tripped
 
-    def accept(self, change: Change) -> None:
+    def apply_change(self, change: Change) -> None:
         """Apply a change that was announced, or made in this process, unless a newer one is known."""
-        known = self._known.get(change.name)
+        known = self._rollouts.get(change.name)
         if known is None or change.number > known.number:
             self._keep_rollout(change.name, change)
 
     async def _rollout(self, name: str) -> Rollout:
-        known = self._known.get(name)
-        if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _ABSENT_TTL_S):
+        known = self._rollouts.get(name)
+        if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _MISSING_TTL_S):
             await self._refresh_rollout(name)
-            known = self._known[name]
+            known = self._rollouts[name]
         return known.rollout
 
     async def _policy_of(self, tenant: str) -> str:
@@ -137,7 +137,7 @@ class PolicyCache:
             return DEFAULT_POLICY
         document = self._tenants.get((TENANTS, version))
         if document is None:
-            await self._join_or_start(("version", TENANTS, version), self._load, TENANTS, version)
+            await self._share_lookup(("version", TENANTS, version), self._load, TENANTS, version)
             document = self._tenants[TENANTS, version]
         policy = document.policy_of(tenant)
         if policy is None and tenant != "default":
@@ -147,17 +147,17 @@ class PolicyCache:
     async def _policy(self, name: str, version: int) -> Policy:
         policy = self._policies.get((name, version))
         if policy is None:
-            if time.monotonic() - self._absent.get((name, version), float("-inf")) < _ABSENT_TTL_S:
+            if time.monotonic() - self._missing_since.get((name, version), float("-inf")) < _MISSING_TTL_S:
                 raise UnknownPolicy(f"policy {name}@{version} does not exist")
-            await self._join_or_start(("version", name, version), self._load, name, version)
+            await self._share_lookup(("version", name, version), self._load, name, version)
             policy = self._policies.get((name, version))
             if policy is None:
-                raise UnknownPolicy(f"{name}@{version} is a tenants document and not a policy")
+                raise UnknownPolicy(f"{name}@{version} is the tenants document, not a policy")
         return policy
 
     async def _load(self, name: str, version: int) -> None:
         """Load one version into the local copies."""
-        known = self._known.get(name)
+        known = self._rollouts.get(name)
         expected = known.rollout.digests.get(version) if known else None
 
         async def copy(redis_cache: PolicyRedisCache) -> StoredVersion | None:
@@ -172,57 +172,57 @@ class PolicyCache:
             return stored
 
         try:
-            stored = await self._coalesced(f"{name}@{version}", copy, read)
+            stored = await self._read_once(f"{name}@{version}", copy, read)
         except UnknownPolicy:
-            _remember(self._absent, (name, version), time.monotonic())
+            _put_bounded(self._missing_since, (name, version), time.monotonic())
             raise
         if isinstance(stored.document, PolicyDocument):
-            if name not in self._known:
+            if name not in self._rollouts:
                 await self._refresh_rollout(name)  # it has the calibrations of every version
-            _remember(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
+            _put_bounded(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
         else:
-            _remember(self._tenants, (name, version), stored.document)
+            _put_bounded(self._tenants, (name, version), stored.document)
 
     async def _refresh_rollout(self, name: str) -> None:
-        await self._join_or_start(("rollout", name), self._fetch_rollout, name)
+        await self._share_lookup(("rollout", name), self._fetch_rollout, name)
 
     async def _fetch_rollout(self, name: str) -> None:
-        """Load the present roll-out of a name, or keep the last known one."""
-        before = self._known.get(name)
-        stale: CachedChange | None = None
+        """Load the present rollout of a name, or keep the last known one."""
+        previous = self._rollouts.get(name)
+        entry: CachedChange | None = None
 
         async def copy(redis_cache: PolicyRedisCache) -> tuple[Change | None] | None:
-            nonlocal stale
-            stale = await redis_cache.newest_change(name)
-            believed_s = min(self._refresh_s, time.monotonic() - self._redis_back_at)
-            if stale is None or stale.age_s >= believed_s:
+            nonlocal entry
+            entry = await redis_cache.newest_change(name)
+            max_age_s = min(self._refresh_s, time.monotonic() - self._redis_recovered_at)
+            if entry is None or entry.age_s >= max_age_s:
                 return None
-            behind = before is not None and (stale.change.number if stale.change else 0) < before.number
-            return None if behind else (stale.change,)
+            is_older = previous is not None and (entry.change.number if entry.change else 0) < previous.number
+            return None if is_older else (entry.change,)
 
         async def read() -> tuple[Change | None]:
             newest = await _read_in_thread(self._registry.newest_change, name)
             if self._redis_cache:
                 with suppress(RedisUnavailable):
-                    # A copy in Redis that is newer than the bucket is wrong: the bucket was replaced. So overwrite it.
-                    await self._redis_cache.publish_change(name, newest, even_if_older=stale is not None)
+                    # If Redis had an entry, overwrite it, even if its number is higher: then the bucket was replaced.
+                    await self._redis_cache.publish_change(name, newest, even_if_older=entry is not None)
             return (newest,)
 
         try:
-            (change,) = await self._coalesced(name, copy, read)
+            (change,) = await self._read_once(name, copy, read)
         except PolicyUnavailable as error:
-            if before is not None:
+            if previous is not None:
                 log.warning("keeping the last known version of policy %s: %s", name, error)
                 return
-            # An old copy may say that there is no tenants document, but not that a policy does not exist.
-            if stale is None or (stale.change is None and name != TENANTS):
+            # Do not trust an old entry that says that a policy does not exist: submissions would become dead letters.
+            if entry is None or (entry.change is None and name != TENANTS):
                 raise
-            change = stale.change
-        if self._known.get(name) is before:  # otherwise a newer change has arrived
+            change = entry.change
+        if self._rollouts.get(name) is previous:  # otherwise a newer change has arrived
             self._keep_rollout(name, change)
 
-    async def _coalesced(
-        self, what: str, copy: Callable[[PolicyRedisCache], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
+    async def _read_once(
+        self, subject: str, copy: Callable[[PolicyRedisCache], Awaitable[V | None]], read: Callable[[], Awaitable[V]]
     ) -> V:
         """A valid copy from Redis, or the result of `read`, which one process at a time calls for all of them."""
         deadline = time.monotonic() + _LEASE_WAIT_S
@@ -230,7 +230,7 @@ class PolicyCache:
             try:
                 if (found := await copy(self._redis_cache)) is not None:
                     return found
-                token = await self._redis_cache.lease(what)
+                token = await self._redis_cache.lease(subject)
             except RedisUnavailable:
                 break
             if token:
@@ -242,7 +242,7 @@ class PolicyCache:
                     return await read()
                 finally:
                     with suppress(RedisUnavailable):
-                        await self._redis_cache.release(what, token)
+                        await self._redis_cache.release(subject, token)
             await asyncio.sleep(_POLL_S)
         return await read()
 
@@ -252,14 +252,14 @@ class PolicyCache:
             policy = self._policies.get((name, version))
             if policy and policy.identity.digest != digest:
                 del self._policies[name, version]
-        _remember(self._known, name, _CachedRollout(change.number if change else 0, rollout, time.monotonic()))
+        _put_bounded(self._rollouts, name, _CachedRollout(change.number if change else 0, rollout, time.monotonic()))
         for (other, version), policy in self._policies.items():
             if other == name:
                 self._policies[name, version] = self._calibrated(policy)
 
     def _calibrated(self, policy: Policy) -> Policy:
-        """The policy with the calibrations of its last known roll-out."""
-        known = self._known.get(policy.identity.name)
+        """The policy with the calibrations of its last known rollout."""
+        known = self._rollouts.get(policy.identity.name)
         applied = known.rollout.calibrations_of(policy.identity.version) if known else {}
         return policy if applied == policy.calibrations else replace(policy, calibrations=applied)
 
@@ -269,7 +269,7 @@ class PolicyCache:
         try:
             async for change in self._redis_cache.subscribe(self._refresh_all):
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
-                self.accept(change)
+                self.apply_change(change)
         except RedisUnavailable as error:
             log.warning(
                 "Redis is down: policy changes are read from the bucket every %g s until it is back: %s",
@@ -277,14 +277,14 @@ class PolicyCache:
                 error,
             )
             await asyncio.sleep(random.uniform(0.1, 1))
-            self._redis_back_at = time.monotonic()
+            self._redis_recovered_at = time.monotonic()
 
     async def _refresh(self) -> None:
         await asyncio.sleep(self._refresh_s * random.uniform(0.8, 1.2))
         await self._refresh_all()
 
     async def _refresh_all(self) -> None:
-        names = {name for name, known in self._known.items() if known.rollout.active is not None} | {TENANTS}
+        names = {name for name, known in self._rollouts.items() if known.rollout.active is not None} | {TENANTS}
         names |= {name for name, _ in self._policies}  # a version in use may belong to a name without an active version
         for name in names:
             with suppress(PolicyUnavailable):
@@ -293,17 +293,17 @@ class PolicyCache:
     def _age(self, known: _CachedRollout) -> float:
         return time.monotonic() - known.checked_at
 
-    async def _join_or_start(self, key: Hashable, lookup: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """Await the running look-up of this key, or start one."""
-        task = self._lookups.get(key)
+    async def _share_lookup(self, key: Hashable, lookup: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Await the running lookup of this key, or start one."""
+        task = self._running_lookups.get(key)
         if task is None:
             task = asyncio.ensure_future(lookup(*arguments))
-            self._lookups[key] = task
+            self._running_lookups[key] = task
             task.add_done_callback(partial(self._forget_lookup, key))
         await asyncio.shield(task)
 
     def _forget_lookup(self, key: Hashable, task: asyncio.Task[Any]) -> None:
-        del self._lookups[key]
+        del self._running_lookups[key]
         if not task.cancelled():
             task.exception()  # mark it as retrieved: the callers that waited have it
 
@@ -331,7 +331,7 @@ async def _repeat(work: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(1)
 
 
-def _remember(copies: MutableMapping[K, V], key: K, value: V) -> None:
+def _put_bounded(copies: MutableMapping[K, V], key: K, value: V) -> None:
     copies.pop(key, None)
     copies[key] = value
     if len(copies) > _COPIES_LIMIT:

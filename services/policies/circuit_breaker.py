@@ -1,4 +1,7 @@
-"""The circuit breaker: a policy version whose block rate leaves its band stops blocking."""
+"""The circuit breaker: a policy version whose block rate leaves its band stops blocking; its blocks become reviews.
+
+This is not a breaker on calls to a backend.
+"""
 
 import asyncio
 import logging
@@ -17,11 +20,11 @@ from services.policies.registry import PolicyRegistry
 from services.policies.service import PolicyService
 
 BREAKER: Final = "circuit breaker"
-"""The `who` of its changes."""
+"""The author (`who`) of its changes in the history."""
 
 _CHECK_INTERVAL_S: Final = 0.25
 _WINDOW_SLICES: Final = 10
-"""The window moves by this fraction of itself."""
+"""Number of slices of the sliding window."""
 
 _COUNT: Final = """
 local now = math.floor(redis.call('TIME')[1] / ARGV[1])
@@ -31,9 +34,9 @@ redis.call('EXPIRE', KEYS[1], math.ceil(2 * ARGV[1] * ARGV[2]))
 local sums = {judged = 0, blocked = 0}
 local entries = redis.call('HGETALL', KEYS[1])
 for i = 1, #entries, 2 do
-    local slice, what = string.match(entries[i], '(%d+):(%a+)')
+    local slice, name = string.match(entries[i], '(%d+):(%a+)')
     if tonumber(slice) > now - ARGV[2] then
-        sums[what] = sums[what] + entries[i + 1]
+        sums[name] = sums[name] + entries[i + 1]
     else
         redis.call('HDEL', KEYS[1], entries[i])
     end
@@ -58,15 +61,15 @@ class _UnsentCounts:
 class _PendingTrip(NamedTuple):
     """A trip that is not in the policy bucket yet."""
 
-    since: int
+    since_change: int
     """`Rollout.since` at the time of the trip."""
-    why: str
+    reason: str
 
 
 class CircuitBreaker:
     """Counts the blocks of each version in all processes, and opens when their rate leaves the version's band.
 
-    Use it as an async context manager. An open breaker is a change of the policy's roll-out: it is in the history and
+    Use it as an async context manager. An open breaker is a change of the policy's rollout: it is in the history and
     outlives every process. It closes when the version is activated, or made canary, again.
     """
 
@@ -74,7 +77,7 @@ class CircuitBreaker:
         self._policies = policies
         self._service = PolicyService(registry, redis_cache, policies=policies)
         self._redis_cache = redis_cache
-        self._watched: dict[PolicyIdentity, _UnsentCounts] = {}
+        self._unsent: dict[PolicyIdentity, _UnsentCounts] = {}
         self._pending_trips: dict[PolicyIdentity, _PendingTrip] = {}
         """Breakers that are open in this process and not in the policy bucket yet."""
 
@@ -86,87 +89,96 @@ class CircuitBreaker:
         await cancel_and_wait(self._task)
 
     def allows(self, policy: Policy, action: Action) -> bool:
-        """Count one verdict, and return whether its action is allowed. Needs no network."""
+        """Count one verdict. Return False if it must not block. Uses no network."""
         if policy.block_rate is None:
             return True
-        watched = self._watched.get(policy.identity)
-        if watched is None:
-            watched = self._watched[policy.identity] = _UnsentCounts(policy.identity, policy.block_rate)
-        if not watched.counts:
-            watched.began_s = time.monotonic()
-        watched.counts["judged"] += 1
+        unsent = self._unsent.get(policy.identity)
+        if unsent is None:
+            unsent = self._unsent[policy.identity] = _UnsentCounts(policy.identity, policy.block_rate)
+        if not unsent.counts:
+            unsent.began_s = time.monotonic()
+        unsent.counts["judged"] += 1
         if action != "block":
             return True
-        watched.counts["blocked"] += 1
+        unsent.counts["blocked"] += 1
         return policy.identity not in self._pending_trips and not self._policies.is_tripped(policy.identity)
 
     async def _check_loop(self) -> None:
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
-            for watched in list(self._watched.values()):
+            for unsent in list(self._unsent.values()):
                 try:
-                    await self._check(watched)
+                    await self._check(unsent)
                 except PolicyUnavailable as error:
-                    log.warning("the circuit breaker cannot read or write the roll-out; retrying: %s", error)
+                    log.warning(
+                        "the circuit breaker cannot read or write the rollout; retrying in %g s: %s",
+                        _CHECK_INTERVAL_S,
+                        error,
+                    )
                 except Exception:
-                    log.exception("checking the circuit breaker of %s failed; retrying", watched.policy.name)
+                    log.exception("checking the circuit breaker of %s failed; retrying", unsent.policy.name)
 
-    async def _check(self, watched: _UnsentCounts) -> None:
-        policy, band = watched.policy, watched.band
-        if not watched.counts and policy not in self._pending_trips:
+    async def _check(self, unsent: _UnsentCounts) -> None:
+        policy, band = unsent.policy, unsent.band
+        if not unsent.counts and policy not in self._pending_trips:
             return
         rollout = await self._policies.rollout(policy.name)
-        judged, blocked = await self._count(watched, rollout.since)
+        judged, blocked = await self._count(unsent, rollout.since)
         trip = self._pending_trips.get(policy)
-        if policy.version in rollout.tripped or (trip and trip.since != rollout.since):
-            self._pending_trips.pop(policy, None)  # the trip is written, or the roll-out has changed since
+        if policy.version in rollout.tripped or (trip and trip.since_change != rollout.since):
+            self._pending_trips.pop(policy, None)  # the trip is written, or the rollout has changed since
             return
         if trip is None:
             rate = blocked / judged if judged else 0.0
             if judged < band.after or band.at_least <= rate <= band.at_most:
                 return
-            why = (
+            reason = (
                 f"blocked {blocked} of {judged} in {band.window_s:g} s ({rate:.1%}), "
                 f"outside of {band.at_least:.1%} to {band.at_most:.1%}"
             )
-            trip = self._pending_trips[policy] = _PendingTrip(rollout.since, why)
+            trip = self._pending_trips[policy] = _PendingTrip(rollout.since, reason)
             telemetry.BREAKER_TRIPS.inc(1, {"policy": policy.name, "version": str(policy.version)})
             log.error(
-                "CIRCUIT BREAKER: policy %s@%d %s; it blocks nothing until it is activated again; images that it would "
-                "block go to review",
+                "CIRCUIT BREAKER: policy %s@%d %s; its blocks become reviews. `sluice policy activate %s@%d` lets it "
+                "block again, `sluice policy rollback %s` replaces it.",
                 policy.name,
                 policy.version,
-                why,
+                reason,
+                policy.name,
+                policy.version,
+                policy.name,
             )
         await self._write_trip(policy, trip)
 
     async def _write_trip(self, policy: PolicyIdentity, trip: _PendingTrip) -> None:
         try:
-            await self._service.trip(policy.name, policy.version, since=trip.since, who=BREAKER, why=trip.why)
+            await self._service.trip(
+                policy.name, policy.version, since_change=trip.since_change, who=BREAKER, why=trip.reason
+            )
         except ConfigurationError as error:
             raise PolicyUnavailable(str(error)) from error
         self._pending_trips.pop(policy, None)
 
-    async def _count(self, watched: _UnsentCounts, since: int) -> tuple[int, int]:
+    async def _count(self, unsent: _UnsentCounts, since_change: int) -> tuple[int, int]:
         """Verdicts and blocks of all processes in the window.
 
         While Redis is down it counts only this process, from the start of each window.
         """
-        policy, band, now_s = watched.policy, watched.band, time.monotonic()
-        if now_s - watched.began_s > band.window_s:
-            watched.counts.clear()
-            watched.began_s = now_s
-        told = Counter(watched.counts)
-        judged, blocked = told["judged"], told["blocked"]
+        policy, band, now_s = unsent.policy, unsent.band, time.monotonic()
+        if now_s - unsent.began_s > band.window_s:
+            unsent.counts.clear()
+            unsent.began_s = now_s
+        sent = Counter(unsent.counts)
+        judged, blocked = sent["judged"], sent["blocked"]
         if self._redis_cache is None:
             return judged, blocked
-        key = self._redis_cache.key("block-rate", f"{policy.name}@{policy.version}", str(since))
+        key = self._redis_cache.key("block-rate", f"{policy.name}@{policy.version}", str(since_change))
         try:
             judged, blocked = await self._redis_cache.run(
                 _COUNT, [key], band.window_s / _WINDOW_SLICES, _WINDOW_SLICES, judged, blocked
             )
         except RedisUnavailable:
             return judged, blocked
-        watched.counts -= told  # verdicts counted since then stay
-        watched.began_s = now_s
+        unsent.counts -= sent  # verdicts counted since then stay
+        unsent.began_s = now_s
         return int(judged), int(blocked)

@@ -1,4 +1,4 @@
-"""The policy data in Redis, which all processes share: copies of versions and roll-outs, and announced changes.
+"""The policy data in Redis, which all processes share: copies of versions and rollouts, and announced changes.
 
 The policy bucket is the source of truth. An entry in Redis may be missing, stale or invalid; then it is read again from
 the bucket.
@@ -21,7 +21,7 @@ _LEASE_MS: Final = 5_000
 _PING_S: Final = 5.0
 
 _ABSENT_NAME_TTL_S: Final = 60
-"""The time to live of an entry for a name without roll-out. It is short, because a client can send any name."""
+"""The time to live of an entry for a name without rollout. It is short, because a client can send any name."""
 
 _NOW_MS: Final = """
 local time = redis.call('TIME')
@@ -45,7 +45,7 @@ _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.ca
 
 @dataclass(frozen=True, slots=True)
 class CachedChange:
-    """A roll-out in Redis."""
+    """A rollout in Redis."""
 
     change: Change | None
     """None: there is no policy of that name, or it was never activated."""
@@ -76,7 +76,7 @@ class PolicyRedisCache(RedisClient):
         await self.call(self.client.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
 
     async def newest_change(self, name: str) -> CachedChange | None:
-        """The copy of a roll-out; None if there is none that can be read."""
+        """The copy of a rollout; None if there is none that can be read."""
         entry = await self.run(_READ, [self.key("rollout", name)])
         try:
             change, age_ms = entry
@@ -114,11 +114,12 @@ class PolicyRedisCache(RedisClient):
                 except ValidationError:
                     continue
 
-    async def lease(self, what: str) -> str | None:
+    async def lease(self, subject: str) -> str | None:
         """Take a lease of 5 s. Returns a token for `release`; None if another process has the lease."""
         token = uuid.uuid4().hex
-        taken = await self.call(self.client.set(self.key("lease", what), token, nx=True, px=_LEASE_MS))
-        return token if taken else None
+        leased = await self.call(self.client.set(self.key("lease", subject), token, nx=True, px=_LEASE_MS))
+        return token if leased else None
 
-    async def release(self, what: str, token: str) -> None:
-        await self.run(_RELEASE, [self.key("lease", what)], token)
+    async def release(self, subject: str, token: str) -> None:
+        """Give a lease back, unless it has expired and another process has it."""
+        await self.run(_RELEASE, [self.key("lease", subject)], token)

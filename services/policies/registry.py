@@ -1,10 +1,10 @@
-"""Policy versions and their roll-outs in S3, the source of truth: immutable objects, each created conditionally.
+"""Policy versions and their rollouts in S3, the source of truth: immutable objects, each created conditionally.
 
     policies/<name>/versions/<n>.json    the document of version n
-    policies/<name>/changes/<m>.json     the m-th change of the roll-out, with the state after it; the newest one counts
+    policies/<name>/changes/<m>.json     the m-th change of the rollout, with the state after it; the newest one counts
     policies/<name>/calibrations/<n>/<revision>/<digest>.json    the fit of a calibration of version n
 
-The first two are numbered by the distance from 99,999,999, so that a listing begins with the newest object.
+Version and change numbers are stored as 99,999,999 - n, so that a listing begins with the newest object.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
@@ -37,7 +37,9 @@ from services.policies.tenants import Document, TenantsDocument, is_document_nam
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_LARGEST_NUMBER: Final = 99_999_999
+MAX_VERSION: Final = 99_999_999
+"""No version or change has a higher number."""
+
 _READER_THREADS: Final = 16
 
 
@@ -68,7 +70,7 @@ class StoredVersion:
 
 
 class PolicySummary(BaseModel):
-    """The roll-out of one policy."""
+    """The rollout of one policy."""
 
     name: str
     versions: int
@@ -90,6 +92,14 @@ class PolicySummary(BaseModel):
         return f"{self.name:<24} {', '.join(part for part in parts if part)}"
 
 
+class _Transition(NamedTuple):
+    """The next state of a rollout, and the versions that the change goes from and to."""
+
+    rollout: Rollout
+    previous: int | None
+    version: int | None
+
+
 class PolicyRegistry:
     """Publishes, finds and rolls out policy versions in one bucket. Every method blocks: call it in a thread.
 
@@ -103,7 +113,7 @@ class PolicyRegistry:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """The policy bucket of these settings, with credentials the usual AWS way."""
+        """The policy bucket of these settings, with the credentials that boto3 finds."""
         return cls(s3_client(settings.s3_endpoint, **SMALL_OBJECT_CONFIG), settings.policy_bucket)
 
     def publish(self, document: Document) -> StoredVersion:
@@ -123,7 +133,7 @@ class PolicyRegistry:
             UnknownPolicy: there is no such name or version.
             PolicyUnavailable: also if the stored version does not match its digest.
         """
-        stored = self._read(_key(_versions(name), version)) if 0 < version < _LARGEST_NUMBER else None
+        stored = self._read(_key(_versions(name), version)) if 0 < version < MAX_VERSION else None
         if stored is None:
             raise UnknownPolicy(f"policy {name}@{version} does not exist")
         try:
@@ -169,12 +179,12 @@ class PolicyRegistry:
         return self._numbers(_versions(name))
 
     def newest_change(self, name: str) -> Change | None:
-        """The last change of the roll-out, with the present state; None if there is none."""
+        """The last change of the rollout, with the present state; None if there is none."""
         number = self._newest_number(_changes(name))
         return self._change_at(name, number) if number else None
 
     def history(self, name: str) -> list[Change]:
-        """Every change of the roll-out, oldest first.
+        """Every change of the rollout, oldest first.
 
         Raises:
             UnknownPolicy: there is no such policy.
@@ -193,7 +203,9 @@ class PolicyRegistry:
             ConfigurationError: a tenants document names a policy that has no active version.
         """
         self._check_tenants(self.get(name, version))
-        return self._change(name, "activate", lambda now: (now.with_active(version), now.active, version), who, why)
+        return self._change(
+            name, "activate", lambda now: _Transition(now.with_active(version), now.active, version), who, why
+        )
 
     def rollback(self, name: str, *, who: str, why: str = "") -> Change:
         """Activate the version that was active before. A second rollback goes further back.
@@ -202,11 +214,11 @@ class PolicyRegistry:
             ConfigurationError: no version was active before.
         """
 
-        def back(now: Rollout) -> _Step:
-            then = now.with_rollback()
-            return then, now.active, then.active
+        def roll_back(now: Rollout) -> _Transition:
+            earlier = now.with_rollback()
+            return _Transition(earlier, now.active, earlier.active)
 
-        return self._change(name, "rollback", back, who, why)
+        return self._change(name, "rollback", roll_back, who, why)
 
     def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> Change:
         """Set or remove the canary: a version for a share of the traffic.
@@ -218,10 +230,10 @@ class PolicyRegistry:
         if canary:
             self.get(name, canary.version)
 
-        def change(now: Rollout) -> _Step:
-            return now.with_canary(canary), _version_of(now.canary), _version_of(canary)
+        def set_version(now: Rollout) -> _Transition:
+            return _Transition(now.with_canary(canary), _version_of(now.canary), _version_of(canary))
 
-        return self._change(name, "canary", change, who, why)
+        return self._change(name, "canary", set_version, who, why)
 
     def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> Change:
         """Set or remove the shadow: a version that also judges a share of the traffic, for comparison.
@@ -233,21 +245,24 @@ class PolicyRegistry:
         if shadow:
             self.get(name, shadow.version)
 
-        def change(now: Rollout) -> _Step:
-            return now.with_shadow(shadow), _version_of(now.shadow), _version_of(shadow)
+        def set_version(now: Rollout) -> _Transition:
+            return _Transition(now.with_shadow(shadow), _version_of(now.shadow), _version_of(shadow))
 
-        return self._change(name, "shadow", change, who, why)
+        return self._change(name, "shadow", set_version, who, why)
 
-    def trip(self, name: str, version: int, *, since: int, who: str, why: str) -> Change:
-        """Open the circuit breaker of a version. If it is already open, or if the versions in use have changed after
-        the change number `since`, nothing is written, and the newest change is returned."""
+    def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> Change:
+        """Open the circuit breaker of a version, and return the change.
 
-        def change(now: Rollout) -> _Step | None:
-            if version in now.tripped or now.since != since:
+        If it is already open, or if the versions in use have changed after the change number `since_change`, nothing
+        is written, and the newest change is returned.
+        """
+
+        def open_breaker(now: Rollout) -> _Transition | None:
+            if version in now.tripped or now.since != since_change:
                 return None
-            return now.with_tripped(version), version, version
+            return _Transition(now.with_tripped(version), version, version)
 
-        return self._change(name, "trip", change, who, why)
+        return self._change(name, "trip", open_breaker, who, why)
 
     def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> Change:
         """Apply a calibration to the scores of its version and checkpoint, and store its fit.
@@ -260,8 +275,8 @@ class PolicyRegistry:
         # The key has the map's digest, so of two fits with the same map the first one is stored.
         self._create(_calibration_key(name, version, revision, fitted.map.digest), fitted.model_dump_json().encode())
 
-        def apply(now: Rollout) -> _Step:
-            return now.with_calibration(version, revision, fitted.map), version, version
+        def apply(now: Rollout) -> _Transition:
+            return _Transition(now.with_calibration(version, revision, fitted.map), version, version)
 
         return self._change(name, "calibrate", apply, who, why)
 
@@ -272,8 +287,8 @@ class PolicyRegistry:
             ConfigurationError: the version has no calibration for the checkpoint.
         """
 
-        def revert(now: Rollout) -> _Step:
-            return now.without_calibration(version, revision), version, version
+        def revert(now: Rollout) -> _Transition:
+            return _Transition(now.without_calibration(version, revision), version, version)
 
         return self._change(name, "calibrate", revert, who, why)
 
@@ -311,37 +326,36 @@ class PolicyRegistry:
                     )
 
     def _change(
-        self, name: str, action: ChangeAction, step: "Callable[[Rollout], _Step | None]", who: str, why: str
+        self, name: str, action: ChangeAction, transition: Callable[[Rollout], _Transition | None], who: str, why: str
     ) -> Change:
         """Compute the next state from the newest one, and write it. If another process was first, repeat."""
         while True:
             newest = self.newest_change(name)
             number = newest.number + 1 if newest else 1
             try:
-                taken = step(newest.rollout if newest else Rollout())
+                next_state = transition(newest.rollout if newest else Rollout())
             except ConfigurationError as error:
                 raise ConfigurationError(f"policy {name}: {error}") from None
-            if taken is None:
+            if next_state is None:
                 assert newest is not None
                 return newest
-            rollout, previous, version = taken
             change = Change.model_validate(
                 {
                     "name": name,
                     "number": number,
                     "action": action,
-                    "from": previous,
-                    "to": version,
+                    "from": next_state.previous,
+                    "to": next_state.version,
                     "who": who,
                     "why": why,
                     "at": self._clock(),
-                    "rollout": self._completed(name, rollout, action, number),
+                    "rollout": self._complete(name, next_state.rollout, action, number),
                 }
             )
             if self._create(_key(_changes(name), number), change.model_dump_json(by_alias=True).encode()):
                 return change
 
-    def _completed(self, name: str, rollout: Rollout, action: ChangeAction, number: int) -> Rollout:
+    def _complete(self, name: str, rollout: Rollout, action: ChangeAction, number: int) -> Rollout:
         digests = {v: rollout.digests.get(v) or self.get(name, v).digest for v in rollout.in_use}
         since = rollout.since if action in {"shadow", "trip"} else number
         return rollout.model_copy(update={"digests": digests, "since": since})
@@ -355,7 +369,7 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
     def _create(self, key: str, body: bytes) -> bool:
-        """Write an object unless the key is taken. Returns whether it was written."""
+        """Write an object unless the key is next_state. Returns whether it was written."""
         with self._map_bucket_errors():
             return self.objects.create(key, body, content_type="application/json")
 
@@ -387,10 +401,6 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"the policy bucket {self.bucket!r} cannot be used: {error}") from error
 
 
-_Step = tuple[Rollout, int | None, int | None]
-"""The next state, the version before the change, and the version after it."""
-
-
 def _version_of(share: Canary | Shadow | None) -> int | None:
     return share.version if share else None
 
@@ -414,8 +424,8 @@ def _calibration_key(name: str, version: int, revision: str, digest: str) -> str
 
 
 def _key(prefix: str, number: int) -> str:
-    return f"{prefix}{_LARGEST_NUMBER - number:08d}.json"
+    return f"{prefix}{MAX_VERSION - number:08d}.json"
 
 
 def _number(prefix: str, key: str) -> int:
-    return _LARGEST_NUMBER - int(key.removeprefix(prefix).partition(".")[0])
+    return MAX_VERSION - int(key.removeprefix(prefix).partition(".")[0])

@@ -1,4 +1,4 @@
-"""The roll-out of a policy: which submissions get which version, and the changes of this state. Pure."""
+"""The rollout of a policy: which submissions get which version, and the changes of this state. Pure."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ class Shadow(WireModel):
 
 
 class Rollout(WireModel):
-    """The state of one policy's roll-out. Each change of the state is one entry of the history."""
+    """The state of one policy's rollout. Each change of the state is one entry of the history."""
 
     active: int | None = None
     earlier: tuple[int, ...] = ()
@@ -164,7 +164,7 @@ def _percentile(purpose: str, name: str, submission_id: str) -> float:
 
 
 class Change(WireModel):
-    """One entry of a policy's history: who changed the roll-out, the versions before and after, and the new state."""
+    """One entry of a policy's history: who changed the rollout, the versions before and after, and the new state."""
 
     name: str
     number: int

@@ -82,9 +82,9 @@ class PolicyService:
         """Set or remove the shadow."""
         return await self._change(self._registry.set_shadow, name, shadow, who=who, why=why)
 
-    async def trip(self, name: str, version: int, *, since: int, who: str, why: str) -> Change:
+    async def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> Change:
         """Open the circuit breaker of a version."""
-        return await self._change(self._registry.trip, name, version, since=since, who=who, why=why)
+        return await self._change(self._registry.trip, name, version, since_change=since_change, who=who, why=why)
 
     async def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> Change:
         """Apply a calibration to the scores of its version and checkpoint."""
@@ -97,7 +97,7 @@ class PolicyService:
     async def _change(self, write: Callable[..., Change], *arguments: Any, **attribution: Any) -> Change:
         change = await asyncio.to_thread(write, *arguments, **attribution)
         if self._policies:
-            self._policies.accept(change)
+            self._policies.apply_change(change)
         if self._redis_cache:
             await self._notify(self._redis_cache.publish_change(change.name, change))
         return change
@@ -106,4 +106,4 @@ class PolicyService:
         try:
             await notification
         except RedisUnavailable as error:
-            self._warn(f"{error}: workers will know {self._delay}")
+            self._warn(f"{error}; the change is stored, and running processes apply it {self._delay}")

@@ -18,11 +18,11 @@ from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 
 _FLUSH_INTERVAL_S: Final = 1.0
-_AGE_DECAY_S: Final = 86_400.0
-"""A submission is e times more likely to be in the sample than one that is this much older."""
+_DECAY_S: Final = 86_400.0
+"""Time constant of the decay: a submission is e times as likely to be sampled as one that is this much older."""
 _HOURS_PER_DAY: Final = 24
 
-# Keeps the entries with the highest keys; see _key. Also counts the submissions of each hour.
+# Keeps the entries with the highest keys; see _make_sort_key. Also counts the submissions of each hour.
 _ADD: Final = """
 for i = 3, #ARGV, 2 do redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - ARGV[1])
@@ -52,7 +52,7 @@ class SampledSubmission(WireModel):
     at: Moment
 
     def submission(self) -> Submission:
-        """The submission to judge again, with the lowest priority."""
+        """The submission to judge again, with backfill priority."""
         return Submission(
             id=self.id,
             uri=self.uri,
@@ -71,11 +71,11 @@ class TrafficSample:
         self._redis = redis
         self._size = size
         self._new: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
-        self._seen: defaultdict[str, int] = defaultdict(int)
-        self._lowest: dict[str, float] = {}
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._min_sort_keys: dict[str, float] = {}
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._work())
+        self._task = asyncio.create_task(self._flush_periodically())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,9 +86,9 @@ class TrafficSample:
         if verdict.policy is None:
             return
         name = verdict.policy.name
-        self._seen[name] += 1
-        key = _key(time.time())
-        if len(self._new[name]) < self._size and key > self._lowest.get(name, -math.inf):
+        self._counts[name] += 1
+        sort_key = _make_sort_key(time.time())
+        if len(self._new[name]) < self._size and sort_key > self._min_sort_keys.get(name, -math.inf):
             sampled = SampledSubmission(
                 id=verdict.submission_id,
                 uri=verdict.uri,
@@ -97,37 +97,37 @@ class TrafficSample:
                 tenant=verdict.tenant,
                 at=verdict.submitted_at,
             )
-            self._new[name].append((key, sampled.model_dump_json()))
+            self._new[name].append((sort_key, sampled.model_dump_json()))
 
     async def flush(self) -> None:
         """Write the new submissions to Redis."""
-        seen, self._seen = self._seen, defaultdict(int)
+        counts, self._counts = self._counts, defaultdict(int)
         new, self._new = self._new, defaultdict(list)
-        for name, count in seen.items():
+        for name, count in counts.items():
             entries = [part for entry in new[name] for part in entry]
             try:
-                lowest = await self._redis.run(_ADD, _keys(self._redis, name), self._size, count, *entries)
+                lowest = await self._redis.run(_ADD, _redis_keys(self._redis, name), self._size, count, *entries)
             except RedisUnavailable as error:
-                log.debug("dropped new submissions of the sample of %s: %s", name, error)
+                log.debug("writing the traffic sample of %s failed; its new submissions are dropped: %s", name, error)
             else:
-                self._lowest[name] = float(lowest) if lowest else -math.inf
+                self._min_sort_keys[name] = float(lowest) if lowest else -math.inf
 
-    async def _work(self) -> None:
+    async def _flush_periodically(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_INTERVAL_S)
             try:
                 await self.flush()
             except Exception:
-                log.exception("writing the traffic sample failed; retrying in 1 s")
+                log.exception("writing the traffic sample failed; new submissions are left out of backtests")
 
 
-async def draw(redis: RedisClient, name: str, count: int) -> tuple[list[SampledSubmission], float | None]:
+async def draw_sample(redis: RedisClient, name: str, count: int) -> tuple[list[SampledSubmission], float | None]:
     """Up to `count` sampled submissions of a policy name, and its submissions per day (None: not known yet).
 
     Raises:
         RedisUnavailable: Redis does not answer.
     """
-    members, hours, now = await redis.run(_DRAW, _keys(redis, name), count)
+    members, hours, now = await redis.run(_DRAW, _redis_keys(redis, name), count)
     found = []
     for member in members:
         with suppress(ValidationError):
@@ -137,14 +137,14 @@ async def draw(redis: RedisClient, name: str, count: int) -> tuple[list[SampledS
     return found, sum(counted.values()) / elapsed_hours * _HOURS_PER_DAY if counted and elapsed_hours >= 1 else None
 
 
-def _key(at: float) -> float:
+def _make_sort_key(at: float) -> float:
     """A random key. The entries with the highest keys are a sample weighted by exp(-age), in any order of arrival.
 
     Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), in logarithms, with forward decay
     (Cormode et al., 2009).
     """
-    return at / _AGE_DECAY_S - math.log(random.expovariate(1.0) or 1e-300)
+    return at / _DECAY_S - math.log(random.expovariate(1.0) or 1e-300)
 
 
-def _keys(redis: RedisClient, name: str) -> list[str]:
+def _redis_keys(redis: RedisClient, name: str) -> list[str]:
     return [redis.key("sample", name), redis.key("seen", name)]

@@ -138,7 +138,7 @@ def test_activation_without_redis_succeeds_and_warns(sluice: Sluice, monkeypatch
     lines(sluice("publish", "shop.yaml", "--json"))
     run = sluice("activate", "shop@1", "--json")
     assert lines(run)[0]["to"] == 1
-    assert "workers will know within 5 s" in run.stderr
+    assert "running processes apply it within 5 s" in run.stderr
 
 
 def test_document_with_warnings_is_published(sluice: Sluice, tmp_path: Path) -> None:

@@ -443,7 +443,7 @@ async def test_lease_of_0_1_0_is_respected(client: Any, redis_cache: PolicyRedis
 
 async def test_traffic_sample_of_0_1_0_is_drawn(client: Any, redis_cache: PolicyRedisCache) -> None:
     await restore(client, f"{POLICIES}:sample:shop", f"{POLICIES}:seen:shop")
-    drawn, _ = await traffic_sample.draw(redis_cache, "shop", 10)
+    drawn, _ = await traffic_sample.draw_sample(redis_cache, "shop", 10)
     assert [(each.id, each.uri, each.version_id, each.tenant, each.at) for each in drawn] == [
         ("upl-1", "s3://uploads/upl-1.jpg", "v1", "shop", AT)
     ]

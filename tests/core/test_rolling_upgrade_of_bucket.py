@@ -90,7 +90,7 @@ def change_policies(registry: PolicyRegistry) -> None:
     registry.set_shadow("shop", Shadow(version=2, percent=12.5), who="ann")
     newest = registry.newest_change("shop")
     assert newest is not None
-    registry.trip("shop", 3, since=newest.rollout.since, who="sluice", why="block rate 0.8")
+    registry.trip("shop", 3, since_change=newest.rollout.since, who="sluice", why="block rate 0.8")
     registry.calibrate("shop", FITTED, who="ann")
     registry.calibrate("shop", PLATT, who="ann")
     registry.revert_calibration("shop", 1, "1f2e3d", who="ann")

@@ -23,7 +23,7 @@ _END_S: Final = 15.0
 _BEFORE_IT_LISTENS: Final = -signal.SIGTERM & 0xFF
 """The status of a member that got SIGTERM while Python was still importing."""
 
-_FAULTS: Final = (
+UNFORESEEN_FAILURES: Final = (
     "a defect of Sluice stopped message",
     "committing a transaction failed",
     "refreshing policies failed",
@@ -197,6 +197,6 @@ def _own_faults(log: Path) -> list[str]:
     return [
         f"{line} {then}"
         for line, then in itertools.pairwise([*lines, ""])
-        if any(words in line for words in _FAULTS)
+        if any(words in line for words in UNFORESEEN_FAILURES)
         or ("never retrieved" in line and any(f"/{package}/" in then for package in ("services", "pipelines")))
     ]

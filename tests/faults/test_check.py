@@ -10,9 +10,11 @@ import pytest
 from services.core.messages import DeadLetter, Timings, Verdict
 from services.streams.base import Message
 from tests.faults.check import Findings, check
+from tests.faults.fleet import UNFORESEEN_FAILURES
 from tests.faults.submissions import Deserved, Pictures, Submitted, submissions
 from tests.support.fake_guard import MODEL
 
+_ROOT = Path(__file__).parents[2]
 _NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
 
@@ -161,3 +163,10 @@ def _read(message: Message) -> Verdict:
 
 def _changed(message: Message, **fields: Any) -> Message:
     return dataclasses.replace(message, value=_read(message).model_copy(update=fields).model_dump_json().encode())
+
+
+@pytest.mark.parametrize("message", UNFORESEEN_FAILURES)
+def test_message_of_an_unforeseen_failure_is_logged_by_the_code(message: str) -> None:
+    sources = [path for folder in ("services", "pipelines") for path in (_ROOT / folder).rglob("*.py")]
+
+    assert any(f'"{message}' in path.read_text(encoding="utf-8") for path in sources)

@@ -154,8 +154,8 @@ async def test_older_announcement_is_ignored(filled: PolicyRegistry, shared: Pol
     async with PolicyCache(filled, shared, refresh_s=60) as cache:
         await cache.choose(submission())
         older, newer = filled.activate("default", 2, who="ann"), filled.activate("default", 1, who="ann")
-        cache.accept(newer)
-        cache.accept(older)
+        cache.apply_change(newer)
+        cache.apply_change(older)
         assert await version_of(cache) == 1
         await shared.publish_change("default", newer)
         await shared.publish_change("default", older)
@@ -309,7 +309,7 @@ async def test_tenant_gets_its_policy(filled: PolicyRegistry, shared: PolicyRedi
     async with PolicyCache(filled, shared, refresh_s=60) as cache:
         await cache.choose(submission(tenant="acme"))
         filled.publish(TenantsDocument.model_validate({"kind": "tenants", "tenants": {"acme": "shop"}}))
-        cache.accept(filled.activate("tenants", 1, who="ann"))
+        cache.apply_change(filled.activate("tenants", 1, who="ann"))
         for tenant, policy in {"acme": "shop", "default": "default", "nobody": "default"}.items():
             assert (await cache.choose(submission(tenant=tenant))).policy.identity.name == policy
         named = await cache.choose(submission("default@2", tenant="acme"))

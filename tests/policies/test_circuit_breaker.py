@@ -100,7 +100,7 @@ async def test_open_breaker_is_known_to_a_new_process_and_closed_by_an_activatio
     later, its_breaker = await members.join()
     p = await policy(later)
     assert judge(its_breaker, p, blocked=1, of=1) == [False]
-    cache.accept(members.registry.activate("default", 1, who="ann", why="it is a raid, block it"))
+    cache.apply_change(members.registry.activate("default", 1, who="ann", why="it is a raid, block it"))
     assert judge(breaker, by, blocked=1, of=1) == [True]
     await asyncio.sleep(0.6)
     assert not cache.is_tripped(by.identity), "what was counted before the decision is forgotten"
@@ -166,12 +166,12 @@ async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_
         await until(lambda: not breaker.allows(by, "block"))
         judge(breaker, by, blocked=0, of=500)
         if decided:
-            cache.accept(members.registry.activate("default", 1, who="ann", why="let it block"))
+            cache.apply_change(members.registry.activate("default", 1, who="ann", why="let it block"))
             await until(lambda: breaker.allows(by, "block"))
         breaker._service = PolicyService(members.registry, members.shared, policies=cache)
         if not decided:
             await until(lambda: cache.is_tripped(by.identity), within_s=10)
-            cache.accept(members.registry.activate("default", 1, who="ann"))
+            cache.apply_change(members.registry.activate("default", 1, who="ann"))
     actions = [change.action for change in members.registry.history("default")]
     assert actions == ["activate", "trip", "activate", "activate"]
 

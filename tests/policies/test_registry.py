@@ -85,10 +85,12 @@ def test_trip_is_written_once_and_only_for_the_same_rollout(registry: PolicyRegi
     registry.publish(BUILT_IN)
     since = registry.activate("default", 1, who="ann").rollout.since
     with ThreadPoolExecutor(8) as members:
-        trips = list(members.map(lambda _: registry.trip("default", 1, since=since, who="b", why="40 %"), range(8)))
+        trips = list(
+            members.map(lambda _: registry.trip("default", 1, since_change=since, who="b", why="40 %"), range(8))
+        )
     assert {change.number for change in trips} == {2}
     registry.activate("default", 1, who="ann", why="meant so")
-    assert registry.trip("default", 1, since=since, who="b", why="old counts").action == "activate"
+    assert registry.trip("default", 1, since_change=since, who="b", why="old counts").action == "activate"
     assert rollout(registry).tripped == frozenset()
 
 

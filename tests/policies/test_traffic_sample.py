@@ -9,7 +9,7 @@ from services.core.messages import Timings, Verdict
 from services.core.values import PolicyIdentity
 from services.policies import traffic_sample as sample_module
 from services.policies.redis_cache import PolicyRedisCache
-from services.policies.traffic_sample import TrafficSample, draw
+from services.policies.traffic_sample import TrafficSample, draw_sample
 
 
 @pytest.fixture
@@ -51,14 +51,14 @@ async def test_sample_is_bounded_and_holds_only_references(shared: PolicyRedisCa
         sample.add(verdict(number))
         if number % 100 == 99:
             await sample.flush()
-    found, per_day = await draw(shared, "default", 500)
+    found, per_day = await draw_sample(shared, "default", 500)
     assert len({one.id for one in found}) == 50
     assert per_day is None, "not known before an hour has passed"
     one = found[0].submission()
     assert (one.version_id, one.etag, one.tenant, one.priority) == ("v1", "e", "acme", "backfill")
     raw = await shared.client.zrange(shared.key("sample", "default"), 0, -1)
     assert not any(b"seen by nobody" in entry or b"u1" in entry for entry in raw)
-    assert (await draw(shared, "other", 10)) == ([], None)
+    assert (await draw_sample(shared, "other", 10)) == ([], None)
 
 
 async def test_old_submissions_are_less_likely_in_the_sample(
@@ -71,12 +71,12 @@ async def test_old_submissions_are_less_likely_in_the_sample(
         sample.add(verdict(number))
         if number % 250 == 249:
             await sample.flush()
-    found, _ = await draw(shared, "default", 400)
+    found, _ = await draw_sample(shared, "default", 400)
     early = sum(int(one.id.removeprefix("upl-")) < 1000 for one in found)
     assert 140 < early < 260, "half of 400, within six standard deviations"
     now += 7 * 86_400
     for number in range(2000, 2400):
         sample.add(verdict(number))
     await sample.flush()
-    found, _ = await draw(shared, "default", 400)
+    found, _ = await draw_sample(shared, "default", 400)
     assert sum(int(one.id.removeprefix("upl-")) >= 2000 for one in found) > 380

@@ -18,13 +18,12 @@ from services.gateway.problems import HttpProblem, parse_body
 from services.gateway.request_bodies import BodyReader, decode_json
 from services.policies.document_yaml import find_warnings, read_document
 from services.policies.reference import PolicyReference
-from services.policies.registry import PolicyRegistry, PolicySummary, StoredVersion
+from services.policies.registry import MAX_VERSION, PolicyRegistry, PolicySummary, StoredVersion
 from services.policies.rollout import Change
 from services.policies.service import PolicyService
 from services.policies.tenants import Document
 
 PATH: Final = "/v1/policies"
-_MAX_VERSION: Final = 99_999_999
 _EXAMPLE: Final = {"name": "shop", "categories": {"O6": "waive"}, "thresholds": {"review": 0.4, "block": 0.8}}
 _DOCUMENT_CONTENT: Final = {
     "application/yaml": {"schema": {"type": "string"}, "example": "name: shop\ncategories: {O6: waive}\n"},
@@ -60,7 +59,7 @@ class Activation(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"version": 1, "why": "evaluation passed"}]}
     )
 
-    version: Annotated[int, Field(ge=1, le=_MAX_VERSION)]
+    version: Annotated[int, Field(ge=1, le=MAX_VERSION)]
     why: Annotated[str, Field(max_length=2000)] = ""
 
 
@@ -73,7 +72,7 @@ class Rollback(BaseModel):
 
 
 class HistoryEntry(BaseModel):
-    """One change of a policy's roll-out."""
+    """One change of a policy's rollout."""
 
     name: str
     number: int
@@ -127,7 +126,7 @@ def build_router(
     @routes.get(
         "/{name}/history",
         response_model=list[HistoryEntry],
-        summary="List all changes of a policy's roll-out, oldest first",
+        summary="List all changes of a policy's rollout, oldest first",
     )
     async def history(name: str, _: Reviewer) -> Response:
         changes = await _translate_errors(asyncio.to_thread(registry.history, name))
@@ -188,10 +187,10 @@ async def _read_document(data: bytes) -> Document:
 
 
 async def _change(work: Awaitable[Change]) -> Change:
-    """Wait for a change of a roll-out.
+    """Wait for a change of a rollout.
 
     Raises:
-        HttpProblem: the roll-out does not allow the change.
+        HttpProblem: the rollout does not allow the change.
     """
     try:
         return await work
