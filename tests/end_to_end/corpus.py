@@ -1,4 +1,4 @@
-"""What an outside client submits, and how each submission has to end, by the words of README.md alone."""
+"""The submissions of an outside client, and the outcome that the documentation promises for each."""
 
 import io
 import json
@@ -22,7 +22,7 @@ UPLOADS = "uploads"
 
 @dataclass(frozen=True)
 class Case:
-    """One message and the one end that it must have."""
+    """One message, and its outcome."""
 
     submission_id: str | None
     value: bytes
@@ -31,7 +31,7 @@ class Case:
     key: bytes | None = None
     headers: dict[str, bytes] = field(default_factory=dict)
     rating: str | None = None
-    """For a verdict, what was drawn."""
+    """The rating of the drawing, if the outcome is a verdict."""
 
 
 def _save(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -64,7 +64,10 @@ ENCODERS: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 def images(count: int, put: Callable[[str, bytes], str]) -> Iterator[Case]:
-    """`count` drawn images in every format, under names and content types that lie. `put` returns the ETag."""
+    """Submissions of `count` drawn images in every format, with wrong extensions and content types.
+
+    `put` uploads an object and returns its ETag.
+    """
     for number, kind in zip(range(count), cycle(ENCODERS), strict=False):
         sample = draw(50_000 + number)
         key = f"bild {number:03d}ä.{'txt' if number % 3 else 'jpg'}"
@@ -121,7 +124,7 @@ def events(put: Callable[[str, bytes], str]) -> Iterator[Case]:
 
 
 def bad_input(put: Callable[[str, bytes], str]) -> Iterator[Case]:
-    """Every row of README's table of bad input that a client can cause."""
+    """Every kind of invalid submission that the documentation lists and a client can cause."""
     picture = _save(draw(2).image, "JPEG")
     uri = f"s3://{UPLOADS}/fine.jpg"
     put("fine.jpg", picture)
@@ -158,11 +161,11 @@ def bad_input(put: Callable[[str, bytes], str]) -> Iterator[Case]:
 
 
 IMAGE_LIMIT_BYTES = 2 << 20
-"""What the service is told, so that `heavy` is too heavy."""
+"""The setting of the service. The image `heavy` is larger."""
 
 
 def _png_bomb(side: int) -> bytes:
-    """A black square of side x side pixels in a few hundred kilobytes."""
+    """A black square of side x side pixels, compressed to a few hundred kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

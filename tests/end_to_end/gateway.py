@@ -1,4 +1,4 @@
-"""The gateway of a running service: OpenAI's client by its base URL alone, and the native way, judged by the engine."""
+"""Checks the gateway of a running service: with OpenAI's client, and with the API of Sluice."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ VIOLENCE = CATEGORIES[1]
 
 
 def check_gateway(settings: dict[str, str], verdict_schema: dict[str, Any]) -> None:
-    """What an outside client finds with nothing but .sluice/env."""
+    """Judge images by the URL and the key in .sluice/env."""
     url, key = settings["SLUICE_GATEWAY_URL"], settings["SLUICE_API_KEY"]
     violent, harmless = draw(4711, VIOLENCE).jpeg, draw(4712).jpeg
 
