@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from services.core.processes import SupervisedProcess
-from tests.end_to_end.outside import SLUICE
 from tests.support.annotation_service import assessment
+from tests.support.command_line import SLUICE
 from tests.support.data_set_images import picture, tar
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

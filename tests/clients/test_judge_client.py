@@ -17,7 +17,7 @@ from services.core.messages import Submission, Verdict
 from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
 from services.policies.document import BUILT_IN
-from tests.end_to_end.outside import SLUICE
+from tests.support.command_line import SLUICE
 
 pytestmark = pytest.mark.ray
 
