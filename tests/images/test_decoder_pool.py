@@ -154,12 +154,13 @@ async def test_close_fails_running_images_and_leaves_no_process(decoders: Path) 
     misbehave(decoders, "time.sleep(60)")
     preparer = DecoderPool(make_settings(), 512)
     running = [asyncio.create_task(preparer.prepare(BAD)) for _ in range(6)]
-    await asyncio.sleep(2)
-    workers = workers_of(os.getpid())
+    async with asyncio.timeout(30):
+        while len(workers := workers_of(os.getpid())) < 2:  # noqa: ASYNC110 - the pool tells nobody of a start
+            await asyncio.sleep(0.05)
     assert len(workers) == 2
     preparer.close()
     preparer.close()
-    results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 5)
+    results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 30)
     assert [type(result) for result in results] == [Unavailable] * 6
     assert are_gone(workers, within_s=5)
     with pytest.raises(Unavailable):

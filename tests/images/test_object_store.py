@@ -271,10 +271,16 @@ async def test_slow_server_holds_no_thread_after_the_deadline(behaviour: Callabl
 
 
 async def test_cancelled_read_frees_its_thread() -> None:
-    with http_server(hangs_in_the_body) as endpoint:
-        store = make_store(endpoint, fetch_deadline_s=30, in_flight=1)
+    requested = threading.Event()
+
+    def hang_after_the_request(connection: socket.socket) -> None:
+        requested.set()
+        hangs_in_the_body(connection)
+
+    with http_server(hang_after_the_request) as endpoint:
+        store = make_store(endpoint, fetch_deadline_s=60, in_flight=1)
         reading = asyncio.create_task(read(store, reference("x")))
-        await asyncio.sleep(0.5)
+        assert await asyncio.to_thread(requested.wait, 30)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading

@@ -1,18 +1,13 @@
 """Which version a submission gets, from the local copies, Redis and the bucket, whichever of them is there."""
 
 import asyncio
-import time
 import uuid
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
-from botocore.config import Config
 
 from services.core.errors import PolicyUnavailable, RedisUnavailable, UnknownPolicy
 from services.core.messages import Submission
@@ -22,34 +17,12 @@ from services.policies.cache import PolicyCache
 from services.policies.document import BUILT_IN, PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
-from services.policies.rollout import Canary, Change, Shadow
+from services.policies.rollout import Canary, Shadow
 from services.policies.tenants import TenantsDocument
+from tests.support.policies import CountingRegistry, becomes, unreachable, wait_for_listeners
 from tests.support.servers import Valkey
 
 WAIVED = PolicyDocument.model_validate({"name": "default", "categories": {"O9": "waive"}})
-
-
-class Counting(PolicyRegistry):
-    """Counts what is read from the bucket."""
-
-    def __init__(self, registry: PolicyRegistry, pause_s: float = 0.0) -> None:
-        super().__init__(registry.objects.client, registry.bucket)
-        self.reads = Counter[str]()
-        self._pause_s = pause_s
-
-    def get(self, name: str, version: int) -> StoredVersion:
-        self.reads[f"{name}@{version}"] += 1
-        time.sleep(self._pause_s)
-        return super().get(name, version)
-
-    def newest_change(self, name: str) -> Change | None:
-        self.reads[name] += 1
-        return super().newest_change(name)
-
-
-def unreachable() -> PolicyRegistry:
-    config = Config(connect_timeout=0.2, retries={"max_attempts": 0})
-    return PolicyRegistry(boto3.client("s3", endpoint_url="http://127.0.0.1:9", config=config), "policies")
 
 
 def submission(policy: str = "default", id_: str = "upl-1", tenant: str = "default") -> Submission:
@@ -58,13 +31,6 @@ def submission(policy: str = "default", id_: str = "upl-1", tenant: str = "defau
 
 async def version_of(cache: PolicyCache, *args: str, **kwargs: str) -> int:
     return (await cache.choose(submission(*args, **kwargs))).policy.identity.version
-
-
-async def becomes(expected: Any, look: Callable[[], Any], within_s: float = 5.0) -> None:
-    deadline = time.monotonic() + within_s
-    while (found := await look()) != expected:
-        assert time.monotonic() < deadline, f"{found} instead of {expected}"
-        await asyncio.sleep(0.01)
 
 
 @contextmanager
@@ -122,7 +88,7 @@ async def test_unknown_reference_is_rejected(filled: PolicyRegistry, shared: Pol
 
 
 async def test_unknown_policy_is_read_once_a_second(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
-    counting = Counting(filled)
+    counting = CountingRegistry(filled)
     async with PolicyCache(counting, shared) as cache:
         for _ in range(50):
             for reference in ("absent", "default@9"):
@@ -132,7 +98,7 @@ async def test_unknown_policy_is_read_once_a_second(filled: PolicyRegistry, shar
 
 
 async def test_known_policy_needs_no_read(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
-    counting = Counting(filled)
+    counting = CountingRegistry(filled)
     async with PolicyCache(counting, shared, refresh_s=60) as cache:
         await cache.choose(submission())
         before = counting.reads.copy()
@@ -145,9 +111,9 @@ async def test_announced_change_reaches_every_process(filled: PolicyRegistry, sh
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(filled, shared, refresh_s=60)) for _ in range(4)]
         assert [await version_of(cache) for cache in caches] == [1] * 4
-        await asyncio.sleep(0.3)
+        await wait_for_listeners(shared, 4)
         await shared.publish_change("default", filled.activate("default", 2, who="ann"))
-        await becomes([2] * 4, lambda: asyncio.gather(*map(version_of, caches)), within_s=1)
+        await becomes([2] * 4, lambda: asyncio.gather(*map(version_of, caches)))
 
 
 async def test_older_announcement_is_ignored(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
@@ -181,7 +147,8 @@ async def test_unannounced_change_is_found_by_the_refresh(filled: PolicyRegistry
 async def test_redis_copy_is_used_while_the_bucket_is_down(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
     async with PolicyCache(filled, shared) as cache:
         await cache.choose(submission())
-    await asyncio.sleep(1.1)  # by now the copy has to be compared with the bucket again
+    for name in ("default", "tenants"):  # so old that they have to be compared with the bucket again
+        await shared.client.hset(shared.key("rollout", name), "checked_ms", 0)
     async with PolicyCache(unreachable(), shared, refresh_s=1) as later:
         assert await version_of(later) == 1
         with pytest.raises(PolicyUnavailable):
@@ -198,8 +165,13 @@ async def test_bucket_is_used_while_redis_is_down_and_local_copies_while_both_ar
             valkey.kill()
             filled.activate("default", 2, who="ann")
             await becomes(2, lambda: version_of(cache))
-            cache._registry = unreachable()
-            await asyncio.sleep(1)
+            broken = CountingRegistry(unreachable())
+            cache._registry = broken
+
+            async def refreshed_twice() -> bool:
+                return broken.reads["default"] >= 2
+
+            await becomes(True, refreshed_twice)
             assert await version_of(cache) == 2
             with pytest.raises(PolicyUnavailable):
                 await cache.choose(submission("default@3"))
@@ -209,16 +181,23 @@ async def test_bucket_is_used_while_redis_is_down_and_local_copies_while_both_ar
         await shared.close()
 
 
-async def test_changes_are_received_after_a_restart_of_redis(filled: PolicyRegistry, tmp_path: Path) -> None:
+async def test_changes_are_received_after_a_restart_of_redis(
+    filled: PolicyRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with running_valkey(tmp_path) as valkey:
         shared = PolicyRedisCache(valkey.url, "policies")
         async with PolicyCache(filled, shared, refresh_s=60) as cache:
             assert await version_of(cache) == 1
             valkey.kill()
             filled.activate("default", 2, who="ann")
-            await asyncio.sleep(0.3)
+
+            async def outage_noticed() -> bool:
+                return "Redis is down" in caplog.text
+
+            await becomes(True, outage_noticed)
             valkey.start()
             await becomes(2, lambda: version_of(cache))
+            await wait_for_listeners(shared, 1)
             change = filled.activate("default", 1, who="ann")
             await shared.publish_change("default", change)
             await becomes(1, lambda: version_of(cache))
@@ -254,7 +233,7 @@ async def test_processes_that_start_at_once_read_the_bucket_once(
     # A slow machine is no reason to read again: no copy gets old, no lease ends and no answer is late in this test.
     monkeypatch.setattr(redis_cache, "_LEASE_MS", 60_000)
     monkeypatch.setattr(policy_cache, "_LEASE_WAIT_S", 60.0)
-    counting, bucket = Counting(filled, pause_s=0.2), uuid.uuid4().hex
+    counting, bucket = CountingRegistry(filled, pause_s=0.2), uuid.uuid4().hex
     copies = [PolicyRedisCache(valkey_url, bucket, timeout_s=60) for _ in range(64)]
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(counting, shared, refresh_s=60)) for shared in copies]
@@ -268,7 +247,7 @@ async def test_process_that_gets_the_lease_late_takes_the_copy(
     filled: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its look for a copy and its lease, another process reads the bucket and releases the lease."""
-    counting, bucket = Counting(filled), uuid.uuid4().hex
+    counting, bucket = CountingRegistry(filled), uuid.uuid4().hex
     slow, quick = PolicyRedisCache(valkey_url, bucket), PolicyRedisCache(valkey_url, bucket)
     lease = slow.lease
     overtaken: set[str] = set()

@@ -18,7 +18,7 @@ from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary
 from services.policies.service import PolicyService
-from tests.policies.test_cache import unreachable
+from tests.support.policies import becomes, unreachable
 from tests.support.servers import Valkey
 
 GUARDED = PolicyDocument.model_validate(
@@ -54,11 +54,22 @@ def judge(breaker: CircuitBreaker, by: Policy, *, blocked: int, of: int) -> list
     return [breaker.allows(by, "block" if n < blocked else "allow") for n in range(of)]
 
 
-async def until(true: Callable[[], bool], within_s: float = 5) -> None:
+async def until(true: Callable[[], bool], within_s: float = 30) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+
+
+async def wait_for_counts(members: Members, judged: int, since: int) -> None:
+    """Wait until the processes have counted so many verdicts of version 1 in Redis after the change `since`."""
+
+    async def counted() -> int:
+        assert members.shared is not None
+        counts = await members.shared.client.hgetall(members.shared.key("block-rate", "default@1", str(since)))
+        return sum(int(count) for name, count in counts.items() if name.endswith(b":judged"))
+
+    await becomes(judged, counted)
 
 
 @pytest.fixture
@@ -87,9 +98,11 @@ async def test_blocks_of_all_processes_trip_every_process(members: Members) -> N
 async def test_block_rate_inside_the_band_does_not_trip(members: Members) -> None:
     cache, breaker = await members.join()
     by = await policy(cache)
-    for _ in range(5):
+    for number in range(1, 6):
         assert all(judge(breaker, by, blocked=5, of=20))
-        await asyncio.sleep(0.3)
+        await wait_for_counts(members, 20 * number, since=1)
+    assert all(judge(breaker, by, blocked=0, of=1))
+    await wait_for_counts(members, 101, since=1)  # so the check of the counts before has ended
     assert not cache.is_tripped(by.identity)
 
 
@@ -100,10 +113,13 @@ async def test_open_breaker_is_known_to_a_new_process_and_closed_by_an_activatio
     later, its_breaker = await members.join()
     p = await policy(later)
     assert judge(its_breaker, p, blocked=1, of=1) == [False]
-    cache.apply_change(members.registry.activate("default", 1, who="ann", why="it is a raid, block it"))
-    assert judge(breaker, by, blocked=1, of=1) == [True]
-    await asyncio.sleep(0.6)
-    assert not cache.is_tripped(by.identity), "what was counted before the decision is forgotten"
+    await wait_for_counts(members, 31, since=1)
+    activation = members.registry.activate("default", 1, who="ann", why="it is a raid, block it")
+    cache.apply_change(activation)
+    for number in (1, 2):  # when the second one is counted, the check of the first one has ended
+        assert judge(breaker, by, blocked=1, of=1) == [True]
+        await wait_for_counts(members, number, since=activation.number)
+    assert not cache.is_tripped(by.identity), "verdicts before the activation must not count"
 
 
 async def test_tripped_canary_ends(members: Members) -> None:
@@ -132,7 +148,7 @@ async def test_breaker_trips_while_redis_and_the_bucket_are_down(registry: Polic
         judge(breaker, by, blocked=30, of=30)
         await until(lambda: not breaker.allows(by, "block"))
         breaker._service = PolicyService(registry, members.shared, policies=cache)
-        await until(lambda: cache.is_tripped(by.identity), within_s=10)
+        await until(lambda: cache.is_tripped(by.identity), within_s=30)
     finally:
         valkey.kill()
         await members.close()
@@ -170,7 +186,7 @@ async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_
             await until(lambda: breaker.allows(by, "block"))
         breaker._service = PolicyService(members.registry, members.shared, policies=cache)
         if not decided:
-            await until(lambda: cache.is_tripped(by.identity), within_s=10)
+            await until(lambda: cache.is_tripped(by.identity), within_s=30)
             cache.apply_change(members.registry.activate("default", 1, who="ann"))
     actions = [change.action for change in members.registry.history("default")]
     assert actions == ["activate", "trip", "activate", "activate"]

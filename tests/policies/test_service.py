@@ -1,7 +1,5 @@
 """The policy service: every change is written and told, and stands even where it cannot be told."""
 
-import asyncio
-import time
 import uuid
 
 import pytest
@@ -14,6 +12,7 @@ from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary
 from services.policies.service import PolicyService
+from tests.support.policies import becomes, wait_for_listeners
 
 DOCUMENT = PolicyDocument(name="default")
 
@@ -31,12 +30,9 @@ async def test_change_reaches_another_process_before_its_refresh(registry: Polic
     await service.activate("default", 1, who="ann")
     async with PolicyCache(registry, PolicyRedisCache(valkey_url, registry.bucket), refresh_s=600) as other:
         assert await version_of(other) == 1
-        await asyncio.sleep(0.3)  # until it listens
+        await wait_for_listeners(redis_cache, 1)
         await service.set_canary("default", Canary(version=2, percent=0, tenants=frozenset({"beta"})), who="ann")
-        deadline = time.monotonic() + 5
-        while await version_of(other, "beta") != 2:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.02)
+        await becomes(2, lambda: version_of(other, "beta"))
         assert await version_of(other) == 1
     stored = await redis_cache.version("default", 2)
     assert stored is not None

@@ -168,17 +168,21 @@ async def test_aborted_messages_are_skipped_and_markers_are_no_lag(streams: Stre
 
 @BOTH_DELIVERIES
 async def test_full_buffer_pauses_and_resumes(streams: Streams) -> None:
-    member = await streams.member(in_flight=5)
+    member: Any = await streams.member(in_flight=5)
     numbers = [str(number) for number in range(100)]
     await streams.submit(*numbers)
     received = await collect(member, 1)
-    await asyncio.sleep(0.5)  # the poll thread goes on without us
+
+    async def paused() -> bool:
+        return bool(member._consumer.paused())
+
+    await eventually(paused)
     received += await collect(member, 99)
     assert values(received) == numbers
     await settle_in_order(member, *((message, []) for message in reversed(received)))
 
     async def nothing_waits() -> bool:
-        return (await member.lag()).total == 0
+        return bool((await member.lag()).total == 0)
 
     await eventually(nothing_waits)
 
