@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import ImageRow, PlannedImage
-from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, annotation_columns, with_extras
+from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, add_extras, make_annotation
 from services.core.errors import Changed, Forbidden, NotFound, Unjudgeable
 from services.core.messages import Verdict, make_verdict_id
 from services.core.retry import retry_while_unavailable
@@ -47,7 +47,7 @@ class ChunkJudge:
 
     async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:
         """The annotations of a chunk: one for each of its rows, in the same order."""
-        annotations = ParquetBuffer(with_extras(ANNOTATION, extras))
+        annotations = ParquetBuffer(add_extras(ANNOTATION, extras))
         cached: dict[int, _CachedAnswer] = {}
         for table in planned:
             annotations.add(await self._judge_table(table, extras, cached))
@@ -62,7 +62,7 @@ class ChunkJudge:
             judging = [tasks.create_task(self._judge_duplicates(first, same, cached)) for first, same in groups.items()]
         annotations = [columns for task in judging for columns in task.result()]
         annotations.sort(key=lambda columns: int(columns["row"]))
-        return pa.Table.from_pylist(annotations, with_extras(ANNOTATION, extras))
+        return pa.Table.from_pylist(annotations, add_extras(ANNOTATION, extras))
 
     async def _judge_duplicates(
         self, first: int, same: Sequence[PlannedImage], cached: dict[int, _CachedAnswer]
@@ -79,7 +79,7 @@ class ChunkJudge:
                 answer, is_shared = await self._judge(image)
                 if is_shared:
                     cached[first] = _CachedAnswer(planned.row, answer)
-            annotations.append(annotation_columns(planned, answer, duplicate_of))
+            annotations.append(make_annotation(planned, answer, duplicate_of))
         return annotations
 
     async def _judge(self, image: ImageRow) -> tuple[Verdict | Failure, bool]:

@@ -16,7 +16,7 @@ from typing import Final, Self
 import pyarrow as pa
 
 from pipelines.annotation.image_row import PLAN, ImageRow, PlannedImage
-from pipelines.annotation.schema import BATCH_ROWS, ParquetBuffer, to_parquet, with_extras
+from pipelines.annotation.schema import BATCH_ROWS, ParquetBuffer, add_extras, to_parquet
 from services.core.temporary_database import open_temporary_database
 
 _CACHE_KIB: Final = 65_536
@@ -58,7 +58,7 @@ def plan_chunks(
         write: writes a file of the plan.
         per_chunk: rows of a chunk; None to choose them by the number of rows.
     """
-    schema = with_extras(PLAN, extras)
+    schema = add_extras(PLAN, extras)
     with _DigestDatabase() as digests:
         rows = unreadable = 0
         for table in read_index():

@@ -14,7 +14,7 @@ from pipelines.annotation.filters import Filter
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import ImageRow
 from pipelines.annotation.reader import list_partition_files, read_annotations
-from pipelines.annotation.schema import image_row_of, to_parquet
+from pipelines.annotation.schema import to_image_row, to_parquet
 from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, Unjudgeable
 from services.core.retry import retry_while_unavailable
@@ -152,7 +152,7 @@ async def _with_bytes(
 
     async def read(annotation: Mapping[str, Any]) -> bytes | None:
         try:
-            return await retry_while_unavailable(lambda: _read(image_row_of(annotation), images))
+            return await retry_while_unavailable(lambda: _read(to_image_row(annotation), images))
         except Unjudgeable:
             return None
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.annotation.image_row import FileLocation, ImageRow
-from pipelines.annotation.sources.discover import AnnotationSource, bucket_of
+from pipelines.annotation.sources.discover import AnnotationSource, find_bucket
 from pipelines.annotation.storage import local_path, open_folder, open_local
 from services.core.errors import Changed, NotAnImage, TooLarge
 from services.core.messages import ObjectReference
@@ -25,7 +25,7 @@ class ImageReader:
     """Opens the images of rows. For use from one event loop; close it when done."""
 
     def __init__(self, settings: Settings, source: AnnotationSource) -> None:
-        named = bucket_of(source.folder_uri)
+        named = find_bucket(source.folder_uri)
         # The bucket named on the command line may be read. A list of references adds none to SLUICE_S3_BUCKETS.
         own = {named} if named and source.kind != "references" else set[str]()
         self._settings = settings

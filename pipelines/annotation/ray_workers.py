@@ -22,7 +22,7 @@ from pipelines.clients.ray import (
     guard_gpus,
     last_line,
     own_error,
-    silent,
+    silence_stderr,
     start_local_cluster,
     start_serve,
     wait_until_running,
@@ -80,7 +80,7 @@ def join_cluster(settings: Settings, progress: Progress) -> Iterator[None]:
     if address in NO_CLUSTER:
         progress("starting Ray on this machine")
         kill_descendants_on_exit()
-        with silent():
+        with silence_stderr():
             start_local_cluster()
     else:
         connect_to_cluster(address)

@@ -21,10 +21,10 @@ from pipelines.annotation.reader import list_partition_files, read_annotations
 from pipelines.annotation.sources.discover import (
     AnnotationSource,
     SourceShard,
-    extra_fields,
     find_source,
     is_local,
     list_shards,
+    read_extra_fields,
 )
 from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, RunState
 from pipelines.annotation.storage import local_path, open_folder
@@ -183,7 +183,7 @@ class _Run:
                         stage.add(len(shard.names))
                         yield shard
 
-                listing = self.state.save_listing(counted(), extra_fields(self.source, self.settings))
+                listing = self.state.save_listing(counted(), read_extra_fields(self.source, self.settings))
         if listing.shards == 0:
             raise ConfigurationError(f"there is nothing to annotate at {self.source.uri}: all files are empty")
         return listing

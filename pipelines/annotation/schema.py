@@ -68,7 +68,7 @@ BATCH_ROWS: Final = 5_000
 """Rows in memory at a time. One chunk has all duplicates of an image, and their number has no limit."""
 
 
-def with_extras(schema: pa.Schema, extras: pa.Schema) -> pa.Schema:
+def add_extras(schema: pa.Schema, extras: pa.Schema) -> pa.Schema:
     """The schema, followed by the source's own columns."""
     return pa.schema([*schema, *extras])
 
@@ -112,7 +112,7 @@ class Failure(NamedTuple):
     detail: str
 
 
-def annotation_columns(planned: PlannedImage, answer: Verdict | Failure, duplicate_of: int | None) -> dict[str, Any]:
+def make_annotation(planned: PlannedImage, answer: Verdict | Failure, duplicate_of: int | None) -> dict[str, Any]:
     """The values of the columns of an annotation. `duplicate_of` is the row whose answer is reused, if there is one."""
     image = planned.image
     columns = planned.to_columns()
@@ -132,7 +132,7 @@ def annotation_columns(planned: PlannedImage, answer: Verdict | Failure, duplica
     }
 
 
-def image_row_of(annotation: Mapping[str, Any]) -> ImageRow:
+def to_image_row(annotation: Mapping[str, Any]) -> ImageRow:
     """The image that an annotation is about, to read it again."""
     place = annotation["place"]
     return ImageRow(

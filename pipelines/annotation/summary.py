@@ -58,7 +58,7 @@ class SummaryCounts:
         }
 
 
-def summary_lines(summary: dict[str, Any], curated: CuratedSet | None) -> list[str]:
+def format_summary(summary: dict[str, Any], curated: CuratedSet | None) -> list[str]:
     """The counts as lines for a terminal, and the size of the curated set if there is one."""
     counted = [
         (name, value, rows)
@@ -71,7 +71,7 @@ def summary_lines(summary: dict[str, Any], curated: CuratedSet | None) -> list[s
     return [f"{name:<9} {value:<42} {rows:>12,}" for name, value, rows in counted]
 
 
-def with_curated(summary: dict[str, Any], curated: CuratedSet | None) -> dict[str, Any]:
+def add_curated(summary: dict[str, Any], curated: CuratedSet | None) -> dict[str, Any]:
     """The summary with the size of the curated set, if there is one."""
     if not curated:
         return summary

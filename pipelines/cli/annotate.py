@@ -96,8 +96,8 @@ def annotate(
         print_progress("stopped; the same command resumes the run")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(summaries.with_curated(summary, kept)))
+        typer.echo(json.dumps(summaries.add_curated(summary, kept)))
         return
-    typer.echo("\n".join(summaries.summary_lines(summary, kept)))
+    typer.echo("\n".join(summaries.format_summary(summary, kept)))
     if kept and kept.lost:
         print_progress(f"{kept.lost} images could not be read any more and are not in the curated set")

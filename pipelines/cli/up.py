@@ -19,12 +19,12 @@ def up(
     ] = False,
 ) -> None:
     """Run the service in the foreground until SIGINT or SIGTERM, then drain it."""
-    from pipelines.local.up import ShutdownRequested, running_service
+    from pipelines.local.up import ShutdownRequested, run_service
 
     progress = TimedProgress()
     try:
         with (
-            running_service(embed=embedded, progress=progress) as (settings, variables),
+            run_service(embed=embedded, progress=progress) as (settings, variables),
             env_file_written(settings, variables),
         ):
             progress(f"ready: reading {settings.submissions_stream}; other commands in this folder find the service")

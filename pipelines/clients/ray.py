@@ -43,7 +43,7 @@ def connect_to_cluster(address: str) -> None:
             f"no Ray cluster answers at SLUICE_RAY_ADDRESS ({address}); start it, or unset it to use this machine alone"
         )
     try:
-        with silent():
+        with silence_stderr():
             ray.init(address, **_QUIET)
     except Exception as error:  # noqa: BLE001 - Ray's errors have no common class
         raise ConfigurationError(f"the Ray cluster at {address} {join_failure(error)}") from None
@@ -61,7 +61,7 @@ def join_failure(error: BaseException) -> str:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silence_stderr() -> Iterator[None]:
     """Discard what Ray's native library writes to stderr. For the main thread, and for short blocks only."""
     sys.stderr.flush()
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -97,12 +97,12 @@ async def print_verdicts(
             except ValidationError:
                 progress(f"{message.source} is not a verdict; skipped")
             else:
-                write(message.value.decode() if as_json else one_line(verdict))
+                write(message.value.decode() if as_json else format_verdict(verdict))
     finally:
         await reader.close()
 
 
-def one_line(verdict: Verdict) -> str:
+def format_verdict(verdict: Verdict) -> str:
     """A verdict as one readable line: action, score, category, policy version, submission."""
     score = "   -" if verdict.score is None else f"{verdict.score:.2f}"
     policy = f"{verdict.policy.name}@{verdict.policy.version}" if verdict.policy else "-"

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, ratio
-from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, JudgedRows, rates_by_kind
+from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, JudgedRows, compute_rates_by_kind
 from pipelines.evaluation.results import AdaptiveColumns, PerturbedColumns
 
 _NO_PAIRS: Final = "no row was judged both ways with answers that could be read"
@@ -94,7 +94,7 @@ def compare_adaptive(
         same_rating=same_rating,
         same_action=same_action,
         missed=missed,
-        balanced_accuracy=rates_by_kind(judged, bootstrap)["all"].balanced_accuracy,
+        balanced_accuracy=compute_rates_by_kind(judged, bootstrap)["all"].balanced_accuracy,
     )
 
 

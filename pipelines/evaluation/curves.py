@@ -87,7 +87,7 @@ class Ranking:
         return np.array([np.trapezoid(recall, fall_out), np.sum(steps[steps > 0] * precision[steps > 0])])
 
 
-def curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple[Curve, Curve]:
+def compute_curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple[Curve, Curve]:
     """The ROC curve (fall-out, recall) and the precision-recall curve; the latter's area is the average precision."""
     if not 0 < unsafe.sum() < len(unsafe):
         undefined = Curve(x=(), y=(), area=Figure(value=None, undefined=_ONE_CLASS))
@@ -101,7 +101,7 @@ def curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple[Curve, 
     )
 
 
-def calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> CalibrationFigures:
+def measure_calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> CalibrationFigures:
     """The calibration error over `BINS` bins of equal width, and the bins."""
     places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
     squared = (score - unsafe) ** 2
@@ -143,7 +143,7 @@ def expected_calibration_error(unsafe: Floats, score: Floats) -> float:
     return float(np.abs(differences).sum() / len(score))
 
 
-def threshold_table(
+def compute_threshold_costs(
     unsafe: Floats, score: Floats, bootstrap: Bootstrap, thresholds: Sequence[float], prevalence: float | None = None
 ) -> list[ThresholdCost]:
     """The cost of each threshold, in rising order.

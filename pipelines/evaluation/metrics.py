@@ -99,7 +99,7 @@ class CategoryRates(_FrozenModel):
     """The share of all rows judged Unsafe with this category that are labelled with it."""
 
 
-def rates_by_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str, ConfusionRates]:
+def compute_rates_by_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str, ConfusionRates]:
     """The rates of all rows, and of each kind that occurs."""
     cells = (judged.kind.astype(np.int64) * 2 + judged.expected) * 3 + judged.predicted
 
@@ -114,7 +114,7 @@ def rates_by_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str, Confusi
     return {name: rates for name, rates in found.items() if rates.rows or name == "all"}
 
 
-def policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Figure:
+def compute_policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Figure:
     """The policy exception rate over all categories."""
     waived = (judged.kind == VIOLATION_WAIVED) & (judged.predicted != INVALID)
     safe = waived & (judged.predicted == SAFE)
@@ -127,7 +127,7 @@ def policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Figure:
     )
 
 
-def rates_by_category(judged: JudgedRows, names: Sequence[str], bootstrap: Bootstrap) -> list[CategoryRates]:
+def compute_rates_by_category(judged: JudgedRows, names: Sequence[str], bootstrap: Bootstrap) -> list[CategoryRates]:
     """An entry for each category that a label has, in the order of `names`."""
     shares, size = _category_shares(judged), len(names)
 

@@ -18,9 +18,9 @@ from pipelines.evaluation.comparisons import (
 from pipelines.evaluation.metrics import (
     CategoryRates,
     ConfusionRates,
-    policy_exception_rate,
-    rates_by_category,
-    rates_by_kind,
+    compute_policy_exception_rate,
+    compute_rates_by_category,
+    compute_rates_by_kind,
 )
 from pipelines.evaluation.results import STEPS, ResultColumns
 from pipelines.reporting.statistics import CONFIDENCE
@@ -107,7 +107,7 @@ def build_report(
     scored = rows.where(np.isfinite(rows.score))
     score_bootstrap = Bootstrap(renumber_images(scored.image), seed=seed, resamples=resamples)
     unsafe, score = scored.expected.astype(np.float64), scored.score
-    roc, precision_recall = curves.curves(unsafe, score, score_bootstrap)
+    roc, precision_recall = curves.compute_curves(unsafe, score, score_bootstrap)
     thresholds = (*THRESHOLDS, *policy_thresholds)
     adaptive = columns.adaptive()
     return EvaluationReport(
@@ -125,13 +125,13 @@ def build_report(
         seed=seed,
         bins=curves.BINS,
         prevalence=prevalence,
-        rates=rates_by_kind(rows, bootstrap),
-        per=policy_exception_rate(rows, bootstrap),
-        categories=tuple(rates_by_category(rows, columns.names, bootstrap)),
+        rates=compute_rates_by_kind(rows, bootstrap),
+        per=compute_policy_exception_rate(rows, bootstrap),
+        categories=tuple(compute_rates_by_category(rows, columns.names, bootstrap)),
         roc=roc,
         precision_recall=precision_recall,
-        calibration=curves.calibration(unsafe, score, score_bootstrap),
-        thresholds=tuple(curves.threshold_table(unsafe, score, score_bootstrap, thresholds, prevalence)),
+        calibration=curves.measure_calibration(unsafe, score, score_bootstrap),
+        thresholds=tuple(curves.compute_threshold_costs(unsafe, score, score_bootstrap, thresholds, prevalence)),
         policy_thresholds=policy_thresholds,
         latency=tuple(_latency(step, columns.latency(step), bootstrap) for step in STEPS),
         adaptive=compare_adaptive(rows, columns.actions(), adaptive, seed, resamples) if len(adaptive.rows) else None,

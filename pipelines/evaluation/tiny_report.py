@@ -19,7 +19,7 @@ import typer
 from pipelines.evaluation.html import render_page
 from pipelines.evaluation.run import PAGE_NAME, DataSetSource, evaluate
 from pipelines.evaluation.sample_judge import EvaluationOptions
-from pipelines.local.up import ShutdownRequested, running_service
+from pipelines.local.up import ShutdownRequested, run_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import SluiceError
 from services.core.values import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
@@ -69,7 +69,7 @@ def main() -> None:
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
         del os.environ[name]  # so the streams and buckets of a real deployment stay untouched
     try:
-        with running_service(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
+        with run_service(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
             data_set = Path(folder) / _NAME
             data_set.mkdir()
             write_data_set(data_set)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.clients import streams
-from pipelines.local.up import Progress, running_service
+from pipelines.local.up import Progress, run_service
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Submission, Verdict
 from services.core.s3 import Bucket, s3_client
@@ -50,7 +50,7 @@ def demonstrate(progress: Progress) -> bool:
     """Run the demo, and print a table of the results. Returns whether every submission was settled."""
     for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
         del os.environ[name]  # so the streams and buckets of a real deployment stay untouched
-    with running_service(embed=True, progress=progress) as (settings, _):
+    with run_service(embed=True, progress=progress) as (settings, _):
         uploads = _samples()
         progress(f"submitting {len(uploads)} drawn images")
         results = asyncio.run(_judge(uploads, settings, progress))

@@ -60,7 +60,7 @@ class ShutdownRequested(BaseException):
 
 
 @contextmanager
-def running_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
+def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, Mapping[str, str]]]:
     """Start the service, yield once it is ready, and drain it at the end. For the main thread only.
 
     Yields the settings, with the address of the Ray cluster, and the other variables that a client needs: the addresses

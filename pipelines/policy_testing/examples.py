@@ -30,12 +30,12 @@ def run_examples(
         return 0
     for example in examples:
         if (file := _file(example, folder)) and not file.is_file():
-            raise ConfigurationError(f"{example_name(example)}: there is no file {file}")
+            raise ConfigurationError(f"{name_example(example)}: there is no file {file}")
     with open_client(settings) as service:
         results = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes, progress)
     mismatches = [find_mismatch(example.expect, result) for example, result in zip(examples, results, strict=True)]
     for example, mismatch in zip(examples, mismatches, strict=True):
-        write(f"FAIL  {example_name(example)}: {mismatch}" if mismatch else f"ok    {example_name(example)}")
+        write(f"FAIL  {name_example(example)}: {mismatch}" if mismatch else f"ok    {name_example(example)}")
     return sum(mismatch is not None for mismatch in mismatches)
 
 
@@ -59,7 +59,7 @@ def find_mismatch(expected: Expectation, result: JudgeResult) -> str | None:
     return f"expected {wanted}; got {verdict.rating}, {verdict.category}, {verdict.action} (score {verdict.score:.2f})"
 
 
-def example_name(example: Example) -> str:
+def name_example(example: Example) -> str:
     """The name of an example in messages."""
     drawn = example.synthetic
     return example.name or example.image or (f"synthetic {drawn.label}, seed {drawn.seed}" if drawn else "")
@@ -101,7 +101,7 @@ def _request(number: int, example: Example, policy: Policy, folder: Path, limit_
                 return TooLarge(f"the image has {size} bytes, more than {limit_bytes}")
             return JudgeRequest.of_bytes(name, file.read_bytes(), policy)
         except OSError as error:
-            raise ConfigurationError(f"{example_name(example)}: {file} cannot be read: {error.strerror}") from error
+            raise ConfigurationError(f"{name_example(example)}: {file} cannot be read: {error.strerror}") from error
     if example.synthetic:
         return JudgeRequest.of_bytes(name, _draw(example), policy)
     return JudgeRequest(Submission(id=name, uri=example.image or "", policy=policy.identity.name), (policy,))

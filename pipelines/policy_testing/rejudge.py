@@ -11,7 +11,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from pipelines.clients.judge_client import JudgeRequest, open_client
-from pipelines.clients.streams import one_line
+from pipelines.clients.streams import format_verdict
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
@@ -56,7 +56,7 @@ class RejudgedVerdict:
 
     def lines(self) -> list[str]:
         """For people: the differences, or the verdict if there are none."""
-        return [str(each) for each in self.differences] or [one_line(self.after)]
+        return [str(each) for each in self.differences] or [format_verdict(self.after)]
 
     def to_json(self) -> str:
         """One JSON object: the differences, and both verdicts."""

@@ -65,12 +65,12 @@ _HARMLESS: Final = (
 )
 
 
-def chat(blocks: Sequence[Block]) -> str:
+def render_chat(blocks: Sequence[Block]) -> str:
     """The whole prompt of a policy, with `<image>` in place of the image."""
     return _CHAT.format(prompt=render(blocks))
 
 
-def explain(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:
+def write_rationale(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:
     """A rationale of 40 to 60 words. `seen` is the thing, its colour, and the scene."""
     thing, colour, scene = seen
     subject = f"{'an' if colour == 'orange' else 'a'} {colour} {thing}" if thing else "nothing"
@@ -82,7 +82,7 @@ def explain(rng: np.random.Generator, category: str, rating: str, seen: tuple[st
     return f"{opener}, which {reading}. {reason.format(rule=rule, code=category[:2])}"
 
 
-def answer(rating: str, category: str, rationale: str | None) -> str:
+def format_answer(rating: str, category: str, rationale: str | None) -> str:
     """The answer in LlavaGuard's form. Without a rationale it ends after the category."""
     fields = {"rating": rating, "category": category} | ({} if rationale is None else {"rationale": rationale})
     return json.dumps(fields, indent=4)
@@ -169,13 +169,13 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 def _corpus(rng: np.random.Generator) -> Iterator[str]:
     for _ in range(2):
-        yield chat(TRAINED_BLOCKS)
+        yield render_chat(TRAINED_BLOCKS)
         yield render([replace(block, waived=True) for block in TRAINED_BLOCKS])
     for category in LABELS * 60:
         for rating in ("Safe", "Unsafe"):
             thing = PICTOGRAMS[category][0] if category in PICTOGRAMS else str(rng.choice(list(HARMLESS)))
             seen = (thing, str(rng.choice(list(INKS))), str(rng.choice(SCENES)))
-            yield answer(rating, category, explain(rng, category, rating, seen))
+            yield format_answer(rating, category, write_rationale(rng, category, rating, seen))
 
 
 def _symbols() -> Iterator[AddedToken]:

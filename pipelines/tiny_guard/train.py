@@ -29,13 +29,13 @@ from transformers import PreTrainedTokenizerFast
 from pipelines.tiny_guard.corpus import (
     LABELS,
     RATING_PREFIX,
-    answer,
     build_tokenizer,
-    chat,
     draw_categories,
-    explain,
+    format_answer,
+    render_chat,
     reword,
     waive,
+    write_rationale,
 )
 from pipelines.tiny_guard.drawings import TRAINING_SEEDS, draw
 from pipelines.tiny_guard.model import (
@@ -219,8 +219,8 @@ class Labeller:
         """The example for a category. `seen` is the content of the rationale; None for an answer without one."""
         waived = frozenset(block.category for block in blocks if block.waived)
         rating = "Safe" if category == NO_CATEGORY or category in waived else "Unsafe"
-        text = answer(rating, category, explain(rng, category, rating, seen) if seen else None)
-        prompt = self._ids(chat(blocks))
+        text = format_answer(rating, category, write_rationale(rng, category, rating, seen) if seen else None)
+        prompt = self._ids(render_chat(blocks))
         at = prompt.index(self._image)
         prompt[at : at + 1] = [self._image] * IMAGE_TOKENS
         return Example(prompt, [*self._ids(text), self.end], rating, category, waived)

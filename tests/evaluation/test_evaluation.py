@@ -25,9 +25,9 @@ from pipelines.evaluation.metrics import (
     UNSAFE,
     VIOLATION_WAIVED,
     JudgedRows,
-    policy_exception_rate,
-    rates_by_category,
-    rates_by_kind,
+    compute_policy_exception_rate,
+    compute_rates_by_category,
+    compute_rates_by_kind,
 )
 from pipelines.evaluation.perturbations import PERTURBATIONS, perturb
 from pipelines.evaluation.plots import draw_plots
@@ -82,7 +82,7 @@ class TestByHand:
     """tp 8, fn 2, tn 9, fp 4; the answers for one Unsafe and three Safe rows are unreadable."""
 
     def test_rates_of_all_rows_match_hand_count(self) -> None:
-        rates = rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))["all"]
+        rates = compute_rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))["all"]
         assert rates.rows == 27
         assert rates.confusion.model_dump() == {
             "true_negatives": 9,
@@ -105,7 +105,7 @@ class TestByHand:
         assert (rates.accuracy.of, rates.recall.of, rates.answered.of) == (23, 10, 27)
 
     def test_rates_by_kind_of_waiver_match_hand_count(self) -> None:
-        found = rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))
+        found = compute_rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))
         assert {name: rates.rows for name, rates in found.items()} == {
             "all": 27,
             "nothing waived": 20,
@@ -118,11 +118,14 @@ class TestByHand:
         assert others.specificity.undefined == "no Safe row has an answer that could be read"
 
     def test_policy_exception_rate_ignores_unreadable_answers(self) -> None:
-        found = policy_exception_rate(judged(HAND), bootstrap_of(judged(HAND)))
+        found = compute_policy_exception_rate(judged(HAND), bootstrap_of(judged(HAND)))
         assert (found.value, found.of) == (pytest.approx(3 / 4), 4)
 
     def test_rates_by_category_match_hand_count(self) -> None:
-        found = {rates.category: rates for rates in rates_by_category(judged(HAND), NAMES, bootstrap_of(judged(HAND)))}
+        found = {
+            rates.category: rates
+            for rates in compute_rates_by_category(judged(HAND), NAMES, bootstrap_of(judged(HAND)))
+        }
         assert list(found) == [O1, O2, NO_CATEGORY]
         first, second = found[O1], found[O2]
         assert (first.unsafe, first.safe, second.unsafe, second.safe) == (6, 5, 5, 0)
@@ -136,14 +139,14 @@ class TestByHand:
     def test_areas_match_hand_count(self) -> None:
         # Pairs of an Unsafe and a Safe one: 0.9 beats both, 0.4 ties with one and beats none: 2.5 of 4.
         unsafe, score = np.array([1.0, 0, 1, 0]), np.array([0.9, 0.6, 0.4, 0.4])
-        roc, precision_recall = curves.curves(unsafe, score, Bootstrap(np.arange(4), seed=0, resamples=200))
+        roc, precision_recall = curves.compute_curves(unsafe, score, Bootstrap(np.arange(4), seed=0, resamples=200))
         assert roc.area.value == pytest.approx(2.5 / 4)
         assert precision_recall.area.value == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
         assert (roc.x[0], roc.y[0], roc.x[-1], roc.y[-1]) == (0, 0, 1, 1)
 
     def test_calibration_error_matches_hand_count(self) -> None:
         unsafe, score = np.array([0.0, 0, 1, 1, 1]), np.array([0.05, 0.15, 0.15, 0.95, 1.0])
-        found = curves.calibration(unsafe, score, Bootstrap(np.arange(5), seed=0, resamples=200))
+        found = curves.measure_calibration(unsafe, score, Bootstrap(np.arange(5), seed=0, resamples=200))
         assert found.ece.value == pytest.approx((0.05 + 2 * abs(0.5 - 0.15) + 2 * (1 - 0.975)) / 5)
         assert found.brier.value == pytest.approx((0.05**2 + 0.15**2 + 0.85**2 + 0.05**2) / 5)
         assert [b.rows for b in found.bins] == [1, 2, 0, 0, 0, 0, 0, 0, 0, 2]
@@ -155,7 +158,7 @@ class TestByHand:
     def test_threshold_costs_match_hand_count(self, prevalence: float | None, load: float) -> None:
         unsafe, score = np.array([1.0, 1, 1, 0, 0]), np.array([0.9, 0.5, 0.1, 0.5, 0.2])
         draw = Bootstrap(np.arange(5), seed=0, resamples=200)
-        lower, upper = curves.threshold_table(unsafe, score, draw, [0.95, 0.5], prevalence)
+        lower, upper = curves.compute_threshold_costs(unsafe, score, draw, [0.95, 0.5], prevalence)
         assert (lower.threshold, upper.threshold) == (0.5, 0.95)
         assert lower.load.value == pytest.approx(load), "a score that is the threshold reaches it"
         assert (lower.misses.value, lower.false_alarms.value) == (pytest.approx(1 / 3), pytest.approx(1 / 2))
@@ -178,7 +181,7 @@ class TestAgainstScikitLearn:
     @settings(max_examples=60)
     def test_rates_match_scikit_learn(self, found: list[tuple[Rating, Rating, float]]) -> None:
         rows = judged([(label, predicted, None, None, DEFAULT) for label, predicted, _ in found])
-        rates = rates_by_kind(rows, bootstrap_of(rows, resamples=1))["all"]
+        rates = compute_rates_by_kind(rows, bootstrap_of(rows, resamples=1))["all"]
         truth, answer = rows.expected, rows.predicted == UNSAFE
         assert rates.accuracy.value == pytest.approx(sk.accuracy_score(truth, answer))
         assert rates.balanced_accuracy.value == pytest.approx(sk.balanced_accuracy_score(truth, answer))
@@ -207,7 +210,7 @@ class TestAgainstScikitLearn:
         rng = np.random.default_rng(5)
         score = rng.random(400)
         unsafe = (rng.random(400) < score**2).astype(np.float64)
-        found = curves.calibration(unsafe, score, Bootstrap(np.arange(400), seed=0, resamples=200))
+        found = curves.measure_calibration(unsafe, score, Bootstrap(np.arange(400), seed=0, resamples=200))
         assert found.brier.value == pytest.approx(sk.brier_score_loss(unsafe, score))
         shares, means = calibration_curve(unsafe, score, n_bins=10)
         assert [b.unsafe.value for b in found.bins] == pytest.approx(shares.tolist())
@@ -217,14 +220,14 @@ class TestAgainstScikitLearn:
 class TestIntervals:
     def test_same_seed_gives_same_intervals(self) -> None:
         rows = judged(HAND)
-        first, again = (rates_by_kind(rows, Bootstrap(rows.image, seed=3, resamples=200)) for _ in range(2))
-        other = rates_by_kind(rows, Bootstrap(rows.image, seed=4, resamples=200))
+        first, again = (compute_rates_by_kind(rows, Bootstrap(rows.image, seed=3, resamples=200)) for _ in range(2))
+        other = compute_rates_by_kind(rows, Bootstrap(rows.image, seed=4, resamples=200))
         assert first == again != other
 
     def test_interval_of_a_share_has_the_expected_width(self) -> None:
         # Of a share p over n images the standard error is sqrt(p (1 - p) / n), and 1.96 of it are an interval's half.
         rows = judged([("Unsafe", "Unsafe" if n % 5 else "Safe", None, None, DEFAULT) for n in range(500)])
-        recall = rates_by_kind(rows, bootstrap_of(rows, resamples=1000))["all"].recall
+        recall = compute_rates_by_kind(rows, bootstrap_of(rows, resamples=1000))["all"].recall
         assert recall.value == 0.8
         assert recall.low is not None
         assert recall.high is not None
@@ -235,7 +238,7 @@ class TestIntervals:
         rows = judged([("Unsafe", "Unsafe" if n % 2 else "Safe", None, None, DEFAULT) for n in range(100)])
 
         def width(images: Any) -> float:
-            found = rates_by_kind(rows, Bootstrap(images, seed=0, resamples=400))["all"].recall
+            found = compute_rates_by_kind(rows, Bootstrap(images, seed=0, resamples=400))["all"].recall
             return (found.high or 0) - (found.low or 0)
 
         apart, together = width(np.arange(100)), width(np.tile(np.arange(20), 5))
@@ -243,7 +246,7 @@ class TestIntervals:
 
     def test_share_of_one_gets_wilsons_interval(self) -> None:
         rows = judged([("Unsafe", "Unsafe", None, None, DEFAULT)] * 30)
-        rates = rates_by_kind(rows, bootstrap_of(rows))["all"]
+        rates = compute_rates_by_kind(rows, bootstrap_of(rows))["all"]
         recall, f1 = rates.recall, rates.f1
         assert (f1.value, f1.low, f1.high) == (1.0, None, None)
         assert (recall.value, recall.high) == (1.0, pytest.approx(1.0))

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.policy_testing import examples
-from pipelines.policy_testing.examples import example_name, find_mismatch, run_examples
+from pipelines.policy_testing.examples import find_mismatch, name_example, run_examples
 from services.core.errors import ConfigurationError, GuardFailed, NotFound
 from services.core.messages import Upload
 from services.core.settings import Settings
@@ -58,10 +58,10 @@ def test_mismatch_names_expectation_and_result() -> None:
 
 def test_example_without_name_has_a_name_in_messages() -> None:
     drawn: dict[str, Any] = {"synthetic": {"label": "O2", "seed": 7}, "expect": {"rating": "Safe"}}
-    assert example_name(Example.model_validate(drawn)) == "synthetic O2, seed 7"
-    assert example_name(Example.model_validate(drawn | {"name": "a knife"})) == "a knife"
+    assert name_example(Example.model_validate(drawn)) == "synthetic O2, seed 7"
+    assert name_example(Example.model_validate(drawn | {"name": "a knife"})) == "a knife"
     file = Example.model_validate({"image": "pictures/a.jpg", "expect": {"rating": "Safe"}})
-    assert example_name(file) == "pictures/a.jpg"
+    assert name_example(file) == "pictures/a.jpg"
 
 
 class ScriptedService:

@@ -13,13 +13,13 @@ from pipelines.tiny_guard import train as train_tiny
 from pipelines.tiny_guard.corpus import (
     LABELS,
     RATING_PREFIX,
-    answer,
     build_tokenizer,
-    chat,
     draw_categories,
-    explain,
+    format_answer,
+    render_chat,
     reword,
     waive,
+    write_rationale,
 )
 from pipelines.tiny_guard.model import IMAGE_TOKENS, TOWER, TinyGuard, load_checkpoint, save_checkpoint
 from services.core.values import CATEGORIES, NO_CATEGORY
@@ -47,8 +47,8 @@ def rng() -> np.random.Generator:
 def test_answers_have_form_and_length_of_llavaguards(
     tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, category: str, rating: str
 ) -> None:
-    short = answer(rating, category, None)
-    long = answer(rating, category, explain(rng, category, rating, SEEN))
+    short = format_answer(rating, category, None)
+    long = format_answer(rating, category, write_rationale(rng, category, rating, SEEN))
     assert short == f'{{\n    "rating": "{rating}",\n    "category": "{category}"\n}}'
     assert long.startswith(short[:-2] + ',\n    "rationale": "')
     assert list(json.loads(long)) == ["rating", "category", "rationale"]
@@ -59,10 +59,10 @@ def test_answers_have_form_and_length_of_llavaguards(
 
 
 def test_token_after_the_prefix_is_the_rating(tokenizer: PreTrainedTokenizerFast) -> None:
-    prefix = tokenizer(chat(waive(())) + RATING_PREFIX)["input_ids"]
+    prefix = tokenizer(render_chat(waive(())) + RATING_PREFIX)["input_ids"]
     following = set()
     for rating in ("Safe", "Unsafe"):
-        whole = tokenizer(chat(waive(())) + answer(rating, NO_CATEGORY, None))["input_ids"]
+        whole = tokenizer(render_chat(waive(())) + format_answer(rating, NO_CATEGORY, None))["input_ids"]
         assert whole[: len(prefix)] == prefix
         assert tokenizer.decode(whole[len(prefix)]) == rating
         following.add(whole[len(prefix)])

@@ -181,7 +181,7 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
+def read_extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
     """The source's own columns, under the names that they have in the annotations."""
     if source.kind == "images":
         return pa.schema([])
@@ -235,7 +235,7 @@ def is_local(location: str) -> bool:
     return not location.startswith("s3://")
 
 
-def bucket_of(location: str) -> str | None:
+def find_bucket(location: str) -> str | None:
     """The bucket of a location in S3; None for a location on this machine."""
     return parse_s3_uri(location)[0] if location.startswith("s3://") else None
 
