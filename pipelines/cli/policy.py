@@ -15,7 +15,8 @@ from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.policies.comparison import diff_versions
 from services.policies.document import PolicyDocument
-from services.policies.document_yaml import find_warnings, read_document_file, write_document
+from services.policies.document_warnings import find_warnings
+from services.policies.document_yaml import read_document_file, write_document
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary, Change, Shadow

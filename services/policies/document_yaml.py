@@ -17,7 +17,6 @@ from pydantic_core import ErrorDetails
 
 from services.core.errors import ConfigurationError, DocumentIssue, InvalidDocument
 from services.policies.document import NAME_PATTERN, ConflictingFields, PolicyDocument
-from services.policies.prompt import TRAINED_BLOCKS
 from services.policies.tenants import TENANTS, Document, TenantsDocument, parse_document
 
 DOCUMENT_LIMIT_BYTES: Final = 256 * 1024
@@ -28,9 +27,6 @@ _NESTING_LIMIT: Final = 12
 
 _STAMP_FIELDS: Final = ("version", "digest")
 """Fields that `write_document` adds at the top. They are not part of a document."""
-
-_TRAINED_WAIVERS_LIMIT: Final = 3
-"""The most waived categories in one training example of LlavaGuard v1.2."""
 
 _LONG_TEXT_CHARS: Final = 80
 """A longer text is written as a block."""
@@ -90,45 +86,6 @@ def read_document(data: bytes, source: str) -> Document:
     if read is None or reader.issues:
         raise InvalidDocument(source, reader.issues)
     return read
-
-
-def find_warnings(document: Document) -> list[str]:
-    """One sentence for each part of a document that LlavaGuard was not trained for. Such parts are allowed."""
-    if isinstance(document, TenantsDocument):
-        return []
-    waived = [code for code, rules in document.categories.items() if rules.mode == "waive"]
-    found = []
-    if len(waived) > _TRAINED_WAIVERS_LIMIT:
-        found.append(
-            f"{len(waived)} categories are waived ({', '.join(waived)}): the model was trained with at most "
-            f"{_TRAINED_WAIVERS_LIMIT}, and may ignore some of them."
-        )
-    if waived:
-        found.append(
-            f"The wording that waives {', '.join(waived)} is not verified against the model's training: add examples "
-            "that check whether the model obeys it."
-        )
-    trained = {block.category.partition(":")[0]: block for block in TRAINED_BLOCKS}
-    for code, rules in document.categories.items():
-        block = trained[code]
-        changed = [
-            name
-            for name, own, learned in (
-                ("should_not", rules.should_not, block.should_not),
-                ("can", rules.can, block.can),
-            )
-            if own not in (None, learned)
-        ]
-        if changed:
-            found.append(
-                f"categories.{code}: the wording of {' and '.join(changed)} is not that of the model's training."
-            )
-        if rules.should_not == () and rules.mode == "enforce":
-            found.append(f"categories.{code}: should_not has no rule, so no image violates the category.")
-    if document.own_categories:
-        names = ", ".join(own.category for own in document.own_categories)
-        found.append(f"The model was trained only on its nine categories, not on {names}.")
-    return found
 
 
 def write_document(document: Document, *, version: int, digest: str) -> str:
@@ -376,7 +333,7 @@ def _dotted(path: _Path) -> str:
 def _shown(value: Any) -> str:
     """A value as a message can hold it: short, and without control characters."""
     if isinstance(value, Mapping | list):
-        return "what is below"
+        return "the nested value"
     shown = ascii(value) if not str(value).isprintable() else str(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 

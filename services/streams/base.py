@@ -1,8 +1,8 @@
 """The interfaces of a stream system: the member of a consumer group, the publisher and the reader.
 
 A message is in one of three states: *held* (received, not settled), *settled* (its outputs are published and it is
-acknowledged, as one act), or *not owned* (another member has it by now). Only `settle` moves a message forward; a
-message that is never settled comes back to this member or to another one.
+acknowledged, as one act), or *not owned* (another member owns it now). Only `settle` ends the work on a message: a
+message that is never settled is received again, by this member or by another one.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence

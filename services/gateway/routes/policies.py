@@ -16,7 +16,8 @@ from services.gateway.auth import Authenticator
 from services.gateway.openapi import describe_body, describe_json_body
 from services.gateway.problems import HttpProblem, parse_body
 from services.gateway.request_bodies import BodyReader, decode_json
-from services.policies.document_yaml import find_warnings, read_document
+from services.policies.document_warnings import find_warnings
+from services.policies.document_yaml import read_document
 from services.policies.reference import PolicyReference
 from services.policies.registry import MAX_VERSION, PolicyRegistry, PolicySummary, StoredVersion
 from services.policies.rollout import Change
