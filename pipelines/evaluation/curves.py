@@ -103,14 +103,14 @@ def compute_curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple
 
 def measure_calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> CalibrationFigures:
     """The calibration error over `BINS` bins of equal width, and the bins."""
-    places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
+    indexes = np.minimum((score * BINS).astype(np.int64), BINS - 1)
     squared = (score - unsafe) ** 2
 
     def sums(values: Floats, weights: Floats) -> Floats:
-        return counts(places, weights * values, BINS)
+        return counts(indexes, weights * values, BINS)
 
     def statistic(weights: Floats) -> Floats:
-        rows = counts(places, weights, BINS)
+        rows = counts(indexes, weights, BINS)
         labelled, scored = sums(unsafe, weights), sums(score, weights)
         total = np.array([rows.sum()])
         error = ratio(np.array([np.abs(labelled - scored).sum()]), total)
@@ -118,28 +118,28 @@ def measure_calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> 
         return np.concatenate([error, brier, ratio(labelled, rows)])
 
     estimates, ones = bootstrap(statistic), np.ones(len(score))
-    rows = counts(places, ones, BINS)
+    rows = counts(indexes, ones, BINS)
     means = ratio(sums(score, ones), rows)
     return CalibrationFigures(
         ece=estimates.figure(0, undefined=_NO_SCORE),
         brier=estimates.figure(1, undefined=_NO_SCORE),
         bins=tuple(
             Bin(
-                low=place / BINS,
-                high=(place + 1) / BINS,
-                rows=int(rows[place]),
-                mean_score=float(means[place]) if rows[place] else None,
-                unsafe=estimates.figure(2 + place, of=int(rows[place]), undefined="no score lies here"),
+                low=index / BINS,
+                high=(index + 1) / BINS,
+                rows=int(rows[index]),
+                mean_score=float(means[index]) if rows[index] else None,
+                unsafe=estimates.figure(2 + index, of=int(rows[index]), undefined="no score lies here"),
             )
-            for place in range(BINS)
+            for index in range(BINS)
         ),
     )
 
 
 def expected_calibration_error(unsafe: Floats, score: Floats) -> float:
     """The calibration error over `BINS` bins, without an interval. There has to be at least one row."""
-    places = np.minimum((score * BINS).astype(np.int64), BINS - 1)
-    differences = counts(places, unsafe - score, BINS)
+    indexes = np.minimum((score * BINS).astype(np.int64), BINS - 1)
+    differences = counts(indexes, unsafe - score, BINS)
     return float(np.abs(differences).sum() / len(score))
 
 
@@ -171,14 +171,14 @@ def compute_threshold_costs(
         ThresholdCost(
             threshold=float(bound),
             load=estimates.figure(
-                place,
+                index,
                 of=len(unsafe) if prevalence is None else None,
                 undefined=_NO_SCORE if prevalence is None else _ONE_CLASS,
             ),
-            misses=estimates.figure(size + place, of=positives, undefined="no Unsafe row has a score"),
-            false_alarms=estimates.figure(2 * size + place, of=negatives, undefined="no Safe row has a score"),
+            misses=estimates.figure(size + index, of=positives, undefined="no Unsafe row has a score"),
+            false_alarms=estimates.figure(2 * size + index, of=negatives, undefined="no Safe row has a score"),
         )
-        for place, bound in enumerate(bounds)
+        for index, bound in enumerate(bounds)
     ]
 
 

@@ -109,7 +109,7 @@ def compute_rates_by_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str,
     tables = _with_total(_table(cells, np.ones(len(judged)), len(KINDS)))
     estimates = bootstrap(statistic)
     found = {
-        name: _as_rates(tables[place], estimates, place * len(RATES)) for place, name in enumerate(("all", *KINDS))
+        name: _as_rates(tables[index], estimates, index * len(RATES)) for index, name in enumerate(("all", *KINDS))
     }
     return {name: rates for name, rates in found.items() if rates.rows or name == "all"}
 
@@ -243,7 +243,7 @@ def _as_rates(table: Floats, estimates: Estimates, first: int) -> ConfusionRates
         "answered": (int(table.sum()), "there are no rows"),
     }
     figures = {
-        name: estimates.figure(first + place, of=of[name][0], undefined=of[name][1]) for place, name in enumerate(RATES)
+        name: estimates.figure(first + index, of=of[name][0], undefined=of[name][1]) for index, name in enumerate(RATES)
     }
     return ConfusionRates(
         rows=int(table.sum()),

@@ -81,10 +81,10 @@ def _load(axes: Any, report: EvaluationReport) -> None:
 
 def _flips(axes: Any, report: EvaluationReport) -> None:
     found = [r for r in report.robustness if r.flips.value is not None][::-1]
-    for place, robust in enumerate(found):
+    for index, robust in enumerate(found):
         value, low, high = (100 * (end or 0) for end in (robust.flips.value, robust.flips.low, robust.flips.high))
-        axes.barh(place, value, color=_BLUE, height=0.6)
-        axes.plot([low, high], [place, place], color=_GREY, linewidth=1)
+        axes.barh(index, value, color=_BLUE, height=0.6)
+        axes.plot([low, high], [index, index], color=_GREY, linewidth=1)
     axes.set_yticks(range(len(found)), [robust.perturbation for robust in found])
     axes.set(xlabel="% of ratings that flip")
     axes.grid(visible=False, axis="y")

@@ -150,8 +150,8 @@ def _latency(step: str, ms: Floats, bootstrap: Bootstrap) -> Latency:
         if not len(ranked):
             return np.full(len(PERCENTILES), np.nan)
         reached = np.cumsum(weights[order])
-        places = np.searchsorted(reached, np.array(PERCENTILES) / 100 * reached[-1])
-        found: Floats = ranked[np.minimum(places, len(ranked) - 1)]
+        indexes = np.searchsorted(reached, np.array(PERCENTILES) / 100 * reached[-1])
+        found: Floats = ranked[np.minimum(indexes, len(ranked) - 1)]
         return found
 
     estimates = bootstrap(statistic)
