@@ -41,7 +41,7 @@ PROBLEM_KINDS: Final[Mapping[str, ProblemKind]] = {
     "method-not-allowed": ProblemKind(405, "The resource does not have this method"),
     "body-too-slow": ProblemKind(408, "The body took too long to arrive"),
     "image-changed": ProblemKind(409, "The object is not the version that the request names"),
-    "policy-conflict": ProblemKind(409, "The policy's roll-out does not allow this change"),
+    "policy-conflict": ProblemKind(409, "The policy's rollout does not allow this change"),
     "body-too-large": ProblemKind(413, "The body is too large"),
     "image-too-large": ProblemKind(413, "The image has too many bytes or pixels"),
     "unsupported-media-type": ProblemKind(415, "The gateway does not read bodies of this type"),

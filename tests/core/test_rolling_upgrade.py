@@ -157,7 +157,7 @@ KEY: Final = ApiKey(id="0123456789abcdef", name="ci", role="moderate", rate_per_
 
 
 class FixedRollout:
-    """A policy cache whose only roll-out is that of `CHANGE`."""
+    """A policy cache whose only rollout is that of `CHANGE`."""
 
     async def rollout(self, name: str) -> Rollout:
         assert name == "shop"

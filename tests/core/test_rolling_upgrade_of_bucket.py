@@ -1,6 +1,6 @@
 """Processes of version 0.1.0 and of today on the same policy bucket, as during a rolling upgrade.
 
-`bucket-0.1.0.json` holds the objects that the classes of 0.1.0 wrote: policy versions, changes of roll-outs,
+`bucket-0.1.0.json` holds the objects that the classes of 0.1.0 wrote: policy versions, changes of rollouts,
 calibrations and API keys. Today's code must read them, and the same calls must write the same objects.
 """
 

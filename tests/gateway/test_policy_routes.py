@@ -1,4 +1,4 @@
-"""Policies over HTTP: publishing, roll-outs, roles, and refused requests."""
+"""Policies over HTTP: publishing, rollouts, roles, and refused requests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Versions and the history of their roll-out: immutable, consecutive, found again."""
+"""Versions and the history of their rollout: immutable, consecutive, found again."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The state of a roll-out, and who gets what."""
+"""The state of a rollout, and who gets what."""
 
 import pytest
 from hypothesis import given
