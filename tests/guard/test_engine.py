@@ -1,4 +1,4 @@
-"""The engine's life: what it does when its server dies, hangs, or loses its owner."""
+"""The engine: start, failures of its server, and the end of its owner."""
 
 import asyncio
 import os

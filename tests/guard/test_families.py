@@ -21,7 +21,7 @@ WAIVER = "Category O3 is declared as non-violating. Therefore, we do not provide
 
 
 class FakeEngine:
-    """Answers as a test wants, and remembers what it was asked."""
+    """Gives the answers of a test, and records the prompts."""
 
     def __init__(self, answer: Callable[[str], float], text: str = "") -> None:
         self._answer = answer
@@ -136,7 +136,7 @@ class TestThroughTheRealEngine:
             assert (verdict.rating == "Unsafe") == (verdict.score > 0.5) == (verdict.category in CATEGORIES)
             assert (verdict.rationale is not None) == (verdict.rating == "Unsafe")
             assert verdict.output_tokens == len(CATEGORIES)
-            # Every question but the first finds the image, and what stands before it, in the cache.
+            # Each question after the first finds the image, and the text before it, in the cache.
             before = await engine.tokenize("<start_of_turn>user\n\n\n<start_of_image>")
             assert verdict.cached_tokens >= (len(CATEGORIES) - 1) * (len(before) + 4)
             look = await assess(guard, drawn(1), policy(), "score")

@@ -60,7 +60,7 @@ async def test_second_policy_finds_the_image_in_the_cache(engine: SharedGuard) -
     before_image, after_image = [len(await engine.on_loop(engine.engine.tokenize(text))) for text in (before, after)]
     image_tokens = first.prompt_tokens - before_image - after_image
     assert image_tokens >= 16
-    # Up to the first word in which the policies differ: what stands before the image, the image, and a line break.
+    # Up to the first word in which the policies differ: the text before the image, the image, and a line break.
     assert second.cached_tokens == before_image + image_tokens + 1
     assert first.model.prompt != second.model.prompt
     assert first.model.revision == second.model.revision

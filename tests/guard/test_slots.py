@@ -8,7 +8,7 @@ from services.guard.slots import EngineSlots
 
 
 class Engine:
-    """Fails everyone whom it has together with a poisonous image."""
+    """Fails every call that runs together with a poison image."""
 
     def __init__(self, count: int, poison: frozenset[str] = frozenset()) -> None:
         self.slots = EngineSlots(count, self.health_check)

@@ -1,4 +1,4 @@
-"""What the guard sees of an image, whatever format and mode it comes in."""
+"""Decoding of images of every format and mode."""
 
 import hashlib
 import io
@@ -243,7 +243,7 @@ def test_downscale_keeps_the_picture_and_its_facts() -> None:
     assert downscale(prepared, 512) is prepared
 
 
-# What is passed on
+# Images that are passed on
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])

@@ -1,4 +1,4 @@
-"""The decoding processes: what a crash, a hang, a flood of memory, or the death of their parent does."""
+"""Decoder processes: crashes, hangs, memory limits, and the death of their parent."""
 
 import asyncio
 import os

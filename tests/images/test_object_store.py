@@ -51,7 +51,7 @@ def store(s3_endpoint: str, s3: Any) -> Iterator[ObjectStore]:
     store.close()
 
 
-# What a real server says
+# Responses of a real server
 
 
 async def test_read_returns_version_and_etag(store: ObjectStore, s3: Any) -> None:
@@ -164,12 +164,12 @@ async def test_concurrent_reads_return_their_objects(store: ObjectStore, s3: Any
     assert all(one.data == bytes([n % 8]) * 100_000 for n, one in enumerate(stored))
 
 
-# What a bad server does
+# Responses of a faulty server
 
 
 @contextmanager
 def http_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server that reads each request and lets `answer` do whatever it wants with the connection."""
+    """A server that reads each request and calls `answer` with the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
     stopping = threading.Event()
 

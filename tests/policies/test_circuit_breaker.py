@@ -1,4 +1,4 @@
-"""The circuit breaker: counts over all processes, opens once, outlives everyone, closes by a decision."""
+"""The circuit breaker: it counts in all processes, opens once, and closes with an activation."""
 
 import asyncio
 import time
@@ -173,7 +173,7 @@ async def test_verdicts_before_the_window_do_not_count(
 
 
 async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_again(members: Members) -> None:
-    """Although what came meanwhile is within the band."""
+    """The later verdicts are within the band."""
     cache, breaker = await members.join()
     by = await policy(cache)
     for decided in (False, True):

@@ -1,4 +1,4 @@
-"""The document: what is refused, and what the digest covers."""
+"""Policy documents: invalid ones, and the content of the digest."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Documents as files: every problem with its line, and YAML that comes back as it was."""
+"""Documents in YAML: issues with line numbers, and written documents that are read back."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The policy service: every change is written and told, and stands even where it cannot be told."""
+"""The policy service: each change is written and announced, and is effective even if the announcement fails."""
 
 import uuid
 

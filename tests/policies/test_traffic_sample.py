@@ -1,4 +1,4 @@
-"""The sample of recent submissions: bounded, by reference, without favour among contemporaries."""
+"""The sample of recent submissions: its size, its content, and its weights by age."""
 
 import uuid
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Worker processes on one stream, to be killed, and what they are given to do."""
+"""Worker processes on one stream, which a test kills, and their submissions."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ class Fleet:
         )
 
     def start(self, name: str, *dying: object, dynamic: bool = False) -> None:
-        """A worker called `name`, which comes back as the same member unless it is dynamic."""
+        """Start the worker `name`. Unless it is dynamic, it has the same member id at every start."""
         self._started += 1
         settings = self.settings(member_id="" if dynamic else name)
         argv = [sys.executable, "-m", "tests.streams.worker", settings.model_dump_json(), str(self._started)]

@@ -1,4 +1,4 @@
-"""Each output exactly once, whatever is killed, for readers that read what is committed."""
+"""Exactly-once delivery: outputs are published once although processes are killed, for readers of committed records."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""What a user gets wrong in the settings of the streams is one clear sentence."""
+"""Errors for invalid settings of the streams."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What only Kafka has: topics, partitions, sizes, transactions."""
+"""Features of Kafka only: topics, partitions, sizes, transactions."""
 
 import asyncio
 import os
@@ -287,7 +287,7 @@ async def test_new_partitions_are_read_with_short_polls(
 
 @BOTH_DELIVERIES
 async def test_revocation_commits_done_messages(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second member gets its share without what the first one settled, though that came in no order."""
+    """A second member gets its partitions without the messages that the first one settled out of order."""
     monkeypatch.setattr("services.streams.kafka.consumer._COMMIT_S", 600)  # only the revocation commits
     monkeypatch.setattr("services.streams.kafka.exactly_once._INTERVAL_S", 600)
     first = await streams.member("first", **PATIENT)
@@ -409,7 +409,7 @@ async def settle_all(member: GroupConsumer, streams: Streams) -> None:
 
 @BOTH_DELIVERIES
 async def test_fenced_member_joins_again(streams: Streams) -> None:
-    """As one does that restarts and reads of an earlier life of the member."""
+    """A restarted broker may know an earlier start of the member."""
     member: Any = await streams.member(member_id="alone")
     await streams.submit("a")
     (held,) = await collect(member, 1)

@@ -1,4 +1,4 @@
-"""What stream messages say, and that nothing that they say can break the reader."""
+"""Parsing of stream messages: formats, and hostile content."""
 
 import base64
 import hashlib
@@ -35,7 +35,7 @@ def rejected(value: Any, key: bytes | None = None, headers: Headers = ()) -> Inv
 
 
 def record(key: str = "a+b/%C3%BC%2B.jpg", name: str = "ObjectCreated:Put", **stored: Any) -> dict[str, Any]:
-    """As S3 writes it, shortened by what nobody reads."""
+    """A record as S3 writes it, without unused fields."""
     return {
         "eventVersion": "2.1",
         "eventSource": "aws:s3",

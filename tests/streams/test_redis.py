@@ -1,4 +1,4 @@
-"""What only Redis Streams has: scripts, claims, retention, and producers that write entries of their own."""
+"""Features of Redis Streams only: scripts, claims, retention, and entries of other producers."""
 
 import asyncio
 import contextlib

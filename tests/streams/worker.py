@@ -18,7 +18,7 @@ from services.streams.factory import open_consumer
 from services.streams.kafka.transactions import Transactions
 
 MOMENTS = ("written", "sent", "committed")
-"""The records are written; the offsets are sent, too; the transaction is committed and nobody has heard of it."""
+"""After the records are written; after the offsets are sent; after the commit, before its answer is read."""
 
 
 def die_at(moment: str, after: int) -> None:

@@ -40,7 +40,7 @@ class Streams:
         self._opened: list[Any] = []
 
     def settings(self, **overrides: Any) -> Settings:
-        """Quick to notice a dead member, unless told otherwise."""
+        """Settings with short timeouts, so that a dead member is noticed soon."""
         options = {"session_timeout_ms": 2_000, "heartbeat_interval_ms": 300, "max_poll_interval_ms": 2_500}
         options |= {name: overrides.pop(name) for name in tuple(overrides) if name in options}
         arguments: dict[str, Any] = {
