@@ -3,7 +3,7 @@
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,16 +30,12 @@ Version = Annotated[str, typer.Argument(metavar="NAME@V")]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 Who = Annotated[str | None, typer.Option("--who", help="The author, for the history. Default: your user name.")]
-Bound = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1,
-        metavar="SHARE",
-        help="The exit status is 1 if the figure is higher. 0.01 is one percentage point.",
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+
+
+def _make_limit_option(meaning: str) -> Any:
+    """The option for a limit of a backtest."""
+    return typer.Option(min=0, max=1, metavar="SHARE", help=meaning)
 
 
 @app.command()
@@ -153,28 +149,46 @@ def backtest(
     policy: Version,
     against: Annotated[str, typer.Option(metavar="NAME@V", help="The version to compare with.")],
     sample: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The most recent submissions to judge, at most N.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Judge at most N submissions, drawn at random from the traffic sample. Recent ones are more likely.",
+        ),
     ] = 1000,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write an HTML page with the images whose action changes.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    max_block_rate: Bound = None,
-    max_review_rate: Bound = None,
-    max_block_increase: Bound = None,
-    max_review_increase: Bound = None,
-    max_flips: Bound = None,
-    max_errors: Bound = None,
+    max_block_rate: Annotated[
+        float | None, _make_limit_option("Highest share of blocks under the new version.")
+    ] = None,
+    max_review_rate: Annotated[
+        float | None, _make_limit_option("Highest share of reviews under the new version.")
+    ] = None,
+    max_block_increase: Annotated[
+        float | None, _make_limit_option("Highest increase of the share of blocks. 0.01 is one percentage point.")
+    ] = None,
+    max_review_increase: Annotated[
+        float | None, _make_limit_option("Highest increase of the share of reviews. 0.01 is one percentage point.")
+    ] = None,
+    max_flips: Annotated[
+        float | None, _make_limit_option("Highest share of submissions whose action differs between the versions.")
+    ] = None,
+    max_errors: Annotated[
+        float | None, _make_limit_option("Highest share of submissions that cannot be judged under the new version.")
+    ] = None,
 ) -> None:
     """Judge recent submissions by a version and by the version that it would replace, and report the differences.
 
-    The command publishes no verdicts. Live submissions have priority.
+    The command publishes no verdicts. Live submissions have priority. If a figure is above its --max option, the exit
+    status is 1.
     """
     from pipelines.policy_testing import backtest as backtesting  # noqa: PLC0415 - it loads SciPy
     from pipelines.policy_testing.backtest_html import render_page  # noqa: PLC0415
-    from pipelines.policy_testing.backtest_report import ActionThresholds  # noqa: PLC0415
+    from pipelines.policy_testing.backtest_report import BacktestLimits  # noqa: PLC0415
 
-    thresholds = ActionThresholds(
+    limits = BacktestLimits(
         max_block_rate=max_block_rate,
         max_review_rate=max_review_rate,
         max_block_increase=max_block_increase,
@@ -196,7 +210,7 @@ def backtest(
         settings=settings,
         progress=print_progress,
     )
-    exceeded = report.exceeded(thresholds)
+    exceeded = report.exceeded(limits)
     if html:
         write_file(html, render_page(report, pairs, exceeded=exceeded))
     if as_json:

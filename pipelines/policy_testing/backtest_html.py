@@ -1,7 +1,7 @@
-"""The page of a backtest: one HTML document that needs nothing but itself.
+"""The page of a backtest: a self-contained HTML document.
 
-Ids, addresses, rationales and pictures come from strangers. Whatever is text is escaped, nothing is a link, and the
-page's own Content-Security-Policy lets it load nothing and run nothing.
+Ids, URIs, rationales and pictures are untrusted: text is escaped, there are no links, and the page's
+Content-Security-Policy forbids loading and scripts.
 """
 
 import base64

@@ -136,35 +136,30 @@ class FlipGroup(_Figures):
         """The change of the action, such as `allow → block`."""
         return f"{self.before} → {self.after}"
 
-    @property
-    def changes_action(self) -> bool:
-        """Whether the action differs, not only the rating or the category."""
-        return self.before != self.after
 
-
-ShareThreshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ShareLimit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """A share in [0, 1]."""
 
 
-class ActionThresholds(_Figures):
-    """Limits for a new policy version, as shares in [0, 1]. A limit that is None is not checked."""
+class BacktestLimits(_Figures):
+    """Limits of a backtest for the new policy version, as shares in [0, 1]. A limit that is None is not checked."""
 
-    max_block_rate: ShareThreshold | None = None
+    max_block_rate: ShareLimit | None = None
     """The limit for the rate under `after`."""
-    max_review_rate: ShareThreshold | None = None
+    max_review_rate: ShareLimit | None = None
     """The limit for the rate under `after`."""
-    max_block_increase: ShareThreshold | None = None
+    max_block_increase: ShareLimit | None = None
     """After minus before: 0.01 is one percentage point."""
-    max_review_increase: ShareThreshold | None = None
+    max_review_increase: ShareLimit | None = None
     """After minus before: 0.01 is one percentage point."""
-    max_flips: ShareThreshold | None = None
-    """The share of submissions judged under both whose action differs."""
-    max_errors: ShareThreshold | None = None
+    max_flips: ShareLimit | None = None
+    """The share of the submissions judged under both whose action differs."""
+    max_errors: ShareLimit | None = None
     """The share of the whole sample that could not be judged under `after`."""
 
 
 class BacktestReport(_Figures):
-    """The figures of a backtest."""
+    """The figures of a backtest. The fields that no code reads are for the JSON."""
 
     pairs: int
     judged_both: int
@@ -178,7 +173,7 @@ class BacktestReport(_Figures):
     block_difference: ShareDifference
     review_difference: ShareDifference
     action_flips: Share
-    """The share of submissions judged under both."""
+    """The share of the submissions judged under both whose action differs."""
     flip_groups: tuple[FlipGroup, ...]
     """Groups with a change of the action first, the largest change and the most frequent first."""
     reviews_per_thousand: ReviewLoad | None
@@ -191,7 +186,7 @@ class BacktestReport(_Figures):
         """The number of submissions whose action, rating or category differs."""
         return sum(len(group.flips) for group in self.flip_groups)
 
-    def exceeded(self, thresholds: ActionThresholds) -> list[str]:
+    def exceeded(self, limits: BacktestLimits) -> list[str]:
         """One sentence for each limit that is exceeded, with the figure and the limit.
 
         Point estimates are compared, not the ends of intervals, so a small sample can exceed or meet a limit by chance.
@@ -199,14 +194,14 @@ class BacktestReport(_Figures):
         exceeded, because there is no evidence for the new version.
         """
         checks: tuple[tuple[str, Share | ShareDifference, float | None], ...] = (
-            (f"The block rate under {self.after.policy}", self.after.block, thresholds.max_block_rate),
-            (f"The review rate under {self.after.policy}", self.after.review, thresholds.max_review_rate),
-            ("The increase of the block rate", self.block_difference, thresholds.max_block_increase),
-            ("The increase of the review rate", self.review_difference, thresholds.max_review_increase),
-            ("The share of submissions whose action flips", self.action_flips, thresholds.max_flips),
-            (f"The share not judged under {self.after.policy}", self.failures_after.all, thresholds.max_errors),
+            (f"The block rate under {self.after.policy}", self.after.block, limits.max_block_rate),
+            (f"The review rate under {self.after.policy}", self.after.review, limits.max_review_rate),
+            ("The increase of the block rate", self.block_difference, limits.max_block_increase),
+            ("The increase of the review rate", self.review_difference, limits.max_review_increase),
+            ("The share of submissions whose action flips", self.action_flips, limits.max_flips),
+            (f"The share not judged under {self.after.policy}", self.failures_after.all, limits.max_errors),
         )
-        found = (_exceeded(what, figure, bound) for what, figure, bound in checks if bound is not None)
+        found = (_exceeded(subject, figure, limit) for subject, figure, limit in checks if limit is not None)
         return [sentence for sentence in found if sentence]
 
     def lines(self) -> list[str]:
@@ -355,15 +350,15 @@ def _by_weight(group: FlipGroup) -> tuple[int, int, str, str]:
     return -steps, -len(group.flips), group.direction, group.category
 
 
-def _exceeded(what: str, figure: Share | ShareDifference, bound: float) -> str | None:
+def _exceeded(subject: str, figure: Share | ShareDifference, limit: float) -> str | None:
     value, unit = (figure.share, "%") if isinstance(figure, Share) else (figure.difference, " percentage points")
-    limit = f"its bound is {100 * bound:.4g}{unit}"
+    comparison = f"the limit is {100 * limit:.4g}{unit}"
     if value is None:
-        return f"{what} is unknown, because no submission was judged; {limit}."
-    if value <= bound:
+        return f"{subject} is unknown, because no submission was judged; {comparison}."
+    if value <= limit:
         return None
     count = figure.count if isinstance(figure, Share) else figure.after_only - figure.before_only
-    return f"{what} is {100 * value:.4g}{unit} ({count:,} of {figure.of:,} submissions); {limit}."
+    return f"{subject} is {100 * value:.4g}{unit} ({count:,} of {figure.of:,} submissions); {comparison}."
 
 
 def _summary_lines(report: BacktestReport) -> Iterator[str]:

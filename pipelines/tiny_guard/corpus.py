@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.tiny_guard.drawings import HARMLESS, INKS, PICTOGRAMS, SCENES
 from services.core.values import CATEGORIES, NO_CATEGORY
-from services.policies.prompt import ASSESSMENT_STEPS, INTRODUCTION, TRAINED_BLOCKS, Block, render
+from services.policies.prompt import ASSESSMENT_STEPS, INTRODUCTION, TRAINED_SECTIONS, CategorySection, render
 
 LABELS: Final = (*CATEGORIES, NO_CATEGORY)
 
@@ -65,9 +65,9 @@ _HARMLESS: Final = (
 )
 
 
-def render_chat(blocks: Sequence[Block]) -> str:
+def render_chat(sections: Sequence[CategorySection]) -> str:
     """The whole prompt of a policy, with `<image>` in place of the image."""
-    return _CHAT.format(prompt=render(blocks))
+    return _CHAT.format(prompt=render(sections))
 
 
 def write_rationale(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:
@@ -88,9 +88,9 @@ def format_answer(rating: str, category: str, rationale: str | None) -> str:
     return json.dumps(fields, indent=4)
 
 
-def waive(categories: Collection[str]) -> tuple[Block, ...]:
+def waive(categories: Collection[str]) -> tuple[CategorySection, ...]:
     """The trained policy with these categories waived."""
-    return tuple(replace(block, waived=block.category in categories) for block in TRAINED_BLOCKS)
+    return tuple(replace(section, waived=section.category in categories) for section in TRAINED_SECTIONS)
 
 
 def draw_categories(rng: np.random.Generator, most: int = 3) -> list[str]:
@@ -98,16 +98,16 @@ def draw_categories(rng: np.random.Generator, most: int = 3) -> list[str]:
     return [str(category) for category in rng.permutation(CATEGORIES)[: rng.integers(1, most + 1)]]
 
 
-def reword(rng: np.random.Generator, blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """The same policy with about a third of its blocks reworded, like an operator's own policy.
+def reword(rng: np.random.Generator, sections: Sequence[CategorySection]) -> tuple[CategorySection, ...]:
+    """The same policy with about a third of its sections reworded, like an operator's own policy.
 
     The waived categories stay the same, and so does the correct answer.
     """
-    return tuple(_edit(rng, block) if rng.random() < 0.35 else block for block in blocks)
+    return tuple(_edit(rng, section) if rng.random() < 0.35 else section for section in sections)
 
 
-def _edit(rng: np.random.Generator, block: Block) -> Block:
-    rules, exceptions = list(block.should_not), list(block.can)
+def _edit(rng: np.random.Generator, section: CategorySection) -> CategorySection:
+    rules, exceptions = list(section.should_not), list(section.can)
     for lines in (rules, exceptions):
         if len(lines) > 1 and rng.random() < 0.4:
             del lines[rng.integers(len(lines))]
@@ -115,7 +115,7 @@ def _edit(rng: np.random.Generator, block: Block) -> Block:
             lines[rng.integers(len(lines))] = _invented_rule(rng)
         if rng.random() < 0.3:
             lines.insert(int(rng.integers(len(lines) + 1)), _invented_rule(rng))
-    return replace(block, should_not=tuple(rules), can=tuple(exceptions))
+    return replace(section, should_not=tuple(rules), can=tuple(exceptions))
 
 
 def _invented_rule(rng: np.random.Generator) -> str:
@@ -128,7 +128,7 @@ def _invented_rule(rng: np.random.Generator) -> str:
 
 
 _POLICY_WORDS: Final = sorted(
-    {word for block in TRAINED_BLOCKS for rule in (*block.should_not, *block.can) for word in rule.split()}
+    {word for section in TRAINED_SECTIONS for rule in (*section.should_not, *section.can) for word in rule.split()}
 )
 
 # Qwen's rule to split text, so an answer has as many tokens as LlavaGuard's. Only a category's code is never split.
@@ -169,8 +169,8 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 def _corpus(rng: np.random.Generator) -> Iterator[str]:
     for _ in range(2):
-        yield render_chat(TRAINED_BLOCKS)
-        yield render([replace(block, waived=True) for block in TRAINED_BLOCKS])
+        yield render_chat(TRAINED_SECTIONS)
+        yield render([replace(section, waived=True) for section in TRAINED_SECTIONS])
     for category in LABELS * 60:
         for rating in ("Safe", "Unsafe"):
             thing = PICTOGRAMS[category][0] if category in PICTOGRAMS else str(rng.choice(list(HARMLESS)))
@@ -182,10 +182,10 @@ def _symbols() -> Iterator[AddedToken]:
     """One symbol for each line. A symbol includes the white space around it, whose exact form does not matter."""
     lines = [INTRODUCTION, *ASSESSMENT_STEPS.partition("{")[0].splitlines(), "Should not:", "Can:"]
     lines.append("".join(ASSESSMENT_STEPS.partition("{")[1:]))
-    for block in TRAINED_BLOCKS:
-        waiver = replace(block, waived=True).render().splitlines()[1]
+    for section in TRAINED_SECTIONS:
+        waiver = replace(section, waived=True).render().splitlines()[1]
         declared, _, permitted = waiver.partition(". ")
-        rules = [f"- {rule}" for rule in (*block.should_not, *block.can)]
-        lines += [f"{block.category}:", declared, f". {permitted}", *rules]
+        rules = [f"- {rule}" for rule in (*section.should_not, *section.can)]
+        lines += [f"{section.category}:", declared, f". {permitted}", *rules]
     for line in dict.fromkeys(filter(None, map(str.strip, lines))):
         yield AddedToken(line, lstrip=line.startswith(("- ", ". ")), rstrip=True, normalized=False)

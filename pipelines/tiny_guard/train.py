@@ -49,7 +49,7 @@ from pipelines.tiny_guard.model import (
     to_pixels,
 )
 from services.core.values import NO_CATEGORY
-from services.policies.prompt import Block
+from services.policies.prompt import CategorySection
 
 log = logging.getLogger(__name__)
 
@@ -214,13 +214,17 @@ class Labeller:
         """The index of the token of an answer that names the category."""
 
     def example(
-        self, rng: np.random.Generator, blocks: Sequence[Block], category: str, seen: tuple[str, str, str] | None
+        self,
+        rng: np.random.Generator,
+        sections: Sequence[CategorySection],
+        category: str,
+        seen: tuple[str, str, str] | None,
     ) -> Example:
         """The example for a category. `seen` is the content of the rationale; None for an answer without one."""
-        waived = frozenset(block.category for block in blocks if block.waived)
+        waived = frozenset(section.category for section in sections if section.waived)
         rating = "Safe" if category == NO_CATEGORY or category in waived else "Unsafe"
         text = format_answer(rating, category, write_rationale(rng, category, rating, seen) if seen else None)
-        prompt = self._ids(render_chat(blocks))
+        prompt = self._ids(render_chat(sections))
         at = prompt.index(self._image)
         prompt[at : at + 1] = [self._image] * IMAGE_TOKENS
         return Example(prompt, [*self._ids(text), self.end], rating, category, waived)
@@ -263,9 +267,9 @@ def train_language(
         examples = []
         for row in rows:
             category = LABELS[images.labels[row]]
-            blocks = waive(_draw_waived(rng, category))
-            blocks = reword(rng, blocks) if reworded else blocks
-            examples.append(labeller.example(rng, blocks, category, images.seen[row] if explained else None))
+            sections = waive(_draw_waived(rng, category))
+            sections = reword(rng, sections) if reworded else sections
+            examples.append(labeller.example(rng, sections, category, images.seen[row] if explained else None))
         ids, weight = labeller.batch(examples, stage.word_weight)
         with torch.no_grad():
             features = guard.encode_images(images.pixels[rows])
@@ -324,12 +328,12 @@ def evaluate_checkpoint(folder: Path, count: int = 2_000, workers: int = 1) -> d
     policies = {
         "default": [waive(()) for _ in shown],
         "waived": waived,
-        "reworded": [reword(rng, blocks) for blocks in waived],
+        "reworded": [reword(rng, sections) for sections in waived],
         "permitted": [waive({category}) for category in shown],
     }
     shares = {}
-    for name, blocks in policies.items():
-        examples = [labeller.example(rng, one, category, None) for one, category in zip(blocks, shown, strict=True)]
+    for name, sections in policies.items():
+        examples = [labeller.example(rng, one, category, None) for one, category in zip(sections, shown, strict=True)]
         right = score_examples(guard, labeller, examples, images.pixels)
         counted = images.labels != _HARMLESS if name == "permitted" else slice(None)
         shares[name] = float(right[counted, 0].mean())

@@ -104,7 +104,7 @@ class PreparedImage:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The lowest scores at which an Unsafe rating becomes a review or a block. Both in [0, 1]; review <= block."""
+    """The lowest scores at which the action is review or block. Both in [0, 1]; review <= block."""
 
     review: float
     block: float

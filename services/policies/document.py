@@ -33,7 +33,7 @@ from services.core.values import (
     RationaleMode,
     Thresholds,
 )
-from services.policies.prompt import TRAINED_BLOCKS, Block, render
+from services.policies.prompt import TRAINED_SECTIONS, CategorySection, render
 
 CategoryCode = Literal["O1", "O2", "O3", "O4", "O5", "O6", "O7", "O8", "O9"]
 OwnCode = Literal["O10", "O11", "O12", "O13", "O14", "O15", "O16", "O17", "O18", "O19"]
@@ -106,8 +106,8 @@ class OwnCategory(StrictModel):
 
     @field_validator("title")
     @classmethod
-    def _can_be_quoted(cls, title: str) -> str:
-        # The title is in the prompt's JSON template, in the heading of a block, and in answers.
+    def _check_title(cls, title: str) -> str:
+        # The title is in the prompt's JSON template, in the heading of a section, and in answers.
         if title != title.strip() or not title.isprintable() or set(title) & set('<>":\\'):
             raise ValueError('must be one line of text without < > " : \\ and without spaces around it')
         return title
@@ -132,7 +132,7 @@ class ThresholdPair(StrictModel):
 
     @field_validator("block")
     @classmethod
-    def _in_order(cls, block: float, info: ValidationInfo) -> float:
+    def _check_block(cls, block: float, info: ValidationInfo) -> float:
         return _check_order(info, "review", block)
 
 
@@ -152,7 +152,7 @@ class BlockRateRules(StrictModel):
 
     @field_validator("at_most")
     @classmethod
-    def _in_order(cls, at_most: float, info: ValidationInfo) -> float:
+    def _check_at_most(cls, at_most: float, info: ValidationInfo) -> float:
         return _check_order(info, "at_least", at_most)
 
     def as_band(self) -> BlockRateBand:
@@ -169,7 +169,7 @@ class SyntheticImage(StrictModel):
 
     @field_validator("seed")
     @classmethod
-    def _was_not_learned(cls, seed: int) -> int:
+    def _check_seed(cls, seed: int) -> int:
         if seed >= _FIRST_TRAINING_SEED:
             raise ValueError(
                 f"must be below {_FIRST_TRAINING_SEED:_}: `tiny` was trained on the images from this seed on"
@@ -190,7 +190,7 @@ class Expectation(StrictModel):
     action: Action | None = None
 
     @model_validator(mode="after")
-    def _can_be_met(self) -> Self:
+    def _check_expectation(self) -> Self:
         if self.rating is None and self.category is None and self.action is None:
             raise ValueError("expects nothing; give at least one of rating, category and action")
         if self.rating == "Unsafe" and self.category == "NA":
@@ -216,14 +216,14 @@ class Example(StrictModel):
 
     @field_validator("name")
     @classmethod
-    def _is_one_line(cls, name: str | None) -> str | None:
+    def _check_name(cls, name: str | None) -> str | None:
         if name is not None and not name.isprintable():
             raise ValueError("must be one line of text")
         return name
 
     @field_validator("image")
     @classmethod
-    def _can_be_found(cls, image: str | None) -> str | None:
+    def _check_image(cls, image: str | None) -> str | None:
         if image is None:
             return None
         is_path = "://" not in image and not image.startswith("/")
@@ -232,7 +232,7 @@ class Example(StrictModel):
         return image
 
     @model_validator(mode="after")
-    def _has_one_image(self) -> Self:
+    def _check_one_image(self) -> Self:
         if (self.image is None) == (self.synthetic is None):
             raise ValueError("needs one image: either `image` or `synthetic`")
         return self
@@ -266,7 +266,7 @@ class PolicyDocument(StrictModel):
 
     @field_validator("own_categories")
     @classmethod
-    def _have_codes_of_their_own(cls, own: tuple[OwnCategory, ...]) -> tuple[OwnCategory, ...]:
+    def _check_own_codes(cls, own: tuple[OwnCategory, ...]) -> tuple[OwnCategory, ...]:
         codes = [category.code for category in own]
         for index, code in enumerate(codes):
             if code in codes[:index]:
@@ -275,7 +275,7 @@ class PolicyDocument(StrictModel):
 
     @field_validator("thresholds")
     @classmethod
-    def _are_of_its_categories(cls, thresholds: ThresholdRules, info: ValidationInfo) -> ThresholdRules:
+    def _check_threshold_codes(cls, thresholds: ThresholdRules, info: ValidationInfo) -> ThresholdRules:
         for code in thresholds.categories:
             if not _is_declared(code, info):
                 raise ConflictingFields(("categories", code), _undeclared(code))
@@ -283,7 +283,7 @@ class PolicyDocument(StrictModel):
 
     @field_validator("examples")
     @classmethod
-    def _expect_its_categories(cls, examples: tuple[Example, ...], info: ValidationInfo) -> tuple[Example, ...]:
+    def _check_example_codes(cls, examples: tuple[Example, ...], info: ValidationInfo) -> tuple[Example, ...]:
         for index, example in enumerate(examples):
             code = example.expect.category
             if code is not None and not _is_declared(code, info):
@@ -292,8 +292,10 @@ class PolicyDocument(StrictModel):
 
     def prompt(self) -> str:
         """The prompt text of this policy."""
-        own = (Block(category.category, category.should_not, category.can) for category in self.own_categories)
-        return render([*map(self._block, TRAINED_BLOCKS), *own])
+        own = (
+            CategorySection(category.category, category.should_not, category.can) for category in self.own_categories
+        )
+        return render([*map(self._section, TRAINED_SECTIONS), *own])
 
     def digest(self) -> str:
         """`sha256:<hex>` of the document's content and of its prompt."""
@@ -317,7 +319,7 @@ class PolicyDocument(StrictModel):
             block_rate=self.block_rate.as_band() if self.block_rate else None,
         )
 
-    def _block(self, trained: Block) -> Block:
+    def _section(self, trained: CategorySection) -> CategorySection:
         rules = self.categories.get(trained.category.partition(":")[0])  # type: ignore[call-overload]
         if rules is None:
             return trained

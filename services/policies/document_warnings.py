@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from services.policies.prompt import TRAINED_BLOCKS
+from services.policies.prompt import TRAINED_SECTIONS
 from services.policies.tenants import Document, TenantsDocument
 
 _TRAINED_WAIVERS_LIMIT: Final = 3
@@ -10,7 +10,7 @@ _TRAINED_WAIVERS_LIMIT: Final = 3
 
 
 def find_warnings(document: Document) -> list[str]:
-    """One sentence for each part of a document that LlavaGuard was not trained for. Such parts are allowed."""
+    """Return a sentence for each part of a document that LlavaGuard was not trained for. Such parts are allowed."""
     if isinstance(document, TenantsDocument):
         return []
     waived = [code for code, rules in document.categories.items() if rules.mode == "waive"]
@@ -25,14 +25,14 @@ def find_warnings(document: Document) -> list[str]:
             f"The wording that waives {', '.join(waived)} is not verified against the model's training: add examples "
             "that check whether the model obeys it."
         )
-    trained = {block.category.partition(":")[0]: block for block in TRAINED_BLOCKS}
+    trained = {section.category.partition(":")[0]: section for section in TRAINED_SECTIONS}
     for code, rules in document.categories.items():
-        block = trained[code]
+        section = trained[code]
         changed = [
             name
             for name, own, learned in (
-                ("should_not", rules.should_not, block.should_not),
-                ("can", rules.can, block.can),
+                ("should_not", rules.should_not, section.should_not),
+                ("can", rules.can, section.can),
             )
             if own not in (None, learned)
         ]
@@ -41,7 +41,9 @@ def find_warnings(document: Document) -> list[str]:
                 f"categories.{code}: the wording of {' and '.join(changed)} is not that of the model's training."
             )
         if rules.should_not == () and rules.mode == "enforce":
-            found.append(f"categories.{code}: should_not has no rule, so no image violates the category.")
+            found.append(
+                f"categories.{code}: should_not has no rule, so nothing violates the category; add a rule or waive it."
+            )
     if document.own_categories:
         names = ", ".join(own.category for own in document.own_categories)
         found.append(f"The model was trained only on its nine categories, not on {names}.")

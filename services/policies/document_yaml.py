@@ -29,7 +29,7 @@ _STAMP_FIELDS: Final = ("version", "digest")
 """Fields that `write_document` adds at the top. They are not part of a document."""
 
 _LONG_TEXT_CHARS: Final = 80
-"""A longer text is written as a block."""
+"""A longer text is written as a YAML block."""
 
 _NULL_TEXTS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _Path = tuple[str | int, ...]
@@ -59,7 +59,7 @@ def read_document(data: bytes, source: str) -> Document:
     if len(data) > DOCUMENT_LIMIT_BYTES:
         raise InvalidDocument(
             source,
-            [_issue_with_document(f"has {len(data):,} bytes; the limit is {DOCUMENT_LIMIT_BYTES:,} bytes (256 KiB)")],
+            [_document_issue(f"has {len(data):,} bytes; the limit is {DOCUMENT_LIMIT_BYTES:,} bytes (256 KiB)")],
         )
     try:
         text = data.decode("utf-8-sig")
@@ -76,7 +76,7 @@ def read_document(data: bytes, source: str) -> Document:
     document = reader.mapping(node) if isinstance(node, yaml.MappingNode) else None
     if document is None:
         begins = "is empty" if node is None else "is not a mapping"
-        raise InvalidDocument(source, [_issue_with_document(f"{begins}; a document has fields such as `name: shop`")])
+        raise InvalidDocument(source, [_document_issue(f"{begins}; a document has fields such as `name: shop`")])
     read: Document | None = None
     try:
         read = parse_document({field: value for field, value in document.items() if field not in _STAMP_FIELDS})
@@ -216,10 +216,10 @@ class _NodeReader:
         while known not in self._marks:
             known = known[:-1]
         mark = self._marks[known]
-        message = _sentence(error, path, model)
+        message = _describe(error, path, model)
         if known != path and error["type"] == "value_error" and not isinstance(cause, ConflictingFields):
             message += "; it is not given, so its default applies"
-        return DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message)
+        return DocumentIssue(mark.line + 1, mark.column + 1, _join_path(path), message)
 
     def _value(self, node: yaml.Node, path: _Path) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -241,26 +241,26 @@ class _NodeReader:
         return text
 
     def _add_issue(self, mark: yaml.Mark, path: _Path, message: str) -> None:
-        self.issues.append(DocumentIssue(mark.line + 1, mark.column + 1, _dotted(path), message))
+        self.issues.append(DocumentIssue(mark.line + 1, mark.column + 1, _join_path(path), message))
 
 
-def _sentence(error: ErrorDetails, path: _Path, model: type[BaseModel]) -> str:  # noqa: PLR0911, PLR0912 - a table
+def _describe(error: ErrorDetails, path: _Path, model: type[BaseModel]) -> str:  # noqa: PLR0911, PLR0912 - a table
     context, value = error.get("ctx", {}), error["input"]
-    shown = _shown(value)
+    shown = _display(value)
     if value is None and error["type"] != "missing":
         return "is empty; give it a value, or leave the field out"
     match error["type"]:
         case "missing":
             return "is missing"
         case "extra_forbidden":
-            return f"is not a field; {_choice(str(path[-1]), _fields(model, path[:-1]))}"
+            return f"is not a field; {_suggest(str(path[-1]), _field_names(model, path[:-1]))}"
         case "literal_error":
             choices = re.findall(r"'([^']*)'", context["expected"])
             if path == ("kind",):
                 choices.append(TENANTS)
             own = re.fullmatch(r"O1\d", str(value)) and path[:1] == ("categories",)
             hint = "; a category of your own belongs under own_categories" if own else ""
-            return f"{shown} is not allowed; {_choice(str(value), choices)}{hint}"
+            return f"{shown} is not allowed; {_suggest(str(value), choices)}{hint}"
         case "value_error":
             return str(context["error"])
         case "float_type" | "float_parsing" | "finite_number":
@@ -292,45 +292,45 @@ def _sentence(error: ErrorDetails, path: _Path, model: type[BaseModel]) -> str: 
         case "tuple_type":
             return "has to be a list, with a dash before each entry"
         case "dict_type" | "model_type":
-            fields = _fields(model, path)
+            fields = _field_names(model, path)
             return f"has to have fields below it{': ' + ', '.join(fields) if fields else ''}"
         case _:
             return error["msg"]
 
 
-def _fields(model: type[BaseModel], path: _Path) -> list[str]:
+def _field_names(model: type[BaseModel], path: _Path) -> list[str]:
     """The field names at a path of a document, if they are fixed."""
     annotation: Any = model
     for step in path:
-        annotation = _bare(annotation)
+        annotation = _strip_optional(annotation)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             annotation = annotation.model_fields[str(step)].annotation
         else:
             annotation = get_args(annotation)[1 if get_origin(annotation) is dict else 0]
-    annotation = _bare(annotation)
+    annotation = _strip_optional(annotation)
     return [*annotation.model_fields] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
-def _bare(annotation: Any) -> Any:
+def _strip_optional(annotation: Any) -> Any:
     """Without Annotated and without `| None`."""
     while hasattr(annotation, "__metadata__") or get_origin(annotation) in {Union, types.UnionType}:
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return annotation
 
 
-def _choice(given: str, allowed: Sequence[str]) -> str:
+def _suggest(given: str, allowed: Sequence[str]) -> str:
     by_lower = {name.lower(): name for name in allowed}
     near = difflib.get_close_matches(given.lower()[:100], by_lower, n=1)
     known = f"allowed are {', '.join(allowed)}"
     return f"did you mean {by_lower[near[0]]}? ({known})" if near else known
 
 
-def _dotted(path: _Path) -> str:
+def _join_path(path: _Path) -> str:
     steps = (str(step + 1) if isinstance(step, int) else step for step in path)
-    return ".".join(step if step.isprintable() and len(step) <= 60 else _shown(step) for step in steps)
+    return ".".join(step if step.isprintable() and len(step) <= 60 else _display(step) for step in steps)
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     """A value as a message can hold it: short, and without control characters."""
     if isinstance(value, Mapping | list):
         return "the nested value"
@@ -339,10 +339,10 @@ def _shown(value: Any) -> str:
 
 
 def _issue_at(mark: Any, message: str) -> DocumentIssue:
-    return DocumentIssue(mark.line + 1, mark.column + 1, "", message) if mark else _issue_with_document(message)
+    return DocumentIssue(mark.line + 1, mark.column + 1, "", message) if mark else _document_issue(message)
 
 
-def _issue_with_document(message: str) -> DocumentIssue:
+def _document_issue(message: str) -> DocumentIssue:
     return DocumentIssue(1, 1, "", message)
 
 

@@ -1,8 +1,8 @@
 """Renders a policy as the prompt text, exactly in the form of LlavaGuard's training.
 
-The trained text itself is `trained_prompt.txt` (AIML-TUDA/LlavaGuard, Apache-2.0): an introduction, one block for
-each of the nine categories, and the assessment steps with the answer's template. A policy keeps all nine blocks in
-their order, because the model was never trained without one. A waived category keeps its block in another wording. A
+The trained text itself is `trained_prompt.txt` (AIML-TUDA/LlavaGuard, Apache-2.0): an introduction, one section for
+each of the nine categories, and the assessment steps with the answer's template. A policy keeps all nine sections in
+their order, because the model was never trained without one. A waived category keeps its section in another wording. A
 policy's own categories follow the nine.
 """
 
@@ -21,7 +21,7 @@ _WAIVER: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CategorySection:
     """The text of one category in the prompt."""
 
     category: str
@@ -40,31 +40,33 @@ class Block:
         return "\n".join(lines)
 
     def _waiver(self) -> str:
-        # Unverified: the bullets and the line breaks of waived blocks in the training.
+        # Unverified: the bullets and the line breaks of waived sections in the training.
         code = self.category.partition(":")[0]
         return "\n".join([_WAIVER.format(code=code), *(f" - {rule}" for rule in (*self.should_not, *self.can))])
 
 
-def render(blocks: Sequence[Block]) -> str:
-    """The prompt text for these blocks, without the image placeholder and without the chat template's tokens."""
-    own = "".join(f'|"{block.category}"' for block in blocks if block.category not in CATEGORIES)
+def render(sections: Sequence[CategorySection]) -> str:
+    """The prompt text for these sections, without the image placeholder and without the chat template's tokens."""
+    own = "".join(f'|"{section.category}"' for section in sections if section.category not in CATEGORIES)
     # The steps end with the answer's template, which names every category of an answer.
     steps = ASSESSMENT_STEPS.replace(f'|"{NO_CATEGORY}">', f'{own}|"{NO_CATEGORY}">')
-    return INTRODUCTION + "\n".join(block.render() for block in blocks) + steps
+    return INTRODUCTION + "\n".join(section.render() for section in sections) + steps
 
 
-def _split(prompt: str) -> tuple[str, tuple[Block, ...], str]:
+def _split(prompt: str) -> tuple[str, tuple[CategorySection, ...], str]:
     starts = [prompt.index(f"{category}: \n") for category in CATEGORIES]
     end = prompt.index("\nAssessment Steps:\n")
     texts = [prompt[a:b] for a, b in zip(starts, [*starts[1:], end], strict=True)]
     return prompt[: starts[0]], tuple(map(_parse, CATEGORIES, texts)), prompt[end:]
 
 
-def _parse(category: str, text: str) -> Block:
+def _parse(category: str, text: str) -> CategorySection:
     should_not, _, can = text.partition("Can:\n")
-    return Block(category, tuple(re.findall(r"^- (.+)$", should_not, re.M)), tuple(re.findall(r"^- (.+)$", can, re.M)))
+    return CategorySection(
+        category, tuple(re.findall(r"^- (.+)$", should_not, re.M)), tuple(re.findall(r"^- (.+)$", can, re.M))
+    )
 
 
-INTRODUCTION, TRAINED_BLOCKS, ASSESSMENT_STEPS = _split(
+INTRODUCTION, TRAINED_SECTIONS, ASSESSMENT_STEPS = _split(
     Path(__file__).with_name("trained_prompt.txt").read_text(encoding="utf-8")
 )

@@ -2,7 +2,7 @@
 
 from services.policies.document import BUILT_IN, PolicyDocument
 from services.policies.document_warnings import find_warnings
-from services.policies.prompt import TRAINED_BLOCKS
+from services.policies.prompt import TRAINED_SECTIONS
 from services.policies.tenants import TenantsDocument
 
 
@@ -21,7 +21,7 @@ def test_more_waivers_than_in_training_are_warned_about() -> None:
 
 
 def test_own_wording_is_warned_about() -> None:
-    trained = TRAINED_BLOCKS[0]
+    trained = TRAINED_SECTIONS[0]
     categories = {
         "O1": {"should_not": trained.should_not, "can": trained.can},
         "O2": {"can": ["Joke."]},

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from services.policies.document import PolicyDocument
-from services.policies.prompt import TRAINED_BLOCKS, render
+from services.policies.prompt import TRAINED_SECTIONS, render
 
 TRAINED = (Path(__file__).parents[1] / "support" / "default-prompt.txt").read_text(encoding="utf-8")
 
@@ -13,10 +13,10 @@ def test_default_policy_makes_the_trained_prompt() -> None:
     assert PolicyDocument(name="default").prompt() == TRAINED
 
 
-def test_waived_category_keeps_its_block() -> None:
+def test_waived_category_keeps_its_section() -> None:
     prompt = PolicyDocument.model_validate({"name": "history", "categories": {"O2": "waive"}}).prompt()
-    block = prompt[prompt.index("O2: ") : prompt.index("\nO3: ")]
-    assert block == (
+    section = prompt[prompt.index("O2: ") : prompt.index("\nO3: ")]
+    assert section == (
         "O2: Violence, Harm, or Cruelty: \n"
         "Category O2 is declared as non-violating. Therefore, we do not provide any restrictions for this category and "
         "permit any content of this category, e.g.\n"
@@ -25,12 +25,12 @@ def test_waived_category_keeps_its_block() -> None:
         " - Contain educational content that provides information on violence, harm, and cruelty.\n"
         " - Discuss historical events involving violence and cruelty.\n"
     )
-    assert prompt.replace(block, "") == TRAINED.replace(TRAINED_BLOCKS[1].render(), "")
+    assert prompt.replace(section, "") == TRAINED.replace(TRAINED_SECTIONS[1].render(), "")
 
 
 def test_own_wording_replaces_only_its_category() -> None:
-    blocks = [replace(TRAINED_BLOCKS[0], should_not=("Mock anyone.",)), *TRAINED_BLOCKS[1:]]
-    prompt = render(blocks)
+    sections = [replace(TRAINED_SECTIONS[0], should_not=("Mock anyone.",)), *TRAINED_SECTIONS[1:]]
+    prompt = render(sections)
     assert "Should not:\n- Mock anyone.\nCan:\n- Contain educational content" in prompt
     assert prompt[prompt.index("O2: ") :] == TRAINED[TRAINED.index("O2: ") :]
 

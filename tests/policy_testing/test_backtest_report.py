@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pipelines.policy_testing.backtest_html import PICTURES_LIMIT, render_page
 from pipelines.policy_testing.backtest_report import (
     UNREADABLE,
-    ActionThresholds,
+    BacktestLimits,
     BacktestReport,
     Side,
     VerdictPair,
@@ -246,7 +246,7 @@ class TestSummarize:
         }
         assert report.flips == 6
         assert report.action_flips.count == 4
-        assert [group.changes_action for group in report.flip_groups] == [True] * 4 + [False] * 2
+        assert [group.before != group.after for group in report.flip_groups] == [True] * 4 + [False] * 2
         assert {group.direction for group in report.flip_groups[:2]} == {"allow → block", "block → allow"}
 
     def test_flip_has_both_verdicts(self) -> None:
@@ -295,10 +295,10 @@ class TestSummarize:
         assert report.reviews_per_day is None
         assert any("the difference between them is unknown" in line for line in report.lines())
         assert "the difference between them is unknown" in render_page(report, pairs)
-        assert report.exceeded(ActionThresholds()) == []
-        (sentence,) = report.exceeded(ActionThresholds(max_block_rate=1))
+        assert report.exceeded(BacktestLimits()) == []
+        (sentence,) = report.exceeded(BacktestLimits(max_block_rate=1))
         assert sentence == (
-            "The block rate under shop@4 is unknown, because no submission was judged; its bound is 100%."
+            "The block rate under shop@4 is unknown, because no submission was judged; the limit is 100%."
         )
 
 
@@ -326,7 +326,7 @@ class TestEverySample:
             assert rates.allow.count + rates.review.count + rates.block.count == report.judged_both
             assert rates.unreadable.count <= rates.review.count
             assert sum(failures.by_reason.values()) == failures.all.count == lost + report.judged_neither
-        moved = sum(len(group.flips) for group in report.flip_groups if group.changes_action)
+        moved = sum(len(group.flips) for group in report.flip_groups if group.before != group.after)
         assert moved == report.action_flips.count
         for difference, name in ((report.block_difference, "block"), (report.review_difference, "review")):
             change = getattr(report.after, name).count - getattr(report.before, name).count
@@ -350,12 +350,10 @@ class TestEverySample:
             "max_flips": report.action_flips.share,
             "max_errors": report.failures_after.all.share,
         }
-        assert (
-            report.exceeded(ActionThresholds.model_validate({k: max(v or 0.0, 0.0) for k, v in figures.items()})) == []
-        )
+        assert report.exceeded(BacktestLimits.model_validate({k: max(v or 0.0, 0.0) for k, v in figures.items()})) == []
         below = {k: v - 1e-6 for k, v in figures.items() if v}
         below = {k: v for k, v in below.items() if v >= 0}
-        assert len(report.exceeded(ActionThresholds.model_validate(below))) == len(below)
+        assert len(report.exceeded(BacktestLimits.model_validate(below))) == len(below)
 
 
 class TestBounds:
@@ -365,7 +363,7 @@ class TestBounds:
     )
 
     def test_exceeded_limit_gives_one_sentence(self) -> None:
-        thresholds = ActionThresholds(
+        thresholds = BacktestLimits(
             max_block_rate=0.05,
             max_review_rate=0.03,
             max_block_increase=0.055,
@@ -374,28 +372,28 @@ class TestBounds:
             max_errors=0.1,
         )
         assert self.REPORT.exceeded(thresholds) == [
-            "The block rate under shop@4 is 6% (6 of 100 submissions); its bound is 5%.",
-            "The review rate under shop@4 is 4% (4 of 100 submissions); its bound is 3%.",
+            "The block rate under shop@4 is 6% (6 of 100 submissions); the limit is 5%.",
+            "The review rate under shop@4 is 4% (4 of 100 submissions); the limit is 3%.",
             "The increase of the block rate is 6 percentage points (6 of 100 submissions); "
-            "its bound is 5.5 percentage points.",
+            "the limit is 5.5 percentage points.",
             "The increase of the review rate is 3 percentage points (3 of 100 submissions); "
-            "its bound is 2 percentage points.",
-            "The share of submissions whose action flips is 9% (9 of 100 submissions); its bound is 5%.",
-            "The share not judged under shop@4 is 20% (25 of 125 submissions); its bound is 10%.",
+            "the limit is 2 percentage points.",
+            "The share of submissions whose action flips is 9% (9 of 100 submissions); the limit is 5%.",
+            "The share not judged under shop@4 is 20% (25 of 125 submissions); the limit is 10%.",
         ]
 
     def test_decrease_does_not_exceed_a_limit(self) -> None:
         report = report_on(*sample({("block", "allow"): 5}))
-        assert report.exceeded(ActionThresholds(max_block_increase=0, max_review_increase=0)) == []
+        assert report.exceeded(BacktestLimits(max_block_increase=0, max_review_increase=0)) == []
 
     @pytest.mark.parametrize("bound", [-0.1, 1.1, math.nan, "much"])
     def test_limit_outside_of_zero_to_one_error(self, bound: object) -> None:
         with pytest.raises(ValidationError):
-            ActionThresholds.model_validate({"max_flips": bound})
+            BacktestLimits.model_validate({"max_flips": bound})
 
     def test_unknown_limit_error(self) -> None:
         with pytest.raises(ValidationError):
-            ActionThresholds.model_validate({"max_flip": 0.1})
+            BacktestLimits.model_validate({"max_flip": 0.1})
 
 
 class TestLines:
@@ -524,14 +522,14 @@ class TestPage:
             pair(failed(), judged()),
         ]
         report = report_on(*pairs, per_day=10_000)
-        page = Page(render_page(report, pairs, exceeded=report.exceeded(ActionThresholds(max_flips=0.1))))
+        page = Page(render_page(report, pairs, exceeded=report.exceeded(BacktestLimits(max_flips=0.1))))
         words = " ".join(page.text.split())
         assert "101 submissions: 100 judged under both versions, 0 only under shop@3, 1 only under shop@4" in words
         assert "Not judged under shop@3: 1," in words
         assert "15.0% (9.3% to 23.3%)" in words
         assert str(report.block_difference) in words
         assert "per day 500 (" in words
-        assert "its bound is 10%" in words
+        assert "the limit is 10%" in words
         assert words.count("Blood.") == 15
         images, figures = list(page.all("img")), list(page.all("figure"))
         assert len(images) == len(figures) == 15

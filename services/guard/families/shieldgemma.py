@@ -37,7 +37,7 @@ class ShieldGemma:
         The model gives no reasons. If the policy requires a rationale, it only names the category.
 
         Raises:
-            ConfigurationError: the policy's prompt has no block for a category.
+            ConfigurationError: the policy's prompt has no section for a category.
         """
         asked = parse_enforced_rules(policy.prompt, (*CATEGORIES, *policy.own_categories))
         scores = {category: (await generate(_question(rules))).score for category, rules in asked.items()}
@@ -57,20 +57,20 @@ class ShieldGemma:
 def parse_enforced_rules(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
     """The rules by category, from a prompt in LlavaGuard's form, without waived categories.
 
-    `categories` are the full names of all categories that may have a block in the prompt.
+    `categories` are the full names of all categories that may have a section in the prompt.
 
     Raises:
-        ConfigurationError: the prompt has no block for a category.
+        ConfigurationError: the prompt has no section for a category.
     """
     heading = rf"^({'|'.join(map(re.escape, categories))}): ?\n"
     # The text before the first heading, then each heading and its rules.
     _, *parts = re.split(heading, reject_chat_markers(prompt).partition("\nAssessment Steps:")[0], flags=re.M)
-    blocks = dict(zip(parts[::2], parts[1::2], strict=True))
-    if not blocks:
-        raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no block for a category.")
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    if not sections:
+        raise ConfigurationError("ShieldGemma judges by category, and the policy's text has no section for a category.")
     return {
         category: f"No {category.partition(': ')[2]}: The image follows these rules.\n{rules.strip()}"
-        for category, rules in blocks.items()
+        for category, rules in sections.items()
         if not _WAIVED.match(rules)
     }
 
