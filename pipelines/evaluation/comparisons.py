@@ -5,20 +5,16 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, ratio
 from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, JudgedRows, compute_rates_by_kind
 from pipelines.evaluation.results import AdaptiveColumns, PerturbedColumns
+from pipelines.reporting.frozen_model import FrozenModel
 
 _NO_PAIRS: Final = "no row was judged both ways with answers that could be read"
 
 
-class _FrozenModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Adaptive(_FrozenModel):
+class Adaptive(FrozenModel):
     """Effort `adaptive` compared with `full`, over the rows that were judged with both."""
 
     rows: int
@@ -32,7 +28,7 @@ class Adaptive(_FrozenModel):
     """Of the verdicts with `adaptive`."""
 
 
-class Robustness(_FrozenModel):
+class Robustness(FrozenModel):
     """The effect of a perturbation, over the images that were judged before and after."""
 
     perturbation: str

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from sklearn.metrics import precision_recall_curve, roc_curve  # type: ignore[import-untyped]
 
 from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, counts, ratio
+from pipelines.reporting.frozen_model import FrozenModel
 
 BINS: Final = 10
 """Bins of equal width, for the calibration error and the reliability plot."""
@@ -19,11 +19,7 @@ _ONE_CLASS: Final = "it takes Safe and Unsafe rows with a score"
 _NO_SCORE: Final = "no row has a score"
 
 
-class _FrozenModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Curve(_FrozenModel):
+class Curve(FrozenModel):
     """The points of a curve from left to right, and the area below it."""
 
     x: tuple[float, ...]
@@ -31,7 +27,7 @@ class Curve(_FrozenModel):
     area: Figure
 
 
-class Bin(_FrozenModel):
+class Bin(FrozenModel):
     """Rows whose score lies in [from, to); the last bin includes its end."""
 
     low: float
@@ -42,7 +38,7 @@ class Bin(_FrozenModel):
     """The share labelled Unsafe."""
 
 
-class CalibrationFigures(_FrozenModel):
+class CalibrationFigures(FrozenModel):
     """How close the score is to a probability."""
 
     ece: Figure
@@ -52,7 +48,7 @@ class CalibrationFigures(_FrozenModel):
     bins: tuple[Bin, ...]
 
 
-class ThresholdCost(_FrozenModel):
+class ThresholdCost(FrozenModel):
     """The cost of a review of every image with this score or a higher one."""
 
     threshold: float

@@ -11,9 +11,9 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation.bootstrap import Bootstrap, Estimates, Figure, Floats, counts, ratio
+from pipelines.reporting.frozen_model import FrozenModel
 
 SAFE, UNSAFE, INVALID = 0, 1, 2
 """The answer for a row."""
@@ -50,11 +50,7 @@ class JudgedRows:
         return JudgedRows(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
-class _FrozenModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Confusion(_FrozenModel):
+class Confusion(FrozenModel):
     """The confusion table: rows by label and answer."""
 
     true_negatives: int
@@ -66,7 +62,7 @@ class Confusion(_FrozenModel):
     unsafe_invalid: int
 
 
-class ConfusionRates(_FrozenModel):
+class ConfusionRates(FrozenModel):
     """The rates of a group of rows."""
 
     rows: int
@@ -81,7 +77,7 @@ class ConfusionRates(_FrozenModel):
     """The share of rows whose answer was readable."""
 
 
-class CategoryRates(_FrozenModel):
+class CategoryRates(FrozenModel):
     """The rates of the rows labelled with one category, and how often answers name it correctly."""
 
     category: str

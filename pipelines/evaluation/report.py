@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from pipelines.evaluation import curves
 from pipelines.evaluation.bootstrap import RESAMPLES, Bootstrap, Figure, Floats
@@ -23,6 +22,7 @@ from pipelines.evaluation.metrics import (
     compute_rates_by_kind,
 )
 from pipelines.evaluation.results import STEPS, ResultColumns
+from pipelines.reporting.frozen_model import FrozenModel
 from pipelines.reporting.statistics import CONFIDENCE
 from pipelines.reporting.text import escape_control_chars
 from services.core.values import ModelIdentity
@@ -31,11 +31,7 @@ PERCENTILES: Final = (50, 90, 95, 99)
 THRESHOLDS: Final = tuple(n / 20 for n in range(1, 20))
 
 
-class _FrozenModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class UnjudgedRow(_FrozenModel):
+class UnjudgedRow(FrozenModel):
     """A row that could not be judged."""
 
     id: str
@@ -43,14 +39,14 @@ class UnjudgedRow(_FrozenModel):
     detail: str
 
 
-class Latency(_FrozenModel):
+class Latency(FrozenModel):
     """The milliseconds of a step while other rows are in flight. The step `total` includes waiting."""
 
     step: str
     percentiles: dict[int, Figure]
 
 
-class EvaluationReport(_FrozenModel):
+class EvaluationReport(FrozenModel):
     """The figures of an evaluation."""
 
     data_set: str

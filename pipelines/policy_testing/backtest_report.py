@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from pipelines.reporting.frozen_model import FrozenModel
 from pipelines.reporting.statistics import Interval, Share, ShareDifference, paired_difference, share
 from pipelines.reporting.text import escape_control_chars
 from services.core.messages import Verdict
@@ -53,11 +54,7 @@ class VerdictPair:
     """A JPEG for the page, its longer edge at most 320 px."""
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Estimate(_Figures):
+class Estimate(FrozenModel):
     """An expected number."""
 
     value: float
@@ -67,7 +64,7 @@ class Estimate(_Figures):
         return f"{_number(self.value)} ({_number(self.interval.low)} to {_number(self.interval.high)})"
 
 
-class ReviewLoad(_Figures):
+class ReviewLoad(FrozenModel):
     """Expected reviews before and after, and their difference, after minus before."""
 
     before: Estimate
@@ -75,7 +72,7 @@ class ReviewLoad(_Figures):
     change: Estimate
 
 
-class ActionRates(_Figures):
+class ActionRates(FrozenModel):
     """The actions of one policy version on the submissions that were judged under both."""
 
     policy: str
@@ -88,7 +85,7 @@ class ActionRates(_Figures):
     """Reviews because the guard's answer is unreadable."""
 
 
-class Failures(_Figures):
+class Failures(FrozenModel):
     """Submissions of the whole sample that could not be judged under one policy version."""
 
     all: Share
@@ -96,7 +93,7 @@ class Failures(_Figures):
     """Counts by the reason of a dead letter, most frequent first."""
 
 
-class VerdictSummary(_Figures):
+class VerdictSummary(FrozenModel):
     """The fields of a verdict that are compared or shown."""
 
     action: Action
@@ -109,7 +106,7 @@ class VerdictSummary(_Figures):
     """Why a person has to decide, if the guard did not."""
 
 
-class Flip(_Figures):
+class Flip(FrozenModel):
     """A submission whose action, rating or category differs between the versions."""
 
     submission_id: str
@@ -118,7 +115,7 @@ class Flip(_Figures):
     after: VerdictSummary
 
 
-class FlipGroup(_Figures):
+class FlipGroup(FrozenModel):
     """Flips with the same actions before and after, and the same category on the more severe side.
 
     The more severe side has the more severe action, else the higher score; otherwise it is `after`.
@@ -141,7 +138,7 @@ ShareLimit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """A share in [0, 1]."""
 
 
-class BacktestLimits(_Figures):
+class BacktestLimits(FrozenModel):
     """Limits of a backtest for the new policy version, as shares in [0, 1]. A limit that is None is not checked."""
 
     max_block_rate: ShareLimit | None = None
@@ -158,7 +155,7 @@ class BacktestLimits(_Figures):
     """The share of the whole sample that could not be judged under `after`."""
 
 
-class BacktestReport(_Figures):
+class BacktestReport(FrozenModel):
     """The figures of a backtest. The fields that no code reads are for the JSON."""
 
     pairs: int

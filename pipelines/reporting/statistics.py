@@ -1,21 +1,18 @@
-"""Confidence intervals of shares and of the difference of two shares. Pure."""
+"""Computes confidence intervals of shares and of the difference between two shares. Pure."""
 
 import math
 from typing import Final, Self
 
-from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest
 
+from pipelines.reporting.frozen_model import FrozenModel
+
 CONFIDENCE: Final = 0.95
-"""Confidence level of every interval in the reports."""
+"""The confidence level of every interval in the reports."""
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Interval(_Value):
-    """A 95 % confidence interval, in the unit of the figure it belongs to."""
+class Interval(FrozenModel):
+    """A 95 % confidence interval, in the unit of its figure."""
 
     low: float
     high: float
@@ -25,8 +22,8 @@ class Interval(_Value):
         return type(self)(low=self.low * factor, high=self.high * factor)
 
 
-class Share(_Value):
-    """`count` of `of`; where `of` is 0, the share is unknown."""
+class Share(FrozenModel):
+    """The share `count` of `of`. It is unknown if `of` is 0."""
 
     count: int
     of: int
@@ -41,11 +38,11 @@ class Share(_Value):
         return f"{self.share:.1%} ({self.interval.low:.1%} to {self.interval.high:.1%})"
 
 
-class ShareDifference(_Value):
-    """How much larger a share is after than before, over the same submissions; unknown where there are none."""
+class ShareDifference(FrozenModel):
+    """The change of a share over the same submissions, after minus before. It is unknown if there are none."""
 
     before_only: int
-    """Submissions that count before and no longer do."""
+    """Submissions that count only before."""
     after_only: int
     """Submissions that count only after."""
     of: int
