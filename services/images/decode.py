@@ -19,7 +19,14 @@ from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlug
 
 from services.core.errors import NotAnImage, TooLarge, Unjudgeable
 from services.core.values import ImageFacts, PreparedImage
-from services.images.sniff import Format, count_gif_frames, count_tiff_pages, is_plain, read_webp_size, sniff
+from services.images.image_format import (
+    Format,
+    count_gif_frames,
+    count_tiff_pages,
+    detect_format,
+    is_plain,
+    read_webp_size,
+)
 
 _PLUGINS: Final[dict[Format, str]] = {
     "jpeg": "JPEG",
@@ -44,7 +51,7 @@ _TRANSPOSE_BY_ORIENTATION: Final = {
 """By EXIF orientation: the operation that makes the image upright."""
 _JPEG_QUALITY: Final = 95
 _REDUCING_GAP: Final = 2.0
-"""A fast box filter first reduces the image to this many times its final size; Lanczos does the rest."""
+"""Pillow's `reducing_gap`: a fast box filter may reduce to this many times the final size; Lanczos does the rest."""
 _PASSED_ON_LIMIT_BYTES: Final = 4 << 20
 """A larger image is encoded again: as a JPEG of quality 95 it has fewer bytes."""
 _PROFILE_LIMIT_BYTES: Final = 4 << 20
@@ -56,7 +63,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool of processes uses the cores
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of an image and of the model."""
+    """Pixel limits of an image and of the prepared image."""
 
     image_px: int
     """Width times height, checked before the decode."""
@@ -67,13 +74,13 @@ class Limits:
 def prepare(data: bytes, limits: Limits) -> PreparedImage:
     """Decode the first frame or page completely; make it upright, opaque (over white), 8-bit sRGB and small enough.
 
-    An upright RGB JPEG or PNG that fits and contains only its picture is passed on unchanged.
+    A plain (see `is_plain`) upright RGB JPEG or PNG that fits is returned unchanged.
 
     Raises:
         NotAnImage: an unknown format, truncated or corrupt.
         TooLarge: the image has too many pixels, or needs too much memory.
     """
-    kind = sniff(data)
+    kind = detect_format(data)
     if kind is None:
         raise NotAnImage("the bytes are not JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC")
     try:
@@ -95,7 +102,7 @@ def downscale(image: PreparedImage, side_px: int) -> PreparedImage:
     size = _fit(image.width, image.height, side_px)
     with Image.open(io.BytesIO(image.data), formats=["JPEG", "PNG"]) as opened:
         opened.draft("RGB", _with_gap(size))
-        small = _encode(_resized(opened.convert("RGB"), size))
+        small = _encode(_resize(opened.convert("RGB"), size))
     return replace(image, data=small, media_type="image/jpeg", width=size[0], height=size[1])
 
 
@@ -108,10 +115,10 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
         if kind == "jpeg":
             image.draft(None, _with_gap(_fit(width, height, limits.side_px)))
         image.load()
-        orientation = _orientation(image)
+        orientation = _read_orientation(image)
         profile = image.info.get("icc_profile")
-        gamma = _unusual_gamma(image, kind)
-        as_it_is = (
+        gamma = _find_unusual_gamma(image, kind)
+        unchanged = (
             image.mode == "RGB"
             and max(width, height) <= limits.side_px
             and orientation not in _TRANSPOSE_BY_ORIENTATION
@@ -120,13 +127,15 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
         )
         upright = (height, width) if orientation >= 5 else (width, height)
         prepared = (
-            data if as_it_is else _encode(_upright(image, orientation, profile, gamma, _fit(*upright, limits.side_px)))
+            data
+            if unchanged
+            else _encode(_make_upright(image, orientation, profile, gamma, _fit(*upright, limits.side_px)))
         )
-        frames = _frames(image, data, kind)
-    size = upright if as_it_is else _fit(*upright, limits.side_px)
+        frames = _count_frames(image, data, kind)
+    size = upright if unchanged else _fit(*upright, limits.side_px)
     return PreparedImage(
         data=prepared,
-        media_type="image/png" if as_it_is and kind == "png" else "image/jpeg",
+        media_type="image/png" if unchanged and kind == "png" else "image/jpeg",
         width=size[0],
         height=size[1],
         sha256=hashlib.sha256(data).hexdigest(),
@@ -151,7 +160,7 @@ def _with_gap(size: tuple[int, int]) -> tuple[int, int]:
     return math.ceil(size[0] * _REDUCING_GAP), math.ceil(size[1] * _REDUCING_GAP)
 
 
-def _frames(image: Image.Image, data: bytes, kind: Format) -> int:
+def _count_frames(image: Image.Image, data: bytes, kind: Format) -> int:
     if kind == "gif":
         return max(1, count_gif_frames(data))
     if kind == "tiff":
@@ -159,7 +168,7 @@ def _frames(image: Image.Image, data: bytes, kind: Format) -> int:
     return max(1, getattr(image, "n_frames", 1))
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8. Broken EXIF is ignored, as in every viewer."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
@@ -168,28 +177,28 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TRANSPOSE_BY_ORIENTATION else 1
 
 
-def _unusual_gamma(image: Image.Image, kind: Format) -> float | None:
-    """The gamma of a PNG if browsers apply it: a gamma can hide one picture in another."""
+def _find_unusual_gamma(image: Image.Image, kind: Format) -> float | None:
+    """Return the gamma of a PNG if browsers apply it. An attacker can hide a second picture by an unusual gamma."""
     gamma = image.info.get("gamma")
     if kind != "png" or not isinstance(gamma, float) or "icc_profile" in image.info or "srgb" in image.info:
         return None
     return None if gamma <= 0 or abs(gamma - _SRGB_GAMMA) < 0.01 else gamma
 
 
-def _upright(
+def _make_upright(
     image: Image.Image, orientation: int, profile: bytes | None, gamma: float | None, size: tuple[int, int]
 ) -> Image.Image:
     """The image in 8-bit sRGB, opaque, upright, of `size` (which is given upright)."""
-    picture = _eight_bit(image)
+    picture = _reduce_to_eight_bits(image)
     if gamma is not None:
         curve = [round(255 * (level / 255) ** (_SRGB_GAMMA / gamma)) for level in range(256)]
         identity = list(range(256))
         picture = picture.point(curve * 3 + identity if picture.mode == "RGBA" else curve * len(picture.getbands()))
-    picture = _resized(picture, size[::-1] if orientation >= 5 else size)
+    picture = _resize(picture, size[::-1] if orientation >= 5 else size)
     if picture.mode == "RGBA":
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
-    picture = _srgb(picture, profile)
+    picture = _convert_to_srgb(picture, profile)
     return (
         picture.transpose(_TRANSPOSE_BY_ORIENTATION[orientation])
         if orientation in _TRANSPOSE_BY_ORIENTATION
@@ -197,12 +206,12 @@ def _upright(
     )
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _reduce_to_eight_bits(image: Image.Image) -> Image.Image:
     """The image in mode L, RGB, RGBA, CMYK or LAB. Levels of more bits are scaled, not clipped."""
     if image.mode.startswith("I;16"):
-        return _stretched(image.convert("I"), 1 / 257)
+        return _scale_levels(image.convert("I"), 1 / 257)
     if image.mode in ("I", "F"):
-        return _stretched(image, None)
+        return _scale_levels(image, None)
     if image.has_transparency_data:
         return image.convert("RGBA")
     if image.mode == "1":
@@ -210,8 +219,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
 
 
-def _stretched(image: Image.Image, scale: float | None) -> Image.Image:
-    """Mode I or F to L. Without a scale, from the smallest usual range that contains all levels, else from theirs."""
+def _scale_levels(image: Image.Image, scale: float | None) -> Image.Image:
+    """Convert mode I or F to L.
+
+    Without `scale`, levels are scaled from the smallest of 0..1, 0..255 and 0..65535 that fits, else from their range.
+    """
     offset = 0.0
     if scale is None:
         low, high = image.getextrema()
@@ -224,7 +236,7 @@ def _stretched(image: Image.Image, scale: float | None) -> Image.Image:
     return image.convert("F").point(lambda level: level * scale + offset).convert("L")
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return image
     if image.mode == "RGBA":  # transparent pixels must not bleed their colour; Pillow's own conversion ignores the gap
@@ -232,21 +244,21 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
 
 
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _convert_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The image in sRGB. As in viewers, a profile that is broken or does not fit the image is ignored."""
     if image.mode == "LAB":
         source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     elif profile and len(profile) <= _PROFILE_LIMIT_BYTES:
         with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return _transformed(image, source)
+            return _apply_profile(image, source)
         return image.convert("RGB")
     else:
         return image.convert("RGB")
-    return _transformed(image, source)
+    return _apply_profile(image, source)
 
 
-def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+def _apply_profile(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
     result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     if result is None:
         raise ValueError("the colour transform returned no image")

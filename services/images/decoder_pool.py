@@ -24,10 +24,7 @@ from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import PreparedImage
-from services.images.decode import Limits, downscale, prepare
-from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
-
-__all__ = ["DecoderPool", "Limits", "downscale", "prepare"]
+from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
 
 FIRST_LOOK_PX: Final = 384
 """LlavaGuard sees an image with this side as one tile, with a fifth of the tokens of a larger image."""
@@ -79,7 +76,7 @@ class DecoderPool:
         """The same image with the longer side at most `side_px`. Raises what `prepare` raises."""
         if max(image.width, image.height) <= side_px:
             return image
-        request = {"side_px": side_px, "image": to_json(image)}
+        request = {"side_px": side_px, "image": to_fields(image)}
         return await self._run(lambda worker: worker.ask(request, image.data))
 
     def close(self) -> None:
@@ -204,7 +201,7 @@ class _Worker:
             raise TooLarge(detail)
         if reason == NotAnImage.reason:
             raise NotAnImage(detail)
-        return from_json(answer, content)
+        return from_fields(answer, content)
 
     def kill(self) -> None:
         """Kill the process. Any thread may call it; safe to repeat."""
@@ -224,5 +221,5 @@ _Request = Callable[[_Worker], PreparedImage]
 def _environment() -> dict[str, str]:
     """The variables that a decoder needs. It gets no credentials and no settings."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    # The limit is on address space, and each arena of the allocator reserves 64 MiB of it.
+    # Each malloc arena reserves 64 MiB of address space, which RLIMIT_AS counts.
     return inherited | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}

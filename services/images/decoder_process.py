@@ -20,7 +20,7 @@ from PIL import Image
 
 from services.core.errors import NotAnImage, TooLarge
 from services.images.decode import Limits, downscale, prepare
-from services.images.decoder_protocol import Channel, ProtocolError, from_json, to_json
+from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
 
 _PARENT_CHECK_MS: Final = 1000
 _ALARM_SLACK_S: Final = 5
@@ -31,12 +31,12 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
     """The answer to a request: a prepared image, or the reason for a rejection."""
     try:
         if "side_px" in request:
-            image = downscale(from_json(request["image"], data), int(request["side_px"]))
+            image = downscale(from_fields(request["image"], data), int(request["side_px"]))
         else:
             image = prepare(data, limits)
     except (NotAnImage, TooLarge) as error:
         return {"reason": error.reason, "detail": str(error)}, b""
-    return to_json(image), image.data
+    return to_fields(image), image.data
 
 
 def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> None:

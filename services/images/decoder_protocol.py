@@ -34,11 +34,13 @@ class Channel:
         self._wait_until_deadline()
         self._connection.sendall(body)
 
-    def receive(self, body_limit: int) -> tuple[dict[str, Any], bytes]:
+    def receive(self, body_limit_bytes: int) -> tuple[dict[str, Any], bytes]:
         """Receive one frame. Raises ProtocolError, OSError, and TimeoutError after the deadline."""
         head_size, body_size = _LENGTHS.unpack(self._receive(_LENGTHS.size))
-        if head_size > _HEAD_LIMIT_BYTES or body_size > body_limit:
-            raise ProtocolError("a frame is larger than its limit")
+        if head_size > _HEAD_LIMIT_BYTES or body_size > body_limit_bytes:
+            raise ProtocolError(
+                f"a frame has {head_size} + {body_size} bytes; the limit is {_HEAD_LIMIT_BYTES} + {body_limit_bytes}"
+            )
         try:
             head = json.loads(self._receive(head_size))
         except (ValueError, RecursionError):
@@ -70,7 +72,7 @@ class Channel:
             self._connection.settimeout(left_s)
 
 
-def to_json(image: PreparedImage) -> dict[str, Any]:
+def to_fields(image: PreparedImage) -> dict[str, Any]:
     """The JSON fields of a prepared image; its bytes are sent separately."""
     return {
         "media_type": image.media_type,
@@ -81,8 +83,8 @@ def to_json(image: PreparedImage) -> dict[str, Any]:
     }
 
 
-def from_json(head: dict[str, Any], data: bytes) -> PreparedImage:
-    """The inverse of `to_json`. Raises ProtocolError."""
+def from_fields(head: dict[str, Any], data: bytes) -> PreparedImage:
+    """The inverse of `to_fields`. Raises ProtocolError."""
     try:
         return PreparedImage(
             data=data,

@@ -14,7 +14,7 @@ from services.core.messages import ObjectReference
 from services.core.s3 import map_s3_errors, s3_client
 from services.core.settings import Settings
 from services.core.values import StoredObject
-from services.images.adaptive_limit import AdaptiveLimit
+from services.images.adaptive_concurrency import AdaptiveConcurrency
 from services.images.memory_budget import ByteBudget
 from services.images.socket_deadline import SocketDeadline, watch_connections
 
@@ -34,16 +34,16 @@ class ObjectStore:
     """One S3 client, its threads, and the memory budget of the images in flight."""
 
     def __init__(self, settings: Settings) -> None:
-        """Takes its limits, the endpoint and the allowed buckets from `settings`.
+        """Take the limits, the endpoint and the allowed buckets from `settings`. boto3 finds the credentials.
 
-        Connects to nothing yet; credentials come the usual AWS way.
+        No connection is made until the first read.
         """
         connections = min(settings.in_flight, _CONNECTIONS_LIMIT)
         self.budget = ByteBudget(settings.image_memory_bytes)
         self._buckets = frozenset(settings.s3_buckets)
         self._limit_bytes = settings.image_limit_bytes
         self._deadline_s = settings.fetch_deadline_s
-        self._requests = AdaptiveLimit(connections)
+        self._requests = AdaptiveConcurrency(connections)
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fetch")
         self._client = s3_client(
             settings.s3_endpoint,
@@ -65,12 +65,12 @@ class ObjectStore:
             NotFound: no such bucket, key or version.
             Changed: the object has another ETag than the reference.
             TooLarge: the object has more than `image_limit_bytes`.
-            StoreUnavailable: a failure that a retry may solve.
+            StoreUnavailable: a temporary error, or wrong credentials.
         """
-        self._check(reference)
-        async with AsyncExitStack() as reserved:
+        self._check_reference(reference)
+        async with AsyncExitStack() as resources:
             async with self._requests.request():
-                stored = await self._fetch(reference, reserved)
+                stored = await self._fetch(reference, resources)
             yield stored
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class ObjectStore:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def _check(self, reference: ObjectReference) -> None:
+    def _check_reference(self, reference: ObjectReference) -> None:
         """Reject, without a request, a reference that must not or cannot be read."""
         if reference.bucket not in self._buckets:
             raise Forbidden(f"the bucket {reference.bucket!r} is not one of SLUICE_S3_BUCKETS")
@@ -87,21 +87,22 @@ class ObjectStore:
         except UnicodeEncodeError:
             raise NotFound("the key is not valid Unicode, so no object has it") from None
         if not 0 < len(key) <= _KEY_LIMIT_BYTES:
-            raise NotFound(f"the key has {len(key)} bytes, so no object has it")
+            raise NotFound(f"the key has {len(key)} bytes; S3 allows 1 to {_KEY_LIMIT_BYTES}")
         if not {".", ".."}.isdisjoint(reference.key.split("/")):
             # A proxy in front of the store may resolve these segments, and so reach another bucket.
             raise Forbidden("the key has a segment . or .., which is not allowed")
         if reference.etag and not _ETAG_PATTERN.fullmatch(reference.etag):
+            # No object can have this ETag, so the object differs from the submitted one.
             raise Changed("the submission's ETag is invalid, so no object has it")
 
-    async def _fetch(self, reference: ObjectReference, reserved: AsyncExitStack) -> StoredObject:
+    async def _fetch(self, reference: ObjectReference, resources: AsyncExitStack) -> StoredObject:
         socket_deadline = SocketDeadline()
         download = _Download(self._client, reference, self._limit_bytes, socket_deadline)
         started = time.monotonic()
         size = await self._in_thread(download.begin, socket_deadline, self._deadline_s)
         left_s = self._deadline_s - (time.monotonic() - started)
         try:
-            await reserved.enter_async_context(self.budget.reserve(size))
+            await resources.enter_async_context(self.budget.reserve(size))
         except BaseException:
             download.close()
             raise
@@ -114,10 +115,10 @@ class ObjectStore:
             async with asyncio.timeout(seconds + _GRACE_S):
                 return await loop.run_in_executor(self._threads, socket_deadline.run, step)
         except TimeoutError:
-            raise StoreUnavailable(_late(self._deadline_s)) from None
+            raise StoreUnavailable(_timeout_message(self._deadline_s)) from None
         except StoreUnavailable:
             if socket_deadline.expired:
-                raise StoreUnavailable(_late(self._deadline_s)) from None
+                raise StoreUnavailable(_timeout_message(self._deadline_s)) from None
             raise
         except asyncio.CancelledError:
             socket_deadline.expire()  # other requests need the thread
@@ -201,5 +202,5 @@ class _Download:
         return TooLarge(f"the object has at least {size} bytes; the limit is {self._limit_bytes} bytes")
 
 
-def _late(deadline_s: float) -> str:
+def _timeout_message(deadline_s: float) -> str:
     return f"the object store did not deliver within {deadline_s:g} s"

@@ -39,7 +39,7 @@ class SocketDeadline:
         finally:
             _current.socket_deadline = None
 
-    def hold(self, connected: socket.socket | None) -> None:
+    def attach(self, connected: socket.socket | None) -> None:
         """Make `connected` the socket that `expire` shuts down."""
         self._socket = connected
         if self.expired:
@@ -62,7 +62,7 @@ class _WatchedConnection:
         result = super().request(*args, **kwargs)  # type: ignore[misc]
         socket_deadline: SocketDeadline | None = getattr(_current, "socket_deadline", None)
         if socket_deadline is not None:
-            socket_deadline.hold(self.sock)
+            socket_deadline.attach(self.sock)
         return result
 
 
@@ -85,6 +85,7 @@ class _HTTPSPool(AWSHTTPSConnectionPool):
 def watch_connections(client: Any) -> None:
     """Let a boto3 client use connections that a `SocketDeadline` can shut down.
 
-    botocore has no public way to choose them. The deadline tests fail if a release removes this one.
+    botocore has no public way to choose them. The tests of the deadline fail if a release of botocore removes this
+    private attribute.
     """
     client._endpoint.http_session._pool_classes_by_scheme.update(http=_HTTPPool, https=_HTTPSPool)

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from services.core.errors import NotAnImage, TooLarge
 from services.images.decode import Limits, downscale, prepare
-from services.images.sniff import FRAMES_LIMIT, count_gif_frames, count_tiff_pages, is_plain, sniff
+from services.images.image_format import FRAMES_LIMIT, count_gif_frames, count_tiff_pages, detect_format, is_plain
 from tests.support.pictures import (
     FORMATS,
     LIMITS,
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of every broke
 def test_every_format_decodes_to_the_same_picture(kind: str) -> None:
     data = encoded(picture(), kind)
     prepared = prepare(data, LIMITS)
-    assert sniff(data) == kind
+    assert detect_format(data) == kind
     assert prepared.facts.model_dump() == {"width": 96, "height": 64, "format": kind, "frames": 1}
     assert prepared.sha256 == hashlib.sha256(data).hexdigest()
     assert difference(shown(prepared), picture()) < TOLERANCE.get(kind, 2.0)
@@ -438,7 +438,7 @@ def test_magic_bytes_select_the_decoder() -> None:
         for other in FORMATS:
             if kind != other:
                 data = encoded(picture(), kind) + encoded(picture(), other)
-                assert sniff(data) == kind
+                assert detect_format(data) == kind
     with pytest.raises(NotAnImage):
         prepare(b"\x89PNG\r\n\x1a\n" + encoded(picture(), "jpeg"), LIMITS)
 

@@ -26,14 +26,14 @@ async def test_reservations_are_granted_in_order() -> None:
         assert order == []  # the small ones would fit, but do not overtake
     await asyncio.gather(*tasks)
     assert order == ["large", "small", "tiny"]
-    assert await can_reserve(budget, budget.limit)
+    assert await can_reserve(budget, budget.limit_bytes)
 
 
 async def test_reservation_over_the_limit_gets_the_whole_limit() -> None:
     budget = ByteBudget(100)
     async with budget.reserve(10**12):
         assert not await can_reserve(budget, 1)
-    assert await can_reserve(budget, budget.limit)
+    assert await can_reserve(budget, budget.limit_bytes)
 
 
 async def test_cancelled_wait_lets_later_ones_pass() -> None:
@@ -49,7 +49,7 @@ async def test_cancelled_wait_lets_later_ones_pass() -> None:
         await asyncio.wait_for(small, 1)
         assert not await can_reserve(budget, 1)
     await second.__aexit__(None, None, None)
-    assert await can_reserve(budget, budget.limit)
+    assert await can_reserve(budget, budget.limit_bytes)
 
 
 async def test_cancellation_while_granted_releases_the_bytes() -> None:
@@ -62,7 +62,7 @@ async def test_cancellation_while_granted_releases_the_bytes() -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert await can_reserve(budget, budget.limit)
+    assert await can_reserve(budget, budget.limit_bytes)
 
 
 @settings(max_examples=60)
@@ -93,6 +93,6 @@ def test_budget_is_never_exceeded_and_free_at_the_end(requests: list[tuple[int, 
         for task in tasks:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait_for(task, 5)
-        assert await can_reserve(budget, budget.limit)
+        assert await can_reserve(budget, budget.limit_bytes)
 
     asyncio.run(scenario())

@@ -136,10 +136,10 @@ async def test_memory_is_reserved_until_the_context_ends(s3_endpoint: str, s3: A
         await wait_for_a_waiter(store.budget)
         assert not second.done()
     assert len((await asyncio.wait_for(second, 30)).data) == 60_000
-    assert await can_reserve(store.budget, store.budget.limit)
+    assert await can_reserve(store.budget, store.budget.limit_bytes)
     with pytest.raises(NotFound):
         await read(store, reference("nowhere"))
-    assert await can_reserve(store.budget, store.budget.limit)
+    assert await can_reserve(store.budget, store.budget.limit_bytes)
     store.close()
 
 
@@ -153,7 +153,7 @@ async def test_cancelled_wait_for_memory_leaves_nothing_reserved(s3_endpoint: st
         with pytest.raises(asyncio.CancelledError):
             await second
     assert len((await asyncio.wait_for(read(store, reference("part")), 30)).data) == 60_000
-    assert await can_reserve(store.budget, store.budget.limit)
+    assert await can_reserve(store.budget, store.budget.limit_bytes)
     store.close()
 
 
@@ -266,7 +266,7 @@ async def test_slow_server_holds_no_thread_after_the_deadline(behaviour: Callabl
         # The servers would hold the threads for ever.
         free = (asyncio.get_running_loop().run_in_executor(store._threads, int) for _ in range(4))
         await asyncio.wait_for(asyncio.gather(*free), 60)
-        assert await can_reserve(store.budget, store.budget.limit)
+        assert await can_reserve(store.budget, store.budget.limit_bytes)
         store.close()
 
 
@@ -285,7 +285,7 @@ async def test_cancelled_read_frees_its_thread() -> None:
         with pytest.raises(asyncio.CancelledError):
             await reading
         await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(store._threads, int), 15)
-        assert await can_reserve(store.budget, store.budget.limit)
+        assert await can_reserve(store.budget, store.budget.limit_bytes)
         store.close()
 
 
@@ -344,7 +344,7 @@ async def test_invalid_response_is_unavailable(behaviour: Callable[[socket.socke
         store = make_store(endpoint, fetch_deadline_s=3)
         with pytest.raises(StoreUnavailable):
             await read(store, reference("x"))
-        assert await can_reserve(store.budget, store.budget.limit)
+        assert await can_reserve(store.budget, store.budget.limit_bytes)
         store.close()
 
 

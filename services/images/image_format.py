@@ -1,4 +1,4 @@
-"""Detects, from the bytes of an image, its format, its number of frames, and whether it contains only a picture.
+"""Detects an image's format from its bytes, counts frames or pages, and finds files that contain only a picture.
 
 These functions read headers only. Their cost is limited by `FRAMES_LIMIT` or by one pass over the bytes.
 """
@@ -27,24 +27,25 @@ _AVIF_BRANDS: Final = frozenset({b"avif", b"avis"})
 _HEIC_BRANDS: Final = frozenset(
     {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
 )
-_BRANDS_END: Final = 256
+_BRANDS_LIMIT_BYTES: Final = 256
+"""Brands behind this offset are not read."""
 
 _PLAIN_PNG_CHUNKS: Final = frozenset({b"IHDR", b"IDAT", b"IEND", b"pHYs", b"sRGB"})
 _PLAIN_JPEG_SEGMENTS: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xE0})
 _JPEG_SCANS_LIMIT: Final = 16
 """A usual progressive JPEG has 10 scans. Each scan costs a pass over the picture."""
-_SCAN_END: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SCAN_END_PATTERN: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
-def sniff(data: bytes) -> Format | None:
-    """The format by the magic bytes; None if Sluice does not read it."""
+def detect_format(data: bytes) -> Format | None:
+    """Return the format by the magic bytes; None if Sluice does not support it."""
     for magic, kind in _MAGIC:
         if data.startswith(magic):
             return kind
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     if data[4:8] == b"ftyp":
-        end = min(int.from_bytes(data[:4]), _BRANDS_END)
+        end = min(int.from_bytes(data[:4]), _BRANDS_LIMIT_BYTES)
         brands = {data[8:12]} | {data[at : at + 4] for at in range(16, end, 4)}
         if brands & _AVIF_BRANDS:
             return "avif"
@@ -54,7 +55,7 @@ def sniff(data: bytes) -> Format | None:
 
 
 def read_webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels from the header of a WebP file: Pillow allocates this size when it opens the file."""
+    """Return width and height from a WebP header, because Pillow allocates the pixels when it opens the file."""
     kind = data[12:16]
     if kind == b"VP8X" and len(data) >= 30:
         return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
@@ -148,7 +149,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
         if marker == 0xDA:
             scans += 1
-            end = _SCAN_END.search(data, at)
+            end = _SCAN_END_PATTERN.search(data, at)
             if end is None or scans > _JPEG_SCANS_LIMIT:
                 return False
             at = end.start()

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.core.errors import StoreUnavailable, Throttled
-from services.images.adaptive_limit import AdaptiveLimit
+from services.images.adaptive_concurrency import AdaptiveConcurrency
 
 
 class Clock:
@@ -16,20 +16,20 @@ class Clock:
         return self.now
 
 
-async def refuse(limit: AdaptiveLimit, error: Exception) -> None:
+async def refuse(limit: AdaptiveConcurrency, error: Exception) -> None:
     with pytest.raises(type(error)):
         async with limit.request():
             raise error
 
 
-async def succeed(limit: AdaptiveLimit) -> None:
+async def succeed(limit: AdaptiveConcurrency) -> None:
     async with limit.request():
         await asyncio.sleep(0)
 
 
 async def test_burst_of_throttling_halves_the_limit_once() -> None:
     clock = Clock()
-    limit = AdaptiveLimit(16, clock)
+    limit = AdaptiveConcurrency(16, clock)
     await asyncio.gather(*(refuse(limit, Throttled("slow down")) for _ in range(16)))
     assert limit.limit == 8
     clock.now = 2
@@ -39,7 +39,7 @@ async def test_burst_of_throttling_halves_the_limit_once() -> None:
 
 async def test_limit_stays_above_zero_and_recovers() -> None:
     clock = Clock()
-    limit = AdaptiveLimit(8, clock)
+    limit = AdaptiveConcurrency(8, clock)
     for _ in range(20):
         clock.now += 2
         await refuse(limit, Throttled("slow down"))
@@ -50,14 +50,14 @@ async def test_limit_stays_above_zero_and_recovers() -> None:
 
 
 async def test_other_failures_do_not_change_the_limit() -> None:
-    limit = AdaptiveLimit(8)
+    limit = AdaptiveConcurrency(8)
     await refuse(limit, StoreUnavailable("gone"))
     assert limit.limit == 8
 
 
 async def test_concurrent_requests_stay_within_the_limit() -> None:
     clock = Clock()
-    limit = AdaptiveLimit(8, clock)
+    limit = AdaptiveConcurrency(8, clock)
     await refuse(limit, Throttled("slow down"))
     inside = most = 0
 
