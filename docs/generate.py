@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: settings.md, commands.md and metrics.md.
+"""Write the reference pages from the code: settings.md, commands.md, metrics.md and policy-document.md.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # print the pages that are not current; exit status 1 if there are any
@@ -7,7 +7,7 @@ python docs/generate.py --check    # print the pages that are not current; exit 
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
@@ -19,6 +19,8 @@ from typer.cli import get_docs_for_click
 from pipelines.cli.main import app
 from services.core import telemetry
 from services.core.settings import Settings
+from services.policies.document import PolicyDocument
+from services.policies.tenants import TenantsDocument
 
 FOLDER: Final = Path(__file__).parent
 _WRITTEN_BY: Final = "<!-- Written by docs/generate.py from {source}; `make docs` writes it again. -->\n\n"
@@ -70,10 +72,93 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def policy_document_page() -> str:
+    """Every field of a policy document and of the tenants document, from their JSON schemas."""
+    lines = [
+        _WRITTEN_BY.format(source="services/policies/document.py") + "# Policy documents\n",
+        "A document is YAML, or JSON over HTTP. Unknown fields are errors. An omitted field has its default. "
+        "[Policies](policies.md) shows how to test and roll out a document. `services/policies/documents/default.yaml` "
+        "is a commented example.\n",
+        "## Policy\n",
+        *_tables(PolicyDocument.model_json_schema()),
+        "## Tenants document\n",
+        "One document of `kind: tenants` assigns policies to tenants.\n",
+        *_tables(TenantsDocument.model_json_schema()),
+    ]
+    return "\n".join(lines)
+
+
+def _tables(schema: dict[str, Any]) -> Iterator[str]:
+    """A table of the fields of a document, then one for each of its nested models, under the path of the model."""
+    models = [("", schema)]
+    for path, model in models:  # grows in the loop
+        if path:
+            yield f"### `{path}`\n"
+        yield "| Field | Values | Default | Meaning |\n|---|---|---|---|"
+        for name, field in model["properties"].items():
+            below = f"{path}.{name}" if path else name
+            values, reference = _values(field, below)
+            if reference:
+                models.append((below, schema["$defs"][reference]))
+            default = "required" if name in model.get("required", ()) else _schema_default(field, reference)
+            yield f"| `{name}` | {values} | {default} | {_cell(field.get('description', ''))} |"
+        yield ""
+
+
+def _values(field: dict[str, Any], path: str) -> tuple[str, str | None]:  # noqa: PLR0911 - a table
+    """The allowed values in words, and the name of the nested model, if there is one."""
+    if "anyOf" in field:
+        return _values(next(each for each in field["anyOf"] if each.get("type") != "null"), path)
+    if "$ref" in field:
+        return f"[fields](#{path.replace('.', '')})", field["$ref"].rpartition("/")[2]
+    if "const" in field:
+        return f"`{field['const']}`", None
+    if "enum" in field:
+        return _join_choices(field["enum"]), None
+    match field.get("type"):
+        case "array":
+            items, reference = _values(field["items"], path)
+            return f"list{_bounds(field, 'Items', ' entries')} of {items}", reference
+        case "object":
+            keys = _join_choices(field["propertyNames"]["enum"]) if "enum" in field.get("propertyNames", {}) else "text"
+            items, reference = _values(field["additionalProperties"], path)
+            return f"mapping{_bounds(field, 'Properties', ' entries')} of {keys} to {items}", reference
+        case "string":
+            return f"text{_bounds(field, 'Length', ' characters')}", None
+        case number:
+            return f"{number}{_bounds(field, 'imum', '')}", None
+
+
+def _join_choices(choices: list[str]) -> str:
+    """The choices; consecutive category codes as a range."""
+    codes = [choice for choice in choices if re.fullmatch(r"O\d+", choice)]
+    spans = [f"`{codes[0]}` to `{codes[-1]}`"] if codes else []
+    return " or ".join([*spans, *(f"`{choice}`" for choice in choices if choice not in codes)])
+
+
+def _bounds(field: dict[str, Any], of: str, unit: str) -> str:
+    least, most = field.get(f"min{of}"), field.get(f"max{of}")
+    bounds = [
+        f"at least {least:,}" if least is not None else "",
+        f"above {field['exclusiveMinimum']:g}" if of == "imum" and "exclusiveMinimum" in field else "",
+        f"at most {most:,}" if most is not None else "",
+    ]
+    given = ", ".join(filter(None, bounds))
+    return f" ({given}{unit})" if given else ""
+
+
+def _schema_default(field: dict[str, Any], reference: str | None) -> str:
+    value = field.get("default")
+    if reference or value in (None, "", [], {}):
+        return ""
+    return f"`{value}`"
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "settings.md": settings_page,
     "commands.md": commands_page,
     "metrics.md": metrics_page,
+    "policy-document.md": policy_document_page,
 }
 
 

@@ -91,18 +91,25 @@ class StrictModel(BaseModel):
 class CategoryRules(StrictModel):
     """The rules of one category. Omitted rules are those of the training."""
 
-    mode: Literal["enforce", "waive"] = "enforce"
-    should_not: Rules | None = None
-    can: Rules | None = None
+    mode: Annotated[
+        Literal["enforce", "waive"],
+        Field(
+            description="`waive` permits the category: such an image is rated Safe, and the verdict names the category"
+        ),
+    ] = "enforce"
+    should_not: Annotated[
+        Rules | None, Field(description="replaces the trained list of what an image must not show")
+    ] = None
+    can: Annotated[Rules | None, Field(description="replaces the trained list of what an image may show")] = None
 
 
 class OwnCategory(StrictModel):
     """A category that LlavaGuard was not trained on."""
 
-    code: OwnCode
-    title: Annotated[str, Field(min_length=1, max_length=60)]
-    should_not: Annotated[Rules, Field(min_length=1)]
-    can: Rules = ()
+    code: Annotated[OwnCode, Field(description="code of the category, used once")]
+    title: Annotated[str, Field(min_length=1, max_length=60, description='name of the category; without `< > " : \\`')]
+    should_not: Annotated[Rules, Field(min_length=1, description="what an image must not show")]
+    can: Annotated[Rules, Field(description="what an image may show")] = ()
 
     @field_validator("title")
     @classmethod
@@ -127,8 +134,11 @@ def _check_order(info: ValidationInfo, lower: str, value: float) -> float:
 class ThresholdPair(StrictModel):
     """The lowest scores for a review and for a block."""
 
-    review: Probability = 0.5
-    block: Annotated[Probability, Field(validate_default=True)] = 0.8
+    review: Annotated[Probability, Field(description="lowest score at which a person reviews the image")] = 0.5
+    block: Annotated[
+        Probability,
+        Field(validate_default=True, description="lowest score at which the image is blocked; at least `review`"),
+    ] = 0.8
 
     @field_validator("block")
     @classmethod
@@ -139,16 +149,27 @@ class ThresholdPair(StrictModel):
 class ThresholdRules(ThresholdPair):
     """The thresholds of a policy, with overrides by category."""
 
-    categories: dict[AnyCode, ThresholdPair] = Field(default_factory=dict)
+    categories: dict[AnyCode, ThresholdPair] = Field(
+        default_factory=dict,
+        description="thresholds of single categories; omitted ones are 0.5 and 0.8, not those of the policy",
+    )
 
 
 class BlockRateRules(StrictModel):
     """The allowed band of the share of blocked images."""
 
-    at_least: Probability = 0.0
-    at_most: Probability
-    window_s: Annotated[float, Field(gt=0, le=86_400)] = 300
-    after: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    at_least: Annotated[Probability, Field(description="lowest allowed share of blocks")] = 0.0
+    at_most: Annotated[Probability, Field(description="highest allowed share of blocks; at least `at_least`")]
+    window_s: Annotated[
+        float,
+        Field(gt=0, le=86_400, description="length in seconds of the sliding window in which verdicts are counted"),
+    ] = 300
+    after: Annotated[
+        int,
+        Field(
+            ge=1, le=1_000_000, description="minimum number of verdicts in the window before the circuit breaker opens"
+        ),
+    ] = 100
 
     @field_validator("at_most")
     @classmethod
@@ -163,9 +184,13 @@ class SyntheticImage(StrictModel):
     """A drawn image (pipelines.tiny_guard.drawings), which is not stored."""
 
     label: Annotated[
-        Literal[CategoryCode, "NA"], Field(description="the category that it shows, or NA for a harmless image")
+        Literal[CategoryCode, "NA"],
+        Field(description="the category that the image shows, or `NA` for a harmless image"),
     ]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[
+        int,
+        Field(ge=0, description="number of the drawing; below 1,000,000,000, because `tiny` was trained on the others"),
+    ]
 
     @field_validator("seed")
     @classmethod
@@ -185,9 +210,9 @@ class SyntheticImage(StrictModel):
 class Expectation(StrictModel):
     """The expected verdict. Omitted fields may have any value."""
 
-    rating: Rating | None = None
-    category: Annotated[CodeOrNone | None, Field(description="code, or NA for none")] = None
-    action: Action | None = None
+    rating: Annotated[Rating | None, Field(description="expected rating")] = None
+    category: Annotated[CodeOrNone | None, Field(description="code of the expected category, or `NA` for none")] = None
+    action: Annotated[Action | None, Field(description="expected action")] = None
 
     @model_validator(mode="after")
     def _check_expectation(self) -> Self:
@@ -201,18 +226,19 @@ class Expectation(StrictModel):
 class Example(StrictModel):
     """A test of the policy: an image and the expected verdict."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    image: (
-        Annotated[
-            str,
-            Field(
-                min_length=1, max_length=2048, description="s3://bucket/key, or a path from the folder of the document"
-            ),
-        ]
-        | None
-    ) = None
-    synthetic: SyntheticImage | None = None
-    expect: Expectation
+    name: Annotated[str | None, Field(min_length=1, max_length=200, description="name of the test, one line")] = None
+    image: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=2048,
+            description="`s3://bucket/key`, or a path relative to the document's folder; either `image` or `synthetic`",
+        ),
+    ] = None
+    synthetic: Annotated[
+        SyntheticImage | None, Field(description="an image that is drawn for the checkpoint `tiny`")
+    ] = None
+    expect: Annotated[Expectation, Field(description="the expected verdict; give at least one field")]
 
     @field_validator("name")
     @classmethod
@@ -243,19 +269,52 @@ class PolicyDocument(StrictModel):
 
     # A default must never change. Digests leave defaults out (see `compute_digest`), so the digest in an old verdict
     # would stand for another policy. The default of a new field has to describe the behaviour before the field.
-    kind: Literal["policy"] = "policy"
-    name: PolicyName
-    description: Annotated[str, Field(max_length=2000)] = ""
-    categories: dict[CategoryCode, CategoryRules] = Field(default_factory=dict)
-    own_categories: Annotated[tuple[OwnCategory, ...], Field(max_length=10)] = ()
-    thresholds: ThresholdRules = ThresholdRules()
-    rationale: RationaleMode = "unsafe"
-    effort: EffortMode = "full"
+    kind: Annotated[Literal["policy"], Field(description="kind of the document")] = "policy"
+    name: Annotated[
+        PolicyName,
+        Field(description="at most 64 lower-case letters, digits, `-` and `_`; the first is a letter or digit"),
+    ]
+    description: Annotated[str, Field(max_length=2000, description="for people; the model does not see it")] = ""
+    categories: dict[CategoryCode, CategoryRules] = Field(
+        default_factory=dict,
+        description="rules of LlavaGuard's nine categories; omitted categories are enforced with the trained rules; "
+        "`O6: waive` is short for `O6: {mode: waive}`",
+    )
+    own_categories: Annotated[
+        tuple[OwnCategory, ...],
+        Field(max_length=10, description="categories that LlavaGuard was not trained on; add examples for each"),
+    ] = ()
+    thresholds: Annotated[ThresholdRules, Field(description="the scores at which an image is reviewed or blocked")] = (
+        ThresholdRules()
+    )
+    rationale: Annotated[
+        RationaleMode,
+        Field(description="which verdicts have a rationale; such an answer takes about four times as many tokens"),
+    ] = "unsafe"
+    effort: Annotated[
+        EffortMode,
+        Field(
+            description="`full` judges every image in full; `adaptive` takes a first look at a small image, which may "
+            "accept a clearly safe one"
+        ),
+    ] = "full"
     first_look_below: Annotated[
-        Probability, Field(description="effort adaptive: a first look with a lower score is accepted as Safe")
+        Probability,
+        Field(
+            description="with `effort: adaptive`, a first look with a lower score is accepted as Safe; its verdict has "
+            "no category and no rationale"
+        ),
     ] = 0.1
-    block_rate: BlockRateRules | None = None
-    examples: Annotated[tuple[Example, ...], Field(max_length=200)] = ()
+    block_rate: Annotated[
+        BlockRateRules | None,
+        Field(
+            description="the allowed share of blocks; outside of it the circuit breaker opens. Omitted: there is none"
+        ),
+    ] = None
+    examples: Annotated[
+        tuple[Example, ...],
+        Field(max_length=200, description="tests of the policy, for `sluice policy check --examples`"),
+    ] = ()
 
     @field_validator("categories", mode="before")
     @classmethod

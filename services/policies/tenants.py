@@ -17,10 +17,13 @@ class TenantsDocument(StrictModel):
     """The policies of tenants, versioned and activated like a policy. There is one, by the name `tenants`."""
 
     # As in PolicyDocument: a default must never change.
-    kind: Literal["tenants"] = "tenants"
-    name: Literal["tenants"] = TENANTS
-    description: Annotated[str, Field(max_length=2000)] = ""
-    tenants: Annotated[dict[TenantName, PolicyName], Field(max_length=TENANTS_LIMIT)] = Field(default_factory=dict)
+    kind: Annotated[Literal["tenants"], Field(description="kind of the document; required in a file")] = "tenants"
+    name: Annotated[Literal["tenants"], Field(description="name of the document")] = TENANTS
+    description: Annotated[str, Field(max_length=2000, description="for people")] = ""
+    tenants: Annotated[
+        dict[TenantName, PolicyName],
+        Field(max_length=TENANTS_LIMIT, description="policy name of each tenant; the other tenants get `default`"),
+    ] = Field(default_factory=dict)
 
     def policy_of(self, tenant: str) -> str | None:
         """The name of a tenant's policy; None if the document does not list the tenant."""

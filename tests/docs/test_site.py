@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from pydantic import BaseModel
 
 from services.core.settings import Settings
+from services.policies.document import PolicyDocument
+from services.policies.tenants import TenantsDocument
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -25,6 +28,16 @@ def test_generated_pages_are_current() -> None:
 
 def test_every_setting_has_a_description() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("document", [PolicyDocument, TenantsDocument])
+def test_every_field_of_a_document_has_a_description(document: type[BaseModel]) -> None:
+    schema = document.model_json_schema()
+    models = [schema, *schema.get("$defs", {}).values()]
+
+    assert [
+        name for model in models for name, field in model["properties"].items() if not field.get("description")
+    ] == []
 
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
