@@ -17,15 +17,16 @@ SUBMISSIONS: Final = Counter(
 
 STEP_SECONDS: Final = Histogram(
     "sluice_step_seconds",
-    "Time that one submission spent in one step: queued, fetch, prepare, guard, total.",
+    "Time that one submission spent in one step: queued (until Intake received it), fetch (from S3), prepare (decode "
+    "and downscale), guard (first look included), total (until its verdict).",
     boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300],
     tag_keys=("step",),
 )
 
 FIRST_LOOKS: Final = Counter(
     "sluice_first_looks_total",
-    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`. An escalated image is "
-    "judged twice.",
+    "First looks under policies with effort adaptive. `result` is `accepted` or `escalated`. An escalated image "
+    "costs a second request.",
     tag_keys=("result",),
 )
 
@@ -50,7 +51,7 @@ ACTIONS: Final = Counter(
 
 SHADOWS: Final = Counter(
     "sluice_shadows_total",
-    "Submissions judged by a shadow version as well. `result` is `same` or `differs` (another action), or `failed`.",
+    "Submissions that a shadow version judged as well. `result` is `same` or `differs` (another action), or `failed`.",
     tag_keys=("policy", "version", "result"),
 )
 
@@ -90,11 +91,12 @@ GATEWAY_REFUSED: Final = Counter(
     tag_keys=("reason",),
 )
 
-IN_FLIGHT: Final = Gauge("sluice_in_flight", "Submissions that this intake replica is working on.")
+IN_FLIGHT: Final = Gauge("sluice_in_flight", "Messages that this intake replica has received and not settled.")
 
 LAG: Final = Gauge(
     "sluice_lag",
-    "Messages of the whole group that are published but not settled, by priority (live, backfill) and partition.",
+    "Messages that are published but not settled, for the whole group. `priority` names the stream: `live` is the "
+    "stream of submissions, `backfill` the backfill stream.",
     tag_keys=("priority", "partition"),
 )
 
