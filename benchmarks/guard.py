@@ -36,7 +36,7 @@ from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
 from services.images.decoder_pool import DecoderPool
-from services.moderation.cascade import PolicyAssessment, assess_each
+from services.moderation.cascade import PolicyAssessment, assess_under_policies
 from services.moderation.retrying_ports import RetryingGuard, RetryingPreparer
 from services.policies.document import PolicyDocument
 
@@ -169,7 +169,7 @@ async def measure_speed(
 
     def request_under(judged_by: Policy) -> Callable[[Image], Awaitable[int]]:
         async def request(image: Image) -> int:
-            (answer,) = await assess_each(
+            (answer,) = await assess_under_policies(
                 image.prepared, [judged_by], "live", guard=RetryingGuard(guard), preparer=RetryingPreparer(preparer)
             )
             assessment = answer.answer if isinstance(answer, PolicyAssessment) else None

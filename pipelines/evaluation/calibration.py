@@ -20,7 +20,8 @@ from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.curves import expected_calibration_error
 from services.core.calibration import Calibration, IsotonicMap, PlattMap, log_odds
 from services.core.errors import ConfigurationError
-from services.core.values import Action, Policy, Thresholds
+from services.core.values import Action, Policy
+from services.moderation.verdicts import decide
 
 Method = Literal["isotonic", "platt"]
 
@@ -113,10 +114,8 @@ def count_changes(
     unsafe: Floats, score: Floats, categories: Sequence[str | None], calibration: Calibration, policy: Policy
 ) -> ActionChanges:
     """The actions by the policy's thresholds before and after a map; `categories` are those of the answers."""
-    before = [_action(s, category, policy) for s, category in zip(score, categories, strict=True)]
-    after = [
-        _action(s, category, policy) for s, category in zip(apply_map(calibration, score), categories, strict=True)
-    ]
+    before = _decide_each(score, categories, policy)
+    after = _decide_each(apply_map(calibration, score), categories, policy)
     found = Counter(zip(before, after, strict=True))
 
     def both(label: int, action: Action) -> tuple[int, int]:
@@ -133,9 +132,8 @@ def count_changes(
     )
 
 
-def _action(score: float, category: str | None, policy: Policy) -> Action:
-    thresholds: Thresholds = policy.category_thresholds.get(category or "", policy.thresholds)
-    return "block" if score >= thresholds.block else "review" if score >= thresholds.review else "allow"
+def _decide_each(score: Floats, categories: Sequence[str | None], policy: Policy) -> list[Action]:
+    return [decide(float(each), category or "", policy) for each, category in zip(score, categories, strict=True)]
 
 
 def _folds(unsafe: Floats, images: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

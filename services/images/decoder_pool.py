@@ -68,7 +68,7 @@ class DecoderPool:
         """
         return await self._run(lambda worker: worker.ask({}, data))
 
-    async def first_look(self, image: PreparedImage) -> PreparedImage:
+    async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
         """The same image with the longer side at most `FIRST_LOOK_PX`. Raises what `prepare` raises."""
         return await self.downscale(image, FIRST_LOOK_PX)
 

@@ -1,9 +1,8 @@
-"""The core of moderation: it takes the bytes of one image and policies, and gives an assessment under each policy.
+"""The cascade: assesses one image under each policy, in at most two stages.
 
-It knows nothing of streams, requests and stores. Under each policy, the image goes through a cascade of two stages.
-With effort `adaptive`, the guard first gives only a score for a small copy of the image (screening). If the rating is
-Safe and the score is low, this is the assessment. Otherwise, and with effort `full`, the guard assesses the image
-itself.
+With effort `adaptive`, the guard first gives only a score for a small copy of the image (the first look). If the rating
+is Safe and the score is low, this is the assessment. Otherwise, and with effort `full`, the guard assesses the image
+itself. This module takes bytes and policies; it does not use streams, requests or stores.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,10 @@ from services.moderation.step_timer import StepTimer
 
 @dataclass(frozen=True, slots=True)
 class PolicyAssessment:
-    """The guard's assessment under one policy, or the error if two answers could not be parsed."""
+    """The guard's assessment under one policy, or the error if two answers could not be parsed.
+
+    This error is a value, because it becomes a verdict for review. A refusal (GuardFailed) becomes a dead letter.
+    """
 
     answer: Assessment | UnreadableAnswer
     effort: Effort
@@ -50,11 +52,11 @@ async def judge_image(
         Unavailable: no decoder or no engine is available; retrying ports (retrying_ports.py) wait instead.
     """
     image = await timer.time("prepare", preparer.prepare(data))
-    assessing = assess_each(image, policies, priority, guard=guard, preparer=preparer, detail=detail)
+    assessing = assess_under_policies(image, policies, priority, guard=guard, preparer=preparer, detail=detail)
     return JudgedImage(image, await timer.time("guard", assessing))
 
 
-async def assess_each(
+async def assess_under_policies(
     image: PreparedImage,
     policies: Sequence[Policy],
     priority: GuardPriority,
@@ -67,18 +69,18 @@ async def assess_each(
     results: list[PolicyAssessment | GuardFailed | None] = [None] * len(policies)
     adaptive = [n for n, policy in enumerate(policies) if policy.effort == "adaptive"]
     if adaptive:
-        screened = await screen(image, [policies[n] for n in adaptive], priority, guard=guard, preparer=preparer)
-        for n, result in zip(adaptive, screened, strict=True):
+        looks = await _take_first_look(image, [policies[n] for n in adaptive], priority, guard=guard, preparer=preparer)
+        for n, result in zip(adaptive, looks, strict=True):
             results[n] = result
     rest = [n for n, result in enumerate(results) if result is None]
     if rest:
-        full = await _assess_full(image, [policies[n] for n in rest], priority, guard, detail)
+        full = await _assess_in_full(image, [policies[n] for n in rest], priority, guard, detail)
         for n, outcome in zip(rest, full, strict=True):
             results[n] = outcome
     return [result for result in results if result is not None]
 
 
-async def screen(
+async def _take_first_look(
     image: PreparedImage,
     policies: Sequence[Policy],
     priority: GuardPriority,
@@ -87,9 +89,9 @@ async def screen(
     preparer: ImagePreparer,
 ) -> list[PolicyAssessment | None]:
     """Assess a small copy of the image. Returns an assessment for each policy that accepts its low score, else None."""
-    small = await preparer.first_look(image)
+    small = await preparer.prepare_first_look(image)
     try:
-        assessments = await _assess(small, policies, "score", priority, guard)
+        assessments = await _call_guard(small, policies, "score", priority, guard)
     except (GuardFailed, UnreadableAnswer):
         return [None] * len(policies)  # the full assessment reports the error
     results = [
@@ -103,7 +105,7 @@ async def screen(
     return results
 
 
-async def _assess_full(
+async def _assess_in_full(
     image: PreparedImage,
     policies: Sequence[Policy],
     priority: GuardPriority,
@@ -117,7 +119,7 @@ async def _assess_full(
     If the call fails, it is repeated once for each policy by itself. A refusal under a single policy is not retried.
     """
     try:
-        assessments = await _assess(image, policies, detail, priority, guard)
+        assessments = await _call_guard(image, policies, detail, priority, guard)
         return [PolicyAssessment(assessment, "full", detail) for assessment in assessments]
     except GuardFailed as error:
         if len(policies) == 1:
@@ -125,11 +127,11 @@ async def _assess_full(
     except UnreadableAnswer as error:
         if is_retry:
             return [PolicyAssessment(error, "full")]
-    retries = [await _assess_full(image, [policy], priority, guard, detail, is_retry=True) for policy in policies]
+    retries = [await _assess_in_full(image, [policy], priority, guard, detail, is_retry=True) for policy in policies]
     return [result for (result,) in retries]
 
 
-async def _assess(
+async def _call_guard(
     image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority, guard: GuardClient
 ) -> list[Assessment]:
     """Return the guard's assessments with calibrated scores, because all thresholds are for calibrated scores."""

@@ -1,4 +1,4 @@
-"""The whole life of an image. Only this module knows the order of the steps.
+"""Moderates one submission: the order of all steps from the submission to its verdict.
 
     choose the policy ► fetch ► judge the bytes (cascade.py) ► decide and build the verdict (verdicts.py)
 
@@ -15,7 +15,7 @@ from services.core.errors import GuardFailed, Malformed
 from services.core.messages import ImageRequest, Verdict
 from services.core.values import Detail, GuardPriority, Policy, StoredObject
 from services.moderation.cascade import judge_image
-from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
+from services.moderation.ports import CircuitBreaker, GuardClient, ImagePreparer, ImageSource, PolicySource
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 
@@ -38,7 +38,7 @@ class Moderator:
         images: ImageSource,
         preparer: ImagePreparer,
         guard: GuardClient,
-        breaker: Breaker | None = None,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self._policies = policies
         self._images = images
@@ -83,22 +83,22 @@ class Moderator:
         priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> list[Verdict | GuardFailed]:
-        """Judge one image under each of these policies, in order. No circuit breaker or action is counted.
+        """Judge one image under each of these policies, in order. The other arguments are those of `judge`.
 
-        The other arguments are those of `judge`.
+        This neither applies the circuit breaker nor counts metrics of actions.
 
         Raises:
             Unjudgeable: the image cannot be fetched or decoded.
         """
         timer = StepTimer(request.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as resources:
             stored = upload
             if stored is None:
                 if request.reference is None:
                     raise Malformed(
                         f"{request.uri} is not in a bucket; the image must come with the request", request.id
                     )
-                stored = await timer.time("fetch", held.enter_async_context(self._images.open(request.reference)))
+                stored = await timer.time("fetch", resources.enter_async_context(self._images.open(request.reference)))
             judged = await judge_image(
                 stored.data,
                 policies,
@@ -113,7 +113,13 @@ class Moderator:
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
         """Return the verdict, or a request for review if the policy's circuit breaker is open. Count its action."""
         identity, action = policy.identity, verdict.action
-        if self._breaker and action and verdict.outcome == "verdict" and not self._breaker.allows(policy, action):
+        if (
+            self._breaker
+            and action
+            and verdict.outcome == "verdict"
+            and not self._breaker.count_and_allow(policy, action)
+        ):
+            # `quota` is the name on the wire for an open circuit breaker.
             verdict = verdict.model_copy(update={"outcome": "needs_review", "reason": "quota", "action": "review"})
         telemetry.ACTIONS.inc(
             1, {"policy": identity.name, "version": str(identity.version), "action": verdict.action or ""}

@@ -40,8 +40,8 @@ class ImagePreparer(Protocol):
     async def prepare(self, data: bytes) -> PreparedImage:
         """Decode, orient, downscale. Raises NotAnImage, TooLarge, Unavailable."""
 
-    async def first_look(self, image: PreparedImage) -> PreparedImage:
-        """Scale the image down for screening. Raises what `prepare` raises."""
+    async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
+        """Scale the image down for a first look. Raises what `prepare` raises."""
 
 
 class GuardClient(Protocol):
@@ -53,8 +53,8 @@ class GuardClient(Protocol):
         """Assess one image under each policy, in order. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
 
 
-class Breaker(Protocol):
-    """Keeps a policy version from blocking too many images."""
+class CircuitBreaker(Protocol):
+    """Keeps a policy version from blocking too many images: `services.policies.circuit_breaker.CircuitBreaker`."""
 
-    def allows(self, policy: Policy, action: Action) -> bool:
+    def count_and_allow(self, policy: Policy, action: Action) -> bool:
         """Count the action of a verdict. Returns False if the version blocks too much: the verdict goes to review."""

@@ -19,11 +19,11 @@ from services.core.values import (
     StoredObject,
 )
 from services.moderation.moderator import Moderator
-from services.moderation.ports import Breaker, GuardClient, ImagePreparer, ImageSource, PolicySource
+from services.moderation.ports import CircuitBreaker, GuardClient, ImagePreparer, ImageSource, PolicySource
 
 
 @dataclass(frozen=True, slots=True)
-class RetryingPolicies:
+class RetryingPolicySource:
     """Retries while both Redis and the policy bucket are unavailable."""
 
     inner: PolicySource
@@ -33,15 +33,15 @@ class RetryingPolicies:
 
 
 @dataclass(frozen=True, slots=True)
-class RetryingImages:
+class RetryingImageSource:
     """Retries while the object store is unavailable."""
 
     inner: ImageSource
 
     @asynccontextmanager
     async def open(self, reference: ObjectReference) -> AsyncIterator[StoredObject]:
-        async with AsyncExitStack() as held:
-            yield await retry_while_unavailable(lambda: held.enter_async_context(self.inner.open(reference)))
+        async with AsyncExitStack() as resources:
+            yield await retry_while_unavailable(lambda: resources.enter_async_context(self.inner.open(reference)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class RetryingPreparer:
     async def prepare(self, data: bytes) -> PreparedImage:
         return await retry_while_unavailable(lambda: self.inner.prepare(data))
 
-    async def first_look(self, image: PreparedImage) -> PreparedImage:
-        return await retry_while_unavailable(lambda: self.inner.first_look(image))
+    async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
+        return await retry_while_unavailable(lambda: self.inner.prepare_first_look(image))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,12 @@ def build_retrying_moderator(
     images: ImageSource,
     preparer: ImagePreparer,
     guard: GuardClient,
-    breaker: Breaker | None = None,
+    breaker: CircuitBreaker | None = None,
 ) -> Moderator:
     """Build a moderator that waits while any of its backends is unavailable."""
     return Moderator(
-        policies=RetryingPolicies(policies),
-        images=RetryingImages(images),
+        policies=RetryingPolicySource(policies),
+        images=RetryingImageSource(images),
         preparer=RetryingPreparer(preparer),
         guard=RetryingGuard(guard),
         breaker=breaker,

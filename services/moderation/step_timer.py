@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class StepTimer:
-    """The milliseconds of each step of one submission."""
+    """The milliseconds of each step of one submission.
+
+    The steps are `queued`, `fetch`, `prepare` (decode and downscale), `guard` (with the first look) and `total`.
+    """
 
     submitted_at: datetime
     started_at: datetime

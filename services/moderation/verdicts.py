@@ -27,12 +27,12 @@ class VerdictSubject:
         return cls(request.id, request.uri, request.tenant, request.metadata)
 
 
-def decide(assessment: Assessment, policy: Policy) -> Action:
-    """Return the action that the policy's thresholds give for an assessment."""
-    thresholds = policy.category_thresholds.get(assessment.category, policy.thresholds)
-    if assessment.score >= thresholds.block:
+def decide(score: float, category: str, policy: Policy) -> Action:
+    """Return the action that the policy's thresholds give for the calibrated score and the category of an image."""
+    thresholds = policy.category_thresholds.get(category, policy.thresholds)
+    if score >= thresholds.block:
         return "block"
-    return "review" if assessment.score >= thresholds.review else "allow"
+    return "review" if score >= thresholds.review else "allow"
 
 
 def build_skipped_verdict(
@@ -42,7 +42,10 @@ def build_skipped_verdict(
     reason: ReviewReason | None = None,
     action: Action | None = None,
 ) -> Verdict:
-    """Build the verdict of a submission that the guard never gets: a newer event replaces it, or it blocks its key."""
+    """Build the verdict of a submission that the guard never gets.
+
+    A newer event replaced the submission, or the submission held up its partition.
+    """
     now = datetime.now(UTC)
     submitted_at = submission.submitted_at or now
     waited_ms = max(0, round((now - submitted_at).total_seconds() * 1000))
@@ -125,7 +128,7 @@ def _build_verdict(
         category=assessment.category if assessment and assessed.detail == "verdict" else None,
         rationale=assessment.rationale if assessment else None,
         score=assessment.score if assessment else None,
-        action=decide(assessment, policy) if assessment else "review",
+        action=decide(assessment.score, assessment.category, policy) if assessment else "review",
         policy=policy.identity,
         model=answer.model,
         calibration=calibration,

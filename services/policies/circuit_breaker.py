@@ -88,7 +88,7 @@ class CircuitBreaker:
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._task)
 
-    def allows(self, policy: Policy, action: Action) -> bool:
+    def count_and_allow(self, policy: Policy, action: Action) -> bool:
         """Count one verdict. Return False if it must not block. Uses no network."""
         if policy.block_rate is None:
             return True

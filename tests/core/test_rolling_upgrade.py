@@ -313,7 +313,7 @@ async def count_actions(client: Any, redis_cache: PolicyRedisCache, *actions: Ac
     before = await client.hgetall(name)
     async with CircuitBreaker(policies, registry, redis_cache) as breaker:
         for action in actions:
-            assert breaker.allows(POLICY, action)
+            assert breaker.count_and_allow(POLICY, action)
 
         async def counted() -> bool:
             return bool(await client.hgetall(name) != before)

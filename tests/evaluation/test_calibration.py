@@ -199,11 +199,11 @@ class TestModeration:
         adaptive = PolicyDocument.model_validate({"name": "p", "effort": "adaptive", "first_look_below": 0.2})
         policy = replace(adaptive.as_version(3), calibrations={unsafe().model.revision: ISOTONIC})
         ports = FakePorts(policy)
-        ports.screening_answers = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
+        ports.first_look_answers = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
         verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
         assert (verdict.effort, verdict.score) == ("first_look", pytest.approx(0.1))
         for score in (0.6, 0.9):  # the first for its rating, although its calibrated score is low
-            ports.screening_answers = [unsafe(score)]
+            ports.first_look_answers = [unsafe(score)]
             verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
             assert verdict.effort == "full"
 

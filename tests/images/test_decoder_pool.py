@@ -66,7 +66,7 @@ async def test_image_is_prepared_and_downscaled_for_the_first_look() -> None:
         prepared = await preparer.prepare(encoded(picture(1800, 1200), "webp"))
         assert (prepared.width, prepared.height, prepared.facts.width) == (1000, 667, 1800)
         assert difference(shown(prepared), picture(1000, 667)) < 3
-        look = await preparer.first_look(prepared)
+        look = await preparer.prepare_first_look(prepared)
         assert (look.width, look.height) == (384, 256)
         assert look.sha256 == prepared.sha256
         assert difference(shown(look), picture(384, 256)) < 3

@@ -1,4 +1,4 @@
-"""The moderator: thresholds, shadow versions, screening, circuit breaker, retries and uploads."""
+"""The moderator: thresholds, shadow versions, first looks, circuit breaker, retries and uploads."""
 
 import hashlib
 from collections.abc import AsyncIterator, Sequence
@@ -49,7 +49,7 @@ def test_decide_returns_the_action_of_the_category_thresholds(score: float, cate
     assessment = Assessment(rating="Safe", category=category, rationale=None, score=score, model=MODEL)
     review, block = (0.1, 0.2) if category.startswith("O7") else (0.4, 0.8)
     expected = "block" if score >= block else "review" if score >= review else "allow"
-    assert decide(assessment, POLICY) == expected
+    assert decide(assessment.score, assessment.category, POLICY) == expected
 
 
 async def test_shadow_is_judged_in_the_same_call_and_not_counted() -> None:
@@ -93,7 +93,7 @@ async def test_answer_unreadable_twice_needs_review() -> None:
 
 
 @pytest.mark.parametrize(
-    ("screening_answers", "effort"),
+    ("first_look_answers", "effort"),
     [
         ([safe(0.02)], "first_look"),
         ([safe(0.3)], "full"),
@@ -101,20 +101,20 @@ async def test_answer_unreadable_twice_needs_review() -> None:
         ([GuardFailed("too small")], "full"),
     ],
 )
-async def test_screening_accepts_a_low_score_and_escalates_others(
-    screening_answers: list[Assessment | Exception], effort: str
+async def test_first_look_accepts_a_low_score_and_escalates_others(
+    first_look_answers: list[Assessment | Exception], effort: str
 ) -> None:
     ports = FakePorts(ADAPTIVE)
-    ports.screening_answers = screening_answers
+    ports.first_look_answers = first_look_answers
     verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
     assert verdict.effort == effort
     assert verdict.action == ("allow" if effort == "first_look" else "block")
 
 
-async def test_image_rated_unsafe_by_screening_is_assessed_in_full() -> None:
+async def test_image_rated_unsafe_by_the_first_look_is_assessed_in_full() -> None:
     document = {"name": "p", "effort": "adaptive", "first_look_below": 0.9}
     ports = FakePorts(PolicyDocument.model_validate(document).as_version(3))
-    ports.screening_answers = [
+    ports.first_look_answers = [
         Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.6, model=MODEL)
     ]
     verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
@@ -140,7 +140,7 @@ async def test_upload_without_bytes_is_malformed() -> None:
 
 async def test_unavailable_port_is_called_again() -> None:
     ports = FakePorts(ADAPTIVE)
-    ports.screening_answers = [safe(0.3)]
+    ports.first_look_answers = [safe(0.3)]
     flaky = _UnavailableOnce(ports)
     moderator = build_retrying_moderator(policies=flaky, images=flaky, preparer=flaky, guard=flaky)
     assert (await moderator.judge(SUBMISSION)).verdict.effort == "full"
@@ -173,7 +173,7 @@ class _UnavailableOnce:
         self._count("prepare")
         return await FakePreparer().prepare(data)
 
-    async def first_look(self, image: PreparedImage) -> PreparedImage:
+    async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
         self._count("first_look")
         return image
 
@@ -214,7 +214,7 @@ async def test_upload_is_not_fetched_and_has_the_given_priority() -> None:
 @pytest.mark.parametrize(("policy", "calls"), [(POLICY, ["score"]), (ADAPTIVE, ["score", "score"])])
 async def test_verdict_with_detail_score_has_no_category(policy: Policy, calls: list[Detail]) -> None:
     ports = FakePorts(policy)
-    ports.screening_answers = [
+    ports.first_look_answers = [
         Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.9, model=MODEL)
     ]
     verdict = (await ports.build_moderator().judge(SUBMISSION, detail="score")).verdict

@@ -51,7 +51,7 @@ async def policy(cache: PolicyCache, version: int = 1) -> Policy:
 
 
 def judge(breaker: CircuitBreaker, by: Policy, *, blocked: int, of: int) -> list[bool]:
-    return [breaker.allows(by, "block" if n < blocked else "allow") for n in range(of)]
+    return [breaker.count_and_allow(by, "block" if n < blocked else "allow") for n in range(of)]
 
 
 async def until(true: Callable[[], bool], within_s: float = 30) -> None:
@@ -146,7 +146,7 @@ async def test_breaker_trips_while_redis_and_the_bucket_are_down(registry: Polic
         valkey.kill()
         breaker._service = PolicyService(unreachable(), members.shared, policies=cache)
         judge(breaker, by, blocked=30, of=30)
-        await until(lambda: not breaker.allows(by, "block"))
+        await until(lambda: not breaker.count_and_allow(by, "block"))
         breaker._service = PolicyService(registry, members.shared, policies=cache)
         await until(lambda: cache.is_tripped(by.identity), within_s=30)
     finally:
@@ -179,11 +179,11 @@ async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_
     for decided in (False, True):
         breaker._service = PolicyService(unreachable(), members.shared, policies=cache)
         judge(breaker, by, blocked=30, of=30)
-        await until(lambda: not breaker.allows(by, "block"))
+        await until(lambda: not breaker.count_and_allow(by, "block"))
         judge(breaker, by, blocked=0, of=500)
         if decided:
             cache.apply_change(members.registry.activate("default", 1, who="ann", why="let it block"))
-            await until(lambda: breaker.allows(by, "block"))
+            await until(lambda: breaker.count_and_allow(by, "block"))
         breaker._service = PolicyService(members.registry, members.shared, policies=cache)
         if not decided:
             await until(lambda: cache.is_tripped(by.identity), within_s=30)

@@ -40,7 +40,7 @@ class FakePorts:
     def __init__(self, policy: Policy, shadow: Policy | None = None) -> None:
         self.choice = PolicyChoice(policy, shadow)
         self.answers: dict[int, Assessment | Exception] = {1: unsafe(), 2: safe(), 3: unsafe()}
-        self.screening_answers: list[Assessment | Exception] = []
+        self.first_look_answers: list[Assessment | Exception] = []
         self.calls: list[tuple[list[int], Detail]] = []
         self.priorities: list[GuardPriority] = []
         self.counted_actions: list[Action] = []
@@ -62,7 +62,7 @@ class FakePorts:
         self.priorities.append(priority)
         self.calls.append(([policy.identity.version for policy in policies], detail))
         answers = (
-            self.screening_answers
+            self.first_look_answers
             if detail == "score"
             else [self.answers[policy.identity.version] for policy in policies]
         )
@@ -71,7 +71,7 @@ class FakePorts:
                 raise answer
         return [answer for answer in answers if isinstance(answer, Assessment)]
 
-    def allows(self, _policy: Policy, action: Action) -> bool:
+    def count_and_allow(self, _policy: Policy, action: Action) -> bool:
         self.counted_actions.append(action)
         return not (self.is_breaker_open and action == "block")
 
@@ -92,5 +92,5 @@ class FakePreparer:
     async def prepare(self, data: bytes) -> PreparedImage:
         return PreparedImage(data, "image/jpeg", 8, 8, "0", ImageFacts(width=8, height=8, format="jpeg"))
 
-    async def first_look(self, image: PreparedImage) -> PreparedImage:
+    async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
         return image
