@@ -19,7 +19,7 @@ from services.policies.document_warnings import find_warnings
 from services.policies.document_yaml import read_document_file, write_document
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
-from services.policies.rollout import Canary, Change, Shadow
+from services.policies.rollout import Canary, RolloutChange, Shadow
 from services.policies.service import PolicyService
 from services.policies.tenants import Document
 
@@ -241,7 +241,7 @@ def _settings() -> Settings:
     return settings_module.load("policy_bucket")
 
 
-def _change(change: Callable[[PolicyService, str], Awaitable[Change]], who: str | None, as_json: bool) -> None:
+def _change(change: Callable[[PolicyService, str], Awaitable[RolloutChange]], who: str | None, as_json: bool) -> None:
     done = change_policy(_settings(), lambda service: change(service, who or user()), warn=print_progress)
     typer.echo(done.history_json() if as_json else done.history_line())
 

@@ -25,7 +25,7 @@ from services.core.calibration import FittedCalibration
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
-from services.policies.rollout import Change
+from services.policies.rollout import RolloutChange
 
 PAGE_NAME: Final = "evaluation.html"
 REPORT_NAME: Final = "evaluation.json"
@@ -193,7 +193,7 @@ def calibrate(
 
 def apply_calibration(
     fitted: CalibrationResult, settings: Settings, *, who: str, why: str, warn: Callable[[str], object]
-) -> Change:
+) -> RolloutChange:
     """Store a calibration. From then on every process applies it to the scores of its version and checkpoint."""
     name = fitted.evaluated.document.name
     return change_policy(
@@ -203,7 +203,7 @@ def apply_calibration(
 
 def revert_calibration(
     policy: str, revision: str | None, settings: Settings, *, who: str, why: str, warn: Callable[[str], object]
-) -> Change:
+) -> RolloutChange:
     """Apply the calibration that was applied before the present one, or none. `revision` names a checkpoint.
 
     Raises:

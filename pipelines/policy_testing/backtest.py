@@ -43,22 +43,22 @@ def backtest(
     with open_client(settings) as service:
         progress(f"judging {len(sample)} recent submissions under {before} and {after}")
         results = service.judge([JudgeRequest(entry.submission(), (before, after)) for entry in sample], progress)
-    pairs = [_pair(entry, result) for entry, result in zip(sample, results, strict=True)]
+    pairs = [_make_pair(entry, result) for entry, result in zip(sample, results, strict=True)]
     report = build_report(pairs, before=before, after=after, per_day=per_day)
     if pictures and report.flips:
         progress("fetching pictures of the submissions whose verdicts differ")
-        pairs = asyncio.run(_with_pictures(report, pairs, settings))
+        pairs = asyncio.run(_add_pictures(report, pairs, settings))
     return report, pairs
 
 
-def _pair(entry: SampledSubmission, result: JudgeResult) -> VerdictPair:
+def _make_pair(entry: SampledSubmission, result: JudgeResult) -> VerdictPair:
     """The verdicts of one submission, without a picture."""
     answers = result if isinstance(result, list) else [result, result]
-    before, after = map(_side, answers)
+    before, after = map(_make_side, answers)
     return VerdictPair(entry.id, entry.uri, before, after, None)
 
 
-def _side(answer: Verdict | Unjudgeable) -> Side:
+def _make_side(answer: Verdict | Unjudgeable) -> Side:
     return Side(answer, None) if isinstance(answer, Verdict) else Side(None, f"{answer.reason}: {answer}")
 
 
@@ -70,7 +70,7 @@ async def _draw_sample(name: str, count: int, settings: Settings) -> tuple[list[
         await redis_cache.close()
 
 
-async def _with_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], settings: Settings) -> list[VerdictPair]:
+async def _add_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], settings: Settings) -> list[VerdictPair]:
     """The pairs, with pictures for the first flips, as many as the page shows."""
     flips = [(flip.submission_id, flip.uri) for group in report.flip_groups for flip in group.flips]
     shown = frozenset(flips[:PICTURES_LIMIT])
@@ -82,7 +82,7 @@ async def _with_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], s
         if verdict is None or (pair.submission_id, pair.uri) not in shown:
             return pair
         async with slots:
-            return replace(pair, picture=await _picture(verdict, store, preparer))
+            return replace(pair, picture=await _fetch_picture(verdict, store, preparer))
 
     try:
         return list(await asyncio.gather(*map(with_picture, pairs)))
@@ -91,7 +91,7 @@ async def _with_pictures(report: BacktestReport, pairs: Iterable[VerdictPair], s
         store.close()
 
 
-async def _picture(verdict: Verdict, store: ObjectStore, preparer: DecoderPool) -> bytes | None:
+async def _fetch_picture(verdict: Verdict, store: ObjectStore, preparer: DecoderPool) -> bytes | None:
     """A JPEG of the judged image; None if the image is not readable any more."""
     try:
         reference = ObjectReference.from_uri(verdict.uri, version_id=verdict.version_id, etag=verdict.etag)

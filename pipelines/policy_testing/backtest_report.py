@@ -61,7 +61,8 @@ class Estimate(FrozenModel):
     interval: Interval
 
     def __str__(self) -> str:
-        return f"{_number(self.value)} ({_number(self.interval.low)} to {_number(self.interval.high)})"
+        low, high = map(_format_number, (self.interval.low, self.interval.high))
+        return f"{_format_number(self.value)} ({low} to {high})"
 
 
 class ReviewLoad(FrozenModel):
@@ -198,12 +199,12 @@ class BacktestReport(FrozenModel):
             ("The share of submissions whose action flips", self.action_flips, limits.max_flips),
             (f"The share not judged under {self.after.policy}", self.failures_after.all, limits.max_errors),
         )
-        found = (_exceeded(subject, figure, limit) for subject, figure, limit in checks if limit is not None)
+        found = (_compare(subject, figure, limit) for subject, figure, limit in checks if limit is not None)
         return [sentence for sentence in found if sentence]
 
     def lines(self) -> list[str]:
         """A summary for a terminal, without ids, addresses and rationales."""
-        return [escape_control_chars(line) for line in _summary_lines(self)]
+        return [escape_control_chars(line) for line in _write_summary(self)]
 
 
 def build_report(pairs: Sequence[VerdictPair], *, before: str, after: str, per_day: float | None) -> BacktestReport:
@@ -220,16 +221,16 @@ def build_report(pairs: Sequence[VerdictPair], *, before: str, after: str, per_d
     """
     if per_day is not None and not (math.isfinite(per_day) and per_day >= 0):
         raise ValueError("per_day must be a number of submissions")
-    sides = [(pair, _judged(pair.before), _judged(pair.after)) for pair in pairs]
+    sides = [(pair, _summarize(pair.before), _summarize(pair.after)) for pair in pairs]
     both = [(pair, earlier, later) for pair, earlier, later in sides if earlier and later]
     neither = sum(not earlier and not later for _, earlier, later in sides)
-    failures_before = _failures(len(pairs), (pair.before for pair, earlier, _ in sides if not earlier))
-    failures_after = _failures(len(pairs), (pair.after for pair, _, later in sides if not later))
-    rates_before = _rates(before, [earlier for _, earlier, _ in both])
-    rates_after = _rates(after, [later for _, _, later in both])
+    failures_before = _count_failures(len(pairs), (pair.before for pair, earlier, _ in sides if not earlier))
+    failures_after = _count_failures(len(pairs), (pair.after for pair, _, later in sides if not later))
+    rates_before = _compute_rates(before, [earlier for _, earlier, _ in both])
+    rates_after = _compute_rates(after, [later for _, _, later in both])
     actions = Counter((earlier.action, later.action) for _, earlier, later in both)
-    review_difference = _difference_of("review", actions)
-    thousand = _review_load(rates_before.review, rates_after.review, review_difference, 1000)
+    review_difference = _compute_difference("review", actions)
+    thousand = _estimate_review_load(rates_before.review, rates_after.review, review_difference, 1000)
     return BacktestReport(
         pairs=len(pairs),
         judged_both=len(both),
@@ -240,10 +241,10 @@ def build_report(pairs: Sequence[VerdictPair], *, before: str, after: str, per_d
         failures_after=failures_after,
         before=rates_before,
         after=rates_after,
-        block_difference=_difference_of("block", actions),
+        block_difference=_compute_difference("block", actions),
         review_difference=review_difference,
         action_flips=share(sum(actions[kinds] for kinds in actions if kinds[0] != kinds[1]), len(both)),
-        flip_groups=_groups(
+        flip_groups=_group_flips(
             Flip(submission_id=pair.submission_id, uri=pair.uri, before=earlier, after=later)
             for pair, earlier, later in both
             if (earlier.action, earlier.rating, earlier.category) != (later.action, later.rating, later.category)
@@ -251,11 +252,11 @@ def build_report(pairs: Sequence[VerdictPair], *, before: str, after: str, per_d
         reviews_per_thousand=thousand,
         reviews_per_day=None
         if per_day is None
-        else _review_load(rates_before.review, rates_after.review, review_difference, per_day),
+        else _estimate_review_load(rates_before.review, rates_after.review, review_difference, per_day),
     )
 
 
-def _judged(side: Side) -> VerdictSummary | None:
+def _summarize(side: Side) -> VerdictSummary | None:
     verdict = side.verdict
     if verdict is None:
         return None
@@ -272,12 +273,12 @@ def _judged(side: Side) -> VerdictSummary | None:
     )
 
 
-def _failures(of: int, sides: Iterable[Side]) -> Failures:
-    reasons = Counter(map(_reason, sides))
+def _count_failures(of: int, sides: Iterable[Side]) -> Failures:
+    reasons = Counter(map(_parse_reason, sides))
     return Failures(all=share(reasons.total(), of), by_reason=dict(reasons.most_common()))
 
 
-def _reason(side: Side) -> str:
+def _parse_reason(side: Side) -> str:
     if side.verdict:
         return side.verdict.outcome
     # Sentences contain objects and sizes, so only the reason before the colon is counted.
@@ -285,7 +286,7 @@ def _reason(side: Side) -> str:
     return named[1] if named else "other"
 
 
-def _rates(policy: str, judged: Sequence[VerdictSummary]) -> ActionRates:
+def _compute_rates(policy: str, judged: Sequence[VerdictSummary]) -> ActionRates:
     actions = Counter(judgement.action for judgement in judged)
     return ActionRates(
         policy=policy,
@@ -296,7 +297,7 @@ def _rates(policy: str, judged: Sequence[VerdictSummary]) -> ActionRates:
     )
 
 
-def _difference_of(action: Action, pairs: Counter[tuple[Action, Action]]) -> ShareDifference:
+def _compute_difference(action: Action, pairs: Counter[tuple[Action, Action]]) -> ShareDifference:
     counts: Counter[tuple[bool, bool]] = Counter()
     for (before, after), count in pairs.items():
         counts[before == action, after == action] += count
@@ -308,7 +309,9 @@ def _difference_of(action: Action, pairs: Counter[tuple[Action, Action]]) -> Sha
     )
 
 
-def _review_load(before: Share, after: Share, difference: ShareDifference, submissions: float) -> ReviewLoad | None:
+def _estimate_review_load(
+    before: Share, after: Share, difference: ShareDifference, submissions: float
+) -> ReviewLoad | None:
     def estimate(value: float | None, interval: Interval | None) -> Estimate | None:
         if value is None or interval is None:
             return None
@@ -319,10 +322,10 @@ def _review_load(before: Share, after: Share, difference: ShareDifference, submi
     return ReviewLoad(before=earlier, after=later, change=change) if earlier and later and change else None
 
 
-def _groups(flips: Iterable[Flip]) -> tuple[FlipGroup, ...]:
+def _group_flips(flips: Iterable[Flip]) -> tuple[FlipGroup, ...]:
     found: defaultdict[tuple[Action, Action, str], list[Flip]] = defaultdict(list)
     for flip in flips:
-        severe = max(flip.after, flip.before, key=_severity)  # max returns the first of equal values
+        severe = max(flip.after, flip.before, key=_rank_severity)  # max returns the first of equal values
         found[flip.before.action, flip.after.action, severe.category or UNREADABLE].append(flip)
     groups = [
         FlipGroup(before=before, after=after, category=category, flips=tuple(sorted(members, key=_by_change)))
@@ -331,7 +334,7 @@ def _groups(flips: Iterable[Flip]) -> tuple[FlipGroup, ...]:
     return tuple(sorted(groups, key=_by_weight))
 
 
-def _severity(judgement: VerdictSummary) -> tuple[int, float]:
+def _rank_severity(judgement: VerdictSummary) -> tuple[int, float]:
     return _SEVERITY[judgement.action], -1.0 if judgement.score is None else judgement.score
 
 
@@ -347,7 +350,7 @@ def _by_weight(group: FlipGroup) -> tuple[int, int, str, str]:
     return -steps, -len(group.flips), group.direction, group.category
 
 
-def _exceeded(subject: str, figure: Share | ShareDifference, limit: float) -> str | None:
+def _compare(subject: str, figure: Share | ShareDifference, limit: float) -> str | None:
     value, unit = (figure.share, "%") if isinstance(figure, Share) else (figure.difference, " percentage points")
     comparison = f"the limit is {100 * limit:.4g}{unit}"
     if value is None:
@@ -358,7 +361,7 @@ def _exceeded(subject: str, figure: Share | ShareDifference, limit: float) -> st
     return f"{subject} is {100 * value:.4g}{unit} ({count:,} of {figure.of:,} submissions); {comparison}."
 
 
-def _summary_lines(report: BacktestReport) -> Iterator[str]:
+def _write_summary(report: BacktestReport) -> Iterator[str]:
     before, after = report.before, report.after
     yield f"{before.policy} → {after.policy}: {report.pairs:,} submissions, {report.judged_both:,} judged under both"
     for rates, failures in ((before, report.failures_before), (after, report.failures_after)):
@@ -383,5 +386,5 @@ def _summary_lines(report: BacktestReport) -> Iterator[str]:
         yield f"  {len(group.flips):>6,}  {group.direction:16}  {group.category}"
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -29,7 +29,7 @@ def run_examples(
         write(f"{document.name} has no examples")
         return 0
     for example in examples:
-        if (file := _file(example, folder)) and not file.is_file():
+        if (file := _find_file(example, folder)) and not file.is_file():
             raise ConfigurationError(f"{name_example(example)}: there is no file {file}")
     with open_client(settings) as service:
         results = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes, progress)
@@ -77,7 +77,7 @@ def _judge(
     results: dict[int, JudgeResult] = {}
     batch: dict[int, JudgeRequest] = {}
     for number, example in enumerate(examples, start=1):
-        request = _request(number, example, policy, folder, limit_bytes)
+        request = _make_request(number, example, policy, folder, limit_bytes)
         if isinstance(request, TooLarge):
             results[number] = request
         else:
@@ -88,14 +88,16 @@ def _judge(
     return [results[number] for number in sorted(results)]
 
 
-def _request(number: int, example: Example, policy: Policy, folder: Path, limit_bytes: int) -> JudgeRequest | TooLarge:
+def _make_request(
+    number: int, example: Example, policy: Policy, folder: Path, limit_bytes: int
+) -> JudgeRequest | TooLarge:
     """The request to judge one example, with its file or drawing. TooLarge if the file exceeds the limit.
 
     Raises:
         ConfigurationError: the file cannot be read.
     """
     name = f"example-{number}"
-    if file := _file(example, folder):
+    if file := _find_file(example, folder):
         try:
             if (size := file.stat().st_size) > limit_bytes:
                 return TooLarge(f"the image has {size} bytes, more than {limit_bytes}")
@@ -107,7 +109,7 @@ def _request(number: int, example: Example, policy: Policy, folder: Path, limit_
     return JudgeRequest(Submission(id=name, uri=example.image or "", policy=policy.identity.name), (policy,))
 
 
-def _file(example: Example, folder: Path) -> Path | None:
+def _find_file(example: Example, folder: Path) -> Path | None:
     return folder / example.image if example.image and not example.image.startswith("s3://") else None
 
 

@@ -117,7 +117,7 @@ def rejudge(before: Verdict, settings: Settings, progress: Callable[[str], None]
         etag=before.etag,
         tenant=before.tenant,
     )
-    policy = _policy_of(before, before.policy, PolicyRegistry.from_settings(settings))
+    policy = _load_policy(before, before.policy, PolicyRegistry.from_settings(settings))
     with open_client(settings) as service:
         (result,) = service.judge([JudgeRequest(submission, (policy,))], progress)
     answer = result[0] if isinstance(result, list) else result
@@ -131,7 +131,7 @@ def rejudge(before: Verdict, settings: Settings, progress: Callable[[str], None]
     return RejudgedVerdict(before, answer, tuple(compare(before, answer)), tuple(explain(before, answer)))
 
 
-def _policy_of(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
+def _load_policy(before: Verdict, identity: PolicyIdentity, registry: PolicyRegistry) -> Policy:
     """The policy version with the calibration of the verdict, which may not be the one that is applied now."""
     stored = registry.get(identity.name, identity.version)
     if not isinstance(stored.document, PolicyDocument):
@@ -149,8 +149,8 @@ def compare(before: Verdict, after: Verdict) -> Sequence[FieldDifference]:
 
     A verdict that the circuit breaker changed is compared as it was before.
     """
-    then, now = _fields(_without_breaker(before)), _fields(after)
-    return [FieldDifference(field, then[field], now[field]) for field in then if not _same(then[field], now[field])]
+    then, now = _list_fields(_undo_breaker(before)), _list_fields(after)
+    return [FieldDifference(field, then[field], now[field]) for field in then if not _is_same(then[field], now[field])]
 
 
 def explain(before: Verdict, after: Verdict) -> list[str]:
@@ -168,14 +168,14 @@ def explain(before: Verdict, after: Verdict) -> list[str]:
     return found
 
 
-def _without_breaker(verdict: Verdict) -> Verdict:
+def _undo_breaker(verdict: Verdict) -> Verdict:
     # The breaker changes blocks into reviews, and nothing else.
     if verdict.reason != "quota":
         return verdict
     return verdict.model_copy(update={"outcome": "verdict", "reason": None, "action": "block"})
 
 
-def _fields(verdict: Verdict) -> dict[str, Value]:
+def _list_fields(verdict: Verdict) -> dict[str, Value]:
     policy, model = verdict.policy, verdict.model
     return {
         "sha256": verdict.sha256,
@@ -196,7 +196,7 @@ def _fields(verdict: Verdict) -> dict[str, Value]:
     }
 
 
-def _same(one: Value, other: Value) -> bool:
+def _is_same(one: Value, other: Value) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=0, abs_tol=SCORE_TOLERANCE)
     return one == other

@@ -169,7 +169,7 @@ class _Worker:
                 self._process = start_helper(
                     "services.images.decoder_process",
                     *map(str, arguments),
-                    env=_environment(),
+                    env=_make_environment(),
                     stdin=theirs.fileno(),
                 )
         except BaseException:
@@ -218,7 +218,7 @@ class _Worker:
 _Request = Callable[[_Worker], PreparedImage]
 
 
-def _environment() -> dict[str, str]:
+def _make_environment() -> dict[str, str]:
     """The variables that a decoder needs. It gets no credentials and no settings."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     # Each malloc arena reserves 64 MiB of address space, which RLIMIT_AS counts.

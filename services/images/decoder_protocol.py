@@ -20,7 +20,7 @@ class ProtocolError(Exception):
 
 
 class Channel:
-    """One end of a connected socket; every wait ends at `deadline` (of time.monotonic) where one is set."""
+    """One end of a connected socket. If `deadline` (of time.monotonic) is set, every wait ends then."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

@@ -71,25 +71,25 @@ def read_webp_size(data: bytes) -> tuple[int, int] | None:
 def count_gif_frames(data: bytes) -> int:
     """Count the frames of a GIF file up to `FRAMES_LIMIT`, without a decode. The bytes may be truncated."""
     frames = 0
-    at = 13 + _color_table_size(data, 10)
+    at = 13 + _read_color_table_size(data, 10)
     while frames < FRAMES_LIMIT and at < len(data):
         introducer = data[at]
         if introducer == 0x2C:
             frames += 1
-            at = _end_of_blocks(data, at + 11 + _color_table_size(data, at + 9))
+            at = _skip_blocks(data, at + 11 + _read_color_table_size(data, at + 9))
         elif introducer == 0x21:
-            at = _end_of_blocks(data, at + 2)
+            at = _skip_blocks(data, at + 2)
         else:
             break
     return frames
 
 
-def _color_table_size(data: bytes, flags_at: int) -> int:
+def _read_color_table_size(data: bytes, flags_at: int) -> int:
     flags = data[flags_at] if flags_at < len(data) else 0
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _end_of_blocks(data: bytes, at: int) -> int:
+def _skip_blocks(data: bytes, at: int) -> int:
     while at < len(data) and data[at]:
         at += data[at] + 1
     return at + 1

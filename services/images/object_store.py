@@ -99,16 +99,16 @@ class ObjectStore:
         socket_deadline = SocketDeadline()
         download = _Download(self._client, reference, self._limit_bytes, socket_deadline)
         started = time.monotonic()
-        size = await self._in_thread(download.begin, socket_deadline, self._deadline_s)
+        size = await self._run_in_thread(download.begin, socket_deadline, self._deadline_s)
         left_s = self._deadline_s - (time.monotonic() - started)
         try:
             await resources.enter_async_context(self.budget.reserve(size))
         except BaseException:
             download.close()
             raise
-        return await self._in_thread(download.finish, socket_deadline, max(left_s, 0.0))
+        return await self._run_in_thread(download.finish, socket_deadline, max(left_s, 0.0))
 
-    async def _in_thread(self, step: Callable[[], T], socket_deadline: SocketDeadline, seconds: float) -> T:
+    async def _run_in_thread(self, step: Callable[[], T], socket_deadline: SocketDeadline, seconds: float) -> T:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(seconds, socket_deadline.expire)
         try:
@@ -152,7 +152,7 @@ class _Download:
         with map_s3_errors(self._name):
             self._response = self._client.get_object(Bucket=reference.bucket, Key=reference.key, **pins)
         try:
-            return self._checked_size()
+            return self._check_size()
         except BaseException:
             self.close()
             raise
@@ -177,7 +177,7 @@ class _Download:
         if self._response:
             self._response["Body"].close()
 
-    def _checked_size(self) -> int:
+    def _check_size(self) -> int:
         if self._socket_deadline.expired:
             raise StoreUnavailable("the object store answered after the deadline")
         reference = self._reference

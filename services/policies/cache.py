@@ -25,7 +25,7 @@ from services.policies.document import PolicyDocument
 from services.policies.redis_cache import CachedChange, PolicyRedisCache
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
-from services.policies.rollout import Change, Rollout
+from services.policies.rollout import Rollout, RolloutChange
 from services.policies.tenants import TENANTS, TenantsDocument
 
 _COPIES_LIMIT: Final = 1024
@@ -87,75 +87,75 @@ class PolicyCache:
         reference = _parse(request.policy)
         name, version = reference.name, reference.version
         if version is not None:
-            return PolicyChoice(await self._policy(name, version))
+            return PolicyChoice(await self._get_policy(name, version))
         if name == DEFAULT_POLICY:
-            name = await self._policy_of(request.tenant)
-        rollout = await self._rollout(name)
+            name = await self._find_tenant_policy(request.tenant)
+        rollout = await self._get_rollout(name)
         version = rollout.version_for(name, request.id, request.tenant)
         if version is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
         shadow = rollout.shadow_for(name, request.id)
         return PolicyChoice(
-            await self._policy(name, version),
-            await self._policy(name, shadow) if shadow is not None and shadow != version else None,
+            await self._get_policy(name, version),
+            await self._get_policy(name, shadow) if shadow is not None and shadow != version else None,
         )
 
     async def resolve(self, reference: str) -> Policy:
         """The policy of a reference: `name` (the active version) or `name@7`. Raises as `choose`."""
         parsed = _parse(reference)
         name, version = parsed.name, parsed.version
-        if version is None and (version := (await self._rollout(name)).active) is None:
+        if version is None and (version := (await self._get_rollout(name)).active) is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
-        return await self._policy(name, version)
+        return await self._get_policy(name, version)
 
     async def rollout(self, name: str) -> Rollout:
         """The present rollout of a name. Raises PolicyUnavailable."""
-        return await self._rollout(name)
+        return await self._get_rollout(name)
 
     def is_tripped(self, policy: PolicyIdentity) -> bool:
         """Whether the last known rollout says that the circuit breaker of a version is open."""
         known = self._rollouts.get(policy.name)
         return known is not None and policy.version in known.rollout.tripped
 
-    def apply_change(self, change: Change) -> None:
+    def apply_change(self, change: RolloutChange) -> None:
         """Apply a change that was announced, or made in this process, unless a newer one is known."""
         known = self._rollouts.get(change.name)
         if known is None or change.number > known.number:
             self._keep_rollout(change.name, change)
 
-    async def _rollout(self, name: str) -> Rollout:
+    async def _get_rollout(self, name: str) -> Rollout:
         known = self._rollouts.get(name)
         if known is None or (known.rollout.active is None and name != TENANTS and self._age(known) > _MISSING_TTL_S):
             await self._refresh_rollout(name)
             known = self._rollouts[name]
         return known.rollout
 
-    async def _policy_of(self, tenant: str) -> str:
+    async def _find_tenant_policy(self, tenant: str) -> str:
         """The policy of a tenant, by the active tenants document."""
-        version = (await self._rollout(TENANTS)).active
+        version = (await self._get_rollout(TENANTS)).active
         if version is None:
             return DEFAULT_POLICY
         document = self._tenants.get((TENANTS, version))
         if document is None:
-            await self._share_lookup(("version", TENANTS, version), self._load, TENANTS, version)
+            await self._share_lookup(("version", TENANTS, version), self._load_version, TENANTS, version)
             document = self._tenants[TENANTS, version]
         policy = document.policy_of(tenant)
         if policy is None and tenant != "default":
             telemetry.UNKNOWN_TENANTS.inc()
         return policy or DEFAULT_POLICY
 
-    async def _policy(self, name: str, version: int) -> Policy:
+    async def _get_policy(self, name: str, version: int) -> Policy:
         policy = self._policies.get((name, version))
         if policy is None:
             if time.monotonic() - self._missing_since.get((name, version), float("-inf")) < _MISSING_TTL_S:
                 raise UnknownPolicy(f"policy {name}@{version} does not exist")
-            await self._share_lookup(("version", name, version), self._load, name, version)
+            await self._share_lookup(("version", name, version), self._load_version, name, version)
             policy = self._policies.get((name, version))
             if policy is None:
                 raise UnknownPolicy(f"{name}@{version} is the tenants document, not a policy")
         return policy
 
-    async def _load(self, name: str, version: int) -> None:
+    async def _load_version(self, name: str, version: int) -> None:
         """Load one version into the local copies."""
         known = self._rollouts.get(name)
         expected = known.rollout.digests.get(version) if known else None
@@ -179,7 +179,7 @@ class PolicyCache:
         if isinstance(stored.document, PolicyDocument):
             if name not in self._rollouts:
                 await self._refresh_rollout(name)  # it has the calibrations of every version
-            _put_bounded(self._policies, (name, version), self._calibrated(stored.document.as_version(version)))
+            _put_bounded(self._policies, (name, version), self._calibrate(stored.document.as_version(version)))
         else:
             _put_bounded(self._tenants, (name, version), stored.document)
 
@@ -191,7 +191,7 @@ class PolicyCache:
         previous = self._rollouts.get(name)
         entry: CachedChange | None = None
 
-        async def copy(redis_cache: PolicyRedisCache) -> tuple[Change | None] | None:
+        async def copy(redis_cache: PolicyRedisCache) -> tuple[RolloutChange | None] | None:
             nonlocal entry
             entry = await redis_cache.newest_change(name)
             max_age_s = min(self._refresh_s, time.monotonic() - self._redis_recovered_at)
@@ -200,7 +200,7 @@ class PolicyCache:
             is_older = previous is not None and (entry.change.number if entry.change else 0) < previous.number
             return None if is_older else (entry.change,)
 
-        async def read() -> tuple[Change | None]:
+        async def read() -> tuple[RolloutChange | None]:
             newest = await _read_in_thread(self._registry.newest_change, name)
             if self._redis_cache:
                 with suppress(RedisUnavailable):
@@ -246,7 +246,7 @@ class PolicyCache:
             await asyncio.sleep(_POLL_S)
         return await read()
 
-    def _keep_rollout(self, name: str, change: Change | None) -> None:
+    def _keep_rollout(self, name: str, change: RolloutChange | None) -> None:
         rollout = change.rollout if change else Rollout()
         for version, digest in rollout.digests.items():
             policy = self._policies.get((name, version))
@@ -255,9 +255,9 @@ class PolicyCache:
         _put_bounded(self._rollouts, name, _CachedRollout(change.number if change else 0, rollout, time.monotonic()))
         for (other, version), policy in self._policies.items():
             if other == name:
-                self._policies[name, version] = self._calibrated(policy)
+                self._policies[name, version] = self._calibrate(policy)
 
-    def _calibrated(self, policy: Policy) -> Policy:
+    def _calibrate(self, policy: Policy) -> Policy:
         """The policy with the calibrations of its last known rollout."""
         known = self._rollouts.get(policy.identity.name)
         applied = known.rollout.calibrations_of(policy.identity.version) if known else {}

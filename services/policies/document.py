@@ -337,7 +337,7 @@ class PolicyDocument(StrictModel):
     def _check_threshold_codes(cls, thresholds: ThresholdRules, info: ValidationInfo) -> ThresholdRules:
         for code in thresholds.categories:
             if not _is_declared(code, info):
-                raise ConflictingFields(("categories", code), _undeclared(code))
+                raise ConflictingFields(("categories", code), _undeclared_message(code))
         return thresholds
 
     @field_validator("examples")
@@ -346,7 +346,7 @@ class PolicyDocument(StrictModel):
         for index, example in enumerate(examples):
             code = example.expect.category
             if code is not None and not _is_declared(code, info):
-                raise ConflictingFields((index, "expect", "category"), _undeclared(code))
+                raise ConflictingFields((index, "expect", "category"), _undeclared_message(code))
         return examples
 
     def prompt(self) -> str:
@@ -354,7 +354,7 @@ class PolicyDocument(StrictModel):
         own = (
             CategorySection(category.category, category.should_not, category.can) for category in self.own_categories
         )
-        return render([*map(self._section, TRAINED_SECTIONS), *own])
+        return render([*map(self._make_section, TRAINED_SECTIONS), *own])
 
     def digest(self) -> str:
         """`sha256:<hex>` of the document's content and of its prompt."""
@@ -378,7 +378,7 @@ class PolicyDocument(StrictModel):
             block_rate=self.block_rate.as_band() if self.block_rate else None,
         )
 
-    def _section(self, trained: CategorySection) -> CategorySection:
+    def _make_section(self, trained: CategorySection) -> CategorySection:
         rules = self.categories.get(trained.category.partition(":")[0])  # type: ignore[call-overload]
         if rules is None:
             return trained
@@ -408,7 +408,7 @@ def _is_declared(code: str, info: ValidationInfo) -> bool:
     return code in _NAME_BY_CODE or own is None or code in {category.code for category in own}
 
 
-def _undeclared(code: str) -> str:
+def _undeclared_message(code: str) -> str:
     return f"{code} is not one of LlavaGuard's categories, and the policy does not declare it under own_categories"
 
 

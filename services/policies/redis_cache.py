@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from services.core.errors import RedisUnavailable
 from services.core.redis import TIMEOUT_S, RedisClient
 from services.policies.registry import StoredVersion
-from services.policies.rollout import Change
+from services.policies.rollout import RolloutChange
 from services.policies.tenants import TENANTS
 
 _LEASE_MS: Final = 5_000
@@ -47,7 +47,7 @@ _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.ca
 class CachedChange:
     """A rollout in Redis."""
 
-    change: Change | None
+    change: RolloutChange | None
     """None: there is no policy of that name, or it was never activated."""
     age_s: float
     """Seconds since it was last compared with the policy bucket."""
@@ -80,12 +80,12 @@ class PolicyRedisCache(RedisClient):
         entry = await self.run(_READ, [self.key("rollout", name)])
         try:
             change, age_ms = entry
-            known = Change.model_validate_json(change) if change else None
+            known = RolloutChange.model_validate_json(change) if change else None
         except (ValidationError, ValueError):
             return None
         return CachedChange(known, age_ms / 1000) if known is None or known.name == name else None
 
-    async def publish_change(self, name: str, change: Change | None, *, even_if_older: bool = False) -> None:
+    async def publish_change(self, name: str, change: RolloutChange | None, *, even_if_older: bool = False) -> None:
         """Store a change that was just read from the bucket, or written to it, and announce it to every process.
 
         A change that is older than the copy is dropped, unless `even_if_older` says that the bucket has no newer one.
@@ -96,7 +96,7 @@ class PolicyRedisCache(RedisClient):
         expires_s = 0 if change or name == TENANTS else _ABSENT_NAME_TTL_S
         await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s)
 
-    async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[Change]:
+    async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[RolloutChange]:
         """Yield announced changes. Calls `on_listening` once the subscription has begun."""
         async with self.client.pubsub(ignore_subscribe_messages=True) as listener:
             await self.call(listener.subscribe(self.key("changes")))
@@ -110,7 +110,7 @@ class PolicyRedisCache(RedisClient):
                     await self.call(listener.ping())
                 silent = message is None
                 try:
-                    yield Change.model_validate_json(message["data"] if message else b"")
+                    yield RolloutChange.model_validate_json(message["data"] if message else b"")
                 except ValidationError:
                     continue
 

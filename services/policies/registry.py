@@ -31,7 +31,7 @@ from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
 from services.policies.document import BUILT_IN
 from services.policies.reference import PolicyReference
-from services.policies.rollout import Canary, Change, ChangeAction, Rollout, Shadow
+from services.policies.rollout import Canary, ChangeAction, Rollout, RolloutChange, Shadow
 from services.policies.tenants import Document, TenantsDocument, is_document_name, parse_document
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class PolicyRegistry:
         prefix = _versions(document.name)
         while True:
             number = self._newest_number(prefix) + 1
-            if self._create(_key(prefix, number), body):
+            if self._create(_make_key(prefix, number), body):
                 return StoredVersion(document.name, number, digest, document)
 
     def get(self, name: str, version: int) -> StoredVersion:
@@ -133,7 +133,7 @@ class PolicyRegistry:
             UnknownPolicy: there is no such name or version.
             PolicyUnavailable: also if the stored version does not match its digest.
         """
-        stored = self._read(_key(_versions(name), version)) if 0 < version < MAX_VERSION else None
+        stored = self._read(_make_key(_versions(name), version)) if 0 < version < MAX_VERSION else None
         if stored is None:
             raise UnknownPolicy(f"policy {name}@{version} does not exist")
         try:
@@ -176,26 +176,26 @@ class PolicyRegistry:
 
     def versions(self, name: str) -> list[int]:
         """The numbers of all versions, oldest first."""
-        return self._numbers(_versions(name))
+        return self._list_numbers(_versions(name))
 
-    def newest_change(self, name: str) -> Change | None:
+    def newest_change(self, name: str) -> RolloutChange | None:
         """The last change of the rollout, with the present state; None if there is none."""
         number = self._newest_number(_changes(name))
         return self._change_at(name, number) if number else None
 
-    def history(self, name: str) -> list[Change]:
+    def history(self, name: str) -> list[RolloutChange]:
         """Every change of the rollout, oldest first.
 
         Raises:
             UnknownPolicy: there is no such policy.
         """
-        numbers = self._numbers(_changes(name))
+        numbers = self._list_numbers(_changes(name))
         if not numbers and not self._newest_number(_versions(name)):
             raise UnknownPolicy(f"there is no policy {name!r}")
         with ThreadPoolExecutor(_READER_THREADS) as readers:
             return list(readers.map(lambda number: self._change_at(name, number), numbers))
 
-    def activate(self, name: str, version: int, *, who: str, why: str = "") -> Change:
+    def activate(self, name: str, version: int, *, who: str, why: str = "") -> RolloutChange:
         """Make `version` the active version.
 
         Raises:
@@ -207,7 +207,7 @@ class PolicyRegistry:
             name, "activate", lambda now: _Transition(now.with_active(version), now.active, version), who, why
         )
 
-    def rollback(self, name: str, *, who: str, why: str = "") -> Change:
+    def rollback(self, name: str, *, who: str, why: str = "") -> RolloutChange:
         """Activate the version that was active before. A second rollback goes further back.
 
         Raises:
@@ -220,7 +220,7 @@ class PolicyRegistry:
 
         return self._change(name, "rollback", roll_back, who, why)
 
-    def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> Change:
+    def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> RolloutChange:
         """Set or remove the canary: a version for a share of the traffic.
 
         Raises:
@@ -235,7 +235,7 @@ class PolicyRegistry:
 
         return self._change(name, "canary", set_version, who, why)
 
-    def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> Change:
+    def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> RolloutChange:
         """Set or remove the shadow: a version that also judges a share of the traffic, for comparison.
 
         Raises:
@@ -250,7 +250,7 @@ class PolicyRegistry:
 
         return self._change(name, "shadow", set_version, who, why)
 
-    def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> Change:
+    def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> RolloutChange:
         """Open the circuit breaker of a version, and return the change.
 
         If it is already open, or if the versions in use have changed after the change number `since_change`, nothing
@@ -264,7 +264,7 @@ class PolicyRegistry:
 
         return self._change(name, "trip", open_breaker, who, why)
 
-    def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> Change:
+    def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> RolloutChange:
         """Apply a calibration to the scores of its version and checkpoint, and store its fit.
 
         Raises:
@@ -273,14 +273,16 @@ class PolicyRegistry:
         version, revision = fitted.version, fitted.revision
         self.get(name, version)
         # The key has the map's digest, so of two fits with the same map the first one is stored.
-        self._create(_calibration_key(name, version, revision, fitted.map.digest), fitted.model_dump_json().encode())
+        self._create(
+            _make_calibration_key(name, version, revision, fitted.map.digest), fitted.model_dump_json().encode()
+        )
 
         def apply(now: Rollout) -> _Transition:
             return _Transition(now.with_calibration(version, revision, fitted.map), version, version)
 
         return self._change(name, "calibrate", apply, who, why)
 
-    def revert_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> Change:
+    def revert_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> RolloutChange:
         """Apply the calibration that was applied before, or none.
 
         Raises:
@@ -298,7 +300,7 @@ class PolicyRegistry:
         Raises:
             UnknownPolicy: there is no such calibration.
         """
-        key = _calibration_key(name, version, revision, digest)
+        key = _make_calibration_key(name, version, revision, digest)
         if (stored := self._read(key)) is None:
             raise UnknownPolicy(f"policy {name}@{version} has no calibration {digest} for the checkpoint {revision}")
         try:
@@ -311,7 +313,7 @@ class PolicyRegistry:
         name = BUILT_IN.name
         if self._first_key("policies/") is None:
             # If several processes start at once, one creates version 1 and the others find it.
-            self._create(_key(_versions(name), 1), StoredVersion(name, 1, BUILT_IN.digest(), BUILT_IN).to_json())
+            self._create(_make_key(_versions(name), 1), StoredVersion(name, 1, BUILT_IN.digest(), BUILT_IN).to_json())
         if not self._newest_number(_changes(name)) and self._newest_number(_versions(name)):
             self.activate(name, 1, who="sluice", why="first start")
 
@@ -327,7 +329,7 @@ class PolicyRegistry:
 
     def _change(
         self, name: str, action: ChangeAction, transition: Callable[[Rollout], _Transition | None], who: str, why: str
-    ) -> Change:
+    ) -> RolloutChange:
         """Compute the next state from the newest one, and write it. If another process was first, repeat."""
         while True:
             newest = self.newest_change(name)
@@ -339,7 +341,7 @@ class PolicyRegistry:
             if next_state is None:
                 assert newest is not None
                 return newest
-            change = Change.model_validate(
+            change = RolloutChange.model_validate(
                 {
                     "name": name,
                     "number": number,
@@ -352,7 +354,7 @@ class PolicyRegistry:
                     "rollout": self._complete(name, next_state.rollout, action, number),
                 }
             )
-            if self._create(_key(_changes(name), number), change.model_dump_json(by_alias=True).encode()):
+            if self._create(_make_key(_changes(name), number), change.model_dump_json(by_alias=True).encode()):
                 return change
 
     def _complete(self, name: str, rollout: Rollout, action: ChangeAction, number: int) -> Rollout:
@@ -360,11 +362,11 @@ class PolicyRegistry:
         since = rollout.since if action in {"shadow", "trip"} else number
         return rollout.model_copy(update={"digests": digests, "since": since})
 
-    def _change_at(self, name: str, number: int) -> Change:
-        key = _key(_changes(name), number)
+    def _change_at(self, name: str, number: int) -> RolloutChange:
+        key = _make_key(_changes(name), number)
         stored = self._read(key)
         try:
-            return Change.model_validate_json(stored or b"")
+            return RolloutChange.model_validate_json(stored or b"")
         except ValidationError as error:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
@@ -379,11 +381,11 @@ class PolicyRegistry:
 
     def _newest_number(self, prefix: str) -> int:
         key = self._first_key(prefix)
-        return _number(prefix, key) if key else 0
+        return _parse_number(prefix, key) if key else 0
 
-    def _numbers(self, prefix: str) -> list[int]:
+    def _list_numbers(self, prefix: str) -> list[int]:
         with self._map_bucket_errors():
-            return sorted(_number(prefix, entry.key) for entry in self.objects.entries(prefix))
+            return sorted(_parse_number(prefix, entry.key) for entry in self.objects.entries(prefix))
 
     def _read(self, key: str) -> bytes | None:
         with self._map_bucket_errors():
@@ -419,13 +421,13 @@ def _folder(name: str) -> str:
     return f"policies/{name}/"
 
 
-def _calibration_key(name: str, version: int, revision: str, digest: str) -> str:
+def _make_calibration_key(name: str, version: int, revision: str, digest: str) -> str:
     return f"{_folder(name)}calibrations/{version}/{quote(revision, safe='')}/{digest.partition(':')[2]}.json"
 
 
-def _key(prefix: str, number: int) -> str:
+def _make_key(prefix: str, number: int) -> str:
     return f"{prefix}{MAX_VERSION - number:08d}.json"
 
 
-def _number(prefix: str, key: str) -> int:
+def _parse_number(prefix: str, key: str) -> int:
     return MAX_VERSION - int(key.removeprefix(prefix).partition(".")[0])

@@ -103,8 +103,8 @@ class Rollout(WireModel):
 
     def with_calibration(self, version: int, revision: str, calibration: Calibration) -> Self:
         """The state with a calibration for the scores of a version and a checkpoint."""
-        kept = (*self._calibrations(version, revision), calibration)[-_CALIBRATIONS_LIMIT:]
-        return self._calibrated(version, revision, kept)
+        kept = (*self._get_calibrations(version, revision), calibration)[-_CALIBRATIONS_LIMIT:]
+        return self._with_calibrations(version, revision, kept)
 
     def without_calibration(self, version: int, revision: str) -> Self:
         """The state with the calibration that was applied before the present one, or with none.
@@ -112,10 +112,10 @@ class Rollout(WireModel):
         Raises:
             ConfigurationError: no calibration is applied.
         """
-        applied = self._calibrations(version, revision)
+        applied = self._get_calibrations(version, revision)
         if not applied:
             raise ConfigurationError(f"version {version} has no calibration for the checkpoint {revision}")
-        return self._calibrated(version, revision, applied[:-1])
+        return self._with_calibrations(version, revision, applied[:-1])
 
     def calibrations_of(self, version: int) -> dict[str, Calibration]:
         """The applied calibrations of a version, by checkpoint revision."""
@@ -124,14 +124,14 @@ class Rollout(WireModel):
     def version_for(self, name: str, submission_id: str, tenant: str) -> int | None:
         """The version of policy `name` that judges a submission; None if none was ever activated."""
         canary = self.canary
-        if canary and (tenant in canary.tenants or _percentile("canary", name, submission_id) < canary.percent):
+        if canary and (tenant in canary.tenants or _hash_to_percent("canary", name, submission_id) < canary.percent):
             return canary.version
         return self.active
 
     def shadow_for(self, name: str, submission_id: str) -> int | None:
         """The shadow version for a submission; None if there is none."""
         shadow = self.shadow
-        return shadow.version if shadow and _percentile("shadow", name, submission_id) < shadow.percent else None
+        return shadow.version if shadow and _hash_to_percent("shadow", name, submission_id) < shadow.percent else None
 
     @property
     def in_use(self) -> frozenset[int]:
@@ -143,10 +143,10 @@ class Rollout(WireModel):
         if self.active is None:
             raise ConfigurationError("no version of this policy is active; activate one first")
 
-    def _calibrations(self, version: int, revision: str) -> tuple[Calibration, ...]:
+    def _get_calibrations(self, version: int, revision: str) -> tuple[Calibration, ...]:
         return self.calibrations.get(version, {}).get(revision, ())
 
-    def _calibrated(self, version: int, revision: str, applied: tuple[Calibration, ...]) -> Self:
+    def _with_calibrations(self, version: int, revision: str, applied: tuple[Calibration, ...]) -> Self:
         revisions = {r: kept for r, kept in self.calibrations.get(version, {}).items() if r != revision}
         if applied:
             revisions[revision] = applied
@@ -157,13 +157,13 @@ class Rollout(WireModel):
         return self.model_copy(update=fields)
 
 
-def _percentile(purpose: str, name: str, submission_id: str) -> float:
+def _hash_to_percent(purpose: str, name: str, submission_id: str) -> float:
     """The position of a submission in [0, 100), equal in every process and for every version."""
     digest = hashlib.blake2b(f"{purpose}\0{name}\0{submission_id}".encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64 * 100
 
 
-class Change(WireModel):
+class RolloutChange(WireModel):
     """One entry of a policy's history: who changed the rollout, the versions before and after, and the new state."""
 
     name: str

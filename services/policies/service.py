@@ -15,7 +15,7 @@ from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
-from services.policies.rollout import Canary, Change, Shadow
+from services.policies.rollout import Canary, RolloutChange, Shadow
 from services.policies.tenants import Document
 
 if TYPE_CHECKING:
@@ -66,35 +66,37 @@ class PolicyService:
             await self._notify(self._redis_cache.cache_version(stored))
         return stored
 
-    async def activate(self, name: str, version: int, *, who: str, why: str = "") -> Change:
+    async def activate(self, name: str, version: int, *, who: str, why: str = "") -> RolloutChange:
         """Make `version` the active version."""
         return await self._change(self._registry.activate, name, version, who=who, why=why)
 
-    async def rollback(self, name: str, *, who: str, why: str = "") -> Change:
+    async def rollback(self, name: str, *, who: str, why: str = "") -> RolloutChange:
         """Activate the version that was active before."""
         return await self._change(self._registry.rollback, name, who=who, why=why)
 
-    async def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> Change:
+    async def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> RolloutChange:
         """Set or remove the canary."""
         return await self._change(self._registry.set_canary, name, canary, who=who, why=why)
 
-    async def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> Change:
+    async def set_shadow(self, name: str, shadow: Shadow | None, *, who: str, why: str = "") -> RolloutChange:
         """Set or remove the shadow."""
         return await self._change(self._registry.set_shadow, name, shadow, who=who, why=why)
 
-    async def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> Change:
+    async def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> RolloutChange:
         """Open the circuit breaker of a version."""
         return await self._change(self._registry.trip, name, version, since_change=since_change, who=who, why=why)
 
-    async def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> Change:
+    async def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> RolloutChange:
         """Apply a calibration to the scores of its version and checkpoint."""
         return await self._change(self._registry.calibrate, name, fitted, who=who, why=why)
 
-    async def revert_calibration(self, name: str, version: int, revision: str, *, who: str, why: str = "") -> Change:
+    async def revert_calibration(
+        self, name: str, version: int, revision: str, *, who: str, why: str = ""
+    ) -> RolloutChange:
         """Apply the calibration that was applied before the present one, or none."""
         return await self._change(self._registry.revert_calibration, name, version, revision, who=who, why=why)
 
-    async def _change(self, write: Callable[..., Change], *arguments: Any, **attribution: Any) -> Change:
+    async def _change(self, write: Callable[..., RolloutChange], *arguments: Any, **attribution: Any) -> RolloutChange:
         change = await asyncio.to_thread(write, *arguments, **attribution)
         if self._policies:
             self._policies.apply_change(change)

@@ -54,7 +54,7 @@ from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.document import PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
-from services.policies.rollout import Canary, Change, Rollout, Shadow
+from services.policies.rollout import Canary, Rollout, RolloutChange, Shadow
 from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
@@ -99,7 +99,7 @@ DOCUMENT: Final = PolicyDocument.model_validate(
     {"name": "shop", "description": "sells things", "categories": {"O9": "waive"}, "thresholds": {"block": 0.9}}
 )
 VERSION: Final = StoredVersion("shop", 2, DOCUMENT.digest(), DOCUMENT)
-CHANGE: Final = Change.model_validate(
+CHANGE: Final = RolloutChange.model_validate(
     {
         "name": "shop",
         "number": 7,

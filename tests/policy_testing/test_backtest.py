@@ -110,6 +110,6 @@ def test_backtest_without_pictures_of_a_smaller_sample(sampled: IntakeBench) -> 
     assert all(pair.picture is None for pair in pairs)
 
 
-def test_no_sample_error(bench: IntakeBench) -> None:
+def test_backtest_without_sample_error(bench: IntakeBench) -> None:
     with pytest.raises(ConfigurationError, match="there is no sample of policy default yet"):
         _run(bench)

@@ -174,7 +174,7 @@ class TestIntervals:
         assert str(ShareDifference(before_only=0, after_only=0, of=0, difference=None, interval=None)) == "unknown"
 
 
-class TestSummarize:
+class TestBuildReport:
     def test_rates_are_over_submissions_judged_under_both(self) -> None:
         report = report_on(
             *sample({("allow", "allow"): 5, ("allow", "block"): 2, ("review", "block"): 1, ("block", "review"): 1}),
@@ -356,14 +356,14 @@ class TestEverySample:
         assert len(report.exceeded(BacktestLimits.model_validate(below))) == len(below)
 
 
-class TestBounds:
+class TestLimits:
     REPORT = report_on(
         *sample({("allow", "allow"): 90, ("allow", "block"): 6, ("allow", "review"): 3, ("review", "review"): 1}),
         *[pair(judged(), failed())] * 25,
     )
 
     def test_exceeded_limit_gives_one_sentence(self) -> None:
-        thresholds = BacktestLimits(
+        limits = BacktestLimits(
             max_block_rate=0.05,
             max_review_rate=0.03,
             max_block_increase=0.055,
@@ -371,7 +371,7 @@ class TestBounds:
             max_flips=0.05,
             max_errors=0.1,
         )
-        assert self.REPORT.exceeded(thresholds) == [
+        assert self.REPORT.exceeded(limits) == [
             "The block rate under shop@4 is 6% (6 of 100 submissions); the limit is 5%.",
             "The review rate under shop@4 is 4% (4 of 100 submissions); the limit is 3%.",
             "The increase of the block rate is 6 percentage points (6 of 100 submissions); "
@@ -386,10 +386,10 @@ class TestBounds:
         report = report_on(*sample({("block", "allow"): 5}))
         assert report.exceeded(BacktestLimits(max_block_increase=0, max_review_increase=0)) == []
 
-    @pytest.mark.parametrize("bound", [-0.1, 1.1, math.nan, "much"])
-    def test_limit_outside_of_zero_to_one_error(self, bound: object) -> None:
+    @pytest.mark.parametrize("limit", [-0.1, 1.1, math.nan, "much"])
+    def test_limit_outside_of_zero_to_one_error(self, limit: object) -> None:
         with pytest.raises(ValidationError):
-            BacktestLimits.model_validate({"max_flips": bound})
+            BacktestLimits.model_validate({"max_flips": limit})
 
     def test_unknown_limit_error(self) -> None:
         with pytest.raises(ValidationError):

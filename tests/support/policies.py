@@ -11,7 +11,7 @@ from botocore.config import Config
 
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
-from services.policies.rollout import Change
+from services.policies.rollout import RolloutChange
 
 
 class CountingRegistry(PolicyRegistry):
@@ -28,7 +28,7 @@ class CountingRegistry(PolicyRegistry):
         time.sleep(self._pause_s)
         return super().get(name, version)
 
-    def newest_change(self, name: str) -> Change | None:
+    def newest_change(self, name: str) -> RolloutChange | None:
         self.reads[name] += 1
         return super().newest_change(name)
 

@@ -20,7 +20,7 @@ from services.policies.document_warnings import find_warnings
 from services.policies.document_yaml import read_document
 from services.policies.reference import PolicyReference
 from services.policies.registry import MAX_VERSION, PolicyRegistry, PolicySummary, StoredVersion
-from services.policies.rollout import Change
+from services.policies.rollout import RolloutChange
 from services.policies.service import PolicyService
 from services.policies.tenants import Document
 
@@ -187,7 +187,7 @@ async def _read_document(data: bytes) -> Document:
         raise HttpProblem("bad-policy", str(error), problems=problems) from None
 
 
-async def _change(work: Awaitable[Change]) -> Change:
+async def _change(work: Awaitable[RolloutChange]) -> RolloutChange:
     """Wait for a change of a rollout.
 
     Raises:
@@ -213,7 +213,7 @@ async def _translate_errors(work: Awaitable[T]) -> T:
         raise HttpProblem("unavailable", str(error)) from None
 
 
-def _to_entry(change: Change) -> dict[str, Any]:
+def _to_entry(change: RolloutChange) -> dict[str, Any]:
     return change.model_dump(mode="json", by_alias=True, exclude={"rollout"})
 
 
