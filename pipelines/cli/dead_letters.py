@@ -13,7 +13,7 @@ from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, DeadLetterReason, SluiceError
 
 if TYPE_CHECKING:
-    from pipelines.dead_letters.replay import Selection, StoredDeadLetter
+    from pipelines.dead_letters.stored import Selection, StoredDeadLetter
 
 # Every command imports this module, and Kafka's client is slow to import.
 # ruff: noqa: PLC0415
@@ -42,7 +42,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Print dead letters, oldest first."""
-    from pipelines.dead_letters.replay import list_dead_letters
+    from pipelines.dead_letters.stored import list_dead_letters
 
     selection = _selection(reason, tenant, older_than, newer_than)
     settings = settings_module.load("stream_url")
@@ -124,7 +124,7 @@ def reconcile(
 def _selection(
     reasons: list[str] | None, tenant: str | None, older: str | None, newer: str | None, ids: list[str] | None = None
 ) -> "Selection":
-    from pipelines.dead_letters.replay import Selection
+    from pipelines.dead_letters.stored import Selection
 
     now = datetime.now(UTC)
     known: tuple[DeadLetterReason, ...] = get_args(DeadLetterReason)

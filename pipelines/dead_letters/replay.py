@@ -1,4 +1,4 @@
-"""Dead letters: list them, and replay each of them once onto the stream that it came from.
+"""Replay each dead letter once onto the stream that it came from.
 
 A dead letter is never removed or changed. A replay is recorded twice:
 
@@ -22,14 +22,14 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from pipelines.dead_letters.replay_log import ReplayLog
+from pipelines.dead_letters.stored import Selection, StoredDeadLetter, select
 from pipelines.reporting.text import escape_control_chars
-from services.core.errors import ConfigurationError, DeadLetterReason
-from services.core.messages import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER, DeadLetter, Submission, remove_own_headers
+from services.core.errors import ConfigurationError
+from services.core.messages import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER, remove_own_headers
 from services.core.settings import Settings
-from services.streams.base import Message, OutgoingMessage, Publisher, Reader
-from services.streams.config import StreamConfig
+from services.streams.base import OutgoingMessage, Publisher, Reader
+from services.streams.config import StreamConfig, list_submission_streams
 from services.streams.factory import open_publisher, open_reader
-from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
 _BATCH_SIZE: Final = 100
 _BATCH_BYTES: Final = 256 << 10
@@ -37,82 +37,6 @@ _BATCH_BYTES: Final = 256 << 10
 
 _MAX_CLOCK_SKEW: Final = timedelta(hours=1)
 """Far more than the clocks of two machines differ by."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredDeadLetter:
-    """A dead letter on its stream."""
-
-    letter: DeadLetter
-    message: Message
-    """The message on the dead-letter stream. Value, key and `remove_own_headers` are those of the original message."""
-    entries: Sequence[ParsedSubmission | InvalidMessage]
-    """The entries of the original message: untrusted input. Several, if the whole message was abandoned."""
-
-    @property
-    def submission(self) -> Submission | None:
-        """The submission in the original message, if it has exactly one valid entry."""
-        only = self.entries[0] if len(self.entries) == 1 else None
-        return only.submission if isinstance(only, ParsedSubmission) else None
-
-    @property
-    def submission_id(self) -> str | None:
-        """From the headers, else from the original message."""
-        return self.letter.submission_id or (self.submission.id if self.submission else None)
-
-    @property
-    def tenant(self) -> str | None:
-        return self.submission.tenant if self.submission else None
-
-    @property
-    def uri(self) -> str | None:
-        return self.submission.uri if self.submission else None
-
-    def to_json(self) -> str:
-        """One JSON object on one line. `dead_letter` is its position, `source` the position of the submission."""
-        headers = self.letter.model_dump(mode="json", by_alias=False)
-        return json.dumps(
-            {"dead_letter": self.message.source}
-            | headers
-            | {"submission_id": self.submission_id, "tenant": self.tenant, "uri": self.uri}
-        )
-
-    def line(self) -> str:
-        """One line for a terminal: time, reason, attempts, submission id, tenant, uri, source, detail."""
-        letter = self.letter
-        parts = (
-            f"{letter.failed_at:%Y-%m-%d %H:%M:%S}Z",
-            f"{letter.reason:<14}",
-            f"x{letter.attempts}",
-            self.submission_id or "-",
-            self.tenant or "-",
-            self.uri or "-",
-            letter.source,
-            letter.detail,
-        )
-        return escape_control_chars("  ".join(parts))
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Conditions on dead letters. All of them must hold; a field that is not set is no condition."""
-
-    reasons: Collection[DeadLetterReason] = ()
-    tenant: str | None = None
-    older_than: datetime | None = None
-    newer_than: datetime | None = None
-    ids: Collection[str] = ()
-
-    def matches(self, stored: StoredDeadLetter) -> bool:
-        """Whether every condition holds for the dead letter."""
-        failed_at = stored.letter.failed_at
-        return (
-            (not self.reasons or stored.letter.reason in self.reasons)
-            and (self.tenant is None or stored.tenant == self.tenant)
-            and (self.older_than is None or failed_at < self.older_than)
-            and (self.newer_than is None or failed_at > self.newer_than)
-            and (not self.ids or stored.submission_id in self.ids)
-        )
 
 
 @dataclass(slots=True)
@@ -124,66 +48,6 @@ class ReplayCounts:
     """Skipped, because an earlier command replayed them."""
     refused: int = 0
     """Not replayed, because the stream refuses them, for example as too large."""
-
-
-def parse_dead_letter(message: Message) -> StoredDeadLetter | None:
-    """Parse a message of the dead-letter stream; None if Sluice did not write it. Never raises."""
-    try:
-        letter = DeadLetter.from_headers(message.headers)
-    except (ArithmeticError, ValueError):
-        return None
-    original = Message(
-        value=message.value,
-        key=message.key,
-        headers=remove_own_headers(message.headers),
-        source=letter.source,
-        timestamp=message.timestamp,
-    )
-    return StoredDeadLetter(letter, message, parse(original))
-
-
-async def select(
-    reader: Reader, settings: Settings, selection: Selection, on_foreign: Callable[[Message], None] = lambda _: None
-) -> AsyncIterator[StoredDeadLetter]:
-    """Yield the selected dead letters, oldest first. Call `on_foreign` with messages that are no dead letters.
-
-    Raises:
-        StreamUnavailable: the stream does not answer.
-    """
-    async for message in reader.read(settings.dead_letters_stream, follow=False):
-        stored = parse_dead_letter(message)
-        if stored is None:
-            on_foreign(message)
-        elif selection.matches(stored):
-            yield stored
-
-
-async def list_dead_letters(
-    settings: Settings,
-    selection: Selection,
-    *,
-    write: Callable[[StoredDeadLetter], None],
-    progress: Callable[[str], None],
-) -> None:
-    """Call `write` with each selected dead letter, oldest first.
-
-    Raises:
-        StreamUnavailable: the stream does not answer.
-    """
-    foreign = 0
-
-    def count(_: Message) -> None:
-        nonlocal foreign
-        foreign += 1
-
-    reader = await open_reader(StreamConfig.from_settings(settings))
-    try:
-        async for stored in select(reader, settings, selection, count):
-            write(stored)
-    finally:
-        await reader.close()
-    if foreign:
-        progress(f"skipped {foreign} messages on {settings.dead_letters_stream} that Sluice did not write")
 
 
 async def replay(
@@ -208,19 +72,20 @@ async def replay(
         reader = await open_reader(StreamConfig.from_settings(settings))
         closing.push_async_callback(reader.close)
         replay_log = await closing.enter_async_context(ReplayLog(settings, lease=not dry_run, progress=progress))
-        candidates = await _candidates(reader, settings, selection)
-        known = await replay_log.contains(candidates.replay_ids.values())
-        if len(known) < len(set(candidates.replay_ids.values())):
+        candidates = await _find_candidates(reader, settings, selection)
+        already_replayed = await replay_log.contains(candidates.replay_ids)
+        if len(already_replayed) < len(candidates.replay_ids):
             progress("looking for earlier replays on the streams of submissions")
-            known |= await _already_replayed(reader, settings, candidates)
+            already_replayed |= await _find_replays(reader, settings, candidates)
         counts = ReplayCounts()
         publisher: Publisher | None = None
         if not dry_run:
             publisher = await open_publisher(StreamConfig.from_settings(settings))
             closing.push_async_callback(publisher.close)
-            await replay_log.add(known)
-        async with aclosing(_not_yet_replayed(reader, settings, selection, candidates, known, counts, limit)) as due:
-            async for batch in _batched(due):
+            await replay_log.add(already_replayed)
+        remaining = _select_not_replayed(reader, settings, selection, candidates, already_replayed, counts, limit)
+        async with aclosing(remaining) as to_replay:
+            async for batch in _batch(to_replay):
                 if publisher:
                     await replay_log.renew()
                     if not await _publish(publisher, batch, settings, progress):
@@ -260,18 +125,27 @@ def _digest(*texts: str, value: bytes) -> bytes:
 
 @dataclass(slots=True)
 class _Candidates:
-    replay_ids: dict[bytes, bytes] = field(default_factory=dict)
-    """By digest of position and value. The replayed submission has both: in its header and as its value."""
+    """The selected dead letters. Each has two digests, because a replayed submission does not say when it failed."""
+
+    replay_ids_by_message: dict[bytes, bytes] = field(default_factory=dict)
+    """Replay ids by the digest of position and value. The replayed submission has both: in its header and as its value.
+    """
     oldest_at: datetime | None = None
+    """When the oldest one was published."""
+
+    @property
+    def replay_ids(self) -> Collection[bytes]:
+        """The ids in the replay log."""
+        return set(self.replay_ids_by_message.values())
 
 
-async def _candidates(reader: Reader, settings: Settings, selection: Selection) -> _Candidates:
+async def _find_candidates(reader: Reader, settings: Settings, selection: Selection) -> _Candidates:
     candidates = _Candidates()
     missing = set(selection.ids)
     async for stored in select(reader, settings, selection):
         message = stored.message
         missing.discard(stored.submission_id or "")
-        candidates.replay_ids[_digest(message.source, value=message.value)] = replay_id(stored)
+        candidates.replay_ids_by_message[_digest(message.source, value=message.value)] = replay_id(stored)
         candidates.oldest_at = min(candidates.oldest_at or message.timestamp, message.timestamp)
     if missing:
         names = ", ".join(escape_control_chars(each) for each in sorted(missing))
@@ -282,30 +156,26 @@ async def _candidates(reader: Reader, settings: Settings, selection: Selection) 
     return candidates
 
 
-async def _already_replayed(reader: Reader, settings: Settings, candidates: _Candidates) -> set[bytes]:
+async def _find_replays(reader: Reader, settings: Settings, candidates: _Candidates) -> set[bytes]:
     """The replay ids of the candidates whose replay is on a stream of submissions."""
     replayed: set[bytes] = set()
     since = candidates.oldest_at - _MAX_CLOCK_SKEW if candidates.oldest_at else None
-    for stream in submission_streams(settings):
+    for stream in list_submission_streams(settings):
         async for message in reader.read(stream, follow=False, since=since):
             position = message.header(REPLAYED_FROM_HEADER)
             if position is not None:
-                known_id = candidates.replay_ids.get(_digest(position.decode(errors="replace"), value=message.value))
-                replayed |= {known_id} if known_id else set()
+                digest = _digest(position.decode(errors="replace"), value=message.value)
+                if digest in candidates.replay_ids_by_message:
+                    replayed.add(candidates.replay_ids_by_message[digest])
     return replayed
 
 
-def submission_streams(settings: Settings) -> Sequence[str]:
-    """The streams that submissions arrive on."""
-    return [stream for stream in (settings.submissions_stream, settings.backfill_stream) if stream]
-
-
-async def _not_yet_replayed(
+async def _select_not_replayed(
     reader: Reader,
     settings: Settings,
     selection: Selection,
     candidates: _Candidates,
-    known: Collection[bytes],
+    already_replayed: Collection[bytes],
     counts: ReplayCounts,
     limit: int | None,
 ) -> AsyncGenerator[StoredDeadLetter, None]:
@@ -313,21 +183,21 @@ async def _not_yet_replayed(
 
     A dead letter that arrived after the candidates were collected is skipped.
     """
-    candidate_ids = set(candidates.replay_ids.values())
+    candidate_ids = candidates.replay_ids
     remaining = limit
     async for stored in select(reader, settings, selection):
         own_id = replay_id(stored)
-        if own_id in known:
+        if own_id in already_replayed:
             counts.already_replayed += 1
         elif own_id in candidate_ids and remaining != 0:
             remaining = None if remaining is None else remaining - 1
             yield stored
 
 
-async def _batched(due: AsyncIterator[StoredDeadLetter]) -> AsyncIterator[list[StoredDeadLetter]]:
+async def _batch(to_replay: AsyncIterator[StoredDeadLetter]) -> AsyncIterator[list[StoredDeadLetter]]:
     batch: list[StoredDeadLetter] = []
     batch_bytes = 0
-    async for stored in due:
+    async for stored in to_replay:
         value_bytes = len(stored.message.value)
         if batch and (len(batch) == _BATCH_SIZE or batch_bytes + value_bytes > _BATCH_BYTES):
             yield batch

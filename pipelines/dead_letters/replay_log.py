@@ -16,7 +16,7 @@ from services.core.tasks import cancel_and_wait
 
 _TIMEOUT_S: Final = 5.0
 _LEASE_S: Final = 20.0
-"""The next command waits this long for a command that was killed."""
+"""The lease of a killed command expires after this time. Until then the next command waits."""
 _RENEW_INTERVAL_S: Final = _LEASE_S / 4
 _IDS_PER_CALL: Final = 1000
 

@@ -11,8 +11,8 @@ from operator import attrgetter
 
 
 @dataclass(frozen=True, slots=True)
-class SeenSubmission:
-    """A submission on the stream. The same submission may be there several times; each time has an outcome."""
+class SubmissionMessage:
+    """One message of a submission on the stream. A submission may have several messages; each has an outcome."""
 
     key: bytes
     published_at_s: float
@@ -36,7 +36,7 @@ class SubmissionOutcome:
     """The outcome of a verdict, or the reason of a dead letter."""
     is_dead_letter: bool
     published_at_s: float
-    read_first: bool
+    is_first_pass: bool
     """Whether it was read before the submissions. Its submission is then among those that were read."""
     submission_id: str | None
     uri: str | None
@@ -50,26 +50,26 @@ class SubmissionOutcome:
 class ReconciledSubmission:
     """All messages of one submission, with all outcomes."""
 
-    submissions: tuple[SeenSubmission, ...]
+    messages: tuple[SubmissionMessage, ...]
     outcomes: tuple[SubmissionOutcome, ...]
     """Outcomes read after the submissions are included only where a submission had no outcome yet."""
-    lost: tuple[SeenSubmission, ...]
+    lost: tuple[SubmissionMessage, ...]
     """In range, without an outcome, and old enough to have one."""
     in_flight: int
     """In range, without an outcome, but too young to have one."""
-    repeats: int
-    """Surplus outcomes that equal another outcome."""
+    repeated: int
+    """Number of surplus outcomes that equal another outcome."""
     conflicting: int
-    """Surplus outcomes that differ from the others. Repeats of a conflicting outcome are in `repeats`."""
+    """Number of surplus outcomes that differ from the others. Repeats of a conflicting outcome count as `repeated`."""
 
     @property
     def in_range(self) -> int:
-        """How many of the submissions are in range."""
-        return sum(submission.in_range for submission in self.submissions)
+        """How many of the messages are in range."""
+        return sum(message.in_range for message in self.messages)
 
 
 def match(
-    submissions: Iterable[SeenSubmission], outcomes: Iterable[SubmissionOutcome], settled_before_s: float
+    submissions: Iterable[SubmissionMessage], outcomes: Iterable[SubmissionOutcome], settled_before_s: float
 ) -> Iterator[ReconciledSubmission]:
     """Yield one result for each key. Both arguments must be sorted by key.
 
@@ -81,23 +81,25 @@ def match(
     Args:
         settled_before_s: seconds since 1970. A later submission need not have an outcome yet.
     """
-    both: Iterator[SeenSubmission | SubmissionOutcome] = heapq.merge(submissions, outcomes, key=attrgetter("key"))
+    both: Iterator[SubmissionMessage | SubmissionOutcome] = heapq.merge(submissions, outcomes, key=attrgetter("key"))
     for _, group in itertools.groupby(both, key=attrgetter("key")):
         yield _match_group(list(group), settled_before_s)
 
 
-def _match_group(group: list[SeenSubmission | SubmissionOutcome], settled_before_s: float) -> ReconciledSubmission:
-    submissions = sorted((each for each in group if isinstance(each, SeenSubmission)), key=attrgetter("published_at_s"))
-    outcomes = [each for each in group if isinstance(each, SubmissionOutcome) and each.read_first]
-    read_later = [each for each in group if isinstance(each, SubmissionOutcome) and not each.read_first]
+def _match_group(group: list[SubmissionMessage | SubmissionOutcome], settled_before_s: float) -> ReconciledSubmission:
+    submissions = sorted(
+        (each for each in group if isinstance(each, SubmissionMessage)), key=attrgetter("published_at_s")
+    )
+    outcomes = [each for each in group if isinstance(each, SubmissionOutcome) and each.is_first_pass]
+    read_later = [each for each in group if isinstance(each, SubmissionOutcome) and not each.is_first_pass]
     outcomes += read_later[: max(0, len(submissions) - len(outcomes))]
     open_in_range = [submission for submission in submissions[len(outcomes) :] if submission.in_range]
     lost = tuple(submission for submission in open_in_range if submission.published_at_s < settled_before_s)
-    repeats = conflicting = 0
+    repeated = conflicting = 0
     if any(submission.in_range for submission in submissions):
         different = len({outcome.identity for outcome in outcomes})
         conflicting = max(0, different - len(submissions))
-        repeats = max(0, len(outcomes) - len(submissions)) - conflicting
+        repeated = max(0, len(outcomes) - len(submissions)) - conflicting
     return ReconciledSubmission(
-        tuple(submissions), tuple(outcomes), lost, len(open_in_range) - len(lost), repeats, conflicting
+        tuple(submissions), tuple(outcomes), lost, len(open_in_range) - len(lost), repeated, conflicting
     )

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from pipelines.dead_letters.replay import parse_dead_letter, submission_streams
-from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
+from pipelines.dead_letters.stored import parse_dead_letter
+from pipelines.reconciliation.matching import ReconciledSubmission, SubmissionMessage, SubmissionOutcome, match
 from pipelines.reconciliation.spool import SpoolDatabase
 from pipelines.reporting.text import escape_control_chars
 from services.core.errors import Malformed, SluiceError
 from services.core.messages import decode_json
 from services.core.settings import Settings
 from services.streams.base import Message, Reader
-from services.streams.config import StreamConfig
+from services.streams.config import StreamConfig, list_submission_streams
 from services.streams.factory import open_reader
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
@@ -54,7 +54,8 @@ class Finding:
     """A submission or an outcome that is not as it should be. The fields are those of the JSON output."""
 
     finding: str
-    """lost, repeats, conflicting, unexplained, or unreadable (a message on the verdicts stream that is no verdict)."""
+    """lost, repeats, conflicting, unexplained, or unreadable (a message on the verdicts stream that is no verdict). The
+    report counts an unreadable message as unexplained."""
     submission_id: str | None
     uri: str | None
     source: str | None
@@ -63,7 +64,7 @@ class Finding:
     count: int
     """The number of surplus outcomes; 1 for the other findings."""
     ends: tuple[str, ...] = ()
-    """Names of the submission's outcomes."""
+    """Names of the submission's outcomes. The field has had this name since 0.1.0."""
 
     def to_json(self) -> str:
         """One JSON object on one line."""
@@ -97,15 +98,15 @@ class ReconciliationReport:
 
     def to_json(self) -> str:
         """One JSON object on one line."""
-        # dataclasses.asdict cannot copy a Counter.
+        # dataclasses.asdict cannot copy a Counter. The name `account` is that of 0.1.0.
         return json.dumps({"finding": "account"} | {name: getattr(self, name) for name in self.__slots__})
 
     def lines(self) -> list[str]:
         """Lines of text for a terminal."""
         return [
             f"submissions   {self.submissions:>12,}{f'  and {self.ignored:,} ignored events' if self.ignored else ''}",
-            f"verdicts      {self.verdicts.total():>12,}  {_by_kind(self.verdicts)}".rstrip(),
-            f"dead letters  {self.dead_letters.total():>12,}  {_by_kind(self.dead_letters)}".rstrip(),
+            f"verdicts      {self.verdicts.total():>12,}  {_format_by_kind(self.verdicts)}".rstrip(),
+            f"dead letters  {self.dead_letters.total():>12,}  {_format_by_kind(self.dead_letters)}".rstrip(),
             f"lost {self.lost:,}, in flight {self.in_flight:,}, conflicting {self.conflicting:,}, "
             f"repeats {self.repeats:,}, unexplained {self.unexplained:,}, outside the range {self.outside:,}",
         ]
@@ -115,14 +116,16 @@ class ReconciliationReport:
         failures = [
             sentence
             for count, sentence in (
-                (self.lost, f"{_counted(self.lost, 'submission')} without an outcome"),
+                (self.lost, f"{_format_count(self.lost, 'submission')} without an outcome"),
                 (
                     self.conflicting,
-                    f"{_counted(self.conflicting, 'outcome')} in conflict with another outcome of the same submission",
+                    f"{_format_count(self.conflicting, 'outcome')} in conflict with another outcome of the same "
+                    "submission",
                 ),
                 (
                     self.repeats if exactly_once else 0,
-                    f"{_counted(self.repeats, 'repeated outcome')} in spite of SLUICE_DELIVERY=exactly_once",
+                    f"{_format_count(self.repeats, 'repeated outcome')} in spite of SLUICE_DELIVERY=exactly_once "
+                    "(check that every member has this setting, and that nothing else publishes verdicts)",
                 ),
             )
             if count
@@ -154,11 +157,11 @@ async def reconcile(
         with SpoolDatabase() as spool:
             collector = _StreamCollector(reader, settings, time_range, spool, report, write)
             progress("reading verdicts and dead letters")
-            await collector.collect_outcomes(read_first=True)
+            await collector.collect_outcomes(is_first_pass=True)
             progress("reading submissions")
             await collector.collect_submissions()
             progress("reading verdicts and dead letters that arrived meanwhile")
-            await collector.collect_outcomes(read_first=False)
+            await collector.collect_outcomes(is_first_pass=False)
             progress("matching")
             for reconciled in match(spool.submissions(), spool.outcomes(), settled_before_s):
                 for finding in _add_to_report(reconciled, report, collector.may_be_outside):
@@ -177,7 +180,7 @@ def _add_to_report(
     reconciled: ReconciledSubmission, report: ReconciliationReport, may_be_outside: Callable[[SubmissionOutcome], bool]
 ) -> Iterator[Finding]:
     """Count one submission in the report; yield its findings."""
-    if not reconciled.submissions:
+    if not reconciled.messages:
         for outcome in reconciled.outcomes:
             if may_be_outside(outcome):
                 report.outside += 1
@@ -188,9 +191,9 @@ def _add_to_report(
                     outcome.submission_id,
                     outcome.uri,
                     outcome.source,
-                    _iso_time(outcome.published_at_s),
+                    _format_time(outcome.published_at_s),
                     1,
-                    (_outcome_name(outcome),),
+                    (_name_outcome(outcome),),
                 )
         return
     if not reconciled.in_range:
@@ -200,13 +203,13 @@ def _add_to_report(
         (report.dead_letters if outcome.is_dead_letter else report.verdicts)[outcome.kind] += 1
     report.lost += len(reconciled.lost)
     report.in_flight += reconciled.in_flight
-    report.repeats += reconciled.repeats
+    report.repeats += reconciled.repeated
     report.conflicting += reconciled.conflicting
     for lost in reconciled.lost:
-        yield Finding("lost", lost.submission_id, lost.uri, lost.source, _iso_time(lost.published_at_s), 1)
-    first = reconciled.submissions[0]
-    names = tuple(dict.fromkeys(map(_outcome_name, reconciled.outcomes)))[:_MAX_NAMED_OUTCOMES]
-    for finding, count in (("repeats", reconciled.repeats), ("conflicting", reconciled.conflicting)):
+        yield Finding("lost", lost.submission_id, lost.uri, lost.source, _format_time(lost.published_at_s), 1)
+    first = reconciled.messages[0]
+    names = tuple(dict.fromkeys(map(_name_outcome, reconciled.outcomes)))[:_MAX_NAMED_OUTCOMES]
+    for finding, count in (("repeats", reconciled.repeated), ("conflicting", reconciled.conflicting)):
         if count:
             yield Finding(finding, first.submission_id, first.uri, None, None, count, names)
 
@@ -240,7 +243,7 @@ class _StreamCollector:
 
     async def collect_submissions(self) -> None:
         """Store every entry of every message, parsed as intake parses it."""
-        for stream in submission_streams(self._settings):
+        for stream in list_submission_streams(self._settings):
             async for message in self._reader.read(stream, follow=False, since=self._since):
                 partition, offset = _parse_position(message.source) or (message.source, ())
                 first = self._first_submission_offsets.get(partition, offset)
@@ -252,16 +255,16 @@ class _StreamCollector:
                 if in_range and not entries:
                     self._report.ignored += 1
                 for entry in entries:
-                    self._spool.add_submission(_seen_submission(entry, message, in_range))
+                    self._spool.add_submission(_make_submission_message(entry, message, in_range))
 
-    async def collect_outcomes(self, *, read_first: bool) -> None:
+    async def collect_outcomes(self, *, is_first_pass: bool) -> None:
         """Store verdicts and dead letters. A second call stores those that arrived since the first call."""
         for stream, parse_outcomes in (
             (self._settings.verdicts_stream, self._parse_verdict),
             (self._settings.dead_letters_stream, self._parse_dead_letter),
         ):
             async for message in self._read_new(stream):
-                for outcome in parse_outcomes(message, read_first):
+                for outcome in parse_outcomes(message, is_first_pass):
                     self._spool.add_outcome(outcome)
 
     async def _read_new(self, stream: str) -> AsyncIterator[Message]:
@@ -277,16 +280,16 @@ class _StreamCollector:
                 )
                 yield message
 
-    def _parse_verdict(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
+    def _parse_verdict(self, message: Message, is_first_pass: bool) -> Iterator[SubmissionOutcome]:
         try:
             verdict = decode_json(message.value)
         except Malformed:
             verdict = None
         fields = {name: text for name, text in _fields(verdict) if isinstance(text, str)}
         if not fields.keys() >= _VERDICT_FIELDS:
-            if read_first and self._time_range.contains(message.timestamp):
+            if is_first_pass and self._time_range.contains(message.timestamp):
                 self._report.unexplained += 1
-                published_at = _iso_time(message.timestamp.timestamp())
+                published_at = _format_time(message.timestamp.timestamp())
                 self._write(Finding("unreadable", None, None, message.source, published_at, 1))
             return
         yield SubmissionOutcome(
@@ -295,14 +298,14 @@ class _StreamCollector:
             kind=fields["outcome"],
             is_dead_letter=False,
             published_at_s=message.timestamp.timestamp(),
-            read_first=read_first,
+            is_first_pass=is_first_pass,
             submission_id=fields["submission_id"],
             uri=fields["uri"],
             source=message.source,
             submitted_at=fields.get("submitted_at"),
         )
 
-    def _parse_dead_letter(self, message: Message, read_first: bool) -> Iterator[SubmissionOutcome]:
+    def _parse_dead_letter(self, message: Message, is_first_pass: bool) -> Iterator[SubmissionOutcome]:
         stored = parse_dead_letter(message)
         if stored is None:
             return
@@ -317,7 +320,7 @@ class _StreamCollector:
                 kind=letter.reason,
                 is_dead_letter=True,
                 published_at_s=message.timestamp.timestamp(),
-                read_first=read_first,
+                is_first_pass=is_first_pass,
                 submission_id=submission.id if submission else stored.submission_id,
                 uri=submission.uri if submission else stored.uri,
                 source=letter.source,
@@ -327,7 +330,7 @@ class _StreamCollector:
     def may_be_outside(self, outcome: SubmissionOutcome) -> bool:
         """Whether the submission of an unmatched outcome may be outside the range that was read."""
         begin = max(filter(None, (self._time_range.since, self._oldest_submission_at)), default=None)
-        if begin is None or not outcome.read_first or outcome.published_at_s < begin.timestamp():
+        if begin is None or not outcome.is_first_pass or outcome.published_at_s < begin.timestamp():
             return True
         if self._time_range.until and outcome.published_at_s > self._time_range.until.timestamp():
             return True
@@ -342,10 +345,12 @@ class _StreamCollector:
             return False
 
 
-def _seen_submission(entry: ParsedSubmission | InvalidMessage, message: Message, in_range: bool) -> SeenSubmission:
+def _make_submission_message(
+    entry: ParsedSubmission | InvalidMessage, message: Message, in_range: bool
+) -> SubmissionMessage:
     submission = entry.submission if isinstance(entry, ParsedSubmission) else None
     invalid_id = entry.error.submission_id if isinstance(entry, InvalidMessage) else None
-    return SeenSubmission(
+    return SubmissionMessage(
         key=_submission_key(submission.id, submission.uri) if submission else _position_key(message.source),
         published_at_s=message.timestamp.timestamp(),
         in_range=in_range,
@@ -380,19 +385,19 @@ def _parse_position(source: str) -> tuple[str, tuple[int, ...]] | None:
     return (partition, tuple(map(int, numbers))) if is_position else None
 
 
-def _outcome_name(outcome: SubmissionOutcome) -> str:
+def _name_outcome(outcome: SubmissionOutcome) -> str:
     if outcome.is_dead_letter:
         return f"dead letter {outcome.kind} of {outcome.source}"
     return f"{outcome.kind} {outcome.identity}"
 
 
-def _by_kind(counts: Counter[str]) -> str:
+def _format_by_kind(counts: Counter[str]) -> str:
     return escape_control_chars(", ".join(f"{kind} {count:,}" for kind, count in counts.most_common()))
 
 
-def _counted(count: int, noun: str) -> str:
+def _format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _iso_time(at_s: float) -> str:
+def _format_time(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

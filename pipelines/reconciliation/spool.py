@@ -6,7 +6,7 @@ It takes about 300 bytes for each submission with its outcome, and twice that wh
 from collections.abc import Iterator
 from typing import Any, Final, Self
 
-from pipelines.reconciliation.matching import SeenSubmission, SubmissionOutcome
+from pipelines.reconciliation.matching import SubmissionMessage, SubmissionOutcome
 from services.core.temporary_database import open_temporary_database
 
 _BATCH_ROWS: Final = 5_000
@@ -19,7 +19,7 @@ class SpoolDatabase:
     Every method raises sqlite3.Error if the file cannot be written.
     """
 
-    _SUBMISSION_COLUMNS: Final = tuple(SeenSubmission.__slots__)
+    _SUBMISSION_COLUMNS: Final = tuple(SubmissionMessage.__slots__)
     _OUTCOME_COLUMNS: Final = tuple(SubmissionOutcome.__slots__)
 
     def __enter__(self) -> Self:
@@ -33,7 +33,7 @@ class SpoolDatabase:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def add_submission(self, submission: SeenSubmission) -> None:
+    def add_submission(self, submission: SubmissionMessage) -> None:
         """Store a submission."""
         self._add("submissions", tuple(getattr(submission, name) for name in self._SUBMISSION_COLUMNS))
 
@@ -41,10 +41,10 @@ class SpoolDatabase:
         """Store a verdict or a dead letter."""
         self._add("outcomes", tuple(getattr(outcome, name) for name in self._OUTCOME_COLUMNS))
 
-    def submissions(self) -> Iterator[SeenSubmission]:
+    def submissions(self) -> Iterator[SubmissionMessage]:
         """All submissions, sorted by key."""
         for row in self._sorted_rows("submissions"):
-            yield SeenSubmission(*row)
+            yield SubmissionMessage(*row)
 
     def outcomes(self) -> Iterator[SubmissionOutcome]:
         """All outcomes, sorted by key."""

@@ -57,3 +57,8 @@ class StreamConfig:
         """The backfill stream, which has a consumer group of its own."""
         live = cls.from_settings(settings)
         return replace(live, submissions_stream=settings.backfill_stream, group=f"{settings.group}.backfill")
+
+
+def list_submission_streams(settings: Settings) -> list[str]:
+    """Return the names of the streams that submissions arrive on."""
+    return [stream for stream in (settings.submissions_stream, settings.backfill_stream) if stream]

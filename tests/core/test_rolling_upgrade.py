@@ -20,8 +20,9 @@ from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 from redis.asyncio import Redis
 
-from pipelines.dead_letters.replay import StoredDeadLetter, replay_id, replay_message
+from pipelines.dead_letters.replay import replay_id, replay_message
 from pipelines.dead_letters.replay_log import ReplayLog
+from pipelines.dead_letters.stored import StoredDeadLetter
 from pipelines.intake.crash_isolation import CrashIsolation
 from services.core.calibration import IsotonicMap
 from services.core.errors import NotOwned

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dead_letters import replay as dead_letters
-from pipelines.dead_letters.replay import ReplayCounts, Selection, StoredDeadLetter, parse_dead_letter
+from pipelines.dead_letters.replay import ReplayCounts
 from pipelines.dead_letters.replay_log import ReplayLog
+from pipelines.dead_letters.stored import Selection, StoredDeadLetter, parse_dead_letter
 from services.core.errors import ConfigurationError, StreamUnavailable, Unavailable
 from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
 from services.core.settings import Settings

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.dead_letters.replay import Selection, replay
+from pipelines.dead_letters.replay import replay
+from pipelines.dead_letters.stored import Selection
 from pipelines.intake.crash_isolation import MAX_CRASHES
 from pipelines.reconciliation import reconcile as reconciliation
-from pipelines.reconciliation.matching import ReconciledSubmission, SeenSubmission, SubmissionOutcome, match
+from pipelines.reconciliation.matching import ReconciledSubmission, SubmissionMessage, SubmissionOutcome, match
 from pipelines.reconciliation.reconcile import Finding, ReconciliationReport, TimeRange, reconcile
 from services.core.messages import DeadLetter
 from services.core.settings import Settings
@@ -32,12 +33,12 @@ from tests.support.intake_bench import IntakeBench
 SETTLED_BEFORE_S = 5.0
 
 
-def seen(key: bytes, published_at_s: float, in_range: bool = True) -> SeenSubmission:
-    return SeenSubmission(key, published_at_s, in_range, "id", "uri", f"s/{published_at_s}")
+def seen(key: bytes, published_at_s: float, in_range: bool = True) -> SubmissionMessage:
+    return SubmissionMessage(key, published_at_s, in_range, "id", "uri", f"s/{published_at_s}")
 
 
-def outcome(key: bytes, identity: str, read_first: bool = True) -> SubmissionOutcome:
-    return SubmissionOutcome(key, identity, "verdict", False, 0.0, read_first, "id", "uri", "v/0/1", None)
+def outcome(key: bytes, identity: str, is_first_pass: bool = True) -> SubmissionOutcome:
+    return SubmissionOutcome(key, identity, "verdict", False, 0.0, is_first_pass, "id", "uri", "v/0/1", None)
 
 
 KEYS = st.sampled_from([b"a", b"b", b"c"])
@@ -45,7 +46,9 @@ SUBMISSIONS = st.lists(st.builds(seen, KEYS, st.integers(0, 9).map(float), st.bo
 OUTCOMES = st.lists(st.builds(outcome, KEYS, st.sampled_from("xyz"), st.booleans()), max_size=8)
 
 
-def matched(submissions: Sequence[SeenSubmission], outcomes: Sequence[SubmissionOutcome]) -> list[ReconciledSubmission]:
+def matched(
+    submissions: Sequence[SubmissionMessage], outcomes: Sequence[SubmissionOutcome]
+) -> list[ReconciledSubmission]:
     in_order = (sorted(each, key=lambda one: one.key) for each in (submissions, outcomes))
     return list(match(*in_order, SETTLED_BEFORE_S))  # type: ignore[arg-type]
 
@@ -61,17 +64,17 @@ def fewest_conflicts(identities: Sequence[str], explained: int) -> int:
 class TestMatching:
     @given(SUBMISSIONS, OUTCOMES)
     def test_matching_agrees_with_the_model(
-        self, submissions: list[SeenSubmission], outcomes: list[SubmissionOutcome]
+        self, submissions: list[SubmissionMessage], outcomes: list[SubmissionOutcome]
     ) -> None:
         cases = matched(submissions, outcomes)
         assert len(cases) == len({each.key for each in [*submissions, *outcomes]})
         for case in cases:
             unmatched = [each for each in outcomes if each.key not in {one.key for one in submissions}]
-            key = (*case.submissions, *unmatched)[0].key
+            key = (*case.messages, *unmatched)[0].key
             mine = sorted((each for each in submissions if each.key == key), key=lambda each: each.published_at_s)
-            read_first = [each.identity for each in outcomes if each.key == key and each.read_first]
-            late = [each.identity for each in outcomes if each.key == key and not each.read_first]
-            assert list(case.submissions) == mine
+            read_first = [each.identity for each in outcomes if each.key == key and each.is_first_pass]
+            late = [each.identity for each in outcomes if each.key == key and not each.is_first_pass]
+            assert list(case.messages) == mine
             without = mine[len(read_first) + len(late) :]
             in_range = [each for each in without if each.in_range]
             assert list(case.lost) == [each for each in in_range if each.published_at_s < SETTLED_BEFORE_S]
@@ -80,15 +83,15 @@ class TestMatching:
             assert sorted(each.identity for each in case.outcomes) == sorted(known) or not mine
             if any(each.in_range for each in mine):
                 assert case.conflicting == fewest_conflicts(known, len(mine))
-                assert case.repeats + case.conflicting == max(0, len(known) - len(mine))
+                assert case.repeated + case.conflicting == max(0, len(known) - len(mine))
             else:
-                assert (case.repeats, case.conflicting, case.lost, case.in_flight) == (0, 0, (), 0)
+                assert (case.repeated, case.conflicting, case.lost, case.in_flight) == (0, 0, (), 0)
 
     @given(st.lists(st.tuples(KEYS, st.integers(0, 4).map(float)), max_size=10))
     def test_one_outcome_for_each_submission_has_no_findings(self, submitted: list[tuple[bytes, float]]) -> None:
         outcomes = [outcome(key, f"{key!r} {number}") for number, (key, _) in enumerate(submitted)]
         for case in matched([seen(*each) for each in submitted], outcomes):
-            assert (case.lost, case.in_flight, case.repeats, case.conflicting) == ((), 0, 0, 0)
+            assert (case.lost, case.in_flight, case.repeated, case.conflicting) == ((), 0, 0, 0)
 
     @given(st.lists(st.tuples(KEYS, st.integers(0, 4).map(float)), min_size=1, max_size=10), st.data())
     def test_missing_outcome_is_lost(self, submitted: list[tuple[bytes, float]], data: st.DataObject) -> None:
@@ -100,17 +103,19 @@ class TestMatching:
 
     def test_repeated_conflict_counts_once_as_conflict(self) -> None:
         (case,) = matched([seen(b"a", 0)], [outcome(b"a", identity) for identity in "xxyy"])
-        assert (case.conflicting, case.repeats) == (1, 2)
+        assert (case.conflicting, case.repeated) == (1, 2)
 
     def test_dead_letter_and_verdict_conflict_unless_submitted_twice(self) -> None:
         (case,) = matched([seen(b"a", 0)], [outcome(b"a", "verdict"), outcome(b"a", "dead letter")])
-        assert (case.conflicting, case.repeats) == (1, 0)
+        assert (case.conflicting, case.repeated) == (1, 0)
         (case,) = matched([seen(b"a", 0), seen(b"a", 1)], [outcome(b"a", "verdict"), outcome(b"a", "dead letter")])
-        assert (case.conflicting, case.repeats) == (0, 0), "the second submission may have another outcome"
+        assert (case.conflicting, case.repeated) == (0, 0), "the second submission may have another outcome"
 
     def test_outcomes_read_later_fill_gaps_but_are_never_surplus(self) -> None:
-        (case,) = matched([seen(b"a", 0)], [outcome(b"a", "x", read_first=False), outcome(b"a", "y", read_first=False)])
-        assert (case.lost, case.repeats, case.conflicting) == ((), 0, 0)
+        (case,) = matched(
+            [seen(b"a", 0)], [outcome(b"a", "x", is_first_pass=False), outcome(b"a", "y", is_first_pass=False)]
+        )
+        assert (case.lost, case.repeated, case.conflicting) == ((), 0, 0)
 
 
 def test_failure_names_lost_and_conflicting_and_with_exactly_once_repeats() -> None:
