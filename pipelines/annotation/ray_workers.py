@@ -17,12 +17,12 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from pipelines.clients.ray import (
+    choose_guard_gpus,
     connect_to_cluster,
     deploy,
-    guard_gpus,
-    last_line,
-    own_error,
-    silence_stderr,
+    discard_stderr,
+    find_own_error,
+    get_last_line,
     start_local_cluster,
     start_serve,
     wait_until_running,
@@ -80,7 +80,7 @@ def join_cluster(settings: Settings, progress: Progress) -> Iterator[None]:
     if address in NO_CLUSTER:
         progress("starting Ray on this machine")
         kill_descendants_on_exit()
-        with silence_stderr():
+        with discard_stderr():
             start_local_cluster()
     else:
         connect_to_cluster(address)
@@ -156,8 +156,8 @@ def run_on_workers(
             for values in zip(*batch.values(), strict=True):
                 yield {name: int(value) for name, value in zip(names, values, strict=True)}
     except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        raise own_error(error) or SluiceError(
-            f"a worker failed: {last_line(error)}; run the command again to resume"
+        raise find_own_error(error) or SluiceError(
+            f"a worker failed: {get_last_line(error)}; run the command again to resume"
         ) from None
 
 
@@ -204,7 +204,7 @@ def _guard_replicas(application: str) -> int:
 def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progress) -> None:
     """Deploy guards, and wait until all are ready."""
     checkpoints.resolve(settings.model)
-    gpus = guard_gpus(settings)
+    gpus = choose_guard_gpus(settings)
     free = ray.available_resources()
     if _guard_replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):
         progress(
@@ -222,5 +222,5 @@ def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progre
         name,
         loading=f"loading {settings.model} into {replicas} engines",
         progress=progress,
-        explain=lambda messages: f"the guard did not start: {last_line(messages)}",
+        explain=lambda messages: f"the guard did not start: {get_last_line(messages)}",
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipelines.cli.output import print_progress
-from pipelines.reporting.text import user
+from pipelines.reporting.text import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.values import DEFAULT_POLICY
@@ -101,7 +101,7 @@ def calibrate(
         raise ConfigurationError("--revert takes no data set and no --apply; omit them")
     from pipelines.evaluation import run as runs
 
-    by = who or user()
+    by = who or find_user_name()
     if revert or take_back:
         change = runs.revert_calibration(
             policy, revision, settings_module.load("policy_bucket"), who=by, why=why, warn=print_progress

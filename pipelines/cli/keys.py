@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.reporting.text import user
+from pipelines.reporting.text import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.gateway.api_keys import ROLES, ApiKeyRegistry, Role
@@ -30,7 +30,7 @@ def create(
 ) -> None:
     """Create a key and print it. It cannot be shown again, because only its digest is stored."""
     key, token = _registry().create(
-        name, _role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=user()
+        name, _role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=find_user_name()
     )
     typer.echo(f"key {key.id} for {key.name}: role {key.role}, tenant {key.tenant}", err=True)
     typer.echo(json.dumps({"id": key.id, "key": token}) if as_json else token)
@@ -49,7 +49,7 @@ def list_(as_json: AsJson = False) -> None:
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Revoke a key permanently. Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S."""
-    _registry().revoke(key_id, who=user())
+    _registry().revoke(key_id, who=find_user_name())
     typer.echo(f"key {key_id} is revoked", err=True)
 
 

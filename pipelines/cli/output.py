@@ -1,6 +1,5 @@
 """Prints progress on stderr, so that stdout holds results only, and writes files of results."""
 
-import time
 from pathlib import Path
 
 import typer
@@ -23,13 +22,3 @@ def write_file(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be written: {error.strerror}") from None
-
-
-class TimedProgress:
-    """Prints lines on stderr, each with the seconds since this object was created."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        print_progress(f"[{time.monotonic() - self._started:5.1f} s] {line}")

@@ -9,7 +9,7 @@ import typer
 
 from pipelines.cli.output import print_progress, write_file
 from pipelines.clients.policy_changes import change_policy
-from pipelines.reporting.text import user
+from pipelines.reporting.text import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
@@ -242,7 +242,7 @@ def _settings() -> Settings:
 
 
 def _change(change: Callable[[PolicyService, str], Awaitable[RolloutChange]], who: str | None, as_json: bool) -> None:
-    done = change_policy(_settings(), lambda service: change(service, who or user()), warn=print_progress)
+    done = change_policy(_settings(), lambda service: change(service, who or find_user_name()), warn=print_progress)
     typer.echo(done.history_json() if as_json else done.history_line())
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.output import TimedProgress
-from pipelines.local.env_file import env_file_written
+from pipelines.local.env_file import keep_env_file
+from pipelines.reporting.timed_progress import TimedProgress
 
 # Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
 # ruff: noqa: PLC0415
@@ -25,10 +25,10 @@ def up(
     try:
         with (
             run_service(embed=embedded, progress=progress) as (settings, variables),
-            env_file_written(settings, variables),
+            keep_env_file(settings, variables),
         ):
             progress(f"ready: reading {settings.submissions_stream}; other commands in this folder find the service")
-            while True:
+            while True:  # SIGINT and SIGTERM raise ShutdownRequested here
                 time.sleep(3600)
     except ShutdownRequested:
         progress("stopped")
@@ -40,7 +40,7 @@ def demo() -> None:
     from pipelines.local.up import ShutdownRequested
 
     try:
-        settled = demonstrate(TimedProgress())
+        all_settled = demonstrate(TimedProgress())
     except ShutdownRequested:
         raise typer.Exit(130) from None
-    raise typer.Exit(0 if settled else 1)
+    raise typer.Exit(0 if all_settled else 1)

@@ -23,7 +23,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult
-from pipelines.clients.ray import connect_to_cluster, one_line, own_error
+from pipelines.clients.ray import connect_to_cluster, find_own_error
+from pipelines.reporting.text import to_one_line
 from pipelines.serving.names import APPLICATION, INTAKE
 from services.core.errors import ConfigurationError, GuardUnavailable, SluiceError, Unavailable, Unjudgeable
 from services.core.tasks import cancel_and_wait
@@ -85,7 +86,7 @@ async def _judge_all(
     except SluiceError as error:
         channel.send(error)
     except Exception as error:  # noqa: BLE001 - the other process reports every error
-        channel.send(SluiceError(f"the service failed: {type(error).__name__}: {one_line(error)}"))
+        channel.send(SluiceError(f"the service failed: {type(error).__name__}: {to_one_line(error)}"))
     finally:
         for task in tasks:
             task.cancel()
@@ -104,7 +105,7 @@ async def _judge(intake: DeploymentHandle[Any], request: JudgeRequest) -> JudgeR
             response.cancel()
             raise
         except (RayTaskError, RaySystemError) as error:
-            own = own_error(error)
+            own = find_own_error(error)
             if isinstance(own, Unjudgeable):
                 return own
             cause = own or getattr(error, "cause", None) or error

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from pipelines.clients.ray_address import is_reachable
+from pipelines.reporting.text import TEXT_LIMIT_CHARS, to_one_line
 from pipelines.serving.log_config import LOGGING_CONFIG
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.settings import Settings
@@ -22,7 +23,6 @@ from services.core.settings import Settings
 _QUIET: Final[dict[str, Any]] = {"logging_level": "ERROR", "log_to_driver": False}
 _OBJECT_STORE_BYTES: Final = 200 << 20
 """Images travel inline in calls, so a small store is enough. Ray's default is 30 % of the memory."""
-_TEXT_LIMIT_CHARS: Final = 300
 _POLL_S: Final = 0.25
 _PROGRESS_S: Final = 15.0
 
@@ -43,25 +43,25 @@ def connect_to_cluster(address: str) -> None:
             f"no Ray cluster answers at SLUICE_RAY_ADDRESS ({address}); start it, or unset it to use this machine alone"
         )
     try:
-        with silence_stderr():
+        with discard_stderr():
             ray.init(address, **_QUIET)
     except Exception as error:  # noqa: BLE001 - Ray's errors have no common class
-        raise ConfigurationError(f"the Ray cluster at {address} {join_failure(error)}") from None
+        raise ConfigurationError(f"the Ray cluster at {address} {explain_join_failure(error)}") from None
 
 
-def join_failure(error: BaseException) -> str:
+def explain_join_failure(error: BaseException) -> str:
     """Why a cluster could not be joined, as the end of a sentence that begins with the cluster."""
     text = f"{error} {error.__cause__ or ''}"
     if "AuthenticationError" in text or "InvalidAuthToken" in text:
         return (
             "refuses this command: run it as the user who started the service, or set RAY_AUTH_MODE and RAY_AUTH_TOKEN "
-            "as they are there"
+            "to the service's values"
         )
-    return f"cannot be joined: {one_line(error)}"
+    return f"cannot be joined: {to_one_line(error)}"
 
 
 @contextmanager
-def silence_stderr() -> Iterator[None]:
+def discard_stderr() -> Iterator[None]:
     """Discard what Ray's native library writes to stderr. For the main thread, and for short blocks only."""
     sys.stderr.flush()
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -86,25 +86,20 @@ def deploy(application: serve.Application, name: str) -> None:
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def guard_gpus(settings: Settings) -> float:
+def choose_guard_gpus(settings: Settings) -> float:
     """GPUs of a guard replica: SLUICE_GUARD_GPUS, or 1 if the cluster has a GPU, else 0."""
     if settings.guard_gpus is not None:
         return settings.guard_gpus
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def last_line(messages: object) -> str:
+def get_last_line(messages: object) -> str:
     """The last line of Ray's messages, which names the cause; at most 300 characters."""
     lines = [line.strip() for line in str(messages).splitlines() if line.strip()]
-    return lines[-1][:_TEXT_LIMIT_CHARS] if lines else "no reason given"
+    return lines[-1][:TEXT_LIMIT_CHARS] if lines else "no reason given"
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an error on one line; at most 300 characters."""
-    return " ".join(str(error).split())[:_TEXT_LIMIT_CHARS]
-
-
-def own_error(error: BaseException | None) -> SluiceError | None:
+def find_own_error(error: BaseException | None) -> SluiceError | None:
     """Find Sluice's own error among the causes of an error of Ray."""
     while error is not None:
         # Serve's error is also an instance of its cause's class, but its text is a traceback.
@@ -114,10 +109,10 @@ def own_error(error: BaseException | None) -> SluiceError | None:
     return None
 
 
-def deploy_failure_cause(messages: str) -> str:
+def explain_deploy_failure(messages: str) -> str:
     """Reduce messages of Ray Serve to one sentence: Sluice's own error if there is one, else the last line."""
     own = re.findall(r"services\.(?:\w+\.)*errors\.\w+: (.+)", messages)
-    return own[-1] if own else f"{last_line(messages)} (Ray's logs: /tmp/ray/session_latest/logs)"
+    return own[-1] if own else f"{get_last_line(messages)} (Ray's logs: /tmp/ray/session_latest/logs)"
 
 
 def wait_until_running(

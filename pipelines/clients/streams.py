@@ -36,7 +36,7 @@ def read_references(
             yield from _read_lines(lines)
         else:
             uri = reference if reference.startswith("s3://") else Uploads(settings).put_file(Path(reference)).uri
-            yield _parse(
+            yield _parse_submission(
                 {
                     "id": str(uuid.uuid4()),
                     "uri": uri,
@@ -126,12 +126,12 @@ def _read_lines(lines: Iterable[bytes]) -> Iterator[Submission]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield _parse(decode_json(line), f"line {number}")
+                yield _parse_submission(decode_json(line), f"line {number}")
             except Malformed as error:
                 raise ConfigurationError(f"line {number}: {error}; the lines before it were submitted") from None
 
 
-def _parse(document: object, where: str) -> Submission:
+def _parse_submission(document: object, where: str) -> Submission:
     try:
         return Submission.parse(document)
     except Malformed as error:

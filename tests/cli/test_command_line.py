@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.local.backends import start_backends
-from pipelines.local.env_file import env_file_written, read_env_file
+from pipelines.local.env_file import keep_env_file, read_env_file
 from services.core.settings import Settings, load
 from tests.support.command_line import assert_fails, run_sluice, run_sluice_in, start_sluice
 from tests.support.intake_bench import IntakeBench
@@ -120,7 +120,9 @@ def test_up_without_a_reachable_stream_names_the_setting(
         "SLUICE_MODEL": "tiny",
     }
     # As the command `sluice up`, but with one second for the backends to answer instead of 20.
-    impatient = "import pipelines.local.up as up; up._REACH_S = 1; from pipelines.cli.main import main; main()"
+    impatient = (
+        "import pipelines.local.up as up; up._BACKEND_TIMEOUT_S = 1; from pipelines.cli.main import main; main()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", impatient, "up"],
         cwd=tmp_path,
@@ -135,7 +137,7 @@ def test_env_file_is_private_and_removed_at_the_end(tmp_path: Path) -> None:
     file = tmp_path / ".sluice" / "env"
     settings = Settings(stream_url="redis://h:1/0", s3_buckets=("a", "b"), kafka_options={"sasl_plain_password": "s"})
     variables = {"AWS_SECRET_ACCESS_KEY": "throw-away", "OTHER": "x"}
-    with env_file_written(settings, variables, file):
+    with keep_env_file(settings, variables, file):
         assert file.stat().st_mode & 0o777 == 0o600
         read = read_env_file(file)
         assert read["SLUICE_S3_BUCKETS"] == "a,b"
@@ -148,7 +150,7 @@ def test_env_file_is_private_and_removed_at_the_end(tmp_path: Path) -> None:
 
 def test_env_file_of_a_later_service_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "env"
-    with env_file_written(Settings(group="first"), {}, file):
+    with keep_env_file(Settings(group="first"), {}, file):
         file.write_text("SLUICE_GROUP=second\n")
     assert read_env_file(file) == {"SLUICE_GROUP": "second"}
 

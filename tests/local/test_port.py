@@ -1,4 +1,4 @@
-"""The gateway's port: kept for the replicas of one service, and of no other."""
+"""The gateway's port, reserved for the replicas of one service."""
 
 import asyncio
 import socket
@@ -6,12 +6,12 @@ import socket
 import pytest
 
 from pipelines.local.port import reserve_port
-from pipelines.local.up import gateway_url
+from pipelines.local.up import make_gateway_url
 from services.core.errors import ConfigurationError
 from services.gateway.server import listen
 
 
-def test_a_port_is_kept_for_those_who_share_it() -> None:
+def test_reserve_port_other_service_is_refused() -> None:
     with reserve_port("127.0.0.1", 0) as port:
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
@@ -20,14 +20,14 @@ def test_a_port_is_kept_for_those_who_share_it() -> None:
             second.listen()
             for _ in range(20):
                 with socket.create_connection(("127.0.0.1", port), timeout=5):
-                    pass  # none of them goes to the one who keeps the port
+                    pass  # the socket that reserves the port gets no connections
             with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_PORT"), reserve_port("127.0.0.1", port):
                 pass
     with reserve_port("127.0.0.1", port) as again:
         assert again == port
 
 
-def test_an_address_that_is_not_of_this_machine() -> None:
+def test_reserve_port_address_of_another_machine_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_GATEWAY_HOST"), reserve_port("192.0.2.1", 0):
         pass
 
@@ -41,11 +41,11 @@ def test_an_address_that_is_not_of_this_machine() -> None:
         ("gateway.example", "http://gateway.example:80"),
     ],
 )
-def test_where_clients_find_it(host: str, url: str) -> None:
-    assert gateway_url(host, 80) == url
+def test_make_gateway_url_is_reachable_by_clients(host: str, url: str) -> None:
+    assert make_gateway_url(host, 80) == url
 
 
-async def test_the_end_of_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+async def test_listen_connections_have_tcp_nodelay() -> None:
     accepted = asyncio.get_running_loop().create_future()
     with listen("127.0.0.1", 0) as listener:
         server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from pipelines.cli.main import main
-from pipelines.local.env_file import env_file_written
+from pipelines.local.env_file import keep_env_file
 from tests.support.intake_bench import IntakeBench
 
 SLUICE: Final = str(Path(sys.executable).with_name("sluice"))
@@ -83,7 +83,7 @@ def assert_fails(result: subprocess.CompletedProcess[bytes], *words: str) -> Non
 def folder(bench: IntakeBench, tmp_path: Path) -> Path:
     """A folder whose .sluice/env has the settings of the bench."""
     file = tmp_path / ".sluice" / "env"
-    with env_file_written(bench.settings, {}, file):
+    with keep_env_file(bench.settings, {}, file):
         content = file.read_text()
     file.write_text(content)
     return tmp_path

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipelines.annotation.options import SourceKind
 from pipelines.annotation.storage import Entry, Folder, local_path, open_folder
+from pipelines.reporting.text import to_one_line
 from services.core.errors import ConfigurationError, NotFound, SluiceError
 from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
@@ -151,7 +152,7 @@ def _detect_column(within: Folder, name: str, kind: SourceKind | None, column: s
         with within.open(name) as file:
             schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigurationError(f"{uri} is not a readable parquet file: {_brief(error)}") from None
+        raise ConfigurationError(f"{uri} is not a readable parquet file: {to_one_line(error)}") from None
     if column is not None and column not in schema.names:
         raise ConfigurationError(f"{uri} has no column {column!r}; it has {', '.join(schema.names)}")
     with_bytes = [c for c in ([column] if column else BYTES_COLUMNS) if c in schema.names and _has_bytes(schema, c)]
@@ -223,7 +224,7 @@ def _split_file(within: Folder, entry: Entry) -> Iterator[SourceShard]:
                 metadata = pq.read_metadata(file)
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         except (pa.ArrowException, OSError, SluiceError) as error:
-            yield SourceShard((name,), broken=f"it is not a readable parquet file: {_brief(error)}")
+            yield SourceShard((name,), broken=f"it is not a readable parquet file: {to_one_line(error)}")
             return
         for group, rows in enumerate(groups):
             for start in range(0, rows, _SHARD_ROWS):
@@ -238,7 +239,3 @@ def is_local(location: str) -> bool:
 def find_bucket(location: str) -> str | None:
     """The bucket of a location in S3; None for a location on this machine."""
     return parse_s3_uri(location)[0] if location.startswith("s3://") else None
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
