@@ -127,7 +127,7 @@ class OwnCategory(StrictModel):
 
 def _check_order(info: ValidationInfo, lower: str, value: float) -> float:
     if (bound := info.data.get(lower, 0)) > value:
-        raise ValueError(f"{info.field_name} ({value:g}) is below {lower} ({bound:g}); it must be at least as high")
+        raise ValueError(f"{info.field_name} ({value:g}) is below {lower} ({bound:g}); set it to at least {bound:g}")
     return value
 
 

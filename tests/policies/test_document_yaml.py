@@ -57,7 +57,7 @@ class TestProblems:
                 "name: x\nthresholds:\n  categories:\n    O7:\n      review: 0.3\n      block: 0.2",
                 6,
                 "thresholds.categories.O7.block",
-                "block (0.2) is below review (0.3); it must be at least as high",
+                "block (0.2) is below review (0.3); set it to at least 0.3",
             ),
             ("name: x\nthresholds:\n  categories:\n    O12: {}", 4, "thresholds.categories.O12", "does not declare it"),
             ("name: x\ncategories:\n  O10: waive", 3, "categories.O10", "belongs under own_categories"),
