@@ -10,7 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from pipelines.annotation.curate import CuratedSet
-from pipelines.reporting.html import html_template
+from pipelines.reporting.html import load_template
 
 _BINS: Final = 50
 SUMMARY_COLUMNS: Final = ["outcome", "reason", "detail", "rating", "category", "score", "action", "duplicate_of"]
@@ -101,4 +101,4 @@ def _histogram(summary: dict[str, Any]) -> bytes:
     return picture.getvalue()
 
 
-_TEMPLATE: Final = html_template(Path(__file__).with_name("summary.html.jinja"))
+_TEMPLATE: Final = load_template(Path(__file__).with_name("summary.html.jinja"))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.reporting.statistics import CONFIDENCE, share
+from pipelines.reporting.statistics import CONFIDENCE, compute_share
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -68,7 +68,7 @@ class Estimates:
         if np.isnan(value) or of == 0:
             return Figure(value=None, of=of, undefined=undefined)
         if low == high == value and value in (0.0, 1.0):
-            wilson = share(round(value * of), of).interval if of else None
+            wilson = compute_share(round(value * of), of).interval if of else None
             return Figure(value=value, of=of, low=wilson and wilson.low, high=wilson and wilson.high)
         if np.isnan(low) or np.isnan(high):
             return Figure(value=value, of=of)

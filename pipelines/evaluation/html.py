@@ -6,7 +6,7 @@ from typing import Final
 
 from pipelines.evaluation.plots import draw_plots
 from pipelines.evaluation.report import EvaluationReport
-from pipelines.reporting.html import html_template
+from pipelines.reporting.html import load_template
 
 
 def render_page(report: EvaluationReport, note: str = "") -> str:
@@ -15,4 +15,4 @@ def render_page(report: EvaluationReport, note: str = "") -> str:
     return _TEMPLATE.render(report=report, plots=plots, note=note)
 
 
-_TEMPLATE: Final = html_template(Path(__file__).with_name("page.html.jinja"))
+_TEMPLATE: Final = load_template(Path(__file__).with_name("page.html.jinja"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from pipelines.policy_testing.backtest_report import BacktestReport, Flip, FlipGroup, VerdictPair
-from pipelines.reporting.html import html_template
+from pipelines.reporting.html import load_template
 
 PICTURES_LIMIT: Final = 200
 """Pictures on one page: at some 20 KB each, a few MB that a phone still opens."""
@@ -60,4 +60,4 @@ def _groups_with_pictures(report: BacktestReport, pairs: Sequence[VerdictPair]) 
     return groups, without
 
 
-_TEMPLATE: Final = html_template(Path(__file__).with_name("backtest.html.jinja"))
+_TEMPLATE: Final = load_template(Path(__file__).with_name("backtest.html.jinja"))

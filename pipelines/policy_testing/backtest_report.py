@@ -14,7 +14,7 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from pipelines.reporting.frozen_model import FrozenModel
-from pipelines.reporting.statistics import Interval, Share, ShareDifference, paired_difference, share
+from pipelines.reporting.statistics import Interval, Share, ShareDifference, compute_paired_difference, compute_share
 from pipelines.reporting.text import escape_control_chars
 from services.core.messages import Verdict
 from services.core.values import Action, Rating, ReviewReason
@@ -243,7 +243,7 @@ def build_report(pairs: Sequence[VerdictPair], *, before: str, after: str, per_d
         after=rates_after,
         block_difference=_compute_difference("block", actions),
         review_difference=review_difference,
-        action_flips=share(sum(actions[kinds] for kinds in actions if kinds[0] != kinds[1]), len(both)),
+        action_flips=compute_share(sum(actions[kinds] for kinds in actions if kinds[0] != kinds[1]), len(both)),
         flip_groups=_group_flips(
             Flip(submission_id=pair.submission_id, uri=pair.uri, before=earlier, after=later)
             for pair, earlier, later in both
@@ -275,7 +275,7 @@ def _summarize(side: Side) -> VerdictSummary | None:
 
 def _count_failures(of: int, sides: Iterable[Side]) -> Failures:
     reasons = Counter(map(_parse_reason, sides))
-    return Failures(all=share(reasons.total(), of), by_reason=dict(reasons.most_common()))
+    return Failures(all=compute_share(reasons.total(), of), by_reason=dict(reasons.most_common()))
 
 
 def _parse_reason(side: Side) -> str:
@@ -290,10 +290,10 @@ def _compute_rates(policy: str, judged: Sequence[VerdictSummary]) -> ActionRates
     actions = Counter(judgement.action for judgement in judged)
     return ActionRates(
         policy=policy,
-        allow=share(actions["allow"], len(judged)),
-        review=share(actions["review"], len(judged)),
-        block=share(actions["block"], len(judged)),
-        unreadable=share(sum(judgement.reason == "unreadable_answer" for judgement in judged), len(judged)),
+        allow=compute_share(actions["allow"], len(judged)),
+        review=compute_share(actions["review"], len(judged)),
+        block=compute_share(actions["block"], len(judged)),
+        unreadable=compute_share(sum(judgement.reason == "unreadable_answer" for judgement in judged), len(judged)),
     )
 
 
@@ -301,7 +301,7 @@ def _compute_difference(action: Action, pairs: Counter[tuple[Action, Action]]) -
     counts: Counter[tuple[bool, bool]] = Counter()
     for (before, after), count in pairs.items():
         counts[before == action, after == action] += count
-    return paired_difference(
+    return compute_paired_difference(
         both=counts[True, True],
         before_only=counts[True, False],
         after_only=counts[False, True],

@@ -57,18 +57,18 @@ class ShareDifference(FrozenModel):
         return f"{100 * self.difference:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def share(count: int, of: int) -> Share:
-    """`count` of `of` with Wilson's score interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, 209-212)."""
+def compute_share(count: int, of: int) -> Share:
+    """Compute `count` of `of` with Wilson's score interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, 209-212)."""
     if of == 0:
         return Share(count=count, of=of, share=None, interval=None)
     return Share(count=count, of=of, share=count / of, interval=_wilson_interval(count, of))
 
 
-def paired_difference(*, both: int, before_only: int, after_only: int, neither: int) -> ShareDifference:
-    """The difference of two shares of the same submissions, after minus before, from the four counts of the pairs.
+def compute_paired_difference(*, both: int, before_only: int, after_only: int, neither: int) -> ShareDifference:
+    """Compute the difference of two shares of the same submissions, after minus before, from the counts of the pairs.
 
     The interval is Newcombe's hybrid score interval for paired data, his method 10, with the correction of phi for
-    continuity (R. G. Newcombe, Statistics in Medicine 17, 1998, 2635-2650). Unlike Wald's it has a width where
+    continuity (R. G. Newcombe, Statistics in Medicine 17, 1998, 2635-2650). Unlike Wald's interval, it has a width if
     nothing differs, and it stays within [-1, 1].
     """
     of = both + before_only + after_only + neither

@@ -9,9 +9,9 @@ TEXT_LIMIT_CHARS: Final = 300
 
 
 def escape_control_chars(text: str) -> str:
-    """Replace each invisible character (control, bidi, surrogate, line break) by U+FFFD.
+    """Replace each unprintable character (control, bidi, surrogate, line break) by U+FFFD.
 
-    Texts of others must not move the cursor, change colours, or look like lines of Sluice.
+    Untrusted text could otherwise move the cursor, change colours, or look like lines of Sluice.
     """
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
@@ -22,7 +22,7 @@ def to_one_line(error: BaseException) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """For example `7 s`, `5 min 3 s` or `2 h 10 min`."""
+    """Return for example `7 s`, `5 min 3 s` or `2 h 10 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -23,7 +23,7 @@ from pipelines.policy_testing.backtest_report import (
     VerdictPair,
     build_report,
 )
-from pipelines.reporting.statistics import Share, ShareDifference, paired_difference, share
+from pipelines.reporting.statistics import Share, ShareDifference, compute_paired_difference, compute_share
 from services.core.messages import Timings, Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, Action, Rating
 
@@ -118,7 +118,7 @@ class TestIntervals:
         z, p, n = 1.959963984540054, 0.3, 10
         middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         reach = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        found = share(3, 10)
+        found = compute_share(3, 10)
         assert found.share == 0.3
         assert found.interval
         assert (found.interval.low, found.interval.high) == pytest.approx((middle - reach, middle + reach))
@@ -136,14 +136,14 @@ class TestIntervals:
         self, table: tuple[int, int, int, int], low: float, high: float
     ) -> None:
         both, before_only, after_only, neither = table
-        found = paired_difference(both=both, before_only=before_only, after_only=after_only, neither=neither)
+        found = compute_paired_difference(both=both, before_only=before_only, after_only=after_only, neither=neither)
         assert found.difference == (after_only - before_only) / sum(table)
         assert found.interval
         assert (found.interval.low, found.interval.high) == pytest.approx((low, high), abs=5e-5)
 
     def test_paired_difference_matches_a_bootstrap(self) -> None:
         table = (60, 12, 45, 883)
-        found = paired_difference(both=60, before_only=12, after_only=45, neither=883)
+        found = compute_paired_difference(both=60, before_only=12, after_only=45, neither=883)
         drawn = np.random.default_rng(1).multinomial(1000, np.array(table) / 1000, size=20_000)
         low, high = np.quantile((drawn[:, 2] - drawn[:, 1]) / 1000, [0.025, 0.975])
         assert found.interval
@@ -152,7 +152,7 @@ class TestIntervals:
     @given(st.tuples(*[st.integers(0, 2000)] * 4))
     def test_paired_difference_is_within_bounds_for_every_table(self, table: tuple[int, int, int, int]) -> None:
         both, before_only, after_only, neither = table
-        found = paired_difference(both=both, before_only=before_only, after_only=after_only, neither=neither)
+        found = compute_paired_difference(both=both, before_only=before_only, after_only=after_only, neither=neither)
         if not sum(table):
             assert found.difference is None
             assert found.interval is None
@@ -161,15 +161,15 @@ class TestIntervals:
         assert found.interval
         assert -1 <= found.interval.low <= found.difference <= found.interval.high <= 1
         assert found.interval.low < found.interval.high
-        swapped = paired_difference(both=both, before_only=after_only, after_only=before_only, neither=neither)
+        swapped = compute_paired_difference(both=both, before_only=after_only, after_only=before_only, neither=neither)
         assert swapped.interval
         assert swapped.interval.low == pytest.approx(-found.interval.high)
         assert swapped.interval.high == pytest.approx(-found.interval.low)
 
     def test_shares_as_text(self) -> None:
-        assert str(share(3, 10)) == "30.0% (10.8% to 60.3%)"
-        assert str(share(0, 0)) == "unknown"
-        found = paired_difference(both=59, before_only=6, after_only=16, neither=80)
+        assert str(compute_share(3, 10)) == "30.0% (10.8% to 60.3%)"
+        assert str(compute_share(0, 0)) == "unknown"
+        found = compute_paired_difference(both=59, before_only=6, after_only=16, neither=80)
         assert str(found) == "+6.2 points (+0.5 to +11.9)"
         assert str(ShareDifference(before_only=0, after_only=0, of=0, difference=None, interval=None)) == "unknown"
 
@@ -188,21 +188,21 @@ class TestBuildReport:
         assert report.judged_neither == 1
         assert report.failures_before.by_reason == {"not_found": 2}
         assert report.failures_after.by_reason == {"guard_failed": 1, "expired": 1}
-        assert report.failures_after.all == share(2, 13)
+        assert report.failures_after.all == compute_share(2, 13)
         assert (report.before.allow, report.before.review, report.before.block) == (
-            share(8, 10),
-            share(1, 10),
-            share(1, 10),
+            compute_share(8, 10),
+            compute_share(1, 10),
+            compute_share(1, 10),
         )
         assert (report.after.allow, report.after.review, report.after.block) == (
-            share(5, 10),
-            share(2, 10),
-            share(3, 10),
+            compute_share(5, 10),
+            compute_share(2, 10),
+            compute_share(3, 10),
         )
-        assert (report.before.unreadable, report.after.unreadable) == (share(0, 10), share(1, 10))
-        assert report.block_difference == paired_difference(both=0, before_only=1, after_only=3, neither=6)
-        assert report.review_difference == paired_difference(both=0, before_only=1, after_only=2, neither=7)
-        assert report.action_flips == share(5, 10)
+        assert (report.before.unreadable, report.after.unreadable) == (compute_share(0, 10), compute_share(1, 10))
+        assert report.block_difference == compute_paired_difference(both=0, before_only=1, after_only=3, neither=6)
+        assert report.review_difference == compute_paired_difference(both=0, before_only=1, after_only=2, neither=7)
+        assert report.action_flips == compute_share(5, 10)
 
     def test_needs_review_counts_as_review(self) -> None:
         verdict = judged("block").verdict
@@ -274,7 +274,7 @@ class TestBuildReport:
         assert day
         assert (thousand.before.value, thousand.after.value, thousand.change.value) == pytest.approx((40, 200, 160))
         assert (day.before.value, day.after.value, day.change.value) == pytest.approx((2000, 10_000, 8000))
-        wilson = share(20, 100).interval
+        wilson = compute_share(20, 100).interval
         assert wilson
         assert (day.after.interval.low, day.after.interval.high) == pytest.approx(
             (wilson.low * 50_000, wilson.high * 50_000)
