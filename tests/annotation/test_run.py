@@ -549,7 +549,7 @@ def test_bad_input_error_is_one_sentence(cases: Path, source: str, more: dict[st
     assert "\n" not in str(caught.value)
 
 
-def test_output_folder_of_another_run_error(cases: Path) -> None:
+def test_output_folder_of_another_run_is_rejected(cases: Path) -> None:
     run = RunState(open_folder(str(cases / "out"), SETTINGS))
     run.begin({"source": "file:///elsewhere", "policy": "default@1"})
     with pytest.raises(

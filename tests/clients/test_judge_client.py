@@ -151,7 +151,7 @@ def test_interrupted_command_leaves_no_process(scripted: ScriptedService, tmp_pa
     judge(scripted.settings, request("a"))
 
 
-def test_no_service_error_says_how_to_start_one(tmp_path: Path) -> None:
+def test_judge_without_service_error_says_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_RAY_ADDRESS is not set"):
         judge(Settings(), request("a"))
     with pytest.raises(ConfigurationError, match=r"no service runs at SLUICE_RAY_ADDRESS \(127.0.0.1:9\)"):
@@ -179,7 +179,7 @@ def test_wrong_token_error_names_the_user_and_the_token(
         judge(scripted.settings, request("a"))
 
 
-def test_cluster_without_service_then_with_service_then_no_cluster(tmp_path: Path) -> None:
+def test_judge_without_service_or_cluster_fails_and_with_both_judges(tmp_path: Path) -> None:
     """One cluster for three states, because a cluster takes half a minute to start."""
     own = ScriptedService(tmp_path, application="another")
     with pytest.raises(ConfigurationError, match="Sluice does not run on it"):

@@ -141,7 +141,7 @@ def test_bucket_listing_longer_than_a_page_is_complete(bucket: Bucket) -> None:
     assert list(bucket.entries()) == []
 
 
-def test_bucket_read_range_and_etag(bucket: Bucket) -> None:
+def test_bucket_read_gives_the_range_and_rejects_another_etag(bucket: Bucket) -> None:
     _, etag = bucket.put("a", b"0123456789")
     assert bucket.read("a", byte_range="bytes=2-4", etag=etag) == b"234"
     bucket.put("a", b"other")
@@ -149,7 +149,7 @@ def test_bucket_read_range_and_etag(bucket: Bucket) -> None:
         bucket.read("a", etag=etag)
 
 
-def test_bucket_missing_object(bucket: Bucket) -> None:
+def test_bucket_missing_object_is_not_found(bucket: Bucket) -> None:
     assert bucket.find("a") is None
     with pytest.raises(NotFound):
         bucket.read("a")

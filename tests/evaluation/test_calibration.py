@@ -76,7 +76,7 @@ class TestMaps:
             {"scores": (0.2,), "probabilities": (0.2,)},
         ],
     )
-    def test_knots_that_do_not_rise_error(self, knots: dict[str, Any]) -> None:
+    def test_isotonic_map_falling_knots_are_rejected(self, knots: dict[str, Any]) -> None:
         with pytest.raises(ValidationError):
             IsotonicMap(**knots)
 
@@ -129,7 +129,7 @@ class TestFit:
         assert isinstance(found, IsotonicMap)
         assert len(found.scores) <= 128
 
-    def test_too_few_images_of_a_class_error(self) -> None:
+    def test_fit_with_too_few_images_of_a_class_is_rejected(self) -> None:
         score = np.linspace(0, 1, 60)
         with pytest.raises(ConfigurationError, match=r"takes 10 judged images of each class.*9 are Unsafe"):
             fit_calibration((np.arange(60) < 9).astype(float), score, np.arange(60))
@@ -139,7 +139,7 @@ class TestFit:
             fit_calibration((np.arange(60) < 30).astype(float), score, np.repeat([0, *range(1, 31)], [30, *[1] * 30]))
 
     @pytest.mark.parametrize("method", ["platt", "isotonic"])
-    def test_falling_score_error(self, method: Any) -> None:
+    def test_fit_of_falling_scores_is_rejected(self, method: Any) -> None:
         score = np.linspace(0, 1, 60)
         with pytest.raises(ConfigurationError, match="does not rise with the score"):
             fit_calibration((score < 0.5).astype(float), score, np.arange(60), method=method)
@@ -275,7 +275,7 @@ class TestProcesses:
             assert chosen.policy.calibrations == {"sha256:0": ISOTONIC}
             assert (await cache.resolve("shop@1")).calibrations == {"sha256:0": ISOTONIC}
 
-    async def test_without_redis_calibration_is_found_by_polling(self, bench: IntakeBench) -> None:
+    async def test_calibration_without_redis_is_found_by_the_refresh(self, bench: IntakeBench) -> None:
         bench.registry.publish(PolicyDocument.model_validate({"name": "shop"}))
         submission = Submission(id="upl-1", uri="s3://uploads/a", policy="shop@1")
         async with PolicyCache(bench.registry, None, refresh_s=0.05) as cache:
@@ -368,7 +368,9 @@ def test_calibrate_without_apply_stores_nothing(
     assert [change.action for change in bench.registry.history("default")] == ["activate"]
 
 
-def test_apply_twice_and_revert(bench: IntakeBench, service: ScriptedService, data_set: Path, sluice: Any) -> None:
+def test_calibrate_revert_after_two_fits_restores_the_first(
+    bench: IntakeBench, service: ScriptedService, data_set: Path, sluice: Any
+) -> None:
     assert "applied to the scores of default@1" in sluice(str(data_set), "--apply", "--why", "May").stderr
     newest = bench.registry.newest_change("default")
     assert newest is not None
@@ -387,7 +389,9 @@ def test_apply_twice_and_revert(bench: IntakeBench, service: ScriptedService, da
     assert "has no calibration" in sluice("--take-back")
 
 
-def test_bad_arguments_error(service: ScriptedService, data_set: Path, sluice: Any, tmp_path: Path) -> None:
+def test_calibrate_invalid_arguments_fail_with_one_sentence(
+    service: ScriptedService, data_set: Path, sluice: Any, tmp_path: Path
+) -> None:
     (tmp_path / "p.yaml").write_text("name: shop\n")
     for arguments, words in (
         ((), "name one with labelled images, or give --revert"),

@@ -178,7 +178,7 @@ class TestOpenDataSet:
         assert ids(tmp_path / "d.json") == [record["id"] for record in many]
 
     @pytest.mark.parametrize("text", ["[{}", "[{} {", '[{"a": }]'])
-    def test_broken_array_error(self, tmp_path: Path, text: str) -> None:
+    def test_open_data_set_broken_array_is_rejected(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "d.json").write_text(text)
         with pytest.raises(ConfigurationError, match="is not a JSON array"):
             list(open_data_set(tmp_path / "d.json").records())
@@ -212,7 +212,7 @@ class TestOpenDataSet:
         assert data_set.folder == tmp_path / "test"
         assert ids(tmp_path) == ["a"]
 
-    def test_path_without_data_set_error(self, tmp_path: Path) -> None:
+    def test_open_data_set_path_without_data_set_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "d.csv").touch()
         (tmp_path / "d.parquet").write_bytes(b"PAR1 not")
         for place, words in (
@@ -240,7 +240,7 @@ class TestPolicySelector:
         assert found.full.thresholds.block == 0.9
         assert found.full.identity.version == 4
 
-    def test_kind_follows_waived_categories(self) -> None:
+    def test_selected_policy_kind_follows_waived_categories(self) -> None:
         assert selected(LabelledImage("x", b"", "Unsafe", O2)).kind == DEFAULT
         assert selected(LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
         assert selected(LabelledImage("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
@@ -397,7 +397,9 @@ def test_row_that_names_a_policy_is_judged_by_it(bench: IntakeBench, service: Sc
     assert (policy.identity.name, policy.identity.version) == ("shop", 1)
 
 
-def test_no_judged_row_error_names_reasons(bench: IntakeBench, service: ScriptedService, tmp_path: Path) -> None:
+def test_evaluate_without_judged_rows_fails_and_names_reasons(
+    bench: IntakeBench, service: ScriptedService, tmp_path: Path
+) -> None:
     (tmp_path / "d.jsonl").write_text('{"id": "x", "rating": "Unclear"}\n')
     with pytest.raises(
         ConfigurationError, match=r"no row of d.jsonl could be judged \(bad_rating 1\): x its rating is"

@@ -256,7 +256,7 @@ class TestIntervals:
         assert Bootstrap(np.arange(1_000_000), seed=0).resamples == 200
         assert Bootstrap(np.arange(1000), seed=0).resamples == 1000
 
-    def test_figure_as_text(self) -> None:
+    def test_figure_text_has_value_and_interval(self) -> None:
         assert Figure(value=0.5, low=0.4, high=0.6).text() == "50.0 % (40.0 to 60.0)"
         assert Figure(value=0.5).text(percent=False) == "0.500"
         assert Figure(value=None, undefined="why").text() == "undefined"
@@ -302,7 +302,7 @@ class TestReport:
         assert report.calibration.bins[9].rows == 1
         assert {t.threshold for t in report.thresholds} >= {0.5, 0.8, 0.05, 0.95}
 
-    def test_adaptive_compared_with_full(self) -> None:
+    def test_adaptive_comparison_with_full_matches_hand_count(self) -> None:
         adaptive = summary(collected()).adaptive
         assert adaptive is not None
         assert (adaptive.rows, adaptive.escalated.value) == (6, pytest.approx(2 / 6))
@@ -311,17 +311,17 @@ class TestReport:
         assert (adaptive.missed.value, adaptive.missed.of) == (0.5, 2)
         assert adaptive.balanced_accuracy.value == pytest.approx((1 / 2 + 1) / 2)
 
-    def test_robustness_counts_flips(self) -> None:
+    def test_robustness_flips_match_hand_count(self) -> None:
         (blur,) = summary(collected()).robustness
         assert (blur.rows, blur.flips.value) == (4, pytest.approx(2 / 4)), "unreadable before: no flip"
         assert (blur.to_safe.value, blur.to_unsafe.value) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
         assert blur.score_change.value == pytest.approx((0.1 + 0.3 + 0.5 + 0) / 4)
 
-    def test_latency_percentiles(self) -> None:
+    def test_latency_percentiles_match_hand_count(self) -> None:
         total = next(each for each in summary(collected()).latency if each.step == "total")
         assert (total.percentiles[50].value, total.percentiles[99].value) == (165, 900)
 
-    def test_no_rows_every_figure_is_undefined(self) -> None:
+    def test_summary_without_rows_has_only_undefined_figures(self) -> None:
         report = summary(ResultColumns())
         assert report.rates["all"].accuracy.value is None
         assert report.roc.area.undefined == "it takes Safe and Unsafe rows with a score"
@@ -329,7 +329,7 @@ class TestReport:
         assert "undefined" in render_page(report)
 
     @pytest.mark.parametrize("only", ["Safe", "Unsafe"])
-    def test_one_class_only_its_rates_are_defined(self, only: Rating) -> None:
+    def test_summary_of_one_class_defines_only_its_rates(self, only: Rating) -> None:
         columns = ResultColumns()
         for n in range(4):
             columns.add(LabelledImage(f"{n}", f"s3://b/{n}", only, None), DEFAULT, None, answer("Safe", 0.1 * n))

@@ -53,26 +53,26 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("exactly_once", [False, True])
-def test_a_run_that_is_right(run: Run, *, exactly_once: bool) -> None:
+def test_check_correct_run_has_no_problems(run: Run, *, exactly_once: bool) -> None:
     found = run.check(exactly_once=exactly_once)
     assert found.problems == []
     assert (found.lost, found.duplicates, found.submissions) == (0, 0, 400)
     assert len(found.dead_letters) == 7
 
 
-def test_a_lost_submission(run: Run) -> None:
+def test_check_submission_without_outcome_is_lost(run: Run) -> None:
     del run.verdicts[5]
     found = run.check()
     assert found.lost == 1
     assert len(found.problems) == 1
 
 
-def test_an_end_of_nothing(run: Run) -> None:
+def test_check_outcome_without_submission_is_reported(run: Run) -> None:
     run.verdicts.append(_changed(run.verdicts[0], submission_id="never"))
     assert run.check().problems == ["never was never submitted"]
 
 
-def test_an_equal_repeat_is_allowed_at_least_once_only(run: Run) -> None:
+def test_check_equal_repeat_is_reported_only_with_exactly_once(run: Run) -> None:
     run.verdicts.append(run.verdicts[5])
     run.letters.append(run.letters[0])
     assert run.check().problems == []
@@ -80,24 +80,24 @@ def test_an_equal_repeat_is_allowed_at_least_once_only(run: Run) -> None:
     assert len(run.check(exactly_once=True).problems) >= 2
 
 
-def test_a_repeat_that_differs(run: Run) -> None:
+def test_check_second_different_outcome_is_reported(run: Run) -> None:
     run.verdicts.append(_changed(run.verdicts[5], verdict_id="another"))
     assert "ends that differ" in run.check().sentences()[0]
 
 
-def test_a_dead_letter_that_was_not_deserved(run: Run) -> None:
+def test_check_unexpected_dead_letter_is_reported(run: Run) -> None:
     (n, *_) = run.verdict_of(key=None)
     verdict = _read(run.verdicts.pop(n))
     run.letters.append(_letter(99, run.submitted[0], Deserved(verdict.submission_id, "not_found")))
     assert "deserves a verdict, and has not_found" in run.check().sentences()[-1]
 
 
-def test_the_verdict_of_another_image(run: Run) -> None:
+def test_check_verdict_of_another_image_is_reported(run: Run) -> None:
     run.verdicts[5] = _changed(run.verdicts[5], sha256="0" * 64)
     assert "another image" in run.check().sentences()[0]
 
 
-def test_an_overtaken_event_may_end_as_superseded_and_the_newest_may_not(run: Run) -> None:
+def test_check_superseded_is_accepted_only_for_overtaken_events(run: Run) -> None:
     overtaken = run.verdict_of(may_be_superseded=True)[0]
     run.verdicts.append(_changed(run.verdicts[overtaken], outcome="superseded", verdict_id="of what was not judged"))
     assert run.check().problems == []
@@ -106,7 +106,7 @@ def test_an_overtaken_event_may_end_as_superseded_and_the_newest_may_not(run: Ru
     assert "deserves a verdict, and has superseded" in run.check().sentences()[0]
 
 
-def test_the_order_of_a_key(run: Run) -> None:
+def test_check_wrong_order_of_a_key_is_reported(run: Run) -> None:
     key = next(each.key for each in run.submitted if each.key and len(run.verdict_of(key=each.key)) > 2)
     assert key is not None
     first, second, *_ = run.verdict_of(key=key)

@@ -212,7 +212,7 @@ async def under_load(service: Service) -> AsyncIterator[Load]:
         await reader.close()
 
 
-async def test_nodes_are_lost(service: Service) -> None:
+async def test_cluster_lost_nodes_are_replaced(service: Service) -> None:
     cluster = service.cluster
     async with under_load(service) as load:
         await load.until_whole(0)
@@ -229,7 +229,7 @@ async def test_nodes_are_lost(service: Service) -> None:
 
 
 @pytest.mark.long
-async def test_nodes_stop_answering_and_come_back(service: Service) -> None:
+async def test_cluster_hung_nodes_are_replaced_and_end_when_resumed(service: Service) -> None:
     cluster = service.cluster
     async with under_load(service) as load:
         await load.until_whole(0)
@@ -249,7 +249,7 @@ async def test_nodes_stop_answering_and_come_back(service: Service) -> None:
         assert members < service.members()
 
 
-async def test_the_head_is_lost(service: Service) -> None:
+async def test_cluster_restarted_head_keeps_the_running_replicas(service: Service) -> None:
     async with under_load(service) as load:
         await load.until_whole(0)
         guards, members = load.guards(0), service.members()
@@ -266,7 +266,7 @@ async def test_the_head_is_lost(service: Service) -> None:
         assert members == service.members()
 
 
-async def test_the_service_is_upgraded(service: Service) -> None:
+async def test_cluster_redeploy_replaces_replicas_without_a_gap(service: Service) -> None:
     async with under_load(service) as load:
         await load.until_whole(0)
         guards, members = load.guards(0), service.members()
@@ -289,7 +289,7 @@ async def test_the_service_is_upgraded(service: Service) -> None:
         assert min(by_new) < max(by_old) < done
 
 
-async def test_there_is_one_guard_less_for_a_while(service: Service) -> None:
+async def test_cluster_with_one_guard_fewer_judges_and_grows_again(service: Service) -> None:
     async with under_load(service) as load:
         await load.until_whole(0)
         guards, members = load.guards(0), service.members()

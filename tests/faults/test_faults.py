@@ -17,13 +17,13 @@ _SUBMISSIONS = 1_000
 @pytest.mark.kafka
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("delivery", DELIVERIES)
-async def test_every_submission_ends_once_whatever_breaks(delivery: Delivery, tmp_path: Path) -> None:
+async def test_storm_of_faults_leaves_one_outcome_for_each_submission(delivery: Delivery, tmp_path: Path) -> None:
     await asyncio.to_thread(require_kafka)
     report = await storm(Plan(_SEED, _SUBMISSIONS, delivery), tmp_path / "storm", print)
     assert report.findings.sentences() == [], report.table()
 
 
-def test_a_seed_decides_the_faults_and_each_kind_comes_every_round() -> None:
+def test_schedule_same_seed_repeats_and_each_round_has_every_kind() -> None:
     faults = schedule(7, 3)
     assert faults == schedule(7, 3)
     assert faults != schedule(8, 3)

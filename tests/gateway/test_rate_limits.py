@@ -117,7 +117,7 @@ async def test_images_over_the_limit_of_the_gateway_are_refused(idle: GatewayBen
         assert [(await answer).status_code for answer in waiting] == [200] * 2
 
 
-async def test_no_verdict_within_the_deadline_is_a_503(idle: GatewayBench) -> None:
+async def test_request_without_a_verdict_within_the_deadline_is_a_503(idle: GatewayBench) -> None:
     idle.configure(gateway_deadline_s=0.2)
     await idle.start()
     idle.guard.script = Gate()

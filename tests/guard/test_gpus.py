@@ -106,7 +106,7 @@ def test_memory_fraction_is_of_the_whole_gpu(
     assert compute_mem_fraction_static(share) == pytest.approx(fraction)
 
 
-def test_without_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 

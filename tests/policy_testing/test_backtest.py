@@ -104,12 +104,12 @@ def test_backtest_pairs_verdicts_and_shows_flips(sampled: IntakeBench) -> None:
             assert max(image.size) == (320 if name == "flip-1" else 63)
 
 
-def test_backtest_without_pictures_of_a_smaller_sample(sampled: IntakeBench) -> None:
+def test_backtest_count_and_no_pictures_limit_the_pairs(sampled: IntakeBench) -> None:
     report, pairs = _run(sampled, pictures=False, count=3)
     assert report.pairs == len(pairs) == 3
     assert all(pair.picture is None for pair in pairs)
 
 
-def test_backtest_without_sample_error(bench: IntakeBench) -> None:
+def test_backtest_without_a_sample_fails(bench: IntakeBench) -> None:
     with pytest.raises(ConfigurationError, match="there is no sample of policy default yet"):
         _run(bench)

@@ -166,7 +166,7 @@ class TestIntervals:
         assert swapped.interval.low == pytest.approx(-found.interval.high)
         assert swapped.interval.high == pytest.approx(-found.interval.low)
 
-    def test_shares_as_text(self) -> None:
+    def test_share_text_has_value_and_interval(self) -> None:
         assert str(compute_share(3, 10)) == "30.0% (10.8% to 60.3%)"
         assert str(compute_share(0, 0)) == "unknown"
         found = compute_paired_difference(both=59, before_only=6, after_only=16, neither=80)
@@ -282,12 +282,12 @@ class TestBuildReport:
         assert report_on(*sample({("allow", "review"): 1})).reviews_per_day is None
 
     @pytest.mark.parametrize("per_day", [-1.0, math.nan, math.inf])
-    def test_invalid_number_per_day_error(self, per_day: float) -> None:
+    def test_review_load_invalid_number_per_day_is_rejected(self, per_day: float) -> None:
         with pytest.raises(ValueError, match="per_day"):
             report_on(per_day=per_day)
 
     @pytest.mark.parametrize("pairs", [[], [pair(failed(), judged())]])
-    def test_no_common_verdict_figures_are_unknown(self, pairs: list[VerdictPair]) -> None:
+    def test_report_without_common_verdicts_has_unknown_figures(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs, per_day=100)
         assert report.judged_both == 0
         assert report.after.block == Share(count=0, of=0, share=None, interval=None)
@@ -387,11 +387,11 @@ class TestLimits:
         assert report.exceeded(BacktestLimits(max_block_increase=0, max_review_increase=0)) == []
 
     @pytest.mark.parametrize("limit", [-0.1, 1.1, math.nan, "much"])
-    def test_limit_outside_of_zero_to_one_error(self, limit: object) -> None:
+    def test_limit_outside_of_zero_to_one_is_rejected(self, limit: object) -> None:
         with pytest.raises(ValidationError):
             BacktestLimits.model_validate({"max_flips": limit})
 
-    def test_unknown_limit_error(self) -> None:
+    def test_limit_of_an_unknown_figure_is_rejected(self) -> None:
         with pytest.raises(ValidationError):
             BacktestLimits.model_validate({"max_flip": 0.1})
 
@@ -554,6 +554,6 @@ class TestPage:
         assert "There are pictures of the first 200 flips only; 7 more are listed without." in words
         assert "listed without" not in render_page(report_on(*pairs[:PICTURES_LIMIT]), pairs)
 
-    def test_page_without_differences(self) -> None:
+    def test_page_of_a_report_without_flips_says_so(self) -> None:
         pairs = sample({("allow", "allow"): 3})
         assert "No submission's action, rating or category differs." in Page(render_page(report_on(*pairs), pairs)).text

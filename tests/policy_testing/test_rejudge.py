@@ -69,7 +69,7 @@ class TestCompare:
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "nothing"), (0.97001, "0.9700"), ("block", "block")])
-def test_difference_as_text(value: Any, shown: str) -> None:
+def test_field_difference_text_has_both_values(value: Any, shown: str) -> None:
     assert str(FieldDifference("score", value, 0.5)) == f"score: was {shown}, is 0.5000"
 
 
@@ -89,7 +89,7 @@ def test_explanations_name_breaker_model_and_engine() -> None:
     assert RejudgedVerdict(VERDICT, VERDICT, (), ()).reproduced
 
 
-def test_verdict_without_answer_error(bench: IntakeBench) -> None:
+def test_rejudge_of_a_superseded_verdict_fails(bench: IntakeBench) -> None:
     overtaken = verdict_with(outcome="superseded", policy=None, model=None, rating=None, category=None, score=None)
     with pytest.raises(SluiceError, match="superseded: a newer version of the object arrived"):
         rejudge(overtaken, bench.settings, print)

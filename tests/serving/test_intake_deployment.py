@@ -55,7 +55,7 @@ async def test_empty_image_with_the_request_is_judged_and_not_fetched(moderator:
     assert moderator.images == [b""]
 
 
-async def test_no_image_with_the_request_object_is_fetched(moderator: FakeModerator) -> None:
+async def test_request_without_image_fetches_the_object(moderator: FakeModerator) -> None:
     uri = "s3://uploads/a"
     assert await judge_under(moderator, Submission(id="upl-1", uri=uri), None) == [(uri, "default")]
     assert moderator.images == [None]

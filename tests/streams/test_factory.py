@@ -23,14 +23,14 @@ from tests.support.streams_bench import Streams
         ("kafka://[::1]:9092,[::1]", ["[::1]:9092", "[::1]:9092"]),
     ],
 )
-def test_the_brokers_in_a_url(url: str, servers: list[str]) -> None:
+def test_parse_bootstrap_servers_valid_url_gives_the_brokers(url: str, servers: list[str]) -> None:
     assert parse_bootstrap_servers(url) == servers
 
 
 @pytest.mark.parametrize(
     "url", ["kafka://", "kafka://one:", "kafka://one:http", "kafka://u@one", "kafka://one/x", "kafka://a,,b"]
 )
-def test_invalid_kafka_url_is_rejected(url: str) -> None:
+def test_parse_bootstrap_servers_invalid_url_is_rejected(url: str) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL"):
         parse_bootstrap_servers(url)
 

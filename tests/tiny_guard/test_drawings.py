@@ -11,7 +11,7 @@ from services.core.values import CATEGORIES, NO_CATEGORY
 
 
 @pytest.mark.parametrize("label", [*CATEGORIES, NO_CATEGORY])
-def test_label_is_drawn(label: str) -> None:
+def test_draw_label_shows_its_pictogram(label: str) -> None:
     sample = draw(3, label)
     pictured = label != NO_CATEGORY
     assert sample.category == label
@@ -67,6 +67,6 @@ def test_jpeg_shows_the_image() -> None:
     assert np.abs(np.asarray(decoded, int) - np.asarray(sample.image, int)).mean() < 12
 
 
-def test_unknown_label_error() -> None:
+def test_draw_unknown_label_is_rejected() -> None:
     with pytest.raises(ValueError, match="O2"):
         draw(0, "O2")
