@@ -49,7 +49,7 @@ async def measure_choices(settings: Settings) -> dict[str, float]:
         local_us = (time.perf_counter() - started) / CHOICES * 1e6
     started = time.perf_counter()
     for _ in range(REDIS_REQUESTS):
-        await shared.newest_change("default")
+        await shared.find_newest_change("default")
     redis_us = (time.perf_counter() - started) / REDIS_REQUESTS * 1e6
     await shared.close()
     return {"look_up_us": local_us, "redis_us": redis_us, "ratio": redis_us / local_us}

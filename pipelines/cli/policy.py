@@ -72,8 +72,8 @@ def publish(file: File, as_json: AsJson = False) -> None:
 def list_(as_json: AsJson = False) -> None:
     """List the policies with their active version, canary and shadow."""
     registry = PolicyRegistry.from_settings(_settings())
-    for name in registry.names():
-        summary = registry.summary(name)
+    for name in registry.list_names():
+        summary = registry.summarize(name)
         typer.echo(json.dumps(summary.model_dump()) if as_json else summary.line())
 
 
@@ -87,7 +87,7 @@ def show(policy: Annotated[str, typer.Argument(metavar="NAME[@V]")]) -> None:
 @app.command()
 def activate(policy: Version, why: Why = "", who: Who = None, as_json: AsJson = False) -> None:
     """Judge new submissions by this version. A canary ends, and an open circuit breaker closes."""
-    name, version = PolicyReference.parse(policy).pinned()
+    name, version = PolicyReference.parse(policy).require_version()
     _change(lambda service, by: service.activate(name, version, who=by, why=why), who, as_json)
 
 
@@ -199,7 +199,7 @@ def backtest(
     settings = settings_module.load("policy_bucket", "redis_url", "s3_buckets", "ray_address")
     registry = PolicyRegistry.from_settings(settings)
     for version in (policy, against):
-        registry.get(*PolicyReference.parse(version).pinned())
+        registry.get(*PolicyReference.parse(version).require_version())
     if html and not html.parent.is_dir():
         raise ConfigurationError(f"{html} cannot be written: there is no folder {html.parent}")
     report, pairs = backtesting.backtest(
@@ -226,7 +226,7 @@ def backtest(
 @app.command()
 def history(policy: Name, as_json: AsJson = False) -> None:
     """Print every change of a policy's rollout, oldest first."""
-    for change in PolicyRegistry.from_settings(_settings()).history(_name(policy)):
+    for change in PolicyRegistry.from_settings(_settings()).list_changes(_name(policy)):
         typer.echo(change.history_json() if as_json else change.history_line())
 
 

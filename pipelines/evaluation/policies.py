@@ -129,8 +129,8 @@ def find_published(reference: str, registry: PolicyRegistry) -> EvaluatedPolicy:
         UnknownPolicy: the reference is not well-formed, there is no such version, or none is active.
     """
     parsed = PolicyReference.parse(reference)
-    stored, newest = registry.find(parsed), registry.newest_change(parsed.name)
+    stored, newest = registry.find(parsed), registry.find_newest_change(parsed.name)
     if not isinstance(stored.document, PolicyDocument):
         raise UnknownPolicy(f"{reference} is the tenants document, not a policy")
-    calibrations = newest.rollout.calibrations_of(stored.version) if newest else {}
+    calibrations = newest.rollout.get_calibrations(stored.version) if newest else {}
     return EvaluatedPolicy(stored.document, stored.version, calibrations)

@@ -42,7 +42,7 @@ def backtest(
         )
     with open_client(settings) as service:
         progress(f"judging {len(sample)} recent submissions under {before} and {after}")
-        results = service.judge([JudgeRequest(entry.submission(), (before, after)) for entry in sample], progress)
+        results = service.judge([JudgeRequest(entry.to_submission(), (before, after)) for entry in sample], progress)
     pairs = [_make_pair(entry, result) for entry, result in zip(sample, results, strict=True)]
     report = build_report(pairs, before=before, after=after, per_day=per_day)
     if pictures and report.flips:

@@ -140,7 +140,7 @@ def _load_policy(before: Verdict, identity: PolicyIdentity, registry: PolicyRegi
     if before.calibration is None or before.model is None:
         return policy
     revision = before.model.revision
-    fitted = registry.calibration(identity.name, identity.version, revision, before.calibration.digest)
+    fitted = registry.find_calibration(identity.name, identity.version, revision, before.calibration.digest)
     return dataclasses.replace(policy, calibrations={revision: fitted.map})
 
 

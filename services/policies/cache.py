@@ -91,10 +91,10 @@ class PolicyCache:
         if name == DEFAULT_POLICY:
             name = await self._find_tenant_policy(request.tenant)
         rollout = await self._get_rollout(name)
-        version = rollout.version_for(name, request.id, request.tenant)
+        version = rollout.choose_version(name, request.id, request.tenant)
         if version is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
-        shadow = rollout.shadow_for(name, request.id)
+        shadow = rollout.choose_shadow(name, request.id)
         return PolicyChoice(
             await self._get_policy(name, version),
             await self._get_policy(name, shadow) if shadow is not None and shadow != version else None,
@@ -108,7 +108,7 @@ class PolicyCache:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
         return await self._get_policy(name, version)
 
-    async def rollout(self, name: str) -> Rollout:
+    async def get_rollout(self, name: str) -> Rollout:
         """The present rollout of a name. Raises PolicyUnavailable."""
         return await self._get_rollout(name)
 
@@ -161,7 +161,7 @@ class PolicyCache:
         expected = known.rollout.digests.get(version) if known else None
 
         async def copy(redis_cache: PolicyRedisCache) -> StoredVersion | None:
-            stored = await redis_cache.version(name, version)
+            stored = await redis_cache.find_version(name, version)
             return stored if stored and expected in {None, stored.digest} else None
 
         async def read() -> StoredVersion:
@@ -193,7 +193,7 @@ class PolicyCache:
 
         async def copy(redis_cache: PolicyRedisCache) -> tuple[RolloutChange | None] | None:
             nonlocal entry
-            entry = await redis_cache.newest_change(name)
+            entry = await redis_cache.find_newest_change(name)
             max_age_s = min(self._refresh_s, time.monotonic() - self._redis_recovered_at)
             if entry is None or entry.age_s >= max_age_s:
                 return None
@@ -201,7 +201,7 @@ class PolicyCache:
             return None if is_older else (entry.change,)
 
         async def read() -> tuple[RolloutChange | None]:
-            newest = await _read_in_thread(self._registry.newest_change, name)
+            newest = await _read_in_thread(self._registry.find_newest_change, name)
             if self._redis_cache:
                 with suppress(RedisUnavailable):
                     # If Redis had an entry, overwrite it, even if its number is higher: then the bucket was replaced.
@@ -260,7 +260,7 @@ class PolicyCache:
     def _calibrate(self, policy: Policy) -> Policy:
         """The policy with the calibrations of its last known rollout."""
         known = self._rollouts.get(policy.identity.name)
-        applied = known.rollout.calibrations_of(policy.identity.version) if known else {}
+        applied = known.rollout.get_calibrations(policy.identity.version) if known else {}
         return policy if applied == policy.calibrations else replace(policy, calibrations=applied)
 
     async def _listen(self) -> None:

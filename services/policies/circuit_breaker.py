@@ -122,7 +122,7 @@ class CircuitBreaker:
         policy, band = unsent.policy, unsent.band
         if not unsent.counts and policy not in self._pending_trips:
             return
-        rollout = await self._policies.rollout(policy.name)
+        rollout = await self._policies.get_rollout(policy.name)
         judged, blocked = await self._count(unsent, rollout.since)
         trip = self._pending_trips.get(policy)
         if policy.version in rollout.tripped or (trip and trip.since_change != rollout.since):

@@ -63,7 +63,7 @@ class PolicyRedisCache(RedisClient):
         """
         super().__init__(url, f"sluice:{bucket}:policies:", timeout_s=timeout_s)
 
-    async def version(self, name: str, version: int) -> StoredVersion | None:
+    async def find_version(self, name: str, version: int) -> StoredVersion | None:
         """The copy of a version; None if there is none, or if it does not match its digest."""
         data: Any = await self.call(self.client.get(self.key("version", f"{name}@{version}")))
         try:
@@ -75,7 +75,7 @@ class PolicyRedisCache(RedisClient):
         """Store a copy of a version."""
         await self.call(self.client.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
 
-    async def newest_change(self, name: str) -> CachedChange | None:
+    async def find_newest_change(self, name: str) -> CachedChange | None:
         """The copy of a rollout; None if there is none that can be read."""
         entry = await self.run(_READ, [self.key("rollout", name)])
         try:

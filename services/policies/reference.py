@@ -33,7 +33,7 @@ class PolicyReference:
             raise UnknownPolicy(f"{name!r} is not a policy name: lower-case letters, digits, - and _ only")
         return PolicyReference(name, int(number) if at else None)
 
-    def pinned(self) -> tuple[str, int]:
+    def require_version(self) -> tuple[str, int]:
         """The name and the version.
 
         Raises:

@@ -149,15 +149,15 @@ class PolicyRegistry:
         """
         name, version = reference.name, reference.version
         if version is None:
-            newest = self.newest_change(name)
+            newest = self.find_newest_change(name)
             version = newest.rollout.active if newest else None
             if version is None:
                 raise UnknownPolicy(f"policy {name} has no active version; name one as {name}@1")
         return self.get(name, version)
 
-    def summary(self, name: str) -> PolicySummary:
+    def summarize(self, name: str) -> PolicySummary:
         """The number of versions of a policy, and the versions in use."""
-        newest, versions = self.newest_change(name), self.versions(name)
+        newest, versions = self.find_newest_change(name), self.list_versions(name)
         rollout = newest.rollout if newest else Rollout()
         return PolicySummary(
             name=name,
@@ -169,21 +169,21 @@ class PolicyRegistry:
             tripped=sorted(rollout.tripped),
         )
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Every name that has a version, in order."""
         with self._map_bucket_errors():
             return sorted(folder.split("/")[1] for folder in self.objects.folders("policies/"))
 
-    def versions(self, name: str) -> list[int]:
+    def list_versions(self, name: str) -> list[int]:
         """The numbers of all versions, oldest first."""
         return self._list_numbers(_versions(name))
 
-    def newest_change(self, name: str) -> RolloutChange | None:
+    def find_newest_change(self, name: str) -> RolloutChange | None:
         """The last change of the rollout, with the present state; None if there is none."""
         number = self._newest_number(_changes(name))
         return self._change_at(name, number) if number else None
 
-    def history(self, name: str) -> list[RolloutChange]:
+    def list_changes(self, name: str) -> list[RolloutChange]:
         """Every change of the rollout, oldest first.
 
         Raises:
@@ -294,7 +294,7 @@ class PolicyRegistry:
 
         return self._change(name, "calibrate", revert, who, why)
 
-    def calibration(self, name: str, version: int, revision: str, digest: str) -> FittedCalibration:
+    def find_calibration(self, name: str, version: int, revision: str, digest: str) -> FittedCalibration:
         """A calibration that is applied, or was applied earlier.
 
         Raises:
@@ -320,7 +320,7 @@ class PolicyRegistry:
     def _check_tenants(self, stored: StoredVersion) -> None:
         if isinstance(stored.document, TenantsDocument):
             for policy in sorted(set(stored.document.tenants.values())):
-                change = self.newest_change(policy)
+                change = self.find_newest_change(policy)
                 if change is None or change.rollout.active is None:
                     raise ConfigurationError(
                         f"{stored.name}@{stored.version} gives tenants the policy {policy!r}, which has no active "
@@ -332,7 +332,7 @@ class PolicyRegistry:
     ) -> RolloutChange:
         """Compute the next state from the newest one, and write it. If another process was first, repeat."""
         while True:
-            newest = self.newest_change(name)
+            newest = self.find_newest_change(name)
             number = newest.number + 1 if newest else 1
             try:
                 next_state = transition(newest.rollout if newest else Rollout())

@@ -117,18 +117,18 @@ class Rollout(WireModel):
             raise ConfigurationError(f"version {version} has no calibration for the checkpoint {revision}")
         return self._with_calibrations(version, revision, applied[:-1])
 
-    def calibrations_of(self, version: int) -> dict[str, Calibration]:
+    def get_calibrations(self, version: int) -> dict[str, Calibration]:
         """The applied calibrations of a version, by checkpoint revision."""
         return {revision: applied[-1] for revision, applied in self.calibrations.get(version, {}).items()}
 
-    def version_for(self, name: str, submission_id: str, tenant: str) -> int | None:
+    def choose_version(self, name: str, submission_id: str, tenant: str) -> int | None:
         """The version of policy `name` that judges a submission; None if none was ever activated."""
         canary = self.canary
         if canary and (tenant in canary.tenants or _hash_to_percent("canary", name, submission_id) < canary.percent):
             return canary.version
         return self.active
 
-    def shadow_for(self, name: str, submission_id: str) -> int | None:
+    def choose_shadow(self, name: str, submission_id: str) -> int | None:
         """The shadow version for a submission; None if there is none."""
         shadow = self.shadow
         return shadow.version if shadow and _hash_to_percent("shadow", name, submission_id) < shadow.percent else None

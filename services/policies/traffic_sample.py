@@ -51,7 +51,7 @@ class SampledSubmission(WireModel):
     tenant: str
     at: Moment
 
-    def submission(self) -> Submission:
+    def to_submission(self) -> Submission:
         """The submission to judge again, with backfill priority."""
         return Submission(
             id=self.id,

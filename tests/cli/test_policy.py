@@ -91,7 +91,7 @@ def test_policy_from_publish_to_rollback_is_in_its_history(
 
     async def told() -> int:
         shared = PolicyRedisCache(valkey_url, bucket)
-        known = await shared.newest_change("shop")
+        known = await shared.find_newest_change("shop")
         await shared.close()
         assert known is not None
         assert known.change is not None

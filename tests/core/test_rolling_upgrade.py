@@ -160,7 +160,7 @@ KEY: Final = ApiKey(id="0123456789abcdef", name="ci", role="moderate", rate_per_
 class FixedRollout:
     """A policy cache whose only rollout is that of `CHANGE`."""
 
-    async def rollout(self, name: str) -> Rollout:
+    async def get_rollout(self, name: str) -> Rollout:
         assert name == "shop"
         return CHANGE.rollout
 
@@ -399,15 +399,15 @@ async def test_running_process_of_0_1_0_is_not_counted_as_crashed(client: Any, r
 
 async def test_policy_version_and_rollout_of_0_1_0_are_read(client: Any, redis_cache: PolicyRedisCache) -> None:
     await restore(client, *(f"{POLICIES}:{name}" for name in ("version:shop@2", "rollout:shop", "rollout:absent")))
-    assert await redis_cache.version("shop", 2) == VERSION
-    known, absent = await redis_cache.newest_change("shop"), await redis_cache.newest_change("absent")
+    assert await redis_cache.find_version("shop", 2) == VERSION
+    known, absent = await redis_cache.find_newest_change("shop"), await redis_cache.find_newest_change("absent")
     assert known is not None
     assert known.change == CHANGE
     assert absent is not None
     assert absent.change is None
     older = CHANGE.model_copy(update={"number": 6})
     await redis_cache.publish_change("shop", older)
-    unchanged = await redis_cache.newest_change("shop")
+    unchanged = await redis_cache.find_newest_change("shop")
     assert unchanged is not None
     assert unchanged.change == CHANGE
 

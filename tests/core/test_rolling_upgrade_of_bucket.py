@@ -88,7 +88,7 @@ def change_policies(registry: PolicyRegistry) -> None:
     registry.rollback("shop", who="bob")
     registry.set_canary("shop", Canary(version=3, percent=5, tenants=frozenset({"acme"})), who="ann")
     registry.set_shadow("shop", Shadow(version=2, percent=12.5), who="ann")
-    newest = registry.newest_change("shop")
+    newest = registry.find_newest_change("shop")
     assert newest is not None
     registry.trip("shop", 3, since_change=newest.rollout.since, who="sluice", why="block rate 0.8")
     registry.calibrate("shop", FITTED, who="ann")
@@ -106,10 +106,10 @@ def test_same_calls_write_the_policy_objects_of_0_1_0(bucket: Bucket) -> None:
 def test_policies_of_0_1_0_are_read(bucket: Bucket) -> None:
     bucket.restore()
     registry = bucket.registry
-    assert registry.names() == ["default", "shop", "tenants"]
-    assert [registry.get("shop", version).document for version in registry.versions("shop")] == DOCUMENTS
+    assert registry.list_names() == ["default", "shop", "tenants"]
+    assert [registry.get("shop", version).document for version in registry.list_versions("shop")] == DOCUMENTS
     assert registry.get("default", 1).document == BUILT_IN
-    history = registry.history("shop")
+    history = registry.list_changes("shop")
     assert [(change.action, change.previous, change.version, change.who) for change in history] == [
         ("activate", None, 1, "ann"),
         ("activate", 1, 2, "ann"),
@@ -124,9 +124,9 @@ def test_policies_of_0_1_0_are_read(bucket: Bucket) -> None:
     state = history[-1].rollout
     assert (state.active, state.canary, state.tripped) == (1, None, {3})
     assert state.shadow == Shadow(version=2, percent=12.5)
-    assert state.calibrations_of(1) == {"1f2e3d": FITTED.map}
+    assert state.get_calibrations(1) == {"1f2e3d": FITTED.map}
     for fitted in (FITTED, PLATT):
-        assert registry.calibration("shop", 1, "1f2e3d", fitted.map.digest) == fitted
+        assert registry.find_calibration("shop", 1, "1f2e3d", fitted.map.digest) == fitted
     tenants = registry.get("tenants", 1).document
     assert isinstance(tenants, TenantsDocument)
     assert tenants.tenants == {"acme": "shop"}

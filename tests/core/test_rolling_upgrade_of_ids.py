@@ -51,8 +51,8 @@ def test_verdict_id_is_that_of_0_1_0(fields: dict[str, Any], verdict_id: str) ->
 
 def test_canary_and_shadow_get_the_submissions_of_0_1_0() -> None:
     ids = [f"upl-{number}" for number in range(100)]
-    canary = [number for number, each in enumerate(ids) if SHARES.version_for("shop", each, "any tenant") == 2]
-    shadow = [number for number, each in enumerate(ids) if SHARES.shadow_for("shop", each) == 3]
+    canary = [number for number, each in enumerate(ids) if SHARES.choose_version("shop", each, "any tenant") == 2]
+    shadow = [number for number, each in enumerate(ids) if SHARES.choose_shadow("shop", each) == 3]
     assert canary == [12, 20, 25, 29, 34, 38, 40, 52, 57, 64, 77, 80, 96, 99]
     assert shadow == [11, 23, 30, 32, 37, 52, 56, 86]
 

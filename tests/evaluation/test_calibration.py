@@ -163,8 +163,8 @@ class TestRollout:
     def test_revert_restores_the_previous_calibration(self) -> None:
         once = Rollout().with_calibration(1, "r", ISOTONIC)
         twice = once.with_calibration(1, "r", PLATT).with_calibration(2, "r", ISOTONIC)
-        assert twice.calibrations_of(1) == {"r": PLATT}
-        assert twice.without_calibration(1, "r").calibrations_of(1) == {"r": ISOTONIC}
+        assert twice.get_calibrations(1) == {"r": PLATT}
+        assert twice.without_calibration(1, "r").get_calibrations(1) == {"r": ISOTONIC}
         assert once.without_calibration(1, "r").calibrations == {}
         assert Rollout.model_validate_json(twice.model_dump_json()) == twice
         with pytest.raises(ConfigurationError, match="no calibration"):
@@ -214,14 +214,14 @@ class TestRegistry:
         assert (first.action, first.previous, first.version, first.who) == ("calibrate", 1, 1, "ann")
         assert first.rollout.active == 1
         second = bench.registry.calibrate("default", FITTED.model_copy(update={"map": PLATT}), who="ann")
-        assert second.rollout.calibrations_of(1) == {"sha256:0": PLATT}
+        assert second.rollout.get_calibrations(1) == {"sha256:0": PLATT}
         back = bench.registry.revert_calibration("default", 1, "sha256:0", who="bob")
-        assert back.rollout.calibrations_of(1) == {"sha256:0": ISOTONIC}
+        assert back.rollout.get_calibrations(1) == {"sha256:0": ISOTONIC}
         assert bench.registry.revert_calibration("default", 1, "sha256:0", who="bob").rollout.calibrations == {}
-        assert [change.action for change in bench.registry.history("default")] == ["activate", *["calibrate"] * 4]
-        assert bench.registry.calibration("default", 1, "sha256:0", ISOTONIC.digest) == FITTED
+        assert [change.action for change in bench.registry.list_changes("default")] == ["activate", *["calibrate"] * 4]
+        assert bench.registry.find_calibration("default", 1, "sha256:0", ISOTONIC.digest) == FITTED
         with pytest.raises(UnknownPolicy, match="no calibration sha256:1"):
-            bench.registry.calibration("default", 1, "sha256:0", "sha256:1")
+            bench.registry.find_calibration("default", 1, "sha256:0", "sha256:1")
         with pytest.raises(UnknownPolicy):
             bench.registry.calibrate("default", FITTED.model_copy(update={"version": 9}), who="ann")
         with pytest.raises(ConfigurationError):
@@ -231,8 +231,8 @@ class TestRegistry:
         bench.registry.calibrate("default", FITTED, who="ann")
         bench.registry.publish(PolicyDocument.model_validate({"name": "default", "description": "other"}))
         rollout = bench.registry.activate("default", 2, who="ann").rollout
-        assert rollout.calibrations_of(2) == {}
-        assert bench.registry.rollback("default", who="ann").rollout.calibrations_of(1) == {"sha256:0": ISOTONIC}
+        assert rollout.get_calibrations(2) == {}
+        assert bench.registry.rollback("default", who="ann").rollout.get_calibrations(1) == {"sha256:0": ISOTONIC}
 
 
 async def subscribed(bench: IntakeBench) -> None:
@@ -365,26 +365,26 @@ def test_calibrate_without_apply_stores_nothing(
     assert "Safe and blocked: 10 before, 1 after" in result.stdout
     assert "left out: 1 rows" in result.stdout
     assert "the calibration is not stored" in result.stderr
-    assert [change.action for change in bench.registry.history("default")] == ["activate"]
+    assert [change.action for change in bench.registry.list_changes("default")] == ["activate"]
 
 
 def test_calibrate_revert_after_two_fits_restores_the_first(
     bench: IntakeBench, service: ScriptedService, data_set: Path, sluice: Any
 ) -> None:
     assert "applied to the scores of default@1" in sluice(str(data_set), "--apply", "--why", "May").stderr
-    newest = bench.registry.newest_change("default")
+    newest = bench.registry.find_newest_change("default")
     assert newest is not None
     assert (newest.action, newest.why) == ("calibrate", "May")
-    ((revision, found),) = newest.rollout.calibrations_of(1).items()
+    ((revision, found),) = newest.rollout.get_calibrations(1).items()
     assert revision == "r1"
     assert isinstance(found, PlattMap)
     again = sluice(str(data_set), "--method", "isotonic", "--apply", "--json")
     assert '"method": "isotonic"' in again.stdout
     assert all(not policy.calibrations for policy in service.policies), "it is fitted on the guard's own scores"
     assert "calibration reverted" in sluice("--take-back", "--policy", "default@1").stdout
-    newest = bench.registry.newest_change("default")
+    newest = bench.registry.find_newest_change("default")
     assert newest is not None
-    assert newest.rollout.calibrations_of(1) == {"r1": found}
+    assert newest.rollout.get_calibrations(1) == {"r1": found}
     sluice("--take-back")
     assert "has no calibration" in sluice("--take-back")
 

@@ -72,4 +72,4 @@ async def test_role_limits_reading_and_changing(bench: GatewayBench, role: Role,
                 assert answer.json()["type"] == f"{TYPE_PREFIX}not-permitted"
         for path in ("", "/default/activate", "/default/rollback"):
             assert (await client.post(PATH + path, json={"version": 1})).status_code == 403
-    assert len(bench.registry.history("default")) == 1
+    assert len(bench.registry.list_changes("default")) == 1

@@ -468,7 +468,7 @@ async def test_policy_change_under_load_applies_to_every_later_submission(bench:
         await bench.redis_cache.publish_change("default", change)
 
         async def intake_has_the_change(version: int = new) -> bool:
-            return (await bench.policies.rollout("default")).active == version
+            return (await bench.policies.get_rollout("default")).active == version
 
         await eventually(intake_has_the_change, within_s=2)
         await loading

@@ -125,7 +125,7 @@ async def test_older_announcement_is_ignored(filled: PolicyRegistry, shared: Pol
         assert await version_of(cache) == 1
         await shared.publish_change("default", newer)
         await shared.publish_change("default", older)
-        known = await shared.newest_change("default")
+        known = await shared.find_newest_change("default")
         assert known is not None
         assert known.change == newer
 
@@ -212,7 +212,7 @@ async def test_invalid_copy_is_replaced_from_the_bucket(
     await shared.client.hset(shared.key("rollout", "default"), mapping={"number": 1, "change": poison, "checked_ms": 0})
     async with PolicyCache(filled, shared) as cache:
         assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
-    kept = await shared.version("default", 1)
+    kept = await shared.find_version("default", 1)
     assert kept is not None
     assert kept.digest == BUILT_IN.digest()
 
@@ -326,7 +326,7 @@ async def test_concurrent_changes_during_restarts_of_redis_are_all_kept(
             versions = await asyncio.gather(*(change(number) for number in range(32)))
             await shaking
             assert sorted(versions) == list(range(2, 34))
-            history = registry.history("default")
+            history = registry.list_changes("default")
             assert [entry.number for entry in history] == list(range(1, 66))
             assert all(after.previous == before.version for before, after in pairwise(history))
             await becomes(history[-1].version, lambda: version_of(cache), within_s=10)

@@ -90,7 +90,7 @@ async def test_blocks_of_all_processes_trip_every_process(members: Members) -> N
     await until(lambda: all(cache.is_tripped(p.identity) for (cache, _), p in zip(joined, by, strict=True)))
     for (_, breaker), p in zip(joined, by, strict=True):
         assert judge(breaker, p, blocked=1, of=2) == [False, True]
-    trips = [change for change in members.registry.history("default") if change.action == "trip"]
+    trips = [change for change in members.registry.list_changes("default") if change.action == "trip"]
     assert [(change.who, change.version) for change in trips] == [(BREAKER, 1)]
     assert "24 of 24" in trips[0].why
 
@@ -129,7 +129,7 @@ async def test_tripped_canary_ends(members: Members) -> None:
     by = await policy(cache, 2)
     judge(breaker, by, blocked=30, of=30)
     await until(lambda: cache.is_tripped(by.identity))
-    rollout = await cache.rollout("default")
+    rollout = await cache.get_rollout("default")
     assert (rollout.canary, rollout.active) == (None, 1)
     assert judge(breaker, await policy(cache, 1), blocked=1, of=1) == [True], "the active version still blocks"
 
@@ -188,7 +188,7 @@ async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_
         if not decided:
             await until(lambda: cache.is_tripped(by.identity), within_s=30)
             cache.apply_change(members.registry.activate("default", 1, who="ann"))
-    actions = [change.action for change in members.registry.history("default")]
+    actions = [change.action for change in members.registry.list_changes("default")]
     assert actions == ["activate", "trip", "activate", "activate"]
 
 

@@ -30,6 +30,6 @@ def test_invalid_name_is_rejected(name: str) -> None:
 
 
 def test_reference_without_version_cannot_be_pinned() -> None:
-    assert PolicyReference.parse("shop@3").pinned() == ("shop", 3)
+    assert PolicyReference.parse("shop@3").require_version() == ("shop", 3)
     with pytest.raises(ConfigurationError, match="shop@V"):
-        PolicyReference.parse("shop").pinned()
+        PolicyReference.parse("shop").require_version()

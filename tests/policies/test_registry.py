@@ -17,18 +17,18 @@ WAIVED = PolicyDocument.model_validate({"name": "default", "categories": {"O9": 
 
 
 def rollout(registry: PolicyRegistry, name: str = "default") -> Rollout:
-    change = registry.newest_change(name)
+    change = registry.find_newest_change(name)
     assert change is not None
     return change.rollout
 
 
 def test_publish_creates_the_next_version_and_keeps_the_others(registry: PolicyRegistry) -> None:
     published = [registry.publish(document) for document in (BUILT_IN, WAIVED, BUILT_IN)]
-    assert [stored.version for stored in published] == [1, 2, 3] == registry.versions("default")
+    assert [stored.version for stored in published] == [1, 2, 3] == registry.list_versions("default")
     assert registry.get("default", 2).document == WAIVED
     assert published[0].digest == registry.get("default", 3).digest != WAIVED.digest()
-    assert registry.names() == ["default"]
-    assert registry.newest_change("default") is None, "published is not active"
+    assert registry.list_names() == ["default"]
+    assert registry.find_newest_change("default") is None, "published is not active"
 
 
 def test_concurrent_changes_leave_one_consistent_history(registry: PolicyRegistry) -> None:
@@ -44,7 +44,7 @@ def test_concurrent_changes_leave_one_consistent_history(registry: PolicyRegistr
     with ThreadPoolExecutor(8) as workers:
         versions = list(workers.map(work, range(16)))
     assert sorted(versions) == list(range(2, 18))
-    history = registry.history("default")
+    history = registry.list_changes("default")
     assert [change.number for change in history] == list(range(1, len(history) + 1))
     assert all(after.previous == before.version for before, after in pairwise(history))
     assert history[-1].version == rollout(registry).active
@@ -62,7 +62,7 @@ def test_newest_change_has_the_present_rollout(registry: PolicyRegistry) -> None
     assert (rolled.action, rolled.previous, rolled.version) == ("rollback", 1, 2)
     with pytest.raises(ConfigurationError, match="policy default: there is no earlier"):
         registry.rollback("default", who="ann")
-    assert [(c.action, c.who) for c in registry.history("default")] == [
+    assert [(c.action, c.who) for c in registry.list_changes("default")] == [
         ("activate", "ann"),
         ("activate", "bob"),
         ("rollback", "ann"),
@@ -104,8 +104,8 @@ def test_trip_is_written_once_and_only_for_the_same_rollout(registry: PolicyRegi
         lambda r: r.get("../secrets", 1),
         lambda r: r.activate("default", 9, who="ann"),
         lambda r: r.set_canary("default", Canary(version=9, percent=1), who="ann"),
-        lambda r: r.history("absent"),
-        lambda r: r.history("a/b"),
+        lambda r: r.list_changes("absent"),
+        lambda r: r.list_changes("a/b"),
     ],
 )
 def test_missing_policy_or_version_is_unknown(registry: PolicyRegistry, act: Any) -> None:
@@ -136,7 +136,7 @@ def test_built_in_policy_is_published_only_into_an_empty_bucket(registry: Policy
     with ThreadPoolExecutor(4) as starting:
         list(starting.map(lambda _: registry.publish_built_in(), range(4)))
     assert rollout(registry).active == 1
-    assert registry.versions("default") == [1]
+    assert registry.list_versions("default") == [1]
     registry.publish(WAIVED)
     registry.activate("default", 2, who="ann")
     registry.publish_built_in()

@@ -12,7 +12,7 @@ IDS = [f"upl-{n}" for n in range(4000)]
 
 
 def share(rollout: Rollout, version: int) -> float:
-    return sum(rollout.version_for("default", id_, "t") == version for id_ in IDS) / len(IDS)
+    return sum(rollout.choose_version("default", id_, "t") == version for id_ in IDS) / len(IDS)
 
 
 @given(st.lists(versions, min_size=1, max_size=20))
@@ -42,22 +42,22 @@ def test_larger_canary_contains_the_smaller_one(a: float, b: float) -> None:
     few = rollout.with_canary(Canary(version=2, percent=small))
     many = rollout.with_canary(Canary(version=2, percent=large))
     for id_ in IDS[:200]:
-        if few.version_for("default", id_, "t") == 2:
-            assert many.version_for("default", id_, "t") == 2
+        if few.choose_version("default", id_, "t") == 2:
+            assert many.choose_version("default", id_, "t") == 2
 
 
 @pytest.mark.parametrize("percent", [0, 5, 50, 100])
 def test_canary_gets_its_share(percent: float) -> None:
     rollout = Rollout().with_active(1).with_canary(Canary(version=2, percent=percent, tenants=frozenset({"acme"})))
     assert share(rollout, 2) == pytest.approx(percent / 100, abs=0.03)
-    assert rollout.version_for("default", "any", "acme") == 2
+    assert rollout.choose_version("default", "any", "acme") == 2
 
 
 def test_canary_and_shadow_are_independent() -> None:
     rollout = (
         Rollout().with_active(1).with_canary(Canary(version=2, percent=50)).with_shadow(Shadow(version=3, percent=50))
     )
-    both = sum(rollout.version_for("p", i, "t") == 2 and rollout.shadow_for("p", i) == 3 for i in IDS) / len(IDS)
+    both = sum(rollout.choose_version("p", i, "t") == 2 and rollout.choose_shadow("p", i) == 3 for i in IDS) / len(IDS)
     assert both == pytest.approx(0.25, abs=0.04)
 
 

@@ -34,7 +34,7 @@ async def test_change_reaches_another_process_before_its_refresh(registry: Polic
         await service.set_canary("default", Canary(version=2, percent=0, tenants=frozenset({"beta"})), who="ann")
         await becomes(2, lambda: version_of(other, "beta"))
         assert await version_of(other) == 1
-    stored = await redis_cache.version("default", 2)
+    stored = await redis_cache.find_version("default", 2)
     assert stored is not None
     assert stored.digest == DOCUMENT.digest()
     await redis_cache.close()
@@ -46,7 +46,7 @@ async def test_change_without_redis_stands_and_is_reported(registry: PolicyRegis
     service = PolicyService(registry, away, refresh_s=5, warn=warnings.append)
     await service.publish(DOCUMENT)
     change = await service.activate("default", 1, who="ann", why="first")
-    assert registry.newest_change("default") == change
+    assert registry.find_newest_change("default") == change
     assert len(warnings) == 2
     assert all("within 5 s" in warning for warning in warnings)
 

@@ -54,7 +54,7 @@ async def test_sample_is_bounded_and_holds_only_references(shared: PolicyRedisCa
     found, per_day = await draw_sample(shared, "default", 500)
     assert len({one.id for one in found}) == 50
     assert per_day is None, "not known before an hour has passed"
-    one = found[0].submission()
+    one = found[0].to_submission()
     assert (one.version_id, one.etag, one.tenant, one.priority) == ("v1", "e", "acme", "backfill")
     raw = await shared.client.zrange(shared.key("sample", "default"), 0, -1)
     assert not any(b"seen by nobody" in entry or b"u1" in entry for entry in raw)

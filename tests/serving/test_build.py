@@ -46,7 +46,7 @@ def test_serve_yaml_builds_both_deployments_and_publishes_the_policy(
     # The build cannot count the GPUs of nodes that start on demand.
     assert guard.ray_actor_options["num_gpus"] == 1
     registry = PolicyRegistry(boto3.client("s3", endpoint_url=s3_endpoint), arguments["policy_bucket"])
-    assert registry.versions("default") == [1]
+    assert registry.list_versions("default") == [1]
 
 
 def test_import_paths_of_0_1_0_lead_to_the_same_objects() -> None:
@@ -61,7 +61,7 @@ def test_second_build_leaves_the_policies_unchanged(arguments: dict[str, Any], s
     build(arguments)
 
     registry = PolicyRegistry(boto3.client("s3", endpoint_url=s3_endpoint), arguments["policy_bucket"])
-    assert [change.action for change in registry.history("default")] == ["activate"]
+    assert [change.action for change in registry.list_changes("default")] == ["activate"]
 
 
 def test_settings_without_an_argument_come_from_the_environment(

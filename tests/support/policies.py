@@ -28,9 +28,9 @@ class CountingRegistry(PolicyRegistry):
         time.sleep(self._pause_s)
         return super().get(name, version)
 
-    def newest_change(self, name: str) -> RolloutChange | None:
+    def find_newest_change(self, name: str) -> RolloutChange | None:
         self.reads[name] += 1
-        return super().newest_change(name)
+        return super().find_newest_change(name)
 
 
 def unreachable() -> PolicyRegistry:

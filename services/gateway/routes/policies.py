@@ -130,7 +130,7 @@ def build_router(
         summary="List all changes of a policy's rollout, oldest first",
     )
     async def history(name: str, _: Reviewer) -> Response:
-        changes = await _translate_errors(asyncio.to_thread(registry.history, name))
+        changes = await _translate_errors(asyncio.to_thread(registry.list_changes, name))
         return _respond([_to_entry(change) for change in changes])
 
     @routes.post(
@@ -160,8 +160,8 @@ def build_router(
 
 
 async def _read_summaries(registry: PolicyRegistry) -> list[PolicySummary]:
-    names = await asyncio.to_thread(registry.names)
-    return list(await asyncio.gather(*(asyncio.to_thread(registry.summary, name) for name in names)))
+    names = await asyncio.to_thread(registry.list_names)
+    return list(await asyncio.gather(*(asyncio.to_thread(registry.summarize, name) for name in names)))
 
 
 async def _find_version(registry: PolicyRegistry, reference: str) -> StoredVersion:
