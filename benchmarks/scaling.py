@@ -119,8 +119,8 @@ class Controller:
         for member, replica in enumerate(self.replicas[INTAKE]):
             waiting = {each: 5 + each % 7 for each in range(PARTITIONS)}
             held = frozenset(range(member, PARTITIONS, MEMBERS))
-            live = Lag(waiting, published=900 * second, partitions=PARTITIONS, held=held)
-            backfill = Lag({0: 10}, published=second, partitions=1, held=frozenset({0}))
+            live = Lag(waiting, published=900 * second, partitions=PARTITIONS, owned_partitions=held)
+            backfill = Lag({0: 10}, published=second, partitions=1, owned_partitions=frozenset({0}))
             values = recorded_metrics.encode({"live": live, "backfill": backfill}, at_guard=50)
             metrics = {
                 name: self._points(now_s, value, serve_config.REPORT_INTERVAL_S) for name, value in values.items()

@@ -53,7 +53,7 @@ def encode(lags: "Mapping[Priority, Lag]", at_guard: int) -> dict[str, float]:
         recorded |= {_BACKLOG.format(stream): lag.total, _PUBLISHED.format(stream): lag.published}
     if live := lags.get("live"):
         recorded[_PARTITIONS] = live.partitions
-        busiest = sorted(live.held, key=lambda each: live.by_partition.get(each, 0))[-_MAX_PARTITIONS:]
+        busiest = sorted(live.owned_partitions, key=lambda each: live.by_partition.get(each, 0))[-_MAX_PARTITIONS:]
         recorded |= {f"{_PARTITION_PREFIX}{each}": live.by_partition.get(each, 0) for each in busiest}
     return recorded
 

@@ -125,7 +125,7 @@ class Lane:
 
     def expire_blocking_messages(self, deadline_s: float) -> None:
         """Stop processing messages that have blocked a partition with a full window for `deadline_s`."""
-        for message in self.consumer.blocked():
+        for message in self.consumer.find_head_of_line_messages():
             held = self.in_flight.get(message.source)
             if held is None or held.deadline_passed or self._clock() - held.received_at_s <= deadline_s:
                 continue

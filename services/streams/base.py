@@ -31,13 +31,14 @@ class Message:
     key: bytes | None
     headers: Headers
     source: str
-    """Its position: `stream/partition/offset` (Kafka) or `stream/id` (Redis Streams)."""
+    """Its position: `stream/partition/offset` (Kafka) or `stream/id` (Redis Streams). It identifies the message in
+    logs, dead letters and crash counts; no adapter parses it."""
     timestamp: datetime
     """When it was published (UTC)."""
     attempts: int = 1
     """How often it was delivered, as far as the stream system knows."""
     token: Any = field(default=None, repr=False)
-    """The adapter's own; opaque to everyone else."""
+    """Used only by the stream adapter that received the message."""
 
     def header(self, name: str) -> bytes | None:
         """The last header of that name (case-insensitive, as HTTP and CloudEvents have it), or None."""
@@ -50,10 +51,10 @@ class Lag:
 
     by_partition: Mapping[int, int]
     published: int = 0
-    """Messages ever published, settled or not: a count that only grows while the stream is the same."""
+    """Total messages ever published. It falls only if the stream is deleted and created again."""
     partitions: int = 0
-    """Each is consumed by one member. 0 on Redis Streams, where every member may receive every message."""
-    held: frozenset[int] = frozenset()
+    """Number of partitions, each consumed by one member; 0 on Redis Streams, which has none."""
+    owned_partitions: frozenset[int] = frozenset()
     """The partitions that this member consumes."""
 
     @property
@@ -88,7 +89,7 @@ class GroupConsumer(Protocol):
             StreamUnavailable: the stream system does not answer.
         """
 
-    def blocked(self) -> Sequence[Message]:
+    def find_head_of_line_messages(self) -> Sequence[Message]:
         """The held messages that will soon stop the receipt of later messages.
 
         On Kafka the messages settled after a held message of the same partition are remembered. At 4096 of them (or 16

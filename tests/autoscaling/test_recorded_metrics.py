@@ -48,7 +48,7 @@ def test_encoded_lags_decode_to_the_same_reading(live: Lag, backfill: Lag | None
     metrics = collect({"replica": encode(read, at_guard)}, {"replica": NOW_S})
     assert decode(metrics, NOW_S) == Reading(
         at_s=NOW_S,
-        live=Backlog(live.total, {each: live.by_partition[each] for each in live.held}, 12),
+        live=Backlog(live.total, {each: live.by_partition[each] for each in live.owned_partitions}, 12),
         live_published=live.published,
         backfill=backfill.total if backfill else 0.0,
         backfill_published=backfill.published if backfill else 0.0,
@@ -59,8 +59,8 @@ def test_encoded_lags_decode_to_the_same_reading(live: Lag, backfill: Lag | None
 
 def test_encoded_names_stay_as_older_processes_know_them() -> None:
     """During an upgrade, replicas of one version record for the policy of another."""
-    live = Lag({0: 5, 1: 7, 2: 0}, published=90, partitions=3, held=frozenset({1, 2}))
-    backfill = Lag({0: 400}, published=1000, partitions=1, held=frozenset({0}))
+    live = Lag({0: 5, 1: 7, 2: 0}, published=90, partitions=3, owned_partitions=frozenset({1, 2}))
+    backfill = Lag({0: 400}, published=1000, partitions=1, owned_partitions=frozenset({0}))
     assert encode({"live": live, "backfill": backfill}, at_guard=4) == {
         "at_guard": 4,
         "live_backlog": 12,
@@ -78,7 +78,9 @@ def test_encode_without_a_lag_records_only_the_calls() -> None:
 
 
 def test_encode_of_many_partitions_keeps_the_busiest() -> None:
-    live = Lag({each: 10 * each for each in range(9)}, published=360, partitions=9, held=frozenset(range(9)))
+    live = Lag(
+        {each: 10 * each for each in range(9)}, published=360, partitions=9, owned_partitions=frozenset(range(9))
+    )
     recorded = encode({"live": live}, at_guard=0)
     assert {name for name in recorded if name.startswith("live_backlog_")} == {
         f"live_backlog_{each}" for each in (5, 6, 7, 8)
@@ -86,8 +88,8 @@ def test_encode_of_many_partitions_keeps_the_busiest() -> None:
 
 
 def test_decode_of_several_members_takes_the_newest_and_sums_their_calls() -> None:
-    older = Lag({0: 5, 1: 0}, published=90, partitions=2, held=frozenset({0}))
-    newer = Lag({0: 5, 1: 8}, published=98, partitions=2, held=frozenset({1}))
+    older = Lag({0: 5, 1: 0}, published=90, partitions=2, owned_partitions=frozenset({0}))
+    newer = Lag({0: 5, 1: 8}, published=98, partitions=2, owned_partitions=frozenset({1}))
     recorded = {"a": encode({"live": older}, at_guard=2), "b": encode({"live": newer}, at_guard=3)}
     metrics = collect(recorded, {"a": NOW_S, "b": NOW_S + 1})
     assert decode(metrics, NOW_S) == Reading(NOW_S + 1, Backlog(13, {0: 5, 1: 8}, 2), live_published=98, at_guard=5)

@@ -184,7 +184,7 @@ async def test_failed_settle_after_deadline_backs_off() -> None:
 
 async def test_blocking_message_is_settled_once_others_succeed() -> None:
     bench = LaneBench(FreeIsolation(0), {"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
-    bench.consumer.blocked = lambda: [held.message for held in bench.lane.in_flight.values()]  # type: ignore[method-assign]
+    bench.consumer.find_head_of_line_messages = lambda: [held.message for held in bench.lane.in_flight.values()]  # type: ignore[method-assign]
     await bench.receive()
     await bench.moderator.stuck.wait()
     for _ in range(60):
@@ -201,7 +201,7 @@ async def test_blocking_message_is_settled_once_others_succeed() -> None:
 
 async def test_blocking_message_while_nothing_succeeds_is_kept() -> None:
     bench = LaneBench(FreeIsolation(0), {"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
-    bench.consumer.blocked = lambda: [held.message for held in bench.lane.in_flight.values()]  # type: ignore[method-assign]
+    bench.consumer.find_head_of_line_messages = lambda: [held.message for held in bench.lane.in_flight.values()]  # type: ignore[method-assign]
     await bench.receive()
     await bench.moderator.stuck.wait()
     bench.now_s = 1e6

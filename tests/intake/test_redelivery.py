@@ -43,7 +43,7 @@ class RebalancedConsumer:
     async def lag(self) -> Lag:
         return Lag({})
 
-    def blocked(self) -> Sequence[Message]:
+    def find_head_of_line_messages(self) -> Sequence[Message]:
         return []
 
     async def close(self) -> None:

@@ -430,7 +430,7 @@ async def test_blocking_submission_needs_review_once_others_succeed(
     await bench.submit({"id": "stuck", "uri": "s3://uploads/stuck.jpg"})
     intake = await bench.start(blocked_deadline_s=0.1)
     consumer = intake.live.consumer
-    consumer.blocked = lambda: [held.message for held in intake.live.in_flight.values()]  # type: ignore[method-assign]
+    consumer.find_head_of_line_messages = lambda: [held.message for held in intake.live.in_flight.values()]  # type: ignore[method-assign]
     for number in range(60):
         await bench.submit({"id": str(number), "uri": "s3://uploads/fine.jpg"}, key=str(number).encode())
     verdicts, letters = await bench.settled(61)

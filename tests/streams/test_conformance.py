@@ -147,7 +147,7 @@ async def test_lag_counts_unsettled_messages(streams: Streams) -> None:
     lag = await member.lag()
     assert lag.total == sum(lag.by_partition.values())
     assert lag.published == 5  # settled or not
-    assert (lag.partitions, lag.held) == ((3, {0, 1, 2}) if streams.url.startswith("kafka") else (0, set()))
+    assert (lag.partitions, lag.owned_partitions) == ((3, {0, 1, 2}) if streams.url.startswith("kafka") else (0, set()))
 
 
 async def test_receive_respects_limit_and_timeout(streams: Streams) -> None:

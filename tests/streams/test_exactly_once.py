@@ -15,7 +15,7 @@ from services.core.errors import NotOwned
 from services.streams.config import StreamConfig
 from services.streams.kafka.compat import FixedCooperativeStickyAssignor
 from services.streams.kafka.exactly_once import TransactionalCommitter
-from services.streams.kafka.transactions import CommitOutcome, Transactions
+from services.streams.kafka.transactions import CommitOutcome, TransactionalSender
 from tests.streams.fleet import Fleet
 from tests.streams.worker import MOMENTS
 from tests.support.kafka_broker import Broker
@@ -79,20 +79,20 @@ async def test_commit_with_unknown_outcome_publishes_once(
     await streams.submit("a", "b", "c")
     a, b, c = await collect(member, 3)
     await member.settle(a, [streams.verdict("a")])
-    answered: Any = Transactions._wait_for_result
+    answered: Any = TransactionalSender._wait_for_result
     failures: list[str] = []
 
-    def fail_once(self: Any, producer: Any, result: Any) -> None:
-        if producer._transaction_manager.is_completing() and not failures:
+    def fail_once(self: Any, result: Any) -> None:
+        if self._producer._transaction_manager.is_completing() and not failures:
             failures.append(lost)
             if lost == "request":
-                producer._sender.force_close()
+                self._producer._sender.force_close()
             else:
-                answered(self, producer, result)
+                answered(self, result)
             raise TimeoutError("no answer")
-        answered(self, producer, result)
+        answered(self, result)
 
-    monkeypatch.setattr(Transactions, "_wait_for_result", fail_once)
+    monkeypatch.setattr(TransactionalSender, "_wait_for_result", fail_once)
     await asyncio.gather(*(member.settle(each, [streams.verdict(each.value.decode())]) for each in (b, c)))
     assert failures == [lost]
     assert await streams.verdicts() == ["a", "b", "c"]
@@ -108,10 +108,10 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(
     await streams.submit("a")
     await collect(member, 1)
     transactions = await asyncio.to_thread(
-        Transactions, StreamConfig.from_settings(streams.settings()), f"{streams.name}/other"
+        TransactionalSender, StreamConfig.from_settings(streams.settings()), f"{streams.name}/other"
     )
     one, two = (kafka.TopicPartition(streams.settings().submissions_stream, each) for each in (1, 2))
-    group = member.group()
+    group = member.get_group_metadata()
     stale = group._replace(generation_id=group.generation_id + 1)
     publish = transactions.publish
     record = streams.verdict("v")
@@ -123,7 +123,7 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(
     assert outcome is CommitOutcome.ABORTED
     outcome, _ = await asyncio.to_thread(publish, [record], {two: 8}, lambda: group)
     assert outcome is CommitOutcome.COMMITTED
-    committed = await asyncio.to_thread(lambda: [member.committed(each) for each in (one, two)])
+    committed = await asyncio.to_thread(lambda: [member.fetch_committed(each) for each in (one, two)])
     assert committed == [None, 8]
     assert await streams.verdicts() == ["v", "v"]
     await asyncio.to_thread(transactions.close)
@@ -132,14 +132,16 @@ async def test_offsets_of_an_aborted_transaction_are_forgotten(
 async def test_fenced_producer_publishes_nothing(streams: Streams) -> None:
     settings = streams.settings()
     earlier, later = [
-        await asyncio.to_thread(Transactions, StreamConfig.from_settings(settings), f"{streams.name}/same")
+        await asyncio.to_thread(TransactionalSender, StreamConfig.from_settings(settings), f"{streams.name}/same")
         for _ in range(2)
     ]
     member: Any = await streams.member(**PATIENT)
     await streams.submit("a")
     await collect(member, 1)
     partition = kafka.TopicPartition(settings.submissions_stream, 0)
-    outcome, _ = await asyncio.to_thread(earlier.publish, [streams.verdict("a")], {partition: 1}, member.group)
+    outcome, _ = await asyncio.to_thread(
+        earlier.publish, [streams.verdict("a")], {partition: 1}, member.get_group_metadata
+    )
     assert outcome is CommitOutcome.ABORTED
     assert await streams.verdicts() == []
     for each in (earlier, later):

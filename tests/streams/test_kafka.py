@@ -322,34 +322,34 @@ async def test_revocation_commits_done_messages(streams: Streams, monkeypatch: p
 
 
 @BOTH_DELIVERIES
-async def test_blocked_returns_the_message_that_blocks_a_partition(
+async def test_head_of_line_messages_are_those_that_hold_up_a_partition(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.streams.kafka.consumer._WINDOW", 40)
+    monkeypatch.setattr("services.streams.kafka.consumer._WINDOW_OFFSETS", 40)
     member = await streams.member(in_flight=2)
     await streams.submit(*(str(number) for number in range(100)))
     received: list[Message] = []
     settling: list[asyncio.Task[None]] = []
-    assert not member.blocked()
+    assert not member.find_head_of_line_messages()
 
-    async def blocked() -> Sequence[Message]:
+    async def find_blockers() -> Sequence[Message]:
         for message in await member.receive(10, 0.1):
             received.append(message)
             if message.value != b"0":
                 settling.append(asyncio.create_task(member.settle(message, [])))
-        return member.blocked()
+        return member.find_head_of_line_messages()
 
-    (blocker,) = await eventually(blocked)
+    (blocker,) = await eventually(find_blockers)
     assert blocker.value == b"0"
     assert 36 < len(received) <= 40
     # The other partitions go on, and so does this one afterwards.
     for key in range(6):
         await streams.submit("elsewhere", key=str(key).encode())
     assert values(await collect(member, 1)) == ["elsewhere"]
-    assert [each.value for each in member.blocked()] == [b"0"]
+    assert [each.value for each in member.find_head_of_line_messages()] == [b"0"]
     await member.settle(blocker, [])
     await asyncio.gather(*settling)
-    assert not member.blocked()
+    assert not member.find_head_of_line_messages()
 
     async def goes_on() -> bool:
         return b"45" in [each.value for each in await member.receive(10, 0.1)]

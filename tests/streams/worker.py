@@ -15,7 +15,7 @@ from services.core.settings import Settings
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer
-from services.streams.kafka.transactions import Transactions
+from services.streams.kafka.transactions import TransactionalSender
 
 MOMENTS = ("written", "sent", "committed")
 """After the records are written; after the offsets are sent; after the commit, before its answer is read."""
@@ -23,8 +23,8 @@ MOMENTS = ("written", "sent", "committed")
 
 def die_at(moment: str, after: int) -> None:
     """Kill this process (SIGKILL) at `moment` of a transaction, after `after` whole ones."""
-    answered: Any = Transactions._wait_for_result
-    write: Any = Transactions._write
+    answered: Any = TransactionalSender._wait_for_result
+    write: Any = TransactionalSender._write
     calls = 0
 
     def count() -> None:
@@ -38,14 +38,14 @@ def die_at(moment: str, after: int) -> None:
         if moment == "written":
             count()
 
-    def dying_answered(self: Any, producer: Any, result: Any) -> None:
-        committing = producer._transaction_manager.is_completing()
-        answered(self, producer, result)
+    def dying_answered(self: Any, result: Any) -> None:
+        committing = self._producer._transaction_manager.is_completing()
+        answered(self, result)
         if (moment == "committed") is committing and moment != "written":
             count()
 
-    Transactions._write = dying_write  # type: ignore[method-assign]
-    Transactions._wait_for_result = dying_answered  # type: ignore[method-assign]
+    TransactionalSender._write = dying_write  # type: ignore[method-assign]
+    TransactionalSender._wait_for_result = dying_answered  # type: ignore[method-assign]
 
 
 def outputs_of(message: Message, settings: Settings) -> list[OutgoingMessage]:

@@ -119,7 +119,7 @@ class MemoryGroupConsumer:
         waiting = len(self._group.pending) + len(self._log) - self._group.delivered
         return Lag({0: waiting}, published=len(self._log))
 
-    def blocked(self) -> Sequence[Message]:
+    def find_head_of_line_messages(self) -> Sequence[Message]:
         """Messages are acknowledged one by one: none waits for another."""
         return ()
 

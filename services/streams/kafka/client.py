@@ -30,7 +30,7 @@ _DEAD_LETTER_LIMIT_BYTES: Final = 2 << 20
 REQUEST_LIMIT_BYTES: Final = 16 << 20
 """Before compression. It is high, so that the limits of the broker and the topic decide."""
 
-_RESERVED: Final = frozenset(
+_RESERVED_OPTIONS: Final = frozenset(
     {
         "acks",
         "auto_offset_reset",
@@ -50,9 +50,9 @@ _RESERVED: Final = frozenset(
         "value_serializer",
     }
 )
-"""Options that Sluice's guarantees depend on."""
+"""Options that SLUICE_KAFKA_OPTIONS must not set: Sluice's guarantees depend on them."""
 
-REFUSED: Final = (
+REJECTED_RECORD_ERRORS: Final = (
     errors.MessageSizeTooLargeError,
     errors.RecordListTooLargeError,
     errors.InvalidRecordError,
@@ -88,8 +88,10 @@ def build_options(config: StreamConfig, client: type, **ours: Any) -> dict[str, 
     """
     clients = (kafka.KafkaConsumer, kafka.KafkaProducer, kafka.KafkaAdminClient)
     for name in config.kafka_options:
-        if name in _RESERVED:
-            raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS cannot set {name}: Sluice depends on its own value.")
+        if name in _RESERVED_OPTIONS:
+            raise ConfigurationError(
+                f"SLUICE_KAFKA_OPTIONS cannot set {name}: Sluice depends on its own value; remove it."
+            )
         if not any(name in each.DEFAULT_CONFIG for each in clients):
             raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS has {name}, which no kafka-python client knows.")
     known: dict[str, Any] = client.DEFAULT_CONFIG  # type: ignore[attr-defined]
@@ -119,7 +121,9 @@ def connect(config: StreamConfig, client: Any, **ours: Any) -> Any:
         raise ConfigurationError(f"SLUICE_KAFKA_OPTIONS is wrong: {error}.") from error
     except (errors.KafkaError, OSError) as error:
         servers = ", ".join(arguments["bootstrap_servers"])
-        raise StreamUnavailable(f"Kafka at {servers} does not answer.") from error
+        raise StreamUnavailable(
+            f"Kafka at {servers} does not answer; start it or correct SLUICE_STREAM_URL."
+        ) from error
 
 
 def ensure_topics(config: StreamConfig, admin: Any) -> None:
@@ -146,7 +150,9 @@ def ensure_topics(config: StreamConfig, admin: Any) -> None:
             time.sleep(delay)
         except errors.KafkaError as error:
             names = ", ".join(wanted)
-            raise ConfigurationError(f"Kafka does not let Sluice create its topics ({names}): {error}.") from error
+            raise ConfigurationError(
+                f"Kafka does not let Sluice create its topics ({names}): {error}. Create them, or grant the right to."
+            ) from error
         else:
             return
 

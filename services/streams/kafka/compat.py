@@ -6,17 +6,18 @@ then the work-around can go.
 Four more defects need no private attribute. Their tests are in the same file:
 
 - One record that the broker rejects fails every batch of an idempotent producer, and the producer fails every later
-  record. `producer.Sender` replaces the producer and sends each failed record alone.
-- `KafkaProducer.send` accepts records without a limit while no broker takes them. `producer.Sender` limits its calls.
+  record. `producer.AtLeastOnceSender` replaces the producer and sends each failed record alone.
+- `KafkaProducer.send` accepts records without a limit while no broker takes them. `producer.AtLeastOnceSender` limits
+  its calls.
 - A record that was not delivered in time does not fail its transaction: the commit succeeds without the record.
-  `transactions.Transactions` waits for every record before it sends offsets.
-- The offsets of an aborted transaction are sent again with the next one. `transactions.Transactions` then replaces
-  the producer.
+  `transactions.TransactionalSender` waits for every record before it sends offsets.
+- The offsets of an aborted transaction are sent again with the next one. `transactions.TransactionalSender` then
+  replaces the producer.
 """
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final
+from typing import Any
 
 from kafka import errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
@@ -25,10 +26,6 @@ from kafka.record.util import decode_varint
 from kafka.structs import MemberState
 
 log = logging.getLogger(__name__)
-
-KAFKA_PYTHON: Final = "3.0.12"
-"""The release that the work-arounds were written for and tested with."""
-
 
 # ---- Reading: a header name that is not UTF-8 stops the consumer.
 #
@@ -81,12 +78,12 @@ def patch_header_decoding() -> None:
 # ---- Polling
 
 
-def reset_stale_parked_records(consumer: Any) -> None:
+def restore_paused_records(consumer: Any) -> None:
     """Let the consumer return the records of a partition that was paused and resumed. Call it before each poll.
 
     The defect: the fetcher sets the records of a paused partition aside. It restores them only while it has no current
-    records, which it tests with `is None`; but used-up records stay there as an object that is false. So the records
-    that were set aside are never returned.
+    records, which it tests with `is None`. But an exhausted record set stays there; it is falsy, not None. So the
+    records that were set aside are never returned.
     """
     if not consumer._fetcher._next_partition_records:
         consumer._fetcher._next_partition_records = None
@@ -105,8 +102,9 @@ def request_missed_rejoin(consumer: Any) -> None:
 def raise_if_fenced(consumer: Any) -> None:
     """Report that another member has joined with this one's `group_instance_id`. Call it before each poll.
 
-    The defect: the broker tells it in the answer to a heartbeat. The consumer logs that, stops its heartbeats, and
-    `poll` goes on as if nothing had happened.
+    The defect: the broker reports the fencing in its response to a heartbeat. The consumer logs that, stops its
+    heartbeats, and `poll` goes on as if nothing had happened. A stable member that needs no rejoin has its heartbeats
+    on, so their absence means the fencing.
 
     Raises:
         FencedInstanceIdError: another member has this one's identity.
@@ -152,7 +150,10 @@ class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore
             self.member_assignment = None
             lost = self.consumer.assignment()
             if lost:
-                log.warning("partitions lost while joining: %s", sorted(lost))
+                log.warning(
+                    "partitions lost while joining, without a commit: %s; other members judge their messages again",
+                    sorted(lost),
+                )
                 self.consumer._subscription.assign_from_subscribed([])
                 self.on_lost(lost)
         return super().metadata(topics)

@@ -4,7 +4,7 @@ The thread polls independently of the event loop, so a slow assessment does not 
 wait in a bounded buffer. When the buffer or the window of a partition is full, the partitions are paused.
 
 At least once: offsets are committed as far as the trackers allow, every `_COMMIT_S`, on revocation and on close.
-Exactly once: they are committed with the outputs, by `TransactionalCommitter`.
+Exactly once: they are committed with the outputs, by `TransactionalCommitter`. `commits` has every call that commits.
 """
 
 import asyncio
@@ -16,24 +16,25 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Self
 
 import kafka
 from kafka import errors
-from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, NotOwned
 from services.core.retry import backoff
 from services.streams.base import Lag, Message, OutgoingMessage
 from services.streams.config import StreamConfig
-from services.streams.kafka import compat, rebalance
+from services.streams.kafka import commits, compat, rebalance
 from services.streams.kafka.client import MAX_BACKOFF_S, connect, ensure_topics, to_message
+from services.streams.kafka.commits import commit_before_leaving, commit_in_background
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
-from services.streams.kafka.offsets import OffsetTracker, SettleResult
-from services.streams.kafka.producer import Sender
+from services.streams.kafka.offset_tracker import OffsetTracker, SettleResult
+from services.streams.kafka.producer import AtLeastOnceSender
 from services.streams.kafka.rebalance import Rebalance, subscribe
-from services.streams.kafka.transactions import Transactions
+from services.streams.kafka.transactions import TransactionalSender
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +42,23 @@ _COMMIT_S: Final = 0.5
 _COMMIT_TIMEOUT_S: Final = 35.0
 """Without an answer for this long, a commit counts as failed. Longer than any request may take."""
 _POLL_MS: Final = 200
-_WINDOW: Final = 4096
+"""The longest wait of one poll for records."""
+_WINDOW_OFFSETS: Final = 4096
 """Offsets per partition between the oldest unfinished one and the newest received one."""
-_WINDOW_SHARES: Final = 16
+_WINDOW_MULTIPLE: Final = 16
 """The window is at least this many times `in_flight`. A partition with less than `in_flight` left is paused."""
 _REBUILD_S: Final = 30.0
 """After polls have failed for this long, the consumer is replaced."""
 _FENCINGS_LIMIT: Final = 4
 _FENCINGS_S: Final = 60.0
-"""A fenced member joins again, because a broker that restarts may know an earlier start of it. So many fencings within
-this time mean that another member has the same id."""
+"""A restarted broker may fence the only member of an id once, so a fenced member joins again. `_FENCINGS_LIMIT`
+fencings within this time mean that a second member has the id."""
 _LEAVE_MS: Final = 3_000
+"""Time limit of each request with which a member leaves its group, and of a request for committed offsets."""
 _DELIVERY_S: Final = 30.0
+"""At least once: how long one try to publish may take."""
 _FLUSH_S: Final = 3.0
+"""Exactly once: how long a member that leaves waits for its last transaction."""
 
 
 class KafkaGroupConsumer:
@@ -63,7 +68,7 @@ class KafkaGroupConsumer:
         self,
         config: StreamConfig,
         member: str,
-        sender: Sender | Transactions,
+        sender: AtLeastOnceSender | TransactionalSender,
         joined: tuple[Any, Rebalance],
         meter: LagMeter,
     ) -> None:
@@ -75,7 +80,8 @@ class KafkaGroupConsumer:
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        """Guards the next three: the poll thread, kafka-python's own thread, the committer and the loop use them."""
+        """Guards `_trackers`, `_unfinished` and `_buffer`, which four threads use: the event loop's, the poll thread,
+        kafka-python's own and the committer's."""
         self._trackers: dict[Any, OffsetTracker] = {}
         self._unfinished: dict[MessageToken, Message] = {}
         self._buffer: deque[Message] = deque()
@@ -90,10 +96,10 @@ class KafkaGroupConsumer:
         """When this member was fenced, by `time.monotonic`."""
         self._duplicate_member: ConfigurationError | None = None
         """Set when another member has the `member_id` of this one."""
-        self._sender: Sender | None = None
+        self._sender: AtLeastOnceSender | None = None
         self._committer: TransactionalCommitter | None = None
-        """One of the two publishes: at least once, or exactly once."""
-        if isinstance(sender, Sender):
+        """Either `_sender` (at least once) or `_committer` (exactly once) is set."""
+        if isinstance(sender, AtLeastOnceSender):
             self._sender = sender
         else:
             self._committer = TransactionalCommitter(sender, self._lock)
@@ -115,7 +121,7 @@ class KafkaGroupConsumer:
                 "leave it empty, or run one (SLUICE_INTAKE_REPLICAS, SLUICE_INTAKE_MAX_REPLICAS)."
             )
 
-        def make() -> tuple[Sender | Transactions, tuple[Any, Rebalance], LagMeter]:
+        def make() -> tuple[AtLeastOnceSender | TransactionalSender, tuple[Any, Rebalance], LagMeter]:
             admin = connect(config, kafka.KafkaAdminClient, client_id=f"{member}-admin")
             try:
                 ensure_topics(config, admin)
@@ -190,13 +196,17 @@ class KafkaGroupConsumer:
         """End offset minus committed offset, for every partition of the submissions."""
         read = await self._meter.read()
         with self._lock:
-            return replace(read, held=frozenset(each.partition for each in self._trackers))
+            return replace(read, owned_partitions=frozenset(each.partition for each in self._trackers))
 
-    def blocked(self) -> Sequence[Message]:
+    def find_head_of_line_messages(self) -> Sequence[Message]:
         """The oldest held message of each partition whose window is nearly full of done messages."""
         with self._lock:
-            blocked = [(each, offset) for each in self._trackers.values() if (offset := each.blocked_by) is not None]
-            messages = (self._unfinished.get(MessageToken(tracker, offset)) for tracker, offset in blocked)
+            tokens = [
+                MessageToken(tracker, offset)
+                for tracker in self._trackers.values()
+                if (offset := tracker.head_of_line_offset) is not None
+            ]
+            messages = (self._unfinished.get(token) for token in tokens)
             return [message for message in messages if message is not None]
 
     async def close(self) -> None:
@@ -238,7 +248,7 @@ class KafkaGroupConsumer:
                 failing_since = failing_since or time.monotonic()
                 self._closing.wait(next(delays))
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
-                log.warning("polling Kafka failed: %s: %s", type(error).__name__, error)
+                log.warning("polling Kafka failed; retrying: %s: %s", type(error).__name__, error)
                 self._suspect = True
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > _REBUILD_S:
@@ -261,7 +271,7 @@ class KafkaGroupConsumer:
         self._consumer.resume(*(paused & assigned - full))
         compat.request_missed_rejoin(self._consumer)
         compat.raise_if_fenced(self._consumer)
-        compat.reset_stale_parked_records(self._consumer)
+        compat.restore_paused_records(self._consumer)
         polled = self._consumer.poll(timeout_ms=_POLL_MS // 10 if full else _POLL_MS, max_records=max(1, room))
         if polled:
             with self._lock:
@@ -271,14 +281,14 @@ class KafkaGroupConsumer:
                         self._buffer.append(self._track(partition, record))
             self._notify_receivers()
         if time.monotonic() >= self._next_commit:
-            offsets = self._committable()
+            offsets = self._find_committable()
             if self._committer is not None:
                 offsets = {}
                 self._committer.wake()
             # One commit at a time: its callback, which a later poll calls, allows the next one.
             self._next_commit = time.monotonic() + (_COMMIT_TIMEOUT_S if offsets else _COMMIT_S)
             if offsets:
-                self._consumer.commit_async(offsets, callback=self._committed)
+                commit_in_background(self._consumer, offsets, partial(self._end_commit, offsets))
 
     def _track(self, partition: Any, record: Any) -> Message:
         tracker = self._trackers.get(partition)
@@ -286,7 +296,10 @@ class KafkaGroupConsumer:
             tracker = self._trackers[partition] = self._new_tracker()
         if tracker.position is not None and record.offset < tracker.position:
             # The log was truncated (an unclean leader election, or a re-created topic): these are other messages.
-            log.warning("%s went back from offset %d to %d", partition, tracker.position, record.offset)
+            log.warning(
+                "the log of %s was truncated from offset %d to %d; its held messages are dropped",
+                *(partition, tracker.position, record.offset),
+            )
             self._drop_partition(partition)
             tracker = self._trackers[partition] = self._new_tracker()
         tracker.receive(record.offset)
@@ -296,7 +309,7 @@ class KafkaGroupConsumer:
 
     def _new_tracker(self) -> OffsetTracker:
         return OffsetTracker(
-            max(_WINDOW, _WINDOW_SHARES * self._config.in_flight), keeps_outputs=self._committer is not None
+            max(_WINDOW_OFFSETS, _WINDOW_MULTIPLE * self._config.in_flight), keeps_outputs=self._committer is not None
         )
 
     def _rewind(self) -> None:
@@ -306,35 +319,35 @@ class KafkaGroupConsumer:
         for partition in self._consumer.assignment():
             position = positions.get(partition)
             if position is None:
-                position = self.committed(partition)
+                position = self.fetch_committed(partition)
             if position is None:
                 self._consumer.seek_to_beginning(partition)
             else:
                 self._consumer.seek(partition, position)
 
-    def _committable(self) -> dict[Any, Any]:
+    def _find_committable(self) -> dict[Any, int]:
         positions = {}
         for partition in self._consumer.assignment():
             tracker = self._trackers.get(partition)
-            if tracker is not None and not tracker.held and not self._suspect:
-                # Offsets that hold no message (a transaction's markers) are passed over, or lag never gets to zero.
+            if tracker is not None and not tracker.held_count and not self._suspect:
+                # Commit past offsets without a message (transaction markers), otherwise the lag never reaches 0.
                 with contextlib.suppress(errors.KafkaError):  # not known yet
                     positions[partition] = self._consumer.position(partition, timeout_ms=0)
         with self._lock:
             for partition, position in positions.items():
                 if position is not None and partition in self._trackers:
                     self._trackers[partition].skip(position)
-            return _as_offsets(self._trackers)
+            return _collect_committable(self._trackers)
 
-    def _committed(self, offsets: dict[Any, Any], outcome: Any) -> None:
+    def _end_commit(self, offsets: Mapping[Any, int], error: Exception | None) -> None:
         self._next_commit = time.monotonic() + _COMMIT_S
-        if isinstance(outcome, Exception):
-            log.info("a commit failed; the next one includes its offsets: %s", outcome)
+        if error is not None:
+            log.info("a commit failed; the next one includes its offsets: %s", error)
             return
         with self._lock:
             for partition, offset in offsets.items():
                 if partition in self._trackers:
-                    self._trackers[partition].commit(offset.offset)
+                    self._trackers[partition].record_commit(offset)
 
     def _drop_partition(self, partition: Any) -> None:
         """Drop the held messages of a partition. The caller holds the lock."""
@@ -344,18 +357,20 @@ class KafkaGroupConsumer:
             self._buffer = deque(each for each in self._buffer if each.token.tracker is not tracker)
             self._unfinished = {token: each for token, each in self._unfinished.items() if token.tracker is not tracker}
 
-    # ---- for the rebalance listener and the committer
+    # ---- called by the rebalance listener and the committer
 
-    def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, Any]:
+    def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, int]:
         """Drop the held messages of `partitions`. Returns the offsets to commit for them."""
         with self._lock:
-            offsets = _as_offsets({each: self._trackers[each] for each in partitions if each in self._trackers})
+            offsets = _collect_committable(
+                {each: self._trackers[each] for each in partitions if each in self._trackers}
+            )
             for partition in partitions:
                 self._drop_partition(partition)
         if self._committer is None:
             return offsets
         self._committer.wake()
-        return {}  # they are committed with outputs or not at all
+        return {}  # exactly once: the committer commits offsets with their outputs
 
     def flush(self) -> threading.Event | None:
         """Start to commit done offsets. The event is set afterwards. None: commit what `drop_partitions` returns."""
@@ -365,23 +380,26 @@ class KafkaGroupConsumer:
         """By partition. The caller holds the lock."""
         return self._trackers
 
-    def group(self) -> Any | None:
+    def get_group_metadata(self) -> Any | None:
         """The consumer's group metadata; None while it is not in the group."""
         return rebalance.get_group_metadata(self._consumer)
 
-    def committed(self, partition: Any) -> int | None:
+    def fetch_committed(self, partition: Any) -> int | None:
         """The group's committed offset, once no transaction that could move it is under way."""
-        return rebalance.fetch_committed(self._consumer, partition, _LEAVE_MS)
+        return commits.fetch_committed(self._consumer, partition, _LEAVE_MS)
 
     def on_fenced(self) -> None:
-        """Drop all held messages: the broker knows this member's id as another's."""
+        """Drop all held messages: the broker has fenced this member."""
         self.drop_partitions(tuple(self._trackers))
         self._fenced = True
 
     # ---- rejoining and leaving
 
     def _rejoin(self) -> None:
-        """Join again after a fencing. That fences any other member with this id, so one of them has to stop."""
+        """Join again after a fencing. That fences the other member with this id, if there is one.
+
+        After `_FENCINGS_LIMIT` fencings this member stops instead.
+        """
         now = time.monotonic()
         if len(self._fencings) == _FENCINGS_LIMIT - 1 and now - self._fencings[0] < _FENCINGS_S:
             self._duplicate_member = ConfigurationError(
@@ -412,10 +430,7 @@ class KafkaGroupConsumer:
 
     def _leave(self) -> None:
         if self._committer is None and self._duplicate_member is None:
-            try:
-                self._consumer.commit(self._committable(), timeout_ms=_LEAVE_MS)
-            except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
-                log.warning("the last commit failed; some messages will be judged again: %s", error)
+            commit_before_leaving(self._consumer, self._find_committable(), _LEAVE_MS)
         self.drop_partitions(tuple(self._trackers))
         try:
             self._consumer.close(autocommit=False, timeout_ms=_LEAVE_MS)
@@ -429,17 +444,15 @@ class KafkaGroupConsumer:
             self._closing.set()
 
 
-def _as_offsets(trackers: Mapping[Any, OffsetTracker]) -> dict[Any, Any]:
+def _collect_committable(trackers: Mapping[Any, OffsetTracker]) -> dict[Any, int]:
     return {
-        partition: OffsetAndMetadata(tracker.committable, "", -1)
-        for partition, tracker in trackers.items()
-        if tracker.committable is not None
+        partition: tracker.committable for partition, tracker in trackers.items() if tracker.committable is not None
     }
 
 
-def _make_sender(config: StreamConfig) -> Sender | Transactions:
+def _make_sender(config: StreamConfig) -> AtLeastOnceSender | TransactionalSender:
     if config.delivery == "at_least_once":
-        return Sender(config, delivery_s=_DELIVERY_S)
+        return AtLeastOnceSender(config, delivery_s=_DELIVERY_S)
     # With a fixed id a restarted member ends the transaction of its earlier start. Without one each start has a new id.
     # A `member_id` contains no slash, so two groups never share a transactional id.
-    return Transactions(config, f"{config.group}/{config.member_id or uuid.uuid4().hex}")
+    return TransactionalSender(config, f"{config.group}/{config.member_id or uuid.uuid4().hex}")

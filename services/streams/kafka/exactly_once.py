@@ -16,8 +16,8 @@ from typing import Any, Final, Protocol
 from services.core.errors import ConfigurationError, NotOwned
 from services.core.retry import backoff
 from services.streams.base import OutgoingMessage
-from services.streams.kafka.offsets import CommittableBatch, OffsetTracker, SettleResult
-from services.streams.kafka.transactions import CommitOutcome, Transactions
+from services.streams.kafka.offset_tracker import CommittableBatch, OffsetTracker, SettleResult
+from services.streams.kafka.transactions import CommitOutcome, TransactionalSender
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class Membership(Protocol):
     def trackers(self) -> Mapping[Any, OffsetTracker]:
         """By partition. The caller holds the lock."""
 
-    def group(self) -> Any | None:
+    def get_group_metadata(self) -> Any | None:
         """The consumer's group metadata; None while it is not in the group."""
 
-    def committed(self, partition: Any) -> int | None:
+    def fetch_committed(self, partition: Any) -> int | None:
         """The group's committed offset, after every pending transaction that could move it. Raises on failure."""
 
     def on_fenced(self) -> None:
@@ -63,7 +63,7 @@ class _PartitionBatch:
 class TransactionalCommitter:
     """Publishes and commits the done offsets of one member. Only `settle` belongs to the event loop."""
 
-    def __init__(self, transactions: Transactions, lock: threading.Lock) -> None:
+    def __init__(self, transactions: TransactionalSender, lock: threading.Lock) -> None:
         """`lock` guards the trackers. Takes over `transactions`."""
         self._transactions = transactions
         self._lock = lock
@@ -71,13 +71,13 @@ class TransactionalCommitter:
         self._settling: dict[MessageToken, asyncio.Future[None]] = {}
         """Guarded by the lock, as the trackers are."""
         self._changed = threading.Condition()
-        """Guards the next four."""
+        """Guards `_finished`, `_wake_requested`, `_flushing` and `_closing`."""
         self._finished = 0
         self._wake_requested = False
         self._flushing: list[threading.Event] = []
         self._closing = False
         self._limit = _MESSAGES_LIMIT
-        self._rotation = 0
+        self._first_partition = 0
         self._thread: threading.Thread | None = None
 
     def start(self, membership: Membership, name: str) -> None:
@@ -141,15 +141,15 @@ class TransactionalCommitter:
         delays = backoff(1.0)
         while (flushing := self._wait_for_work(began)) is not None:
             began = time.monotonic()
-            went_well = False
+            succeeded = False
             try:
-                went_well = self._commit_all(membership)
+                succeeded = self._commit_all(membership)
             except ConfigurationError as error:
                 log.error("publishing to Kafka failed; retrying: %s", error)
             except Exception:
                 log.exception("committing a transaction failed; retrying")
             self._reject_revoked()
-            if went_well:
+            if succeeded:
                 delays = backoff(1.0)
                 for each in flushing:
                     each.set()
@@ -178,97 +178,91 @@ class TransactionalCommitter:
         """Commit all done offsets. Returns whether that succeeded."""
         if not self._transactions.ready():  # an open transaction of a failed commit blocks readers
             return False
-        while partition_batches := self._collect_batches(membership):
-            confirm = self._ownership_check(membership, partition_batches)
-            if confirm() is None:
+        while batches := self._collect_batches(membership):
+            check_ownership = self._ownership_check(membership, batches)
+            if check_ownership() is None:
                 return False
-            outcome, words = self._transactions.publish(
-                [record for partition_batch in partition_batches for record in partition_batch.batch.outputs],
-                {partition_batch.partition: partition_batch.batch.committable for partition_batch in partition_batches},
-                confirm,
+            outcome, detail = self._transactions.publish(
+                [record for each in batches for record in each.batch.outputs],
+                {each.partition: each.batch.committable for each in batches},
+                check_ownership,
             )
             if outcome is CommitOutcome.UNKNOWN:
-                log.warning("the outcome of a transaction is unknown; reading the committed offsets: %s", words)
-                outcome = self._resolve_unknown_commit(membership, partition_batches)
-            if not self._apply_outcome(membership, partition_batches, outcome, words):
+                log.warning("the outcome of a transaction is unknown; reading the committed offsets: %s", detail)
+                outcome = self._resolve_unknown_commit(membership, batches)
+            if not self._apply_outcome(membership, batches, outcome, detail):
                 return False
         return True
 
     def _collect_batches(self, membership: Membership) -> list[_PartitionBatch]:
-        partition_batches = []
+        batches = []
         room = self._limit
-        self._rotation += 1
+        self._first_partition += 1
         with self._lock:
             trackers = list(membership.trackers().items())
             # Another partition is first each time, so that a busy one leaves room for the others.
-            first = self._rotation % len(trackers) if trackers else 0
+            first = self._first_partition % len(trackers) if trackers else 0
             for partition, tracker in trackers[first:] + trackers[:first]:
                 batch = tracker.next_batch(room) if room else None
                 if batch is not None:
-                    partition_batches.append(_PartitionBatch(partition, tracker, batch))
+                    batches.append(_PartitionBatch(partition, tracker, batch))
                     room -= len(batch.offsets)
-        return partition_batches
+        return batches
 
-    def _ownership_check(
-        self, membership: Membership, partition_batches: Sequence[_PartitionBatch]
-    ) -> Callable[[], Any | None]:
-        def confirm() -> Any | None:
+    def _ownership_check(self, membership: Membership, batches: Sequence[_PartitionBatch]) -> Callable[[], Any | None]:
+        def check_ownership() -> Any | None:
             # The order matters. A partition that this member still owns after it read the metadata has no other owner
             # in their generation. In a later generation the broker rejects the metadata.
-            group = membership.group()
+            group = membership.get_group_metadata()
             with self._lock:
-                return None if any(partition_batch.tracker.revoked for partition_batch in partition_batches) else group
+                return None if any(each.tracker.revoked for each in batches) else group
 
-        return confirm
+        return check_ownership
 
     def _apply_outcome(
-        self, membership: Membership, partition_batches: Sequence[_PartitionBatch], outcome: CommitOutcome, words: str
+        self, membership: Membership, batches: Sequence[_PartitionBatch], outcome: CommitOutcome, detail: str
     ) -> bool:
         """Update the trackers and the waiters. Returns whether to continue at once."""
-        tokens = [MessageToken(each.tracker, offset) for each in partition_batches for offset in each.batch.offsets]
+        tokens = [MessageToken(each.tracker, offset) for each in batches for offset in each.batch.offsets]
         if outcome is CommitOutcome.COMMITTED:
             with self._lock:
-                for partition_batch in partition_batches:
-                    partition_batch.tracker.mark_committed(partition_batch.batch)
+                for each in batches:
+                    each.tracker.record_transaction(each.batch)
             self._resolve_waiters(tokens)
             self._limit = min(_MESSAGES_LIMIT, 2 * self._limit)
             return True
-        if outcome is CommitOutcome.REFUSED and len(tokens) == 1:
+        if outcome is CommitOutcome.REJECTED and len(tokens) == 1:
             with self._lock:
                 tokens[0].tracker.abandon(tokens[0].offset)
             self._resolve_waiters(
                 tokens,
                 ConfigurationError(
-                    f"Kafka rejects the outputs of a message: {words}. Raise the topic's max.message.bytes."
+                    f"Kafka rejects the outputs of a message: {detail}. Raise the topic's max.message.bytes."
                 ),
             )
             self._limit = _MESSAGES_LIMIT
             return True
-        if outcome is CommitOutcome.REFUSED:
+        if outcome is CommitOutcome.REJECTED:
             # One rejected record fails the whole transaction, so halve it until the record is alone.
             self._limit = max(1, len(tokens) // 2)
             return True
         if outcome is CommitOutcome.FENCED:
             membership.on_fenced()
-        log.info("a transaction was not committed: %s", words)
+        log.info("a transaction was not committed: %s", detail)
         return False
 
-    def _resolve_unknown_commit(
-        self, membership: Membership, partition_batches: Sequence[_PartitionBatch]
-    ) -> CommitOutcome:
+    def _resolve_unknown_commit(self, membership: Membership, batches: Sequence[_PartitionBatch]) -> CommitOutcome:
         """Find out from the committed offsets whether a transaction was committed whose answer was lost."""
         delays = backoff(1.0)
         while not self._closing:
-            witness = next(
-                (each for each in partition_batches if each.batch.offsets and not each.tracker.revoked), None
-            )
-            if witness is None:
+            probe = next((each for each in batches if each.batch.offsets and not each.tracker.revoked), None)
+            if probe is None:
                 break
             try:
                 if self._transactions.recover():
-                    committed = membership.committed(witness.partition)
-                    if not witness.tracker.revoked:  # so only this member can have committed it
-                        found = committed is not None and committed >= witness.batch.committable
+                    committed = membership.fetch_committed(probe.partition)
+                    if not probe.tracker.revoked:  # so only this member can have committed it
+                        found = committed is not None and committed >= probe.batch.committable
                         return CommitOutcome.COMMITTED if found else CommitOutcome.ABORTED
             except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
                 log.warning("reading the committed offsets failed; retrying: %s: %s", type(error).__name__, error)
@@ -279,8 +273,8 @@ class TransactionalCommitter:
     def _reject_revoked(self) -> None:
         """Raise `NotOwned` in each `settle` whose partition was revoked."""
         with self._lock:
-            gone = [token for token in self._settling if token.tracker.revoked]
-        self._resolve_waiters(gone, NotOwned("revoked"))
+            revoked = [token for token in self._settling if token.tracker.revoked]
+        self._resolve_waiters(revoked, NotOwned("revoked"))
 
     def _resolve_waiters(self, tokens: Sequence[MessageToken], error: Exception | None = None) -> None:
         with self._lock:

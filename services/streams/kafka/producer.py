@@ -12,18 +12,24 @@ from kafka import errors
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
-from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_producer, connect, ensure_topics
+from services.streams.kafka.client import (
+    REJECTED_RECORD_ERRORS,
+    REQUEST_LIMIT_BYTES,
+    close_producer,
+    connect,
+    ensure_topics,
+)
 
 log = logging.getLogger(__name__)
 
 SENDS_IN_FLIGHT: Final = 256
-"""Concurrent calls of `Sender.send`, per sender. kafka-python buffers records without a limit."""
+"""Concurrent calls of `AtLeastOnceSender.send`, per sender. kafka-python buffers records without a limit."""
 
 _PUBLISH_S: Final = 10.0
 _CLOSE_S: Final = 3.0
 
 
-class Sender:
+class AtLeastOnceSender:
     """An idempotent producer for an event loop: every send waits for all in-sync replicas."""
 
     def __init__(self, config: StreamConfig, *, delivery_s: float) -> None:
@@ -71,12 +77,12 @@ class Sender:
             for record, outcome in zip(records, outcomes, strict=True):
                 if not isinstance(outcome, BaseException):
                     continue
-                log.warning("a message for %s was not acknowledged: %s", record.stream, outcome)
+                log.warning("a message for %s was not acknowledged; it may be sent again: %s", record.stream, outcome)
                 if not isinstance(outcome, errors.RetriableError | errors.AuthorizationError):
                     await loop.run_in_executor(self._thread, self._renew, producer)
                 # A rejected record fails every record that the producer holds. Sending each failed record alone shows
                 # which one is rejected.
-                if not isinstance(outcome, REFUSED) or not await loop.run_in_executor(
+                if not isinstance(outcome, REJECTED_RECORD_ERRORS) or not await loop.run_in_executor(
                     self._thread, self._send_alone, record
                 ):
                     failed.append(record)
@@ -103,13 +109,13 @@ class Sender:
             producer.send(record.stream, record.value, key=record.key, headers=list(record.headers)).get(
                 self._delivery_s
             )
-        except REFUSED as error:
+        except REJECTED_RECORD_ERRORS as error:
             raise ConfigurationError(
                 f"Kafka rejects a message of {len(record.value)} bytes for {record.stream}: {error}. "
                 "Raise the topic's max.message.bytes."
             ) from error
         except errors.KafkaError as error:
-            log.warning("a message for %s was not acknowledged: %s", record.stream, error)
+            log.warning("a message for %s was not acknowledged, sent alone: %s", record.stream, error)
             return False
         finally:
             close_producer(producer, 1)
@@ -138,7 +144,7 @@ class Sender:
 class KafkaPublisher:
     """Publishes without being a member. See `Publisher`."""
 
-    def __init__(self, sender: Sender) -> None:
+    def __init__(self, sender: AtLeastOnceSender) -> None:
         """Use `open`."""
         self._sender = sender
 
@@ -151,13 +157,13 @@ class KafkaPublisher:
             StreamUnavailable: no broker answered in time.
         """
 
-        def make() -> Sender:
+        def make() -> AtLeastOnceSender:
             admin = connect(config, kafka.KafkaAdminClient)
             try:
                 ensure_topics(config, admin)
             finally:
                 admin.close()
-            return Sender(config, delivery_s=_PUBLISH_S)
+            return AtLeastOnceSender(config, delivery_s=_PUBLISH_S)
 
         return cls(await asyncio.to_thread(make))
 

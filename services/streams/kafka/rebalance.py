@@ -11,6 +11,7 @@ from kafka import AsyncConsumerRebalanceListener, errors
 from services.core.errors import StreamUnavailable
 from services.streams.config import StreamConfig
 from services.streams.kafka.client import connect
+from services.streams.kafka.commits import commit_on_revocation
 from services.streams.kafka.compat import FixedCooperativeStickyAssignor, forget_offset_fetches, sleep_on_kafka_thread
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _CHECK_S: Final = 0.01
 class Owner(Protocol):
     """Holds the messages that the consumer received. Called from kafka-python's own thread."""
 
-    def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, Any]:
+    def drop_partitions(self, partitions: Iterable[Any]) -> dict[Any, int]:
         """Drop the held messages of `partitions`. Returns the offsets to commit for them."""
 
     def flush(self) -> Any | None:
@@ -55,10 +56,7 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
                 await sleep_on_kafka_thread(self._consumer, _CHECK_S)
         offsets = self.owner.drop_partitions(revoked)
         if offsets:
-            try:
-                await self._consumer.commit_async(offsets)
-            except errors.KafkaError as error:
-                log.warning("committing on revocation failed; some messages will be judged again: %s", error)
+            await commit_on_revocation(self._consumer, offsets)
 
     def drop_lost(self, lost: Iterable[Any]) -> None:
         """Drop the messages of partitions that were lost while the member was joining."""
@@ -66,12 +64,12 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_lost(self, lost: set[Any]) -> None:
         """Drop the messages without a commit: this member is no longer in the group."""
-        log.warning("partitions lost: %s", sorted(lost))
+        log.warning("partitions lost without a commit: %s; other members judge their messages again", sorted(lost))
         self.owner.drop_partitions(lost)
 
 
 def subscribe(config: StreamConfig, member: str) -> tuple[Any, Rebalance]:
-    """A consumer of the submissions that has not joined its group yet, and its listener. Blocks.
+    """Make a consumer, subscribe it, and return it with its listener. It joins at its first poll. Blocks.
 
     Raises:
         ConfigurationError: an option, or the credentials, are wrong.
@@ -106,14 +104,3 @@ def get_group_metadata(consumer: Any) -> Any | None:
     """Identifies the member in a transaction. None while it is not in the group: the broker would not check it."""
     group = consumer.group_metadata()
     return group if group.generation_id >= 0 and group.member_id else None
-
-
-def fetch_committed(consumer: Any, partition: Any, timeout_ms: int) -> int | None:
-    """The group's committed offset, None if there is none. Blocks until every transaction that could move it has ended.
-
-    Raises:
-        KafkaError: the broker does not answer.
-    """
-    forget_offset_fetches(consumer, [partition])
-    offset: int | None = consumer.committed(partition, timeout_ms=timeout_ms)
-    return offset

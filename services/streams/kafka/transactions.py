@@ -1,4 +1,5 @@
-"""Records and offsets in one Kafka transaction: all of them or none, and only while the group knows the member.
+"""Records and offsets in one Kafka transaction: all of them or none, and only if the member
+is in the current generation of its group.
 
 kafka-python needs these precautions (`services.streams.kafka.compat` describes its defects):
 
@@ -22,13 +23,13 @@ from typing import Any, Final
 
 import kafka
 from kafka import errors
-from kafka.structs import OffsetAndMetadata
 
 from services.core.errors import ConfigurationError, StreamUnavailable
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.kafka import compat
-from services.streams.kafka.client import REFUSED, REQUEST_LIMIT_BYTES, close_producer, connect
+from services.streams.kafka.client import REJECTED_RECORD_ERRORS, REQUEST_LIMIT_BYTES, close_producer, connect
+from services.streams.kafka.commits import add_offsets_to_transaction, begin_transaction_commit
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class CommitOutcome(Enum):
     COMMITTED = "committed"
     ABORTED = "aborted"
     """Nothing was published. A retry can help."""
-    REFUSED = "refused"
+    REJECTED = "rejected"
     """Nothing was published: a topic rejects at least one of the records."""
     FENCED = "fenced"
     """Nothing was published: another member has joined with this member's id."""
@@ -56,11 +57,11 @@ class CommitOutcome(Enum):
     """There was no answer. After `recover` the committed offsets show the outcome."""
 
 
-class _Refusal(Exception):
+class _RejectedRecord(Exception):
     """A topic rejects a record."""
 
 
-class Transactions:
+class TransactionalSender:
     """A transactional producer, one transaction at a time. Every method blocks; `stop` may come from another thread."""
 
     def __init__(self, config: StreamConfig, transactional_id: str) -> None:
@@ -78,12 +79,12 @@ class Transactions:
             raise StreamUnavailable("Kafka's transaction coordinator does not answer.")
 
     def publish(
-        self, records: Sequence[OutgoingMessage], offsets: Mapping[Any, int], confirm: Callable[[], Any | None]
+        self, records: Sequence[OutgoingMessage], offsets: Mapping[Any, int], check_ownership: Callable[[], Any | None]
     ) -> tuple[CommitOutcome, str]:
         """Publish `records` and commit `offsets` by partition. Returns the outcome, and the cause of a failure.
 
-        `confirm` is called after the records are written. It returns the consumer's group metadata, or None to abort
-        the transaction.
+        `check_ownership` is called after the records are written. It returns the consumer's group metadata, or None to
+        abort the transaction.
         """
         if not self.ready():
             return CommitOutcome.ABORTED, "Kafka does not answer"
@@ -91,18 +92,17 @@ class Transactions:
         try:
             producer.begin_transaction()
             self._write(producer, records)
-            member = confirm()
+            member = check_ownership()
             if member is None:
-                self._wait_for_result(producer, compat.begin_abort(producer))
+                self._wait_for_result(compat.begin_abort(producer))
                 return CommitOutcome.ABORTED, "a partition went to another member"
-            positions = {partition: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
-            self._wait_for_result(producer, compat.begin_send_offsets(producer, positions, member))
-            commit = compat.begin_commit(producer)
+            self._wait_for_result(add_offsets_to_transaction(producer, offsets, member))
+            commit = begin_transaction_commit(producer)
         except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
             self._discard_producer()
             return _failure_outcome(error), _describe(error)
         try:
-            self._wait_for_result(producer, commit)
+            self._wait_for_result(commit)
         except Exception as error:  # noqa: BLE001 - likewise; the commit may have succeeded
             self._discard_producer()
             return CommitOutcome.UNKNOWN, _describe(error)
@@ -158,7 +158,7 @@ class Transactions:
         """Returns when every record is acknowledged.
 
         Raises:
-            _Refusal: a topic rejects one of them.
+            _RejectedRecord: a topic rejects one of them.
             Exception: one was not acknowledged for another reason.
         """
         failures: list[Exception] = []
@@ -179,12 +179,12 @@ class Transactions:
             except Exception as error:  # noqa: BLE001 - likewise
                 failures.append(error)
         for failure in failures:
-            if isinstance(failure, REFUSED):
-                raise _Refusal(_describe(failure)) from failure
+            if isinstance(failure, REJECTED_RECORD_ERRORS):
+                raise _RejectedRecord(_describe(failure)) from failure
         if failures:
             raise failures[0]
 
-    def _wait_for_result(self, producer: Any, result: Any) -> None:
+    def _wait_for_result(self, result: Any) -> None:
         """Wait for a request of the transaction.
 
         Raises:
@@ -203,12 +203,12 @@ class Transactions:
 
 def _failure_outcome(error: Exception) -> CommitOutcome:
     """The outcome of a transaction that failed before its commit."""
-    if isinstance(error, _Refusal):
-        return CommitOutcome.REFUSED
+    if isinstance(error, _RejectedRecord):
+        return CommitOutcome.REJECTED
     return CommitOutcome.FENCED if isinstance(error, errors.FencedInstanceIdError) else CommitOutcome.ABORTED
 
 
 def _describe(error: BaseException) -> str:
-    if isinstance(error, _Refusal):
+    if isinstance(error, _RejectedRecord):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -157,7 +157,7 @@ class RedisGroupConsumer:
             raise translate_error(error) from error
         return Lag({0: int(pending) + int(waiting)}, published=int(published))
 
-    def blocked(self) -> Sequence[Message]:
+    def find_head_of_line_messages(self) -> Sequence[Message]:
         """Always empty: entries are acknowledged one by one, so none waits for another."""
         return ()
 

@@ -25,8 +25,8 @@ from typing import Final
 
 from services.streams.base import OutgoingMessage
 
-BLOCKED_SHARE: Final = 0.9
-"""A held offset blocks a window when done offsets after it fill this share."""
+HEAD_OF_LINE_SHARE: Final = 0.9
+"""A held offset is at the head of the line when done offsets after it fill this share of the window."""
 
 
 class SettleResult(Enum):
@@ -58,7 +58,7 @@ class OffsetTracker:
     def __init__(self, window: int, *, keeps_outputs: bool = False) -> None:
         """`window` limits the offsets in the tracker, held and done ones together.
 
-        With `keeps_outputs` a done offset stays, with its outputs, until `mark_committed`.
+        With `keeps_outputs` a done offset stays, with its outputs, until `record_transaction`.
         """
         if window < 1:
             raise ValueError("window must be at least 1")
@@ -78,7 +78,7 @@ class OffsetTracker:
         return self._position
 
     @property
-    def held(self) -> int:
+    def held_count(self) -> int:
         """How many offsets are held."""
         return self._held
 
@@ -98,9 +98,9 @@ class OffsetTracker:
         return len(self._kept) - self._held - len(self._done())
 
     @property
-    def blocked_by(self) -> int | None:
-        """The held offset that blocks the window, see `BLOCKED_SHARE`; None when none does."""
-        return self.oldest_unfinished if self.waiting >= BLOCKED_SHARE * self.window else None
+    def head_of_line_offset(self) -> int | None:
+        """The held offset that nearly all of the window waits for, see `HEAD_OF_LINE_SHARE`; None if there is none."""
+        return self.oldest_unfinished if self.waiting >= HEAD_OF_LINE_SHARE * self.window else None
 
     def holds(self, offset: int) -> bool:
         """Whether `offset` is held."""
@@ -131,7 +131,7 @@ class OffsetTracker:
         self._position = offset + 1
 
     def skip(self, position: int) -> None:
-        """Move the position: no offset from the present one up to (not including) `position` will be received."""
+        """Mark the offsets up to `position` (exclusive) as gaps."""
         if not self.revoked and (self._position is None or position > self._position):
             self._position = position
 
@@ -157,13 +157,13 @@ class OffsetTracker:
         outputs = tuple(record for offset in offsets for record in self._kept[offset] or ())
         return CommittableBatch(offsets, outputs, committable)
 
-    def mark_committed(self, released: CommittableBatch) -> None:
-        """Remove a batch whose outputs are published and whose offset is committed. A revoked tracker ignores it."""
+    def record_transaction(self, released: CommittableBatch) -> None:
+        """Remember that a transaction has published and committed a batch. A revoked tracker ignores it."""
         if self.revoked:
             return
         for offset in released.offsets:
             del self._kept[offset]
-        self.commit(released.committable)
+        self.record_commit(released.committable)
 
     def abandon(self, offset: int) -> None:
         """Hold a done offset again, because its outputs cannot be published. A revoked tracker ignores it.
@@ -178,7 +178,7 @@ class OffsetTracker:
         self._kept[offset] = None
         self._held += 1
 
-    def commit(self, offset: int) -> None:
+    def record_commit(self, offset: int) -> None:
         """Remember that `offset` is committed; an older one than before is ignored."""
         if self._committed is None or offset > self._committed:
             self._committed = offset

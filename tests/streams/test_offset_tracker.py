@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.streams.base import OutgoingMessage
-from services.streams.kafka.offsets import CommittableBatch, OffsetTracker, SettleResult
+from services.streams.kafka.offset_tracker import CommittableBatch, OffsetTracker, SettleResult
 
 WINDOW = 8
 
@@ -66,7 +66,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def commit(self) -> None:
         offset = self.tracker.committable
         if offset is not None:
-            self.tracker.commit(offset)
+            self.tracker.record_commit(offset)
             self.committed = offset
 
     @precondition(lambda self: self.position is not None)
@@ -95,12 +95,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.tracker.revoked:
             assert self.tracker.committable is None
             assert self.tracker.room == 0
-            assert self.tracker.held == 0
+            assert self.tracker.held_count == 0
             return
         expected = self.committable()
         assert self.tracker.committable == (None if expected == self.committed else expected)
         assert self.tracker.oldest_unfinished == min(self.held, default=None)
-        assert self.tracker.held == len(self.held)
+        assert self.tracker.held_count == len(self.held)
         assert self.tracker.position == self.position
         assert self.tracker.room == WINDOW - self.tracked() >= 0
 
@@ -175,7 +175,7 @@ class ReleaseMachine(RuleBasedStateMachine):
         elif meanwhile == "receive" and self.unread and self.tracker.room:
             self.receive()
         self.commit(batch)
-        self.tracker.mark_committed(batch)
+        self.tracker.record_transaction(batch)
         self.done -= set(batch.offsets)
 
     @precondition(lambda self: self.done)
@@ -193,7 +193,7 @@ class ReleaseMachine(RuleBasedStateMachine):
             self.commit(batch)
         self.tracker.revoke()
         if batch:
-            self.tracker.mark_committed(batch)
+            self.tracker.record_transaction(batch)
         assert self.tracker.next_batch(WINDOW) is None
         assert all(self.tracker.finish(offset, ()) is SettleResult.REVOKED for offset in self.held)
         self.own()
@@ -210,12 +210,12 @@ class ReleaseMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        assert self.tracker.held == len(self.held)
+        assert self.tracker.held_count == len(self.held)
         assert self.tracker.room == WINDOW - len(self.held) - len(self.done) >= 0
         assert self.tracker.oldest_unfinished == min(self.held, default=None)
         waiting = len([offset for offset in self.done if self.held and offset > min(self.held)])
         assert self.tracker.waiting == waiting
-        assert self.tracker.blocked_by == (min(self.held) if waiting >= 0.9 * WINDOW else None)
+        assert self.tracker.head_of_line_offset == (min(self.held) if waiting >= 0.9 * WINDOW else None)
 
     def settled(self) -> int:
         """How many messages of the log are below the committed offset."""
@@ -266,8 +266,8 @@ def test_older_commit_is_ignored() -> None:
     tracker = OffsetTracker(4)
     tracker.receive(0)
     tracker.finish(0)
-    tracker.commit(1)
-    tracker.commit(0)
+    tracker.record_commit(1)
+    tracker.record_commit(0)
     assert tracker.committable is None
 
 
@@ -282,14 +282,14 @@ def test_abandon_of_an_offset_that_is_not_done_raises() -> None:
 
 
 @pytest.mark.parametrize("keeps_outputs", [False, True])
-def test_blocked_by_is_the_offset_that_blocks_the_window(keeps_outputs: bool) -> None:
+def test_head_of_line_offset_is_the_one_that_a_nearly_full_window_waits_for(keeps_outputs: bool) -> None:
     tracker = OffsetTracker(10, keeps_outputs=keeps_outputs)
     for offset in range(10):
         tracker.receive(offset)
     for offset in range(1, 9):
         tracker.finish(offset)
-        assert tracker.blocked_by is None
+        assert tracker.head_of_line_offset is None
     tracker.finish(9)
-    assert tracker.blocked_by == 0
+    assert tracker.head_of_line_offset == 0
     tracker.finish(0)
-    assert tracker.blocked_by is None
+    assert tracker.head_of_line_offset is None
