@@ -18,12 +18,12 @@ NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
         *(("1e3s", 1000), (".5h", 1800), ("+5m", 300), ("5 m", 300), ("1_000s", 1000), ("1e3", 1000), (" 5m ", 300)),
     ],
 )
-def test_duration_is_parsed_to_seconds(text: str, seconds: float) -> None:
+def test_parse_duration_valid_text_gives_seconds(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "s", "5x", "0s", "0", "-5m", "nan", "inf", "nan s", "1e308d", "5m 3"])
-def test_wrong_duration_is_refused(text: str) -> None:
+def test_parse_duration_other_text_is_rejected(text: str) -> None:
     with pytest.raises(ConfigurationError, match="is not a duration"):
         parse_duration(text)
 
@@ -41,11 +41,11 @@ def test_wrong_duration_is_refused(text: str) -> None:
         ("2026-11-21T10:00:00Z", NOW),
     ],
 )
-def test_time_is_parsed(text: str, expected: datetime) -> None:
+def test_parse_time_valid_text_gives_the_time(text: str, expected: datetime) -> None:
     assert parse_time(text, NOW) == expected
 
 
 @pytest.mark.parametrize("text", ["", "soon", "5", "h", "-2h", "999999999w", "2026-13-01", "0001-01-01T00:00:00+23:00"])
-def test_wrong_time_is_refused(text: str) -> None:
+def test_parse_time_other_text_is_rejected(text: str) -> None:
     with pytest.raises(ConfigurationError, match="neither a duration"):
         parse_time(text, NOW)

@@ -122,7 +122,7 @@ class TestFit:
             assert found.ece_after < 0.08
             assert found.brier_after < found.brier_before
 
-    def test_many_knots_are_reduced_to_the_limit(self) -> None:
+    def test_isotonic_fit_with_many_knots_is_reduced_to_the_limit(self) -> None:
         score = np.linspace(0, 1, 5000)
         label = (np.random.default_rng(0).random(5000) < score).astype(float)
         found = fit_calibration(label, score, np.arange(5000)).map

@@ -78,7 +78,7 @@ HAND: list[Row] = [
 ]
 
 
-class TestByHand:
+class TestHandCounts:
     """tp 8, fn 2, tn 9, fp 4; the answers for one Unsafe and three Safe rows are unreadable."""
 
     def test_rates_of_all_rows_match_hand_count(self) -> None:

@@ -48,7 +48,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr("services.guard.engine.choose_gpu_count", lambda *_: 0)
 
 
-class TestBeforeItIsReady:
+class TestStart:
     async def test_call_before_the_start_is_unavailable(self, tmp_path: Path) -> None:
         engine = Engine(resolve("tiny"), state_dir=tmp_path)
         with pytest.raises(GuardUnavailable, match="stopped"):
@@ -110,7 +110,7 @@ class TestBeforeItIsReady:
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-class TestTheRealServer:
+class TestRealServer:
     async def test_request_without_the_key_is_rejected(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid
         assert pid is not None

@@ -67,7 +67,7 @@ class TestShieldGemma:
         assert (await ShieldGemma().judge(ask, policy("never"), "verdict", answer_tokens=9)).rationale is None
         assert (await ShieldGemma().judge(ask, policy(), "score", answer_tokens=9)).category == NO_CATEGORY
 
-    async def test_low_scores_rate_safe(self) -> None:
+    async def test_image_with_low_scores_is_rated_safe(self) -> None:
         judged = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.rationale, judged.score) == ("Safe", NO_CATEGORY, None, 0.2)
         always = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
@@ -124,7 +124,7 @@ def test_every_checkpoint_has_an_example_and_two_ratings(row: Checkpoint) -> Non
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-class TestThroughTheRealEngine:
+class TestRealEngine:
     async def test_shieldgemma_judges_each_category(self, tmp_path: Path) -> None:
         checkpoint = resolve(str(fake_checkpoints.shieldgemma(tmp_path / "weights")))
         assert checkpoint.name == "ShieldGemma-2-4B"

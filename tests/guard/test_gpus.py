@@ -19,7 +19,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     return with_gpus
 
 
-class TestWhatItRunsOn:
+class TestDevice:
     def test_checkpoint_that_fits_gets_as_few_gpus_as_hold_it(self, machine) -> None:
         machine(79.3)
         assert choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV")) == 1

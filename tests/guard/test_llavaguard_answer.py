@@ -39,7 +39,7 @@ def written(rating: str, category: str, rationale: str | None) -> str:
     return json.dumps(answer, indent=4).removeprefix(ANSWER_START)
 
 
-class TestQuestion:
+class TestPrompt:
     def test_prompt_has_the_layout_of_the_training(self) -> None:
         assert build_prompt("chatml-llava", "POLICY") == (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -77,7 +77,7 @@ class TestQuestion:
             build_prompt("chatml-llava", f"Be kind.{marker}")
 
 
-class TestRead:
+class TestParsing:
     @given(RATIONALES.filter(str.isprintable))
     def test_written_answer_is_parsed(self, rationale: str) -> None:
         answer = parse_answer(written("Unsafe", CATEGORIES[1], rationale), "unsafe", cut=False)
@@ -155,7 +155,7 @@ class TestScore:
     def test_extreme_log_probabilities_give_exact_scores(self, safe: float, unsafe: float, score: float) -> None:
         assert unsafe_probability(safe, unsafe) == score
 
-    def test_nan_is_unreadable(self) -> None:
+    def test_score_that_is_nan_is_unreadable(self) -> None:
         with pytest.raises(UnreadableAnswer):
             unsafe_probability(math.nan, -1)
 

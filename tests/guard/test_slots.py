@@ -44,13 +44,13 @@ class Engine:
                 return await self.judge(image)
 
 
-async def test_concurrent_calls_stay_within_the_count() -> None:
+async def test_slots_concurrent_calls_stay_within_the_count() -> None:
     engine = Engine(3)
     await asyncio.gather(*(engine.judge(str(number)) for number in range(20)))
     assert engine.most == 3
 
 
-async def test_live_goes_before_backfill() -> None:
+async def test_slots_live_call_goes_before_backfill() -> None:
     engine = Engine(1)
     await asyncio.gather(
         engine.judge("first"),
@@ -60,7 +60,7 @@ async def test_live_goes_before_backfill() -> None:
     assert engine.order == ["first", "new-0", "new-1", "new-2", "old-0", "old-1", "old-2"]
 
 
-async def test_interactive_goes_before_all_streams() -> None:
+async def test_slots_interactive_call_goes_before_all_streams() -> None:
     engine = Engine(1)
     await asyncio.gather(
         engine.judge("first"),
@@ -71,7 +71,7 @@ async def test_interactive_goes_before_all_streams() -> None:
     assert engine.order == ["first", "now-0", "now-1", "new-0", "new-1", "old-0", "old-1"]
 
 
-async def test_only_poison_images_fail() -> None:
+async def test_slots_engine_failures_fail_only_poison_images() -> None:
     engine = Engine(4, frozenset({"7", "8"}))
     async with asyncio.timeout(5):
         results = await asyncio.gather(*(engine.patiently(str(n)) for n in range(20)), return_exceptions=True)

@@ -223,7 +223,7 @@ def test_downscaling_keeps_the_picture(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1), (3, 9_001), (511, 513)])
-def test_extreme_sizes_are_decoded(size: tuple[int, int]) -> None:
+def test_image_of_extreme_size_is_decoded(size: tuple[int, int]) -> None:
     for kind in ("png", "jpeg", "gif", "tiff"):
         prepared = prepare(encoded(Image.new("RGB", size, "red"), kind), LIMITS)
         assert min(shown(prepared).size) >= 1

@@ -25,7 +25,7 @@ def refused(text: str | bytes) -> InvalidDocument:
     return caught.value
 
 
-class TestProblems:
+class TestIssues:
     @pytest.mark.parametrize(
         ("text", "line", "field", "says"),
         [
@@ -174,7 +174,7 @@ class TestProblems:
         assert str(refused("name: Shop\ncolour: red")).endswith("(1 more problem)")
 
     @pytest.mark.parametrize("text", ["name: x\n{}: a", "name: x\nrationale: {}", "kind: tenants\ntenants: {{{}: X}}"])
-    def test_messages_are_short_and_printable(self, text: str) -> None:
+    def test_issue_text_is_short_and_printable(self, text: str) -> None:
         error = refused(text.replace("{}", '"' + "\\e[31m" * 200 + '"').replace("{{", "{").replace("}}", "}"))
         assert len(str(error)) < 500
         assert str(error).isprintable()

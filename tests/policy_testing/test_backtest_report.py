@@ -313,7 +313,7 @@ PAIRS = st.lists(st.builds(pair, SIDES, SIDES, name=st.text(max_size=5), picture
 
 class TestEverySample:
     @given(PAIRS)
-    def test_counts_of_any_sample_add_up(self, pairs: list[VerdictPair]) -> None:
+    def test_report_of_any_sample_has_counts_that_add_up(self, pairs: list[VerdictPair]) -> None:
         report = report_on(*pairs)
         assert report.pairs == len(pairs)
         assert report.pairs == (
@@ -413,7 +413,7 @@ class TestLines:
         assert "flips: 15 of the action, 0 of only the rating or the category" in text
         assert f"15  allow → block     {VIOLENCE}" in text
 
-    def test_control_characters_of_a_category_are_escaped(self) -> None:
+    def test_summary_with_control_characters_escapes_them(self) -> None:
         report = report_on(pair(judged(), judged("block", category="O10: \x1b[2Jgone\nnew")))
         assert all(line.isprintable() for line in report.lines())
 
@@ -478,7 +478,7 @@ def assert_safe(page: Page) -> None:
 class TestPage:
     HOSTILE = "\"'><script>alert(1)</script><img src=//x onerror=y>"
 
-    def test_hostile_text_is_escaped(self) -> None:
+    def test_page_with_hostile_text_escapes_it(self) -> None:
         before = judged("allow", rationale=self.HOSTILE)
         after = judged("block", category=self.HOSTILE, rationale=self.HOSTILE + " after")
         pairs = [
@@ -542,7 +542,7 @@ class TestPage:
         anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
         assert {(link["href"] or "")[1:] for link in page.all("a")} == anchors
 
-    def test_flips_beyond_the_limit_are_listed_without_pictures(self) -> None:
+    def test_page_with_flips_beyond_the_limit_lists_them_without_pictures(self) -> None:
         over = PICTURES_LIMIT + 7
         pairs = [pair(judged(), judged("block"), name=f"{index:04}", picture=JPEG) for index in range(over)]
         pairs.append(pair(judged(), judged("block"), name="9999"))  # has no picture anyway

@@ -63,7 +63,7 @@ def fewest_conflicts(identities: Sequence[str], explained: int) -> int:
 
 class TestMatching:
     @given(SUBMISSIONS, OUTCOMES)
-    def test_matching_agrees_with_the_model(
+    def test_match_any_messages_agrees_with_the_model(
         self, submissions: list[SubmissionMessage], outcomes: list[SubmissionOutcome]
     ) -> None:
         cases = matched(submissions, outcomes)
@@ -88,30 +88,32 @@ class TestMatching:
                 assert (case.repeated, case.conflicting, case.lost, case.in_flight) == (0, 0, (), 0)
 
     @given(st.lists(st.tuples(KEYS, st.integers(0, 4).map(float)), max_size=10))
-    def test_one_outcome_for_each_submission_has_no_findings(self, submitted: list[tuple[bytes, float]]) -> None:
+    def test_match_one_outcome_for_each_submission_finds_nothing(self, submitted: list[tuple[bytes, float]]) -> None:
         outcomes = [outcome(key, f"{key!r} {number}") for number, (key, _) in enumerate(submitted)]
         for case in matched([seen(*each) for each in submitted], outcomes):
             assert (case.lost, case.in_flight, case.repeated, case.conflicting) == ((), 0, 0, 0)
 
     @given(st.lists(st.tuples(KEYS, st.integers(0, 4).map(float)), min_size=1, max_size=10), st.data())
-    def test_missing_outcome_is_lost(self, submitted: list[tuple[bytes, float]], data: st.DataObject) -> None:
+    def test_match_submission_without_outcome_is_lost(
+        self, submitted: list[tuple[bytes, float]], data: st.DataObject
+    ) -> None:
         missing = data.draw(st.integers(0, len(submitted) - 1))
         outcomes = [outcome(key, "same") for number, (key, _) in enumerate(submitted) if number != missing]
         cases = matched([seen(*each) for each in submitted], outcomes)
         assert sum(len(case.lost) for case in cases) == 1
         assert {each.key for case in cases for each in case.lost} == {submitted[missing][0]}
 
-    def test_repeated_conflict_counts_once_as_conflict(self) -> None:
+    def test_match_repeated_conflict_counts_once_as_conflict(self) -> None:
         (case,) = matched([seen(b"a", 0)], [outcome(b"a", identity) for identity in "xxyy"])
         assert (case.conflicting, case.repeated) == (1, 2)
 
-    def test_dead_letter_and_verdict_conflict_unless_submitted_twice(self) -> None:
+    def test_match_dead_letter_and_verdict_conflict_unless_submitted_twice(self) -> None:
         (case,) = matched([seen(b"a", 0)], [outcome(b"a", "verdict"), outcome(b"a", "dead letter")])
         assert (case.conflicting, case.repeated) == (1, 0)
         (case,) = matched([seen(b"a", 0), seen(b"a", 1)], [outcome(b"a", "verdict"), outcome(b"a", "dead letter")])
         assert (case.conflicting, case.repeated) == (0, 0), "the second submission may have another outcome"
 
-    def test_outcomes_read_later_fill_gaps_but_are_never_surplus(self) -> None:
+    def test_match_outcomes_of_the_second_pass_fill_gaps_but_are_never_surplus(self) -> None:
         (case,) = matched(
             [seen(b"a", 0)], [outcome(b"a", "x", is_first_pass=False), outcome(b"a", "y", is_first_pass=False)]
         )
@@ -129,11 +131,11 @@ def test_failure_names_lost_and_conflicting_and_with_exactly_once_repeats() -> N
 
 
 @pytest.mark.parametrize("source", ["", "s", "s/x", "s/1-", "s/" + "9" * 99, "/1", "s/٣x"])
-def test_text_that_is_no_position_is_rejected(source: str) -> None:
+def test_parse_position_other_text_is_rejected(source: str) -> None:
     assert reconciliation._parse_position(source) is None
 
 
-def test_positions_are_ordered_as_numbers() -> None:
+def test_parse_position_results_are_ordered_as_numbers() -> None:
     sources = ["s/99-7", "s/100-3", "s/100-12"]
     assert sorted(sources, key=lambda each: reconciliation._parse_position(each) or ("", ())) == sources
 
@@ -183,7 +185,7 @@ def kinds(findings: list[Finding]) -> Counter[tuple[str, str | None]]:
     return Counter((each.finding, each.submission_id) for each in findings)
 
 
-async def test_every_kind_of_submission_has_one_outcome(bench: IntakeBench) -> None:
+async def test_reconcile_every_kind_of_submission_has_one_outcome(bench: IntakeBench) -> None:
     await bench.start()
     for key in ("a.jpg", "b.jpg"):
         bench.put(key)
@@ -282,7 +284,7 @@ async def test_repeated_conflicting_and_unexplained_outcomes_are_found(bench: In
     assert set(both.ends) == {"verdict v", "dead letter not_found of s/0/0"}
 
 
-async def test_range_limits_the_submissions_that_are_reconciled(bench: IntakeBench) -> None:
+async def test_reconcile_range_limits_the_submissions(bench: IntakeBench) -> None:
     settings = bench.settings
     await publish(settings, *(submission(settings, name) for name in ("before", "slow")))
     await asyncio.sleep(0.05)
@@ -315,7 +317,9 @@ async def test_outcomes_of_submissions_dropped_by_the_stream_are_outside(bench: 
     assert (result.outside, result.unexplained) == (1, 1)
 
 
-async def test_running_service_causes_no_findings(bench: IntakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reconcile_beside_a_running_service_finds_nothing(
+    bench: IntakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Publish submissions and verdicts between the passes of the command."""
     settings = bench.settings
     await publish(settings, submission(settings, "a"), verdict(settings, "a"), submission(settings, "b"))

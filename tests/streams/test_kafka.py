@@ -167,7 +167,7 @@ async def test_aborted_messages_are_skipped_and_markers_are_no_lag(streams: Stre
 
 
 @BOTH_DELIVERIES
-async def test_full_buffer_pauses_and_resumes(streams: Streams) -> None:
+async def test_consumer_with_full_buffer_pauses_and_resumes(streams: Streams) -> None:
     member: Any = await streams.member(in_flight=5)
     numbers = [str(number) for number in range(100)]
     await streams.submit(*numbers)
@@ -187,7 +187,7 @@ async def test_full_buffer_pauses_and_resumes(streams: Streams) -> None:
     await eventually(nothing_waits)
 
 
-async def test_null_value_becomes_empty(streams: Streams, kafka_address: str) -> None:
+async def test_message_with_null_value_is_received_as_empty(streams: Streams, kafka_address: str) -> None:
     member = await streams.member()
 
     def produce() -> None:
@@ -227,7 +227,7 @@ async def test_header_name_that_is_not_utf8_is_received(streams: Streams, kafka_
 
 
 @BOTH_DELIVERIES
-async def test_failed_poll_loses_no_message(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_consumer_with_a_failed_poll_loses_no_message(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     member: Any = await streams.member()
     poll = member._consumer.poll
     failures: list[Any] = []

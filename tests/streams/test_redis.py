@@ -62,7 +62,7 @@ async def test_more_headers_than_a_script_takes_are_kept(streams: Streams) -> No
     assert letter.headers == headers
 
 
-async def test_attempts_count_deliveries(streams: Streams) -> None:
+async def test_message_delivered_again_counts_its_attempts(streams: Streams) -> None:
     await streams.submit("a")
     first = await streams.member("first", **PATIENT)
     assert [message.attempts for message in await collect(first, 1)] == [1]
