@@ -1,11 +1,12 @@
 """Crash isolation finds the message that crashes intake processes, and protects the other messages.
 
-`pipelines.intake.crash_registry` counts the crashes of each message:
+`pipelines.intake.crash_registry` counts the crashes of each message. Their number decides:
 
 - A message with one crash is **suspected**: a few suspected messages at most run at the same time.
 - A message with two crashes is **isolated**: it runs alone in its process.
-- A message with three crashes is **confirmed poison**: it ran alone in the last one. It is not touched again and
-  becomes a dead letter. Messages that ran at the same time as it are not blamed.
+- A message with three crashes is **confirmed poison**: it ran alone in the last one. It ends here: it is not parsed
+  again, and `find_poison_error` returns the error with which `Lane` makes it a dead letter. Messages that ran at the
+  same time as it are not blamed.
 
 Neither restriction lasts longer than `_ISOLATION_S`, so a message that waits, for example for S3, does not hold up the
 others.
@@ -31,9 +32,11 @@ _ISOLATION_S: Final = 20.0
 sooner."""
 
 
-def poison_error() -> GuardFailed:
-    """The error of a message that is confirmed poison."""
-    return GuardFailed(f"it made a worker crash {MAX_CRASHES} times")
+def find_poison_error(crashes: int) -> GuardFailed | None:
+    """Return the error of the dead letter if a message with so many crashes is confirmed poison, else None."""
+    if crashes < MAX_CRASHES:
+        return None
+    return GuardFailed(f"the message crashed an intake process {MAX_CRASHES} times, the last time alone")
 
 
 @contextmanager

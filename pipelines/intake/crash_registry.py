@@ -48,6 +48,7 @@ for i = 6, #ARGV do
 end
 return crashes
 """
+# The keys `alive` (heartbeats) and `in-hand:<member>` (messages in flight) have their names since version 0.1.0.
 _LEAVE_SCRIPT: Final = "redis.call('ZREM', KEYS[1], ARGV[1]) redis.call('DEL', KEYS[2])"
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class CrashRegistry:
         return [0] * len(sources)
 
     async def add(self, source: str) -> None:
-        """Register a message, whatever its crashes are."""
+        """Register a message, even if it has crashes."""
         self.in_flight.add(source)
         if not self._redis_down:
             await self.update()

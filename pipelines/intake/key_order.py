@@ -62,7 +62,7 @@ class LatestEvents:
         if len(self._latest) > _MAX_OBJECTS:
             self._latest.popitem(last=False)
 
-    def is_stale(self, entry: ParsedSubmission) -> bool:
+    def is_superseded(self, entry: ParsedSubmission) -> bool:
         """Return whether a later event of the same object was received."""
         latest = self._latest.get(entry.submission.uri)
         return entry.sequencer is not None and latest is not None and is_before(entry.sequencer, latest)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
-from pipelines.intake.crash_isolation import MAX_CRASHES, CrashIsolation, poison_error
+from pipelines.intake.crash_isolation import CrashIsolation, find_poison_error
 from pipelines.intake.key_order import KeyOrder, KeyTicket, LatestEvents
 from pipelines.intake.processor import Processor
 from services.core.errors import ConfigurationError, NotOwned
@@ -39,18 +39,18 @@ class InFlightMessage:
         self.crashes = crashes
         self.received_at_s = received_at_s
         self.judged = False
-        self.deadline_passed = False
+        self.blocked_deadline_passed = False
         self._scope: asyncio.Timeout | None = None
 
-    def expire(self) -> None:
+    def stop_processing(self) -> None:
         """Stop processing the message, now and in later tries. It is still settled."""
-        if self._scope and not self.deadline_passed:
+        if self._scope and not self.blocked_deadline_passed:
             self._scope.reschedule(asyncio.get_running_loop().time())
-        self.deadline_passed = True
+        self.blocked_deadline_passed = True
 
     @asynccontextmanager
-    async def stop_at_deadline(self) -> AsyncIterator[None]:
-        """Run the block until it ends or `expire` is called. `expire` raises nothing here."""
+    async def stop_on_request(self) -> AsyncIterator[None]:
+        """Run the block until it ends or `stop_processing` is called. `stop_processing` raises nothing here."""
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -85,89 +85,93 @@ class Lane:
         self.tasks: set[asyncio.Task[None]] = set()
         self._processor = processor
         self._isolation = isolation
-        self._limit = limit
+        self._max_unjudged = limit
         self._clock = clock
         self._sleep = sleep
-        self._judging = 0
-        """Messages without outputs. Messages that wait to be settled do not count: with exactly-once delivery they wait
-        for the oldest message of their partition."""
+        self._unjudged_count = 0
+        """The number of messages without outputs: parsed, waiting or being judged. Messages that wait to be settled do
+        not count: with exactly-once delivery they wait for the oldest message of their partition."""
         self._judged = asyncio.Event()
         self._slots = asyncio.Semaphore(limit)
         self._key_order = KeyOrder()
-        self._latest = LatestEvents()
+        self._latest_events = LatestEvents()
 
     @property
-    def free_slots(self) -> int:
-        """The number of messages that may still be received."""
-        return min(self._limit - self._judging, _MAX_UNSETTLED_MESSAGES - len(self.tasks))
+    def capacity(self) -> int:
+        """How many more messages may be received now."""
+        return min(self._max_unjudged - self._unjudged_count, _MAX_UNSETTLED_MESSAGES - len(self.tasks))
 
     async def receive(self) -> None:
-        """Receive up to as many messages as there are free slots, and start to process them."""
-        if self.free_slots < 1:
+        """Receive as many messages as there is capacity for, and start to process them."""
+        if self.capacity < 1:
             self._judged.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._judged.wait(), RECEIVE_TIMEOUT_S)
             return
-        messages = await self.consumer.receive(self.free_slots, RECEIVE_TIMEOUT_S)
-        self._judging += len(messages)
+        messages = await self.consumer.receive(self.capacity, RECEIVE_TIMEOUT_S)
+        self._unjudged_count += len(messages)
         crashes = await self._isolation.register([message.source for message in messages])
         for message, count in zip(messages, crashes, strict=True):
-            held = InFlightMessage(message, count, self._clock())
-            self.in_flight[held.message.source] = held
-            entries = await self._parse(held)
+            in_flight = InFlightMessage(message, count, self._clock())
+            self.in_flight[in_flight.message.source] = in_flight
+            entries = await self._parse(in_flight)
             submissions = [entry for entry in entries if isinstance(entry, ParsedSubmission)]
             for submission in submissions:
-                self._latest.add(submission)
+                self._latest_events.add(submission)
             ticket = self._key_order.enqueue(entry.key for entry in submissions)
-            task = asyncio.create_task(self._handle(held, entries, ticket), name=held.message.source)
+            task = asyncio.create_task(self._handle(in_flight, entries, ticket), name=in_flight.message.source)
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    def expire_blocking_messages(self, deadline_s: float) -> None:
+    def stop_head_of_line_messages(self, deadline_s: float) -> None:
         """Stop processing messages that have blocked a partition with a full window for `deadline_s`."""
         for message in self.consumer.find_head_of_line_messages():
-            held = self.in_flight.get(message.source)
-            if held is None or held.deadline_passed or self._clock() - held.received_at_s <= deadline_s:
+            in_flight = self.in_flight.get(message.source)
+            if (
+                in_flight is None
+                or in_flight.blocked_deadline_passed
+                or self._clock() - in_flight.received_at_s <= deadline_s
+            ):
                 continue
             if self._processor.expiry_budget.take():
                 log.error(
                     "message %s has blocked its partition for more than %g s; it is settled without a judgement",
                     *(message.source, deadline_s),
                 )
-                held.expire()
+                in_flight.stop_processing()
 
-    async def _parse(self, held: InFlightMessage) -> Sequence[Entry]:
-        if held.crashes == 0:
-            return parse(held.message)
-        if held.crashes >= MAX_CRASHES:
+    async def _parse(self, in_flight: InFlightMessage) -> Sequence[Entry]:
+        if in_flight.crashes == 0:
+            return parse(in_flight.message)
+        if find_poison_error(in_flight.crashes) is not None:
             return ()
-        async with self._isolation.isolate(held.message.source, held.crashes, parse=True):
-            return parse(held.message)
+        async with self._isolation.isolate(in_flight.message.source, in_flight.crashes, parse=True):
+            return parse(in_flight.message)
 
-    async def _handle(self, held: InFlightMessage, entries: Sequence[Entry], ticket: KeyTicket) -> None:
+    async def _handle(self, in_flight: InFlightMessage, entries: Sequence[Entry], ticket: KeyTicket) -> None:
         try:
             await self._key_order.wait(ticket)
-            await self._publish_and_settle(held, entries)
+            await self._publish_and_settle(in_flight, entries)
         finally:
-            self._mark_judged(held)
+            self._mark_judged(in_flight)
             self._key_order.release(ticket)
-            source = held.message.source
-            if self.in_flight.get(source) is held:  # otherwise the message was revoked and received again
+            source = in_flight.message.source
+            if self.in_flight.get(source) is in_flight:  # otherwise the message was revoked and received again
                 del self.in_flight[source]
 
-    def _mark_judged(self, held: InFlightMessage) -> None:
-        if not held.judged:
-            held.judged = True
-            self._isolation.release(held.message.source)
-            self._judging -= 1
+    def _mark_judged(self, in_flight: InFlightMessage) -> None:
+        if not in_flight.judged:
+            in_flight.judged = True
+            self._isolation.release(in_flight.message.source)
+            self._unjudged_count -= 1
             self._judged.set()
 
-    async def _publish_and_settle(self, held: InFlightMessage, entries: Sequence[Entry]) -> None:
-        message = held.message
+    async def _publish_and_settle(self, in_flight: InFlightMessage, entries: Sequence[Entry]) -> None:
+        message = in_flight.message
         for pause_s in itertools.chain(_RETRY_PAUSES_S, itertools.repeat(_RETRY_PAUSES_S[-1])):
             try:
-                outputs = await self._process_entries(held, entries)
-                self._mark_judged(held)
+                outputs = await self._process_entries(in_flight, entries)
+                self._mark_judged(in_flight)
                 await self.consumer.settle(message, outputs)
                 return
             except NotOwned:
@@ -180,10 +184,11 @@ class Lane:
                 log.exception("a defect of Sluice stopped message %s; next try in %d s", message.source, pause_s)
             await self._sleep(pause_s)
 
-    async def _process_entries(self, held: InFlightMessage, entries: Sequence[Entry]) -> list[OutgoingMessage]:
+    async def _process_entries(self, in_flight: InFlightMessage, entries: Sequence[Entry]) -> list[OutgoingMessage]:
         """Return the outputs of all entries. Entries with the same key are processed one after the other."""
-        if held.crashes >= MAX_CRASHES:
-            return [self._processor.make_dead_letter(held.message, held.message.value, poison_error(), None)]
+        poison_error = find_poison_error(in_flight.crashes)
+        if poison_error is not None:  # a poison message ends here; see pipelines.intake.crash_isolation
+            return [self._processor.make_dead_letter(in_flight.message, in_flight.message.value, poison_error, None)]
         by_key: defaultdict[bytes | None, list[int]] = defaultdict(list)
         for number, entry in enumerate(entries):
             by_key[entry.key if isinstance(entry, ParsedSubmission) else None].append(number)
@@ -191,14 +196,17 @@ class Lane:
 
         async def run_key(numbers: list[int]) -> None:
             for number in numbers:
-                outputs[number] = await self._process(held.message, entries[number])
+                outputs[number] = await self._process(in_flight.message, entries[number])
 
-        if not held.deadline_passed:
-            async with held.stop_at_deadline(), self._isolation.isolate(held.message.source, held.crashes):
+        if not in_flight.blocked_deadline_passed:
+            async with (
+                in_flight.stop_on_request(),
+                self._isolation.isolate(in_flight.message.source, in_flight.crashes),
+            ):
                 await asyncio.gather(*map(run_key, by_key.values()))
         for number in range(len(entries)):
             if number not in outputs:
-                outputs[number] = self._outcome_after_deadline(held.message, entries[number])
+                outputs[number] = self._make_outcome_of_blocked(in_flight.message, entries[number])
         return [output for numbers in by_key.values() for number in numbers for output in outputs[number]]
 
     async def _process(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
@@ -207,13 +215,13 @@ class Lane:
         if self.priority == "backfill":
             entry = replace(entry, submission=entry.submission.model_copy(update={"priority": "backfill"}))
         async with self._slots:
-            if self._latest.is_stale(entry):
+            if self._latest_events.is_superseded(entry):
                 return self._processor.make_superseded_verdict(entry)
             return await self._processor.process(message, entry)
 
-    def _outcome_after_deadline(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
+    def _make_outcome_of_blocked(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
         if isinstance(entry, InvalidMessage):
             return self._processor.reject(message, entry)
-        if self._latest.is_stale(entry):
+        if self._latest_events.is_superseded(entry):
             return self._processor.make_superseded_verdict(entry)
         return self._processor.make_blocked_outcome(message, entry)

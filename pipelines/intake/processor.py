@@ -21,9 +21,11 @@ from services.streams.parsing import InvalidMessage, ParsedSubmission
 _MAX_DETAIL_CHARS: Final = 500
 _SYSTEMIC_RETRY_S: Final = 15.0
 """Pause between tries while no submission can be judged."""
+_EXPIRY_CHECK_S: Final = 15.0
+"""Time after the judge deadline between two checks whether other submissions were judged."""
 
 _SYSTEMIC_ERRORS: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
-"""A wrong setting or a broken component causes these errors for every submission."""
+"""Errors that can be systemic: a wrong setting or a broken component causes them for every submission."""
 _SYSTEMIC_ERRORS_IN_A_ROW: Final = 500
 _SYSTEMIC_ERRORS_PER_SUCCESS: Final = 10.0
 
@@ -84,7 +86,7 @@ class Processor:
         if self._settings.blocked_as == "needs_review":
             verdict = build_skipped_verdict(entry.submission, "needs_review", reason="blocked", action="review")
             return self._make_verdicts(entry, ModerationResult(verdict))
-        error = Expired(f"it held up its partition for {self._settings.blocked_deadline_s:g} s")
+        error = Expired(f"the submission held up its partition for {self._settings.blocked_deadline_s:g} s")
         return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
 
     def make_dead_letter(
@@ -118,8 +120,11 @@ class Processor:
                 if judging.done():
                     return judging.result()
                 if self.expiry_budget.take():
-                    raise Expired(f"it could not be judged within {self._settings.judge_deadline_s:g} s; others were")
-                timeout_s = _SYSTEMIC_RETRY_S
+                    raise Expired(
+                        f"the submission could not be judged within {self._settings.judge_deadline_s:g} s, "
+                        "although others were"
+                    )
+                timeout_s = _EXPIRY_CHECK_S
         finally:
             await cancel_and_wait(judging)
 

@@ -85,7 +85,7 @@ class IntakeWorker:
 
     async def _receive(self, lane: Lane) -> None:
         while not self._draining:
-            if lane is not self.live and self.live.free_slots < self._settings.in_flight / 2:
+            if lane is not self.live and self.live.capacity < self._settings.in_flight / 2:
                 await asyncio.sleep(RECEIVE_TIMEOUT_S)
                 continue
             await lane.receive()
@@ -95,7 +95,7 @@ class IntakeWorker:
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             for lane in self._lanes:
-                lane.expire_blocking_messages(self._settings.blocked_deadline_s)
+                lane.stop_head_of_line_messages(self._settings.blocked_deadline_s)
 
     async def _report_lag(self) -> None:
         while True:

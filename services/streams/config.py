@@ -24,9 +24,9 @@ class StreamConfig:
     max_members: int
     """Members that the group may have at a time."""
     member_id: str
-    """Kafka: the fixed identity of the only member; empty: each member gets one of its own."""
+    """Kafka: the `group.instance.id` of a static member; empty: the broker gives each member an id."""
     delivery: Literal["at_least_once", "exactly_once"]
-    """Kafka only; Redis Streams publishes once per entry in any case."""
+    """Kafka only; Redis Streams always publishes exactly once per entry."""
     kafka_options: Mapping[str, Any]
     kafka_partitions: int
     redis_claim_idle_s: float

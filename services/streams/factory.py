@@ -11,7 +11,8 @@ from services.streams.redis.reader import RedisReader
 
 
 async def open_consumer(config: StreamConfig, member: str) -> GroupConsumer:
-    """Join the consumer group `config.group` as `member`, a name for people and logs.
+    """Join the consumer group `config.group` as `member`: the client id on Kafka, a part of the consumer's name on
+    Redis Streams. It need not be unique.
 
     Raises:
         ConfigurationError: the URL, an option or the credentials are wrong.

@@ -30,11 +30,11 @@ class ParsedSubmission:
     submission: Submission
     """`submitted_at` is always set: the producer's, else when the message was published."""
     key: bytes
-    """Of every output: the message's own key, else the submission's `uri`."""
+    """The key of every output: the message's own key, else the submission's `uri`."""
     original: bytes
     """The value of a dead letter of this submission."""
     sequencer: str | None = None
-    """Of an S3 event: orders the events of one key (compare as in `is_before`); None for everything else."""
+    """S3's sequencer, which orders the events of one object (see `is_before`); None for other formats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class InvalidMessage:
 
 
 Parsed = tuple[ParsedSubmission | InvalidMessage, ...]
-"""In the order of the message. Empty when there is nothing to judge (a deletion, a test event): settle the message."""
+"""The entries in the order of the message. Empty if there is nothing to judge (a deletion, a test event)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +137,10 @@ def _cloud_event_data(event: dict[str, Any]) -> Any:
         try:
             return decode_json(b64decode(event["data_base64"], validate=True))
         except (TypeError, ValueError):
-            raise Malformed("data_base64 is not base64") from None
+            raise Malformed("data_base64: is not base64") from None
     data = event.get("data")
     if data is None:
-        raise Malformed("the CloudEvent has no data")
+        raise Malformed("data: is missing in the CloudEvent")
     # A producer that does not declare JSON content sends the JSON text as a string.
     return decode_json(data.encode()) if isinstance(data, str) else data
 
@@ -243,7 +243,7 @@ def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmissi
     bucket = _text("bucket.name", event.bucket)
     key = _text("object.key", event.key)
     if not bucket or not key:
-        raise Malformed("an S3 event must name a bucket and a key")
+        raise Malformed("bucket.name and object.key: must not be empty")
     if "/" in bucket:
         # In the URI the part after the slash would belong to the key, so it would name another bucket.
         raise Malformed("bucket.name: must not contain a slash")

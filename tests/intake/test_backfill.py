@@ -33,7 +33,7 @@ class RecordingConsumer(MemoryGroupConsumer):
         self.idle.set()
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
-        self.free_slots.append(self.worker.live.free_slots)
+        self.free_slots.append(self.worker.live.capacity)
         self.idle.clear()
         try:
             return await super().receive(limit, timeout_s)

@@ -45,10 +45,10 @@ def event(sequencer: str | None, uri: str = "s3://b/k") -> ParsedSubmission:
     return ParsedSubmission(Submission(id=f"{uri}#{sequencer}", uri=uri), uri.encode(), b"", sequencer)
 
 
-def test_earlier_event_of_an_object_is_stale() -> None:
+def test_earlier_event_of_an_object_is_superseded() -> None:
     latest = LatestEvents()
     for sequencer in ("0A", "0C", "0B"):
         latest.add(event(sequencer))
     latest.add(event("FF", "s3://b/other"))
     latest.add(event(None))
-    assert [latest.is_stale(event(s)) for s in ("0A", "0B", "0C", None)] == [True, True, False, False]
+    assert [latest.is_superseded(event(s)) for s in ("0A", "0B", "0C", None)] == [True, True, False, False]

@@ -99,7 +99,7 @@ class LaneBench:
 
     def expire(self) -> None:
         for held in self.lane.in_flight.values():
-            held.expire()
+            held.stop_processing()
 
     async def finish(self) -> None:
         async with asyncio.timeout(5):
@@ -190,10 +190,12 @@ async def test_blocking_message_is_settled_once_others_succeed() -> None:
     for _ in range(60):
         bench.processor.expiry_budget.record_success()
     bench.now_s = 600.0
-    bench.lane.expire_blocking_messages(600)
-    assert not any(held.deadline_passed for held in bench.lane.in_flight.values()), "its deadline has not passed"
+    bench.lane.stop_head_of_line_messages(600)
+    assert not any(held.blocked_deadline_passed for held in bench.lane.in_flight.values()), (
+        "its deadline has not passed"
+    )
     bench.now_s = 600.1
-    bench.lane.expire_blocking_messages(600)
+    bench.lane.stop_head_of_line_messages(600)
     await bench.finish()
     (verdict,) = bench.verdicts()
     assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "blocked", "review")
@@ -205,8 +207,8 @@ async def test_blocking_message_while_nothing_succeeds_is_kept() -> None:
     await bench.receive()
     await bench.moderator.stuck.wait()
     bench.now_s = 1e6
-    bench.lane.expire_blocking_messages(600)
+    bench.lane.stop_head_of_line_messages(600)
     (held,) = bench.lane.in_flight.values()
-    assert not held.deadline_passed, "alone, it may be an outage"
+    assert not held.blocked_deadline_passed, "alone, it may be an outage"
     bench.expire()
     await bench.finish()

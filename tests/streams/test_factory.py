@@ -69,4 +69,4 @@ def test_wrong_password_is_a_configuration_error() -> None:
     assert not redis_clients.is_outage(exceptions.AuthenticationError("WRONGPASS"))
     assert redis_clients.is_outage(exceptions.BusyLoadingError("loading"))
     assert redis_clients.is_outage(exceptions.ReadOnlyError("replica"))
-    assert isinstance(redis_clients.translate_error(exceptions.AuthenticationError("no")), ConfigurationError)
+    assert isinstance(redis_clients.map_error(exceptions.AuthenticationError("no")), ConfigurationError)

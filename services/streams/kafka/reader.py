@@ -16,7 +16,7 @@ from services.streams.config import StreamConfig
 from services.streams.kafka.client import connect, to_message
 
 _POLL_MS: Final = 300
-_READ_AT_ONCE: Final = 200
+_READ_BATCH: Final = 200
 _CLOSE_MS: Final = 2_000
 _ANSWER_MS: Final = 10_000
 """After no answer for this long the broker counts as unavailable."""
@@ -114,7 +114,7 @@ class _Reading:
         if not assigned:
             time.sleep(_POLL_MS / 1000)  # no such topic yet
             return []
-        polled = self._consumer.poll(timeout_ms=_POLL_MS, max_records=_READ_AT_ONCE)
+        polled = self._consumer.poll(timeout_ms=_POLL_MS, max_records=_READ_BATCH)
         self._ends = {
             each: end for each, end in self._ends.items() if (self._consumer.position(each, timeout_ms=0) or 0) < end
         }

@@ -27,6 +27,8 @@ MAX_BACKOFF_S: Final = 2.0
 _ANSWER_S: Final = 10.0
 """A server that does not answer for this long is unavailable. A blocking read may take its own time longer."""
 
+_MAX_CONNECTIONS: Final = 32
+
 _HEADERS_LIMIT: Final = 1000
 """One XADD in a script takes no more arguments. Further headers go into one field, `more-headers`."""
 
@@ -76,7 +78,7 @@ def make_client(url: str, *, connections: int) -> "Redis":
     )
     chosen = client.connection_pool.connection_kwargs
     if chosen["protocol"] != 2 or chosen["decode_responses"]:
-        raise ConfigurationError("SLUICE_STREAM_URL is wrong: Sluice chooses protocol and decode_responses itself")
+        raise ConfigurationError("SLUICE_STREAM_URL must not set protocol or decode_responses; remove them")
     # By default the client returns entries as dicts, which drop repeated fields.
     for command in ("XREADGROUP", "XREAD", "XRANGE", "XREVRANGE"):
         client.set_response_callback(command, _return_unchanged)  # type: ignore[arg-type]
@@ -87,14 +89,16 @@ def _return_unchanged(reply: Any, **_: Any) -> Any:
     return reply
 
 
-def translate_error(error: Exception) -> Exception:
-    """The error to raise for a failed command: Sluice's own if it describes the failure, else `error` itself."""
+def map_error(error: Exception) -> Exception:
+    """Return Sluice's error for the error of a command; an error that none of them describes is returned unchanged."""
     if is_outage(error):
         return StreamUnavailable(f"Redis does not answer: {str(error) or type(error).__name__}.")
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError | exceptions.NoPermissionError):
         return ConfigurationError(f"Redis rejects the credentials in SLUICE_STREAM_URL: {error}.")
     if isinstance(error, exceptions.ResponseError):
-        return ConfigurationError(f"Redis rejects a command: {error}.")
+        return ConfigurationError(
+            f"Redis rejects a command: {error}. Correct the server's version, its configuration or the user's rights."
+        )
     return error
 
 
@@ -160,11 +164,6 @@ def _parse_more_headers(content: bytes) -> Headers | None:
         return None
 
 
-def connection_limit(config: StreamConfig) -> int:
-    """The number of connections. Settling takes milliseconds, so few serve many messages; a blocking read holds one."""
-    return min(32, 4 + config.in_flight)
-
-
 async def open_client(config: StreamConfig) -> Redis:
     """A client of the server in SLUICE_STREAM_URL. Waits until the server answers.
 
@@ -172,7 +171,8 @@ async def open_client(config: StreamConfig) -> Redis:
         ConfigurationError: the URL or the credentials are wrong.
         StreamUnavailable: the server did not answer in time.
     """
-    client = make_client(config.url, connections=connection_limit(config))
+    # Settling takes milliseconds, so few connections serve many messages; a blocking read holds one.
+    client = make_client(config.url, connections=min(_MAX_CONNECTIONS, 4 + config.in_flight))
     try:
         await connect(client)
     except Exception:
@@ -193,7 +193,7 @@ async def connect(client: Redis) -> None:
         try:
             await client.ping()
         except (exceptions.RedisError, OSError) as error:
-            failure = translate_error(error)
+            failure = map_error(error)
             if not isinstance(failure, StreamUnavailable) or time.monotonic() + delay > deadline:
                 raise failure from error
             await asyncio.sleep(delay)

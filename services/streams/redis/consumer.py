@@ -27,14 +27,12 @@ from services.streams.config import StreamConfig
 from services.streams.redis import scripts
 from services.streams.redis.client import (
     MAX_BACKOFF_S,
-    connect,
-    connection_limit,
     decode_entry,
     encode_entry,
     is_missing_group,
     is_outage,
-    make_client,
-    translate_error,
+    map_error,
+    open_client,
 )
 
 log = logging.getLogger(__name__)
@@ -44,10 +42,10 @@ _BLOCK_S: Final = 1.0
 _TRIM_S: Final = 60.0
 _SILENT_S: Final = 60.0
 """A consumer without entries is deleted after it was silent for this long and for 4 times the claim time."""
-_RENEW_AT_ONCE: Final = 500
+_RENEW_BATCH: Final = 500
 _CLOSE_S: Final = 5.0
-_AT_ONCE_MS: Final = 1 << 40
-"""An idle time that is longer than any claim time."""
+_CLAIMABLE_IDLE_MS: Final = 1 << 40
+"""An idle time that is longer than any claim time, so that other members claim the entries at once."""
 
 
 class RedisGroupConsumer:
@@ -94,13 +92,12 @@ class RedisGroupConsumer:
             ConfigurationError: the URL or the credentials are wrong, or the server is too old.
             StreamUnavailable: the server did not answer in time.
         """
-        client = make_client(config.url, connections=connection_limit(config))
+        client = await open_client(config)
         try:
-            await connect(client)
             await _create_group(client, config.submissions_stream, config.group)
         except Exception as error:
             await client.aclose(close_connection_pool=True)
-            raise translate_error(error) from error
+            raise map_error(error) from error
         return cls(config, member, client)
 
     async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
@@ -154,7 +151,7 @@ class RedisGroupConsumer:
         except Exception as error:
             if is_missing_group(error):
                 return Lag({0: 0})
-            raise translate_error(error) from error
+            raise map_error(error) from error
         return Lag({0: int(pending) + int(waiting)}, published=int(published))
 
     def find_head_of_line_messages(self) -> Sequence[Message]:
@@ -169,7 +166,7 @@ class RedisGroupConsumer:
         await cancel_and_wait(self._heartbeat)
         try:
             async with asyncio.timeout(_CLOSE_S):
-                await self._leave(keys=[self._stream], args=[self._group, self._consumer, _AT_ONCE_MS])
+                await self._leave(keys=[self._stream], args=[self._group, self._consumer, _CLAIMABLE_IDLE_MS])
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             log.warning(
                 "could not leave the group; its messages are reclaimed in %d ms: %s", self._claim_idle_ms, error
@@ -223,8 +220,8 @@ class RedisGroupConsumer:
 
     async def _renew_held(self) -> None:
         held = tuple(self._held)
-        for at in range(0, len(held), _RENEW_AT_ONCE):
-            some = held[at : at + _RENEW_AT_ONCE]
+        for at in range(0, len(held), _RENEW_BATCH):
+            some = held[at : at + _RENEW_BATCH]
             lost = await self._renew(keys=[self._stream], args=[self._group, self._consumer, *some])
             self._held.difference_update(lost)
 

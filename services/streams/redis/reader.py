@@ -7,10 +7,10 @@ from typing import Any, Final
 from redis import exceptions
 
 from services.streams.base import Message
-from services.streams.redis.client import RedisConnection, decode_entry, translate_error
+from services.streams.redis.client import RedisConnection, decode_entry, map_error
 
 _BLOCK_S: Final = 1.0
-_READ_AT_ONCE: Final = 100
+_READ_BATCH: Final = 100
 
 
 class RedisReader(RedisConnection):
@@ -27,13 +27,13 @@ class RedisReader(RedisConnection):
                     yield decode_entry(stream, id_, fields)
                 first = b"(" + entries[-1][0]
             while follow:
-                reply: Any = await self._client.xread({stream: end}, count=_READ_AT_ONCE, block=int(_BLOCK_S * 1000))
+                reply: Any = await self._client.xread({stream: end}, count=_READ_BATCH, block=int(_BLOCK_S * 1000))
                 for _, entries in reply or ():
                     for id_, fields in entries:
                         yield decode_entry(stream, id_, fields)
                     end = entries[-1][0]
         except (exceptions.RedisError, OSError) as error:
-            raise translate_error(error) from error
+            raise map_error(error) from error
 
     async def _range(self, stream: str, first: bytes, end: bytes) -> Any:
-        return await self._client.xrange(stream, first, end, count=_READ_AT_ONCE)
+        return await self._client.xrange(stream, first, end, count=_READ_BATCH)
