@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import ImageRow, PlannedImage
-from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, add_extras, make_annotation
+from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, add_source_columns, make_annotation
 from services.core.errors import Changed, Forbidden, NotFound, Unjudgeable
 from services.core.messages import Verdict, make_verdict_id
 from services.core.retry import retry_while_unavailable
@@ -45,15 +45,17 @@ class ChunkJudge:
         self._guard = RetryingGuard(guard)
         self._slots = asyncio.Semaphore(in_flight)
 
-    async def judge(self, planned: Iterable[pa.Table], extras: pa.Schema) -> ParquetBuffer:
+    async def judge(self, planned: Iterable[pa.Table], source_columns: pa.Schema) -> ParquetBuffer:
         """The annotations of a chunk: one for each of its rows, in the same order."""
-        annotations = ParquetBuffer(add_extras(ANNOTATION, extras))
+        annotations = ParquetBuffer(add_source_columns(ANNOTATION, source_columns))
         cached: dict[int, _CachedAnswer] = {}
         for table in planned:
-            annotations.add(await self._judge_table(table, extras, cached))
+            annotations.add(await self._judge_table(table, source_columns, cached))
         return annotations
 
-    async def _judge_table(self, table: pa.Table, extras: pa.Schema, cached: dict[int, _CachedAnswer]) -> pa.Table:
+    async def _judge_table(
+        self, table: pa.Table, source_columns: pa.Schema, cached: dict[int, _CachedAnswer]
+    ) -> pa.Table:
         groups: dict[int, list[PlannedImage]] = defaultdict(list)
         for columns in table.to_pylist():
             planned = PlannedImage.from_columns(columns)
@@ -62,7 +64,7 @@ class ChunkJudge:
             judging = [tasks.create_task(self._judge_duplicates(first, same, cached)) for first, same in groups.items()]
         annotations = [columns for task in judging for columns in task.result()]
         annotations.sort(key=lambda columns: int(columns["row"]))
-        return pa.Table.from_pylist(annotations, add_extras(ANNOTATION, extras))
+        return pa.Table.from_pylist(annotations, add_source_columns(ANNOTATION, source_columns))
 
     async def _judge_duplicates(
         self, first: int, same: Sequence[PlannedImage], cached: dict[int, _CachedAnswer]

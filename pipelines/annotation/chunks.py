@@ -16,7 +16,7 @@ from typing import Final, Self
 import pyarrow as pa
 
 from pipelines.annotation.image_row import PLAN, ImageRow, PlannedImage
-from pipelines.annotation.schema import BATCH_ROWS, ParquetBuffer, add_extras, to_parquet
+from pipelines.annotation.schema import BATCH_ROWS, ParquetBuffer, add_source_columns, to_parquet
 from services.core.temporary_database import open_temporary_database
 
 _CACHE_KIB: Final = 65_536
@@ -46,7 +46,7 @@ def choose_chunk_rows(rows: int) -> int:
 
 
 def plan_chunks(
-    read_index: ReadIndex, extras: pa.Schema, write: WriteChunk, per_chunk: int | None = None
+    read_index: ReadIndex, source_columns: pa.Schema, write: WriteChunk, per_chunk: int | None = None
 ) -> AnnotationPlan:
     """Write the chunks. The same index always gives the same chunks.
 
@@ -54,11 +54,11 @@ def plan_chunks(
 
     Args:
         read_index: returns the index. It is called twice and has to return the same tables.
-        extras: the source's own columns.
+        source_columns: the source's own columns.
         write: writes a file of the plan.
         per_chunk: rows of a chunk; None to choose them by the number of rows.
     """
-    schema = add_extras(PLAN, extras)
+    schema = add_source_columns(PLAN, source_columns)
     with _DigestDatabase() as digests:
         rows = unreadable = 0
         for table in read_index():

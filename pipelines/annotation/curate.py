@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from pipelines.annotation.annotation_files import list_partition_files, read_annotations
 from pipelines.annotation.filters import Filter
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import ImageRow
-from pipelines.annotation.reader import list_partition_files, read_annotations
 from pipelines.annotation.schema import to_image_row, to_parquet
 from pipelines.annotation.storage import Folder
 from services.core.errors import ConfigurationError, Unjudgeable
@@ -40,11 +40,11 @@ class CuratedSet:
 
     images: int
     files: int
-    lost: int
-    """Images that are not readable any more, and are left out."""
+    unreadable: int
+    """Images that cannot be read any more. They are left out."""
 
 
-def claim_folder(folder: Folder, about: dict[str, Any]) -> None:
+def claim_folder(folder: Folder, description: dict[str, Any]) -> None:
     """Mark a folder as the one of a curated set. It has to be empty, or to have the same set, which is replaced.
 
     Raises:
@@ -54,12 +54,12 @@ def claim_folder(folder: Folder, about: dict[str, Any]) -> None:
     if kept is None:
         if (entry := next(iter(folder.entries()), None)) is not None:
             raise ConfigurationError(
-                f"{folder.uri} is not empty (it has {entry.name}); name another folder by --curated"
+                f"{folder.uri} is not empty (it has {entry.name}); name another folder with --curated"
             )
-        folder.put(MARKER, json.dumps(about).encode())
-    elif json.loads(kept) != about:
+        folder.put(MARKER, json.dumps(description).encode())
+    elif json.loads(kept) != description:
         raise ConfigurationError(
-            f"{folder.uri} has another curated set; name another folder by --curated, or empty this one"
+            f"{folder.uri} has another curated set; name another folder with --curated, or empty this one"
         )
 
 
@@ -72,9 +72,9 @@ def write_references(
         selected = [rows for rows in _select(annotations, name, row_filter) if rows.num_rows]
         if selected:
             table = pa.concat_tables(selected)
-            extras = [column for column in table.column_names if column.startswith("source_")]
-            table = table.select([*_REFERENCE_NAMES, *_REFERENCE_COLUMNS, *extras]).rename_columns(
-                [*_REFERENCE_NAMES.values(), *_REFERENCE_COLUMNS, *extras]
+            source_columns = [column for column in table.column_names if column.startswith("source_")]
+            table = table.select([*_REFERENCE_NAMES, *_REFERENCE_COLUMNS, *source_columns]).rename_columns(
+                [*_REFERENCE_NAMES.values(), *_REFERENCE_COLUMNS, *source_columns]
             )
             into.put(f"references-{number:06d}.parquet", to_parquet(table))
             images, files = images + table.num_rows, files + 1
@@ -86,7 +86,7 @@ async def write_tars(
     annotations: Folder, row_filter: Filter, into: Folder, images: ImageReader, progress: Callable[[int], None]
 ) -> CuratedSet:
     """Write WebDataset tars: for each image the original bytes, and its annotation as JSON."""
-    files = lost = total = 0
+    files = unreadable = total = 0
     tar = _Tar()
 
     def finish_tar() -> None:
@@ -97,7 +97,7 @@ async def write_tars(
 
     async for annotation, data in _with_bytes(annotations, row_filter, images):
         if data is None:
-            lost += 1
+            unreadable += 1
             continue
         tar.add(annotation, data)
         total += 1
@@ -105,7 +105,7 @@ async def write_tars(
             finish_tar()
     if tar.images:
         finish_tar()
-    return CuratedSet(total, files, lost)
+    return CuratedSet(total, files, unreadable)
 
 
 class _Tar:
@@ -123,8 +123,12 @@ class _Tar:
     def add(self, annotation: Mapping[str, Any], data: bytes) -> None:
         key = f"{annotation['row']:012d}"
         suffix = (annotation["image"] or {}).get("format") or "bin"
-        extras = {name.removeprefix("source_"): each for name, each in annotation.items() if name.startswith("source_")}
-        details = {name: annotation[name] for name in _TAR_COLUMNS} | ({"source": extras} if extras else {})
+        source_columns = {
+            name.removeprefix("source_"): each for name, each in annotation.items() if name.startswith("source_")
+        }
+        details = {name: annotation[name] for name in _TAR_COLUMNS} | (
+            {"source": source_columns} if source_columns else {}
+        )
         self._add(f"{key}.{'jpg' if suffix == 'jpeg' else suffix}", data)
         self._add(f"{key}.json", json.dumps(details, default=str).encode())
         self.images += 1

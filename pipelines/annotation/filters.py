@@ -18,6 +18,9 @@ from typing import Any, Final, get_args
 from services.core.errors import ConfigurationError
 from services.core.values import Action, Rating
 
+DEAD_LETTER: Final = "dead_letter"
+"""The outcome of an image that can never be judged."""
+
 _CONDITION: Final = re.compile(r"\s*([a-z]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _SEPARATOR: Final = re.compile(r",(?=\s*[a-z]+\s*(?:!=|<=|>=|=|<|>))")
 """A comma separates conditions only if a condition follows, because names of categories have commas, too."""
@@ -25,7 +28,7 @@ _CATEGORY_CODE: Final = re.compile(r"O[1-9]\d*|NA")
 _VALUES: Final = {
     "rating": get_args(Rating),
     "action": get_args(Action),
-    "outcome": ("verdict", "needs_review", "dead_letter"),
+    "outcome": ("verdict", "needs_review", DEAD_LETTER),
 }
 _OPERATORS: Final[dict[str, Callable[[float, float], bool]]] = {
     "=": operator.eq,

@@ -46,7 +46,7 @@ class ImageRow:
     """A sentence on the reason."""
     place: FileLocation | None = None
     """Where the image is in a file; None if it is an object in S3."""
-    extras: Mapping[str, Any] = field(default_factory=dict)
+    source_columns: Mapping[str, Any] = field(default_factory=dict)
     """The source's own columns, named `source_<name>`; further columns of the index."""
 
     def with_error(self, error: Unjudgeable) -> Self:
@@ -58,7 +58,7 @@ class ImageRow:
         columns: dict[str, Any] = {name: getattr(self, name) for name in _IMAGE_COLUMNS}
         if self.place is not None:
             columns["place"] = {name: getattr(self.place, name) for name in _LOCATION_COLUMNS}
-        return {**columns, **self.extras}
+        return {**columns, **self.source_columns}
 
     @classmethod
     def from_columns(cls, values: Mapping[str, Any]) -> Self:
@@ -66,7 +66,9 @@ class ImageRow:
         columns = {name: values[name] for name in _IMAGE_COLUMNS}
         if columns["place"] is not None:
             columns["place"] = FileLocation(**columns["place"])
-        return cls(**columns, extras={name: value for name, value in values.items() if name not in _IMAGE_COLUMNS})
+        return cls(
+            **columns, source_columns={name: value for name, value in values.items() if name not in _IMAGE_COLUMNS}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class PlannedImage:
 
 
 _LOCATION_COLUMNS: Final = tuple(each.name for each in fields(FileLocation))
-_IMAGE_COLUMNS: Final = tuple(each.name for each in fields(ImageRow) if each.name != "extras")
+_IMAGE_COLUMNS: Final = tuple(each.name for each in fields(ImageRow) if each.name != "source_columns")
 
 
 def _arrow_type(hint: Any) -> pa.DataType:
@@ -101,7 +103,7 @@ def _arrow_type(hint: Any) -> pa.DataType:
 
 def _arrow_fields(row: Any) -> list[tuple[str, pa.DataType]]:
     hints = get_type_hints(row)
-    return [(each.name, _arrow_type(hints[each.name])) for each in fields(row) if each.name != "extras"]
+    return [(each.name, _arrow_type(hints[each.name])) for each in fields(row) if each.name != "source_columns"]
 
 
 LOCATION: Final = pa.struct(_arrow_fields(FileLocation))

@@ -38,10 +38,12 @@ _LINE_SHOWN_BYTES: Final = 200
 class Indexer:
     """Makes the index of shards. For use from one event loop; close it when done."""
 
-    def __init__(self, source: AnnotationSource, extras: pa.Schema, settings: Settings, root: Path | None) -> None:
+    def __init__(
+        self, source: AnnotationSource, source_columns: pa.Schema, settings: Settings, root: Path | None
+    ) -> None:
         """`root`: the folder whose files a list may name."""
         self._source = source
-        self._extras = extras
+        self._source_columns = source_columns
         self._folder = open_folder(source.folder_uri, settings)
         self._references = ReferenceResolver(source.folder_uri, root)
         self._images = ImageReader(settings, source)
@@ -55,10 +57,10 @@ class Indexer:
         Retries while the object store is unavailable.
         """
         try:
-            rows, extras = await retry_while_unavailable(lambda: asyncio.to_thread(self._read_shard, shard))
+            rows, source_columns = await retry_while_unavailable(lambda: asyncio.to_thread(self._read_shard, shard))
             if self._source.kind in ("images", "references"):
                 rows = await self._read_digests(rows)
-            return self._table(rows, extras)
+            return self._table(rows, source_columns)
         except Unjudgeable as error:
             return self._table([self._unreadable_file(shard.names[0], error)])
         except pa.ArrowException as error:
@@ -81,13 +83,13 @@ class Indexer:
             case "references":
                 return self._read_table_references(shard)
 
-    def _table(self, rows: list[ImageRow], extras: pa.Table | None = None) -> pa.Table:
+    def _table(self, rows: list[ImageRow], source_columns: pa.Table | None = None) -> pa.Table:
         table = pa.Table.from_pylist([_to_valid_text(row.to_columns()) for row in rows], INDEX)
-        for field in self._extras:
-            if extras is not None and field.name in extras.column_names:
-                column = extras.column(field.name).cast(field.type)
-            elif extras is None and field.name == "source_json":
-                column = pa.array([row.extras.get("source_json") for row in rows], pa.string())
+        for field in self._source_columns:
+            if source_columns is not None and field.name in source_columns.column_names:
+                column = source_columns.column(field.name).cast(field.type)
+            elif source_columns is None and field.name == "source_json":
+                column = pa.array([row.source_columns.get("source_json") for row in rows], pa.string())
             else:
                 column = pa.nulls(len(rows), field.type)
             table = table.append_column(field, column)
@@ -148,7 +150,7 @@ class Indexer:
             id=make_submission_id(uri),
             uri=uri,
             place=FileLocation(tar, image.offset, image.size),
-            extras={"source_json": json.dumps(image.notes) if image.notes else None},
+            source_columns={"source_json": json.dumps(image.sidecars) if image.sidecars else None},
         )
         if image.rejection:
             return row.with_error(Forbidden(image.rejection))
@@ -168,7 +170,7 @@ class Indexer:
                     number += 1
                 if number >= shard.end:
                     break
-            return rows, self._read_extras(file, shard, len(rows))
+            return rows, self._read_source_columns(file, shard, len(rows))
 
     def _table_image(self, table: str, group: int, number: int, data: bytes | None) -> ImageRow:
         uri, size = f"{table}#group={group}&row={number}", len(data) if data else 0
@@ -185,10 +187,10 @@ class Indexer:
             return row.with_error(error)
         return row
 
-    def _read_extras(self, file: BinaryIO, shard: SourceShard, count: int) -> pa.Table:
+    def _read_source_columns(self, file: BinaryIO, shard: SourceShard, count: int) -> pa.Table:
         """The source's own columns, under the names that they have in the annotations."""
         table = pq.ParquetFile(file)
-        names = [name for name in table.schema_arrow.names if f"source_{name}" in self._extras.names]
+        names = [name for name in table.schema_arrow.names if f"source_{name}" in self._source_columns.names]
         rows = table.read_row_group(shard.group, columns=names).slice(shard.start, count)
         return rows.rename_columns([f"source_{name}" for name in names])
 
@@ -203,7 +205,7 @@ class Indexer:
             columns = [column, *(name for name in SUBMISSION_COLUMNS if name in table.schema_arrow.names)]
             part = table.read_row_group(shard.group, columns=columns).slice(shard.start, shard.end - shard.start)
             rows = [self._resolve(row.get(column), row) for row in part.to_pylist()]
-            return rows, self._read_extras(file, shard, len(rows))
+            return rows, self._read_source_columns(file, shard, len(rows))
 
     def _read_lines(self, shard: SourceShard) -> list[ImageRow]:
         with self._folder.open(shard.names[0]) as file:
@@ -223,7 +225,7 @@ class Indexer:
         column = self._source.column or next((name for name in REFERENCE_COLUMNS if name in value), None)
         row = self._resolve(value.get(column) if column else None, value)
         rest = {name: each for name, each in value.items() if name != column and name not in SUBMISSION_COLUMNS}
-        return replace(row, extras={"source_json": json.dumps(rest) if rest else None})
+        return replace(row, source_columns={"source_json": json.dumps(rest) if rest else None})
 
     def _resolve(self, reference: Any, columns: Mapping[str, Any]) -> ImageRow:
         try:

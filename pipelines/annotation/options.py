@@ -19,7 +19,7 @@ class AnnotateOptions:
     source: str
     out: str
     policy: str
-    kind: SourceKind | None = None
+    source_kind: SourceKind | None = None
     column: str | None = None
     root: str | None = None
     replicas: int | None = None

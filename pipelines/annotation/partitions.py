@@ -7,9 +7,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.annotation.resume_state import RunState
 from pipelines.annotation.schema import NO_VALUE, PARTITIONS, to_parquet
-from pipelines.annotation.state import RunState
-from services.core.errors import SluiceError
 
 _FILE_ROWS: Final = 50_000
 
@@ -26,23 +25,13 @@ def _merge_chunks(run: RunState, chunks: int) -> Iterator[pa.Table]:
     """The annotations, in tables with enough rows for a file."""
     merged: list[pa.Table] = []
     for number in range(chunks):
-        for table in _read_chunk(run, number):
+        for table in run.read_judged(number):
             merged.append(table)
             if sum(each.num_rows for each in merged) >= _FILE_ROWS:
                 yield pa.concat_tables(merged).sort_by("row")
                 merged = []
     if merged:
         yield pa.concat_tables(merged).sort_by("row")
-
-
-def _read_chunk(run: RunState, number: int) -> Iterator[pa.Table]:
-    rows = run.read_table("chunks", f"{number:06d}")
-    if rows is None:
-        raise SluiceError(
-            f"chunk {number} of {run.folder.uri} is missing: another run finished, or someone removed it; run the "
-            "command again"
-        )
-    return rows
 
 
 def _split_by_partition(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:

@@ -29,13 +29,12 @@ from pipelines.clients.ray import (
 )
 from pipelines.clients.ray_address import NO_CLUSTER
 from pipelines.serving.guard_deployment import GuardDeployment
-from pipelines.serving.names import APPLICATION
+from pipelines.serving.names import APPLICATION, GUARD
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.processes import kill_descendants_on_exit
 from services.core.settings import Settings
 from services.guard import checkpoints
 
-_GUARD: Final = "Guard"
 _STOP_S: Final = 10.0
 _CALLS_PER_WORKER: Final = 2
 """A worker starts the next shard or chunk while the last images of the one before are judged."""
@@ -55,10 +54,10 @@ class GuardPool:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How many workers run, and where."""
+    """The number of workers, and whether they have to run on this machine."""
 
     workers: int
-    this_machine: bool
+    is_local_only: bool
     """Whether all workers run on this machine, because the files are local."""
 
 
@@ -97,7 +96,7 @@ def join_cluster(settings: Settings, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def guard_lease(
+def provide_guard(
     settings: Settings, name: str, replicas: int | None, share: bool, progress: Progress
 ) -> Iterator[GuardPool]:
     """Use the guard of the running service. With `replicas`, or if no service runs, deploy guards of its own.
@@ -107,7 +106,7 @@ def guard_lease(
     Raises:
         ConfigurationError: no service runs although `share` is set, or the guards do not start.
     """
-    running = _guard_replicas(APPLICATION)
+    running = _count_guard_replicas(APPLICATION)
     if share and not running:
         raise ConfigurationError(
             "--share-guard needs a running service, and none runs; start one with `sluice up`, or leave the option out"
@@ -136,7 +135,7 @@ def run_on_workers(
         SluiceError: a worker failed.
     """
     count = min(placement.workers, len(numbers))
-    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if placement.this_machine else None
+    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if placement.is_local_only else None
     pool = ActorPoolStrategy(
         size=count, max_concurrent_calls_per_actor=_CALLS_PER_WORKER, enable_true_multi_threading=True
     )
@@ -155,7 +154,7 @@ def run_on_workers(
             names = list(batch)
             for values in zip(*batch.values(), strict=True):
                 yield {name: int(value) for name, value in zip(names, values, strict=True)}
-    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
+    except Exception as error:  # noqa: BLE001 - Ray's errors have no common class
         raise find_own_error(error) or SluiceError(
             f"a worker failed: {get_last_line(error)}; run the command again to resume"
         ) from None
@@ -189,7 +188,7 @@ async def _create(worker: type[Any], arguments: Mapping[str, Any]) -> Any:
     return worker(**arguments)
 
 
-def _guard_replicas(application: str) -> int:
+def _count_guard_replicas(application: str) -> int:
     """The guard replicas of an application; 0 if it does not run."""
     try:
         found = serve.status().applications.get(application)
@@ -197,7 +196,7 @@ def _guard_replicas(application: str) -> int:
         return 0
     if found is None or found.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
         return 0
-    deployment = found.deployments.get(_GUARD)
+    deployment = found.deployments.get(GUARD)
     return max(1, deployment.replica_states.get("RUNNING", 0)) if deployment else 0
 
 
@@ -206,7 +205,7 @@ def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progre
     checkpoints.resolve(settings.model)
     gpus = choose_guard_gpus(settings)
     free = ray.available_resources()
-    if _guard_replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):
+    if _count_guard_replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):
         progress(
             f"{replicas} guards need {gpus * replicas:g} GPUs, and {free.get('GPU', 0):g} are free; waiting for more"
         )

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
+from pipelines.annotation.annotation_files import list_partition_files, read_annotations
 from pipelines.annotation.chunks import AnnotationPlan, plan_chunks
 from pipelines.annotation.curate import CuratedSet, claim_folder, write_references, write_tars
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.options import AnnotateOptions
 from pipelines.annotation.partitions import publish_partitions
-from pipelines.annotation.progress import StageProgress
-from pipelines.annotation.reader import list_partition_files, read_annotations
+from pipelines.annotation.resume_state import PAGE, STATE, SUMMARY, Listing, RunState
 from pipelines.annotation.sources.discover import (
     AnnotationSource,
     SourceShard,
     find_source,
     is_local,
     list_shards,
-    read_extra_fields,
+    read_source_columns,
 )
-from pipelines.annotation.state import PAGE, STATE, SUMMARY, Listing, RunState
+from pipelines.annotation.stage_progress import StageProgress
 from pipelines.annotation.storage import local_path, open_folder
 from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
 from services.core.errors import ConfigurationError, SluiceError
@@ -39,7 +39,7 @@ from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry
 
 if TYPE_CHECKING:
-    from pipelines.annotation.workers import Job
+    from pipelines.annotation.workers import WorkerConfig
 
 Progress = Callable[[str], None]
 
@@ -60,13 +60,13 @@ def annotate(
     out = _to_uri(options.out)
     state = RunState(open_folder(out, settings))
     _check_options(options, out, settings)
-    source = find_source(options.source, settings, kind=options.kind, column=options.column)
+    source = find_source(options.source, settings, kind=options.source_kind, column=options.column)
     with _exclusive_lock(out):
         policy = asyncio.run(_resolve_policy(_pin_version(options.policy, state), settings))
         state.begin(_describe(source, policy, options, settings))
-        summary = state.summary()
+        summary = state.read_summary()
         if summary is None:
-            summary = _Run(state, source, policy, options, settings, progress).finish()
+            summary = _RunSteps(state, source, policy, options, settings, progress).finish()
         else:
             progress(f"{state.folder.uri} is complete")
         state.delete_temporary()
@@ -82,7 +82,7 @@ def _check_options(options: AnnotateOptions, out: str, settings: Settings) -> No
     source = _to_uri(options.source)
     for name, uri in (("--out", out), ("--curated", _to_uri(options.curated) if options.curated else None)):
         if uri and (f"{uri}/".startswith(f"{source}/") or f"{source}/".startswith(f"{uri}/")):
-            raise ConfigurationError(f"{name} and the source lie in one another; name another folder by {name}")
+            raise ConfigurationError(f"{name} is inside the source or contains it; name another folder with {name}")
     if not settings.model:
         raise ConfigurationError("SLUICE_MODEL is not set; name a checkpoint, or `tiny` to try the command")
 
@@ -115,9 +115,9 @@ def _exclusive_lock(out: str) -> Iterator[None]:
 
 def _pin_version(reference: str, state: RunState) -> str:
     """The version that the run began with if only a name is given, because the active version may have changed."""
-    begun = (state.about() or {}).get("policy", "")
-    is_same_name = begun and reference == PolicyReference.parse(begun).name
-    return begun if is_same_name else reference
+    stored = (state.read_description() or {}).get("policy", "")
+    is_same_name = stored and reference == PolicyReference.parse(stored).name
+    return stored if is_same_name else reference
 
 
 async def _resolve_policy(reference: str, settings: Settings) -> Policy:
@@ -134,7 +134,7 @@ async def _resolve_policy(reference: str, settings: Settings) -> Policy:
 
 
 def _describe(source: AnnotationSource, policy: Policy, options: AnnotateOptions, settings: Settings) -> dict[str, Any]:
-    """The description of a run: a run with another one cannot resume it."""
+    """The description of a run. Only a run with the same description resumes it."""
     return {
         "source": source.uri,
         "kind": source.kind,
@@ -148,7 +148,7 @@ def _describe(source: AnnotationSource, policy: Policy, options: AnnotateOptions
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _RunSteps:
     """The steps from the listing of the source to the summary. Each skips the work that is already stored."""
 
     state: RunState
@@ -162,19 +162,19 @@ class _Run:
         from pipelines.annotation import ray_workers  # noqa: PLC0415 - it imports Ray, and a complete run needs none
 
         listing = self._list()
-        job = self._job(listing)
+        config = self._make_config(listing)
         with ray_workers.join_cluster(self.settings, self.progress):
-            plan = self.state.plan()
+            plan = self.state.read_plan()
             if plan is None:
-                self._index(job)
+                self._index(config)
                 plan = self._plan(listing)
-            self._judge(job, plan)
+            self._judge(config, plan)
         with StageProgress("published", plan.rows, self.progress) as stage:
             publish_partitions(self.state, plan.chunks, stage.add)
         return self._summarize(plan)
 
     def _list(self) -> Listing:
-        listing = self.state.listing()
+        listing = self.state.read_listing()
         if listing is None:
             with StageProgress("listed", None, self.progress) as stage:
 
@@ -183,29 +183,31 @@ class _Run:
                         stage.add(len(shard.names))
                         yield shard
 
-                listing = self.state.save_listing(counted(), read_extra_fields(self.source, self.settings))
+                listing = self.state.save_listing(counted(), read_source_columns(self.source, self.settings))
         if listing.shards == 0:
             raise ConfigurationError(f"there is nothing to annotate at {self.source.uri}: all files are empty")
         return listing
 
-    def _job(self, listing: Listing) -> "Job":
-        from pipelines.annotation.workers import Job  # noqa: PLC0415
+    def _make_config(self, listing: Listing) -> "WorkerConfig":
+        from pipelines.annotation.workers import WorkerConfig  # noqa: PLC0415
 
         is_source_local = is_local(self.source.folder_uri)
         root = self.options.root or (self.source.folder_uri if is_source_local else None)
-        return Job(self.settings, _to_uri(self.options.out), self.source, listing, local_path(root) if root else None)
+        return WorkerConfig(
+            self.settings, _to_uri(self.options.out), self.source, listing, local_path(root) if root else None
+        )
 
-    def _index(self, job: "Job") -> None:
+    def _index(self, config: "WorkerConfig") -> None:
         from pipelines.annotation import ray_workers  # noqa: PLC0415
         from pipelines.annotation.workers import IndexWorker  # noqa: PLC0415
 
-        left = sorted(set(range(job.listing.shards)) - self.state.finished("index"))
+        remaining = sorted(set(range(config.listing.shards)) - self.state.list_finished("index"))
         with StageProgress("indexed", None, self.progress) as stage:
-            if len(left) <= _IN_PROCESS_SHARDS:
-                results = ray_workers.run_in_process(IndexWorker, {"job": job}, left)
+            if len(remaining) <= _IN_PROCESS_SHARDS:
+                results = ray_workers.run_in_process(IndexWorker, {"config": config}, remaining)
             else:
-                placement = ray_workers.Placement(self.options.workers or 1, job.this_machine)
-                results = ray_workers.run_on_workers(IndexWorker, {"job": job}, left, placement)
+                placement = ray_workers.Placement(self.options.workers or 1, config.is_local_only)
+                results = ray_workers.run_on_workers(IndexWorker, {"config": config}, remaining, placement)
             for result in results:
                 stage.add(result["rows"])
 
@@ -224,30 +226,32 @@ class _Run:
                 self.state.save_table("plan", name, parquet)
                 stage.add(rows)
 
-            plan = plan_chunks(read_index, listing.extras, write, self.options.chunk_rows)
+            plan = plan_chunks(read_index, listing.source_columns, write, self.options.chunk_rows)
         if plan.rows == 0:
             raise ConfigurationError(f"there is no image in {self.source.uri}; name another source")
         self.state.save_plan(plan)
         self.progress(f"{plan.rows:,} images, {plan.duplicates:,} of them duplicates, {plan.unreadable:,} unreadable")
         return plan
 
-    def _judge(self, job: "Job", plan: AnnotationPlan) -> None:
+    def _judge(self, config: "WorkerConfig", plan: AnnotationPlan) -> None:
         from pipelines.annotation import ray_workers  # noqa: PLC0415
         from pipelines.annotation.workers import JudgeWorker  # noqa: PLC0415
 
-        left = sorted(set(range(plan.chunks)) - self.state.finished("chunks"))
-        if not left:
+        remaining = sorted(set(range(plan.chunks)) - self.state.list_finished("chunks"))
+        if not remaining:
             return
-        judged = min((plan.chunks - len(left)) * plan.chunk_rows, plan.rows)
-        name = f"{APPLICATION}-{hashlib.sha256(job.out.encode()).hexdigest()[:8]}"
+        judged = min((plan.chunks - len(remaining)) * plan.chunk_rows, plan.rows)
+        name = f"{APPLICATION}-{hashlib.sha256(config.out.encode()).hexdigest()[:8]}"
         options = self.options
         with (
-            ray_workers.guard_lease(self.settings, name, options.replicas, options.share_guard, self.progress) as pool,
+            ray_workers.provide_guard(
+                self.settings, name, options.replicas, options.share_guard, self.progress
+            ) as pool,
             StageProgress("judged", plan.rows, self.progress, done=judged) as stage,
         ):
-            placement = ray_workers.Placement(options.workers or pool.replicas, job.this_machine)
-            arguments = {"job": job, "policy": self.policy, "application": pool.application}
-            for result in ray_workers.run_on_workers(JudgeWorker, arguments, left, placement):
+            placement = ray_workers.Placement(options.workers or pool.replicas, config.is_local_only)
+            arguments = {"config": config, "policy": self.policy, "application": pool.application}
+            for result in ray_workers.run_on_workers(JudgeWorker, arguments, remaining, placement):
                 stage.add(result["rows"])
 
     def _summarize(self, plan: AnnotationPlan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import to_json
 
+from pipelines.annotation.filters import DEAD_LETTER
 from pipelines.annotation.image_row import LOCATION, FileLocation, ImageRow, PlannedImage
 from services.core.messages import Verdict
 
@@ -61,16 +62,15 @@ ANNOTATION: Final = pa.schema(
 
 PARTITIONS: Final = ("outcome", "rating")
 NO_VALUE: Final = "none"
-"""The value of a partition whose column is null. Hive's own value for null is unreadable for pandas."""
-DEAD_LETTER: Final = "dead_letter"
+"""The value of a partition whose column is null. pandas cannot read Hive's null partition."""
 
 BATCH_ROWS: Final = 5_000
 """Rows in memory at a time. One chunk has all duplicates of an image, and their number has no limit."""
 
 
-def add_extras(schema: pa.Schema, extras: pa.Schema) -> pa.Schema:
+def add_source_columns(schema: pa.Schema, source_columns: pa.Schema) -> pa.Schema:
     """The schema, followed by the source's own columns."""
-    return pa.schema([*schema, *extras])
+    return pa.schema([*schema, *source_columns])
 
 
 class ParquetBuffer:
@@ -116,7 +116,7 @@ def make_annotation(planned: PlannedImage, answer: Verdict | Failure, duplicate_
     """The values of the columns of an annotation. `duplicate_of` is the row whose answer is reused, if there is one."""
     image = planned.image
     columns = planned.to_columns()
-    kept = {"row": planned.row, "duplicate_of": duplicate_of, "place": columns["place"], **image.extras}
+    kept = {"row": planned.row, "duplicate_of": duplicate_of, "place": columns["place"], **image.source_columns}
     if isinstance(answer, Verdict):
         return kept | answer.model_dump() | {"metadata": to_json(answer.metadata).decode(), "detail": None}
     return kept | {

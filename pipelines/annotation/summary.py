@@ -12,9 +12,9 @@ import pyarrow as pa
 from pipelines.annotation.curate import CuratedSet
 from pipelines.reporting.html import load_template
 
-_BINS: Final = 50
+_HISTOGRAM_BINS: Final = 50
 SUMMARY_COLUMNS: Final = ["outcome", "reason", "detail", "rating", "category", "score", "action", "duplicate_of"]
-_EXAMPLES: Final = 3
+_EXAMPLES_PER_ERROR: Final = 3
 
 
 class SummaryCounts:
@@ -23,35 +23,37 @@ class SummaryCounts:
     def __init__(self) -> None:
         self.rows = 0
         self.duplicates = 0
-        self.by: dict[str, Counter[str]] = {name: Counter() for name in ("outcome", "rating", "category", "action")}
+        self.by_column: dict[str, Counter[str]] = {
+            name: Counter() for name in ("outcome", "rating", "category", "action")
+        }
         self.reasons: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        self.scores = [0] * _BINS
+        self.error_examples: dict[str, list[str]] = {}
+        self.scores = [0] * _HISTOGRAM_BINS
 
     def add(self, rows: pa.Table) -> None:
         """Count annotations with the columns `SUMMARY_COLUMNS`."""
         self.rows += rows.num_rows
         self.duplicates += rows.num_rows - rows.column("duplicate_of").null_count
-        for name, counter in self.by.items():
+        for name, counter in self.by_column.items():
             counter.update(value for value in rows.column(name).to_pylist() if value is not None)
         for reason, detail in zip(rows.column("reason").to_pylist(), rows.column("detail").to_pylist(), strict=True):
             if reason is not None:
                 self.reasons[reason] += 1
-                examples = self.examples.setdefault(reason, [])
-                if detail and len(examples) < _EXAMPLES and detail not in examples:
+                examples = self.error_examples.setdefault(reason, [])
+                if detail and len(examples) < _EXAMPLES_PER_ERROR and detail not in examples:
                     examples.append(detail)
         for score in rows.column("score").to_pylist():
             if score is not None:
-                self.scores[min(int(score * _BINS), _BINS - 1)] += 1
+                self.scores[min(int(score * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
 
     def to_json(self) -> dict[str, Any]:
         """The counts. `score_histogram` has bins of equal width from 0 to 1."""
         return {
             "rows": self.rows,
             "duplicates": self.duplicates,
-            **{name: dict(counter.most_common()) for name, counter in self.by.items()},
+            **{name: dict(counter.most_common()) for name, counter in self.by_column.items()},
             "errors": {
-                reason: {"rows": rows, "examples": self.examples.get(reason, [])}
+                reason: {"rows": rows, "examples": self.error_examples.get(reason, [])}
                 for reason, rows in self.reasons.most_common()
             },
             "score_histogram": self.scores,
@@ -75,7 +77,7 @@ def add_curated(summary: dict[str, Any], curated: CuratedSet | None) -> dict[str
     """The summary with the size of the curated set, if there is one."""
     if not curated:
         return summary
-    return summary | {"curated": {"images": curated.images, "files": curated.files, "lost": curated.lost}}
+    return summary | {"curated": {"images": curated.images, "files": curated.files, "lost": curated.unreadable}}
 
 
 def render_page(summary: dict[str, Any]) -> str:
@@ -90,7 +92,12 @@ def _histogram(summary: dict[str, Any]) -> bytes:
     counts: Iterable[int] = summary["score_histogram"]
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    axes.bar([(n + 0.5) / _BINS for n in range(_BINS)], list(counts), width=1 / _BINS, color="#35618f")
+    axes.bar(
+        [(n + 0.5) / _HISTOGRAM_BINS for n in range(_HISTOGRAM_BINS)],
+        list(counts),
+        width=1 / _HISTOGRAM_BINS,
+        color="#35618f",
+    )
     if any(counts):
         axes.set_yscale("symlog")
     axes.set(xlim=(0, 1), xlabel="score, P(Unsafe)", ylabel="images")

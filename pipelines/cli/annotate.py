@@ -24,7 +24,7 @@ def annotate(
     policy: Annotated[
         str, typer.Option(metavar="NAME[@V]", help="NAME is the version that is active at the start of the run.")
     ] = DEFAULT_POLICY,
-    kind: Annotated[
+    source_kind: Annotated[
         SourceKind | None, typer.Option("--format", help="The format of the source. Default: detected from file names.")
     ] = None,
     column: Annotated[
@@ -33,7 +33,7 @@ def annotate(
     root: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="References may name files below this folder. Default: the folder of the list."
+            metavar="DIR", help="Allow references to local files below this folder. Default: the folder of the list."
         ),
     ] = None,
     replicas: Annotated[
@@ -61,14 +61,14 @@ def annotate(
         str | None,
         typer.Option(metavar="DEST", help="Write the images that pass the filter to this folder or s3:// prefix."),
     ] = None,
-    form: Annotated[
+    curated_format: Annotated[
         CuratedFormat, typer.Option("--as", help="Write references to the images, or tars that contain them.")
     ] = "references",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Judge every image of a data set and write one row for each. The same command resumes a killed run."""
-    from pipelines.annotation import run as annotating  # noqa: PLC0415 - it loads Ray
-    from pipelines.annotation import summary as summaries  # noqa: PLC0415
+    from pipelines.annotation.run import annotate as annotate_data_set  # noqa: PLC0415 - it loads Ray
+    from pipelines.annotation.summary import add_curated, format_summary  # noqa: PLC0415
 
     if (row_filter is None) != (curated is None):
         raise ConfigurationError("--filter and --curated need each other; give both or none")
@@ -78,7 +78,7 @@ def annotate(
         source=source,
         out=out,
         policy=policy,
-        kind=kind,
+        source_kind=source_kind,
         column=column,
         root=root,
         replicas=replicas,
@@ -87,17 +87,17 @@ def annotate(
         chunk_rows=chunk_rows,
         row_filter=parse_filter(row_filter) if row_filter is not None else None,
         curated=curated,
-        curated_format=form,
+        curated_format=curated_format,
     )
     settings = settings_module.load("model")
     try:
-        summary, kept = annotating.annotate(options, settings, print_progress)
+        summary, curated_set = annotate_data_set(options, settings, print_progress)
     except KeyboardInterrupt:
         print_progress("stopped; the same command resumes the run")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(summaries.add_curated(summary, kept)))
+        typer.echo(json.dumps(add_curated(summary, curated_set)))
         return
-    typer.echo("\n".join(summaries.format_summary(summary, kept)))
-    if kept and kept.lost:
-        print_progress(f"{kept.lost} images could not be read any more and are not in the curated set")
+    typer.echo("\n".join(format_summary(summary, curated_set)))
+    if curated_set and curated_set.unreadable:
+        print_progress(f"{curated_set.unreadable} images could not be read any more and are not in the curated set")

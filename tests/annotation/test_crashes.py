@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.annotation.options import AnnotateOptions
+from pipelines.annotation.resume_state import RunState, Stage
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import from_parquet, to_parquet
-from pipelines.annotation.state import RunState, Stage
 from pipelines.annotation.storage import LocalFolder
 from services.core.settings import Settings
 from services.core.values import Assessment, PreparedImage

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.annotation import ray_workers, workers
+from pipelines.annotation.annotation_files import list_partition_files, read_annotations
 from pipelines.annotation.chunks import plan_chunks
 from pipelines.annotation.curate import claim_folder, write_references, write_tars
 from pipelines.annotation.filters import parse_filter
@@ -28,13 +29,12 @@ from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import INDEX, PLAN, FileLocation, ImageRow, PlannedImage
 from pipelines.annotation.index import Indexer
 from pipelines.annotation.options import AnnotateOptions
-from pipelines.annotation.progress import StageProgress
-from pipelines.annotation.reader import list_partition_files, read_annotations
+from pipelines.annotation.resume_state import RunState
 from pipelines.annotation.run import annotate
 from pipelines.annotation.schema import BATCH_ROWS, from_parquet, to_parquet
 from pipelines.annotation.sources.discover import SourceShard, find_source
 from pipelines.annotation.sources.lines import read_lines
-from pipelines.annotation.state import RunState
+from pipelines.annotation.stage_progress import StageProgress
 from pipelines.annotation.storage import Folder, open_folder
 from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
 from services.core.errors import ConfigurationError, GuardFailed
@@ -142,7 +142,7 @@ async def test_folder_of_images_row_for_each_file(bench: AnnotateBench, tmp_path
     os.mkfifo(pictures / "g.png")
     (pictures / "h.png").symlink_to(tmp_path / "nowhere")
     os.close(os.open(os.fsencode(pictures) + b"/\xff.png", os.O_CREAT))
-    rows = await bench.annotate(str(pictures), kind="images")
+    rows = await bench.annotate(str(pictures), source_kind="images")
     safe, same = rows[:2]
     assert results(rows)[2:] == [
         *("not_an_image", "not_an_image", "guard_failed", "too_large", "forbidden", "not_found", "not_an_image")
@@ -255,7 +255,7 @@ async def test_tables_annotations_have_their_columns(tmp_path: Path) -> None:
     (tables / "p.png").write_bytes(picture(1))
     pq.write_table(references, tmp_path / "refs.parquet")
     with pytest.raises(
-        ConfigurationError, match=r"no column with images or references; name one by --column: it has url"
+        ConfigurationError, match=r"no column with images or references; name one with --column: it has url"
     ):
         find_source(str(tmp_path / "refs.parquet"), SETTINGS)
     other = AnnotateBench(str(tmp_path / "out2"))
@@ -351,7 +351,7 @@ locations = st.builds(FileLocation, st.text(max_size=5), st.integers(0, 9), st.n
 def test_planned_image_survives_parquet(
     row: int, sha256: str | None, extra: str | None, place: FileLocation | None, first: int | None
 ) -> None:
-    image = ImageRow("id", "uri", sha256=sha256, place=place, extras={"source_json": extra})
+    image = ImageRow("id", "uri", sha256=sha256, place=place, source_columns={"source_json": extra})
     planned = PlannedImage(row, first, image)
     schema = pa.schema([*PLAN, ("source_json", pa.string())])
     (table,) = from_parquet(to_parquet(pa.Table.from_pylist([planned.to_columns()], schema)))
@@ -461,7 +461,7 @@ async def test_curated_set_has_the_selected_images(bench: AnnotateBench, tmp_pat
     claim_folder(tars, {"as": "tars"})
     made = await write_tars(bench.run.folder, wanted, tars, images, lambda _: None)
     images.close()
-    assert (made.images, made.lost) == (len(expected) - 1, 1)
+    assert (made.images, made.unreadable) == (len(expected) - 1, 1)
     (shard,) = (tmp_path / "tars").glob("*.tar")
     with tarfile.open(shard) as found:
         names = found.getnames()
@@ -528,14 +528,14 @@ def cases(tmp_path: Path) -> Path:
     [
         ("missing", {}, "nothing to annotate at .*missing: no such file or folder, or an empty one"),
         ("empty", {}, "nothing to annotate"),
-        ("mixed", {}, r"several kinds \(images, tars\); name one by --format"),
+        ("mixed", {}, r"several kinds \(images, tars\); name one with --format"),
         ("broken.parquet", {}, "not a readable parquet file"),
         ("zipped.tar.gz", {}, "compressed tars"),
         ("text.parquet", {}, "no column with images or references.*it has text"),
         ("text.parquet", {"column": "uri"}, "has no column 'uri'; it has text"),
         ("p", {"kind": "parquet"}, "no parquet file"),
         ("p", {"policy": "other"}, "SLUICE_POLICY_BUCKET is not set"),
-        ("p", {"out": "p/out"}, "lie in one another"),
+        ("p", {"out": "p/out"}, "inside the source or contains it"),
         ("p", {"out": "mixed"}, r"mixed has other files than annotations \(a.png\)"),
         ("ftp://a/b", {}, "neither a path nor an s3:// URI"),
         ("s3://", {}, "names no bucket"),
@@ -553,7 +553,7 @@ def test_output_folder_of_another_run_is_rejected(cases: Path) -> None:
     run = RunState(open_folder(str(cases / "out"), SETTINGS))
     run.begin({"source": "file:///elsewhere", "policy": "default@1"})
     with pytest.raises(
-        ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; name another folder by --out"
+        ConfigurationError, match=r"its source is file:///elsewhere, not file://.*/p; name another folder with --out"
     ):
         annotate(options(cases / "p", cases / "out"), SETTINGS, lambda _: None)
 

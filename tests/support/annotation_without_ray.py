@@ -46,7 +46,7 @@ def _run_without_ray(
 def annotate_without_ray(monkeypatch: pytest.MonkeyPatch, make_guard: Callable[[], Any]) -> None:
     """Let `annotate` run in this process, with a guard of `make_guard` for each worker, for the rest of a test."""
     monkeypatch.setattr(ray_workers, "join_cluster", _no_cluster)
-    monkeypatch.setattr(ray_workers, "guard_lease", _no_cluster)
+    monkeypatch.setattr(ray_workers, "provide_guard", _no_cluster)
     monkeypatch.setattr(ray_workers, "run_on_workers", _run_without_ray)
     monkeypatch.setattr(ray_workers, "run_in_process", _run_without_ray)
     monkeypatch.setattr(workers.RemoteGuard, "from_settings", lambda *_: make_guard())

@@ -92,7 +92,7 @@ def find_source(
     if kind is None:
         if len(kinds) > 1:
             raise ConfigurationError(
-                f"{location} has files of several kinds ({', '.join(sorted(kinds))}); name one by --format: "
+                f"{location} has files of several kinds ({', '.join(sorted(kinds))}); name one with --format: "
                 f"{', '.join(get_args(SourceKind))}; or give a folder with one kind of files"
             )
         kind = "images" if kinds == {"images"} else "tars" if kinds == {"tars"} else None
@@ -162,7 +162,7 @@ def _detect_column(within: Folder, name: str, kind: SourceKind | None, column: s
     if with_text and kind != "parquet":
         return "references", with_text[0]
     raise ConfigurationError(
-        f"{uri} has no column with images or references; name one by --column: it has {', '.join(schema.names)}"
+        f"{uri} has no column with images or references; name one with --column: it has {', '.join(schema.names)}"
     )
 
 
@@ -182,7 +182,7 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def read_extra_fields(source: AnnotationSource, settings: Settings) -> pa.Schema:
+def read_source_columns(source: AnnotationSource, settings: Settings) -> pa.Schema:
     """The source's own columns, under the names that they have in the annotations."""
     if source.kind == "images":
         return pa.schema([])

@@ -67,18 +67,18 @@ class ReferenceResolver:
             raise Malformed(f"{scheme}:// is never fetched; put the images into a bucket or a folder first")
         if not scheme and not reference.startswith("/") and self.folder_uri.startswith("s3://"):
             if not {"..", "."}.isdisjoint(reference.split("/")):
-                raise Forbidden(f"{reference!r} leads out of the folder of its list")
+                raise Forbidden(f"{reference!r} points outside the folder of its list")
             return f"{self.folder_uri}/{reference}", None
         return self._resolve_file(reference, scheme)
 
     def _resolve_file(self, reference: str, scheme: str) -> tuple[str, FileLocation]:
         if self.root is None:
-            raise Forbidden("a list in S3 may not name files of this machine; allow a folder by --root")
+            raise Forbidden("a list in S3 may not name files of this machine; allow a folder with --root")
         try:
             path = local_path(reference) if scheme else local_path(self.folder_uri) / reference
             path, root = path.resolve(), self.root.resolve()
         except (ConfigurationError, OSError, RuntimeError, ValueError) as error:
             raise Malformed(f"{reference!r} is not a path: {error}") from None
         if not path.is_relative_to(root):
-            raise Forbidden(f"{reference!r} leads out of {root}; allow another folder by --root")
+            raise Forbidden(f"{reference!r} points outside {root}; allow another folder with --root")
         return path.as_uri(), FileLocation(path.as_uri())

@@ -11,8 +11,8 @@ from typing import BinaryIO, Final
 _IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 """Members with these suffixes are images. Other members with the same key describe the image."""
 
-_NOTE_LIMIT_BYTES: Final = 65_536
-_NOTES_LIMIT: Final = 16
+_SIDECAR_LIMIT_BYTES: Final = 65_536
+_SIDECARS_LIMIT: Final = 16
 
 
 @dataclass(slots=True)
@@ -26,8 +26,8 @@ class TarImage:
     """Why the image is not read; None if it is."""
     truncated: bool = False
     """Whether the tar ends in the middle of the image."""
-    notes: dict[str, object] = field(default_factory=dict)
-    """The content of the other members with the same key, by their suffixes."""
+    sidecars: dict[str, object] = field(default_factory=dict)
+    """The content of the other members with the same key (in WebDataset, the fields of a sample), by suffix."""
 
 
 class TruncatedTar(Exception):
@@ -43,11 +43,11 @@ def read_tar(file: BinaryIO) -> Iterator[TarImage]:
     size, count = file.seek(0, os.SEEK_END), 0
     file.seek(0)
     images, key = list[TarImage](), None
-    notes: dict[str, object] = {}
+    sidecars: dict[str, object] = {}
 
     def finish_sample() -> Iterator[TarImage]:
         for image in images:
-            image.notes = notes
+            image.sidecars = sidecars
             yield image
 
     reason = ""
@@ -58,14 +58,14 @@ def read_tar(file: BinaryIO) -> Iterator[TarImage]:
                 stem, suffix = _split_name(info.name)
                 if stem != key:
                     yield from finish_sample()
-                    images, key, notes = [], stem, {}
+                    images, key, sidecars = [], stem, {}
                 if suffix.endswith(_IMAGE_SUFFIXES) and not info.isdir():
                     image = TarImage(info.name, info.offset_data, info.size, _rejection(info))
                     image.truncated = info.isreg() and info.offset_data + info.size > size
                     images.append(image)
-                elif info.isreg() and suffix and info.size <= _NOTE_LIMIT_BYTES and len(notes) < _NOTES_LIMIT:
+                elif info.isreg() and suffix and info.size <= _SIDECAR_LIMIT_BYTES and len(sidecars) < _SIDECARS_LIMIT:
                     content = tar.extractfile(info)
-                    notes[suffix.removeprefix(".")] = _decode_note(suffix, content.read() if content else b"")
+                    sidecars[suffix.removeprefix(".")] = _decode_sidecar(suffix, content.read() if content else b"")
                 count += 1
         if size % tarfile.BLOCKSIZE or (count == 0 and size == 0):
             reason = f"the tar is cut off after {count} members"
@@ -85,11 +85,11 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _rejection(info: tarfile.TarInfo) -> str | None:
     if PurePosixPath(info.name).is_absolute() or ".." in info.name.split("/") or "\0" in info.name:
-        return "the member's name leads out of the tar"
+        return "the member's name points outside the tar"
     return None if info.isreg() else "the member is not a plain file"
 
 
-def _decode_note(suffix: str, content: bytes) -> object:
+def _decode_sidecar(suffix: str, content: bytes) -> object:
     text = content.decode(errors="replace")
     if suffix.endswith(".json"):
         try:

@@ -1,4 +1,4 @@
-"""The state of a run of `sluice annotate`: files in its output folder. A killed run is resumed from them.
+"""The files in the output folder of `sluice annotate` from which a killed run resumes.
 
     _sluice/run.json              the source, policy and model of the run; written first, and never changed
     _sluice/listing/.../000123.json  shards of the source; listing.json is written after the last one and locates them
@@ -10,7 +10,8 @@
 
 Every file is written whole or not at all. Files that later steps read (run, listing, index, plan, chunks) are never
 overwritten. So a new run resumes a killed one, even while some of its workers are still alive: if two workers judge the
-same chunk, the first file counts. pyarrow, Spark and Ray do not read files as data whose names begin with _.
+same chunk, the first file counts. The steps in run.py skip the work whose files exist. pyarrow, Spark and Ray do not
+read files as data whose names begin with _.
 """
 
 import base64
@@ -55,7 +56,7 @@ class Listing:
     firsts: tuple[int, ...]
     """The number of the first shard in each file of the folder."""
     shards: int
-    extras: pa.Schema
+    source_columns: pa.Schema
     """The source's own columns."""
 
 
@@ -65,37 +66,38 @@ class RunState:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
-    def begin(self, about: Mapping[str, Any]) -> dict[str, Any]:
+    def begin(self, description: Mapping[str, Any]) -> dict[str, Any]:
         """Store the description of a new run, or check it against the run in this folder. Returns the stored one.
 
         Raises:
             ConfigurationError: the folder has another run, or something else.
         """
-        about = {"format": FORMAT, **about}
-        if (begun := self.about()) is None:
+        description = {"format": FORMAT, **description}
+        if (stored := self.read_description()) is None:
             entry = next(iter(self.folder.entries()), None)
             if entry is not None and not entry.name.startswith(f"{STATE}/"):
                 raise ConfigurationError(
-                    f"{self.folder.uri} has other files than annotations ({entry.name}); name another folder by --out"
+                    f"{self.folder.uri} has other files than annotations ({entry.name}); name another folder with --out"
                 )
-            self.folder.create(_RUN, json.dumps(about, indent=1).encode())
-            begun = self.about() or {}
-        for name, value in about.items():
-            if begun.get(name) != value:
+            self.folder.create(_RUN, json.dumps(description, indent=1).encode())
+            stored = self.read_description() or {}
+        for name, value in description.items():
+            if stored.get(name) != value:
                 raise ConfigurationError(
-                    f"{self.folder.uri} has annotations of another run: its {name} is {_display(begun.get(name))}, not "
-                    f"{_display(value)}; name another folder by --out, or empty this one to start again"
+                    f"{self.folder.uri} has annotations of another run: its {name} is "
+                    f"{_to_text(stored.get(name))}, not {_to_text(value)}; name another folder with --out, or empty "
+                    "this one to start again"
                 )
-        return begun
+        return stored
 
-    def about(self) -> dict[str, Any] | None:
+    def read_description(self) -> dict[str, Any] | None:
         """The description of the run in this folder; None if there is no run."""
-        about: dict[str, Any] | None = self._json(_RUN)
-        return about
+        description: dict[str, Any] | None = self._read_json(_RUN)
+        return description
 
-    def save_listing(self, shards: Iterator[SourceShard], extras: pa.Schema) -> Listing:
+    def save_listing(self, shards: Iterator[SourceShard], source_columns: pa.Schema) -> Listing:
         """Store the shards, unless an earlier run stored them."""
-        if (listing := self.listing()) is not None:
+        if (listing := self.read_listing()) is not None:
             return listing
         # Each attempt has its own folder, because the source may have changed since an earlier attempt.
         below = f"{STATE}/listing/{uuid.uuid4().hex}"
@@ -105,30 +107,31 @@ class RunState:
             self.folder.create(f"{below}/{total:06d}.json", text.encode())
             firsts.append(total)
             total += len(batch)
-        schema = base64.b64encode(extras.serialize().to_pybytes()).decode()
+        schema = base64.b64encode(source_columns.serialize().to_pybytes()).decode()
+        # `pieces` is the name that Sluice 0.1.0 gave to shards.
         kept = {"folder": below, "firsts": firsts, "pieces": total, "extras": schema}
         self.folder.create(_LISTING, json.dumps(kept).encode())
-        return self.listing() or Listing(below, tuple(firsts), total, extras)
+        return self.read_listing() or Listing(below, tuple(firsts), total, source_columns)
 
-    def listing(self) -> Listing | None:
+    def read_listing(self) -> Listing | None:
         """Where the shards are stored; None if they are not complete."""
-        if (kept := self._json(_LISTING)) is None:
+        if (kept := self._read_json(_LISTING)) is None:
             return None
-        extras = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(kept["extras"])))
-        return Listing(kept["folder"], tuple(kept["firsts"]), kept["pieces"], extras)
+        source_columns = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(kept["extras"])))
+        return Listing(kept["folder"], tuple(kept["firsts"]), kept["pieces"], source_columns)
 
-    def shard(self, listing: Listing, number: int) -> SourceShard:
+    def read_shard(self, listing: Listing, number: int) -> SourceShard:
         """Read one shard."""
         first = listing.firsts[bisect_right(listing.firsts, number) - 1]
-        return SourceShard.from_json(self._json(f"{listing.folder}/{first:06d}.json")[number - first])
+        return SourceShard.from_json(self._read_json(f"{listing.folder}/{first:06d}.json")[number - first])
 
     def save_plan(self, plan: AnnotationPlan) -> None:
         """Mark the plan as complete."""
         self.folder.create(_PLAN, json.dumps(asdict(plan)).encode())
 
-    def plan(self) -> AnnotationPlan | None:
+    def read_plan(self) -> AnnotationPlan | None:
         """The size of the run; None if the plan is not complete."""
-        kept = self._json(_PLAN)
+        kept = self._read_json(_PLAN)
         return AnnotationPlan(**kept) if kept else None
 
     def save_table(self, stage: Stage, name: str, parquet: bytes) -> None:
@@ -140,7 +143,7 @@ class RunState:
         data = self.folder.read(f"{STATE}/{stage}/{name}.parquet")
         return None if data is None else from_parquet(data)
 
-    def finished(self, stage: Stage) -> set[int]:
+    def list_finished(self, stage: Stage) -> set[int]:
         """The numbers of the shards in the index, or of the judged chunks."""
         below = f"{STATE}/{stage}"
         names = (entry.name.removeprefix(f"{below}/") for entry in self.folder.entries(below))
@@ -150,15 +153,18 @@ class RunState:
         """The rows of a chunk in their order, in batches."""
         parts = [self.read_table("plan", name) for name in (f"{chunk:06d}", f"{chunk:06d}-late")]
         if not (found := [part for part in parts if part is not None]):
-            raise SluiceError(
-                f"chunk {chunk} of {self.folder.uri} is missing: another run finished, or someone removed it; run the "
-                "command again"
-            )
+            raise self._make_missing_chunk_error(chunk)
         return chain.from_iterable(found)
 
-    def summary(self) -> dict[str, Any] | None:
+    def read_judged(self, chunk: int) -> Iterator[pa.Table]:
+        """The annotations of a chunk, in batches."""
+        if (annotations := self.read_table("chunks", f"{chunk:06d}")) is None:
+            raise self._make_missing_chunk_error(chunk)
+        return annotations
+
+    def read_summary(self) -> dict[str, Any] | None:
         """The summary of the run; None if the run is not complete."""
-        summary: dict[str, Any] | None = self._json(SUMMARY)
+        summary: dict[str, Any] | None = self._read_json(SUMMARY)
         return summary
 
     def delete_temporary(self) -> None:
@@ -166,7 +172,13 @@ class RunState:
         for name in _TEMPORARY:
             self.folder.remove(f"{STATE}/{name}")
 
-    def _json(self, name: str) -> Any:
+    def _make_missing_chunk_error(self, chunk: int) -> SluiceError:
+        return SluiceError(
+            f"chunk {chunk} of {self.folder.uri} is missing: another run finished, or someone removed it; run the "
+            "command again"
+        )
+
+    def _read_json(self, name: str) -> Any:
         data = self.folder.read(name)
         return None if data is None else json.loads(data)
 
@@ -183,5 +195,5 @@ def _batch_shards(shards: Iterator[SourceShard]) -> Iterator[list[SourceShard]]:
         yield batch
 
 
-def _display(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
