@@ -33,7 +33,6 @@ ANSWER_TOKENS: Final = 23.5
 """Mean tokens of an answer: 20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
 _PARTITIONS_PER_MEMBER: Final = 2
 _MIN_PARTITIONS: Final = 6
-_SECONDS_PER_UNIT: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "day": 86_400}
 
 IMAGE_TOKENS: Final[dict[str, dict[ImageSize, int]]] = {
     "LlavaQwenForCausalLM": {"small": 1485, "medium": 4725, "large": 7269},  # anyres, tiles of 384 px
@@ -167,32 +166,6 @@ def compute_replica_rate(model: Checkpoint, spec: GpuSpec, gpus: int, image: Ima
     weights_bytes = 2.0 * model.parameters
     step_s = weights_bytes / (MEMORY_SHARE * share * gpus * spec.bandwidth_gb_per_s * 1e9)
     return 1 / (reading_s + ANSWER_TOKENS * step_s / in_flight)
-
-
-def parse_rate(text: str) -> float:
-    """Return the submissions a second of `400/s`, `24000/min`, `1e6/h`, `10000000/day`, or `400` for `400/s`.
-
-    Raises:
-        ConfigurationError: the text is no such rate.
-    """
-    number, _, unit = text.partition("/")
-    return _parse_positive(number, text, "a rate such as 400/s or 1000000/h") / _parse_time_unit(unit or "s", text)
-
-
-def _parse_positive(number: str, text: str, what: str) -> float:
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ConfigurationError(f"{text!r} is not {what}")
-    return value
-
-
-def _parse_time_unit(unit: str, text: str) -> int:
-    if unit not in _SECONDS_PER_UNIT:
-        raise ConfigurationError(f"{text!r} has no unit of time; use one of {', '.join(_SECONDS_PER_UNIT)}")
-    return _SECONDS_PER_UNIT[unit]
 
 
 def _find_gpu_spec(gpu: str) -> GpuSpec:

@@ -68,13 +68,16 @@ def replay(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Replay dead letters, each once, onto the stream that they came from; print them. The dead letters stay."""
-    from pipelines.dead_letters import replay as dead_letters
+    """Replay dead letters: publish each once more, on the stream that it came from. Print them.
+
+    The dead letters stay. `sluice replay` is another command: it judges a verdict again and publishes nothing.
+    """
+    from pipelines.dead_letters.replay import replay as replay_dead_letters
 
     selection = _selection(reason, tenant, older_than, newer_than, ids)
     settings = settings_module.load("stream_url", "redis_url")
     counts = _run(
-        dead_letters.replay(
+        replay_dead_letters(
             settings,
             selection,
             limit=limit,
@@ -95,20 +98,24 @@ def reconcile(
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="AGE|TIME", help="As --since. Default: now.")] = None,
     settle_s: Annotated[
-        float, typer.Option("--settle-s", min=0, help="Submissions younger than this may be in flight.")
+        float,
+        typer.Option(
+            "--settle-s", min=0, help="Count a submission without an outcome as lost only if it is older, in seconds."
+        ),
     ] = 60,
     as_json: AsJson = False,
 ) -> None:
-    """Count submissions, verdicts and dead letters, and prove that every submission has exactly one outcome."""
-    from pipelines.reconciliation import reconcile as reconciliation
+    """Count submissions, verdicts and dead letters, and check that every submission has exactly one outcome."""
+    from pipelines.reconciliation.reconcile import TimeRange
+    from pipelines.reconciliation.reconcile import reconcile as reconcile_streams
 
     now = datetime.now(UTC)
-    time_range = reconciliation.TimeRange(
+    time_range = TimeRange(
         since=parse_time(since, now) if since else None, until=parse_time(until, now) if until else None
     )
     settings = settings_module.load("stream_url")
     report = _run(
-        reconciliation.reconcile(
+        reconcile_streams(
             settings,
             time_range,
             settle_s=settle_s,

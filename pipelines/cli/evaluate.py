@@ -22,7 +22,7 @@ PolicyOption = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="The split to read from a folder that has several, such as test.")]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read only the first N rows.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same resamples, noise and folds.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -35,7 +35,9 @@ def evaluate(
     ] = None,
     split: Split = None,
     limit: Limit = None,
-    adaptive: Annotated[bool, typer.Option(help="Also judge every row with effort adaptive.")] = True,
+    adaptive: Annotated[
+        bool, typer.Option(help="Also judge every row with effort adaptive, at the cost of a second request per row.")
+    ] = True,
     robustness: Annotated[bool, typer.Option("--robustness", help="Also judge perturbed images.")] = False,
     robustness_images: Annotated[int, typer.Option(min=1, metavar="N", help="The number of images to perturb.")] = 200,
     prevalence: Annotated[
@@ -47,11 +49,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge labelled images on the running service and report the accuracy. The command publishes no verdicts."""
-    from pipelines.evaluation import run as runs
+    from pipelines.evaluation.run import PAGE_NAME, DataSetSource
+    from pipelines.evaluation.run import evaluate as evaluate_policy
     from pipelines.evaluation.sample_judge import EvaluationOptions
 
-    report = runs.evaluate(
-        runs.DataSetSource(data_set, split, limit),
+    report = evaluate_policy(
+        DataSetSource(data_set, split, limit),
         policy,
         settings_module.load(*_SETTINGS),
         options=EvaluationOptions(adaptive=adaptive, perturbed=robustness_images if robustness else 0, seed=seed),
@@ -62,7 +65,7 @@ def evaluate(
     )
     typer.echo(report.model_dump_json() if as_json else "\n".join(report.lines()))
     if out:
-        print_progress(f"the report is in {out / runs.PAGE_NAME}")
+        print_progress(f"the report is in {out / PAGE_NAME}")
 
 
 def calibrate(
@@ -95,15 +98,16 @@ def calibrate(
     """Fit a calibration, which turns scores into probabilities, on labelled images. Report which actions would change.
 
     Only --apply stores the calibration. From then on every process applies it to the scores of that policy version
-    and checkpoint, so the thresholds have another meaning.
+    and checkpoint, so the thresholds have another meaning: check the actions that change first.
     """
     if (revert or take_back) and (data_set or apply):
         raise ConfigurationError("--revert takes no data set and no --apply; omit them")
-    from pipelines.evaluation import run as runs
+    from pipelines.evaluation.run import DataSetSource, apply_calibration, revert_calibration
+    from pipelines.evaluation.run import calibrate as fit_calibration
 
     by = who or find_user_name()
     if revert or take_back:
-        change = runs.revert_calibration(
+        change = revert_calibration(
             policy, revision, settings_module.load("policy_bucket"), who=by, why=why, warn=print_progress
         )
         typer.echo(change.model_dump_json(by_alias=True) if as_json else f"{change.name}: calibration reverted by {by}")
@@ -111,12 +115,12 @@ def calibrate(
     if data_set is None:
         raise ConfigurationError("a data set is missing; name one with labelled images, or give --revert")
     settings = settings_module.load(*_SETTINGS)
-    fitted = runs.calibrate(
-        runs.DataSetSource(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
+    fitted = fit_calibration(
+        DataSetSource(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
     )
     typer.echo(fitted.to_json(applied=apply) if as_json else "\n".join(fitted.lines()))
     if not apply:
         print_progress("the calibration is not stored; --apply stores and applies it, and --revert undoes that")
         return
-    runs.apply_calibration(fitted, settings, who=by, why=why, warn=print_progress)
+    apply_calibration(fitted, settings, who=by, why=why, warn=print_progress)
     print_progress(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")

@@ -13,7 +13,11 @@ from services.core.errors import SluiceError
 
 app = typer.Typer(
     name="sluice",
-    help="Moderate streams of images with LlavaGuard.",
+    help=(
+        "Moderate streams of images with LlavaGuard.\n\n"
+        "Unless a variable is set, commands other than up and demo read it from .sluice/env in this folder. The file "
+        "exists while a service that was started here runs."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,7 +64,7 @@ def _load_env_file(context: typer.Context) -> None:
 
 @app.command(hidden=True)
 def schemas(folder: Path) -> None:
-    """Export the JSON Schemas of the wire."""
+    """Export the JSON Schemas of submissions, verdicts and dead letters."""
     from services.core.json_schemas import export_schemas  # noqa: PLC0415 - no other command needs it
 
     for file in export_schemas(folder):

@@ -1,4 +1,4 @@
-"""`sluice plan`: compute the fleet that a load needs."""
+"""`sluice plan`: compute the replicas and nodes that a load needs."""
 
 import json
 from typing import Annotated, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipelines.cli.output import print_progress
-from pipelines.cli.times import parse_duration
+from pipelines.cli.times import parse_duration, parse_rate
 
 
 def plan(
@@ -28,10 +28,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
     """Compute the replicas, nodes, partitions and GPU-hours that a load needs."""
-    from pipelines.autoscaling import capacity  # noqa: PLC0415 - other commands need not wait for it
+    from pipelines.autoscaling.capacity import plan_capacity  # noqa: PLC0415 - other commands need not wait for it
 
-    found = capacity.plan_capacity(
-        rate=capacity.parse_rate(rate),
+    computed = plan_capacity(
+        rate=parse_rate(rate),
         objective_s=parse_duration(objective),
         checkpoint=checkpoint,
         gpu=gpu,
@@ -41,9 +41,9 @@ def plan(
         day=day,
     )
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps(computed.as_dict()))
         return
-    typer.echo("\n".join(found.lines()))
-    print_progress(f"The rate of a replica is {found.source}.")
-    for note in found.notes:
+    typer.echo("\n".join(computed.lines()))
+    print_progress(f"The rate of a replica is {computed.source}.")
+    for note in computed.notes:
         print_progress(f"note: {note}")

@@ -11,7 +11,7 @@ from pipelines.cli.output import print_progress, write_file
 from pipelines.clients.policy_changes import change_policy
 from pipelines.reporting.text import find_user_name
 from services.core import settings as settings_module
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, SluiceError
 from services.core.settings import Settings
 from services.policies.comparison import diff_versions
 from services.policies.document import PolicyDocument
@@ -55,8 +55,8 @@ def check(
         settings = settings_module.load("ray_address")
         failed = run_examples(document, file.parent, settings, write=typer.echo, progress=print_progress)
         if failed:
-            raise ConfigurationError(f"{failed} of {len(document.examples)} examples did not come out as expected")
-    typer.echo(f"{file}: {document.name} is well-formed")
+            raise SluiceError(f"{failed} of {len(document.examples)} examples did not come out as expected")
+    typer.echo(f"{file}: {document.name} is valid")
 
 
 @app.command()
@@ -184,7 +184,7 @@ def backtest(
     The command publishes no verdicts. Live submissions have priority. If a figure is above its --max option, the exit
     status is 1.
     """
-    from pipelines.policy_testing import backtest as backtesting  # noqa: PLC0415 - it loads SciPy
+    from pipelines.policy_testing.backtest import backtest as run_backtest  # noqa: PLC0415 - it loads SciPy
     from pipelines.policy_testing.backtest_html import render_page  # noqa: PLC0415
     from pipelines.policy_testing.backtest_report import BacktestLimits  # noqa: PLC0415
 
@@ -202,7 +202,7 @@ def backtest(
         registry.get(*PolicyReference.parse(version).require_version())
     if html and not html.parent.is_dir():
         raise ConfigurationError(f"{html} cannot be written: there is no folder {html.parent}")
-    report, pairs = backtesting.backtest(
+    report, pairs = run_backtest(
         before=against,
         after=policy,
         count=sample,

@@ -17,7 +17,10 @@ def replay(
     verdict_id: Annotated[str, typer.Argument(metavar="VERDICT_ID")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
 ) -> None:
-    """Judge the image of a verdict again and compare the two verdicts. The command publishes no verdicts."""
+    """Judge the image of a verdict again and compare the two verdicts. The command publishes no verdicts.
+
+    `sluice dead-letters replay` is another command: it publishes failed submissions again.
+    """
     from pipelines.policy_testing import rejudge
 
     settings = settings_module.load("stream_url", "policy_bucket", "ray_address")

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.autoscaling import capacity
-from pipelines.autoscaling.capacity import GPU_SPECS, IMAGE_TOKENS, compute_replica_rate, parse_rate, plan_capacity
+from pipelines.autoscaling.capacity import GPU_SPECS, IMAGE_TOKENS, compute_replica_rate, plan_capacity
 from pipelines.cli.main import app
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import CHECKPOINTS, resolve
@@ -51,19 +51,6 @@ def test_every_architecture_has_image_tokens() -> None:
 def test_objective_shorter_than_a_start_adds_a_note() -> None:
     assert plan_capacity(rate=10, objective_s=30, checkpoint=SMALL, gpu="l4").notes
     assert not plan_capacity(rate=10, objective_s=600, checkpoint=SMALL, gpu="l4").notes
-
-
-@pytest.mark.parametrize(
-    ("text", "per_s"), [("400/s", 400), ("400", 400), ("24000/min", 400), ("1e6/h", 1e6 / 3600), ("86400/day", 1)]
-)
-def test_rate_with_a_unit_is_parsed(text: str, per_s: float) -> None:
-    assert parse_rate(text) == pytest.approx(per_s)
-
-
-@pytest.mark.parametrize("text", ["", "x/s", "-1/s", "0", "nan", "4/fortnight", "inf/s"])
-def test_invalid_rate_is_rejected(text: str) -> None:
-    with pytest.raises(ConfigurationError):
-        parse_rate(text)
 
 
 def test_plan_with_an_unknown_name_is_rejected() -> None:

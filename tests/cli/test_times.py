@@ -1,10 +1,10 @@
-"""Durations and points in time as people type them."""
+"""Durations, points in time and rates as people type them."""
 
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pipelines.cli.times import parse_duration, parse_time
+from pipelines.cli.times import parse_duration, parse_rate, parse_time
 from services.core.errors import ConfigurationError
 
 NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
@@ -49,3 +49,16 @@ def test_parse_time_valid_text_gives_the_time(text: str, expected: datetime) -> 
 def test_parse_time_other_text_is_rejected(text: str) -> None:
     with pytest.raises(ConfigurationError, match="neither a duration"):
         parse_time(text, NOW)
+
+
+@pytest.mark.parametrize(
+    ("text", "per_s"), [("400/s", 400), ("400", 400), ("24000/min", 400), ("1e6/h", 1e6 / 3600), ("86400/day", 1)]
+)
+def test_rate_with_a_unit_is_parsed(text: str, per_s: float) -> None:
+    assert parse_rate(text) == pytest.approx(per_s)
+
+
+@pytest.mark.parametrize("text", ["", "x/s", "-1/s", "0", "nan", "4/fortnight", "inf/s"])
+def test_invalid_rate_is_rejected(text: str) -> None:
+    with pytest.raises(ConfigurationError):
+        parse_rate(text)
