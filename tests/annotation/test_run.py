@@ -533,7 +533,7 @@ def cases(tmp_path: Path) -> Path:
         ("zipped.tar.gz", {}, "compressed tars"),
         ("text.parquet", {}, "no column with images or references.*it has text"),
         ("text.parquet", {"column": "uri"}, "has no column 'uri'; it has text"),
-        ("p", {"kind": "parquet"}, "no parquet file"),
+        ("p", {"source_kind": "parquet"}, "no parquet file"),
         ("p", {"policy": "other"}, "SLUICE_POLICY_BUCKET is not set"),
         ("p", {"out": "p/out"}, "inside the source or contains it"),
         ("p", {"out": "mixed"}, r"mixed has other files than annotations \(a.png\)"),
