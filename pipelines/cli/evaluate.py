@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipelines.cli.output import print_progress
-from pipelines.reporting.text import find_user_name
+from pipelines.cli.user import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.values import DEFAULT_POLICY

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.reporting.text import find_user_name
+from pipelines.cli.user import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.gateway.api_keys import ROLES, ApiKeyRegistry, Role

@@ -1,7 +1,5 @@
-"""Text in a terminal: texts of others made harmless, errors on one line, durations, and the name of the user."""
+"""Text for terminals: untrusted text without control characters, errors on one line, and durations."""
 
-import getpass
-import os
 from typing import Final
 
 TEXT_LIMIT_CHARS: Final = 300
@@ -17,7 +15,7 @@ def escape_control_chars(text: str) -> str:
 
 
 def to_one_line(error: BaseException) -> str:
-    """The text of an error on one line; at most 300 characters."""
+    """Return the text of an error on one line, at most 300 characters long."""
     return " ".join(str(error).split())[:TEXT_LIMIT_CHARS]
 
 
@@ -26,11 +24,3 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def find_user_name() -> str:
-    """The name of the user of this process, or the number if the user has no name, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return f"uid {os.getuid()}"

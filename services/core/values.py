@@ -12,6 +12,12 @@ Rating = Literal["Safe", "Unsafe"]
 Action = Literal["allow", "review", "block"]
 VerdictOutcome = Literal["verdict", "needs_review", "superseded"]
 ReviewReason = Literal["unreadable_answer", "quota", "blocked"]
+"""Why a person has to review the image. The names are part of the messages and cannot change:
+
+- `unreadable_answer`: the guard gave no readable answer twice.
+- `quota`: the policy would block the image, but the version's circuit breaker is open. It is no usage limit.
+- `blocked`: the submission held up its Kafka partition for too long. The image is not blocked.
+"""
 Priority = Literal["live", "backfill"]
 GuardPriority = Literal["interactive"] | Priority
 """The order at the guard: requests that wait for the answer, then live submissions, then backfill."""
