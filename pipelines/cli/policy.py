@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli.output import print_progress, write_file
-from pipelines.clients.policy_changes import change_policy
 from pipelines.cli.user import find_user_name
+from pipelines.clients.policy_changes import change_policy
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, SluiceError
 from services.core.settings import Settings

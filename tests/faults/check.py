@@ -1,17 +1,16 @@
-"""Whether every submission ended as it deserved: what went in against what came out. Pure.
+"""Compares the outcomes of a run with those that its submissions should have. Pure.
 
-- Every submission has an end, and no end belongs to nothing.
-- Exactly once: one end each. At least once: further ends of a submission are equal to its first one (the verdict's
-  `verdict_id`; the dead letter's reason).
-- Dead letters are exactly those that were deserved, with the original bytes, key and id. Verdicts say what the guard
-  says about that image.
-- Of S3 events about one object, all but the newest may be superseded. Which of them are depends on who received them
-  when, so under at least once a repeated end may differ in that; those with the same outcome are still equal.
-- Ends of one key come in the order of its submissions. Exactly once: that is the order on each output stream. At least
-  once: it is the order of the first ends, since whoever publishes an end has published those before it, or has begun
-  behind them because they were committed; what is redelivered then goes through the same order again. A message that
-  is no submission waits for nobody there, whatever its key. Dead letters and verdicts are on different streams, so
-  nothing is said about the order between the two.
+- Every submission has an outcome, and every outcome belongs to a submission.
+- Exactly once: each submission has one outcome. At least once: further outcomes of a submission equal the first one
+  (the verdict's `verdict_id`; the dead letter's reason).
+- Dead letters are exactly the expected ones, with the original bytes, key and id. Verdicts have the rating that the
+  guard gives to the image.
+- Of the S3 events about one object, all but the newest may be superseded. It depends on the members that receive them
+  which ones are. At least once, a repeated outcome may therefore be `superseded` or not; repeats of one kind are equal.
+- Outcomes of one key come in the order of its submissions. Exactly once, this is the order on each output stream. At
+  least once, it is the order of the first outcomes, because a redelivered message goes through the same order again.
+  A message that is no submission waits for no other message, whatever its key. Verdicts and dead letters are on
+  different streams, so the order between the two is not checked.
 """
 
 from collections import Counter, defaultdict
@@ -23,20 +22,20 @@ from services.core.errors import DeadLetterReason
 from services.core.messages import DeadLetter, Verdict
 from services.streams.base import Message
 from services.streams.parsing import ParsedSubmission, parse
-from tests.faults.submissions import Deserved, Submitted
+from tests.faults.submissions import ExpectedOutcome, Submitted
 
 _SHOWN: Final = 10
 _REASONS: Final = frozenset(get_args(DeadLetterReason))
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class Outcome:
     """A verdict or a dead letter."""
 
     of: Hashable
-    """Which submission: its id, or the bytes of a message without one."""
+    """The submission: its id, or the bytes of a message without an id."""
     identity: str
-    """Equal for repeats of the same end."""
+    """Equal for repeats of the same outcome."""
     kind: str
     """A verdict's outcome, a dead letter's reason."""
     message: Message
@@ -48,7 +47,7 @@ class End:
 
 @dataclass(slots=True)
 class Findings:
-    """What was counted, and what is wrong."""
+    """Counts, and sentences about each problem."""
 
     submissions: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
@@ -57,15 +56,15 @@ class Findings:
     """By reason; repeats count."""
     lost: int = 0
     duplicates: int = 0
-    """Ends too many, whether allowed or not."""
+    """Surplus outcomes, allowed or not."""
     unequal: int = 0
-    """Submissions whose ends differ where they must not."""
+    """Submissions with different outcomes."""
     wrong_dead_letters: int = 0
-    """Dead letters that were not deserved, or not for that reason."""
+    """Unexpected dead letters, and those with another reason than expected."""
     problems: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
-        """The first problems, and how many there are besides."""
+        """The first problems, and the number of further ones."""
         more = len(self.problems) - _SHOWN
         return self.problems[:_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
 
@@ -78,102 +77,108 @@ def check(
     *,
     exactly_once: bool,
 ) -> Findings:
-    """Judge a run by what was to be submitted and what is on the three streams, each partition in its order."""
+    """Compare the submissions with the messages on the three streams. Each partition is in its order."""
     found = Findings()
-    deserved = {_name(end, each.value): (end, each) for each in submitted for end in each.ends}
-    found.submissions = len(deserved)
+    expected = {_name(outcome, each.value): (outcome, each) for each in submitted for outcome in each.expected}
+    found.submissions = len(expected)
     if Counter(message.value for message in on_stream) != Counter(each.value for each in submitted):
-        found.problems.append("the stream of submissions does not hold each message once: the publisher's fault")
+        found.problems.append(
+            "the stream of submissions does not hold each message once; the harness published wrongly"
+        )
     places = _places(submitted, on_stream)
-    ends: defaultdict[Hashable, list[End]] = defaultdict(list)
+    outcomes: defaultdict[Hashable, list[Outcome]] = defaultdict(list)
     for stream, read, counted in ((verdicts, _verdict, found.verdicts), (letters, _letter, found.dead_letters)):
         in_order = [read(message) for message in stream]
-        for end in in_order:
-            counted[end.kind] += 1
-            ends[end.of].append(end)
+        for outcome in in_order:
+            counted[outcome.kind] += 1
+            outcomes[outcome.of].append(outcome)
         found.problems += _out_of_order(in_order, places, exactly_once=exactly_once)
-    found.problems += [f"{name} was never submitted" for name in ends.keys() - deserved.keys()]
-    for name, (deserves, sent) in deserved.items():
-        if name not in ends:
+    found.problems += [f"{name} was never submitted" for name in outcomes.keys() - expected.keys()]
+    for name, (expectation, sent) in expected.items():
+        if name not in outcomes:
             found.lost += 1
             found.problems.append(f"{name} is lost")
             continue
-        found.duplicates += len(ends[name]) - 1
-        found.unequal += _differ(deserves, ends[name])
-        found.wrong_dead_letters += sum(end.is_dead_letter and end.kind != deserves.reason for end in ends[name])
-        found.problems += _wrong(name, deserves, sent, ends[name], exactly_once=exactly_once)
+        found.duplicates += len(outcomes[name]) - 1
+        found.unequal += _differ(expectation, outcomes[name])
+        found.wrong_dead_letters += sum(
+            outcome.is_dead_letter and outcome.kind != expectation.reason for outcome in outcomes[name]
+        )
+        found.problems += _wrong(name, expectation, sent, outcomes[name], exactly_once=exactly_once)
     return found
 
 
-def _name(end: Deserved, value: bytes) -> Hashable:
-    return end.submission_id or value
+def _name(outcome: ExpectedOutcome, value: bytes) -> Hashable:
+    return outcome.submission_id or value
 
 
-def _verdict(message: Message) -> End:
+def _verdict(message: Message) -> Outcome:
     verdict = Verdict.model_validate_json(message.value)
-    return End(verdict.submission_id, f"{verdict.outcome} {verdict.verdict_id}", verdict.outcome, message)
+    return Outcome(verdict.submission_id, f"{verdict.outcome} {verdict.verdict_id}", verdict.outcome, message)
 
 
-def _letter(message: Message) -> End:
+def _letter(message: Message) -> Outcome:
     letter = DeadLetter.from_headers(message.headers)
-    return End(letter.submission_id or message.value, f"dead letter {letter.reason}", letter.reason, message)
+    return Outcome(letter.submission_id or message.value, f"dead letter {letter.reason}", letter.reason, message)
 
 
 def _wrong(
-    name: Hashable, deserved: Deserved, sent: Submitted, ends: Sequence[End], *, exactly_once: bool
+    name: Hashable, expected: ExpectedOutcome, sent: Submitted, outcomes: Sequence[Outcome], *, exactly_once: bool
 ) -> Iterable[str]:
-    if exactly_once and len(ends) > 1:
-        yield f"{name} has {len(ends)} ends"
-    if _differ(deserved, ends):
-        yield f"{name} has ends that differ: {', '.join(sorted({end.identity for end in ends}))}"
-    for end in ends:
-        if deserved.reason is None:
-            yield from _wrong_verdict(name, deserved, end)
-        elif end.kind != deserved.reason:
-            yield f"{name} deserves the dead letter {deserved.reason}, and has {end.kind}"
-        elif (end.message.value, end.message.key) != (sent.value, sent.key):
+    if exactly_once and len(outcomes) > 1:
+        yield f"{name} has {len(outcomes)} outcomes"
+    if _differ(expected, outcomes):
+        yield f"{name} has different outcomes: {', '.join(sorted({outcome.identity for outcome in outcomes}))}"
+    for outcome in outcomes:
+        if expected.reason is None:
+            yield from _wrong_verdict(name, expected, outcome)
+        elif outcome.kind != expected.reason:
+            yield f"{name} should have the dead letter {expected.reason}, and has {outcome.kind}"
+        elif (outcome.message.value, outcome.message.key) != (sent.value, sent.key):
             yield f"the dead letter of {name} does not have the original bytes and key"
 
 
-def _differ(deserved: Deserved, ends: Sequence[End]) -> bool:
-    # One for each outcome at most: repeats of the same outcome are equal also where an event may be superseded.
-    return len({end.identity for end in ends}) > (len({end.kind for end in ends}) if deserved.may_be_superseded else 1)
+def _differ(expected: ExpectedOutcome, outcomes: Sequence[Outcome]) -> bool:
+    # An event that may be superseded may have one outcome of each kind. Repeats of one kind are equal.
+    return len({outcome.identity for outcome in outcomes}) > (
+        len({outcome.kind for outcome in outcomes}) if expected.may_be_superseded else 1
+    )
 
 
-def _wrong_verdict(name: Hashable, deserved: Deserved, end: End) -> Iterable[str]:
-    if end.kind == "superseded" and deserved.may_be_superseded:
+def _wrong_verdict(name: Hashable, expected: ExpectedOutcome, outcome: Outcome) -> Iterable[str]:
+    if outcome.kind == "superseded" and expected.may_be_superseded:
         return
-    if end.kind != "verdict":
-        yield f"{name} deserves a verdict, and has {end.kind}"
+    if outcome.kind != "verdict":
+        yield f"{name} should have a verdict, and has {outcome.kind}"
         return
-    verdict = Verdict.model_validate_json(end.message.value)
-    if (verdict.sha256, verdict.rating) != (deserved.sha256, deserved.rating):
+    verdict = Verdict.model_validate_json(outcome.message.value)
+    if (verdict.sha256, verdict.rating) != (expected.sha256, expected.rating):
         yield f"{name} has the verdict of another image: {verdict.rating}, {verdict.sha256}"
 
 
 def _places(submitted: Sequence[Submitted], on_stream: Sequence[Message]) -> Mapping[Hashable, tuple[bytes, int]]:
-    """Of each submission the key of its end, and its place among all submissions, in which every key is in order."""
-    ends = {each.value: each for each in submitted}
+    """By submission: the key of its outcome, and its number on the stream. Submissions with one key are in order."""
+    sent_by_value = {each.value: each for each in submitted}
     places: dict[Hashable, tuple[bytes, int]] = {}
     for message in on_stream:
-        if (sent := ends.get(message.value)) is None:
+        if (sent := sent_by_value.get(message.value)) is None:
             continue
         keys = [entry.key for entry in parse(message) if isinstance(entry, ParsedSubmission)]
-        for end, key in zip(sent.ends, keys or [message.key or b""], strict=True):
-            places[_name(end, sent.value)] = (key, len(places))
+        for outcome, key in zip(sent.expected, keys or [message.key or b""], strict=True):
+            places[_name(outcome, sent.value)] = (key, len(places))
     return places
 
 
 def _out_of_order(
-    ends: Sequence[End], places: Mapping[Hashable, tuple[bytes, int]], *, exactly_once: bool
+    outcomes: Sequence[Outcome], places: Mapping[Hashable, tuple[bytes, int]], *, exactly_once: bool
 ) -> Iterable[str]:
     latest: dict[bytes, int] = {}
     seen: set[Hashable] = set()
-    for end in ends:
-        if end.of not in places or (not exactly_once and (end.of in seen or end.kind == "malformed")):
+    for outcome in outcomes:
+        if outcome.of not in places or (not exactly_once and (outcome.of in seen or outcome.kind == "malformed")):
             continue
-        seen.add(end.of)
-        key, place = places[end.of]
+        seen.add(outcome.of)
+        key, place = places[outcome.of]
         if key and place < latest.get(key, -1):
-            yield f"{end.of} ends after a later submission with its key {key.decode()}"
+            yield f"{outcome.of} has its outcome after that of a later submission with its key {key.decode()}"
         latest[key] = max(place, latest.get(key, -1))

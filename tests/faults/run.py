@@ -278,7 +278,9 @@ class _Storm:
         account = next((line for line in lines if line["finding"] == "account"), None)
         if account is None:
             return {}, [f"sluice reconcile failed: {done.stderr.decode(errors='replace').strip()[-500:]}"]
-        overtaken = {end.submission_id for each in self._submitted for end in each.ends if end.may_be_superseded}
+        overtaken = {
+            outcome.submission_id for each in self._submitted for outcome in each.expected if outcome.may_be_superseded
+        }
         allowed = {"repeats"} if self._plan.delivery == "at_least_once" else set()
         problems = [
             f"sluice reconcile says: {line['finding']} {line['submission_id'] or line['source']} {line['ends']}"

@@ -4,7 +4,7 @@
 
 On a real Kafka, a real Valkey, the light S3 server and the scripted guards of this suite, with one intake member. The
 first minute finds out the rate, with a backlog that never ends. Samples go to stderr, one JSON line to stdout; the exit
-status is 1 when memory, file handles or lag grew, or when a submission did not end as it deserved.
+status is 1 if memory, file handles or lag grew, or if a submission did not have the expected outcome.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What is submitted, and the end that each submission deserves."""
+"""The submissions of a run, with the outcome that each should have."""
 
 import hashlib
 import json
@@ -36,13 +36,13 @@ _REASONS: Final[tuple[DeadLetterReason, ...]] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Deserved:
-    """The end of one submission."""
+class ExpectedOutcome:
+    """The outcome that one submission should have."""
 
     submission_id: str | None
-    """None where none can be read."""
+    """None if the message has no readable id."""
     reason: DeadLetterReason | None = None
-    """Of its dead letter; None: a verdict."""
+    """Reason of the dead letter; None: it is a verdict."""
     sha256: str | None = None
     rating: Rating | None = None
     may_be_superseded: bool = False
@@ -54,7 +54,7 @@ class Submitted:
 
     value: bytes
     key: bytes | None
-    ends: tuple[Deserved, ...]
+    expected: tuple[ExpectedOutcome, ...]
 
 
 class Pictures:
@@ -108,14 +108,14 @@ class _Maker:
                 made = [self._event(1)]
             else:
                 made = [self._native()]
-            left -= sum(len(each.ends) for each in made)
+            left -= sum(len(each.expected) for each in made)
             yield from made
 
     def _native(self) -> Submitted:
         name = self._id()
-        picture, deserved = self._judged(name)
+        picture, expected = self._judged(name)
         document = {"id": name, "uri": f"s3://{BUCKET}/{picture}/{name}.jpg", "metadata": {"from": "the fault suite"}}
-        return Submitted(_encoded(document), self._key(), (deserved,))
+        return Submitted(_encoded(document), self._key(), (expected,))
 
     def _event(self, records: int) -> Submitted:
         """A notification of S3 about new objects."""
@@ -123,8 +123,8 @@ class _Maker:
         for _ in range(records):
             picture = self._random.choice(self._pictures.drawn)
             made.append(self._record(picture, f"{picture}/{self._id()}.jpg", self._random.randrange(1, 1 << 40)))
-        ends = tuple(deserved for _, deserved in made)
-        return Submitted(_encoded({"Records": [record for record, _ in made]}), self._key(), ends)
+        outcomes = tuple(expected for _, expected in made)
+        return Submitted(_encoded({"Records": [record for record, _ in made]}), self._key(), outcomes)
 
     def _overtaken(self) -> list[Submitted]:
         """Three events about one object, of which only the last has to be judged."""
@@ -132,20 +132,20 @@ class _Maker:
         key, first = f"{picture}/{self._id()}.jpg", self._random.randrange(1, 1 << 39)
         made = [self._record(picture, key, first + n, is_newest=n == 2) for n in range(3)]
         uri = f"s3://{BUCKET}/{key}".encode()
-        return [Submitted(_encoded({"Records": [record]}), uri, (deserved,)) for record, deserved in made]
+        return [Submitted(_encoded({"Records": [record]}), uri, (expected,)) for record, expected in made]
 
     def _record(
         self, picture: str, key: str, sequencer: int, *, is_newest: bool = True
-    ) -> tuple[dict[str, Any], Deserved]:
+    ) -> tuple[dict[str, Any], ExpectedOutcome]:
         stored = {"key": key, "sequencer": f"{sequencer:016X}"}
         record = {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": BUCKET}, "object": stored}}
-        _, deserved = self._judged(f"{BUCKET}/{key}#{stored['sequencer']}", picture, may_be_superseded=not is_newest)
-        return record, deserved
+        _, expected = self._judged(f"{BUCKET}/{key}#{stored['sequencer']}", picture, may_be_superseded=not is_newest)
+        return record, expected
 
     def _doomed(self, reason: DeadLetterReason) -> Submitted:
         name = self._id()
         if reason == "malformed" and self._random.random() < 0.5:
-            return Submitted(f"{name} is no JSON".encode(), self._key(), (Deserved(None, reason),))
+            return Submitted(f"{name} is no JSON".encode(), self._key(), (ExpectedOutcome(None, reason),))
         picture = {"not_an_image": _NO_IMAGE, "guard_failed": _REFUSED, "not_found": "nowhere"}.get(reason, "0")
         bucket = "forbidden" if reason == "forbidden" else BUCKET
         document = {"id": name, "uri": f"s3://{bucket}/{picture}/{name}.jpg"}
@@ -155,15 +155,15 @@ class _Maker:
             document["policy"] = self._random.choice(("nobody", "default@77"))
         elif reason == "changed":
             document["etag"] = "0" * 32
-        return Submitted(_encoded(document), self._key(), (Deserved(name, reason),))
+        return Submitted(_encoded(document), self._key(), (ExpectedOutcome(name, reason),))
 
     def _judged(
         self, name: str, picture: str | None = None, *, may_be_superseded: bool = False
-    ) -> tuple[str, Deserved]:
+    ) -> tuple[str, ExpectedOutcome]:
         picture = picture or self._random.choice(self._pictures.drawn)
         sha256 = self._pictures.sha256[picture]
-        deserved = Deserved(name, sha256=sha256, rating=rating_of(sha256), may_be_superseded=may_be_superseded)
-        return picture, deserved
+        expected = ExpectedOutcome(name, sha256=sha256, rating=rating_of(sha256), may_be_superseded=may_be_superseded)
+        return picture, expected
 
     def _key(self) -> bytes | None:
         return f"user-{self._random.randrange(KEYS)}".encode() if self._random.random() < 0.6 else None

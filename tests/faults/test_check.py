@@ -1,4 +1,4 @@
-"""That the suite would notice: each test spoils a run that was right."""
+"""The check of the fault tests finds each kind of problem: each test damages a correct run."""
 
 import dataclasses
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from services.core.messages import DeadLetter, Timings, Verdict
 from services.streams.base import Message
 from tests.faults.check import Findings, check
 from tests.faults.fleet import UNFORESEEN_FAILURES
-from tests.faults.submissions import Deserved, Pictures, Submitted, submissions
+from tests.faults.submissions import ExpectedOutcome, Pictures, Submitted, submissions
 from tests.support.fake_guard import MODEL
 
 _ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ _NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
 
 class Run:
-    """A run in which everything ended as it deserved."""
+    """A run in which every submission has the expected outcome."""
 
     def __init__(self, folder: Path) -> None:
         self.submitted = submissions(1, 400, Pictures(folder, 1))
@@ -27,22 +27,22 @@ class Run:
         self.verdicts: list[Message] = []
         self.letters: list[Message] = []
         for each in self.submitted:
-            for end in each.ends:
-                if end.reason is None:
-                    self.verdicts.append(_verdict(len(self.verdicts), end))
+            for outcome in each.expected:
+                if outcome.reason is None:
+                    self.verdicts.append(_verdict(len(self.verdicts), outcome))
                 else:
-                    self.letters.append(_letter(len(self.letters), each, end))
+                    self.letters.append(_letter(len(self.letters), each, outcome))
 
     def check(self, *, exactly_once: bool = False) -> Findings:
         return check(self.submitted, self.on_stream, self.verdicts, self.letters, exactly_once=exactly_once)
 
     def verdict_of(self, *, key: bytes | None = None, may_be_superseded: bool = False) -> list[int]:
-        """Where the verdicts of such submissions are."""
+        """The positions of the verdicts of such submissions."""
         wanted = {
-            end.submission_id
+            outcome.submission_id
             for each in self.submitted
-            for end in each.ends
-            if (key is None or each.key == key) and end.may_be_superseded == may_be_superseded
+            for outcome in each.expected
+            if (key is None or each.key == key) and outcome.may_be_superseded == may_be_superseded
         }
         return [n for n, message in enumerate(self.verdicts) if _read(message).submission_id in wanted]
 
@@ -82,14 +82,14 @@ def test_check_equal_repeat_is_reported_only_with_exactly_once(run: Run) -> None
 
 def test_check_second_different_outcome_is_reported(run: Run) -> None:
     run.verdicts.append(_changed(run.verdicts[5], verdict_id="another"))
-    assert "ends that differ" in run.check().sentences()[0]
+    assert "different outcomes" in run.check().sentences()[0]
 
 
 def test_check_unexpected_dead_letter_is_reported(run: Run) -> None:
     (n, *_) = run.verdict_of(key=None)
     verdict = _read(run.verdicts.pop(n))
-    run.letters.append(_letter(99, run.submitted[0], Deserved(verdict.submission_id, "not_found")))
-    assert "deserves a verdict, and has not_found" in run.check().sentences()[-1]
+    run.letters.append(_letter(99, run.submitted[0], ExpectedOutcome(verdict.submission_id, "not_found")))
+    assert "should have a verdict, and has not_found" in run.check().sentences()[-1]
 
 
 def test_check_verdict_of_another_image_is_reported(run: Run) -> None:
@@ -99,11 +99,11 @@ def test_check_verdict_of_another_image_is_reported(run: Run) -> None:
 
 def test_check_superseded_is_accepted_only_for_overtaken_events(run: Run) -> None:
     overtaken = run.verdict_of(may_be_superseded=True)[0]
-    run.verdicts.append(_changed(run.verdicts[overtaken], outcome="superseded", verdict_id="of what was not judged"))
+    run.verdicts.append(_changed(run.verdicts[overtaken], outcome="superseded", verdict_id="not judged"))
     assert run.check().problems == []
     newest = run.verdict_of()[0]
     run.verdicts[newest] = _changed(run.verdicts[newest], outcome="superseded")
-    assert "deserves a verdict, and has superseded" in run.check().sentences()[0]
+    assert "should have a verdict, and has superseded" in run.check().sentences()[0]
 
 
 def test_check_wrong_order_of_a_key_is_reported(run: Run) -> None:
@@ -111,28 +111,28 @@ def test_check_wrong_order_of_a_key_is_reported(run: Run) -> None:
     assert key is not None
     first, second, *_ = run.verdict_of(key=key)
     again = run.verdicts[first]
-    run.verdicts.insert(second + 1, again)  # redelivered: the first ends are still in order
+    run.verdicts.insert(second + 1, again)  # redelivered: the first outcomes are still in order
     assert run.check().problems == []
     del run.verdicts[first]
-    assert "ends after a later submission with its key" in run.check().sentences()[0]
+    assert "has its outcome after that of a later submission with its key" in run.check().sentences()[0]
 
 
 def _message(stream: str, n: int, value: bytes, key: bytes | None, *headers: tuple[str, bytes]) -> Message:
     return Message(value, key, headers, f"{stream}/0/{n}", _NOW)
 
 
-def _verdict(n: int, end: Deserved) -> Message:
-    assert end.submission_id is not None
+def _verdict(n: int, outcome: ExpectedOutcome) -> Message:
+    assert outcome.submission_id is not None
     verdict = Verdict(
-        verdict_id=f"verdict of {end.submission_id}",
-        submission_id=end.submission_id,
+        verdict_id=f"verdict of {outcome.submission_id}",
+        submission_id=outcome.submission_id,
         uri="s3://uploads/0/a.jpg",
         version_id=None,
         etag=None,
-        sha256=end.sha256,
+        sha256=outcome.sha256,
         tenant="default",
         outcome="verdict",
-        rating=end.rating,
+        rating=outcome.rating,
         category=None,
         rationale=None,
         score=None,
@@ -149,10 +149,15 @@ def _verdict(n: int, end: Deserved) -> Message:
     return _message("verdicts", n, verdict.model_dump_json().encode(), None)
 
 
-def _letter(n: int, sent: Submitted, end: Deserved) -> Message:
-    assert end.reason is not None
+def _letter(n: int, sent: Submitted, outcome: ExpectedOutcome) -> Message:
+    assert outcome.reason is not None
     letter = DeadLetter(
-        submission_id=end.submission_id, reason=end.reason, detail="", attempts=1, source="s/0/0", failed_at=_NOW
+        submission_id=outcome.submission_id,
+        reason=outcome.reason,
+        detail="",
+        attempts=1,
+        source="s/0/0",
+        failed_at=_NOW,
     )
     return _message("letters", n, sent.value, sent.key, *letter.headers())
 
