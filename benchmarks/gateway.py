@@ -32,7 +32,7 @@ from pipelines.local import backends
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.gateway.api_keys import ApiKeyRegistry
-from services.gateway.app import Dependencies, create_app
+from services.gateway.app import GatewayDependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.guard.checkpoints import resolve
 from services.images.decoder_pool import DecoderPool
@@ -140,8 +140,8 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[RunningGateway]:
         policies = await closing.enter_async_context(PolicyCache(registry, shared))
         guard = TimedGuard()
         moderator = build_retrying_moderator(policies=policies, images=store, preparer=preparer, guard=guard)
-        parts = Dependencies(moderator, guard, preparer, policies, registry, shared, keys)
-        server = GatewayServer(create_app(parts, settings), settings, listener=listen("127.0.0.1", 0))
+        dependencies = GatewayDependencies(moderator, guard, preparer, policies, registry, shared, keys)
+        server = GatewayServer(create_app(dependencies, settings), settings, listener=listen("127.0.0.1", 0))
         closing.push_async_callback(server.stop)
         await server.start()
         gc.collect()

@@ -17,7 +17,7 @@ from services.core.logs import configure_logging
 from services.core.settings import Settings
 from services.core.tasks import close_on_error
 from services.gateway.api_keys import ApiKeyRegistry
-from services.gateway.app import Dependencies, create_app
+from services.gateway.app import GatewayDependencies, create_app
 from services.gateway.server import GatewayServer, listen
 
 
@@ -45,7 +45,7 @@ class GatewayDeployment:
         components = await Components.from_settings(settings, max_side_px, guard, self._closing)
         self._guard = components.guard
         app = create_app(
-            Dependencies(
+            GatewayDependencies(
                 moderator=components.moderator,
                 guard=components.guard,
                 preparer=components.decoder_pool,

@@ -6,7 +6,7 @@
     4. jobs                  assessments of one API key that are being judged              rate_limits.py
     5. images in flight      at the guard, of all API keys                                 load_shedding.py
 
-`Admission.admit` applies the first two before anything of the body is read. The admitted request applies the others
+`Admission.admit` applies the first two before anything of the body is read. `AdmittedRequest` applies the others
 when it needs them: memory as the body arrives, a job for an assessment, and a slot at the guard for each image. Cheap
 checks come first, so that a flood costs little. No limit makes a request wait, because a waiting request would hold
 memory and slots that others need.
@@ -20,10 +20,10 @@ from services.core.messages import Verdict
 from services.core.values import Detail
 from services.gateway.api_keys import ApiKey, Role
 from services.gateway.body_memory import BodyMemory, MemoryLease
-from services.gateway.image_inputs import SubmittedImage
-from services.gateway.load_shedding import LoadShedder
+from services.gateway.load_shedding import BoundedModerator
 from services.gateway.problems import HttpProblem
 from services.gateway.rate_limits import RateLimiter
+from services.gateway.submitted_images import SubmittedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,45 +32,46 @@ class Admission:
 
     limiter: RateLimiter
     memory: BodyMemory
-    shedder: LoadShedder
+    moderator: BoundedModerator
 
     @asynccontextmanager
-    async def admit(self, key: ApiKey, role: Role) -> "AsyncIterator[AdmittedRequest]":
-        """Count one request of a key until the block ends.
+    async def admit(self, api_key: ApiKey, role: Role) -> "AsyncIterator[AdmittedRequest]":
+        """Count one request of an API key until the block ends.
 
         Raises:
-            HttpProblem: the key is over its rate, lacks the role, or has too many concurrent requests.
+            HttpProblem: the API key is over its rate, lacks the role, or has too many concurrent requests.
         """
-        await self.limiter.acquire(key)
-        if not key.allows(role):
+        await self.limiter.acquire(api_key)
+        if not api_key.allows(role):
             raise HttpProblem(
                 "not-permitted",
-                f"this request needs the role {role}, but the API key {key.name!r} has the role {key.role}",
+                f"this request needs the role {role}, but the API key {api_key.name!r} has the role {api_key.role}",
             )
-        with self.limiter.concurrency_slot(key, "requests"), ExitStack() as held:
-            yield AdmittedRequest(key, held.enter_context(self.memory.lease(key.id)), held, self)
+        with self.limiter.concurrency_slot(api_key, "requests"), ExitStack() as resources:
+            memory = resources.enter_context(self.memory.lease(api_key.id))
+            yield AdmittedRequest(api_key, memory, resources, self)
 
 
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
     """A request that is within the first two limits. It applies the other limits."""
 
-    key: ApiKey
+    api_key: ApiKey
     memory: MemoryLease
     """Memory for the body and the images. Released when the request ends or, after `start_job`, when the job ends."""
-    _held: ExitStack
+    _resources: ExitStack
     _limits: Admission
 
     def start_job(self) -> ExitStack:
         """Count a job, which may outlive the request. Close the result when the job ends; it also holds the memory.
 
         Raises:
-            HttpProblem: the key has too many jobs. The memory is released.
+            HttpProblem: the API key has too many jobs. The memory is released.
         """
-        with self._held:
-            self._held.enter_context(self._limits.limiter.concurrency_slot(self.key, "jobs"))
-            return self._held.pop_all()
+        with self._resources:
+            self._resources.enter_context(self._limits.limiter.concurrency_slot(self.api_key, "jobs"))
+            return self._resources.pop_all()
 
     async def judge(self, image: SubmittedImage, detail: Detail = "verdict") -> Verdict:
-        """Judge one image. Raises what `LoadShedder.judge` raises."""
-        return await self._limits.shedder.judge(image, detail)
+        """Judge one image. Raises what `BoundedModerator.judge` raises."""
+        return await self._limits.moderator.judge(image, detail)

@@ -14,10 +14,11 @@ from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token, pars
 
 _MAX_AGE_S: Final = 300.0
 """While the bucket does not answer, cached keys stay valid for this long. A revoked key may be among them."""
-_SEARCH_PAUSE_S: Final = 0.5
-_SEARCH_PAUSE_REFRESHES: Final = 10
-"""Searches for unknown keys start at least `_SEARCH_PAUSE_S` apart. If refreshes are slow, searches start this many
-times the duration of a refresh apart, up to the refresh period."""
+_UNKNOWN_KEY_PAUSE_S: Final = 0.5
+"""Refreshes for unknown keys start at least this long after the refresh before, so that invented keys cost little."""
+_UNKNOWN_KEY_PAUSE_REFRESHES: Final = 10
+"""If refreshes are slow, the pause is this many times the duration of a refresh, up to the refresh period. If refreshes
+take 0.1 s, one for an unknown key starts 1 s after the refresh before."""
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ class ApiKeyCache:
         registry: ApiKeyRegistry,
         *,
         refresh_s: float = 2.0,
-        search_pause_s: float = _SEARCH_PAUSE_S,
+        unknown_key_pause_s: float = _UNKNOWN_KEY_PAUSE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`refresh_s`: the period of refreshes, and so the time until a revoked key is refused."""
         self._registry = registry
         self._refresh_s = refresh_s
-        self._search_pause_s = search_pause_s
+        self._unknown_key_pause_s = unknown_key_pause_s
         self._clock = clock
         self._keys: dict[str, ApiKey] = {}
         self._invalid_ids: set[str] = set()
@@ -66,11 +67,13 @@ class ApiKeyCache:
         key_id = parse_key_id(token)
         if key_id is None:
             return None
-        key = self._keys.get(key_id)
-        if key is None:
-            key = await self._search(key_id)
+        api_key = self._keys.get(key_id)
+        if api_key is None:
+            api_key = await self._refresh_for(key_id)
         self.raise_if_stale()
-        return key if key is not None and hmac.compare_digest(key.digest, digest_token(token)) else None
+        if api_key is None or not hmac.compare_digest(api_key.digest, digest_token(token)):
+            return None
+        return api_key
 
     def raise_if_stale(self) -> None:
         """
@@ -92,10 +95,12 @@ class ApiKeyCache:
             self._refresh_task.add_done_callback(self._forget_refresh)
         await asyncio.shield(self._refresh_task)
 
-    async def _search(self, key_id: str) -> ApiKey | None:
-        """Return a key that was created after the last refresh. Concurrent searches share one refresh."""
+    async def _refresh_for(self, key_id: str) -> ApiKey | None:
+        """Refresh, because the key may have been created after the last refresh. Returns the key, if it exists."""
         asked_at = self._clock()
-        pause_s = max(self._search_pause_s, min(self._refresh_s, _SEARCH_PAUSE_REFRESHES * self._refresh_took_s))
+        pause_s = max(
+            self._unknown_key_pause_s, min(self._refresh_s, _UNKNOWN_KEY_PAUSE_REFRESHES * self._refresh_took_s)
+        )
         await asyncio.sleep(max(0.0, pause_s - (asked_at - self._refresh_started_at)))
         with suppress(KeysUnavailable):
             while self._refreshed_at < asked_at:  # a refresh that had started before may have missed the key

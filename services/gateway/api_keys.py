@@ -105,7 +105,7 @@ class ApiKeyRegistry:
         key_id = secrets.token_hex(8)
         token = f"sk-sluice-{key_id}-{secrets.token_urlsafe(32)}"
         try:
-            key = ApiKey(
+            api_key = ApiKey(
                 id=key_id,
                 name=name,
                 role=role,
@@ -119,8 +119,8 @@ class ApiKeyRegistry:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise ConfigurationError(f"the key's {first['loc'][0]} is invalid: {first['msg']}") from None
-        self._create(f"keys/{key_id}/key.json", key.model_dump_json().encode())
-        return key, token
+        self._create(f"keys/{key_id}/key.json", api_key.model_dump_json().encode())
+        return api_key, token
 
     def revoke(self, key_id: str, *, who: str = "") -> None:
         """Revoke a key for ever. Safe to repeat.
@@ -146,25 +146,31 @@ class ApiKeyRegistry:
         with self._map_bucket_errors():
             body = self._objects.read(f"keys/{key_id}/key.json")
         try:
-            key = ApiKey.model_validate_json(body)
+            api_key = ApiKey.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             field = ".".join(map(str, first["loc"]))
-            log.warning("the API key %s is refused, because its object is invalid: %s: %s", key_id, field, first["msg"])
+            log.warning(
+                "the API key %s is refused, because its object is invalid: %s: %s; upgrade the gateway, or revoke "
+                "the key and create a new one",
+                key_id,
+                field,
+                first["msg"],
+            )
             return None
-        if key.id != key_id:  # a copy of a key under another id would stay valid after the key itself is revoked
-            log.warning("the API key %s is refused, because its object is a copy of the key %s", key_id, key.id)
+        if api_key.id != key_id:  # a copy of a key under another id would stay valid after the key itself is revoked
+            log.warning("the API key %s is refused, because its object is a copy of the key %s", key_id, api_key.id)
             return None
-        return key
+        return api_key
 
     def get_each(self, key_ids: list[str]) -> list[ApiKey]:
         """Return several keys, in this order. Keys for which `get` returns None are left out."""
         with ThreadPoolExecutor(_READ_THREADS) as threads:
-            return [key for key in threads.map(self.get, key_ids) if key is not None]
+            return [api_key for api_key in threads.map(self.get, key_ids) if api_key is not None]
 
-    def _create(self, key: str, body: bytes) -> None:
+    def _create(self, object_key: str, body: bytes) -> None:
         with self._map_bucket_errors():
-            self._objects.create(key, body, content_type="application/json")
+            self._objects.create(object_key, body, content_type="application/json")
 
     @contextmanager
     def _map_bucket_errors(self) -> Iterator[None]:

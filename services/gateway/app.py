@@ -20,8 +20,8 @@ from services.gateway.assessment_jobs import AssessmentJobs
 from services.gateway.assessment_store import AssessmentStore
 from services.gateway.auth import Authenticator
 from services.gateway.body_memory import BodyMemory
-from services.gateway.load_shedding import LoadShedder
-from services.gateway.middleware import DrainUnreadBodyMiddleware, RequestMetricsMiddleware
+from services.gateway.load_shedding import BoundedModerator
+from services.gateway.middleware import DiscardUnreadBodyMiddleware, RequestMetricsMiddleware
 from services.gateway.openapi import OPENAI_ERROR_RESPONSES, PROBLEM_RESPONSES, build_openapi
 from services.gateway.problems import HttpProblem, to_problem
 from services.gateway.rate_limits import RateLimiter
@@ -46,7 +46,7 @@ _BODY_MODELS: Final[tuple[type[BaseModel], ...]] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Dependencies:
+class GatewayDependencies:
     """The parts that the gateway uses. It neither starts nor closes them."""
 
     moderator: Moderator
@@ -58,22 +58,24 @@ class Dependencies:
     keys: ApiKeyRegistry
 
 
-def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
+def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI:
     """Build the application. Its lifespan starts and ends the background tasks of the gateway."""
-    keys = ApiKeyCache(parts.keys, refresh_s=settings.gateway_keys_refresh_s)
-    shedder = LoadShedder(parts.moderator, settings)
+    keys = ApiKeyCache(dependencies.keys, refresh_s=settings.gateway_keys_refresh_s)
+    moderator = BoundedModerator(dependencies.moderator, settings)
     admission = Admission(
-        RateLimiter(parts.redis_cache, settings), BodyMemory(settings.gateway_body_memory_bytes), shedder
+        RateLimiter(dependencies.redis_cache, settings), BodyMemory(settings.gateway_body_memory_bytes), moderator
     )
     authenticator, body_reader = Authenticator(keys, admission), BodyReader(settings)
-    store = AssessmentStore(parts.redis_cache, keep_s=settings.gateway_keep_s)
+    store = AssessmentStore(dependencies.redis_cache, keep_s=settings.gateway_keep_s)
     jobs = AssessmentJobs(store)
     downloader = ImageDownloader(
         settings.gateway_fetch_hosts,
         limit_bytes=min(settings.image_limit_bytes, settings.gateway_body_limit_bytes),
         deadline_s=settings.fetch_deadline_s,
     )
-    readiness = Readiness(policies=parts.policies, preparer=parts.preparer, guard=parts.guard, keys=keys)
+    readiness = Readiness(
+        policies=dependencies.policies, preparer=dependencies.preparer, guard=dependencies.guard, keys=keys
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,18 +87,22 @@ def create_app(parts: Dependencies, settings: Settings) -> FastAPI:
 
     app = _build_empty_app(lifespan, settings)
     app.include_router(
-        moderations.build_router(authenticator, body_reader, downloader, parts.policies),
+        moderations.build_router(authenticator, body_reader, downloader, dependencies.policies),
         responses=OPENAI_ERROR_RESPONSES,
     )
     service = PolicyService(
-        parts.registry, parts.redis_cache, policies=parts.policies, refresh_s=settings.policy_refresh_s
+        dependencies.registry,
+        dependencies.redis_cache,
+        policies=dependencies.policies,
+        refresh_s=settings.policy_refresh_s,
     )
     for routes in (
         assessments.build_router(authenticator, body_reader, jobs, store, downloader),
-        policies.build_router(authenticator, body_reader, parts.registry, service),
+        policies.build_router(authenticator, body_reader, dependencies.registry, service),
         health.build_router(readiness),
     ):
         app.include_router(routes, responses=PROBLEM_RESPONSES)
+    # The Ray Serve deployment reads the readiness; tests use all three.
     app.state.readiness, app.state.api_keys, app.state.assessment_store = readiness, keys, store
     return app
 
@@ -113,7 +119,7 @@ def _build_empty_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[N
         swagger_ui_oauth2_redirect_url=None,
     )
     app.add_middleware(RequestMetricsMiddleware)
-    app.add_middleware(DrainUnreadBodyMiddleware, settings=settings)
+    app.add_middleware(DiscardUnreadBodyMiddleware, settings=settings)
     for kind in (SluiceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _respond_to_error)
     app.openapi = build_openapi(app, _BODY_MODELS)  # type: ignore[method-assign]
@@ -121,11 +127,12 @@ def _build_empty_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[N
 
 
 async def _respond_to_error(request: Request, error: Exception) -> Response:
-    problem = _to_problem(error)
+    route = getattr(request.scope.get("route"), "path", "no route")
+    problem = _to_problem(error, f"a request for {route}")
     return problem.to_openai_response() if request.url.path == moderations.PATH else problem.to_response()
 
 
-def _to_problem(error: Exception) -> HttpProblem:
+def _to_problem(error: Exception, subject: str) -> HttpProblem:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = str(first["loc"][-1]) if first.get("loc") else "the request"
@@ -133,4 +140,4 @@ def _to_problem(error: Exception) -> HttpProblem:
     if isinstance(error, HTTPException):
         kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "malformed")
         return HttpProblem(kind, str(error.detail))
-    return to_problem(error)
+    return to_problem(error, subject)

@@ -9,8 +9,8 @@ from services.core.tasks import cancel_and_wait
 from services.core.values import Detail
 from services.gateway.admission import AdmittedRequest
 from services.gateway.assessment_store import AssessmentStore, StoredAssessment
-from services.gateway.image_inputs import SubmittedImage
 from services.gateway.problems import HttpProblem, to_problem
+from services.gateway.submitted_images import SubmittedImage
 
 _POLL_S: Final = 0.1
 _RETRYABLE_STATUSES: Final = frozenset({429, 500, 503})
@@ -23,7 +23,7 @@ class AssessmentJob:
 
     image: SubmittedImage
     detail: Detail
-    digest: str
+    request_digest: str
     """SHA-256 of the fields that identify the image and how to judge it."""
 
 
@@ -34,23 +34,23 @@ class AssessmentJobs:
         self._store = store
         self._tasks: dict[str, asyncio.Task[StoredAssessment]] = {}
 
-    async def claim(self, key: str, job: AssessmentJob, pending: StoredAssessment) -> str:
+    async def claim(self, idempotency_key: str, job: AssessmentJob, pending: StoredAssessment) -> str:
         """Return the id of an idempotency key's assessment: `pending`, or that of an earlier request with the key.
 
         Raises:
             HttpProblem: an earlier request with the key was different.
         """
-        known = await self._store.claim(key, job.digest, pending)
-        if known.request != job.digest:
+        known = await self._store.claim(idempotency_key, job.request_digest, pending)
+        if known.request_digest != job.request_digest:
             raise HttpProblem("idempotency-key-reused", "an earlier request with this idempotency key was different")
-        if known.assessment != pending.id:
-            stored = await self._store.get(known.assessment)
+        if known.assessment_id != pending.id:
+            stored = await self._store.get(known.assessment_id)
             problem = stored.problem if stored else None
             may_retry = stored is None or (problem is not None and problem["status"] in _RETRYABLE_STATUSES)
             # If several requests find a temporary failure, one of them replaces it and judges the image again.
-            if may_retry and await self._store.replace(key, known, pending):
+            if may_retry and await self._store.replace(idempotency_key, known, pending):
                 return pending.id
-        return known.assessment
+        return known.assessment_id
 
     async def start(
         self, pending: StoredAssessment, job: AssessmentJob, admitted: AdmittedRequest
@@ -61,13 +61,13 @@ class AssessmentJobs:
             HttpProblem: the API key has too many jobs.
         """
         try:
-            held = admitted.start_job()
+            resources = admitted.start_job()
         except HttpProblem as problem:
             # Other requests may already wait for the pending assessment, so it is finished.
             await self._store.finish(pending.with_problem(problem))
             raise
-        held.enter_context(self._store.renew(pending))
-        task = asyncio.create_task(self._run(pending, job, admitted, held))
+        resources.enter_context(self._store.renew(pending))
+        task = asyncio.create_task(self._run(pending, job, admitted, resources))
         self._tasks[pending.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(pending.id, None))
         return task
@@ -92,12 +92,12 @@ class AssessmentJobs:
             await asyncio.gather(*map(cancel_and_wait, late))
 
     async def _run(
-        self, pending: StoredAssessment, job: AssessmentJob, admitted: AdmittedRequest, held: ExitStack
+        self, pending: StoredAssessment, job: AssessmentJob, admitted: AdmittedRequest, resources: ExitStack
     ) -> StoredAssessment:
-        with held:
+        with resources:
             try:
                 done = pending.with_verdict(await admitted.judge(job.image, job.detail))
             except Exception as error:  # noqa: BLE001 - any error is the result that clients get
-                done = pending.with_problem(to_problem(error))
+                done = pending.with_problem(to_problem(error, f"assessment {pending.id}"))
             await self._store.finish(done)
             return done

@@ -6,8 +6,8 @@ Each assessment is a state machine with two states, PENDING and DONE:
                                             │   ▲
                                             └───┘ renew, while a process judges it
 
-DONE is final: `create` and renewals do not change it. If a request waits for its verdict, its assessment is finished
-without being pending. A later `create` then changes nothing.
+DONE is final: `create` and renewals do not change it. A request that waits for its verdict stores no pending
+assessment: `finish` writes the result directly, and a later `create` changes nothing.
 
 A pending assessment that no process renews is abandoned: its process has ended, or Redis created it although the
 process saw an error. `get` then reports the problem `interrupted`. The time to live in Redis tells when the assessment
@@ -26,9 +26,9 @@ import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.messages import Verdict
@@ -43,8 +43,8 @@ _HEARTBEAT_S: Final = 3.0
 _PENDING_S: Final = 3600
 """Time to live of a pending assessment, from its creation or renewal."""
 _MAX_UNSAVED: Final = 1000
-"""Finished assessments that this process keeps while Redis is unavailable. No assessment can be created in Redis then,
-so clients can ask only for the first of them."""
+"""Finished assessments that this process keeps while Redis is unavailable. No assessment can be created during the
+outage, so clients can ask only for the results of assessments created before it."""
 
 _CREATE_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
 _FINISH_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
@@ -97,11 +97,13 @@ class StoredAssessment(WireModel):
 
 
 class Claim(WireModel):
-    """The request and the assessment of an idempotency key."""
+    """The request and the assessment of an idempotency key. In Redis, the fields have the names of release 0.1.0."""
 
-    request: str
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
+    request_digest: Annotated[str, Field(validation_alias="request", serialization_alias="request")]
     """SHA-256 of the first request with the key."""
-    assessment: str
+    assessment_id: Annotated[str, Field(validation_alias="assessment", serialization_alias="assessment")]
 
 
 class AssessmentStore:
@@ -129,7 +131,7 @@ class AssessmentStore:
         await cancel_and_wait(self._task)
         with suppress(RedisUnavailable):
             await self._save_finished()
-            await self._redis.run("redis.call('DEL', KEYS[1])", [self._key("alive", self.process)])
+            await self._redis.run("redis.call('DEL', KEYS[1])", [self._redis_key("alive", self.process)])
 
     def build_pending(self, tenant: str) -> StoredAssessment:
         """Return a new assessment of this process. It is in Redis after `create`, `claim` or `replace`."""
@@ -137,21 +139,23 @@ class AssessmentStore:
 
     async def create(self, pending: StoredAssessment) -> None:
         """absent -> PENDING. An assessment that is DONE already stays so."""
-        name = self._key("assessment", pending.id)
-        await self._redis.run(_CREATE_SCRIPT, [name], pending.model_dump_json(), _PENDING_S)
+        redis_key = self._redis_key("assessment", pending.id)
+        await self._redis.run(_CREATE_SCRIPT, [redis_key], pending.model_dump_json(), _PENDING_S)
 
-    async def claim(self, key: str, request: str, pending: StoredAssessment) -> Claim:
+    async def claim(self, idempotency_key: str, request_digest: str, pending: StoredAssessment) -> Claim:
         """absent -> PENDING, if this is the first request with the idempotency key. Returns the key's claim."""
-        claim, names = self._claim(key, request, pending)
+        claim, redis_keys = self._claim(idempotency_key, request_digest, pending)
         body = pending.model_dump_json()
-        known = await self._redis.run(_CLAIM_SCRIPT, names, claim.model_dump_json(), body, self._keep_s, _PENDING_S)
+        known = await self._redis.run(
+            _CLAIM_SCRIPT, redis_keys, claim.model_dump_json(), body, self._keep_s, _PENDING_S
+        )
         return Claim.model_validate_json(known) if known else claim
 
-    async def replace(self, key: str, known: Claim, pending: StoredAssessment) -> bool:
+    async def replace(self, idempotency_key: str, known: Claim, pending: StoredAssessment) -> bool:
         """absent -> PENDING, in place of the claim's assessment. False if another request has replaced it before."""
-        claim, names = self._claim(key, known.request, pending)
+        claim, redis_keys = self._claim(idempotency_key, known.request_digest, pending)
         bodies = (claim.model_dump_json(), pending.model_dump_json(), known.model_dump_json())
-        return bool(await self._redis.run(_REPLACE_SCRIPT, names, *bodies, self._keep_s, _PENDING_S))
+        return bool(await self._redis.run(_REPLACE_SCRIPT, redis_keys, *bodies, self._keep_s, _PENDING_S))
 
     @contextmanager
     def renew(self, pending: StoredAssessment) -> Iterator[None]:
@@ -164,8 +168,11 @@ class AssessmentStore:
 
     async def send_heartbeat(self) -> None:
         """Tell other processes that this process runs, renew the assessments that it judges, and save results."""
-        names = [self._key("alive", self.process), *(self._key("assessment", each) for each in self._renewed)]
-        await self._redis.run(_RENEW_SCRIPT, names, _ALIVE_S, _PENDING_S, *self._renewed.values())
+        redis_keys = [
+            self._redis_key("alive", self.process),
+            *(self._redis_key("assessment", each) for each in self._renewed),
+        ]
+        await self._redis.run(_RENEW_SCRIPT, redis_keys, _ALIVE_S, _PENDING_S, *self._renewed.values())
         await self._save_finished()
 
     async def finish(self, done: StoredAssessment) -> None:
@@ -178,14 +185,18 @@ class AssessmentStore:
                 self._unsaved[done.id] = done
             else:
                 log.error(
-                    "saving assessment %s failed; its result is lost, since too many others wait: %s", done.id, error
+                    "saving assessment %s failed; its result is lost, because %d results already wait for Redis; the "
+                    "client must send the request again: %s",
+                    done.id,
+                    _MAX_UNSAVED,
+                    error,
                 )
 
     async def get(self, assessment_id: str) -> StoredAssessment | None:
         """Return an assessment, or None if it is absent. An abandoned assessment has failed."""
         if unsaved := self._unsaved.get(assessment_id):
             return unsaved
-        body, left_s = await self._redis.run(_GET_SCRIPT, [self._key("assessment", assessment_id)])
+        body, left_s = await self._redis.run(_GET_SCRIPT, [self._redis_key("assessment", assessment_id)])
         if body is None:
             return None
         try:
@@ -198,10 +209,13 @@ class AssessmentStore:
             )
         return stored
 
-    def _claim(self, key: str, request: str, pending: StoredAssessment) -> tuple[Claim, list[str]]:
+    def _claim(self, idempotency_key: str, request_digest: str, pending: StoredAssessment) -> tuple[Claim, list[str]]:
         """Return the claim of a new assessment, and the Redis keys of the idempotency key and the assessment."""
-        names = [self._key("idempotency", _digest(key)), self._key("assessment", pending.id)]
-        return Claim(request=request, assessment=pending.id), names
+        redis_keys = [
+            self._redis_key("idempotency", _digest(idempotency_key)),
+            self._redis_key("assessment", pending.id),
+        ]
+        return Claim(request_digest=request_digest, assessment_id=pending.id), redis_keys
 
     async def _has_live_owner(self, pending: StoredAssessment, left_s: int) -> bool:
         """Return whether a process still judges an assessment. `left_s`: the rest of its time to live."""
@@ -209,9 +223,9 @@ class AssessmentStore:
             return True
         if _PENDING_S - left_s > _ALIVE_S:
             return False
-        name = self._key("alive", pending.process)
+        redis_key = self._redis_key("alive", pending.process)
         return pending.process == self.process or bool(
-            await self._redis.run("return redis.call('EXISTS', KEYS[1])", [name])
+            await self._redis.run("return redis.call('EXISTS', KEYS[1])", [redis_key])
         )
 
     async def _heartbeat_loop(self) -> None:
@@ -228,10 +242,10 @@ class AssessmentStore:
             del self._unsaved[done.id]
 
     async def _save(self, done: StoredAssessment) -> None:
-        name = self._key("assessment", done.id)
-        await self._redis.run(_FINISH_SCRIPT, [name], done.model_dump_json(), self._keep_s)
+        redis_key = self._redis_key("assessment", done.id)
+        await self._redis.run(_FINISH_SCRIPT, [redis_key], done.model_dump_json(), self._keep_s)
 
-    def _key(self, *parts: str) -> str:
+    def _redis_key(self, *parts: str) -> str:
         return self._redis.key("gateway", *parts)
 
 

@@ -32,8 +32,8 @@ class Authenticator:
         async def admit_request(
             credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         ) -> AsyncIterator[AdmittedRequest]:
-            key = await self._find_key(credentials.credentials if credentials else "")
-            async with self._admission.admit(key, role) as request:
+            api_key = await self._find_key(credentials.credentials if credentials else "")
+            async with self._admission.admit(api_key, role) as request:
                 yield request
 
         return admit_request
@@ -41,7 +41,7 @@ class Authenticator:
     async def _find_key(self, token: str) -> ApiKey:
         if not token:
             raise HttpProblem("unauthenticated", "the API key is missing; send it as `Authorization: Bearer <key>`")
-        key = await self._keys.find(token) if len(token) <= _MAX_TOKEN_CHARS else None
-        if key is None:
+        api_key = await self._keys.find(token) if len(token) <= _MAX_TOKEN_CHARS else None
+        if api_key is None:
             raise HttpProblem("unauthenticated", "the API key is unknown or was revoked")
-        return key
+        return api_key

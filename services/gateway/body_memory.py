@@ -1,4 +1,8 @@
-"""The memory that request bodies and fetched images may take together."""
+"""The memory that request bodies and fetched images may take together.
+
+`BodyMemory` counts it and refuses bytes over the limit, and a `MemoryLease` has the bytes of one request. The memory of
+the images that the moderator fetches is a `ByteBudget` (services/images/memory_budget.py), where requests wait.
+"""
 
 from collections import Counter
 from collections.abc import Iterator

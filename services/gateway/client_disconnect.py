@@ -22,7 +22,8 @@ async def cancel_on_disconnect(work: Awaitable[T], is_disconnected: IsDisconnect
     """Return the result of `work`. If the client closes the connection before, cancel `work`.
 
     Raises:
-        HttpProblem: the client has closed the connection. No client reads this.
+        HttpProblem: the client has closed the connection. No client reads this, but the metric of refused requests
+            counts it as `malformed`.
     """
     task = asyncio.ensure_future(work)
     try:

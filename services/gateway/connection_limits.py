@@ -6,7 +6,7 @@ of idle or slow connections take nothing from the others.
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import h11
@@ -18,29 +18,29 @@ _CLIENT_SENDS: Final = frozenset({h11.IDLE, h11.SEND_BODY})
 """The states in which the gateway waits for the client."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """The limits of one server, and its connections that keep it waiting."""
+    """The limits of one server."""
 
     max_connections: int
     head_deadline_s: float
-    waiting: "dict[LimitedProtocol, None]" = field(default_factory=dict)
-    """Connections that wait for the client, in the order in which they began to wait."""
 
 
 class LimitedProtocol(H11Protocol):
     """One connection. Use a subclass from `build_protocol`."""
 
     limits: ClassVar[ConnectionLimits]
+    waiting: "ClassVar[dict[LimitedProtocol, None]]"
+    """The server's connections that wait for the client, in the order in which they began to wait."""
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             telemetry.GATEWAY_REFUSED.inc(1, {"reason": "too-many-connections"})
-            oldest = next(iter(self.limits.waiting), self)
+            oldest = next(iter(self.waiting), self)
             oldest.transport.abort()
-            self.limits.waiting.pop(oldest, None)
+            self.waiting.pop(oldest, None)
             if oldest is self:
                 return
         self._update_waiting()
@@ -50,26 +50,25 @@ class LimitedProtocol(H11Protocol):
         self._update_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.limits.waiting.pop(self, None)
+        self.waiting.pop(self, None)
         self._stop_head_timer()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self.limits.waiting[self] = None  # kept alive; uvicorn has a timer for this
+            self.waiting[self] = None  # kept alive; uvicorn has a timer for this
 
     def _update_waiting(self) -> None:
         """Note whether the connection waits for the client, and start or stop the timer for a request's head."""
-        waiting = self.limits.waiting
         if self.transport.is_closing() or self.conn.their_state not in _CLIENT_SENDS:
-            waiting.pop(self, None)
+            self.waiting.pop(self, None)
             self._stop_head_timer()
         elif self.conn.their_state is h11.SEND_BODY:
             self._stop_head_timer()
         elif self._head_timer is None:
-            waiting.pop(self, None)
-            waiting[self] = None
+            self.waiting.pop(self, None)
+            self.waiting[self] = None
             self._head_timer = self.loop.call_later(self.limits.head_deadline_s, self._close_slow_head)
 
     def _close_slow_head(self) -> None:
@@ -84,4 +83,4 @@ class LimitedProtocol(H11Protocol):
 
 def build_protocol(limits: ConnectionLimits) -> type[LimitedProtocol]:
     """Return uvicorn's HTTP protocol with these limits."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "waiting": {}})

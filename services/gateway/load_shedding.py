@@ -5,13 +5,13 @@ import asyncio
 from services.core.messages import Verdict
 from services.core.settings import Settings
 from services.core.values import Detail
-from services.gateway.image_inputs import SubmittedImage
 from services.gateway.problems import HttpProblem
+from services.gateway.submitted_images import SubmittedImage
 from services.moderation.moderator import Moderator
 
 
-class LoadShedder:
-    """Judges the images of all requests of this gateway, with priority over all streams."""
+class BoundedModerator:
+    """Judges the images of all requests of this gateway, up to a limit. They have priority over all streams."""
 
     def __init__(self, moderator: Moderator, settings: Settings) -> None:
         self._moderator = moderator

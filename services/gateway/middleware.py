@@ -10,10 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.core import telemetry
 from services.core.settings import Settings
 
-_DRAIN_S: Final = 5.0
-_MAX_DRAINS: Final = 64
-_DRAIN_BODY_LIMITS: Final = 4
-"""Of one refused body, at most this many times SLUICE_GATEWAY_BODY_LIMIT_BYTES are received and dropped."""
+_DISCARD_S: Final = 5.0
+_MAX_DISCARDS: Final = 64
+_DISCARD_BODY_LIMITS: Final = 4
+"""Of one refused body, at most this many times SLUICE_GATEWAY_BODY_LIMIT_BYTES are received and discarded."""
 
 
 class RequestMetricsMiddleware:
@@ -42,18 +42,18 @@ class RequestMetricsMiddleware:
             telemetry.GATEWAY_SECONDS.observe(time.perf_counter() - began, {"route": route})
 
 
-class DrainUnreadBodyMiddleware:
-    """Receives and drops the rest of a body that was refused unread, then closes the connection.
+class DiscardUnreadBodyMiddleware:
+    """Discards the rest of a body that was refused unread, then closes the connection.
 
     Without this, a client that is still sending sees a reset connection instead of the response. The time, the size
-    and the number of concurrent drains are limited.
+    and the number of concurrent discards are limited.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._limit_bytes = _DRAIN_BODY_LIMITS * settings.gateway_body_limit_bytes
-        self._deadline_s = min(_DRAIN_S, settings.gateway_body_deadline_s)
-        self._draining = 0
+        self._limit_bytes = _DISCARD_BODY_LIMITS * settings.gateway_body_limit_bytes
+        self._deadline_s = min(_DISCARD_S, settings.gateway_body_deadline_s)
+        self._discarding = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,26 +68,26 @@ class DrainUnreadBodyMiddleware:
                 is_unread = False
             return message
 
-        async def drain_and_send(message: Message) -> None:
+        async def discard_and_send(message: Message) -> None:
             if message["type"] == "http.response.start" and is_unread:
                 if b"expect" not in headers:
-                    await self._drain(receive_and_note_end, lambda: is_unread)
+                    await self._discard(receive_and_note_end, lambda: is_unread)
                 if is_unread:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        return await self._app(scope, receive_and_note_end, drain_and_send)
+        return await self._app(scope, receive_and_note_end, discard_and_send)
 
-    async def _drain(self, receive: Receive, is_unread: Callable[[], bool]) -> None:
-        if self._draining >= _MAX_DRAINS:
+    async def _discard(self, receive: Receive, is_unread: Callable[[], bool]) -> None:
+        if self._discarding >= _MAX_DISCARDS:
             return
-        self._draining += 1
+        self._discarding += 1
         try:
-            dropped_bytes = 0
+            discarded_bytes = 0
             async with asyncio.timeout(self._deadline_s):
-                while is_unread() and dropped_bytes < self._limit_bytes:
-                    dropped_bytes += len((await receive()).get("body", b""))
+                while is_unread() and discarded_bytes < self._limit_bytes:
+                    discarded_bytes += len((await receive()).get("body", b""))
         except TimeoutError:
             pass
         finally:
-            self._draining -= 1
+            self._discarding -= 1

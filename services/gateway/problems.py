@@ -168,16 +168,19 @@ def to_invalid_field(
     return HttpProblem("invalid", f"{name or 'the body'}: {first['msg']}", param=name or None)
 
 
-def to_problem(error: Exception) -> HttpProblem:
-    """Return the problem that a client gets for an error. The log gets the details of outages and unexpected errors."""
+def to_problem(error: Exception, subject: str) -> HttpProblem:
+    """Return the problem that a client gets for an error. The log gets the details of outages and unexpected errors.
+
+    `subject` begins the sentence in the log: the request or the assessment that failed.
+    """
     match error:
         case HttpProblem():
             return error
         case Unjudgeable():
             return HttpProblem(_KIND_OF_REASON[error.reason], str(error))
         case Unavailable() | TimeoutError():
-            log.warning("a request ends with status 503, because a backend is unavailable: %s", error)
+            log.warning("%s ends with status 503, because a backend is unavailable: %s", subject, error)
             return HttpProblem("unavailable", "a backend of the gateway is unavailable; try again later")
         case _:
-            log.error("a request ends with status 500, because of an unexpected error", exc_info=error)
+            log.error("%s ends with status 500, because of an unexpected error", subject, exc_info=error)
             return HttpProblem("internal", "the gateway failed; its log has the error")

@@ -51,19 +51,19 @@ class RateLimiter:
         self._refused_until: OrderedDict[str, float] = OrderedDict()
         self._in_use = Counter[str]()
 
-    async def acquire(self, key: ApiKey) -> None:
+    async def acquire(self, api_key: ApiKey) -> None:
         """Count one request. While Redis is unavailable, each gateway counts by itself.
 
         Raises:
-            HttpProblem: the key is over its rate.
+            HttpProblem: the API key is over its rate.
         """
-        rate = key.rate_per_s or self._rate_per_s
+        rate = api_key.rate_per_s or self._rate_per_s
         # The due time never moves back, so until then the answer is known without Redis. This makes floods cheap.
-        wait_s = self._refused_until.get(key.id, float("-inf")) - self._clock()
+        wait_s = self._refused_until.get(api_key.id, float("-inf")) - self._clock()
         if wait_s <= 0:
-            wait_s = await self._acquire_or_wait_s(key.id, 1 / rate, max(_BURST_S, 1 / rate))
+            wait_s = await self._acquire_or_wait_s(api_key.id, 1 / rate, max(_BURST_S, 1 / rate))
         if wait_s > 0:
-            _set_bounded(self._refused_until, key.id, self._clock() + wait_s)
+            _set_bounded(self._refused_until, api_key.id, self._clock() + wait_s)
             raise HttpProblem(
                 "rate-limited",
                 f"this API key may send {rate:g} requests a second; try again in {wait_s:.1f} s",
@@ -71,13 +71,13 @@ class RateLimiter:
             )
 
     @contextmanager
-    def concurrency_slot(self, key: ApiKey, what: str) -> Iterator[None]:
-        """Count one request or job of a key until the block ends. `what` is `requests` or `jobs`; both have a count.
+    def concurrency_slot(self, api_key: ApiKey, what: str) -> Iterator[None]:
+        """Count one request or job of an API key until the block ends. `what` is `requests` or `jobs`; both have a count.
 
         Raises:
-            HttpProblem: the key is at its limit.
+            HttpProblem: the API key is at its limit.
         """
-        limit, entry = key.concurrency or self._concurrency, f"{what}:{key.id}"
+        limit, entry = api_key.concurrency or self._concurrency, f"{what}:{api_key.id}"
         if self._in_use[entry] >= limit:
             raise HttpProblem(
                 "too-many-at-once", f"this API key may have {limit} {what} at a time; try again when one ends"
@@ -94,8 +94,8 @@ class RateLimiter:
         """Return the seconds until the key may send its next request. 0 or less: this request is counted."""
         if self._clock() >= self._local_until:
             try:
-                name = self._redis.key("gateway", "rate", key_id)
-                return float(await self._redis.run(_ACQUIRE_SCRIPT, [name], step_s, burst_s))
+                redis_key = self._redis.key("gateway", "rate", key_id)
+                return float(await self._redis.run(_ACQUIRE_SCRIPT, [redis_key], step_s, burst_s))
             except RedisUnavailable:
                 self._local_until = self._clock() + _REDIS_RETRY_S
         return self._acquire_locally(key_id, step_s, burst_s)

@@ -1,14 +1,12 @@
 """Readiness of a gateway: API keys and policies are known, and the guard has judged a test image."""
 
 import asyncio
-import io
 import logging
 from typing import Final, Self
 
-from PIL import Image
-
 from services.core.errors import SluiceError
 from services.core.messages import Submission
+from services.core.probe_image import draw_probe_image
 from services.core.tasks import cancel_and_wait
 from services.core.values import PreparedImage
 from services.gateway.api_key_cache import ApiKeyCache
@@ -47,9 +45,10 @@ class Readiness:
         try:
             async with asyncio.timeout(_PROBE_DEADLINE_S):
                 self._keys.raise_if_stale()
+                # Chooses the default policy. Nothing is fetched, so the object need not exist.
                 choice = await self._policies.choose(Submission(id="readiness", uri="s3://none/none"))
                 if self._image is None:
-                    self._image = await self._preparer.prepare(_draw_test_image())
+                    self._image = await self._preparer.prepare(draw_probe_image())
                 await self._guard.assess_each(self._image, [choice.policy], "score", "interactive")
         except TimeoutError:
             return f"the guard did not judge a test image within {_PROBE_DEADLINE_S:g} s"
@@ -72,9 +71,3 @@ class Readiness:
         while True:
             await self.refresh()
             await asyncio.sleep(_RETRY_PERIOD_S if self.not_ready_reason else PROBE_PERIOD_S)
-
-
-def _draw_test_image() -> bytes:
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()

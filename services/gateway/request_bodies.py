@@ -55,7 +55,7 @@ class BodyReader:
             HttpProblem: as `read`, or the body is not JSON.
         """
         _require_media_type(request, "application/json")
-        return decode_json(await self.read(request, lease))
+        return decode_body_json(await self.read(request, lease))
 
     async def read_form(self, request: Request, lease: MemoryLease) -> Form:
         """Read the body as multipart/form-data.
@@ -93,7 +93,7 @@ class BodyReader:
     async def _read_chunks(self, request: Request, lease: MemoryLease) -> AsyncGenerator[bytes, None]:
         """Yield the body as it arrives, and reserve memory for it."""
         if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > self._limit_bytes:
-            raise self._too_large()
+            raise self._build_too_large()
         size_bytes = 0
         stream = request.stream()
         deadline = asyncio.get_running_loop().time() + self._deadline_s
@@ -111,17 +111,17 @@ class BodyReader:
                 return
             size_bytes += len(chunk)
             if size_bytes > self._limit_bytes:
-                raise self._too_large()
+                raise self._build_too_large()
             lease.reserve(len(chunk))
             yield chunk
 
-    def _too_large(self) -> HttpProblem:
+    def _build_too_large(self) -> HttpProblem:
         return HttpProblem(
             "body-too-large", f"the body has more than {self._limit_bytes} bytes (SLUICE_GATEWAY_BODY_LIMIT_BYTES)"
         )
 
 
-def decode_json(body: bytes | str) -> Any:
+def decode_body_json(body: bytes | str) -> Any:
     """Decode one JSON text.
 
     Raises:

@@ -38,7 +38,7 @@ class ImageDownloader:
     ) -> None:
         """`hosts`: `host` for the default ports, or `host:port`. If there are none, nothing is fetched."""
         self._hosts = frozenset(host.lower() for host in hosts)
-        self._limit = limit_bytes
+        self._limit_bytes = limit_bytes
         self._deadline_s = deadline_s
         self._backend = _CheckedBackend(resolve or _resolve, may_connect or is_public)
 
@@ -53,23 +53,25 @@ class ImageDownloader:
             async with asyncio.timeout(self._deadline_s):
                 return await self._download(url, host, lease)
         except TimeoutError:
-            raise _refusal(f"{host} did not deliver the image within {self._deadline_s:g} s") from None
+            raise _build_refusal(f"{host} did not deliver the image within {self._deadline_s:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ssl.SSLError) as error:
-            raise _refusal(f"{host} did not deliver the image: {type(error).__name__}") from None
+            raise _build_refusal(f"{host} did not deliver the image: {type(error).__name__}") from None
 
     def _check_url(self, url: str) -> str:
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").lower(), parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
         except ValueError:
-            raise _refusal("the URL is invalid") from None
+            raise _build_refusal("the URL is invalid") from None
         if parts.scheme not in _DEFAULT_PORTS or not host or not url.isascii() or not url.isprintable() or " " in url:
-            raise _refusal("the URL must be https://host/path")
+            raise _build_refusal("the URL must be https://host/path")
         if parts.username is not None or parts.password is not None:
-            raise _refusal("the URL must not have a user name or a password")
+            raise _build_refusal("the URL must not have a user name or a password")
         is_default_port = port == _DEFAULT_PORTS[parts.scheme]
         if not (f"{host}:{port}" in self._hosts or (is_default_port and host in self._hosts)):
-            raise _refusal(f"the gateway does not fetch URLs of {host}; send the image as a data: URL or as s3://")
+            raise _build_refusal(
+                f"the gateway does not fetch URLs of {host}; send the image as a data: URL or as s3://"
+            )
         return host
 
     async def _download(self, url: str, host: str, lease: MemoryLease) -> bytes:
@@ -86,15 +88,17 @@ class ImageDownloader:
         ):
             if response.status != 200:
                 redirects = ", and redirects are not followed" if 300 <= response.status < 400 else ""
-                raise _refusal(f"{host} answers with status {response.status}{redirects}")
+                raise _build_refusal(f"{host} answers with status {response.status}{redirects}")
             names = {name.lower(): value for name, value in response.headers}
             if names.get(b"content-encoding", b"identity").lower() != b"identity":
-                raise _refusal(f"{host} sends the image with a Content-Encoding, which the gateway does not accept")
+                raise _build_refusal(
+                    f"{host} sends the image with a Content-Encoding, which the gateway does not accept"
+                )
             content = bytearray()
             async for chunk in response.aiter_stream():
                 content += chunk
-                if len(content) > self._limit:
-                    raise HttpProblem("image-too-large", f"the image has more than {self._limit} bytes")
+                if len(content) > self._limit_bytes:
+                    raise HttpProblem("image-too-large", f"the image has more than {self._limit_bytes} bytes")
                 lease.reserve(len(chunk))
             return bytes(content)
 
@@ -117,15 +121,15 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         addresses = await self._resolve(host, port)
         if not addresses:
-            raise _refusal(f"the host {host} has no address")
+            raise _build_refusal(f"the host {host} has no address")
         if not all(self._may_connect(ipaddress.ip_address(address.partition("%")[0])) for address in addresses):
-            raise _refusal(f"{host} has an address that is not public")
+            raise _build_refusal(f"{host} has an address that is not public")
         return await self._inner.connect_tcp(
             addresses[0], port, timeout=_CONNECT_S, local_address=local_address, socket_options=socket_options
         )
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
-        raise _refusal("Unix sockets are not fetched")
+        raise _build_refusal("Unix sockets are not fetched")
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -152,5 +156,5 @@ async def _resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
-def _refusal(why: str) -> HttpProblem:
+def _build_refusal(why: str) -> HttpProblem:
     return HttpProblem("url-refused", why)

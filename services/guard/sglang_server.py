@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import io
 import logging
 import os
 import secrets
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-from PIL import Image
 
 from services.core.errors import EngineFailed, GuardFailed, GuardUnavailable
+from services.core.probe_image import draw_probe_image
 from services.core.processes import SupervisedProcess, find_free_port
 from services.guard.sglang_command import LaunchConfig, write_secrets
 
@@ -114,7 +113,7 @@ class SglangServer:
         logger.info("the engine listens after %.0f s; judging a first image", time.monotonic() - began)
         first = {
             "text": launch_config.checkpoint.family.build_example(),
-            "image_data": _sample_image(),
+            "image_data": f"data:image/jpeg;base64,{base64.b64encode(draw_probe_image()).decode()}",
             "sampling_params": {"temperature": 0, "max_new_tokens": 1},
         }
         try:
@@ -197,12 +196,6 @@ def _detail(response: httpx.Response) -> str:
     except ValueError:
         text = response.text
     return " ".join(str(text).split())[:_DETAIL_LIMIT]
-
-
-def _sample_image() -> str:
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _delete_old_logs(logs: Path) -> None:

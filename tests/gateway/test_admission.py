@@ -6,10 +6,10 @@ from services.core.settings import Settings
 from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey, Role
 from services.gateway.body_memory import BodyMemory
-from services.gateway.image_inputs import RequestContext, from_s3
-from services.gateway.load_shedding import LoadShedder
+from services.gateway.load_shedding import BoundedModerator
 from services.gateway.problems import HttpProblem
 from services.gateway.rate_limits import RateLimiter
+from services.gateway.submitted_images import RequestContext, from_s3
 from services.policies.redis_cache import PolicyRedisCache
 
 MEMORY_BYTES = 400
@@ -25,7 +25,7 @@ def admission() -> Admission:
     """Limits without Redis: the process counts rates itself, with a stopped clock."""
     settings = Settings(gateway_rate_per_s=1, gateway_concurrency=1, gateway_in_flight=1)
     limiter = RateLimiter(PolicyRedisCache("redis://127.0.0.1:1/0", "admission"), settings, clock=lambda: 0.0)
-    return Admission(limiter, BodyMemory(MEMORY_BYTES), LoadShedder(None, settings))  # type: ignore[arg-type]
+    return Admission(limiter, BodyMemory(MEMORY_BYTES), BoundedModerator(None, settings))  # type: ignore[arg-type]
 
 
 async def kind_of_refusal(admission: Admission, key: ApiKey, role: Role = "moderate") -> str:
@@ -70,10 +70,10 @@ async def test_job_holds_its_memory_until_it_ends(admission: Admission) -> None:
 
 
 async def test_judge_without_a_free_slot_at_the_guard_is_overloaded(admission: Admission) -> None:
-    admission.shedder.in_flight = 1
+    admission.moderator.in_flight = 1
     async with admission.admit(key(), "moderate") as request:
         image = from_s3("s3://uploads/a", RequestContext(request.key, "a"))
         with pytest.raises(HttpProblem) as refused:
             await request.judge(image)
     assert refused.value.kind == "overloaded"
-    assert admission.shedder.in_flight == 1
+    assert admission.moderator.in_flight == 1

@@ -43,7 +43,7 @@ class NotingCache(ApiKeyCache):
     """Notes each refresh, also a failed one."""
 
     def __init__(self, registry: ApiKeyRegistry, *, refresh_s: float) -> None:
-        super().__init__(registry, refresh_s=refresh_s, search_pause_s=0.0)
+        super().__init__(registry, refresh_s=refresh_s, unknown_key_pause_s=0.0)
         self._refreshed = asyncio.Event()
 
     async def refresh(self) -> None:
@@ -63,7 +63,7 @@ class NotingCache(ApiKeyCache):
 @pytest.mark.timeout(20)
 async def test_search_that_starts_when_a_refresh_ends_does_not_block_the_loop() -> None:
     """A search starts in each iteration of the event loop, so one starts in the iteration in which a refresh ends."""
-    async with ApiKeyCache(FakeRegistry(), refresh_s=60, search_pause_s=0.0) as cache:
+    async with ApiKeyCache(FakeRegistry(), refresh_s=60, unknown_key_pause_s=0.0) as cache:
         asking = []
         for _ in range(8000):
             asking.append(asyncio.create_task(cache.find(f"sk-sluice-{'f' * 16}-{'a' * 43}")))
@@ -178,7 +178,7 @@ async def test_cached_keys_stay_valid_for_minutes_while_the_bucket_is_down() -> 
 
 async def test_searches_for_unknown_keys_share_one_refresh() -> None:
     bucket = FakeRegistry()
-    async with ApiKeyCache(bucket, refresh_s=3600, search_pause_s=0.05) as cache:
+    async with ApiKeyCache(bucket, refresh_s=3600, unknown_key_pause_s=0.05) as cache:
         before = bucket.reads
         made_up = [f"sk-sluice-{number:016x}-{'b' * 43}" for number in range(100)]
         assert await asyncio.gather(*(cache.find(token) for token in made_up)) == [None] * 100

@@ -6,7 +6,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from services.core.settings import Settings
-from services.gateway.middleware import DrainUnreadBodyMiddleware
+from services.gateway.middleware import DiscardUnreadBodyMiddleware
 
 LIMIT_BYTES = 1000
 DRAIN_LIMIT_BYTES = 4 * LIMIT_BYTES
@@ -55,14 +55,14 @@ def settings() -> Settings:
 
 async def test_refused_body_is_received_before_the_response(settings: Settings) -> None:
     client = Client(3 * LIMIT_BYTES)
-    await DrainUnreadBodyMiddleware(refuse, settings)(client.scope, client.receive, client.send)
+    await DiscardUnreadBodyMiddleware(refuse, settings)(client.scope, client.receive, client.send)
     assert client.left_at_response_bytes == 0
     assert client.response == {"status": 413, "headers": {}}, "the connection can be used again"
 
 
 async def test_refused_body_over_the_drain_limit_closes_the_connection(settings: Settings) -> None:
     client = Client(100 * LIMIT_BYTES)
-    await DrainUnreadBodyMiddleware(refuse, settings)(client.scope, client.receive, client.send)
+    await DiscardUnreadBodyMiddleware(refuse, settings)(client.scope, client.receive, client.send)
     assert client.left_at_response_bytes == 100 * LIMIT_BYTES - DRAIN_LIMIT_BYTES
     assert client.response == {"status": 413, "headers": {b"connection": b"close"}}
 
@@ -70,12 +70,12 @@ async def test_refused_body_over_the_drain_limit_closes_the_connection(settings:
 async def test_refused_body_that_the_client_holds_back_is_not_awaited(settings: Settings) -> None:
     """With `Expect: 100-continue`, the client sends the body only after the gateway asks for it."""
     client = Client(2 * LIMIT_BYTES, expect="100-continue")
-    await DrainUnreadBodyMiddleware(refuse, settings)(client.scope, client.receive, client.send)
+    await DiscardUnreadBodyMiddleware(refuse, settings)(client.scope, client.receive, client.send)
     assert client.left_at_response_bytes == 2 * LIMIT_BYTES
     assert client.response == {"status": 413, "headers": {b"connection": b"close"}}
 
 
 async def test_body_that_was_read_leaves_the_response_unchanged(settings: Settings) -> None:
     client = Client(LIMIT_BYTES)
-    await DrainUnreadBodyMiddleware(read_and_accept, settings)(client.scope, client.receive, client.send)
+    await DiscardUnreadBodyMiddleware(read_and_accept, settings)(client.scope, client.receive, client.send)
     assert client.response == {"status": 200, "headers": {}}

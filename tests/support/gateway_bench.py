@@ -16,7 +16,7 @@ from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, Assessment, Detail, PreparedImage
 from services.gateway.api_keys import ApiKeyRegistry, Role
-from services.gateway.app import Dependencies, create_app
+from services.gateway.app import GatewayDependencies, create_app
 from services.gateway.server import GatewayServer, listen
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
@@ -128,7 +128,7 @@ class GatewayBench:
         self._closing.push_async_callback(self.redis_cache.close)
         cache = PolicyCache(self.registry, self.redis_cache, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
-        parts = Dependencies(
+        dependencies = GatewayDependencies(
             moderator=build_retrying_moderator(
                 policies=policies, images=store, preparer=self.preparer, guard=self.guard
             ),
@@ -139,7 +139,7 @@ class GatewayBench:
             redis_cache=self.redis_cache,
             keys=self.keys,
         )
-        return create_app(parts, self.settings)
+        return create_app(dependencies, self.settings)
 
     def share_keys_of(self, other: "GatewayBench") -> None:
         """Use the API keys of another bench with the same policy bucket."""

@@ -11,9 +11,9 @@ from pydantic_core import to_json
 from services.core.values import Detail
 from services.gateway.admission import AdmittedRequest
 from services.gateway.assessment_jobs import AssessmentJob
-from services.gateway.image_inputs import RequestContext, SubmittedImage, from_s3, from_upload, from_url
 from services.gateway.problems import HttpProblem, parse_body
-from services.gateway.request_bodies import BodyReader, decode_json, is_form
+from services.gateway.request_bodies import BodyReader, decode_body_json, is_form
+from services.gateway.submitted_images import RequestContext, SubmittedImage, from_s3, from_upload, from_url
 from services.gateway.url_fetch import ImageDownloader
 
 
@@ -94,12 +94,12 @@ async def _refer_to_image(
 
 
 def _build_context(admitted: AdmittedRequest, assessment_id: str, wanted: AssessmentRequest) -> RequestContext:
-    return RequestContext(admitted.key, wanted.id or assessment_id, wanted.policy)
+    return RequestContext(admitted.api_key, wanted.id or assessment_id, wanted.policy)
 
 
 def _merge_fields(fields: Mapping[str, str]) -> Any:
     """Return the fields of a form. Form fields override the same fields in the JSON of `request`."""
-    nested = decode_json(fields["request"]) if "request" in fields else {}
+    nested = decode_body_json(fields["request"]) if "request" in fields else {}
     if not isinstance(nested, dict):
         raise HttpProblem("invalid", "the part `request` must be a JSON object", param="request")
     return nested | {name: value for name, value in fields.items() if name != "request"}

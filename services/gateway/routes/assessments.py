@@ -58,7 +58,7 @@ def build_router(
 ) -> APIRouter:
     """Build the routes."""
     routes = APIRouter(tags=["assessments"])
-    answers: dict[int | str, dict[str, Any]] = {
+    responses: dict[int | str, dict[str, Any]] = {
         200: {"model": Verdict, "description": "The verdict"},
         202: {"model": AssessmentResource, "description": "The image is not judged yet; ask again at `Location`"},
     }
@@ -66,7 +66,7 @@ def build_router(
     @routes.post(
         PATH,
         summary="Judge one image",
-        responses=answers,
+        responses=responses,
         openapi_extra=describe_body(
             {"application/json": refer_to(AssessmentRequest), "multipart/form-data": refer_to(AssessmentForm)}
         ),
@@ -77,10 +77,10 @@ def build_router(
         wait: Wait = 0,
         idempotency_key: IdempotencyKey = None,
     ) -> Response:
-        pending = store.build_pending(admitted.key.tenant)
+        pending = store.build_pending(admitted.api_key.tenant)
         job = await read_job(request, admitted, pending.id, body_reader, downloader)
         if idempotency_key is not None:
-            claimed = await jobs.claim(f"{admitted.key.id}:{idempotency_key}", job, pending)
+            claimed = await jobs.claim(f"{admitted.api_key.id}:{idempotency_key}", job, pending)
             if claimed != pending.id:
                 return _respond(await jobs.wait_for_result(claimed, wait), claimed)
         elif not wait:
@@ -95,8 +95,8 @@ def build_router(
     @routes.get(
         f"{PATH}/{{assessment_id}}",
         summary="Get an assessment",
-        operation_id="look_v1_assessments__assessment_id__get",  # a method of generated clients
-        responses=answers,
+        operation_id="look_v1_assessments__assessment_id__get",  # the name in 0.1.0, a method of generated clients
+        responses=responses,
     )
     async def get_assessment(
         assessment_id: str,
@@ -104,7 +104,7 @@ def build_router(
         wait: Wait = 0,
     ) -> Response:
         stored = await jobs.wait_for_result(assessment_id, 0) if _ID_PATTERN.fullmatch(assessment_id) else None
-        if stored is None or stored.tenant != admitted.key.tenant:
+        if stored is None or stored.tenant != admitted.api_key.tenant:
             raise HttpProblem("not-found", "the assessment does not exist or has expired")
         if stored.is_pending and wait:
             stored = await jobs.wait_for_result(assessment_id, wait)

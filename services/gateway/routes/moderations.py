@@ -14,7 +14,6 @@ from services.core.values import Policy
 from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.client_disconnect import cancel_on_disconnect
-from services.gateway.image_inputs import RequestContext, from_url
 from services.gateway.openapi import describe_json_body
 from services.gateway.problems import IMAGE_KINDS, to_problem
 from services.gateway.request_bodies import BodyReader
@@ -24,6 +23,7 @@ from services.gateway.routes.moderation_bodies import (
     parse_request,
     to_openai_result,
 )
+from services.gateway.submitted_images import RequestContext, from_url
 from services.gateway.url_fetch import ImageDownloader
 
 PATH: Final = "/v1/moderations"
@@ -62,7 +62,7 @@ def build_router(
 
         async def judge(number: int, url: str) -> Verdict:
             async with slots:
-                context = RequestContext(admitted.key, f"{response_id}-{number}", wanted.policy)
+                context = RequestContext(admitted.api_key, f"{response_id}-{number}", wanted.policy)
                 image = await from_url(url, context, downloader=downloader, lease=admitted.memory)
                 return await admitted.judge(image)
 
@@ -96,7 +96,7 @@ def _unwrap(results: Sequence[Verdict | BaseException], *, is_list: bool) -> lis
         if isinstance(result, Verdict):
             verdicts.append(result)
         elif isinstance(result, Exception):
-            problem = to_problem(result)
+            problem = to_problem(result, f"a request for {PATH}")
             if problem.kind == "unknown-policy":
                 raise problem.with_param("policy")
             field = f"input[{number}].image_url.url" if is_list else "input.image_url.url"

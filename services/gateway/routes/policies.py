@@ -15,7 +15,7 @@ from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.openapi import describe_body, describe_json_body
 from services.gateway.problems import HttpProblem, parse_body
-from services.gateway.request_bodies import BodyReader, decode_json
+from services.gateway.request_bodies import BodyReader, decode_body_json
 from services.policies.document_warnings import find_warnings
 from services.policies.document_yaml import read_document
 from services.policies.reference import PolicyReference
@@ -95,7 +95,7 @@ def build_router(
 
     @routes.get("", response_model=list[PolicySummary], summary="List the policies")
     async def list_(_: Reviewer) -> Response:
-        return _respond(await _translate_errors(_read_summaries(registry)))
+        return _respond(await _map_registry_errors(_read_summaries(registry)))
 
     @routes.post(
         "",
@@ -107,7 +107,7 @@ def build_router(
     async def publish(request: Request, admitted: Admin) -> Response:
         document = await _read_document(await body_reader.read(request, admitted.memory))
         stored = await service.publish(document)
-        log.info("the API key %r published %s@%d", admitted.key.name, stored.name, stored.version)
+        log.info("the API key %r published %s@%d", admitted.api_key.name, stored.name, stored.version)
         body = {
             "name": stored.name,
             "version": stored.version,
@@ -120,7 +120,7 @@ def build_router(
         "/{reference}", response_model=PolicyVersion, summary="Get the version NAME@V, or the active version of NAME"
     )
     async def show(reference: str, _: Reviewer) -> Response:
-        stored = await _translate_errors(_find_version(registry, reference))
+        stored = await _map_registry_errors(_find_version(registry, reference))
         document = stored.document.model_dump(mode="json", exclude_defaults=True)
         return _respond({"name": stored.name, "version": stored.version, "digest": stored.digest, "document": document})
 
@@ -130,7 +130,7 @@ def build_router(
         summary="List all changes of a policy's rollout, oldest first",
     )
     async def history(name: str, _: Reviewer) -> Response:
-        changes = await _translate_errors(asyncio.to_thread(registry.list_changes, name))
+        changes = await _map_registry_errors(asyncio.to_thread(registry.list_changes, name))
         return _respond([_to_entry(change) for change in changes])
 
     @routes.post(
@@ -141,8 +141,8 @@ def build_router(
     )
     async def activate(name: str, request: Request, admitted: Admin) -> Response:
         wanted = parse_body(Activation, await body_reader.read_json(request, admitted.memory))
-        change = service.activate(name, wanted.version, who=admitted.key.name, why=wanted.why)
-        return _respond(_to_entry(await _translate_errors(_change(change))))
+        change = service.activate(name, wanted.version, who=admitted.api_key.name, why=wanted.why)
+        return _respond(_to_entry(await _map_registry_errors(_map_conflict(change))))
 
     @routes.post(
         "/{name}/rollback",
@@ -152,9 +152,9 @@ def build_router(
     )
     async def rollback(name: str, request: Request, admitted: Admin) -> Response:
         body = await body_reader.read(request, admitted.memory)
-        wanted = parse_body(Rollback, decode_json(body) if body else {})
-        change = service.rollback(name, who=admitted.key.name, why=wanted.why)
-        return _respond(_to_entry(await _translate_errors(_change(change))))
+        wanted = parse_body(Rollback, decode_body_json(body) if body else {})
+        change = service.rollback(name, who=admitted.api_key.name, why=wanted.why)
+        return _respond(_to_entry(await _map_registry_errors(_map_conflict(change))))
 
     return routes
 
@@ -187,19 +187,20 @@ async def _read_document(data: bytes) -> Document:
         raise HttpProblem("bad-policy", str(error), problems=problems) from None
 
 
-async def _change(work: Awaitable[RolloutChange]) -> RolloutChange:
+async def _map_conflict(work: Awaitable[RolloutChange]) -> RolloutChange:
     """Wait for a change of a rollout.
 
     Raises:
         HttpProblem: the rollout does not allow the change.
     """
+    # For a change, ConfigurationError means that the rollout does not allow it; for a read, that there is no bucket.
     try:
         return await work
     except ConfigurationError as error:
         raise HttpProblem("policy-conflict", str(error)) from None
 
 
-async def _translate_errors(work: Awaitable[T]) -> T:
+async def _map_registry_errors(work: Awaitable[T]) -> T:
     """Wait for the registry or the service.
 
     Raises:

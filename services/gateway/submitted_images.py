@@ -33,7 +33,7 @@ class SubmittedImage:
 class RequestContext:
     """The fields of a submission that do not depend on its image."""
 
-    key: ApiKey
+    api_key: ApiKey
     submission_id: str
     policy: str = "default"
 
@@ -100,7 +100,7 @@ def decode_data_url(url: str) -> bytes:
 def _build_request(model: type[ImageRequest], context: RequestContext, **fields: str | None) -> ImageRequest:
     try:
         return model.parse(
-            {"id": context.submission_id, "tenant": context.key.tenant, "policy": context.policy, **fields}
+            {"id": context.submission_id, "tenant": context.api_key.tenant, "policy": context.policy, **fields}
         )
     except Malformed as error:
         field, _, why = str(error).partition(": ")

@@ -7,8 +7,8 @@ import pytest
 from services.core.messages import Upload
 from services.gateway.api_keys import ApiKey
 from services.gateway.body_memory import BodyMemory
-from services.gateway.image_inputs import RequestContext, decode_data_url, from_s3, from_upload, from_url
 from services.gateway.problems import HttpProblem
+from services.gateway.submitted_images import RequestContext, decode_data_url, from_s3, from_upload, from_url
 from services.gateway.url_fetch import ImageDownloader
 
 KEY = ApiKey(id="0" * 16, name="n", role="moderate", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
