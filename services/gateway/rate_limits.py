@@ -72,7 +72,9 @@ class RateLimiter:
 
     @contextmanager
     def concurrency_slot(self, api_key: ApiKey, what: str) -> Iterator[None]:
-        """Count one request or job of an API key until the block ends. `what` is `requests` or `jobs`; both have a count.
+        """Count one request or job of an API key until the block ends.
+
+        `what` is `requests` or `jobs`. Each has its own count.
 
         Raises:
             HttpProblem: the API key is at its limit.
