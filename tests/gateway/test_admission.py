@@ -72,7 +72,7 @@ async def test_job_holds_its_memory_until_it_ends(admission: Admission) -> None:
 async def test_judge_without_a_free_slot_at_the_guard_is_overloaded(admission: Admission) -> None:
     admission.moderator.in_flight = 1
     async with admission.admit(key(), "moderate") as request:
-        image = from_s3("s3://uploads/a", RequestContext(request.key, "a"))
+        image = from_s3("s3://uploads/a", RequestContext(request.api_key, "a"))
         with pytest.raises(HttpProblem) as refused:
             await request.judge(image)
     assert refused.value.kind == "overloaded"
