@@ -480,7 +480,7 @@ async def test_idempotency_key_of_0_1_0_is_claimed_and_replaced(client: Any, red
     store = AssessmentStore(redis_cache, keep_s=86_400)
     another = stored("asm_another", status="pending")
     claim = await store.claim("order-1", "00" * 32, another)
-    assert (claim.request, claim.assessment) == (REQUEST, "asm_claimed")
+    assert (claim.request_digest, claim.assessment_id) == (REQUEST, "asm_claimed")
     # A replacement compares the whole value, so it fails if today's JSON differs in one byte.
     assert await store.replace("order-1", claim, another)
 
