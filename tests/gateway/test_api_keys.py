@@ -61,8 +61,8 @@ class NotingCache(ApiKeyCache):
 
 
 @pytest.mark.timeout(20)
-async def test_search_that_starts_when_a_refresh_ends_does_not_block_the_loop() -> None:
-    """A search starts in each iteration of the event loop, so one starts in the iteration in which a refresh ends."""
+async def test_find_of_unknown_keys_while_refreshes_end_does_not_block_the_loop() -> None:
+    """A `find` starts in each iteration of the event loop, so one starts in the iteration in which a refresh ends."""
     async with ApiKeyCache(FakeRegistry(), refresh_s=60, unknown_key_pause_s=0.0) as cache:
         asking = []
         for _ in range(8000):
@@ -176,7 +176,7 @@ async def test_cached_keys_stay_valid_for_minutes_while_the_bucket_is_down() -> 
         assert await cache.find(token)
 
 
-async def test_searches_for_unknown_keys_share_one_refresh() -> None:
+async def test_finds_of_unknown_keys_share_one_refresh() -> None:
     bucket = FakeRegistry()
     async with ApiKeyCache(bucket, refresh_s=3600, unknown_key_pause_s=0.05) as cache:
         before = bucket.reads
