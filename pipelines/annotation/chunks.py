@@ -84,7 +84,7 @@ class _ChunkWriter:
         self._schema = schema
         self._write = write
         self._digests = digests
-        self._sorted_duplicates = digests.duplicates()
+        self._sorted_duplicates = digests.find_duplicates()
         self._next_duplicate = next(self._sorted_duplicates, None)
         self._row = 0
         self._chunk: list[PlannedImage] = []
@@ -108,17 +108,17 @@ class _ChunkWriter:
         """Write the last chunk, and the duplicates that belong to earlier chunks."""
         if self._row % self._size:
             self._write_chunk(self._row // self._size)
-        for number, deferred in self._digests.deferred():
+        for number, deferred in self._digests.read_deferred():
             part = ParquetBuffer(self._schema)
             while batch := list(islice(deferred, BATCH_ROWS)):
-                part.add(self._table(batch))
+                part.add(self._make_table(batch))
             self._write(f"{number:06d}-late", part.rows, part.finish())
 
     def _write_chunk(self, number: int) -> None:
-        self._write(f"{number:06d}", len(self._chunk), to_parquet(self._table(self._chunk)))
+        self._write(f"{number:06d}", len(self._chunk), to_parquet(self._make_table(self._chunk)))
         self._chunk = []
 
-    def _table(self, rows: Iterable[PlannedImage]) -> pa.Table:
+    def _make_table(self, rows: Iterable[PlannedImage]) -> pa.Table:
         return pa.Table.from_pylist([row.to_columns() for row in rows], self._schema)
 
 
@@ -143,7 +143,7 @@ class _DigestDatabase:
             "INSERT INTO digests VALUES (?, ?)", ((bytes.fromhex(each), row) for row, each in numbered if each)
         )
 
-    def duplicates(self) -> Iterator[tuple[int, int]]:
+    def find_duplicates(self) -> Iterator[tuple[int, int]]:
         """Each row whose bytes an earlier row has, with the first such row; in the order of the rows."""
         self._database.execute(
             "CREATE TABLE duplicates AS SELECT row, first FROM (SELECT row, MIN(row) OVER (PARTITION BY digest) AS "
@@ -155,7 +155,7 @@ class _DigestDatabase:
         """Store a row for a chunk before its own."""
         self._database.execute("INSERT INTO late VALUES (?, ?, ?)", (chunk, planned.row, pickle.dumps(planned)))
 
-    def deferred(self) -> Iterator[tuple[int, Iterator[PlannedImage]]]:
+    def read_deferred(self) -> Iterator[tuple[int, Iterator[PlannedImage]]]:
         """The deferred rows of each chunk."""
         found = self._database.execute("SELECT chunk, planned FROM late ORDER BY chunk, row")
         for chunk, rows in groupby(found, itemgetter(0)):

@@ -95,7 +95,7 @@ async def write_tars(
         progress(tar.images)
         files, tar = files + 1, _Tar()
 
-    async for annotation, data in _with_bytes(annotations, row_filter, images):
+    async for annotation, data in _read_images(annotations, row_filter, images):
         if data is None:
             unreadable += 1
             continue
@@ -149,7 +149,7 @@ def _select(annotations: Folder, name: str, row_filter: Filter) -> Iterator[pa.T
         yield rows.filter(pa.array(mask, pa.bool_()))
 
 
-async def _with_bytes(
+async def _read_images(
     annotations: Folder, row_filter: Filter, images: ImageReader
 ) -> AsyncIterator[tuple[dict[str, Any], bytes | None]]:
     """Each selected annotation with its image; None if the image is not readable any more."""

@@ -86,7 +86,7 @@ def open_uri(uri: str, settings: Settings) -> BinaryIO:
 def read_table_images(file: BinaryIO, group: int, column: str) -> Iterator[list[bytes | None]]:
     """The images of a row group, in batches; None for a row without an image."""
     for batch in pq.ParquetFile(file).iter_batches(_TABLE_BATCH_ROWS, row_groups=[group], columns=[column]):
-        yield [_image_bytes(value) for value in batch.column(0).to_pylist()]
+        yield [_get_image_bytes(value) for value in batch.column(0).to_pylist()]
 
 
 class _TableImages:
@@ -123,6 +123,6 @@ class _TableImages:
         return data
 
 
-def _image_bytes(value: Any) -> bytes | None:
+def _get_image_bytes(value: Any) -> bytes | None:
     data = value.get("bytes") if isinstance(value, dict) else value
     return data if isinstance(data, bytes) and data else None

@@ -60,11 +60,13 @@ class Indexer:
             rows, source_columns = await retry_while_unavailable(lambda: asyncio.to_thread(self._read_shard, shard))
             if self._source.kind in ("images", "references"):
                 rows = await self._read_digests(rows)
-            return self._table(rows, source_columns)
+            return self._make_table(rows, source_columns)
         except Unjudgeable as error:
-            return self._table([self._unreadable_file(shard.names[0], error)])
+            return self._make_table([self._make_unreadable_file_row(shard.names[0], error)])
         except pa.ArrowException as error:
-            return self._table([self._unreadable_file(shard.names[0], Malformed(f"it cannot be read: {error}"))])
+            return self._make_table(
+                [self._make_unreadable_file_row(shard.names[0], Malformed(f"it cannot be read: {error}"))]
+            )
 
     def _read_shard(self, shard: SourceShard) -> tuple[list[ImageRow], pa.Table | None]:
         """The rows of a shard. If it is a part of a table, the source's own columns are a table, too."""
@@ -73,7 +75,7 @@ class Indexer:
             raise Malformed(shard.broken)
         match self._source.kind:
             case "images":
-                return [self._file(each) for each in shard.names], None
+                return [self._make_file_row(each) for each in shard.names], None
             case "tars":
                 return self._read_tar(name), None
             case "parquet":
@@ -83,7 +85,7 @@ class Indexer:
             case "references":
                 return self._read_table_references(shard)
 
-    def _table(self, rows: list[ImageRow], source_columns: pa.Table | None = None) -> pa.Table:
+    def _make_table(self, rows: list[ImageRow], source_columns: pa.Table | None = None) -> pa.Table:
         table = pa.Table.from_pylist([_to_valid_text(row.to_columns()) for row in rows], INDEX)
         for field in self._source_columns:
             if source_columns is not None and field.name in source_columns.column_names:
@@ -95,13 +97,13 @@ class Indexer:
             table = table.append_column(field, column)
         return table
 
-    def _unreadable_file(self, name: str, error: Unjudgeable) -> ImageRow:
+    def _make_unreadable_file_row(self, name: str, error: Unjudgeable) -> ImageRow:
         uri = self._folder.uri_of(name)
         return ImageRow(id=make_submission_id(uri), uri=uri).with_error(error)
 
     # Images as files or objects
 
-    def _file(self, name: str) -> ImageRow:
+    def _make_file_row(self, name: str) -> ImageRow:
         uri = self._folder.uri_of(name)
         if uri.startswith("s3://"):
             return ImageRow(id="", uri=uri)
@@ -120,7 +122,7 @@ class Indexer:
         """The row with the digest of its image and, for an object in S3, the version that was read."""
         try:
             async with self._images.open(row) as stored:
-                row = replace(row, sha256=await asyncio.to_thread(_sha256, stored.data))
+                row = replace(row, sha256=await asyncio.to_thread(_compute_sha256, stored.data))
                 if row.place is None:
                     row = replace(row, version_id=stored.version_id, etag=stored.etag)
         except Unjudgeable as error:
@@ -141,8 +143,8 @@ class Indexer:
                 for image in read_tar(file):
                     rows.append(self._tar_image(uri, image))
             except TruncatedTar as error:
-                rows.append(self._unreadable_file(name, Malformed(str(error))))
-            return [_with_range_digest(row, file) for row in rows]
+                rows.append(self._make_unreadable_file_row(name, Malformed(str(error))))
+            return [_add_range_digest(row, file) for row in rows]
 
     def _tar_image(self, tar: str, image: TarImage) -> ImageRow:
         uri = f"{tar}#{quote(image.name, safe='/', errors='surrogateescape')}"
@@ -156,7 +158,7 @@ class Indexer:
             return row.with_error(Forbidden(image.rejection))
         if image.truncated:
             return row.with_error(NotAnImage("the tar is cut off in the middle of the image"))
-        return self._with_size_check(row, image.size)
+        return self._check_size(row, image.size)
 
     # Tables with images
 
@@ -166,21 +168,21 @@ class Indexer:
             for batch in read_table_images(file, shard.group, self._source.column or ""):
                 for data in batch:
                     if shard.start <= number < shard.end:
-                        rows.append(self._table_image(uri, shard.group, number, data))
+                        rows.append(self._make_table_row(uri, shard.group, number, data))
                     number += 1
                 if number >= shard.end:
                     break
             return rows, self._read_source_columns(file, shard, len(rows))
 
-    def _table_image(self, table: str, group: int, number: int, data: bytes | None) -> ImageRow:
+    def _make_table_row(self, table: str, group: int, number: int, data: bytes | None) -> ImageRow:
         uri, size = f"{table}#group={group}&row={number}", len(data) if data else 0
         row = ImageRow(id=make_submission_id(uri), uri=uri, place=FileLocation(table, number, size, group))
         if data is None:
             return row.with_error(NotAnImage("the row has no image"))
-        row = self._with_size_check(row, size)
-        return row if row.reason else replace(row, sha256=_sha256(data))
+        row = self._check_size(row, size)
+        return row if row.reason else replace(row, sha256=_compute_sha256(data))
 
-    def _with_size_check(self, row: ImageRow, size: int) -> ImageRow:
+    def _check_size(self, row: ImageRow, size: int) -> ImageRow:
         try:
             self._images.check_size(size)
         except TooLarge as error:
@@ -209,9 +211,9 @@ class Indexer:
 
     def _read_lines(self, shard: SourceShard) -> list[ImageRow]:
         with self._folder.open(shard.names[0]) as file:
-            return [self._line(line) for line in read_lines(file, shard.start, shard.end)]
+            return [self._parse_line(line) for line in read_lines(file, shard.start, shard.end)]
 
-    def _line(self, line: bytes) -> ImageRow:
+    def _parse_line(self, line: bytes) -> ImageRow:
         try:
             if len(line) > LINE_LIMIT_BYTES:
                 raise Malformed(f"the line is longer than {LINE_LIMIT_BYTES} bytes")
@@ -221,7 +223,7 @@ class Indexer:
             if not isinstance(value, dict):
                 raise Malformed("the line is neither a JSON object nor a reference")
         except Malformed as error:
-            return _unreadable_reference(line[:_LINE_SHOWN_BYTES].decode(errors="replace"), error)
+            return _make_unreadable_reference_row(line[:_LINE_SHOWN_BYTES].decode(errors="replace"), error)
         column = self._source.column or next((name for name in REFERENCE_COLUMNS if name in value), None)
         row = self._resolve(value.get(column) if column else None, value)
         rest = {name: each for name, each in value.items() if name != column and name not in SUBMISSION_COLUMNS}
@@ -231,26 +233,26 @@ class Indexer:
         try:
             return self._references.resolve(reference, columns)
         except Unjudgeable as error:
-            return _unreadable_reference(str(reference or ""), error)
+            return _make_unreadable_reference_row(str(reference or ""), error)
 
 
-def _unreadable_reference(text: str, error: Unjudgeable) -> ImageRow:
+def _make_unreadable_reference_row(text: str, error: Unjudgeable) -> ImageRow:
     return ImageRow(id=make_submission_id(text), uri=text).with_error(error)
 
 
-def _with_range_digest(row: ImageRow, file: BinaryIO) -> ImageRow:
+def _add_range_digest(row: ImageRow, file: BinaryIO) -> ImageRow:
     """The row with the digest of its range of an open file, unless the image is known to be unreadable."""
     if row.reason or row.place is None:
         return row
-    digest, left = hashlib.sha256(), row.place.size or 0
+    digest, remaining_bytes = hashlib.sha256(), row.place.size or 0
     file.seek(row.place.offset)
-    while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+    while remaining_bytes > 0 and (block := file.read(min(remaining_bytes, _BLOCK_BYTES))):
         digest.update(block)
-        left -= len(block)
+        remaining_bytes -= len(block)
     return replace(row, sha256=digest.hexdigest())
 
 
-def _sha256(data: bytes) -> str:
+def _compute_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -52,7 +52,7 @@ class StageProgress:
         with self._lock:
             self._done += count
 
-    def line(self) -> str:
+    def format_line(self) -> str:
         """The progress until now."""
         now = self._clock()
         with self._lock:
@@ -76,7 +76,7 @@ class StageProgress:
             self._report()
 
     def _report(self) -> None:
-        line = self.line()
+        line = self.format_line()
         if self._done not in (self._reported, 0):
             self._reported = self._done
             self._progress(line)

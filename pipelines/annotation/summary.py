@@ -82,10 +82,10 @@ def add_curated(summary: dict[str, Any], curated: CuratedSet | None) -> dict[str
 
 def render_page(summary: dict[str, Any]) -> str:
     """The summary as one self-contained HTML document."""
-    return _TEMPLATE.render(summary=summary, histogram=base64.b64encode(_histogram(summary)).decode())
+    return _TEMPLATE.render(summary=summary, histogram=base64.b64encode(_draw_histogram(summary)).decode())
 
 
-def _histogram(summary: dict[str, Any]) -> bytes:
+def _draw_histogram(summary: dict[str, Any]) -> bytes:
     """A histogram of the scores, as PNG."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - it takes a second, and only this needs it
 

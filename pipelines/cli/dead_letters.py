@@ -44,7 +44,7 @@ def list_(
     """Print dead letters, oldest first."""
     from pipelines.dead_letters.stored import list_dead_letters
 
-    selection = _selection(reason, tenant, older_than, newer_than)
+    selection = _make_selection(reason, tenant, older_than, newer_than)
     settings = settings_module.load("stream_url")
     _run(
         list_dead_letters(
@@ -74,7 +74,7 @@ def replay(
     """
     from pipelines.dead_letters.replay import replay as replay_dead_letters
 
-    selection = _selection(reason, tenant, older_than, newer_than, ids)
+    selection = _make_selection(reason, tenant, older_than, newer_than, ids)
     settings = settings_module.load("stream_url", "redis_url")
     counts = _run(
         replay_dead_letters(
@@ -128,7 +128,7 @@ def reconcile(
         raise SluiceError(failure)
 
 
-def _selection(
+def _make_selection(
     reasons: list[str] | None, tenant: str | None, older: str | None, newer: str | None, ids: list[str] | None = None
 ) -> "Selection":
     from pipelines.dead_letters.stored import Selection

@@ -29,8 +29,8 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it. It cannot be shown again, because only its digest is stored."""
-    key, token = _registry().create(
-        name, _role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=find_user_name()
+    key, token = _open_registry().create(
+        name, _parse_role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=find_user_name()
     )
     typer.echo(f"key {key.id} for {key.name}: role {key.role}, tenant {key.tenant}", err=True)
     typer.echo(json.dumps({"id": key.id, "key": token}) if as_json else token)
@@ -39,7 +39,7 @@ def create(
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List all keys, including revoked ones, oldest first."""
-    registry = _registry()
+    registry = _open_registry()
     index = registry.read_index()
     for key in sorted(registry.get_each(list(index)), key=lambda key: key.created_at):
         revoked = index[key.id]
@@ -49,15 +49,15 @@ def list_(as_json: AsJson = False) -> None:
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Revoke a key permanently. Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S."""
-    _registry().revoke(key_id, who=find_user_name())
+    _open_registry().revoke(key_id, who=find_user_name())
     typer.echo(f"key {key_id} is revoked", err=True)
 
 
-def _registry() -> ApiKeyRegistry:
+def _open_registry() -> ApiKeyRegistry:
     return ApiKeyRegistry.from_settings(settings_module.load("policy_bucket"))
 
 
-def _role(role: str) -> Role:
+def _parse_role(role: str) -> Role:
     for known in ROLES:
         if role == known:
             return known

@@ -46,7 +46,7 @@ def check(
     ] = False,
 ) -> None:
     """Report errors in a policy document, and warn of rules that the model was not trained for."""
-    document = _read(file)
+    document = _read_document(file)
     if examples:
         from pipelines.policy_testing.examples import run_examples  # noqa: PLC0415 - it loads Ray
 
@@ -62,8 +62,8 @@ def check(
 @app.command()
 def publish(file: File, as_json: AsJson = False) -> None:
     """Write a document as the next version of its name. The version is not active yet."""
-    document = _read(file)
-    stored = change_policy(_settings(), lambda service: service.publish(document), warn=print_progress)
+    document = _read_document(file)
+    stored = change_policy(_load_settings(), lambda service: service.publish(document), warn=print_progress)
     identity = {"name": stored.name, "version": stored.version, "digest": stored.digest}
     typer.echo(json.dumps(identity) if as_json else f"{stored.name}@{stored.version} {stored.digest}")
 
@@ -71,7 +71,7 @@ def publish(file: File, as_json: AsJson = False) -> None:
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List the policies with their active version, canary and shadow."""
-    registry = PolicyRegistry.from_settings(_settings())
+    registry = PolicyRegistry.from_settings(_load_settings())
     for name in registry.list_names():
         summary = registry.summarize(name)
         typer.echo(json.dumps(summary.model_dump()) if as_json else summary.line())
@@ -80,7 +80,7 @@ def list_(as_json: AsJson = False) -> None:
 @app.command()
 def show(policy: Annotated[str, typer.Argument(metavar="NAME[@V]")]) -> None:
     """Print a version as YAML that `publish` accepts. Default: the active version."""
-    stored = PolicyRegistry.from_settings(_settings()).find(PolicyReference.parse(policy))
+    stored = PolicyRegistry.from_settings(_load_settings()).find(PolicyReference.parse(policy))
     typer.echo(write_document(stored.document, version=stored.version, digest=stored.digest), nl=False)
 
 
@@ -94,7 +94,7 @@ def activate(policy: Version, why: Why = "", who: Who = None, as_json: AsJson = 
 @app.command()
 def rollback(policy: Name, why: Why = "", who: Who = None, as_json: AsJson = False) -> None:
     """Activate the version that was active before. A repetition goes further back."""
-    _change(lambda service, by: service.rollback(_name(policy), who=by, why=why), who, as_json)
+    _change(lambda service, by: service.rollback(_parse_name(policy), who=by, why=why), who, as_json)
 
 
 @app.command()
@@ -139,7 +139,7 @@ def shadow(
 @app.command()
 def diff(before: Version, after: Version) -> None:
     """Compare two versions: first the documents, then the prompts that they make."""
-    registry = PolicyRegistry.from_settings(_settings())
+    registry = PolicyRegistry.from_settings(_load_settings())
     for line in diff_versions(PolicyReference.parse(before), PolicyReference.parse(after), registry):
         typer.echo(line)
 
@@ -226,27 +226,29 @@ def backtest(
 @app.command()
 def history(policy: Name, as_json: AsJson = False) -> None:
     """Print every change of a policy's rollout, oldest first."""
-    for change in PolicyRegistry.from_settings(_settings()).list_changes(_name(policy)):
+    for change in PolicyRegistry.from_settings(_load_settings()).list_changes(_parse_name(policy)):
         typer.echo(change.history_json() if as_json else change.history_line())
 
 
-def _read(file: Path) -> Document:
+def _read_document(file: Path) -> Document:
     document = read_document_file(file)
     for warning in find_warnings(document):
         print_progress(f"{file}: warning: {warning}")
     return document
 
 
-def _settings() -> Settings:
+def _load_settings() -> Settings:
     return settings_module.load("policy_bucket")
 
 
 def _change(change: Callable[[PolicyService, str], Awaitable[RolloutChange]], who: str | None, as_json: bool) -> None:
-    done = change_policy(_settings(), lambda service: change(service, who or find_user_name()), warn=print_progress)
+    done = change_policy(
+        _load_settings(), lambda service: change(service, who or find_user_name()), warn=print_progress
+    )
     typer.echo(done.history_json() if as_json else done.history_line())
 
 
-def _name(name: str) -> str:
+def _parse_name(name: str) -> str:
     reference = PolicyReference.parse(name)
     if reference.version is not None:
         raise ConfigurationError(f"{name!r} has a version; write {reference.name} without it")

@@ -253,7 +253,7 @@ def _make_folder(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         (out / ROWS_NAME).touch()
     except OSError as error:
-        raise ConfigurationError(f"{out} cannot be written: {error.strerror}; name another folder by --out") from None
+        raise ConfigurationError(f"{out} cannot be written: {error.strerror}; name another folder with --out") from None
     return out
 
 

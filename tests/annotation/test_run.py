@@ -501,7 +501,7 @@ def test_progress_line_has_rate_and_time_left() -> None:
     times = iter((0.0, 10.0))
     stage = StageProgress("judged", 1000, lambda _: None, done=100, clock=lambda: next(times))
     stage.add(100)
-    assert stage.line() == "judged 200 of 1,000, 10.0/s, 1 min 20 s left"
+    assert stage.format_line() == "judged 200 of 1,000, 10.0/s, 1 min 20 s left"
 
 
 def options(source: Path | str, out: Path, **more: Any) -> AnnotateOptions:

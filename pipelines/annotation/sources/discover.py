@@ -83,10 +83,10 @@ def find_source(
     """
     folder_uri, file_name = _split_location(location, settings)
     within = open_folder(folder_uri, settings)
-    names = [entry.name for entry in islice(_entries(within, file_name), _ENTRIES_EXAMINED)]
+    names = [entry.name for entry in islice(_list_entries(within, file_name), _ENTRIES_EXAMINED)]
     if not names:
         raise ConfigurationError(f"there is nothing to annotate at {location}: no such file or folder, or an empty one")
-    kinds = {_kind_of(name) for name in names}
+    kinds = {_detect_kind(name) for name in names}
     if "compressed" in kinds:
         raise ConfigurationError(f"{location} has compressed tars, which Sluice cannot read; decompress them")
     if kind is None:
@@ -123,7 +123,7 @@ def _split_location(location: str, settings: Settings) -> tuple[str, str | None]
     return parent, name
 
 
-def _entries(within: Folder, file_name: str | None) -> Iterator[Entry]:
+def _list_entries(within: Folder, file_name: str | None) -> Iterator[Entry]:
     """The files of a source. Files and folders whose names begin with . or _ are not part of it."""
     if file_name is not None:
         with within.open(file_name) as file:
@@ -134,7 +134,7 @@ def _entries(within: Folder, file_name: str | None) -> Iterator[Entry]:
             yield entry
 
 
-def _kind_of(name: str) -> str:
+def _detect_kind(name: str) -> str:
     lower = name.lower()
     if lower.endswith(_COMPRESSED_TAR_SUFFIXES):
         return "compressed"
@@ -187,7 +187,7 @@ def read_source_columns(source: AnnotationSource, settings: Settings) -> pa.Sche
     if source.kind == "images":
         return pa.schema([])
     within = open_folder(source.folder_uri, settings)
-    tables = (entry.name for entry in _entries(within, source.file_name) if entry.name.endswith(_TABLE_SUFFIXES))
+    tables = (entry.name for entry in _list_entries(within, source.file_name) if entry.name.endswith(_TABLE_SUFFIXES))
     if source.kind == "tars" or (name := next(tables, None)) is None:
         return pa.schema([("source_json", pa.string())])
     with within.open(name) as file:
@@ -199,7 +199,7 @@ def read_source_columns(source: AnnotationSource, settings: Settings) -> pa.Sche
 def list_shards(source: AnnotationSource, settings: Settings) -> Iterator[SourceShard]:
     """The shards of the whole source. Only names and sizes of files decide their order."""
     within = open_folder(source.folder_uri, settings)
-    entries = _entries(within, source.file_name)
+    entries = _list_entries(within, source.file_name)
     if source.kind == "images":
         while names := tuple(entry.name for entry in islice(entries, _SHARD_IMAGES)):
             yield SourceShard(names)

@@ -60,7 +60,7 @@ def read_tar(file: BinaryIO) -> Iterator[TarImage]:
                     yield from finish_sample()
                     images, key, sidecars = [], stem, {}
                 if suffix.endswith(_IMAGE_SUFFIXES) and not info.isdir():
-                    image = TarImage(info.name, info.offset_data, info.size, _rejection(info))
+                    image = TarImage(info.name, info.offset_data, info.size, _find_rejection(info))
                     image.truncated = info.isreg() and info.offset_data + info.size > size
                     images.append(image)
                 elif info.isreg() and suffix and info.size <= _SIDECAR_LIMIT_BYTES and len(sidecars) < _SIDECARS_LIMIT:
@@ -83,7 +83,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", (dot + suffix).lower()
 
 
-def _rejection(info: tarfile.TarInfo) -> str | None:
+def _find_rejection(info: tarfile.TarInfo) -> str | None:
     if PurePosixPath(info.name).is_absolute() or ".." in info.name.split("/") or "\0" in info.name:
         return "the member's name points outside the tar"
     return None if info.isreg() else "the member is not a plain file"
