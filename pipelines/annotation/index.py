@@ -26,7 +26,7 @@ from pipelines.annotation.sources.references import ReferenceResolver
 from pipelines.annotation.sources.tars import TarImage, TruncatedTar, read_tar
 from pipelines.annotation.storage import open_folder
 from services.core.errors import Forbidden, Malformed, NotAnImage, TooLarge, Unjudgeable
-from services.core.messages import decode_json, make_submission_id
+from services.core.messages import decode_json, make_s3_submission_id, make_submission_id
 from services.core.retry import retry_while_unavailable
 from services.core.settings import Settings
 
@@ -129,10 +129,8 @@ class Indexer:
             row = row.with_error(error)
         if row.id:
             return row
-        # The id that the stream gives to a new object when S3 reports it.
-        version = row.version_id or row.etag
-        name = row.uri.removeprefix("s3://")
-        return replace(row, id=make_submission_id(f"{name}#{version}" if version else name))
+        # The intake gives a new object the same id when S3 reports it.
+        return replace(row, id=make_s3_submission_id(row.uri.removeprefix("s3://"), row.version_id or row.etag))
 
     # Tars
 

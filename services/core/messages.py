@@ -90,6 +90,11 @@ def make_submission_id(name: str) -> str:
     return name if len(name) <= _ID_LIMIT else f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
+def make_s3_submission_id(bucket_and_key: str, version: str | None) -> str:
+    """The submission id of an object in S3, made from `bucket/key` and the version, sequencer or ETag, if any."""
+    return make_submission_id(f"{bucket_and_key}#{version}" if version else bucket_and_key)
+
+
 class ImageRequest(WireModel):
     """A request to judge one image: by reference (`Submission`), or with the image's bytes (`Upload`)."""
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote_plus
 from pydantic_core import to_json
 
 from services.core.errors import Malformed
-from services.core.messages import Submission, decode_json, make_submission_id, read_submission_id
+from services.core.messages import Submission, decode_json, make_s3_submission_id, read_submission_id
 from services.streams.base import Message
 
 RECORDS_LIMIT: Final = 1000
@@ -255,9 +255,8 @@ def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmissi
             ("object.sequencer", event.sequencer),
         )
     )
-    suffix = version_id or sequencer or etag
     document = {
-        "id": make_submission_id(f"{bucket}/{key}#{suffix}" if suffix else f"{bucket}/{key}"),
+        "id": make_s3_submission_id(f"{bucket}/{key}", version_id or sequencer or etag),
         "uri": f"s3://{bucket}/{key}",
         "version_id": version_id,
         "etag": etag,
