@@ -118,7 +118,7 @@ class Observation:
     """Time from the request for a guard replica until it judges."""
     idle_s: float = 0.0
     """Time without work."""
-    active_callers: float = 0.0
+    other_calls_at_guard: float = 0.0
     """Submissions that deployments other than Intake have at the guard."""
     measured_for_s: float = 0.0
     """Time since the first measurement. A restarted controller begins at 0."""
@@ -194,8 +194,8 @@ def _replicas_for_objective(
     busiest_partition = min(_guards_per_member(rules) * replica_rate, 2 * live.busiest_partition / rules.objective_s)
     backfill = observed.backfill_peak / rules.backfill_objective_s
     work_rate = max(rate / (1 - headroom), arriving_at_start, already_waiting, busiest_partition) + backfill
-    has_work = live.total > 0 or work_rate > 0 or observed.active_callers > 0
-    replicas = work_rate / replica_rate + observed.active_callers / rules.guard_in_flight
+    has_work = live.total > 0 or work_rate > 0 or observed.other_calls_at_guard > 0
+    replicas = work_rate / replica_rate + observed.other_calls_at_guard / rules.guard_in_flight
     return max(1 if has_work else 0, math.ceil(round(replicas, 6)))
 
 

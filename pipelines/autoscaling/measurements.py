@@ -106,7 +106,7 @@ class Measurements:
         guard: ReplicaCounts,
         intake: ReplicaCounts,
         live: Backlog | None,
-        active_callers: float = 0.0,
+        other_calls_at_guard: float = 0.0,
     ) -> Observation:
         """Return the measurements of this moment."""
         return Observation(
@@ -117,7 +117,7 @@ class Measurements:
             backfill_peak=self.backfill_peak,
             replica_rate=self.replica_rate,
             start_s=self.start_s,
-            active_callers=active_callers,
+            other_calls_at_guard=other_calls_at_guard,
             idle_s=0.0 if self._last_active_s is None else now_s - self._last_active_s,
             measured_for_s=0.0 if self._first_reading_s is None else now_s - self._first_reading_s,
             underused_s=0.0 if self._underused_since_s is None else now_s - self._underused_since_s,

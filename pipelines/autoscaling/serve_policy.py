@@ -63,13 +63,15 @@ class BacklogScaling:
         oldest_s = now_s - self._rules.stale_s
         reading = decode(contexts[intake_id].raw_metrics or {}, oldest_s)
         others = [context for each, context in contexts.items() if each not in (guard_id, intake_id)]
-        active_callers = sum(sum_at_guard(context.raw_metrics or {}, oldest_s) or 0.0 for context in others)
+        other_calls_at_guard = sum(sum_at_guard(context.raw_metrics or {}, oldest_s) or 0.0 for context in others)
         measurements.record_replicas(now_s, guard)
         if reading:
             measurements.record_reading(reading, guard)
         if contexts[guard_id].total_num_requests > 0:
             measurements.record_activity(now_s)
-        observation = measurements.observe(now_s, guard, intake, reading.live if reading else None, active_callers)
+        observation = measurements.observe(
+            now_s, guard, intake, reading.live if reading else None, other_calls_at_guard
+        )
         decision = decide(observation, self._rules)
         if not guard.running and decision.guard:
             _bypass_cold_start(contexts[guard_id])

@@ -49,9 +49,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge labelled images on the running service and report the accuracy. The command publishes no verdicts."""
+    from pipelines.evaluation.data_set_judge import EvaluationOptions
     from pipelines.evaluation.run import PAGE_NAME, DataSetSource
     from pipelines.evaluation.run import evaluate as evaluate_policy
-    from pipelines.evaluation.sample_judge import EvaluationOptions
 
     report = evaluate_policy(
         DataSetSource(data_set, split, limit),

@@ -14,13 +14,13 @@ import numpy as np
 from pipelines.clients.judge_client import Progress, open_client
 from pipelines.clients.policy_changes import change_policy
 from pipelines.evaluation.calibration import ActionChanges, CalibrationFit, Method, count_changes, fit_calibration
+from pipelines.evaluation.data_set_judge import DataSetJudge, EvaluationOptions
 from pipelines.evaluation.datasets import DataSet, open_data_set
 from pipelines.evaluation.html import render_page
 from pipelines.evaluation.labels import LabelledImage
 from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy, find_published
 from pipelines.evaluation.report import EvaluationReport, build_report
 from pipelines.evaluation.results import ResultColumns
-from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.calibration import FittedCalibration
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
@@ -277,14 +277,14 @@ def _judge_data_set(
     write: Callable[[dict[str, Any]], None],
     progress: Progress,
     keep: Callable[[LabelledImage], bool] = lambda _sample: True,
-) -> SampleJudge:
+) -> DataSetJudge:
     total = data_set.count()
     if total is not None:
         total = int(min(total, source.limit or math.inf))
     with open_client(settings) as service:
         progress(f"judging {data_set.name} under {evaluated.name}")
         selector = PolicySelector(evaluated, PolicyRegistry.from_settings(settings))
-        judging = SampleJudge(service, selector, settings, options, keep=keep, write=write)
+        judging = DataSetJudge(service, selector, settings, options, keep=keep, write=write)
         columns = judging.run(records, data_set.folder, total, progress)
     if not columns.judged:
         raise ConfigurationError(_no_rows_message(data_set, columns, judging.left_out))

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import typer
 
+from pipelines.evaluation.data_set_judge import EvaluationOptions
 from pipelines.evaluation.html import render_page
 from pipelines.evaluation.run import PAGE_NAME, DataSetSource, evaluate
-from pipelines.evaluation.sample_judge import EvaluationOptions
 from pipelines.local.backends import unset_settings
 from pipelines.local.up import ShutdownRequested, run_service
 from pipelines.reporting.timed_progress import TimedProgress

@@ -65,7 +65,7 @@ def observations() -> st.SearchStrategy[Observation]:
         replica_rate=st.none() | st.floats(0.1, 100),
         start_s=st.none() | st.floats(0, 1000),
         idle_s=st.floats(0, 2000),
-        active_callers=st.floats(0, 500),
+        other_calls_at_guard=st.floats(0, 500),
         measured_for_s=st.floats(0, 2000),
         underused_s=st.floats(0, 200),
     )
@@ -177,8 +177,8 @@ def test_underused_guard_is_not_enlarged() -> None:
 
 
 def test_other_callers_of_the_guard_add_replicas() -> None:
-    assert decide(make_observation(active_callers=1), RULES).guard == 1
-    assert decide(make_observation(rate=45, running=9, active_callers=32), RULES).guard == 12
+    assert decide(make_observation(other_calls_at_guard=1), RULES).guard == 1
+    assert decide(make_observation(rate=45, running=9, other_calls_at_guard=32), RULES).guard == 12
 
 
 def test_intake_follows_the_guard() -> None:

@@ -18,12 +18,12 @@ from PIL import Image
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
 from pipelines.evaluation import tiny_report
+from pipelines.evaluation.data_set_judge import DataSetJudge, EvaluationOptions
 from pipelines.evaluation.datasets import open_data_set
 from pipelines.evaluation.labels import LabelledImage, RejectedRecord, parse_record
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
 from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy
 from pipelines.evaluation.results import ResultColumns
-from pipelines.evaluation.sample_judge import EvaluationOptions, SampleJudge
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
 from services.core.messages import ImageRequest
 from services.core.settings import Settings
@@ -455,7 +455,7 @@ def test_many_rows_are_judged_in_bounded_batches(bench: IntakeBench, service: Sc
 
     bench.put("many.jpg", jpeg("red"))
     selector = PolicySelector(find_policy("default", bench.registry), bench.registry)
-    judging = SampleJudge(service, selector, bench.settings, EvaluationOptions())
+    judging = DataSetJudge(service, selector, bench.settings, EvaluationOptions())
     lines: list[str] = []
     columns: ResultColumns = judging.run(records(), HERE, None, lines.append)
     assert (columns.judged, columns.failures) == (200, {"not_found": 19_800})

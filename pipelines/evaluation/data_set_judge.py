@@ -39,7 +39,7 @@ class EvaluationOptions:
     """The seed of the noise that perturbs images, and of the resamples."""
 
 
-class SampleJudge:
+class DataSetJudge:
     """Judges one data set. It can be used once."""
 
     def __init__(
