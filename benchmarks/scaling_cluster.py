@@ -80,7 +80,7 @@ class TimedGuard:
         return [assessment_of(image.sha256)] * len(policies)
 
 
-def build(arguments: serve_build.Arguments) -> Application:
+def build(arguments: serve_build.ApplicationArguments) -> Application:
     """The product's application, with the timed guard."""
     return bind_application(arguments, guard_gpus=1, guard=TimedGuard)
 

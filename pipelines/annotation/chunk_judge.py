@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipelines.annotation.image_reader import ImageReader
 from pipelines.annotation.image_row import ImageRow, PlannedImage
 from pipelines.annotation.schema import ANNOTATION, Failure, ParquetBuffer, add_source_columns, make_annotation
-from services.core.errors import Changed, Forbidden, NotFound, Unjudgeable
+from services.core.errors import Forbidden, NotFound, ObjectChanged, Unjudgeable
 from services.core.messages import Verdict, make_verdict_id
 from services.core.retry import retry_while_unavailable
 from services.core.values import Policy, Priority
@@ -21,7 +21,7 @@ from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 
 _PRIORITY: Final[Priority] = "backfill"
-_REFERENCE_ERRORS: Final = (NotFound, Changed, Forbidden)
+_REFERENCE_ERRORS: Final = (NotFound, ObjectChanged, Forbidden)
 """Errors of one reference. Another reference to the same bytes may still be readable."""
 
 
@@ -103,7 +103,7 @@ class ChunkJudge:
         if not isinstance(answer, Verdict):
             raise answer
         if answer.sha256 != image.sha256:
-            raise Changed(f"{image.uri} has changed since it was indexed")
+            raise ObjectChanged(f"{image.uri} has changed since it was indexed")
         return answer
 
 

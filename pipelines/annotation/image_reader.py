@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipelines.annotation.image_row import FileLocation, ImageRow
 from pipelines.annotation.sources.discover import AnnotationSource, find_bucket
 from pipelines.annotation.storage import local_path, open_folder, open_local
-from services.core.errors import Changed, NotAnImage, TooLarge
+from services.core.errors import NotAnImage, ObjectChanged, TooLarge
 from services.core.messages import ObjectReference
 from services.core.settings import Settings
 from services.core.values import StoredObject
@@ -116,7 +116,7 @@ class _TableImages:
                 self._batch = next(self._rest)
         except (StopIteration, pa.ArrowException):
             self._row_group = None
-            raise Changed(f"{place.file} has changed since it was indexed") from None
+            raise ObjectChanged(f"{place.file} has changed since it was indexed") from None
         data = self._batch[place.offset - self._first]
         if data is None:
             raise NotAnImage("the row has no image")

@@ -46,7 +46,7 @@ class Folder(Protocol):
     def open(self, name: str) -> BinaryIO:
         """Open a file to read and seek. Its content cannot change while it is open.
 
-        Raises NotFound, Forbidden, or Changed while reading.
+        Raises NotFound, Forbidden, or ObjectChanged while reading.
         """
 
     def create(self, name: str, data: bytes) -> bool:

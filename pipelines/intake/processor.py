@@ -9,7 +9,7 @@ from typing import Final
 from services.core import telemetry
 from services.core.errors import Expired, Forbidden, GuardFailed, NotFound, Unjudgeable, UnknownPolicy
 from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
-from services.core.retry import FailureBudget
+from services.core.retry import UnjudgedBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.moderation.moderator import ModerationResult, Moderator
@@ -43,9 +43,9 @@ class Processor:
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self.expiry_budget = FailureBudget()
+        self.expiry_budget = UnjudgedBudget()
         """Submissions that may expire: a small share of the judged ones, and none while nothing can be judged."""
-        self._systemic_budget = FailureBudget(
+        self._systemic_budget = UnjudgedBudget(
             _SYSTEMIC_ERRORS_PER_SUCCESS, _SYSTEMIC_ERRORS_IN_A_ROW, _SYSTEMIC_ERRORS_IN_A_ROW
         )
         self._moderator = moderator

@@ -25,13 +25,13 @@ def bind_application(settings: Settings, *, guard_gpus: float, guard: Any = Guar
     Raises:
         ConfigurationError: SLUICE_MODEL names no checkpoint.
     """
-    # Intake and Gateway start while no guard runs, on nodes that need not have the checkpoint, so they can neither ask
-    # the guard for this number nor look it up.
+    # Intake and Gateway start while no guard runs, on nodes that need not have the checkpoint, so
+    # the number is resolved here and passed to them.
     max_side_px = resolve(settings.model).max_side_px
     shutdown_s = settings.drain_s + _CLOSE_S
     guard = guard.options(
         **serve_config.guard_options(settings),
-        max_ongoing_requests=_count_guard_calls(settings),
+        max_ongoing_requests=_max_guard_calls(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": guard_gpus},
         graceful_shutdown_timeout_s=shutdown_s,
     ).bind(settings)
@@ -46,8 +46,8 @@ def bind_application(settings: Settings, *, guard_gpus: float, guard: Any = Guar
     return gateway
 
 
-def _count_guard_calls(settings: Settings) -> int:
-    """Return how many calls a guard replica accepts at a time.
+def _max_guard_calls(settings: Settings) -> int:
+    """Return the limit of calls that a guard replica accepts at a time.
 
     Calls that wait inside the replica are ordered by priority; calls that wait for the replica are not. So the limit
     has room for everything that Intake has in flight, and for the calls of Gateway on top: an HTTP request never waits

@@ -22,7 +22,7 @@ _POLICY_BUCKET_DEADLINE_S: Final = 60.0
 """How long the build is retried while the policy bucket is down. Serve does not repeat a failed build."""
 
 
-class Arguments(Settings):
+class ApplicationArguments(Settings):
     """The application's `args`: each setting by its name in lower case, without the prefix SLUICE_.
 
     A setting without an argument is read from the environment of the node that builds. An unknown name is an error, so
@@ -32,7 +32,7 @@ class Arguments(Settings):
     model_config = SettingsConfigDict(extra="forbid")
 
 
-def build(arguments: Arguments) -> Application:
+def build(arguments: ApplicationArguments) -> Application:
     """Check the settings, publish the built-in policy if the bucket has none, and build the application.
 
     Raises:

@@ -30,7 +30,7 @@ class Components:
     redis_cache: PolicyRedisCache
 
     @classmethod
-    async def from_settings(
+    async def start(
         cls, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any], closing: AsyncExitStack
     ) -> Self:
         """Start all components, and have `closing` stop them. The guard need not be ready yet.

@@ -1,6 +1,6 @@
 """The gateway as a Ray Serve deployment: the ingress of the application, with an HTTP server of its own.
 
-Clients connect to the replicas and not to Serve's proxy. docs/decisions gives the reasons.
+Clients connect to the replicas and not to Serve's proxy. Decision 12 in docs/decisions/README.md gives the reasons.
 """
 
 import gc
@@ -42,7 +42,7 @@ class GatewayDeployment:
             await self._start(settings, max_side_px, guard)
 
     async def _start(self, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any]) -> None:
-        components = await Components.from_settings(settings, max_side_px, guard, self._closing)
+        components = await Components.start(settings, max_side_px, guard, self._closing)
         self._guard = components.guard
         app = create_app(
             GatewayDependencies(

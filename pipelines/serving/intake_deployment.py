@@ -44,7 +44,7 @@ class IntakeDeployment:
             await self._start(settings, max_side_px, guard)
 
     async def _start(self, settings: Settings, max_side_px: int, guard: DeploymentHandle[Any]) -> None:
-        components = await Components.from_settings(settings, max_side_px, guard, self._closing)
+        components = await Components.start(settings, max_side_px, guard, self._closing)
         self._guard, self._policies, self._moderator = components.guard, components.policies, components.moderator
         self._image_limit_bytes = settings.image_limit_bytes
         enter = self._closing.enter_async_context

@@ -1,4 +1,4 @@
-"""What Ray Serve's own loggers write: warnings, and no line for each request."""
+"""The configuration of Ray Serve's own loggers: warnings only, no access log."""
 
 from typing import Final
 

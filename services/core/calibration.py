@@ -20,6 +20,7 @@ _MIN_DISTANCE: Final = 1e-6
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Knots = Annotated[tuple[Probability, ...], Field(min_length=2, max_length=256)]
+"""One coordinate (score or probability) of the points between which the map is linear."""
 
 
 class _Value(BaseModel):

@@ -1,21 +1,21 @@
 """All errors that Sluice raises on purpose.
 
-SluiceError
-  + ConfigurationError      a setting, a file or an argument is wrong; stop and say so
-    - InvalidDocument         a policy document
-  + NotOwned                another group member owns the message; drop it
-  + Unavailable             a backend is unavailable; retry
-    - StreamUnavailable       Kafka or Redis Streams
-    - StoreUnavailable        the object store
-      . Throttled               it throttles
-    - PolicyUnavailable       the policy bucket and its copies
-    - KeysUnavailable         the API keys in the policy bucket
-    - RedisUnavailable        the Redis that processes share
-    - GuardUnavailable        the guard
-      . EngineFailed            its engine, during a call
-  + UnreadableAnswer        the guard's answer cannot be parsed; verdict `needs_review`
-  + Unjudgeable             the submission can never be judged; dead letter with `reason`
-    - Malformed, Forbidden, NotFound, Changed, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
+    SluiceError
+        ConfigurationError      a setting, a file or an argument is wrong; stop and say so
+            InvalidDocument         a policy document
+        NotOwned                another group member owns the message; drop it
+        Unavailable             a backend is unavailable; retry
+            StreamUnavailable       Kafka or Redis Streams
+            StoreUnavailable        the object store
+                Throttled               it throttles
+            PolicyUnavailable       the policy bucket, without a cached copy
+            ApiKeysUnavailable      the API keys in the policy bucket
+            RedisUnavailable        the Redis that processes share
+            GuardUnavailable        the guard
+                EngineFailed            its engine, during a call
+        UnreadableAnswer        the guard's answer cannot be parsed; verdict `needs_review`
+        Unjudgeable             the submission can never be judged; dead letter with `reason`
+            Malformed, Forbidden, NotFound, ObjectChanged, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
 
 The class alone decides whether to retry and how the submission ends. `str(error)` is one sentence for the operator: it
 becomes the header `sluice-detail` of a dead letter, or goes to stderr. Only the gateway's `HttpProblem` is defined
@@ -97,11 +97,11 @@ class Throttled(StoreUnavailable):
 
 
 class PolicyUnavailable(Unavailable):
-    """Neither the policy bucket nor a copy gives a policy version."""
+    """A policy version cannot be read: the policy bucket does not answer, and there is no cached copy."""
 
 
-class KeysUnavailable(Unavailable):
-    """The policy bucket does not give the API keys."""
+class ApiKeysUnavailable(Unavailable):
+    """The API keys cannot be read from the policy bucket."""
 
 
 class RedisUnavailable(Unavailable):
@@ -143,7 +143,7 @@ class Malformed(Unjudgeable):
 
 
 class Forbidden(Unjudgeable):
-    """Sluice's settings or the store do not allow to read the object."""
+    """The settings or the object store forbid reading the object."""
 
     reason = "forbidden"
 
@@ -154,7 +154,7 @@ class NotFound(Unjudgeable):
     reason = "not_found"
 
 
-class Changed(Unjudgeable):
+class ObjectChanged(Unjudgeable):
     """The ETag of the object differs from the one in the submission."""
 
     reason = "changed"
@@ -185,6 +185,9 @@ class Expired(Unjudgeable):
 
 
 class GuardFailed(Unjudgeable):
-    """The engine refuses the image."""
+    """The engine refuses the image, or the image or its message crashed the engine or an intake process three times.
+
+    Unlike `EngineFailed`, this is the image's fault: the engine serves other images.
+    """
 
     reason = "guard_failed"

@@ -46,7 +46,7 @@ def _as_utc(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
-Moment = Annotated[datetime, AfterValidator(_as_utc)]
+UtcDatetime = Annotated[datetime, AfterValidator(_as_utc)]
 """A point in time in UTC. A value without a time zone counts as UTC."""
 
 ETag = Annotated[str, AfterValidator(lambda etag: etag.strip('"'))]
@@ -109,7 +109,7 @@ class ImageRequest(WireModel):
         Field(max_length=256, description="`name` for the active version, or `name@7` for that version"),
     ] = "default"
     priority: Annotated[Priority, _null_as("live")] = "live"
-    submitted_at: Moment | None = None
+    submitted_at: UtcDatetime | None = None
     metadata: Annotated[dict[str, Any], _null_as({})] = Field(default_factory=dict)
 
     @field_validator("metadata")
@@ -232,12 +232,14 @@ class Verdict(WireModel):
     model: ModelIdentity | None
     calibration: AppliedCalibration | None = None
     effort: Effort | None
-    source: Literal["guard"] | None = "guard"
+    source: Annotated[
+        Literal["guard"] | None, Field(description="`guard` if the guard judged the image; null if it was not judged")
+    ] = "guard"
     image: ImageFacts | None
     timings_ms: Timings
     metadata: dict[str, Any]
-    submitted_at: Moment
-    judged_at: Moment
+    submitted_at: UtcDatetime
+    judged_at: UtcDatetime
 
 
 def make_verdict_id(
@@ -279,7 +281,7 @@ class DeadLetter(WireModel):
     detail: Annotated[str, Field(description="one sentence")]
     attempts: int
     source: Annotated[str, Field(description="stream/partition/offset (Kafka) or stream/id (Redis Streams)")]
-    failed_at: Moment
+    failed_at: UtcDatetime
 
     def headers(self) -> tuple[tuple[str, bytes], ...]:
         """One header in UTF-8 for each field that has a value."""

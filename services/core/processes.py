@@ -126,7 +126,7 @@ def start_helper(
 
     The connection is `stdin` or one of `pass_fds`. There is no supervisor, so the module must not start processes. The
     helper has a session of its own: Ctrl-C in a terminal does not reach it. Of this process's environment it gets only
-    `env` and where modules are.
+    `env` and the module search path (PYTHONPATH).
     """
     path = os.pathsep.join(dict.fromkeys([str(_SOURCES), *filter(None, sys.path)]))
     return subprocess.Popen(
@@ -216,5 +216,5 @@ def _kill_after(parent: int) -> int:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    sys.exit(_supervise(int(given[0]), given[1:]) if given[1:] else _kill_after(int(given[0])))
+    parent, *command = sys.argv[1:]
+    sys.exit(_supervise(int(parent), command) if command else _kill_after(int(parent)))

@@ -38,8 +38,8 @@ class RetryBudget:
         self._left = burst
         self._seen_at = clock()
 
-    def take(self) -> float:
-        """Take one retry. Returns the seconds to wait before it."""
+    def reserve(self) -> float:
+        """Reserve one retry. Returns the seconds to wait before it."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._seen_at) * self._per_s)
         self._seen_at = now
@@ -47,11 +47,11 @@ class RetryBudget:
         return max(0.0, -self._left / self._per_s)
 
 
-class FailureBudget:
-    """How many submissions may fail for now. It keeps an outage from turning a whole stream into dead letters.
+class UnjudgedBudget:
+    """How many submissions may end without a judgement for now, so that an outage does not end a whole stream so.
 
-    Each success earns `per_success` of a failure, and at most `burst` failures are saved. By default the budget
-    starts empty. So failures are a small share of all submissions, few in a row, and none while nothing succeeds.
+    Each judged submission earns `per_success` of an unjudged one, and at most `burst` are saved. By default the budget
+    starts empty. So unjudged ones are a small share of all submissions, few in a row, and none while nothing succeeds.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FailureBudget:
         self._left = min(self._burst, self._left + self._per_success)
 
     def take(self) -> bool:
-        """Take one failure from the budget. Returns False if the budget is empty."""
+        """Take one submission from the budget. Returns False if the budget is empty."""
         if self._left < 1:
             return False
         self._left -= 1
@@ -108,7 +108,7 @@ async def retry_while_unavailable(
 
     Raises:
         Unavailable: from the last try, `within_s` seconds after the first one.
-        TimeoutError: the same, if no try has ended.
+        TimeoutError: `within_s` seconds passed before the first try returned.
     """
     from services.core import telemetry  # noqa: PLC0415 - it loads Ray, which commands that use `backoff` do without
 
@@ -119,14 +119,14 @@ async def retry_while_unavailable(
         telemetry.count_retry(error)
         log.log(
             logging.WARNING if state.attempt_number == 3 else logging.DEBUG,
-            "a backend is unavailable, retrying: %s",
-            error,
+            "a backend is unavailable; retry %d in %.1f s: %s",
+            *(state.attempt_number, state.upcoming_sleep, error),
         )
 
     full_jitter = wait_random_exponential(multiplier=0.2, max=_MAX_WAIT_S)
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(Unavailable),
-        wait=lambda state: max(full_jitter(state), budget.take()),
+        wait=lambda state: max(full_jitter(state), budget.reserve()),
         before_sleep=count,
         sleep=asyncio.sleep,
         reraise=True,

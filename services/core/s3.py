@@ -12,10 +12,10 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
 from services.core.errors import (
-    Changed,
     ConfigurationError,
     Forbidden,
     NotFound,
+    ObjectChanged,
     StoreUnavailable,
     Throttled,
     Unjudgeable,
@@ -84,8 +84,8 @@ _ERRORS: Final = (ClientError, BotoCoreError, urllib3.exceptions.HTTPError, HTTP
 def s3_client(endpoint: str | None, *, credentials: Mapping[str, str] | None = None, **config: Any) -> "S3Client":
     """A client of AWS, or of the server at `endpoint`.
 
-    `credentials` are arguments of boto3's `client`; without them, the credentials come the usual AWS way. `config`
-    goes to botocore's `Config`.
+    `credentials` are arguments of boto3's `client`; without them, the credentials come from AWS's credential sources.
+    `config` goes to botocore's `Config`.
 
     Raises:
         ConfigurationError: AWS's variables and files, or the endpoint, are not usable.
@@ -114,14 +114,14 @@ def map_s3_errors(name: str) -> Iterator[None]:
 
     Raises:
         NotFound: no such bucket, key or version.
-        Changed: the condition of the request does not hold.
+        ObjectChanged: the condition of the request does not hold.
         Forbidden: S3 denies the request.
-        StoreUnavailable: anything that a retry can mend; also wrong credentials.
+        StoreUnavailable: a temporary error, or wrong credentials, which operators can correct while submissions wait.
     """
     try:
         yield
     except _ERRORS as error:
-        raise _sluice_error(error, name) from None
+        raise _map_error(error, name) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class Bucket:
 
         Raises:
             NotFound: there is no such object.
-            Changed: the object's ETag is not `etag`.
+            ObjectChanged: the object's ETag is not `etag`.
         """
         conditions = {name: value for name, value in (("Range", byte_range), ("IfMatch", etag)) if value}
         with map_s3_errors(self.uri(key)):
@@ -200,7 +200,7 @@ class Bucket:
         try:
             with map_s3_errors(self.uri(key)):
                 self.client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=content_type, IfNoneMatch="*")
-        except Changed:
+        except ObjectChanged:
             return False
         return True
 
@@ -223,7 +223,7 @@ class Bucket:
             yield from pages
 
 
-def _sluice_error(error: Exception, name: str) -> Unjudgeable | StoreUnavailable:
+def _map_error(error: Exception, name: str) -> Unjudgeable | StoreUnavailable:
     if isinstance(error, ParamValidationError):
         return NotFound(f"{name} cannot be the name of an object")
     if not isinstance(error, ClientError):
@@ -236,17 +236,22 @@ def _sluice_error(error: Exception, name: str) -> Unjudgeable | StoreUnavailable
 
 def _error_of_response(status: int, code: str, text: str, name: str) -> Unjudgeable | StoreUnavailable:
     if code in _CONFIGURATION_CODES:
-        return StoreUnavailable(f"the object store refuses Sluice's credentials or region: {code}: {text}")
+        return StoreUnavailable(
+            f"the object store refuses Sluice's credentials or region: {code}: {text}; requests are retried; "
+            "correct the AWS credentials, clock or region"
+        )
     if code in _THROTTLE_CODES | _TRANSIENT_CODES or status >= 500 or status in _TRANSIENT_STATUSES:
         kind = Throttled if code in _THROTTLE_CODES or status == 429 else StoreUnavailable
         return kind(f"the object store answers {status} {code}: {text}")
     if status == 412 or code in _CONDITION_CODES:
-        return Changed(f"{name} no longer has the expected ETag ({code})")
+        return ObjectChanged(f"{name} no longer has the expected ETag ({code})")
     if code in _NOT_FOUND_CODES or status in (404, 405) or "version id" in text.lower():
         return NotFound(f"{name} does not exist ({code})")
     if code == "InvalidObjectState":
         return Forbidden(f"{name} is archived and must be restored before it can be read")
-    return Forbidden(f"the store denies {name}: {code}: {text}")
+    return Forbidden(
+        f"the object store denies access to {name}: {code}: {text}; grant it, or correct SLUICE_S3_BUCKETS"
+    )
 
 
 def _code(error: ClientError) -> str:

@@ -1,7 +1,7 @@
 """All settings. Each is an environment variable with the prefix `SLUICE_`.
 
-Credentials are not settings. S3 credentials come the usual AWS way, Kafka credentials in `SLUICE_KAFKA_OPTIONS`, and
-Redis credentials in the URL.
+Credentials are not settings. S3 credentials come from AWS's credential sources, Kafka credentials from
+`SLUICE_KAFKA_OPTIONS`, and Redis credentials from the URL.
 """
 
 import os
@@ -77,7 +77,7 @@ class Settings(BaseSettings):
 
     # Policies
     policy_refresh_s: PositiveSeconds = Field(
-        5, description="interval at which policies are read again while Redis announces no changes"
+        5, description="interval of the refresh that finds policy changes if Redis cannot announce them"
     )
     sample_size: Positive = Field(
         10_000, description="recent submissions of each policy that Redis keeps, by reference, for backtests"
@@ -114,11 +114,11 @@ class Settings(BaseSettings):
         100_000_000, description="largest image, width x height in pixels; checked before decoding"
     )
     fetch_deadline_s: PositiveSeconds = Field(
-        30, description="limit for fetching one object, from the request to the last byte"
+        30, description="time limit for fetching one object, from the request to the last byte"
     )
     decode_workers: Positive = Field(2, description="processes that decode images, per intake replica")
     decode_deadline_s: PositiveSeconds = Field(
-        30, description="limit for decoding one image; then the decoder is killed"
+        30, description="time limit for decoding one image; then the decoder is killed"
     )
 
     # Guard
@@ -131,8 +131,10 @@ class Settings(BaseSettings):
     guard_in_flight: Positive = Field(
         16, description="assessments that one guard replica gives to its engine at a time"
     )
-    guard_deadline_s: PositiveSeconds = Field(60, description="limit for one assessment")
-    guard_start_s: PositiveSeconds = Field(900, description="limit for the engine to load its weights and warm up")
+    guard_deadline_s: PositiveSeconds = Field(
+        60, description="time limit for one assessment (one call of the guard for one image)"
+    )
+    guard_start_s: PositiveSeconds = Field(900, description="time limit for the engine to load its weights and warm up")
 
     # Autoscaling
     guard_max_replicas: Positive | None = Field(
@@ -184,8 +186,8 @@ class Settings(BaseSettings):
     gateway_body_memory_bytes: Positive = Field(
         256 << 20, description="memory for request bodies, per gateway replica; one API key gets a quarter of it"
     )
-    gateway_body_deadline_s: PositiveSeconds = Field(20, description="limit for the body of a request to arrive")
-    gateway_deadline_s: PositiveSeconds = Field(60, description="limit for judging one image, including the wait")
+    gateway_body_deadline_s: PositiveSeconds = Field(20, description="time limit for the body of a request to arrive")
+    gateway_deadline_s: PositiveSeconds = Field(60, description="time limit for judging one image, including the wait")
     gateway_keep_s: Positive = Field(86_400, description="how long assessments and idempotency keys are kept")
     gateway_keys_refresh_s: PositiveSeconds = Field(2, description="longest time until a revoked API key is refused")
     gateway_fetch_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -271,9 +273,14 @@ def require(settings: Settings, *needed: str) -> None:
     Raises:
         ConfigurationError: a variable is missing. The sentence names every one.
     """
-    missing = [f"SLUICE_{name.upper()}" for name in needed or _NEEDED_BY_WORKERS if not getattr(settings, name)]
+    missing = {
+        f"SLUICE_{name.upper()}": Settings.model_fields[name].description
+        for name in needed or _NEEDED_BY_WORKERS
+        if not getattr(settings, name)
+    }
     if missing:
+        described = "; ".join(f"{name}: {description}" for name, description in missing.items())
         raise ConfigurationError(
-            f"{', '.join(missing)} not set; set {'it' if len(missing) == 1 else 'them'} as docs/settings.md says, or "
-            "start everything on this machine with `sluice up --embedded`"
+            f"{', '.join(missing)} not set; set {'it' if len(missing) == 1 else 'them'} ({described}), or start "
+            "everything on this machine with `sluice up --embedded`"
         )

@@ -1,4 +1,4 @@
-"""Opens SQLite databases that hold more than memory should, and that nobody reads after a crash."""
+"""Opens temporary SQLite databases for data that may not fit into memory."""
 
 import sqlite3
 from collections.abc import Sequence

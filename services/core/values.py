@@ -1,4 +1,12 @@
-"""Values that services pass to each other. All are immutable, and none has a clock, a socket or a credential."""
+"""Values that services pass to each other. All are immutable, and none has a clock, a socket or a credential.
+
+Four values say how much work an image gets:
+
+- `EffortMode` (of a policy): with `full` each image is judged fully; with `adaptive` it gets a first look first.
+- `Effort` (of a verdict): `first_look` if the first look was enough, else `full`.
+- `Detail` (of a call of the guard): `score` for a first look, `verdict` for a full judgement.
+- `RationaleMode` (of a policy): whether a full judgement has a rationale.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

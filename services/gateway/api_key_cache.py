@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
-from services.core.errors import KeysUnavailable
+from services.core.errors import ApiKeysUnavailable
 from services.core.tasks import cancel_and_wait
 from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token, parse_key_id
 
@@ -48,7 +48,7 @@ class ApiKeyCache:
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        with suppress(KeysUnavailable):
+        with suppress(ApiKeysUnavailable):
             await self.refresh()
         self._loop_task = asyncio.create_task(self._refresh_loop())
         return self
@@ -62,7 +62,7 @@ class ApiKeyCache:
         """Return the key of a token, or None if the key does not exist or is revoked.
 
         Raises:
-            KeysUnavailable: the cached keys are too old.
+            ApiKeysUnavailable: the cached keys are too old.
         """
         key_id = parse_key_id(token)
         if key_id is None:
@@ -78,16 +78,16 @@ class ApiKeyCache:
     def raise_if_stale(self) -> None:
         """
         Raises:
-            KeysUnavailable: the cached keys are too old, because the bucket has not answered for minutes.
+            ApiKeysUnavailable: the cached keys are too old, because the bucket has not answered for minutes.
         """
         if self._clock() - self._refreshed_at > _MAX_AGE_S:
-            raise KeysUnavailable("the policy bucket, which has the API keys, does not answer")
+            raise ApiKeysUnavailable("the policy bucket, which has the API keys, does not answer")
 
     async def refresh(self) -> None:
         """Read new and revoked keys from the bucket. Concurrent callers share one refresh.
 
         Raises:
-            KeysUnavailable: the bucket does not answer.
+            ApiKeysUnavailable: the bucket does not answer.
         """
         # A finished task would return at once, so a loop that awaits it would never let its done callback run.
         if self._refresh_task is None or self._refresh_task.done():
@@ -102,7 +102,7 @@ class ApiKeyCache:
             self._unknown_key_pause_s, min(self._refresh_s, _UNKNOWN_KEY_PAUSE_REFRESHES * self._refresh_took_s)
         )
         await asyncio.sleep(max(0.0, pause_s - (asked_at - self._refresh_started_at)))
-        with suppress(KeysUnavailable):
+        with suppress(ApiKeysUnavailable):
             while self._refreshed_at < asked_at:  # a refresh that had started before may have missed the key
                 await self.refresh()
         return self._keys.get(key_id)
@@ -112,7 +112,7 @@ class ApiKeyCache:
             await asyncio.sleep(self._refresh_s)
             try:
                 await self.refresh()
-            except KeysUnavailable as error:
+            except ApiKeysUnavailable as error:
                 log.warning("refreshing API keys failed; keeping the cached keys for now: %s", error)
             except Exception:
                 log.exception("refreshing API keys failed; retrying in %g s", self._refresh_s)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 from pydantic import Field, ValidationError
 from pydantic_core import to_json
 
-from services.core.errors import ConfigurationError, KeysUnavailable, StoreUnavailable, Unjudgeable
-from services.core.messages import Moment
+from services.core.errors import ApiKeysUnavailable, ConfigurationError, StoreUnavailable, Unjudgeable
+from services.core.messages import UtcDatetime
 from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
 from services.core.values import WireModel
@@ -52,7 +52,7 @@ class ApiKey(WireModel):
     concurrency: Annotated[int, Field(gt=0)] | None = None
     digest: str
     """SHA-256 of the key, hex."""
-    created_at: Moment
+    created_at: UtcDatetime
     created_by: str = ""
 
     def allows(self, role: Role) -> bool:
@@ -76,7 +76,7 @@ class ApiKey(WireModel):
 class ApiKeyRegistry:
     """Creates, lists and revokes keys in one bucket. Blocking: call it off the event loop.
 
-    All methods raise KeysUnavailable if the bucket does not answer.
+    All methods raise ApiKeysUnavailable if the bucket does not answer.
     """
 
     def __init__(self, s3: "S3Client", bucket: str) -> None:
@@ -177,7 +177,7 @@ class ApiKeyRegistry:
         try:
             yield
         except (Unjudgeable, StoreUnavailable) as error:
-            raise KeysUnavailable(f"the policy bucket {self._objects.name!r} cannot be used: {error}") from error
+            raise ApiKeysUnavailable(f"the policy bucket {self._objects.name!r} cannot be used: {error}") from error
 
 
 def parse_key_id(token: str) -> str | None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeVar
 
-from services.core.errors import Changed, Forbidden, NotFound, StoreUnavailable, TooLarge
+from services.core.errors import Forbidden, NotFound, ObjectChanged, StoreUnavailable, TooLarge
 from services.core.messages import ObjectReference
 from services.core.s3 import map_s3_errors, s3_client
 from services.core.settings import Settings
@@ -63,7 +63,7 @@ class ObjectStore:
         Raises:
             Forbidden: the bucket is not allowed, or the store denies access to the object.
             NotFound: no such bucket, key or version.
-            Changed: the object has another ETag than the reference.
+            ObjectChanged: the object has another ETag than the reference.
             TooLarge: the object has more than `image_limit_bytes`.
             StoreUnavailable: a temporary error, or wrong credentials.
         """
@@ -93,7 +93,7 @@ class ObjectStore:
             raise Forbidden("the key has a segment . or .., which is not allowed")
         if reference.etag and not _ETAG_PATTERN.fullmatch(reference.etag):
             # No object can have this ETag, so the object differs from the submitted one.
-            raise Changed("the submission's ETag is invalid, so no object has it")
+            raise ObjectChanged("the submission's ETag is invalid, so no object has it")
 
     async def _fetch(self, reference: ObjectReference, resources: AsyncExitStack) -> StoredObject:
         socket_deadline = SocketDeadline()
@@ -182,10 +182,10 @@ class _Download:
             raise StoreUnavailable("the object store answered after the deadline")
         reference = self._reference
         if reference.etag and self._etag() != reference.etag:
-            raise Changed(f"{reference.uri} has the ETag {self._etag()}, not {reference.etag}")
+            raise ObjectChanged(f"{reference.uri} has the ETag {self._etag()}, not {reference.etag}")
         version_id = self._response.get("VersionId")
         if reference.version_id and version_id and version_id != reference.version_id:
-            raise Changed(f"the store returned another version of {reference.uri}")
+            raise ObjectChanged(f"the store returned another version of {reference.uri}")
         size = self._response.get("ContentLength")
         if not isinstance(size, int) or size < 0:
             return self._limit_bytes  # the server sends no size: count while reading

@@ -30,7 +30,7 @@ class ImageSource(Protocol):
     def open(self, reference: ObjectReference) -> AbstractAsyncContextManager[StoredObject]:
         """Fetch the object. Its memory stays reserved until the context ends.
 
-        Raises Forbidden, NotFound, Changed, TooLarge, StoreUnavailable.
+        Raises Forbidden, NotFound, ObjectChanged, TooLarge, StoreUnavailable.
         """
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from services.core.calibration import Calibration
 from services.core.errors import ConfigurationError
-from services.core.messages import Moment
+from services.core.messages import UtcDatetime
 from services.core.values import WireModel
 
 Percent = Annotated[float, Field(gt=0, le=100)]
@@ -173,7 +173,7 @@ class RolloutChange(WireModel):
     version: int | None = Field(None, alias="to")
     who: str
     why: str = ""
-    at: Moment
+    at: UtcDatetime
     rollout: Rollout
 
     def history_json(self) -> str:

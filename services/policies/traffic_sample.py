@@ -12,7 +12,7 @@ from typing import Final, Self
 from pydantic import ValidationError
 
 from services.core.errors import RedisUnavailable
-from services.core.messages import Moment, Submission, Verdict
+from services.core.messages import Submission, UtcDatetime, Verdict
 from services.core.redis import RedisClient
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
@@ -49,7 +49,7 @@ class SampledSubmission(WireModel):
     version_id: str | None
     etag: str | None
     tenant: str
-    at: Moment
+    at: UtcDatetime
 
     def to_submission(self) -> Submission:
         """The submission to judge again, with backfill priority."""

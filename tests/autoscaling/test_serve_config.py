@@ -9,7 +9,7 @@ from ray.serve.config import AutoscalingConfig
 from pipelines.autoscaling import serve_config
 from pipelines.autoscaling.decision import Rules
 from pipelines.autoscaling.serve_policy import BacklogScaling
-from pipelines.serving.build import Arguments, make_deploy_schema
+from pipelines.serving.build import ApplicationArguments, make_deploy_schema
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from tests.support.streams_bench import Streams
@@ -42,7 +42,7 @@ def test_guard_minimum_with_a_gateway_is_at_least_one(gateways: int, setting: in
 def test_deploy_schema_carries_the_settings_and_the_rules() -> None:
     settings = Settings(objective_s=40, kafka_options={"sasl_mechanism": "PLAIN"}, s3_buckets=("a", "b"), **AUTOSCALED)
     (application,) = make_deploy_schema(settings).applications
-    assert Arguments(**application.args).model_dump() == settings.model_dump()
+    assert ApplicationArguments(**application.args).model_dump() == settings.model_dump()
     assert application.autoscaling_policy is not None
     arguments = application.autoscaling_policy["policy_kwargs"]
     assert arguments.keys() <= {each.name for each in fields(Rules)}

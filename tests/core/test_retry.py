@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from services.core import retry
 from services.core.errors import NotFound, StoreUnavailable
-from services.core.retry import FailureBudget, RetryBudget, backoff, retry_blocking, retry_while_unavailable
+from services.core.retry import RetryBudget, UnjudgedBudget, backoff, retry_blocking, retry_while_unavailable
 
 
 class Clock:
@@ -34,7 +34,7 @@ def test_retry_budget_many_retries_are_spread_to_the_rate(gaps: list[float]) -> 
     made = []
     for gap in gaps:
         clock.sleep(gap)
-        made.append(clock.now + budget.take())
+        made.append(clock.now + budget.reserve())
     for start in made:
         within = sum(start <= at < start + 1 for at in made)
         assert within <= 10 + 5 + 1, "more than the rate and the burst"
@@ -42,7 +42,7 @@ def test_retry_budget_many_retries_are_spread_to_the_rate(gaps: list[float]) -> 
 
 @given(st.lists(st.booleans(), max_size=2000))
 def test_failure_budget_allows_small_share_and_none_without_success(succeeded: list[bool]) -> None:
-    budget = FailureBudget(per_success=0.02, burst=10)
+    budget = UnjudgedBudget(per_success=0.02, burst=10)
     failures = successes = in_a_row = 0
     for success in succeeded:
         if success:

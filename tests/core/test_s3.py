@@ -7,10 +7,10 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ParamValidationError
 
 from services.core.errors import (
-    Changed,
     ConfigurationError,
     Forbidden,
     NotFound,
+    ObjectChanged,
     SluiceError,
     StoreUnavailable,
     Throttled,
@@ -40,9 +40,9 @@ def error_of(error: Exception) -> SluiceError:
         (404, "NoSuchBucket", NotFound),
         (404, "404", NotFound),
         (405, "MethodNotAllowed", NotFound),
-        (412, "PreconditionFailed", Changed),
-        (412, "412", Changed),
-        (409, "ConditionalRequestConflict", Changed),
+        (412, "PreconditionFailed", ObjectChanged),
+        (412, "412", ObjectChanged),
+        (409, "ConditionalRequestConflict", ObjectChanged),
         (409, "OperationAborted", StoreUnavailable),
         (503, "SlowDown", Throttled),
         (429, "", Throttled),
@@ -145,7 +145,7 @@ def test_bucket_read_gives_the_range_and_rejects_another_etag(bucket: Bucket) ->
     _, etag = bucket.put("a", b"0123456789")
     assert bucket.read("a", byte_range="bytes=2-4", etag=etag) == b"234"
     bucket.put("a", b"other")
-    with pytest.raises(Changed):
+    with pytest.raises(ObjectChanged):
         bucket.read("a", etag=etag)
 
 

@@ -48,7 +48,7 @@ class TimedGuard:
         return [replace(said, model=said.model.model_copy(update={"engine": self._engine}))] * len(policies)
 
 
-def build(arguments: serve_build.Arguments) -> Application:
+def build(arguments: serve_build.ApplicationArguments) -> Application:
     """The product's application, with that guard."""
     return bind_application(arguments, guard_gpus=1, guard=TimedGuard)
 

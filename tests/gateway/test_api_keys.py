@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.core.errors import ConfigurationError, KeysUnavailable
+from services.core.errors import ApiKeysUnavailable, ConfigurationError
 from services.gateway.api_key_cache import ApiKeyCache
 from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token
 from services.gateway.problems import TYPE_PREFIX
@@ -32,7 +32,7 @@ class FakeRegistry(ApiKeyRegistry):
     def read_index(self) -> dict[str, bool]:
         self.reads += 1
         if self.is_down:
-            raise KeysUnavailable("the bucket is down")
+            raise ApiKeysUnavailable("the bucket is down")
         return {key_id: key_id in self.revoked for key_id in self.keys}
 
     def get_each(self, key_ids: list[str]) -> list[ApiKey]:
@@ -168,7 +168,7 @@ async def test_cached_keys_stay_valid_for_minutes_while_the_bucket_is_down() -> 
         now = 200.0
         assert await cache.find(token)
         now = 301.0
-        with pytest.raises(KeysUnavailable):
+        with pytest.raises(ApiKeysUnavailable):
             await cache.find(token)
         bucket.is_down = False
         unknown = bucket.add()
@@ -203,4 +203,4 @@ async def test_revoked_key_is_refused_though_a_new_key_cannot_be_read() -> None:
 
 
 def _fail(_: list[str]) -> list[ApiKey]:
-    raise KeysUnavailable("the bucket is down")
+    raise ApiKeysUnavailable("the bucket is down")

@@ -11,7 +11,7 @@ from typing import Any
 import boto3
 import pytest
 
-from services.core.errors import Changed, Forbidden, NotFound, SluiceError, StoreUnavailable, TooLarge
+from services.core.errors import Forbidden, NotFound, ObjectChanged, SluiceError, StoreUnavailable, TooLarge
 from services.core.messages import ObjectReference
 from services.core.values import StoredObject
 from services.images.object_store import ObjectStore
@@ -74,14 +74,14 @@ async def test_object_with_another_etag_is_rejected(store: ObjectStore, s3: Any)
     first = s3.put_object(Bucket=BUCKET, Key="changed", Body=b"first")
     assert (await read(store, reference("changed", etag=first["ETag"]))).data == b"first"
     s3.put_object(Bucket=BUCKET, Key="changed", Body=b"second")
-    with pytest.raises(Changed):
+    with pytest.raises(ObjectChanged):
         await read(store, reference("changed", etag=first["ETag"]))
 
 
 @pytest.mark.parametrize("etag", ["*", 'a"b', "a\r\nHost: evil", "ü", "x" * 5000])
 async def test_invalid_etag_is_rejected(store: ObjectStore, s3: Any, etag: str) -> None:
     s3.put_object(Bucket=BUCKET, Key="etags", Body=b"x")
-    with pytest.raises((Changed, Forbidden)):
+    with pytest.raises((ObjectChanged, Forbidden)):
         await read(store, reference("etags", etag=etag))
 
 
@@ -361,7 +361,7 @@ async def test_response_with_another_etag_is_rejected() -> None:
 
     with http_server(answer) as endpoint:
         store = make_store(endpoint)
-        with pytest.raises(Changed):
+        with pytest.raises(ObjectChanged):
             await read(store, reference("x", etag="other"))
         store.close()
 
@@ -401,7 +401,7 @@ ANSWERS: list[tuple[int, str, str, type[SluiceError]]] = [
     (404, "NoSuchVersion", "", NotFound),
     (405, "MethodNotAllowed", "", NotFound),
     (400, "InvalidArgument", "Invalid version id specified", NotFound),
-    (412, "PreconditionFailed", "", Changed),
+    (412, "PreconditionFailed", "", ObjectChanged),
     (503, "SlowDown", "Please reduce your request rate.", StoreUnavailable),
     (500, "InternalError", "", StoreUnavailable),
     (502, "", "", StoreUnavailable),

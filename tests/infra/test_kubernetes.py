@@ -16,7 +16,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from pipelines.autoscaling.serve_config import scaling_policy
-from pipelines.serving.build import Arguments
+from pipelines.serving.build import ApplicationArguments
 from tests.support.deployment_files import INFRA, ROOT, document
 
 FOLDER: Final = INFRA / "kubernetes"
@@ -96,7 +96,7 @@ def test_rayservice_deploys_the_application_of_serve_yaml(overlay: str, monkeypa
     for name, value in settings(overlay).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://of-the-secret:6379/0")
-    read = Arguments.model_validate(here.args)
+    read = ApplicationArguments.model_validate(here.args)
     wanted = scaling_policy(read)
     assert here.autoscaling_policy
     assert here.autoscaling_policy["policy_function"] == wanted["policy_function"]
@@ -136,7 +136,7 @@ def test_pods_have_probes_memory_limits_and_no_root(overlay: str) -> None:
         assert {"name": "metrics", "containerPort": int(group["rayStartParams"]["metrics-export-port"])} in container[
             "ports"
         ]
-        assert pod["terminationGracePeriodSeconds"] > Arguments.model_fields["drain_s"].default
+        assert pod["terminationGracePeriodSeconds"] > ApplicationArguments.model_fields["drain_s"].default
 
 
 @each_overlay

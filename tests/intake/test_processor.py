@@ -10,7 +10,7 @@ from pipelines.intake import processor
 from pipelines.intake.processor import Processor
 from services.core.errors import NotFound, SluiceError
 from services.core.messages import DeadLetter, Submission, Verdict
-from services.core.retry import FailureBudget
+from services.core.retry import UnjudgedBudget
 from services.core.settings import Settings
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
@@ -50,7 +50,7 @@ class Pauses:
         await self.end.wait()
 
 
-class RecordingBudget(FailureBudget):
+class RecordingBudget(UnjudgedBudget):
     """A budget that says when it refused a failure."""
 
     def __init__(self) -> None:

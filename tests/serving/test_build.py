@@ -11,7 +11,7 @@ from ray.serve._private.build_app import build_app
 from ray.serve._private.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.serving.build import Arguments
+from pipelines.serving.build import ApplicationArguments
 from pipelines.serving.names import APPLICATION
 from services.core.errors import ConfigurationError
 from services.policies.registry import PolicyRegistry
@@ -70,7 +70,7 @@ def test_settings_without_an_argument_come_from_the_environment(
     monkeypatch.setenv("SLUICE_GROUP", "of-the-environment")
     monkeypatch.setenv("SLUICE_MODEL", "tiny")
 
-    read = Arguments.model_validate(arguments)
+    read = ApplicationArguments.model_validate(arguments)
 
     assert read.group == "of-the-environment"
     assert read.model == DEPLOYED.args["model"]
