@@ -39,7 +39,7 @@ from ray.serve._private.utils import compress_metric_report, decompress_metric_r
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from pipelines.autoscaling import recorded_metrics, serve_config
-from pipelines.autoscaling.decision import ReplicaBounds
+from pipelines.autoscaling.replica_decision import ReplicaBounds
 from pipelines.autoscaling.serve_config import autoscaling_config
 from pipelines.autoscaling.simulation.day import SimulatedDay
 from services.streams.base import Lag

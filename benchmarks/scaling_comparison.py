@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from benchmarks.scaling_oracle import Schedule, cheapest
-from pipelines.autoscaling.decision import Rules
+from pipelines.autoscaling.replica_decision import Rules
 from pipelines.autoscaling.simulation.cluster import ClusterSpec
 from pipelines.autoscaling.simulation.day import SimulatedDay, simulate_day
 from pipelines.autoscaling.simulation.load import WARM_UP_S, LoadProfile, draw_arrivals

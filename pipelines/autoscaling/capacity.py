@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
-from pipelines.autoscaling.decision import INTAKE_OVERSUBSCRIPTION, Rules
+from pipelines.autoscaling.replica_decision import INTAKE_OVERSUBSCRIPTION, Rules
 from pipelines.autoscaling.simulation.cluster import ClusterSpec
 from pipelines.autoscaling.simulation.day import simulate_day
 from pipelines.autoscaling.simulation.load import LoadProfile, draw_arrivals
@@ -21,20 +21,22 @@ from services.guard.checkpoints import GIB, Checkpoint, resolve
 ImageSize = Literal["small", "medium", "large"]
 
 COMPUTE_SHARE: Final = 0.40
-"""Share of the vendor's dense bf16 operations that the engine reaches while it reads prompts."""
+"""Share of the vendor's dense bf16 operations that the engine reaches while it reads prompts: the model FLOPs
+utilization (MFU)."""
 MEMORY_SHARE: Final = 0.60
-"""Share of the vendor's memory bandwidth that the engine reaches while it writes answers."""
+"""Share of the vendor's memory bandwidth that the engine reaches while it writes answers: the memory bandwidth
+utilization (MBU)."""
 TENSOR_PARALLEL_SHARE: Final = 0.85
 """Share of both that remains if a replica is spread over several GPUs."""
 
 PROMPT_TOKENS: Final = 1129
-"""Tokens of LlavaGuard's default policy."""
+"""Tokens of LlavaGuard's default policy. For policies of another length, measure the rate and give --replica-rate."""
 ANSWER_TOKENS: Final = 23.5
 """Mean tokens of an answer: 20 for Safe, 90 with a rationale for the 5 % that are Unsafe."""
 _PARTITIONS_PER_MEMBER: Final = 2
 _MIN_PARTITIONS: Final = 6
 
-IMAGE_TOKENS: Final[dict[str, dict[ImageSize, int]]] = {
+IMAGE_TOKENS_BY_ARCHITECTURE: Final[dict[str, dict[ImageSize, int]]] = {
     "LlavaQwenForCausalLM": {"small": 1485, "medium": 4725, "large": 7269},  # anyres, tiles of 384 px
     "LlavaLlamaForCausalLM": {"small": 576, "medium": 576, "large": 576},  # one view of 336 px
     "Qwen2_5_VLForConditionalGeneration": {"small": 196, "medium": 999, "large": 1280},  # 28 px a token, 1280 at most
@@ -171,7 +173,8 @@ def compute_replica_rate(model: Checkpoint, spec: GpuSpec, gpus: int, image: Ima
 def _find_gpu_spec(gpu: str) -> GpuSpec:
     if gpu.lower() not in GPU_SPECS:
         raise ConfigurationError(
-            f"--gpu {gpu} is unknown; give one of {', '.join(GPU_SPECS)}, the nearest one, and --replica-rate"
+            f"--gpu {gpu} is unknown; give the nearest of {', '.join(GPU_SPECS)} "
+            "together with a measured --replica-rate"
         )
     return GPU_SPECS[gpu.lower()]
 
@@ -196,7 +199,7 @@ def _make_notes(objective_s: float, rules: Rules) -> tuple[str, ...]:
 
 
 def _count_tokens(model: Checkpoint, image: ImageSize) -> int:
-    return PROMPT_TOKENS + IMAGE_TOKENS[model.architecture][image]
+    return PROMPT_TOKENS + IMAGE_TOKENS_BY_ARCHITECTURE[model.architecture][image]
 
 
 def _simulate_day(rate: float, objective_s: float, replica_rate: float, gpus: int, rules: Rules) -> dict[str, float]:

@@ -5,12 +5,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from pipelines.autoscaling.decision import Arrivals, Backlog, Observation, ReplicaCounts, Rules
+from pipelines.autoscaling.replica_decision import Arrivals, Backlog, Observation, ReplicaCounts, Rules
 
 _RATE_WINDOW_S: Final = 60.0
 """The steady rate of arrivals is measured over this time."""
 _BURST_WINDOW_SHARE: Final = 0.05
-"""A burst is measured over this share of the objective."""
+"""A burst is measured over this share of the objective. A burst is a rate above what chance makes of a steady one:
+steady arrivals are a Poisson process, whose count over a time varies by its square root."""
 _MIN_BURST_WINDOW_S: Final = 3.0
 _MAX_BURST_WINDOW_S: Final = 30.0
 _BURST_DEVIATIONS: Final = 3.0

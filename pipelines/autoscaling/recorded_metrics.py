@@ -23,8 +23,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pipelines.autoscaling.decision import Backlog
 from pipelines.autoscaling.measurements import Reading
+from pipelines.autoscaling.replica_decision import Backlog
 
 if TYPE_CHECKING:  # Serve's controller imports this module, and needs nothing of services/
     from services.core.values import Priority
@@ -45,8 +45,8 @@ _MAX_PARTITIONS: Final = 4
 def encode(lags: "Mapping[Priority, Lag]", at_guard: int) -> dict[str, float]:
     """Return the numbers to record. `lags` are the lags that could be read, `at_guard` the calls without an answer.
 
-    Return the result from `record_autoscaling_stats` every time, also the first time: after a result that is no dict,
-    Serve never asks the replica again.
+    `record_autoscaling_stats` must always return this dict: Serve stops asking a replica that once returned something
+    else.
     """
     recorded: dict[str, float] = {_AT_GUARD: at_guard}
     for stream, lag in lags.items():

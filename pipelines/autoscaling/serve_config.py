@@ -6,7 +6,7 @@ replicas that the settings say.
 
 from typing import Any, Final
 
-from pipelines.autoscaling.decision import ReplicaBounds
+from pipelines.autoscaling.replica_decision import ReplicaBounds
 from services.core.settings import Settings
 
 REPORT_INTERVAL_S: Final = 1.0
@@ -54,7 +54,7 @@ def count_max_replicas(settings: Settings) -> int:
     return guard + (_max_intake_replicas(settings) if is_autoscaled(settings) else settings.intake_replicas)
 
 
-def scaling_policy(settings: Settings) -> dict[str, Any]:
+def make_autoscaling_policy(settings: Settings) -> dict[str, Any]:
     """Return the `autoscaling_policy` of the application."""
     return {
         "policy_function": _POLICY_FUNCTION,

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from pipelines.autoscaling.decision import Decision, ReplicaBounds, ReplicaCounts, Rules, decide
 from pipelines.autoscaling.measurements import Measurements
 from pipelines.autoscaling.recorded_metrics import decode, sum_at_guard
+from pipelines.autoscaling.replica_decision import Decision, ReplicaBounds, ReplicaCounts, Rules, decide_replicas
 
 log = logging.getLogger("ray.serve")
 
@@ -72,7 +72,7 @@ class BacklogScaling:
         observation = measurements.observe(
             now_s, guard, intake, reading.live if reading else None, other_calls_at_guard
         )
-        decision = decide(observation, self._rules)
+        decision = decide_replicas(observation, self._rules)
         if not guard.running and decision.guard:
             _bypass_cold_start(contexts[guard_id])
         _log_change(decision, guard, intake)

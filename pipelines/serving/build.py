@@ -56,7 +56,7 @@ def make_deploy_schema(settings: Settings) -> ServeDeploySchema:
                 route_prefix=None,
                 import_path=f"{__name__}:{build.__name__}",
                 args=settings.model_dump(mode="json", exclude_defaults=True),
-                autoscaling_policy=serve_config.scaling_policy(settings)
+                autoscaling_policy=serve_config.make_autoscaling_policy(settings)
                 if serve_config.is_autoscaled(settings)
                 else None,
                 logging_config=LOGGING_CONFIG,

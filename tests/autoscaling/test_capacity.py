@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.autoscaling import capacity
-from pipelines.autoscaling.capacity import GPU_SPECS, IMAGE_TOKENS, compute_replica_rate, plan_capacity
+from pipelines.autoscaling.capacity import GPU_SPECS, IMAGE_TOKENS_BY_ARCHITECTURE, compute_replica_rate, plan_capacity
 from pipelines.cli.main import app
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import CHECKPOINTS, resolve
@@ -45,7 +45,7 @@ def test_large_checkpoint_is_spread_over_several_gpus() -> None:
 
 
 def test_every_architecture_has_image_tokens() -> None:
-    assert {row.architecture for row in CHECKPOINTS} == set(IMAGE_TOKENS)
+    assert {row.architecture for row in CHECKPOINTS} == set(IMAGE_TOKENS_BY_ARCHITECTURE)
 
 
 def test_objective_shorter_than_a_start_adds_a_note() -> None:

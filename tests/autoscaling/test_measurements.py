@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.autoscaling.decision import Backlog, ReplicaBounds, ReplicaCounts, Rules, decide
 from pipelines.autoscaling.measurements import Measurements, Reading
+from pipelines.autoscaling.replica_decision import Backlog, ReplicaBounds, ReplicaCounts, Rules, decide_replicas
 
 RULES = Rules(objective_s=300, replica_rate=5, start_s=120)
 LONG_AGO = 1e6
@@ -26,7 +26,7 @@ def test_restarted_controller_takes_no_replica_away() -> None:
         live = Backlog(100, partitions=12)
         measured.record_replicas(second, running)
         measured.record_reading(Reading(second, live, 5.0 * second, at_guard=100), running)
-        found[second] = decide(measured.observe(second, running, members, live), RULES)
+        found[second] = decide_replicas(measured.observe(second, running, members, live), RULES)
     assert (found[1].guard, found[1].intake) == (20, 8)
     assert (found[239].guard, found[239].intake) == (20, 8)
     assert found[240].guard < 5
@@ -51,7 +51,7 @@ class Stream:
             self.measured.record_replicas(now_s, fleet)
             self.measured.record_reading(Reading(now_s, live, arrived), fleet)
             observed = self.measured.observe(now_s, fleet, ReplicaCounts(1, 1, ReplicaBounds(1, 1)), live)
-            wanted = decide(observed, self.rules).guard
+            wanted = decide_replicas(observed, self.rules).guard
             if wanted != self.target:
                 self.target, self.changed_s = wanted, now_s
             self.history.append(wanted)

@@ -7,9 +7,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.autoscaling.decision import Backlog
 from pipelines.autoscaling.measurements import Reading
 from pipelines.autoscaling.recorded_metrics import decode, encode, sum_at_guard
+from pipelines.autoscaling.replica_decision import Backlog
 from services.core.values import Priority
 from services.streams.base import Lag
 

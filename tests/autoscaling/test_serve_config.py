@@ -7,7 +7,7 @@ import pytest
 from ray.serve.config import AutoscalingConfig
 
 from pipelines.autoscaling import serve_config
-from pipelines.autoscaling.decision import Rules
+from pipelines.autoscaling.replica_decision import Rules
 from pipelines.autoscaling.serve_policy import BacklogScaling
 from pipelines.serving.build import ApplicationArguments, make_deploy_schema
 from services.core.errors import ConfigurationError
@@ -50,7 +50,7 @@ def test_deploy_schema_carries_the_settings_and_the_rules() -> None:
 
 
 def test_scaling_policy_of_default_settings_is_the_default_rules() -> None:
-    assert Rules(**serve_config.scaling_policy(Settings())["policy_kwargs"]) == Rules()
+    assert Rules(**serve_config.make_autoscaling_policy(Settings())["policy_kwargs"]) == Rules()
 
 
 @pytest.mark.kafka

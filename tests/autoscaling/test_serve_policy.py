@@ -17,7 +17,7 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from pipelines.autoscaling import serve_policy
-from pipelines.autoscaling.decision import ReplicaBounds
+from pipelines.autoscaling.replica_decision import ReplicaBounds
 from pipelines.autoscaling.serve_config import REPORT_INTERVAL_S, autoscaling_config
 
 GUARD, INTAKE = DeploymentID("Guard", "sluice"), DeploymentID("Intake", "sluice")
@@ -174,7 +174,7 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("pipeli
     assert set(done.stdout.split()) == {
         "pipelines",
         "pipelines.autoscaling",
-        "pipelines.autoscaling.decision",
+        "pipelines.autoscaling.replica_decision",
         "pipelines.autoscaling.measurements",
         "pipelines.autoscaling.recorded_metrics",
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling_oracle import cheapest
-from pipelines.autoscaling.decision import Rules
+from pipelines.autoscaling.replica_decision import Rules
 from pipelines.autoscaling.simulation.cluster import ClusterSpec, SimulatedFleet
 from pipelines.autoscaling.simulation.day import simulate_day, weighted_percentile
 from pipelines.autoscaling.simulation.load import DAY_S, WARM_UP_S, LoadProfile, draw_arrivals

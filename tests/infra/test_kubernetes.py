@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.autoscaling.serve_config import scaling_policy
+from pipelines.autoscaling.serve_config import make_autoscaling_policy
 from pipelines.serving.build import ApplicationArguments
 from tests.support.deployment_files import INFRA, ROOT, document
 
@@ -97,7 +97,7 @@ def test_rayservice_deploys_the_application_of_serve_yaml(overlay: str, monkeypa
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://of-the-secret:6379/0")
     read = ApplicationArguments.model_validate(here.args)
-    wanted = scaling_policy(read)
+    wanted = make_autoscaling_policy(read)
     assert here.autoscaling_policy
     assert here.autoscaling_policy["policy_function"] == wanted["policy_function"]
     assert here.autoscaling_policy["policy_kwargs"].items() <= wanted["policy_kwargs"].items()

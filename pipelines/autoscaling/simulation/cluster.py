@@ -46,7 +46,7 @@ class SimulatedFleet:
     _now_s: float = 0.0
     _events: list[tuple[float, int]] = field(default_factory=list)
     _provisioning: dict[int, None] = field(default_factory=dict)
-    """Numbers of the events that are not cancelled, the newest last. The next two are the same."""
+    """Event numbers of the nodes that are being provisioned, the newest last. `_loading` and `_idle` likewise."""
     _loading: dict[int, None] = field(default_factory=dict)
     _idle: dict[int, None] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)

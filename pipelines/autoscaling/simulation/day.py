@@ -1,11 +1,12 @@
 """Simulates a day with one way of scaling, second by second."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.autoscaling.decision import INTAKE_OVERSUBSCRIPTION
+from pipelines.autoscaling.replica_decision import INTAKE_OVERSUBSCRIPTION
 from pipelines.autoscaling.simulation.cluster import ClusterSpec, SimulatedFleet
 from pipelines.autoscaling.simulation.load import WARM_UP_S, ArrivalCounts
 from pipelines.autoscaling.simulation.scalers import ClusterView, Scaler
@@ -56,6 +57,15 @@ def simulate_day(arrivals: ArrivalCounts, scaler: Scaler, cluster: ClusterSpec, 
     return simulation.finish()
 
 
+class _Metrics(NamedTuple):
+    """The numbers that a scaler reads, in the order of `ClusterView`."""
+
+    at_s: int
+    backlog: float
+    published: float
+    at_guard: float
+
+
 class _Simulation:
     """The state of one simulated day."""
 
@@ -69,8 +79,8 @@ class _Simulation:
         self._done = 0.0
         """Submissions judged so far; a lost replica takes some back."""
         self._held_limit = _held_limit(scaler, cluster)
-        self._metrics = (0, 0.0, 0.0, 0.0)
-        """The numbers that the scaler reads next: time, backlog, published, at the guard."""
+        self._metrics = _Metrics(0, 0.0, 0.0, 0.0)
+        """The numbers that the scaler reads next."""
         self._warm_up_gpu_s, self._warm_up_changes = 0.0, 0
 
     def step(self, second: int) -> None:
@@ -96,7 +106,7 @@ class _Simulation:
         fleet, interval_s = self._fleet, self._scaler.interval_s
         if (second + _METRICS_AGE_S) % interval_s == 0:
             at_guard = min(busy + waiting, self._held_limit)
-            self._metrics = (second, waiting + busy, self._published[second + 1], at_guard)
+            self._metrics = _Metrics(second, waiting + busy, self._published[second + 1], at_guard)
         if second % interval_s == 0 and second >= _METRICS_AGE_S:
             view = ClusterView(
                 *self._metrics, fleet.running, fleet.target, fleet.scaled_up_at_s, fleet.scaled_down_at_s

@@ -5,8 +5,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipelines.autoscaling.decision import Backlog, ReplicaBounds, ReplicaCounts, Rules, decide
 from pipelines.autoscaling.measurements import Measurements, Reading
+from pipelines.autoscaling.replica_decision import Backlog, ReplicaBounds, ReplicaCounts, Rules, decide_replicas
 from pipelines.autoscaling.simulation.cluster import ClusterSpec
 
 
@@ -63,7 +63,7 @@ class SluiceScaler:
         live = Backlog(view.backlog)
         self._measured.record_replicas(view.now_s, guard)
         self._measured.record_reading(Reading(view.now_s, live, view.published, at_guard=view.at_guard), guard)
-        decision = decide(self._measured.observe(view.now_s, guard, self._intake, live), self._rules)
+        decision = decide_replicas(self._measured.observe(view.now_s, guard, self._intake, live), self._rules)
         self._intake = ReplicaCounts(decision.intake, decision.intake, self._intake.bounds)
         return decision.guard
 

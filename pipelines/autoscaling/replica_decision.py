@@ -8,7 +8,8 @@ from typing import Final
 _UNDERUSED_S: Final = 60.0
 """After being underused for this long, the guard is not the bottleneck."""
 _WAIT_SHARE: Final = 0.64
-"""Share of the objective that a submission is planned to wait. The rest is a reserve."""
+"""Share of the objective that a submission is planned to wait. The rest is a reserve. It was chosen on seeds 4 and 5
+of the simulated day, see docs/benchmarks.md."""
 _CATCH_UP_SHARE: Final = 0.25
 """If the objective is shorter than a replica's start, the backlog is late in any case. It is then drained within this
 share of the start."""
@@ -135,7 +136,7 @@ class Decision:
     reason: str
 
 
-def decide(observed: Observation, rules: Rules) -> Decision:
+def decide_replicas(observed: Observation, rules: Rules) -> Decision:
     """Return the wanted replicas.
 
     Scale-up is one step to the replicas that the objective needs; loading replicas count. Scale-down is slow. After
@@ -154,23 +155,23 @@ def decide(observed: Observation, rules: Rules) -> Decision:
 def _decide_guard(observed: Observation, live: Backlog, arrivals: Arrivals, rules: Rules) -> tuple[int, str]:
     counts = observed.guard
     minimum = _replicas_for_objective(observed, live, arrivals.rate, rules)
-    desired = max(minimum, _replicas_for_objective(observed, live, arrivals.rate, rules, rules.headroom))
+    needed = max(minimum, _replicas_for_objective(observed, live, arrivals.rate, rules, rules.headroom))
     peak = _replicas_for_objective(observed, live, arrivals.peak, rules, rules.headroom)
-    retained = max(desired, peak, _replicas_to_drain(observed, live, rules))
+    needed_with_reserve = max(needed, peak, _replicas_to_drain(observed, live, rules))
     if observed.idle_s < rules.idle_s:
-        retained = max(retained, min(1, counts.target))
+        needed_with_reserve = max(needed_with_reserve, min(1, counts.target))
     target, reason = counts.target, "enough replicas"
     if minimum > counts.target and counts.running and observed.underused_s >= _UNDERUSED_S:
-        reason = "guard is not the bottleneck"
+        reason = "submissions wait although the guard has free slots; Intake grows instead"
     elif minimum > counts.target:
-        target, reason = desired, "the objective needs more replicas"
-    elif retained < counts.target:
+        target, reason = needed, "the objective needs more replicas"
+    elif needed_with_reserve < counts.target:
         reason = "fewer replicas suffice, but not for long enough yet"
         long_enough = observed.measured_for_s >= rules.scale_down_s and _has_elapsed(
             counts.since_scale_up_s, rules.scale_down_s
         )
         if long_enough and _has_elapsed(counts.since_scale_down_s, rules.scale_down_every_s):
-            target, reason = retained, "fewer replicas suffice"
+            target, reason = needed_with_reserve, "fewer replicas suffice"
     return counts.bounds.clamp(target), reason
 
 
@@ -181,15 +182,16 @@ def _replicas_for_objective(
 
     Replicas that are requested now judge after a start. Until then the running replicas work on the backlog, and it
     grows by the arrivals that they cannot judge. A submission that arrives at that moment waits behind the whole
-    backlog. A submission that waits already has also waited for the start. If the objective is shorter than the start,
+    backlog, so the needed rate is (backlog + (arrivals - capacity) * start_s) / wait_budget_s. A submission that waits
+    already has also waited for the start. If the objective is shorter than the start,
     both are late, and the backlog is drained within a share of the start.
     """
     replica_rate, start_s = _replica_rate(observed, rules), _start_s(observed, rules)
     capacity, wait_budget_s = observed.guard.running * replica_rate, _WAIT_SHARE * rules.objective_s
     catch_up_s = _CATCH_UP_SHARE * start_s
-    assignable = _assignable_backlog(observed, live, rules)
-    arriving_at_start = max(0.0, assignable + (rate - capacity) * start_s) / max(wait_budget_s, catch_up_s)
-    already_waiting = max(0.0, assignable - capacity * start_s) / max(wait_budget_s - start_s, catch_up_s)
+    sendable = _sendable_backlog(observed, live, rules)
+    arriving_at_start = max(0.0, sendable + (rate - capacity) * start_s) / max(wait_budget_s, catch_up_s)
+    already_waiting = max(0.0, sendable - capacity * start_s) / max(wait_budget_s - start_s, catch_up_s)
     # No other member can help with a partition later, so the busiest one is planned with half of the objective.
     busiest_partition = min(_guards_per_member(rules) * replica_rate, 2 * live.busiest_partition / rules.objective_s)
     backfill = observed.backfill_peak / rules.backfill_objective_s
@@ -201,17 +203,17 @@ def _replicas_for_objective(
 
 def _decide_intake(observed: Observation, live: Backlog, guard: int, rules: Rules) -> int:
     counts, bounds = observed.intake, observed.intake.bounds
-    desired = max(_members_for_guard(guard, rules), _members_for_busiest_partition(observed, live, rules))
+    needed = max(_members_for_guard(guard, rules), _members_for_busiest_partition(observed, live, rules))
     if observed.underused_s >= _UNDERUSED_S and _has_elapsed(counts.since_scale_up_s, _UNDERUSED_S):
-        desired = max(desired, counts.target + max(1, counts.target // 2))
+        needed = max(needed, counts.target + max(1, counts.target // 2))
     maximum = min(bounds.maximum, live.partitions) if live.partitions else bounds.maximum
     long_enough = (
         observed.measured_for_s >= rules.scale_down_s
         and _has_elapsed(counts.since_scale_up_s, 2 * rules.scale_down_s)
         and _has_elapsed(counts.since_scale_down_s, rules.scale_down_s)
     )
-    may_shrink = desired <= _INTAKE_SHRINK_SHARE * counts.target and long_enough and not counts.loading
-    target = desired if may_shrink else max(desired, counts.target)
+    may_shrink = needed <= _INTAKE_SHRINK_SHARE * counts.target and long_enough and not counts.loading
+    target = needed if may_shrink else max(needed, counts.target)
     return max(1, bounds.minimum, min(maximum, target))
 
 
@@ -228,20 +230,20 @@ def _members_for_busiest_partition(observed: Observation, live: Backlog, rules: 
     """
     if live.partitions <= 1 or live.busiest_partition <= 0:
         return 0
-    in_time = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s / 2
+    judged_in_time = _guards_per_member(rules) * _replica_rate(observed, rules) * rules.objective_s / 2
     mean_of_others = (live.total - live.busiest_partition) / (live.partitions - 1)
-    others = (in_time - live.busiest_partition) / mean_of_others if mean_of_others > 0 else live.partitions
+    others = (judged_in_time - live.busiest_partition) / mean_of_others if mean_of_others > 0 else live.partitions
     partitions_per_member = 1 + max(0, math.floor(min(others, live.partitions)))
     return math.ceil(live.partitions / partitions_per_member)
 
 
 def _replicas_to_drain(observed: Observation, live: Backlog, rules: Rules) -> int:
     """Return the guard replicas that drain the backlog in time. Replicas that are removed now do not help with it."""
-    work_rate = _assignable_backlog(observed, live, rules) / (_WAIT_SHARE * rules.objective_s)
+    work_rate = _sendable_backlog(observed, live, rules) / (_WAIT_SHARE * rules.objective_s)
     return math.ceil(round(work_rate / _replica_rate(observed, rules), 6))
 
 
-def _assignable_backlog(observed: Observation, live: Backlog, rules: Rules) -> float:
+def _sendable_backlog(observed: Observation, live: Backlog, rules: Rules) -> float:
     """Return the live backlog that Intake can send to the guard within the objective.
 
     One member works on a partition, so more than that member can send in time does not count.

@@ -7,7 +7,15 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.autoscaling.decision import Arrivals, Backlog, Observation, ReplicaBounds, ReplicaCounts, Rules, decide
+from pipelines.autoscaling.replica_decision import (
+    Arrivals,
+    Backlog,
+    Observation,
+    ReplicaBounds,
+    ReplicaCounts,
+    Rules,
+    decide_replicas,
+)
 
 RULES = Rules(objective_s=300, replica_rate=5, start_s=120)
 LONG_AGO = 1e6
@@ -73,7 +81,7 @@ def observations() -> st.SearchStrategy[Observation]:
 
 @given(observations())
 def test_decision_stays_within_the_bounds(observation: Observation) -> None:
-    decision = decide(observation, RULES)
+    decision = decide_replicas(observation, RULES)
     assert observation.guard.bounds.minimum <= decision.guard <= observation.guard.bounds.maximum
     assert 1 <= decision.intake <= observation.intake.bounds.maximum
 
@@ -85,7 +93,7 @@ def test_more_backlog_never_wants_fewer_guards(observation: Observation, partiti
     by_partition = dict(observation.live.by_partition)
     by_partition[partition] = by_partition.get(partition, 0) + more
     larger = replace(observation, live=Backlog(observation.live.total + more, by_partition, 12))
-    assert decide(larger, RULES).guard >= decide(observation, RULES).guard
+    assert decide_replicas(larger, RULES).guard >= decide_replicas(observation, RULES).guard
 
 
 @given(observations(), st.floats(0, 1e4))
@@ -93,12 +101,12 @@ def test_more_arrivals_never_want_fewer_guards(observation: Observation, more: f
     if observation.arrivals is None:
         return
     faster = replace(observation, arrivals=Arrivals(observation.arrivals.rate + more, observation.arrivals.peak + more))
-    assert decide(faster, RULES).guard >= decide(observation, RULES).guard
+    assert decide_replicas(faster, RULES).guard >= decide_replicas(observation, RULES).guard
 
 
 @given(observations(), st.sampled_from(["live", "arrivals"]))
 def test_missing_numbers_keep_the_present_replicas(observation: Observation, missing: str) -> None:
-    decision = decide(replace(observation, **{missing: None}), RULES)
+    decision = decide_replicas(replace(observation, **{missing: None}), RULES)
     assert decision.guard == observation.guard.bounds.clamp(observation.guard.target)
     assert decision.intake == observation.intake.bounds.clamp(observation.intake.target)
 
@@ -106,84 +114,90 @@ def test_missing_numbers_keep_the_present_replicas(observation: Observation, mis
 @given(observations())
 def test_loading_replicas_are_not_requested_again(observation: Observation) -> None:
     """A second decision on the same numbers wants the same replicas, also while they load."""
-    decision = decide(observation, RULES)
+    decision = decide_replicas(observation, RULES)
     fleet = observation.guard
     asked = replace(fleet, target=max(decision.guard, fleet.running), since_scale_up_s=0.0)
-    again = decide(replace(observation, guard=asked), RULES)
+    again = decide_replicas(replace(observation, guard=asked), RULES)
     assert again.guard == decision.guard or decision.guard < fleet.target
 
 
 def test_scale_up_takes_one_step() -> None:
-    first = decide(make_observation(rate=100, waiting=30_000, running=2), RULES)
+    first = decide_replicas(make_observation(rate=100, waiting=30_000, running=2), RULES)
     assert first.guard > 20
-    after = decide(make_observation(rate=100, waiting=30_000, running=2, loading=first.guard - 2), RULES)
+    after = decide_replicas(make_observation(rate=100, waiting=30_000, running=2, loading=first.guard - 2), RULES)
     assert after.guard == first.guard
 
 
 def test_first_submission_starts_a_replica() -> None:
-    assert decide(make_observation(waiting=1), RULES).guard == 1
+    assert decide_replicas(make_observation(waiting=1), RULES).guard == 1
 
 
 def test_guard_goes_to_zero_only_after_the_idle_time() -> None:
-    assert decide(make_observation(running=1, idle_s=RULES.idle_s - 1), RULES).guard == 1
-    assert decide(make_observation(running=1, idle_s=RULES.idle_s), RULES).guard == 0
+    assert decide_replicas(make_observation(running=1, idle_s=RULES.idle_s - 1), RULES).guard == 1
+    assert decide_replicas(make_observation(running=1, idle_s=RULES.idle_s), RULES).guard == 0
     held = make_observation(guard=make_guard(1, minimum=1), idle_s=RULES.idle_s)
-    assert decide(held, RULES).guard == 1
+    assert decide_replicas(held, RULES).guard == 1
 
 
 def test_scale_down_waits_for_the_delay() -> None:
     recent = make_observation(rate=5, guard=make_guard(10, since_s=RULES.scale_down_s - 1))
-    assert decide(recent, RULES).guard == 10
-    assert decide(make_observation(rate=5, running=10), RULES).guard == 2
+    assert decide_replicas(recent, RULES).guard == 10
+    assert decide_replicas(make_observation(rate=5, running=10), RULES).guard == 2
 
 
 def test_scale_down_keeps_the_replicas_that_the_backlog_needs() -> None:
     """Ten replicas would drain the backlog before others could start; removed replicas do not help."""
-    assert decide(make_observation(rate=5, running=10, waiting=5000), RULES).guard == 6
-    assert decide(make_observation(rate=5, running=10, waiting=20), RULES).guard == 2
+    assert decide_replicas(make_observation(rate=5, running=10, waiting=5000), RULES).guard == 6
+    assert decide_replicas(make_observation(rate=5, running=10, waiting=20), RULES).guard == 2
 
 
 def test_replicas_that_never_start_are_no_longer_requested() -> None:
     stuck = make_observation(rate=5, guard=make_guard(5, 50))
-    assert decide(stuck, RULES).guard == 2
+    assert decide_replicas(stuck, RULES).guard == 2
 
 
 def test_backfill_adds_the_replicas_of_its_own_objective() -> None:
     backfill = RULES.backfill_objective_s * RULES.replica_rate * 3
-    assert decide(make_observation(backfill_peak=backfill), RULES).guard == 3
-    live = decide(make_observation(rate=95, running=20), RULES).guard
-    assert decide(make_observation(rate=95, running=20, backfill_peak=backfill), RULES).guard == live + 3
+    assert decide_replicas(make_observation(backfill_peak=backfill), RULES).guard == 3
+    live = decide_replicas(make_observation(rate=95, running=20), RULES).guard
+    assert decide_replicas(make_observation(rate=95, running=20, backfill_peak=backfill), RULES).guard == live + 3
 
 
 def test_busiest_partition_adds_replicas() -> None:
     even = dict.fromkeys(range(12), 225.0)
     skewed = {0: 2700.0} | dict.fromkeys(range(1, 12), 0.0)
-    assert decide(make_observation(waiting=2700, running=3, by_partition=even), RULES).guard == 3
-    assert decide(make_observation(waiting=2700, running=3, by_partition=skewed), RULES).guard == 4
-    assert decide(make_observation(waiting=9000, running=1, by_partition={0: 4000, 1: 5000}), RULES).intake == 12
+    assert decide_replicas(make_observation(waiting=2700, running=3, by_partition=even), RULES).guard == 3
+    assert decide_replicas(make_observation(waiting=2700, running=3, by_partition=skewed), RULES).guard == 4
+    assert (
+        decide_replicas(make_observation(waiting=9000, running=1, by_partition={0: 4000, 1: 5000}), RULES).intake == 12
+    )
 
 
 def test_hot_key_requests_no_replicas_that_it_cannot_use() -> None:
-    decision = decide(make_observation(rate=10, running=10, waiting=1e9, by_partition={0: 1e9}), RULES)
+    decision = decide_replicas(make_observation(rate=10, running=10, waiting=1e9, by_partition={0: 1e9}), RULES)
     assert decision.guard < 20
 
 
 def test_underused_guard_is_not_enlarged() -> None:
     waiting = make_observation(rate=10, waiting=1e6, running=2)
-    underused = decide(replace(waiting, underused_s=60), RULES)
-    assert decide(waiting, RULES).guard > 2
+    underused = decide_replicas(replace(waiting, underused_s=60), RULES)
+    assert decide_replicas(waiting, RULES).guard > 2
     assert underused.guard == 2
     assert underused.intake > 1
 
 
 def test_other_callers_of_the_guard_add_replicas() -> None:
-    assert decide(make_observation(other_calls_at_guard=1), RULES).guard == 1
-    assert decide(make_observation(rate=45, running=9, other_calls_at_guard=32), RULES).guard == 12
+    assert decide_replicas(make_observation(other_calls_at_guard=1), RULES).guard == 1
+    assert decide_replicas(make_observation(rate=45, running=9, other_calls_at_guard=32), RULES).guard == 12
 
 
 def test_intake_follows_the_guard() -> None:
-    assert decide(make_observation(rate=95, running=20), RULES).intake == 7
-    assert decide(make_observation(rate=950, running=20), RULES).intake == 12  # as many as there are partitions
+    assert decide_replicas(make_observation(rate=95, running=20), RULES).intake == 7
+    assert (
+        decide_replicas(make_observation(rate=950, running=20), RULES).intake == 12
+    )  # as many as there are partitions
     busy = ReplicaCounts(7, 7, ReplicaBounds(1, 12), LONG_AGO, LONG_AGO)
-    assert decide(make_observation(rate=80, running=17, intake=busy), RULES).intake == 7  # not worth a rebalance
-    assert decide(make_observation(rate=5, running=2, intake=busy), RULES).intake == 1
+    assert (
+        decide_replicas(make_observation(rate=80, running=17, intake=busy), RULES).intake == 7
+    )  # not worth a rebalance
+    assert decide_replicas(make_observation(rate=5, running=2, intake=busy), RULES).intake == 1
