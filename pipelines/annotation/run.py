@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-APPLICATION: Final = "sluice-annotate"
+ANNOTATE_APPLICATION: Final = "sluice-annotate"
 _IN_PROCESS_SHARDS: Final = 2
 """So few shards are indexed in this process, because it would take longer to start workers."""
 
@@ -241,7 +241,7 @@ class _RunSteps:
         if not remaining:
             return
         judged = min((plan.chunks - len(remaining)) * plan.chunk_rows, plan.rows)
-        name = f"{APPLICATION}-{hashlib.sha256(config.out.encode()).hexdigest()[:8]}"
+        name = f"{ANNOTATE_APPLICATION}-{hashlib.sha256(config.out.encode()).hexdigest()[:8]}"
         options = self.options
         with (
             ray_workers.provide_guard(

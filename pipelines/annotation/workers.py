@@ -16,7 +16,7 @@ from pipelines.annotation.resume_state import Listing, RunState
 from pipelines.annotation.schema import to_parquet
 from pipelines.annotation.sources.discover import AnnotationSource, is_local
 from pipelines.annotation.storage import open_folder
-from pipelines.serving.guard_client import RemoteGuard
+from pipelines.serving.guard_client import ServeGuardClient
 from pipelines.serving.names import GUARD
 from services.core.errors import StoreUnavailable
 from services.core.logs import configure_logging
@@ -76,7 +76,7 @@ class JudgeWorker:
         self._policy = policy
         self._state = config.open_state()
         handle: Any = serve.get_deployment_handle(GUARD, application)
-        self._guard = RemoteGuard.from_settings(handle, config.settings)
+        self._guard = ServeGuardClient.from_settings(handle, config.settings)
         self._starting = asyncio.Lock()
         self._judge: ChunkJudge | None = None
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.guard_client import RemoteGuard
+from pipelines.serving.guard_client import ServeGuardClient
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
@@ -23,7 +23,7 @@ class Components:
     """The moderator, and the parts of it that the deployments also use directly."""
 
     moderator: Moderator
-    guard: RemoteGuard
+    guard: ServeGuardClient
     decoder_pool: DecoderPool
     policies: PolicyCache
     registry: PolicyRegistry
@@ -45,7 +45,7 @@ class Components:
         closing.push_async_callback(redis_cache.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, redis_cache, refresh_s=settings.policy_refresh_s))
-        remote_guard = RemoteGuard.from_settings(guard, settings)
+        remote_guard = ServeGuardClient.from_settings(guard, settings)
         moderator = build_retrying_moderator(
             policies=policies,
             images=images,

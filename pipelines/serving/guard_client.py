@@ -16,7 +16,7 @@ _DEADLINES_PER_CALL: Final = 4
 """A call may take this many times the guard's own deadline, because it may have to wait for a replica."""
 
 
-class RemoteGuard:
+class ServeGuardClient:
     """The guard behind a Serve handle. Its methods raise the errors of `GuardInference`."""
 
     def __init__(self, handle: DeploymentHandle[Any], *, deadline_s: float) -> None:

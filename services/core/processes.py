@@ -37,7 +37,6 @@ class SupervisedProcess:
     """A command running in the background, with its output in a file."""
 
     def __init__(self, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
-        self.argv = tuple(argv)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:

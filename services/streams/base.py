@@ -65,8 +65,8 @@ class Lag:
 class GroupConsumer(Protocol):
     """One member of a consumer group. Every method is called from one event loop."""
 
-    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
-        """Wait for up to `timeout_s` and return 0..`limit` messages. The member keeps polling between two calls.
+    async def receive(self, max_messages: int, timeout_s: float) -> Sequence[Message]:
+        """Wait for up to `timeout_s` and return 0..`max_messages` messages. The member keeps polling between two calls.
 
         During an outage of the stream system it returns an empty batch. Raises:
             ConfigurationError: another member has joined with this member's `member_id`; this member left the group.

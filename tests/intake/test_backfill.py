@@ -32,11 +32,11 @@ class RecordingConsumer(MemoryGroupConsumer):
         self.idle = asyncio.Event()
         self.idle.set()
 
-    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+    async def receive(self, max_messages: int, timeout_s: float) -> Sequence[Message]:
         self.free_slots.append(self.worker.live.capacity)
         self.idle.clear()
         try:
-            return await super().receive(limit, timeout_s)
+            return await super().receive(max_messages, timeout_s)
         finally:
             self.idle.set()
 

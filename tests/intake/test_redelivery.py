@@ -27,10 +27,10 @@ class RebalancedConsumer:
         """Messages that the worker did not know as in flight when it settled them."""
         self.settled: asyncio.Queue[Message] = asyncio.Queue()
 
-    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+    async def receive(self, max_messages: int, timeout_s: float) -> Sequence[Message]:
         if not self._left:
             await asyncio.sleep(timeout_s)
-        batch, self._left = self._left[:limit], self._left[limit:]
+        batch, self._left = self._left[:max_messages], self._left[max_messages:]
         return batch
 
     async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from pipelines.serving import guard_deployment
-from pipelines.serving.guard_client import RemoteGuard
+from pipelines.serving.guard_client import ServeGuardClient
 from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.core.settings import Settings
@@ -91,7 +91,7 @@ def _fake_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def guard(tmp_path: Path) -> RemoteGuard:
+def guard(tmp_path: Path) -> ServeGuardClient:
     """A guard in this process, on a fake engine."""
     handle = serve.run(
         GuardDeployment.bind(settings(tmp_path)),
@@ -99,7 +99,7 @@ def guard(tmp_path: Path) -> RemoteGuard:
         route_prefix=None,
         _local_testing_mode=True,
     )
-    return RemoteGuard(handle, deadline_s=20)
+    return ServeGuardClient(handle, deadline_s=20)
 
 
 async def start_replica(tmp_path: Path, **changes: Any) -> Any:
@@ -109,14 +109,14 @@ async def start_replica(tmp_path: Path, **changes: Any) -> Any:
     return replica
 
 
-async def test_remote_guard_returns_the_assessment(guard: RemoteGuard) -> None:
+async def test_remote_guard_returns_the_assessment(guard: ServeGuardClient) -> None:
     (assessment,) = await guard.assess_each(drawn(1), [policy()], "score")
     assert assessment.score == pytest.approx(0.0998, abs=1e-3)
     assert assessment.rating == "Safe"
     assert await guard.max_side_px() == resolve("tiny").max_side_px
 
 
-async def test_remote_guard_with_several_policies_returns_an_assessment_for_each(guard: RemoteGuard) -> None:
+async def test_remote_guard_with_several_policies_returns_an_assessment_for_each(guard: ServeGuardClient) -> None:
     each = await guard.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
     assert [type(assessment) for assessment in each] == [Assessment, Assessment]
     assert each[0].model.prompt != each[1].model.prompt
@@ -129,7 +129,7 @@ async def test_remote_guard_with_several_policies_returns_an_assessment_for_each
     ids=lambda error: type(error).__name__,
 )
 async def test_remote_guard_raises_the_replicas_own_error(
-    guard: RemoteGuard, monkeypatch: pytest.MonkeyPatch, error: Exception
+    guard: ServeGuardClient, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(FakeEngine, "generates", error)
     with pytest.raises(type(error)) as caught:
@@ -184,7 +184,7 @@ async def test_guard_on_a_ray_cluster_survives_the_death_of_its_replica(tmp_path
     try:
         one = GuardDeployment.options(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=16)
         handle = serve.run(one.bind(settings(tmp_path, guard_in_flight=2)), name="guard-test", route_prefix=None)
-        guard = RemoteGuard(handle, deadline_s=120)
+        guard = ServeGuardClient(handle, deadline_s=120)
         judged_by = policy()
         # Policies come from the registry with a read-only mapping.
         object.__setattr__(judged_by, "category_thresholds", MappingProxyType({}))

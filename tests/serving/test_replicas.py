@@ -10,7 +10,7 @@ import pytest
 from ray import serve
 
 from pipelines.serving.gateway_deployment import GatewayDeployment
-from pipelines.serving.guard_client import RemoteGuard
+from pipelines.serving.guard_client import ServeGuardClient
 from pipelines.serving.intake_deployment import IntakeDeployment
 from services.core.errors import ConfigurationError
 from services.images.object_store import ObjectStore
@@ -38,7 +38,7 @@ class LocalGuard(FakeGuard):
 
 @pytest.fixture(autouse=True)
 def _local_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RemoteGuard, "from_settings", lambda *_: LocalGuard())
+    monkeypatch.setattr(ServeGuardClient, "from_settings", lambda *_: LocalGuard())
     monkeypatch.setattr(gc, "freeze", lambda: None)
     replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id="replica"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: replica)

@@ -49,7 +49,7 @@ def annotate_without_ray(monkeypatch: pytest.MonkeyPatch, make_guard: Callable[[
     monkeypatch.setattr(ray_workers, "provide_guard", _no_cluster)
     monkeypatch.setattr(ray_workers, "run_on_workers", _run_without_ray)
     monkeypatch.setattr(ray_workers, "run_in_process", _run_without_ray)
-    monkeypatch.setattr(workers.RemoteGuard, "from_settings", lambda *_: make_guard())
+    monkeypatch.setattr(workers.ServeGuardClient, "from_settings", lambda *_: make_guard())
     monkeypatch.setattr(workers.serve, "get_deployment_handle", lambda *_: None)
     monkeypatch.setattr(workers, "DecoderPool", FakeDecoderPool)
     monkeypatch.setattr(run_module, "render_page", lambda _: "")  # rendering takes longer than everything else

@@ -75,11 +75,11 @@ class MemoryGroupConsumer:
         """By `time.monotonic`; None while the member renews its messages."""
         self._closed = False
 
-    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+    async def receive(self, max_messages: int, timeout_s: float) -> Sequence[Message]:
         """Abandoned messages first, then new ones."""
         deadline = time.monotonic() + timeout_s
         while True:
-            batch = self._take(limit)
+            batch = self._take(max_messages)
             remaining_s = deadline - time.monotonic()
             if batch or remaining_s <= 0:
                 return batch
@@ -89,17 +89,17 @@ class MemoryGroupConsumer:
                 except TimeoutError:
                     continue
 
-    def _take(self, limit: int) -> list[Message]:
+    def _take(self, max_messages: int) -> list[Message]:
         now = time.monotonic()
         pending = self._group.pending
         others = [(at, each) for at, each in pending.items() if each.owner is not self]
         abandoned = [at for at, each in others if each.idle_s(now) > self.claim_idle_s]
         batch = []
-        for at in abandoned[:limit]:
+        for at in abandoned[:max_messages]:
             attempts = pending[at].attempts + 1
             pending[at] = _Pending(self, attempts, now)
             batch.append(replace(self._log[at], attempts=attempts))
-        while len(batch) < limit and self._group.delivered < len(self._log):
+        while len(batch) < max_messages and self._group.delivered < len(self._log):
             at = self._group.delivered
             self._group.delivered += 1
             pending[at] = _Pending(self, 1, now)

@@ -135,7 +135,7 @@ class KafkaGroupConsumer:
         sender, joined, meter = await asyncio.to_thread(make)
         return cls(config, member, sender, joined, meter)
 
-    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+    async def receive(self, max_messages: int, timeout_s: float) -> Sequence[Message]:
         """In offset order per partition."""
         deadline = self._loop.time() + timeout_s
         while True:
@@ -143,7 +143,7 @@ class KafkaGroupConsumer:
                 raise self._duplicate_member
             self._arrived.clear()
             with self._lock:
-                batch = [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
+                batch = [self._buffer.popleft() for _ in range(min(max_messages, len(self._buffer)))]
             if batch:
                 return batch
             remaining = deadline - self._loop.time()

@@ -148,9 +148,9 @@ class OffsetTracker:
                 del self._kept[each]
         return SettleResult.DONE
 
-    def next_batch(self, limit: int) -> CommittableBatch | None:
-        """Up to `limit` done offsets to publish and commit now; None when there is nothing new."""
-        offsets = tuple(self._done(limit))
+    def next_batch(self, max_offsets: int) -> CommittableBatch | None:
+        """Up to `max_offsets` done offsets to publish and commit now; None when there is nothing new."""
+        offsets = tuple(self._done(max_offsets))
         committable = next(islice(self._kept, len(offsets), None), self._position)
         if self.revoked or committable is None or committable == self._committed:
             return None
@@ -189,7 +189,7 @@ class OffsetTracker:
         self._kept.clear()
         self._held = 0
 
-    def _done(self, limit: int | None = None) -> list[int]:
-        """The done offsets below the oldest held one, up to `limit`."""
+    def _done(self, max_offsets: int | None = None) -> list[int]:
+        """The done offsets below the oldest held one, up to `max_offsets`."""
         done = takewhile(lambda each: each[1] is not None, self._kept.items())
-        return [offset for offset, _ in islice(done, limit)]
+        return [offset for offset, _ in islice(done, max_offsets)]

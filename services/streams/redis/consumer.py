@@ -100,14 +100,14 @@ class RedisGroupConsumer:
             raise map_error(error) from error
         return cls(config, member, client)
 
-    async def receive(self, limit: int, timeout_s: float) -> Sequence[Message]:
+    async def receive(self, max_messages: int, timeout_s: float) -> Sequence[Message]:
         """Abandoned entries first, then new ones, each in the order of their ids."""
         deadline = time.monotonic() + timeout_s
         delays = backoff(MAX_BACKOFF_S)
         while True:
             remaining = deadline - time.monotonic()
             try:
-                batch = await self._claim_abandoned(limit) or await self._new(limit, remaining)
+                batch = await self._claim_abandoned(max_messages) or await self._new(max_messages, remaining)
                 delays = backoff(MAX_BACKOFF_S)
             except Exception as error:  # noqa: BLE001 - the member goes on after any error; _recover logs it
                 await self._recover(error)
@@ -176,12 +176,12 @@ class RedisGroupConsumer:
 
     # ---- receiving
 
-    async def _claim_abandoned(self, limit: int) -> list[Message]:
+    async def _claim_abandoned(self, max_messages: int) -> list[Message]:
         """Claim entries that no member renews, once a second; more often while there are more."""
         if time.monotonic() < self._next_claim:
             return []
         cursor, entries = await self._claim(
-            keys=[self._stream], args=[self._group, self._consumer, self._claim_idle_ms, self._cursor, limit]
+            keys=[self._stream], args=[self._group, self._consumer, self._claim_idle_ms, self._cursor, max_messages]
         )
         self._cursor = cursor
         if cursor == b"0-0":
@@ -189,10 +189,10 @@ class RedisGroupConsumer:
         others = [entry for entry in entries if entry[0] not in self._held]
         return [self._hold(id_, fields, int(deliveries)) for id_, fields, deliveries in others]
 
-    async def _new(self, limit: int, remaining_s: float) -> list[Message]:
+    async def _new(self, max_messages: int, remaining_s: float) -> list[Message]:
         block_ms = max(1, int(min(remaining_s, _BLOCK_S, self._claim_idle_ms / 3000) * 1000))
         reply: Any = await self._client.xreadgroup(
-            self._group, self._consumer, {self._stream: ">"}, count=limit, block=block_ms
+            self._group, self._consumer, {self._stream: ">"}, count=max_messages, block=block_ms
         )
         return [self._hold(id_, fields, 1) for _, entries in reply or () for id_, fields in entries]
 
