@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyp
 
 from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.curves import expected_calibration_error
-from services.core.calibration import Calibration, IsotonicMap, PlattMap, log_odds
+from services.core.calibration import CalibrationMap, IsotonicMap, PlattMap, log_odds
 from services.core.errors import ConfigurationError
 from services.core.values import Action, Policy
 from services.moderation.verdicts import decide
@@ -38,7 +38,7 @@ _ACTIONS: Final[tuple[Action, ...]] = ("allow", "review", "block")
 class CalibrationFit:
     """A map, with the calibration error of the scores before and after it."""
 
-    map: Calibration
+    map: CalibrationMap
     samples: int
     unsafe: int
     ece_before: float
@@ -88,7 +88,7 @@ def fit_calibration(
     )
 
 
-def apply_map(calibration: Calibration, score: Floats) -> Floats:
+def apply_map(calibration: CalibrationMap, score: Floats) -> Floats:
     """The probabilities of scores."""
     return np.array([calibration.probability(float(each)) for each in score])
 
@@ -111,7 +111,7 @@ class ActionChanges:
 
 
 def count_changes(
-    unsafe: Floats, score: Floats, categories: Sequence[str | None], calibration: Calibration, policy: Policy
+    unsafe: Floats, score: Floats, categories: Sequence[str | None], calibration: CalibrationMap, policy: Policy
 ) -> ActionChanges:
     """The actions by the policy's thresholds before and after a map; `categories` are those of the answers."""
     before = _decide_each(score, categories, policy)
@@ -149,7 +149,7 @@ def _folds(unsafe: Floats, images: NDArray[np.int64], seed: int) -> NDArray[np.i
     return folds
 
 
-def _fit(unsafe: Floats, score: Floats, method: Method) -> Calibration:
+def _fit(unsafe: Floats, score: Floats, method: Method) -> CalibrationMap:
     return _isotonic(unsafe, score) if method == "isotonic" else _platt(unsafe, score)
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from pipelines.evaluation.labels import LabelledImage, RejectedRecord, code_of
 from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
-from services.core.calibration import Calibration
+from services.core.calibration import CalibrationMap
 from services.core.errors import ConfigurationError, UnknownPolicy
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
 from services.policies.document import CategoryRules, PolicyDocument
@@ -24,7 +24,7 @@ class EvaluatedPolicy:
 
     document: PolicyDocument
     version: int
-    calibrations: Mapping[str, Calibration]
+    calibrations: Mapping[str, CalibrationMap]
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from pipelines.evaluation.labels import LabelledImage
 from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy, find_published
 from pipelines.evaluation.report import EvaluationReport, build_report
 from pipelines.evaluation.results import ResultColumns
-from services.core.calibration import FittedCalibration
+from services.core.calibration import StoredCalibration
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
@@ -55,9 +55,9 @@ class CalibrationResult:
     left_out: int
     """Rows that waive categories or name another policy."""
 
-    def to_store(self) -> FittedCalibration:
+    def to_store(self) -> StoredCalibration:
         """The form that the policy bucket stores."""
-        return FittedCalibration(
+        return StoredCalibration(
             version=self.evaluated.version,
             revision=self.revision,
             map=self.fit.map,

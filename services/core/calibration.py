@@ -78,17 +78,17 @@ class PlattMap(_MonotoneMap):
         return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
 
 
-Calibration = Annotated[IsotonicMap | PlattMap, Field(discriminator="method")]
+CalibrationMap = Annotated[IsotonicMap | PlattMap, Field(discriminator="method")]
 
 
-class FittedCalibration(_Value):
-    """A map, and the figures of its fit."""
+class StoredCalibration(_Value):
+    """A map as the policy bucket stores it, with the figures of its fit."""
 
     version: int
     """Version of the policy."""
     revision: str
     """Revision of the checkpoint."""
-    map: Calibration
+    map: CalibrationMap
     samples: int
     """Number of labelled images in the fit."""
     unsafe: int

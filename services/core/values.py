@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.core.calibration import Calibration
+from services.core.calibration import CalibrationMap
 
 Rating = Literal["Safe", "Unsafe"]
 Action = Literal["allow", "review", "block"]
@@ -154,7 +154,7 @@ class Policy:
     own_categories: tuple[str, ...] = ()
     """Full names of the categories that the policy adds to `CATEGORIES`, e.g. `O10: Gambling`."""
     block_rate: BlockRateBand | None = None
-    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    calibrations: Mapping[str, CalibrationMap] = field(default_factory=dict)
     """Calibrations of the score, by the revision of the checkpoint. Most policies have none."""
 
 

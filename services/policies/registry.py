@@ -18,7 +18,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
-from services.core.calibration import FittedCalibration
+from services.core.calibration import StoredCalibration
 from services.core.errors import (
     ConfigurationError,
     NotFound,
@@ -264,7 +264,7 @@ class PolicyRegistry:
 
         return self._change(name, "trip", open_breaker, who, why)
 
-    def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> RolloutChange:
+    def calibrate(self, name: str, fitted: StoredCalibration, *, who: str, why: str = "") -> RolloutChange:
         """Apply a calibration to the scores of its version and checkpoint, and store its fit.
 
         Raises:
@@ -294,7 +294,7 @@ class PolicyRegistry:
 
         return self._change(name, "calibrate", revert, who, why)
 
-    def find_calibration(self, name: str, version: int, revision: str, digest: str) -> FittedCalibration:
+    def find_calibration(self, name: str, version: int, revision: str, digest: str) -> StoredCalibration:
         """A calibration that is applied, or was applied earlier.
 
         Raises:
@@ -304,7 +304,7 @@ class PolicyRegistry:
         if (stored := self._read(key)) is None:
             raise UnknownPolicy(f"policy {name}@{version} has no calibration {digest} for the checkpoint {revision}")
         try:
-            return FittedCalibration.model_validate_json(stored)
+            return StoredCalibration.model_validate_json(stored)
         except ValidationError as error:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field
 
-from services.core.calibration import Calibration
+from services.core.calibration import CalibrationMap
 from services.core.errors import ConfigurationError
 from services.core.messages import UtcDatetime
 from services.core.values import WireModel
@@ -51,7 +51,7 @@ class Rollout(WireModel):
     """The number of the last change of the versions in use. Block rates count from this change."""
     digests: Mapping[int, str] = Field(default_factory=dict)
     """The digests of the versions in use. A copy with another digest is not used."""
-    calibrations: Mapping[int, Mapping[str, tuple[Calibration, ...]]] = Field(default_factory=dict)
+    calibrations: Mapping[int, Mapping[str, tuple[CalibrationMap, ...]]] = Field(default_factory=dict)
     """By version and checkpoint revision: the last calibration is applied, the earlier ones can be restored. They
     belong to their version, even while another one is active."""
 
@@ -101,7 +101,7 @@ class Rollout(WireModel):
         canary = None if self.canary and self.canary.version == version else self.canary
         return self._with(tripped=self.tripped | {version}, canary=canary)
 
-    def with_calibration(self, version: int, revision: str, calibration: Calibration) -> Self:
+    def with_calibration(self, version: int, revision: str, calibration: CalibrationMap) -> Self:
         """The state with a calibration for the scores of a version and a checkpoint."""
         kept = (*self._get_calibrations(version, revision), calibration)[-_CALIBRATIONS_LIMIT:]
         return self._with_calibrations(version, revision, kept)
@@ -117,7 +117,7 @@ class Rollout(WireModel):
             raise ConfigurationError(f"version {version} has no calibration for the checkpoint {revision}")
         return self._with_calibrations(version, revision, applied[:-1])
 
-    def get_calibrations(self, version: int) -> dict[str, Calibration]:
+    def get_calibrations(self, version: int) -> dict[str, CalibrationMap]:
         """The applied calibrations of a version, by checkpoint revision."""
         return {revision: applied[-1] for revision, applied in self.calibrations.get(version, {}).items()}
 
@@ -143,10 +143,10 @@ class Rollout(WireModel):
         if self.active is None:
             raise ConfigurationError("no version of this policy is active; activate one first")
 
-    def _get_calibrations(self, version: int, revision: str) -> tuple[Calibration, ...]:
+    def _get_calibrations(self, version: int, revision: str) -> tuple[CalibrationMap, ...]:
         return self.calibrations.get(version, {}).get(revision, ())
 
-    def _with_calibrations(self, version: int, revision: str, applied: tuple[Calibration, ...]) -> Self:
+    def _with_calibrations(self, version: int, revision: str, applied: tuple[CalibrationMap, ...]) -> Self:
         revisions = {r: kept for r, kept in self.calibrations.get(version, {}).items() if r != revision}
         if applied:
             revisions[revision] = applied

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
-from services.core.calibration import FittedCalibration
+from services.core.calibration import StoredCalibration
 from services.core.errors import RedisUnavailable
 from services.core.settings import Settings
 from services.policies.redis_cache import PolicyRedisCache
@@ -86,7 +86,7 @@ class PolicyService:
         """Open the circuit breaker of a version."""
         return await self._change(self._registry.trip, name, version, since_change=since_change, who=who, why=why)
 
-    async def calibrate(self, name: str, fitted: FittedCalibration, *, who: str, why: str = "") -> RolloutChange:
+    async def calibrate(self, name: str, fitted: StoredCalibration, *, who: str, why: str = "") -> RolloutChange:
         """Apply a calibration to the scores of its version and checkpoint."""
         return await self._change(self._registry.calibrate, name, fitted, who=who, why=why)
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import boto3
 import pytest
 
-from services.core.calibration import FittedCalibration, IsotonicMap, PlattMap
+from services.core.calibration import IsotonicMap, PlattMap, StoredCalibration
 from services.gateway.api_keys import ApiKeyRegistry
 from services.policies.document import BUILT_IN, PolicyDocument
 from services.policies.registry import PolicyRegistry
@@ -40,7 +40,7 @@ DOCUMENTS: Final = [
         {"block_rate": {"at_least": 0.0, "at_most": 0.5, "window_s": 600, "after": 1000}},
     )
 ]
-FITTED: Final = FittedCalibration(
+FITTED: Final = StoredCalibration(
     version=1,
     revision="1f2e3d",
     map=IsotonicMap(scores=(0.1, 0.9), probabilities=(0.05, 0.8)),

@@ -23,7 +23,7 @@ from pipelines.evaluation import run as runs
 from pipelines.evaluation.calibration import apply_map, count_changes, fit_calibration
 from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import rejudge
-from services.core.calibration import Calibration, FittedCalibration, IsotonicMap, PlattMap, log_odds
+from services.core.calibration import CalibrationMap, IsotonicMap, PlattMap, StoredCalibration, log_odds
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Submission
 from services.core.settings import Settings
@@ -38,7 +38,7 @@ from tests.support.verdicts import VERDICT, verdict_with
 
 ISOTONIC = IsotonicMap(scores=(0.2, 0.6, 0.9), probabilities=(0.1, 0.1, 0.5))
 PLATT = PlattMap(slope=0.5, intercept=-1.0)
-FITTED = FittedCalibration(
+FITTED = StoredCalibration(
     version=1, revision="sha256:0", map=ISOTONIC, samples=50, unsafe=20, ece_before=0.2, ece_after=0.05
 )
 
@@ -54,12 +54,12 @@ class TestMaps:
         assert 0 < PLATT.probability(0.0) < PLATT.probability(1.0) < 1
 
     @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from([ISOTONIC, PLATT]))
-    def test_higher_score_never_gets_lower_probability(self, a: float, b: float, found: Calibration) -> None:
+    def test_higher_score_never_gets_lower_probability(self, a: float, b: float, found: CalibrationMap) -> None:
         low, high = sorted((a, b))
         assert 0 <= found.probability(low) <= found.probability(high) <= 1
 
     def test_maps_survive_json_and_have_a_digest(self) -> None:
-        adapter: TypeAdapter[Any] = TypeAdapter(Calibration)
+        adapter: TypeAdapter[Any] = TypeAdapter(CalibrationMap)
         for found in (ISOTONIC, PLATT):
             again = adapter.validate_json(found.model_dump_json())
             assert again == found
