@@ -71,13 +71,13 @@ class Lane:
         consumer: GroupConsumer,
         processor: Processor,
         isolation: CrashIsolation,
-        limit: int,
+        max_unjudged: int,
         priority: Priority,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`limit` is the number of messages that are processed at a time. Tests pass their own `clock` and `sleep`."""
+        """`max_unjudged` messages are processed at a time. Tests pass their own `clock` and `sleep`."""
         self.consumer = consumer
         self.priority = priority
         self.in_flight: dict[str, InFlightMessage] = {}
@@ -85,14 +85,14 @@ class Lane:
         self.tasks: set[asyncio.Task[None]] = set()
         self._processor = processor
         self._isolation = isolation
-        self._max_unjudged = limit
+        self._max_unjudged = max_unjudged
         self._clock = clock
         self._sleep = sleep
         self._unjudged_count = 0
         """The number of messages without outputs: parsed, waiting or being judged. Messages that wait to be settled do
         not count: with exactly-once delivery they wait for the oldest message of their partition."""
         self._judged = asyncio.Event()
-        self._slots = asyncio.Semaphore(limit)
+        self._slots = asyncio.Semaphore(max_unjudged)
         self._key_order = KeyOrder()
         self._latest_events = LatestEvents()
 

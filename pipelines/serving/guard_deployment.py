@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Final
 
 from ray import serve
 
@@ -15,7 +15,7 @@ from services.core.values import Assessment, Detail, GuardPriority, Policy, Prep
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 
-_ADJUSTABLE_SETTINGS = frozenset({"guard_in_flight", "guard_deadline_s"})
+_ADJUSTABLE_SETTINGS: Final = frozenset({"guard_in_flight", "guard_deadline_s"})
 
 
 @serve.deployment(name=GUARD, health_check_period_s=10, health_check_timeout_s=30)

@@ -78,7 +78,7 @@ class _Simulation:
         self._replicas, self._target = np.zeros(seconds, np.int64), np.zeros(seconds, np.int64)
         self._done = 0.0
         """Submissions judged so far; a lost replica takes some back."""
-        self._held_limit = _held_limit(scaler, cluster)
+        self._intake_capacity = _intake_capacity(scaler, cluster)
         self._metrics = _Metrics(0, 0.0, 0.0, 0.0)
         """The numbers that the scaler reads next."""
         self._warm_up_gpu_s, self._warm_up_changes = 0.0, 0
@@ -92,7 +92,7 @@ class _Simulation:
         slots = fleet.running * cluster.guard_in_flight
         lost = fleet.lose_nodes(1.0) * cluster.guard_in_flight
         self._done -= min(lost, max(0.0, self._published[second] - self._done))
-        fed_replicas = min(fleet.running, self._held_limit // cluster.guard_in_flight)
+        fed_replicas = min(fleet.running, self._intake_capacity // cluster.guard_in_flight)
         capacity = fed_replicas * cluster.replica_rate
         judged = min(self._published[second + 1] - self._done, capacity)
         self._done += judged
@@ -105,7 +105,7 @@ class _Simulation:
         """Record the numbers of this second, and let the scaler act on those that it has."""
         fleet, interval_s = self._fleet, self._scaler.interval_s
         if (second + _METRICS_AGE_S) % interval_s == 0:
-            at_guard = min(busy + waiting, self._held_limit)
+            at_guard = min(busy + waiting, self._intake_capacity)
             self._metrics = _Metrics(second, waiting + busy, self._published[second + 1], at_guard)
         if second % interval_s == 0 and second >= _METRICS_AGE_S:
             view = ClusterView(
@@ -133,7 +133,7 @@ class _Simulation:
         )
 
 
-def _held_limit(scaler: Scaler, cluster: ClusterSpec) -> float:
+def _intake_capacity(scaler: Scaler, cluster: ClusterSpec) -> float:
     """Return how many submissions Intake can hold."""
     if scaler.intake_members is None:
         return INTAKE_OVERSUBSCRIPTION * cluster.max_replicas * cluster.guard_in_flight

@@ -48,7 +48,7 @@ class Membership(Protocol):
         """The group's committed offset, after every pending transaction that could move it. Raises on failure."""
 
     def on_fenced(self) -> None:
-        """Another member has joined with this member's id."""
+        """The broker has fenced this member: another member has joined with its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class TransactionalCommitter:
         self._wake_requested = False
         self._flushing: list[threading.Event] = []
         self._closing = False
-        self._limit = _MESSAGES_LIMIT
+        self._max_messages = _MESSAGES_LIMIT
         self._first_partition = 0
         self._thread: threading.Thread | None = None
 
@@ -196,7 +196,7 @@ class TransactionalCommitter:
 
     def _collect_batches(self, membership: Membership) -> list[_PartitionBatch]:
         batches = []
-        room = self._limit
+        room = self._max_messages
         self._first_partition += 1
         with self._lock:
             trackers = list(membership.trackers().items())
@@ -229,7 +229,7 @@ class TransactionalCommitter:
                 for each in batches:
                     each.tracker.record_transaction(each.batch)
             self._resolve_waiters(tokens)
-            self._limit = min(_MESSAGES_LIMIT, 2 * self._limit)
+            self._max_messages = min(_MESSAGES_LIMIT, 2 * self._max_messages)
             return True
         if outcome is CommitOutcome.REJECTED and len(tokens) == 1:
             with self._lock:
@@ -240,11 +240,11 @@ class TransactionalCommitter:
                     f"Kafka rejects the outputs of a message: {detail}. Raise the topic's max.message.bytes."
                 ),
             )
-            self._limit = _MESSAGES_LIMIT
+            self._max_messages = _MESSAGES_LIMIT
             return True
         if outcome is CommitOutcome.REJECTED:
             # One rejected record fails the whole transaction, so halve it until the record is alone.
-            self._limit = max(1, len(tokens) // 2)
+            self._max_messages = max(1, len(tokens) // 2)
             return True
         if outcome is CommitOutcome.FENCED:
             membership.on_fenced()

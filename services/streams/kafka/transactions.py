@@ -52,7 +52,7 @@ class CommitOutcome(Enum):
     REJECTED = "rejected"
     """Nothing was published: a topic rejects at least one of the records."""
     FENCED = "fenced"
-    """Nothing was published: another member has joined with this member's id."""
+    """Nothing was published: the broker has fenced this member, because another one has joined with its id."""
     UNKNOWN = "unknown"
     """There was no answer. After `recover` the committed offsets show the outcome."""
 
