@@ -78,7 +78,11 @@ def _to_uri(location: str) -> str:
 
 
 def _check_options(options: AnnotateOptions, out: str, settings: Settings) -> None:
-    """Reject an output folder inside the source, because the run would read its own output forever."""
+    """
+    Raises:
+        ConfigurationError: an output folder overlaps the source, so the run would read its own output; or no model is
+            set.
+    """
     source = _to_uri(options.source)
     for name, uri in (("--out", out), ("--curated", _to_uri(options.curated) if options.curated else None)):
         if uri and (f"{uri}/".startswith(f"{source}/") or f"{source}/".startswith(f"{uri}/")):

@@ -52,7 +52,7 @@ class Measurements:
         self.start_s: float | None = None
         self.backfill_peak = 0.0
         self.last_decision_s: float | None = None
-        """Kept for the caller, which sets it."""
+        """The time of the last decision. `BacklogScaling` sets it: Serve keeps only this object between its calls."""
         self._rules = rules
         self._readings: deque[tuple[float, float]] = deque()
         """Pairs of the time and the live messages published until then."""

@@ -4,12 +4,13 @@ Serve calls `record_autoscaling_stats` of each replica, keeps every number as a 
 passes the series to the policy as `raw_metrics`. `live` is the stream of submissions, `backfill` the stream of
 backfill:
 
-- `live_backlog`: messages of the whole group that are published and not settled.
+- `live_backlog`: messages of the whole group that are published and not acknowledged (on Kafka: whose offsets are not
+  committed).
 - `live_published`: messages ever published, from the same reading as `live_backlog`. It only grows. On Kafka it is the
   sum of the end offsets, on Redis Streams `entries-added`.
 - `live_partitions`: partitions of the stream. 0 on Redis Streams, where every member may receive every message.
-- `live_backlog_<n>`: messages of partition n that are published and not settled. Each member records the busiest of the
-  partitions that it holds, and none on Redis Streams.
+- `live_backlog_<n>`: the same for partition n. Each member records the busiest of the partitions that it holds, and
+  none on Redis Streams.
 - `backfill_backlog`, `backfill_published`: the same for backfill, if backfill is read.
 - `at_guard`: submissions that this replica has sent to the guard and that have no answer yet. Every deployment that
   calls the guard records it.

@@ -90,7 +90,7 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Messages that are published and not settled."""
+    """Messages that are published and not acknowledged (on Kafka: whose offsets are not committed)."""
 
     total: float
     by_partition: Mapping[int, float] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Observation:
     idle_s: float = 0.0
     """Time without work."""
     other_calls_at_guard: float = 0.0
-    """Submissions that deployments other than Intake have at the guard."""
+    """Calls of deployments other than Intake, such as the gateway, that the guard has not answered."""
     measured_for_s: float = 0.0
     """Time since the first measurement. A restarted controller begins at 0."""
     underused_s: float = 0.0
@@ -140,8 +140,8 @@ def decide_replicas(observed: Observation, rules: Rules) -> Decision:
     """Return the wanted replicas.
 
     Scale-up is one step to the replicas that the objective needs; loading replicas count. Scale-down is slow. After
-    `idle_s` without work no guard remains, and the first submission starts one. Without a current measurement nothing
-    changes.
+    `idle_s` without work the guard goes to its minimum. If that is 0, the first submission starts a replica. Without a
+    current measurement nothing changes.
     """
     if observed.live is None or observed.arrivals is None:
         intake = max(1, observed.intake.bounds.clamp(observed.intake.target))

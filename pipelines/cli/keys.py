@@ -48,7 +48,11 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """Revoke a key permanently. Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S."""
+    """Revoke a key permanently.
+
+    Every gateway refuses it within SLUICE_GATEWAY_KEYS_REFRESH_S, or within 5 minutes if the policy bucket does not
+    answer.
+    """
     _open_registry().revoke(key_id, who=find_user_name())
     typer.echo(f"key {key_id} is revoked", err=True)
 

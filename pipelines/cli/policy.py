@@ -93,7 +93,10 @@ def activate(policy: Version, why: Why = "", who: Who = None, as_json: AsJson = 
 
 @app.command()
 def rollback(policy: Name, why: Why = "", who: Who = None, as_json: AsJson = False) -> None:
-    """Activate the version that was active before. A repetition goes further back."""
+    """Activate the version that was active before. A repetition goes further back.
+
+    If the circuit breaker of that version is open, it stays open.
+    """
     _change(lambda service, by: service.rollback(_parse_name(policy), who=by, why=why), who, as_json)
 
 

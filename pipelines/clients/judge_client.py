@@ -1,4 +1,6 @@
-"""Judges images on the running service, for a command. Nothing is published, counted or acted upon.
+"""Judges images on the running service, for a command.
+
+No verdict is published, and no metric of submissions or actions counts the images. The circuit breaker is not applied.
 
 Ray runs in a child process, `pipelines.clients.judge_process`, because its library writes to stderr and waits minutes
 for a cluster that has ended. So the command can end at once, with an error message of one sentence.

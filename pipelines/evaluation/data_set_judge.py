@@ -1,4 +1,7 @@
-"""Judges a labelled data set on the running service. Nothing is published or counted, and no bucket is written to."""
+"""Judges a labelled data set on the running service.
+
+No verdict is published, no metric of submissions or actions counts the images, and no bucket is written to.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing

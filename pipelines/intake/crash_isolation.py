@@ -11,7 +11,8 @@
 Neither restriction lasts longer than `_ISOLATION_S`, so a message that waits, for example for S3, does not hold up the
 others.
 
-`services.guard.slots` does the same for images and the engine, and uses the same three words.
+`services.guard.slots` uses the same three words for images that crash the engine. There, a suspected image is isolated
+when it is tried again.
 """
 
 import asyncio
@@ -70,11 +71,15 @@ class CrashIsolation:
         await self.registry.__aexit__(*error)
 
     async def register(self, sources: Sequence[str]) -> list[int]:
-        """Return the crashes of each message. Messages without a crash are in flight until `release`."""
+        """Return the crashes of each message.
+
+        Messages without a crash are registered until `release`. Messages with crashes are registered by `isolate`, only
+        while they run, so that a crash is blamed on the message that caused it.
+        """
         return await self.registry.register(sources)
 
     def release(self, source: str) -> None:
-        """Mark the message as no longer in flight."""
+        """Remove the message from the registry, because it is no longer in flight."""
         self.registry.remove(source)
 
     @asynccontextmanager

@@ -124,7 +124,10 @@ class Lane:
             task.add_done_callback(self.tasks.discard)
 
     def stop_head_of_line_messages(self, deadline_s: float) -> None:
-        """Stop processing messages that have blocked a partition with a full window for `deadline_s`."""
+        """Stop processing messages that block a partition and were received more than `deadline_s` ago.
+
+        A message blocks its partition if the rest of a full window waits for it.
+        """
         for message in self.consumer.find_head_of_line_messages():
             in_flight = self.in_flight.get(message.source)
             if (
@@ -135,7 +138,8 @@ class Lane:
                 continue
             if self._processor.expiry_budget.take():
                 log.error(
-                    "message %s has blocked its partition for more than %g s; it is settled without a judgement",
+                    "message %s blocks its partition more than %g s after its receipt; "
+                    "it is settled without a judgement",
                     *(message.source, deadline_s),
                 )
                 in_flight.stop_processing()

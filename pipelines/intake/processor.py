@@ -20,12 +20,12 @@ from services.streams.parsing import InvalidMessage, ParsedSubmission
 
 _MAX_DETAIL_CHARS: Final = 500
 _SYSTEMIC_RETRY_S: Final = 15.0
-"""Pause between tries while no submission can be judged."""
+"""Pause between tries of a submission while the budget of systemic errors is empty."""
 _EXPIRY_CHECK_S: Final = 15.0
 """Time after the judge deadline between two checks whether other submissions were judged."""
 
 _SYSTEMIC_ERRORS: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
-"""Errors that can be systemic: a wrong setting or a broken component causes them for every submission."""
+"""Errors that can be systemic: a wrong setting or a broken component can cause them for every submission."""
 _SYSTEMIC_ERRORS_IN_A_ROW: Final = 500
 _SYSTEMIC_ERRORS_PER_SUCCESS: Final = 10.0
 
@@ -63,7 +63,7 @@ class Processor:
                     return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
                 # A wrong bucket policy or a broken checkpoint must not turn the whole stream into dead letters.
                 log.error(
-                    "no submission can be judged at present; submission %s is tried again in %d s: %s",
+                    "too many submissions fail, maybe for a common cause; submission %s is tried again in %d s: %s",
                     *(entry.submission.id, _SYSTEMIC_RETRY_S, error),
                 )
                 telemetry.count_retry(error)
@@ -82,11 +82,13 @@ class Processor:
         return self._make_verdicts(entry, ModerationResult(build_skipped_verdict(entry.submission, "superseded")))
 
     def make_blocked_outcome(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
-        """Return the outcome of a submission whose message held up its partition for too long."""
+        """Return the outcome of a submission whose message blocked its partition when the deadline had passed."""
         if self._settings.blocked_as == "needs_review":
             verdict = build_skipped_verdict(entry.submission, "needs_review", reason="blocked", action="review")
             return self._make_verdicts(entry, ModerationResult(verdict))
-        error = Expired(f"the submission held up its partition for {self._settings.blocked_deadline_s:g} s")
+        error = Expired(
+            f"the submission blocks its partition more than {self._settings.blocked_deadline_s:g} s after its receipt"
+        )
         return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
 
     def make_dead_letter(

@@ -61,7 +61,9 @@ class IntakeDeployment:
     async def judge_under(
         self, request: ImageRequest, policies: Sequence[str | Policy], image: bytes | None = None
     ) -> list[Verdict | Unjudgeable]:
-        """Judge an image by each policy or policy version, without publishing or counting anything.
+        """Judge an image by each policy or policy version.
+
+        No verdict is published, and no metric of submissions or actions counts the image.
 
         `image` is the image file, if it came with the request. With None, the object that the request names is fetched.
 
