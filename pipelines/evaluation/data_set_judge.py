@@ -52,7 +52,7 @@ class DataSetJudge:
         settings: Settings,
         options: EvaluationOptions,
         *,
-        keep: Callable[[LabelledImage], bool] = lambda _sample: True,
+        keep: Callable[[LabelledImage], bool] = lambda _labelled: True,
         write: RowWriter = lambda _row: None,
     ) -> None:
         """
@@ -87,10 +87,10 @@ class DataSetJudge:
     def _judge(self, batch: Batch) -> None:
         requests: list[JudgeRequest] = []
         for row in batch.rows:
-            requests.append(_request(row.sample.id, row.source, row.row_policy.full))
+            requests.append(_request(row.labelled.id, row.source, row.row_policy.full))
             if self._options.adaptive:
-                requests.append(_request(row.sample.id, row.source, row.row_policy.adaptive))
-            requests += [_request(row.sample.id, variant, row.row_policy.full) for variant in row.variants]
+                requests.append(_request(row.labelled.id, row.source, row.row_policy.adaptive))
+            requests += [_request(row.labelled.id, variant, row.row_policy.full) for variant in row.variants]
         judged = self._service.judge(requests, lambda _line: None) if requests else []
         answers = iter([result[0] if isinstance(result, list) else result for result in judged])
         for rejected in batch.rejected:
@@ -107,18 +107,18 @@ class DataSetJudge:
         adaptive: Verdict | Unjudgeable | None,
         variants: Sequence[Verdict | Unjudgeable],
     ) -> None:
-        sample, row_policy = row.sample, row.row_policy
+        labelled, row_policy = row.labelled, row.row_policy
         if not isinstance(full, Verdict):
-            self._fail(sample.id, sample, full.reason, str(full))
+            self._fail(labelled.id, labelled, full.reason, str(full))
             return
-        index = self.columns.add(sample, row_policy.kind, row_policy.category, full)
+        index = self.columns.add(labelled, row_policy.kind, row_policy.category, full)
         if isinstance(adaptive, Verdict):
             self.columns.add_adaptive(index, adaptive)
         for name, variant in zip(PERTURBATIONS[: len(variants)], variants, strict=True):
             if isinstance(variant, Verdict):
                 self.columns.add_perturbed(index, name, variant)
         self._write(
-            _label(sample)
+            _label(labelled)
             | {
                 "rating": full.rating,
                 "category": full.category,
@@ -130,9 +130,9 @@ class DataSetJudge:
             }
         )
 
-    def _fail(self, row_id: str, sample: LabelledImage | None, reason: str, detail: str) -> None:
+    def _fail(self, row_id: str, labelled: LabelledImage | None, reason: str, detail: str) -> None:
         self.columns.fail(row_id, reason, detail)
-        self._write((_label(sample) if sample else {"id": row_id}) | {"error": reason, "detail": detail})
+        self._write((_label(labelled) if labelled else {"id": row_id}) | {"error": reason, "detail": detail})
 
 
 def _request(row_id: str, source: ObjectReference | bytes, policy: Policy) -> JudgeRequest:
@@ -141,11 +141,11 @@ def _request(row_id: str, source: ObjectReference | bytes, policy: Policy) -> Ju
     return JudgeRequest(Submission(id=row_id or "row", uri=source.uri), (policy,))
 
 
-def _label(sample: LabelledImage) -> dict[str, Any]:
+def _label(labelled: LabelledImage) -> dict[str, Any]:
     return {
-        "id": sample.id,
-        "image": "bytes" if isinstance(sample.image, bytes) else str(sample.image),
-        "expected": sample.rating,
-        "expected_category": sample.category,
-        "waived": sorted(sample.waived),
+        "id": labelled.id,
+        "image": "bytes" if isinstance(labelled.image, bytes) else str(labelled.image),
+        "expected": labelled.rating,
+        "expected_category": labelled.category,
+        "waived": sorted(labelled.waived),
     }

@@ -58,27 +58,29 @@ class PolicySelector:
         self._versions: dict[str, EvaluatedPolicy | str] = {}
         self._policies: dict[tuple[str, frozenset[str]], tuple[Policy, Policy]] = {}
 
-    def select(self, sample: LabelledImage) -> RowPolicy | RejectedRecord:
+    def select(self, labelled: LabelledImage) -> RowPolicy | RejectedRecord:
         """The policy of a row, or why the row is rejected."""
-        evaluated = self._find(sample.policy) if sample.policy else self._evaluated
+        evaluated = self._find(labelled.policy) if labelled.policy else self._evaluated
         if isinstance(evaluated, str):
-            return RejectedRecord(sample.id, "unknown_policy", evaluated)
+            return RejectedRecord(labelled.id, "unknown_policy", evaluated)
         own: dict[str, str] = {category.code: category.category for category in evaluated.document.own_categories}
-        category = sample.category
+        category = labelled.category
         if category and category != NO_CATEGORY and category not in CATEGORIES:
             category = own.get(category)
             if category is None:
                 return RejectedRecord(
-                    sample.id, "unknown_category", f"its category {sample.category} is not in {evaluated.name}"
+                    labelled.id, "unknown_category", f"its category {labelled.category} is not in {evaluated.name}"
                 )
-        if strange := sample.waived - _CODES:
+        if strange := labelled.waived - _CODES:
             return RejectedRecord(
-                sample.id, "unknown_policy", f"waives {min(strange)}, which is not a category of LlavaGuard"
+                labelled.id, "unknown_policy", f"waives {min(strange)}, which is not a category of LlavaGuard"
             )
-        waived = evaluated.waived | sample.waived
+        waived = evaluated.waived | labelled.waived
         violated = category is not None and code_of(category) in waived
-        if violated and sample.rating == "Unsafe":
-            return RejectedRecord(sample.id, "contradiction", "is labelled Unsafe in a category that its policy waives")
+        if violated and labelled.rating == "Unsafe":
+            return RejectedRecord(
+                labelled.id, "contradiction", "is labelled Unsafe in a category that its policy waives"
+            )
         kind = VIOLATION_WAIVED if violated else OTHERS_WAIVED if waived else DEFAULT
         full, adaptive = self._waiving(evaluated, waived)
         return RowPolicy(full, adaptive, kind, category)

@@ -73,15 +73,15 @@ class ResultColumns:
         if len(self.examples) < _EXAMPLES:
             self.examples.append((row_id, reason, detail))
 
-    def add(self, sample: LabelledImage, kind: int, category: str | None, verdict: Verdict) -> int:
+    def add(self, labelled: LabelledImage, kind: int, category: str | None, verdict: Verdict) -> int:
         """Add a judged row. Returns its index."""
         index = self.judged
-        self._labels["expected"].append(sample.rating == "Unsafe")
+        self._labels["expected"].append(labelled.rating == "Unsafe")
         self._labels["category"].append(self._category_index(category))
         self._labels["kind"].append(kind)
         self._predicted.add(index, verdict)
         self._predicted_category.append(self._category_index(verdict.category))
-        self._image.append(_image_number(sample.image))
+        self._image.append(_image_number(labelled.image))
         for step, column in self._latency.items():
             column.append(getattr(verdict.timings_ms, step))
         if verdict.model:

@@ -43,7 +43,7 @@ _PERTURBED_PX: Final = 2048
 class PreparedRow:
     """A row that is ready to be judged."""
 
-    sample: LabelledImage
+    labelled: LabelledImage
     row_policy: RowPolicy
     source: ObjectReference | bytes
     """The object that the service fetches, or the image file itself."""
@@ -160,14 +160,14 @@ class BatchReader:
                 batch.rejected.append(row_policy)
             elif isinstance(each, LabelledImage):
                 chosen.append((each, row_policy))
-        images = dict.fromkeys(sample.image for sample, _ in chosen)
+        images = dict.fromkeys(labelled.image for labelled, _ in chosen)
         sources = dict(zip(images, readers.map(self._read_image, images), strict=True))
-        for sample, row_policy in chosen:
-            source = sources[sample.image]
+        for labelled, row_policy in chosen:
+            source = sources[labelled.image]
             if isinstance(source, _Unreadable):
-                batch.rejected.append(RejectedRecord(sample.id, source.reason, source.detail))
+                batch.rejected.append(RejectedRecord(labelled.id, source.reason, source.detail))
             else:
-                batch.rows.append(PreparedRow(sample, row_policy, source))
+                batch.rows.append(PreparedRow(labelled, row_policy, source))
         self._perturb(batch)
         return batch
 

@@ -226,8 +226,8 @@ def revert_calibration(
     )
 
 
-def _has_plain_policy(sample: LabelledImage) -> bool:
-    return sample.policy is None and not sample.waived
+def _has_plain_policy(labelled: LabelledImage) -> bool:
+    return labelled.policy is None and not labelled.waived
 
 
 def _discard(_row: dict[str, Any]) -> None:
@@ -276,7 +276,7 @@ def _judge_data_set(
     options: EvaluationOptions,
     write: Callable[[dict[str, Any]], None],
     progress: Progress,
-    keep: Callable[[LabelledImage], bool] = lambda _sample: True,
+    keep: Callable[[LabelledImage], bool] = lambda _labelled: True,
 ) -> DataSetJudge:
     total = data_set.count()
     if total is not None:
