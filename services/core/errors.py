@@ -17,9 +17,11 @@
         Unjudgeable             the submission can never be judged; dead letter with `reason`
             Malformed, Forbidden, NotFound, ObjectChanged, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
 
-The class alone decides whether to retry and how the submission ends. `str(error)` is one sentence for the operator: it
-becomes the header `sluice-detail` of a dead letter, or goes to stderr. Only the gateway's `HttpProblem` is defined
-elsewhere, because it consists of an HTTP status and fields of the response.
+The class decides whether to retry and how the submission ends. `pipelines/intake/processor.py` makes two exceptions: it
+retries systemic errors, and a submission expires if it cannot be judged in time while others are judged.
+
+`str(error)` is one sentence for the operator: it becomes the header `sluice-detail` of a dead letter, or goes to stderr.
+Only the gateway's `HttpProblem` is defined elsewhere, because it consists of an HTTP status and fields of the response.
 """
 
 from collections.abc import Sequence
@@ -81,7 +83,10 @@ class NotOwned(SluiceError):
 
 
 class Unavailable(SluiceError):
-    """A backend is unavailable. A retry can succeed, so the submission waits and is not dead-lettered."""
+    """A backend is unavailable. A retry can succeed, so the submission is retried.
+
+    It expires only if others are judged meanwhile.
+    """
 
 
 class StreamUnavailable(Unavailable):

@@ -251,7 +251,7 @@ def make_verdict_id(
     model_revision: str,
     calibration: str | None = None,
 ) -> str:
-    """The id of a verdict. Judging the same image by the same policy and model again gives the same id.
+    """The id of a verdict. Judging the same submission again gives the same id if nothing else has changed.
 
     Args:
         submission_id: of the submission.

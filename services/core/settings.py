@@ -27,7 +27,11 @@ class Settings(BaseSettings):
 
     # Addresses
     stream_url: str = Field("", description="URL of Kafka or Redis: kafka://host:9092,host:9092 or redis://host:6379/0")
-    redis_url: str = Field("", description="URL of Redis or Valkey, which is used as a cache")
+    redis_url: str = Field(
+        "",
+        description="URL of the Redis or Valkey that all processes share; configure it to evict no keys. "
+        "The loss of its data loses no submission",
+    )
     s3_endpoint: str | None = Field(None, description="URL of an S3 server other than AWS")
     s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="the only buckets that Sluice reads, separated by commas"
@@ -92,16 +96,22 @@ class Settings(BaseSettings):
     intake_replicas: Positive = Field(
         1, description="number of intake replicas; the minimum if SLUICE_INTAKE_MAX_REPLICAS is set"
     )
-    in_flight: Positive = Field(64, description="submissions that one intake replica works on at a time")
-    image_memory_bytes: Positive = Field(1 << 30, description="memory for images in flight, per intake replica")
+    in_flight: Positive = Field(
+        64,
+        description="live submissions that one intake replica works on at a time; it works on half as many backfill "
+        "submissions at the same time",
+    )
+    image_memory_bytes: Positive = Field(
+        1 << 30, description="memory for images in flight, per intake replica and per gateway replica"
+    )
     judge_deadline_s: PositiveSeconds = Field(
         3600,
         description="a submission that cannot be judged for this long, while others are judged, becomes a dead letter",
     )
     blocked_deadline_s: PositiveSeconds = Field(
         600,
-        description="Kafka: if a submission holds up a full window of its partition for this long, SLUICE_BLOCKED_AS "
-        "decides its outcome",
+        description="Kafka: if a submission was received this long ago and holds up a full window of its partition, "
+        "SLUICE_BLOCKED_AS decides its outcome",
     )
     blocked_as: Literal["needs_review", "dead_letter"] = Field(
         "needs_review", description="outcome of a submission after SLUICE_BLOCKED_DEADLINE_S"
@@ -116,7 +126,9 @@ class Settings(BaseSettings):
     fetch_deadline_s: PositiveSeconds = Field(
         30, description="time limit for fetching one object, from the request to the last byte"
     )
-    decode_workers: Positive = Field(2, description="processes that decode images, per intake replica")
+    decode_workers: Positive = Field(
+        2, description="processes that decode images, per intake replica and per gateway replica"
+    )
     decode_deadline_s: PositiveSeconds = Field(
         30, description="time limit for decoding one image; then the decoder is killed"
     )
@@ -184,12 +196,18 @@ class Settings(BaseSettings):
     gateway_concurrency: Positive = Field(32, description="requests of one API key at a time, per gateway replica")
     gateway_body_limit_bytes: Positive = Field(32 << 20, description="largest body of a request, including base64")
     gateway_body_memory_bytes: Positive = Field(
-        256 << 20, description="memory for request bodies, per gateway replica; one API key gets a quarter of it"
+        256 << 20,
+        description="memory for request bodies and images fetched from URLs, per gateway replica; one API key gets a "
+        "quarter of it",
     )
     gateway_body_deadline_s: PositiveSeconds = Field(20, description="time limit for the body of a request to arrive")
     gateway_deadline_s: PositiveSeconds = Field(60, description="time limit for judging one image, including the wait")
     gateway_keep_s: Positive = Field(86_400, description="how long assessments and idempotency keys are kept")
-    gateway_keys_refresh_s: PositiveSeconds = Field(2, description="longest time until a revoked API key is refused")
+    gateway_keys_refresh_s: PositiveSeconds = Field(
+        2,
+        description="interval at which API keys are read again: a revoked key is refused within it, or within 5 "
+        "minutes while the policy bucket does not answer",
+    )
     gateway_fetch_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="hosts (host or host:port) whose http(s) URLs the gateway fetches; unset: none"
     )

@@ -1,4 +1,4 @@
-"""Background tasks, and the end of what a process has started."""
+"""Cancels background tasks, and closes resources if a start fails."""
 
 import asyncio
 from collections.abc import AsyncIterator

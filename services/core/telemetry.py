@@ -32,8 +32,8 @@ FIRST_LOOKS: Final = Counter(
 
 RETRIES: Final = Counter(
     "sluice_retries_total",
-    "Retries of steps that failed because a backend was unavailable. `error` is the class of the error. While the "
-    "count grows, submissions wait.",
+    "Retries because a backend was unavailable or because of a systemic error. `error` is the class of the error. "
+    "While the count grows, submissions wait.",
     tag_keys=("error",),
 )
 
@@ -95,8 +95,8 @@ IN_FLIGHT: Final = Gauge("sluice_in_flight", "Messages that this intake replica 
 
 LAG: Final = Gauge(
     "sluice_lag",
-    "Messages that are published but not settled, for the whole group. `priority` names the stream: `live` is the "
-    "stream of submissions, `backfill` the backfill stream.",
+    "Messages that are published but not acknowledged (Kafka: not committed), for the whole group. `priority` names "
+    "the stream: `live` is the stream of submissions, `backfill` the backfill stream.",
     tag_keys=("priority", "partition"),
 )
 

@@ -168,7 +168,11 @@ class PolicyChoice:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """The guard's assessment of one image under one policy. With detail `score`, only `score` has a meaning."""
+    """The guard's assessment of one image under one policy.
+
+    With detail `score`, `category` and `rationale` have no meaning. The verdict of an accepted first look still has the
+    category, which is then `NA: None applying`.
+    """
 
     rating: Rating
     category: str

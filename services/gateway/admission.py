@@ -4,10 +4,10 @@
     2. concurrent requests   of one API key                                                rate_limits.py
     3. body memory           bytes of all bodies; one API key gets a quarter               body_memory.py
     4. jobs                  assessments of one API key that are being judged              rate_limits.py
-    5. images in flight      at the guard, of all API keys                                 load_shedding.py
+    5. images in flight      that this gateway judges at a time, of all API keys           load_shedding.py
 
 `Admission.admit` applies the first two before anything of the body is read. `AdmittedRequest` applies the others
-when it needs them: memory as the body arrives, a job for an assessment, and a slot at the guard for each image. Cheap
+when it needs them: memory as the body arrives, a job for an assessment, and a place in flight for each image. Cheap
 checks come first, so that a flood costs little. No limit makes a request wait, because a waiting request would hold
 memory and slots that others need.
 """

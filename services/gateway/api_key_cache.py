@@ -34,7 +34,7 @@ class ApiKeyCache:
         unknown_key_pause_s: float = _UNKNOWN_KEY_PAUSE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`refresh_s`: the period of refreshes, and so the time until a revoked key is refused."""
+        """`refresh_s`: the period of refreshes. A revoked key is refused within it while the bucket answers."""
         self._registry = registry
         self._refresh_s = refresh_s
         self._unknown_key_pause_s = unknown_key_pause_s

@@ -6,8 +6,8 @@ Each assessment is a state machine with two states, PENDING and DONE:
                                             │   ▲
                                             └───┘ renew, while a process judges it
 
-DONE is final: `create` and renewals do not change it. A request that waits for its verdict stores no pending
-assessment: `finish` writes the result directly, and a later `create` changes nothing.
+DONE is final: `create` and renewals do not change it. A request that gets its verdict in time stores only
+the DONE state: `finish` writes the result directly, and a later `create` changes nothing.
 
 A pending assessment that no process renews is abandoned: its process has ended, or Redis created it although the
 process saw an error. `get` then reports the problem `interrupted`. The time to live in Redis tells when the assessment

@@ -2,7 +2,8 @@
 
 Three words name the states of an image. It is *suspected* after a failure of the engine, it runs *isolated* when it is
 tried again, and it is *confirmed poison* after the third failure. `pipelines.intake.crash_isolation` isolates messages
-that may crash a worker process in the same three steps; its state is in Redis, the state here is in this process.
+that may crash a worker process, with the same three words. There, a suspected message is isolated only after its second
+crash, and the state is in Redis. Here, a suspected image is isolated on its next try, and the state is in this process.
 """
 
 import asyncio

@@ -64,7 +64,7 @@ class DecoderPool:
         Raises:
             NotAnImage: an unknown format, truncated, corrupt, or its decoder crashed twice or missed the deadline.
             TooLarge: the image has too many pixels, or needs too much memory.
-            Unavailable: no decoder process can be started, or the pool is closed.
+            Unavailable: no decoder process can be started, the decoder was killed from outside, or the pool is closed.
         """
         return await self._run(lambda worker: worker.ask({}, data))
 
@@ -108,8 +108,12 @@ class DecoderPool:
                 raise NotAnImage(f"decoding took longer than {self._deadline_s:g} s") from None
             except (ProtocolError, OSError):
                 status = self._discard(worker)
-                if self._closed or status in _KILLED_FROM_OUTSIDE:
+                if self._closed:
                     raise Unavailable("the image decoders are being stopped") from None
+                if status in _KILLED_FROM_OUTSIDE:
+                    raise Unavailable(
+                        f"an image decoder was killed from outside (signal {-status}); the machine may be out of memory"
+                    ) from None
             else:
                 self._release(worker)
                 return image

@@ -1,6 +1,7 @@
 """Moderates one submission: the order of all steps from the submission to its verdict.
 
     choose the policy ► fetch ► judge the bytes (cascade.py) ► decide and build the verdict (verdicts.py)
+                                                          ► apply the circuit breaker
 
 The stream worker and the gateway both use it; each passes its own ports (ports.py).
 """
@@ -15,7 +16,7 @@ from services.core.errors import GuardFailed, Malformed
 from services.core.messages import ImageRequest, Verdict
 from services.core.values import Detail, GuardPriority, Policy, StoredObject
 from services.moderation.cascade import judge_image
-from services.moderation.ports import CircuitBreaker, GuardClient, ImagePreparer, ImageSource, PolicySource
+from services.moderation.ports import CircuitBreakerPort, GuardClient, ImagePreparer, ImageSource, PolicySource
 from services.moderation.step_timer import StepTimer
 from services.moderation.verdicts import VerdictSubject, build_verdicts
 
@@ -38,7 +39,7 @@ class Moderator:
         images: ImageSource,
         preparer: ImagePreparer,
         guard: GuardClient,
-        breaker: CircuitBreaker | None = None,
+        breaker: CircuitBreakerPort | None = None,
     ) -> None:
         self._policies = policies
         self._images = images
@@ -54,7 +55,7 @@ class Moderator:
         priority: GuardPriority | None = None,
         detail: Detail = "verdict",
     ) -> ModerationResult:
-        """Judge one image by the policy version that is active for it now.
+        """Judge one image by the policy version that it names, else by the canary or the active version.
 
         `upload` is the image, if it came with the request; then nothing is fetched. `priority` is by default that of
         the request. With detail `score`, the guard gives no category and no rationale.
@@ -111,7 +112,7 @@ class Moderator:
         return build_verdicts(VerdictSubject.from_request(request), stored, policies, judged, timer)
 
     def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
-        """Return the verdict, or a request for review if the policy's circuit breaker is open. Count its action."""
+        """Count the action and return the verdict. A block becomes a review if the circuit breaker is open."""
         identity, action = policy.identity, verdict.action
         if (
             self._breaker

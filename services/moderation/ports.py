@@ -53,8 +53,15 @@ class GuardClient(Protocol):
         """Assess one image under each policy, in order. Raises GuardFailed, GuardUnavailable, UnreadableAnswer."""
 
 
-class CircuitBreaker(Protocol):
-    """Keeps a policy version from blocking too many images: `services.policies.circuit_breaker.CircuitBreaker`."""
+class CircuitBreakerPort(Protocol):
+    """Stops the blocks of a policy version whose block rate leaves its band.
+
+    Implemented by `services.policies.circuit_breaker.CircuitBreaker`.
+    """
 
     def count_and_allow(self, policy: Policy, action: Action) -> bool:
-        """Count the action of a verdict. Returns False if the version blocks too much: the verdict goes to review."""
+        """Count the action of a verdict.
+
+        Returns False if the action is `block` and the circuit breaker of the version is open. The verdict then becomes
+        a review.
+        """

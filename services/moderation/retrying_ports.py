@@ -19,7 +19,7 @@ from services.core.values import (
     StoredObject,
 )
 from services.moderation.moderator import Moderator
-from services.moderation.ports import CircuitBreaker, GuardClient, ImagePreparer, ImageSource, PolicySource
+from services.moderation.ports import CircuitBreakerPort, GuardClient, ImagePreparer, ImageSource, PolicySource
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def build_retrying_moderator(
     images: ImageSource,
     preparer: ImagePreparer,
     guard: GuardClient,
-    breaker: CircuitBreaker | None = None,
+    breaker: CircuitBreakerPort | None = None,
 ) -> Moderator:
     """Build a moderator that waits while any of its backends is unavailable."""
     return Moderator(

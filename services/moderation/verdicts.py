@@ -85,7 +85,10 @@ def build_skipped_verdict(
 def build_verdicts(
     subject: VerdictSubject, stored: StoredObject, policies: Sequence[Policy], judged: JudgedImage, timer: StepTimer
 ) -> list[Verdict | GuardFailed]:
-    """Build the verdict under each policy, in order. Its place has the error if the engine refuses the image."""
+    """Build the verdict under each policy, in order.
+
+    If the engine refuses the image under a policy, the list has the error in place of that verdict.
+    """
     return [
         result
         if isinstance(result, GuardFailed)

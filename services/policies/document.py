@@ -302,7 +302,7 @@ class PolicyDocument(StrictModel):
         Probability,
         Field(
             description="with `effort: adaptive`, a first look with a lower score is accepted as Safe; its verdict has "
-            "no category and no rationale"
+            "the category `NA: None applying` and no rationale"
         ),
     ] = 0.1
     block_rate: Annotated[

@@ -210,6 +210,8 @@ class PolicyRegistry:
     def rollback(self, name: str, *, who: str, why: str = "") -> RolloutChange:
         """Activate the version that was active before. A second rollback goes further back.
 
+        If the circuit breaker of that version is open, it stays open.
+
         Raises:
             ConfigurationError: no version was active before.
         """
@@ -253,8 +255,8 @@ class PolicyRegistry:
     def trip(self, name: str, version: int, *, since_change: int, who: str, why: str) -> RolloutChange:
         """Open the circuit breaker of a version, and return the change.
 
-        If it is already open, or if the versions in use have changed after the change number `since_change`, nothing
-        is written, and the newest change is returned.
+        If it is already open, or if `Rollout.since` is no longer `since_change`, nothing is written, and the newest
+        change is returned.
         """
 
         def open_breaker(now: Rollout) -> _Transition | None:
@@ -309,7 +311,10 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
     def publish_built_in(self) -> None:
-        """Publish and activate the built-in policy if the bucket has no policy. Safe to repeat."""
+        """Publish the built-in policy if the bucket has no policy. Safe to repeat.
+
+        If its name has a version and no change of its rollout, activate version 1, whoever published it.
+        """
         name = BUILT_IN.name
         if self._first_key("policies/") is None:
             # If several processes start at once, one creates version 1 and the others find it.
@@ -371,7 +376,7 @@ class PolicyRegistry:
             raise PolicyUnavailable(f"{key} in the policy bucket cannot be read") from error
 
     def _create(self, key: str, body: bytes) -> bool:
-        """Write an object unless the key is next_state. Returns whether it was written."""
+        """Write an object unless the key is taken. Returns whether it was written."""
         with self._map_bucket_errors():
             return self.objects.create(key, body, content_type="application/json")
 

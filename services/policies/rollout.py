@@ -46,9 +46,10 @@ class Rollout(WireModel):
     canary: Canary | None = None
     shadow: Shadow | None = None
     tripped: frozenset[int] = frozenset()
-    """Versions whose circuit breaker is open. They block nothing until they are activated, or made canary, again."""
+    """Versions whose circuit breaker is open. They block nothing until `activate` or `canary`
+    names them again. A rollback closes no circuit breaker."""
     since: int = 0
-    """The number of the last change of the versions in use. Block rates count from this change."""
+    """The number of the last change other than `shadow` and `trip`. Block rates count from this change."""
     digests: Mapping[int, str] = Field(default_factory=dict)
     """The digests of the versions in use. A copy with another digest is not used."""
     calibrations: Mapping[int, Mapping[str, tuple[CalibrationMap, ...]]] = Field(default_factory=dict)
@@ -64,7 +65,7 @@ class Rollout(WireModel):
         return self._with(active=version, earlier=earlier, canary=None, shadow=shadow, tripped=self.tripped - {version})
 
     def with_rollback(self) -> Self:
-        """The state with the version active that was active before. The canary ends.
+        """The state with the version active that was active before. The canary ends. No circuit breaker closes.
 
         Raises:
             ConfigurationError: no version was active before.

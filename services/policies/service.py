@@ -71,7 +71,7 @@ class PolicyService:
         return await self._change(self._registry.activate, name, version, who=who, why=why)
 
     async def rollback(self, name: str, *, who: str, why: str = "") -> RolloutChange:
-        """Activate the version that was active before."""
+        """Activate the version that was active before. Its circuit breaker stays open if it is open."""
         return await self._change(self._registry.rollback, name, who=who, why=why)
 
     async def set_canary(self, name: str, canary: Canary | None, *, who: str, why: str = "") -> RolloutChange:

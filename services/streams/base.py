@@ -1,8 +1,11 @@
 """The interfaces of a stream system: the member of a consumer group, the publisher and the reader.
 
-A message is in one of three states: *held* (received, not settled), *settled* (its outputs are published and it is
-acknowledged, as one act), or *not owned* (another member owns it now). Only `settle` ends the work on a message: a
+A message is in one of three states: *held* (received, not settled), *settled* (its outputs are published, and it
+is or will be acknowledged), or *not owned* (another member owns it now). Only `settle` ends the work on a message: a
 message that is never settled is received again, by this member or by another one.
+
+On Redis Streams, and with exactly-once delivery on Kafka, outputs and acknowledgement are one act. With at-least-once
+delivery on Kafka, the offset is committed later. A crash in between repeats the outputs.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -47,7 +50,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """The backlog: messages published and not settled, by partition (Redis Streams: one partition, `0`)."""
+    """The backlog: messages published and not acknowledged, by partition (Redis Streams: one partition, `0`).
+
+    On Kafka, it counts all messages from the committed offset on, also settled ones behind a held one.
+    """
 
     by_partition: Mapping[int, int]
     published: int = 0
@@ -73,7 +79,10 @@ class GroupConsumer(Protocol):
         """
 
     async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
-        """Publish `records` and acknowledge `message`. May be called out of order. Returns when both are durable.
+        """Publish `records` and acknowledge `message`. May be called out of order.
+
+        Returns when the records are durable and the message is acknowledged; with at-least-once delivery on Kafka,
+        when the records are durable and the offset is marked to be committed.
 
         During an outage it retries. Raises:
             NotOwned: another member owns the message now; drop it. (On Kafka, under at-least-once delivery, the
@@ -92,8 +101,9 @@ class GroupConsumer(Protocol):
     def find_head_of_line_messages(self) -> Sequence[Message]:
         """The held messages that will soon stop the receipt of later messages.
 
-        On Kafka the messages settled after a held message of the same partition are remembered. At 4096 of them (or 16
-        times `in_flight`) no more are received from the partition. On Redis Streams no message blocks another, so this
+        On Kafka, the member remembers the messages of a partition from the oldest held one on, at most 4096 or 16 times
+        `in_flight`, whichever is more. When there is room for less than `in_flight`, it receives no more from the
+        partition. On Redis Streams no message blocks another, so this
         is empty.
         """
 

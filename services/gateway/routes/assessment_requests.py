@@ -36,7 +36,11 @@ class AssessmentRequest(BaseModel):
         str, Field(max_length=256, description="`name`, or `name@7` for one version; by default the tenant's policy")
     ] = "default"
     detail: Annotated[
-        Detail, Field(description="with `score`, which costs one token, the verdict has no category and no rationale")
+        Detail,
+        Field(
+            description="with `score`, which costs one token, the verdict has no rationale, and no category other than "
+            "`NA: None applying`"
+        ),
     ] = "verdict"
 
     @model_validator(mode="after")

@@ -39,10 +39,10 @@ class LlavaGuard:
     async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
         """Score only: one token without a grammar, so the engine does little more than the prefill.
 
-        Otherwise one request gives score and answer. The score is the odds of the two rating tokens at the first
-        position. The grammar allows both tokens there, so its mask does not change the odds, and greedy decoding takes
-        the more likely one. A model that writes a rating in other tokens can contradict its own score. Then a second
-        request fixes the rating.
+        Otherwise one request gives score and answer. The score is P(Unsafe), from the log probabilities of the two
+        rating tokens at the first position. The grammar allows both tokens there, so its mask does not change their
+        odds, and greedy decoding takes the more likely one. A model that writes a rating in other tokens can contradict
+        its own score. Then a second request fixes the rating.
         """
         asked = self._question(policy.prompt)
         if detail == "score":

@@ -155,7 +155,8 @@ class KafkaGroupConsumer:
                 return []
 
     async def settle(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
-        """At least once: all in-sync replicas acknowledge the records, then the offset is committed.
+        """At least once: returns when all in-sync replicas have acknowledged the records. `_poll_once` commits the
+        offset later, when no older offset of the partition is held.
 
         Exactly once: both are committed in one transaction, after those of every older offset of the partition.
         """
