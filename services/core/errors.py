@@ -20,7 +20,7 @@
 The class decides whether to retry and how the submission ends. `pipelines/intake/processor.py` makes two exceptions: it
 retries systemic errors, and a submission expires if it cannot be judged in time while others are judged.
 
-`str(error)` is one sentence for the operator: it becomes the header `sluice-detail` of a dead letter, or goes to stderr.
+`str(error)` is one sentence for the operator: the header `sluice-detail` of a dead letter has it, or it goes to stderr.
 Only the gateway's `HttpProblem` is defined elsewhere, because it consists of an HTTP status and fields of the response.
 """
 
