@@ -34,7 +34,7 @@ from services.core.values import CATEGORIES, Assessment, Detail, GuardPriority, 
 from services.gateway.api_keys import ApiKeyRegistry
 from services.gateway.app import GatewayDependencies, create_app
 from services.gateway.server import GatewayServer, listen
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.retrying_ports import build_retrying_moderator
@@ -134,7 +134,7 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[RunningGateway]:
         registry.publish_built_in()
         shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
         closing.push_async_callback(shared.close)
-        preparer, store = DecoderPool(settings, resolve(model).max_side_px), ObjectStore(settings)
+        preparer, store = DecoderPool(settings, resolve_checkpoint(model).max_side_px), ObjectStore(settings)
         closing.callback(preparer.close)
         closing.callback(store.close)
         policies = await closing.enter_async_context(PolicyCache(registry, shared))
@@ -146,7 +146,9 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[RunningGateway]:
         await server.start()
         gc.collect()
         gc.freeze()  # as the deployment does
-        print(f"guard {GUARD_S * 1000:.0f} ms; images up to {resolve(model).max_side_px} px", file=sys.stderr)
+        print(
+            f"guard {GUARD_S * 1000:.0f} ms; images up to {resolve_checkpoint(model).max_side_px} px", file=sys.stderr
+        )
         yield RunningGateway(f"http://127.0.0.1:{server.port}", keys)
 
 

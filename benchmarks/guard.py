@@ -31,7 +31,7 @@ from pipelines.tiny_guard.drawings import draw
 from services.core.errors import GuardFailed, GuardUnavailable
 from services.core.settings import Settings
 from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, Policy, PreparedImage
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
@@ -191,7 +191,7 @@ async def measure_speed(
 
 
 async def main(arguments: argparse.Namespace) -> dict[str, float]:
-    checkpoint = resolve("tiny")
+    checkpoint = resolve_checkpoint("tiny")
     checkpoint = replace(checkpoint, launch_flags=(*checkpoint.launch_flags, "--chat-template", "chatml-llava"))
     with tempfile.TemporaryDirectory(prefix="sluice-benchmark-") as folder:
         engine = Engine(checkpoint, state_dir=Path(folder), in_flight=arguments.concurrency)

@@ -25,7 +25,7 @@ import psutil
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import GuardUnavailable
 from services.guard import engine as engine_module
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
@@ -77,7 +77,12 @@ async def run(faults: int, seed: int) -> dict[str, int]:
     results: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="sluice-faults-") as folder:
         engine = Engine(
-            resolve("tiny"), state_dir=Path(folder), deadline_s=DEADLINE_S, start_s=240, probe_every_s=2, hang_s=10
+            resolve_checkpoint("tiny"),
+            state_dir=Path(folder),
+            deadline_s=DEADLINE_S,
+            start_s=240,
+            probe_every_s=2,
+            hang_s=10,
         )
         engine_module._PAUSE_LIMIT_S = 1.0  # the pauses are for broken machines; here they would only take time
         async with engine:

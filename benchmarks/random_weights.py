@@ -20,7 +20,7 @@ from pathlib import Path
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import UnreadableAnswer
 from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, Policy
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 from services.images.decode import Limits, prepare
@@ -47,7 +47,7 @@ def find_faults(answer: Assessment, mode: str) -> list[str]:
 async def judge_all(checkpoint: Path, count: int, first: int, results: Counter[str]) -> None:
     policies: list[Policy] = [PolicyDocument(name="random", rationale=mode).as_version(1) for mode in MODES]
     with tempfile.TemporaryDirectory(prefix="sluice-random-") as folder:
-        async with Engine(resolve(str(checkpoint)), state_dir=Path(folder), in_flight=CONCURRENCY) as engine:
+        async with Engine(resolve_checkpoint(str(checkpoint)), state_dir=Path(folder), in_flight=CONCURRENCY) as engine:
             guard, slots = (
                 GuardInference(engine, in_flight=CONCURRENCY, deadline_s=300),
                 asyncio.Semaphore(CONCURRENCY),

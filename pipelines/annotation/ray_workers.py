@@ -202,7 +202,7 @@ def _count_guard_replicas(application: str) -> int:
 
 def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progress) -> None:
     """Deploy guards, and wait until all are ready."""
-    checkpoints.resolve(settings.model)
+    checkpoints.resolve_checkpoint(settings.model)
     gpus = choose_guard_gpus(settings)
     free = ray.available_resources()
     if _count_guard_replicas(name) == 0 and gpus * replicas > free.get("GPU", 0):

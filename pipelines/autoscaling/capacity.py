@@ -16,7 +16,7 @@ from pipelines.autoscaling.simulation.day import simulate_day
 from pipelines.autoscaling.simulation.load import LoadProfile, draw_arrivals
 from pipelines.autoscaling.simulation.scalers import SluiceScaler
 from services.core.errors import ConfigurationError
-from services.guard.checkpoints import GIB, Checkpoint, resolve
+from services.guard.checkpoints import GIB, Checkpoint, resolve_checkpoint
 
 ImageSize = Literal["small", "medium", "large"]
 
@@ -129,7 +129,7 @@ def plan_capacity(
     Raises:
         ConfigurationError: a name is unknown, or the checkpoint does not fit on eight of these GPUs.
     """
-    model, spec = resolve(checkpoint), _find_gpu_spec(gpu)
+    model, spec = resolve_checkpoint(checkpoint), _find_gpu_spec(gpu)
     gpus = model.tensor_parallel_size([round(spec.memory_gib * GIB)] * 8)
     if not gpus:
         raise ConfigurationError(

@@ -102,7 +102,7 @@ def calibrate(
     """
     if (revert or take_back) and (data_set or apply):
         raise ConfigurationError("--revert takes no data set and no --apply; omit them")
-    from pipelines.evaluation.run import DataSetSource, apply_calibration, revert_calibration
+    from pipelines.evaluation.run import DataSetSource, revert_calibration, store_calibration
     from pipelines.evaluation.run import calibrate as fit_calibration
 
     by = who or find_user_name()
@@ -122,5 +122,5 @@ def calibrate(
     if not apply:
         print_progress("the calibration is not stored; --apply stores and applies it, and --revert undoes that")
         return
-    apply_calibration(fitted, settings, who=by, why=why, warn=print_progress)
+    store_calibration(fitted, settings, who=by, why=why, warn=print_progress)
     print_progress(f"applied to the scores of {fitted.evaluated.name} by the checkpoint {fitted.revision}")

@@ -26,8 +26,8 @@ _MIN_DEFINED_SHARE: Final = 0.5
 """A figure has an interval if it is defined in at least this share of the resamples."""
 
 
-class Figure(BaseModel):
-    """A figure with its 95 % confidence interval, or the reason why it is undefined."""
+class Metric(BaseModel):
+    """A metric with its 95 % confidence interval, or the reason why it is undefined."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -58,7 +58,7 @@ class Estimates:
     low: Floats
     high: Floats
 
-    def figure(self, index: int, *, undefined: str, of: int | None = None) -> Figure:
+    def metric(self, index: int, *, undefined: str, of: int | None = None) -> Metric:
         """One figure. `of`: the number of rows that it is a share of; `undefined`: why it may have no value.
 
         If every resample gives the same 0 or 1, a share gets Wilson's interval and another figure gets none: the
@@ -66,13 +66,13 @@ class Estimates:
         """
         value, low, high = (float(ends[index]) for ends in (self.value, self.low, self.high))
         if np.isnan(value) or of == 0:
-            return Figure(value=None, of=of, undefined=undefined)
+            return Metric(value=None, of=of, undefined=undefined)
         if low == high == value and value in (0.0, 1.0):
             wilson = compute_share(round(value * of), of).interval if of else None
-            return Figure(value=value, of=of, low=wilson and wilson.low, high=wilson and wilson.high)
+            return Metric(value=value, of=of, low=wilson and wilson.low, high=wilson and wilson.high)
         if np.isnan(low) or np.isnan(high):
-            return Figure(value=value, of=of)
-        return Figure(value=value, low=low, high=high, of=of)
+            return Metric(value=value, of=of)
+        return Metric(value=value, low=low, high=high, of=of)
 
 
 class Bootstrap:
@@ -110,6 +110,6 @@ def ratio(part: Floats, whole: Floats) -> Floats:
     return np.divide(part, whole, out=quotient, where=whole != 0)
 
 
-def counts(indexes: NDArray[np.int64], weights: Floats, size: int) -> Floats:
+def sum_weights(indexes: NDArray[np.int64], weights: Floats, size: int) -> Floats:
     """The sum of the weights at each of `size` indexes."""
     return np.bincount(indexes, weights=weights, minlength=size).astype(np.float64)

@@ -6,8 +6,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, ratio
-from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, JudgedRows, compute_rates_by_kind
+from pipelines.evaluation.bootstrap import Bootstrap, Floats, Metric, ratio
+from pipelines.evaluation.metrics import SAFE, UNREADABLE, UNSAFE, JudgedRows, compute_rates_by_waiver_kind
 from pipelines.evaluation.results import AdaptiveColumns, PerturbedColumns
 from pipelines.reporting.frozen_model import FrozenModel
 
@@ -18,13 +18,13 @@ class Adaptive(FrozenModel):
     """Effort `adaptive` compared with `full`, over the rows that were judged with both."""
 
     rows: int
-    escalated: Figure
+    escalated: Metric
     """The share that the first look did not decide, so the rows were judged in full."""
-    same_rating: Figure
-    same_action: Figure
-    missed: Figure
+    same_rating: Metric
+    same_action: Metric
+    missed: Metric
     """The share of the Unsafe rows found with `full` that `adaptive` judges Safe."""
-    balanced_accuracy: Figure
+    balanced_accuracy: Metric
     """Of the verdicts with `adaptive`."""
 
 
@@ -33,19 +33,19 @@ class Robustness(FrozenModel):
 
     perturbation: str
     rows: int
-    flips: Figure
+    flips: Metric
     """The share whose rating changes."""
-    to_safe: Figure
+    to_safe: Metric
     """The share of those judged Unsafe that become Safe: the gain of someone who evades moderation."""
-    to_unsafe: Figure
-    action_flips: Figure
-    score_change: Figure
+    to_unsafe: Metric
+    action_flips: Metric
+    score_change: Metric
     """Mean absolute change of the score."""
 
 
 def _shares(
     parts: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], bootstrap: Bootstrap, undefined: str
-) -> list[Figure]:
+) -> list[Metric]:
     """For each pair, the share of the rows in the second that are also in the first."""
 
     def statistic(weights: Floats) -> Floats:
@@ -54,14 +54,14 @@ def _shares(
         )
 
     estimates = bootstrap(statistic)
-    return [estimates.figure(n, of=int(whole.sum()), undefined=undefined) for n, (_, whole) in enumerate(parts)]
+    return [estimates.metric(n, of=int(whole.sum()), undefined=undefined) for n, (_, whole) in enumerate(parts)]
 
 
 def compare_adaptive(
     rows: JudgedRows, actions: NDArray[np.int8], after: AdaptiveColumns, seed: int, resamples: int
 ) -> Adaptive:
     before, action = rows.predicted[after.rows], actions[after.rows]
-    both = (before != INVALID) & (after.predicted != INVALID)
+    both = (before != UNREADABLE) & (after.predicted != UNREADABLE)
     every = np.ones(len(after.rows), np.bool_)
     found = rows.expected[after.rows] & (before == UNSAFE) & both
     bootstrap = Bootstrap(renumber_images(rows.image[after.rows]), seed=seed, resamples=resamples)
@@ -81,7 +81,7 @@ def compare_adaptive(
         score=np.full(len(after.rows), np.nan),
         category=rows.category[after.rows],
         predicted_category=rows.predicted_category[after.rows],
-        kind=rows.kind[after.rows],
+        waiver_kind=rows.waiver_kind[after.rows],
         image=renumber_images(rows.image[after.rows]),
     )
     return Adaptive(
@@ -90,7 +90,7 @@ def compare_adaptive(
         same_rating=same_rating,
         same_action=same_action,
         missed=missed,
-        balanced_accuracy=compute_rates_by_kind(judged, bootstrap)["all"].balanced_accuracy,
+        balanced_accuracy=compute_rates_by_waiver_kind(judged, bootstrap)["all"].balanced_accuracy,
     )
 
 
@@ -98,7 +98,7 @@ def compare_perturbed(
     name: str, rows: JudgedRows, actions: NDArray[np.int8], after: PerturbedColumns, seed: int, resamples: int
 ) -> Robustness:
     before, action, score = rows.predicted[after.rows], actions[after.rows], rows.score[after.rows]
-    both = (before != INVALID) & (after.predicted != INVALID)
+    both = (before != UNREADABLE) & (after.predicted != UNREADABLE)
     bootstrap = Bootstrap(renumber_images(rows.image[after.rows]), seed=seed, resamples=resamples)
     flips, to_safe, to_unsafe, action_flips = _shares(
         [
@@ -122,7 +122,7 @@ def compare_perturbed(
         to_safe=to_safe,
         to_unsafe=to_unsafe,
         action_flips=action_flips,
-        score_change=bootstrap(mean_change).figure(0, undefined=_NO_PAIRS),
+        score_change=bootstrap(mean_change).metric(0, undefined=_NO_PAIRS),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve  # type: ignore[import-untyped]
 
-from pipelines.evaluation.bootstrap import Bootstrap, Figure, Floats, counts, ratio
+from pipelines.evaluation.bootstrap import Bootstrap, Floats, Metric, ratio, sum_weights
 from pipelines.reporting.frozen_model import FrozenModel
 
 BINS: Final = 10
@@ -24,7 +24,7 @@ class Curve(FrozenModel):
 
     x: tuple[float, ...]
     y: tuple[float, ...]
-    area: Figure
+    area: Metric
 
 
 class Bin(FrozenModel):
@@ -34,16 +34,16 @@ class Bin(FrozenModel):
     high: float
     rows: int
     mean_score: float | None
-    unsafe: Figure
+    unsafe: Metric
     """The share labelled Unsafe."""
 
 
 class CalibrationFigures(FrozenModel):
     """How close the score is to a probability."""
 
-    ece: Figure
+    ece: Metric
     """Expected calibration error: the distance between mean score and share of Unsafe rows in a bin, mean over rows."""
-    brier: Figure
+    brier: Metric
     """Mean squared distance between score and label."""
     bins: tuple[Bin, ...]
 
@@ -52,11 +52,11 @@ class ThresholdCost(FrozenModel):
     """The cost of a review of every image with this score or a higher one."""
 
     threshold: float
-    load: Figure
+    load: Metric
     """The share of images to review."""
-    misses: Figure
+    misses: Metric
     """The share of Unsafe images that are not among these."""
-    false_alarms: Figure
+    false_alarms: Metric
     """The share of Safe images that are."""
 
 
@@ -83,17 +83,17 @@ class Ranking:
         return np.array([np.trapezoid(recall, fall_out), np.sum(steps[steps > 0] * precision[steps > 0])])
 
 
-def compute_curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple[Curve, Curve]:
+def compute_roc_and_pr_curves(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> tuple[Curve, Curve]:
     """The ROC curve (fall-out, recall) and the precision-recall curve; the latter's area is the average precision."""
     if not 0 < unsafe.sum() < len(unsafe):
-        undefined = Curve(x=(), y=(), area=Figure(value=None, undefined=_ONE_CLASS))
+        undefined = Curve(x=(), y=(), area=Metric(value=None, undefined=_ONE_CLASS))
         return undefined, undefined
     areas = bootstrap(Ranking(unsafe, score).areas)
     fall_out, recall, _ = roc_curve(unsafe, score)
-    precision, found, _ = precision_recall_curve(unsafe, score, drop_intermediate=True)
+    precision, pr_recall, _ = precision_recall_curve(unsafe, score, drop_intermediate=True)
     return (
-        _curve(fall_out, recall, areas.figure(0, undefined=_ONE_CLASS)),
-        _curve(found[::-1], precision[::-1], areas.figure(1, undefined=_ONE_CLASS)),
+        _curve(fall_out, recall, areas.metric(0, undefined=_ONE_CLASS)),
+        _curve(pr_recall[::-1], precision[::-1], areas.metric(1, undefined=_ONE_CLASS)),
     )
 
 
@@ -103,10 +103,10 @@ def measure_calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> 
     squared = (score - unsafe) ** 2
 
     def sums(values: Floats, weights: Floats) -> Floats:
-        return counts(indexes, weights * values, BINS)
+        return sum_weights(indexes, weights * values, BINS)
 
     def statistic(weights: Floats) -> Floats:
-        rows = counts(indexes, weights, BINS)
+        rows = sum_weights(indexes, weights, BINS)
         labelled, scored = sums(unsafe, weights), sums(score, weights)
         total = np.array([rows.sum()])
         error = ratio(np.array([np.abs(labelled - scored).sum()]), total)
@@ -114,18 +114,18 @@ def measure_calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> 
         return np.concatenate([error, brier, ratio(labelled, rows)])
 
     estimates, ones = bootstrap(statistic), np.ones(len(score))
-    rows = counts(indexes, ones, BINS)
+    rows = sum_weights(indexes, ones, BINS)
     means = ratio(sums(score, ones), rows)
     return CalibrationFigures(
-        ece=estimates.figure(0, undefined=_NO_SCORE),
-        brier=estimates.figure(1, undefined=_NO_SCORE),
+        ece=estimates.metric(0, undefined=_NO_SCORE),
+        brier=estimates.metric(1, undefined=_NO_SCORE),
         bins=tuple(
             Bin(
                 low=index / BINS,
                 high=(index + 1) / BINS,
                 rows=int(rows[index]),
                 mean_score=float(means[index]) if rows[index] else None,
-                unsafe=estimates.figure(2 + index, of=int(rows[index]), undefined="no score lies here"),
+                unsafe=estimates.metric(2 + index, of=int(rows[index]), undefined="no score lies here"),
             )
             for index in range(BINS)
         ),
@@ -135,7 +135,7 @@ def measure_calibration(unsafe: Floats, score: Floats, bootstrap: Bootstrap) -> 
 def expected_calibration_error(unsafe: Floats, score: Floats) -> float:
     """The calibration error over `BINS` bins, without an interval. There has to be at least one row."""
     indexes = np.minimum((score * BINS).astype(np.int64), BINS - 1)
-    differences = counts(indexes, unsafe - score, BINS)
+    differences = sum_weights(indexes, unsafe - score, BINS)
     return float(np.abs(differences).sum() / len(score))
 
 
@@ -150,7 +150,7 @@ def compute_threshold_costs(
     above = np.searchsorted(bounds, score, side="right")  # the number of thresholds that the score reaches
 
     def reached(chosen: Floats) -> Floats:
-        return counts(above, chosen, len(bounds) + 1)[::-1].cumsum()[::-1]
+        return sum_weights(above, chosen, len(bounds) + 1)[::-1].cumsum()[::-1]
 
     def statistic(weights: Floats) -> Floats:
         found, alarmed = reached(weights * unsafe), reached(weights * (1 - unsafe))
@@ -166,19 +166,19 @@ def compute_threshold_costs(
     return [
         ThresholdCost(
             threshold=float(bound),
-            load=estimates.figure(
+            load=estimates.metric(
                 index,
                 of=len(unsafe) if prevalence is None else None,
                 undefined=_NO_SCORE if prevalence is None else _ONE_CLASS,
             ),
-            misses=estimates.figure(size + index, of=positives, undefined="no Unsafe row has a score"),
-            false_alarms=estimates.figure(2 * size + index, of=negatives, undefined="no Safe row has a score"),
+            misses=estimates.metric(size + index, of=positives, undefined="no Unsafe row has a score"),
+            false_alarms=estimates.metric(2 * size + index, of=negatives, undefined="no Safe row has a score"),
         )
         for index, bound in enumerate(bounds)
     ]
 
 
-def _curve(x: Floats, y: Floats, area: Figure) -> Curve:
+def _curve(x: Floats, y: Floats, area: Metric) -> Curve:
     if len(x) > _POINTS_LIMIT:
         kept = np.unique(np.linspace(0, len(x) - 1, _POINTS_LIMIT).astype(int))
         x, y = x[kept], y[kept]

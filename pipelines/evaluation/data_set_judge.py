@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation.labels import LabelledImage
 from pipelines.evaluation.perturbations import PERTURBATIONS
-from pipelines.evaluation.policies import PolicySelector
+from pipelines.evaluation.policy_selection import PolicySelector
 from pipelines.evaluation.results import ResultColumns
 from pipelines.evaluation.row_batches import Batch, BatchPace, BatchReader, PreparedRow
 from services.core.errors import Unjudgeable
@@ -111,7 +111,7 @@ class DataSetJudge:
         if not isinstance(full, Verdict):
             self._fail(labelled.id, labelled, full.reason, str(full))
             return
-        index = self.columns.add(labelled, row_policy.kind, row_policy.category, full)
+        index = self.columns.add(labelled, row_policy.waiver_kind, row_policy.category, full)
         if isinstance(adaptive, Verdict):
             self.columns.add_adaptive(index, adaptive)
         for name, variant in zip(PERTURBATIONS[: len(variants)], variants, strict=True):

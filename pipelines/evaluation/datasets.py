@@ -18,8 +18,8 @@ from services.core.errors import ConfigurationError
 
 _PARQUET_BATCH_ROWS: Final = 32
 """Rows of a parquet file in memory at a time: with images, some MB."""
-_BLOCK_CHARACTERS: Final = 1 << 20
-_RECORD_CHARACTERS: Final = 64 << 20
+_BLOCK_CHARS: Final = 1 << 20
+_MAX_RECORD_CHARS: Final = 64 << 20
 """The longest record of a JSON array."""
 _SPLITS: Final = ("test", "validation", "eval", "train")
 _METADATA: Final = "metadata.jsonl"
@@ -139,7 +139,7 @@ def _read_array(file: Path) -> Iterator[Any]:
     decoder, text, ended = json.JSONDecoder(), "", False
     with file.open(encoding="utf-8") as blocks:
         try:
-            text = blocks.read(_BLOCK_CHARACTERS).lstrip().removeprefix("[")
+            text = blocks.read(_BLOCK_CHARS).lstrip().removeprefix("[")
             while True:
                 text = text.lstrip().removeprefix(",").lstrip()
                 if text.startswith("]"):
@@ -147,10 +147,10 @@ def _read_array(file: Path) -> Iterator[Any]:
                 try:
                     element, end = decoder.raw_decode(text)
                 except ValueError:
-                    if ended or len(text) > _RECORD_CHARACTERS:
+                    if ended or len(text) > _MAX_RECORD_CHARS:
                         raise
                     # Probably the element is not read to its end. Blocks grow, so the number of attempts stays small.
-                    block = blocks.read(max(_BLOCK_CHARACTERS, len(text)))
+                    block = blocks.read(max(_BLOCK_CHARS, len(text)))
                     text, ended = text + block, not block
                     continue
                 yield element

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from pipelines.annotation.sources.discover import REFERENCE_COLUMNS
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating
 
-Reason = Literal[
+RejectionReason = Literal[
     "malformed", "no_image", "too_large", "bad_rating", "unknown_category", "unknown_policy", "contradiction"
 ]
 Image = Path | str | bytes
@@ -70,7 +70,7 @@ class RejectedRecord:
     """A record that is not a usable labelled image."""
 
     id: str
-    reason: Reason
+    reason: RejectionReason
     detail: str
 
 
@@ -82,7 +82,7 @@ class UnreadableRecord:
 
 
 class _RejectRecord(Exception):
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: RejectionReason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 

@@ -12,14 +12,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation.bootstrap import Bootstrap, Estimates, Figure, Floats, counts, ratio
+from pipelines.evaluation.bootstrap import Bootstrap, Estimates, Floats, Metric, ratio, sum_weights
 from pipelines.reporting.frozen_model import FrozenModel
 
-SAFE, UNSAFE, INVALID = 0, 1, 2
+SAFE, UNSAFE, UNREADABLE = 0, 1, 2
 """The answer for a row."""
-DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED = 0, 1, 2
+NOTHING_WAIVED, OTHERS_WAIVED, VIOLATION_WAIVED = 0, 1, 2
 """What the policy of a row waives: nothing, only categories that the image does not violate, or the violated one."""
-KINDS: Final = ("nothing waived", "other categories waived", "violated category waived")
+WAIVER_KINDS: Final = ("nothing waived", "other categories waived", "violated category waived")
 RATES: Final = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1", "answered")
 
 
@@ -30,15 +30,15 @@ class JudgedRows:
     expected: NDArray[np.bool_]
     """Whether the label is Unsafe."""
     predicted: NDArray[np.int8]
-    """SAFE, UNSAFE or INVALID."""
+    """SAFE, UNSAFE or UNREADABLE."""
     score: Floats
     """P(Unsafe) in [0, 1]; NaN if the answer is unreadable."""
     category: NDArray[np.int16]
     """The labelled category, as an index into the names of categories; -1 if the label has none."""
     predicted_category: NDArray[np.int16]
     """The category of the answer, likewise."""
-    kind: NDArray[np.int8]
-    """DEFAULT, OTHERS_WAIVED or VIOLATION_WAIVED."""
+    waiver_kind: NDArray[np.int8]
+    """NOTHING_WAIVED, OTHERS_WAIVED or VIOLATION_WAIVED."""
     image: NDArray[np.int64]
     """The number of the image, from 0."""
 
@@ -67,13 +67,13 @@ class ConfusionRates(FrozenModel):
 
     rows: int
     confusion: Confusion
-    accuracy: Figure
-    balanced_accuracy: Figure
-    precision: Figure
-    recall: Figure
-    specificity: Figure
-    f1: Figure
-    answered: Figure
+    accuracy: Metric
+    balanced_accuracy: Metric
+    precision: Metric
+    recall: Metric
+    specificity: Metric
+    f1: Metric
+    answered: Metric
     """The share of rows whose answer was readable."""
 
 
@@ -84,41 +84,42 @@ class CategoryRates(FrozenModel):
     unsafe: int
     safe: int
     """Rows of the category that are labelled Safe, waived violations included."""
-    recall: Figure
+    recall: Metric
     """The share of its Unsafe rows that are judged Unsafe, with any category."""
-    specificity: Figure
+    specificity: Metric
     """The share of its Safe rows that are judged Safe."""
-    per: Figure
-    named: Figure
-    """The share of its Unsafe rows judged Unsafe whose answer names this category."""
-    named_precision: Figure
-    """The share of all rows judged Unsafe with this category that are labelled with it."""
+    per: Metric
+    named: Metric
+    """The recall of the category: the share of its Unsafe rows judged Unsafe whose answer names it."""
+    named_precision: Metric
+    """The precision of the category: the share of all rows judged Unsafe with it that are labelled with it."""
 
 
-def compute_rates_by_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str, ConfusionRates]:
+def compute_rates_by_waiver_kind(judged: JudgedRows, bootstrap: Bootstrap) -> dict[str, ConfusionRates]:
     """The rates of all rows, and of each kind that occurs."""
-    cells = (judged.kind.astype(np.int64) * 2 + judged.expected) * 3 + judged.predicted
+    cells = (judged.waiver_kind.astype(np.int64) * 2 + judged.expected) * 3 + judged.predicted
 
     def statistic(weights: Floats) -> Floats:
-        return _rates(_with_total(_table(cells, weights, len(KINDS)))).ravel()
+        return _rates(_with_total(_table(cells, weights, len(WAIVER_KINDS)))).ravel()
 
-    tables = _with_total(_table(cells, np.ones(len(judged)), len(KINDS)))
+    tables = _with_total(_table(cells, np.ones(len(judged)), len(WAIVER_KINDS)))
     estimates = bootstrap(statistic)
     found = {
-        name: _as_rates(tables[index], estimates, index * len(RATES)) for index, name in enumerate(("all", *KINDS))
+        name: _as_rates(tables[index], estimates, index * len(RATES))
+        for index, name in enumerate(("all", *WAIVER_KINDS))
     }
     return {name: rates for name, rates in found.items() if rates.rows or name == "all"}
 
 
-def compute_policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Figure:
+def compute_policy_exception_rate(judged: JudgedRows, bootstrap: Bootstrap) -> Metric:
     """The policy exception rate over all categories."""
-    waived = (judged.kind == VIOLATION_WAIVED) & (judged.predicted != INVALID)
+    waived = (judged.waiver_kind == VIOLATION_WAIVED) & (judged.predicted != UNREADABLE)
     safe = waived & (judged.predicted == SAFE)
 
     def statistic(weights: Floats) -> Floats:
         return ratio(np.array([weights[safe].sum()]), np.array([weights[waived].sum()]))
 
-    return bootstrap(statistic).figure(
+    return bootstrap(statistic).metric(
         0, of=int(waived.sum()), undefined="no row waives the category that its image violates"
     )
 
@@ -141,8 +142,8 @@ def compute_rates_by_category(judged: JudgedRows, names: Sequence[str], bootstra
     for index, name in enumerate(names):
         of_it = judged.category == index
         if of_it.any():
-            recall, specificity, per, named, named_precision = (
-                estimates.figure(n * size + index, of=int(rows[n][index]), undefined=share.undefined)
+            recall, specificity, per, category_recall, category_precision = (
+                estimates.metric(n * size + index, of=int(rows[n][index]), undefined=share.undefined)
                 for n, share in enumerate(shares)
             )
             found.append(
@@ -153,8 +154,8 @@ def compute_rates_by_category(judged: JudgedRows, names: Sequence[str], bootstra
                     recall=recall,
                     specificity=specificity,
                     per=per,
-                    named=named,
-                    named_precision=named_precision,
+                    named=category_recall,
+                    named_precision=category_precision,
                 )
             )
     return found
@@ -178,10 +179,10 @@ class _CategoryShare:
 
 def _category_shares(judged: JudgedRows) -> tuple[_CategoryShare, ...]:
     """Recall, specificity, policy exception rate, and the recall and precision of the named category."""
-    valid, label, answer = judged.predicted != INVALID, judged.category, judged.predicted_category
+    valid, label, answer = judged.predicted != UNREADABLE, judged.category, judged.predicted_category
     unsafe, safe = judged.expected & valid, ~judged.expected & valid
     found, passed = judged.predicted == UNSAFE, judged.predicted == SAFE
-    waived = (judged.kind == VIOLATION_WAIVED) & valid
+    waived = (judged.waiver_kind == VIOLATION_WAIVED) & valid
     named = found & (answer >= 0)
     right = judged.expected & named & (label == answer)
     return (
@@ -196,12 +197,12 @@ def _category_shares(judged: JudgedRows) -> tuple[_CategoryShare, ...]:
 def _by_category(column: NDArray[np.int16], chosen: NDArray[np.bool_], weights: Floats, size: int) -> Floats:
     """The weights of the chosen rows, summed for each of `size` categories."""
     chosen = chosen & (column >= 0)
-    return counts(column[chosen].astype(np.int64), weights[chosen], size)
+    return sum_weights(column[chosen].astype(np.int64), weights[chosen], size)
 
 
 def _table(cells: NDArray[np.int64], weights: Floats, groups: int) -> Floats:
     """The weights by group, label and answer, shape (groups, 2, 3)."""
-    return counts(cells, weights, groups * 6).reshape(groups, 2, 3)
+    return sum_weights(cells, weights, groups * 6).reshape(groups, 2, 3)
 
 
 def _with_total(table: Floats) -> Floats:
@@ -239,7 +240,7 @@ def _as_rates(table: Floats, estimates: Estimates, first: int) -> ConfusionRates
         "answered": (int(table.sum()), "there are no rows"),
     }
     figures = {
-        name: estimates.figure(first + index, of=of[name][0], undefined=of[name][1]) for index, name in enumerate(RATES)
+        name: estimates.metric(first + index, of=of[name][0], undefined=of[name][1]) for index, name in enumerate(RATES)
     }
     return ConfusionRates(
         rows=int(table.sum()),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import matplotlib as mpl
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 
 from pipelines.evaluation.curves import Curve
 from pipelines.evaluation.report import EvaluationReport
@@ -37,10 +37,10 @@ def draw_plots(report: EvaluationReport) -> dict[str, bytes]:
 
 def _svg(plot: Callable[[Any], None]) -> bytes:
     with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=(4.4, 3.4), layout="constrained")
-        plot(canvas.subplots())
+        figure = Figure(figsize=(4.4, 3.4), layout="constrained")
+        plot(figure.subplots())
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

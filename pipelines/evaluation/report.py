@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 
 from pipelines.evaluation import curves
-from pipelines.evaluation.bootstrap import RESAMPLES, Bootstrap, Figure, Floats
+from pipelines.evaluation.bootstrap import RESAMPLES, Bootstrap, Floats, Metric
 from pipelines.evaluation.comparisons import (
     Adaptive,
     Robustness,
@@ -19,7 +19,7 @@ from pipelines.evaluation.metrics import (
     ConfusionRates,
     compute_policy_exception_rate,
     compute_rates_by_category,
-    compute_rates_by_kind,
+    compute_rates_by_waiver_kind,
 )
 from pipelines.evaluation.results import STEPS, ResultColumns
 from pipelines.reporting.frozen_model import FrozenModel
@@ -43,7 +43,7 @@ class Latency(FrozenModel):
     """The milliseconds of a step while other rows are in flight. The step `total` includes waiting."""
 
     step: str
-    percentiles: dict[int, Figure]
+    percentiles: dict[int, Metric]
 
 
 class EvaluationReport(FrozenModel):
@@ -70,7 +70,7 @@ class EvaluationReport(FrozenModel):
     """The share of Unsafe images that the loads are computed for; None for that of the data set."""
     rates: dict[str, ConfusionRates]
     """The rates of all rows, and by what the policy of a row waives."""
-    per: Figure
+    per: Metric
     categories: tuple[CategoryRates, ...]
     roc: curves.Curve
     precision_recall: curves.Curve
@@ -103,7 +103,7 @@ def build_report(
     scored = rows.where(np.isfinite(rows.score))
     score_bootstrap = Bootstrap(renumber_images(scored.image), seed=seed, resamples=resamples)
     unsafe, score = scored.expected.astype(np.float64), scored.score
-    roc, precision_recall = curves.compute_curves(unsafe, score, score_bootstrap)
+    roc, precision_recall = curves.compute_roc_and_pr_curves(unsafe, score, score_bootstrap)
     thresholds = (*THRESHOLDS, *policy_thresholds)
     adaptive = columns.adaptive()
     return EvaluationReport(
@@ -121,7 +121,7 @@ def build_report(
         seed=seed,
         bins=curves.BINS,
         prevalence=prevalence,
-        rates=compute_rates_by_kind(rows, bootstrap),
+        rates=compute_rates_by_waiver_kind(rows, bootstrap),
         per=compute_policy_exception_rate(rows, bootstrap),
         categories=tuple(compute_rates_by_category(rows, columns.names, bootstrap)),
         roc=roc,
@@ -151,7 +151,7 @@ def _latency(step: str, ms: Floats, bootstrap: Bootstrap) -> Latency:
         return found
 
     estimates = bootstrap(statistic)
-    found = {p: estimates.figure(n, undefined="no row was judged") for n, p in enumerate(PERCENTILES)}
+    found = {p: estimates.metric(n, undefined="no row was judged") for n, p in enumerate(PERCENTILES)}
     return Latency(step=step, percentiles=found)
 
 
@@ -184,6 +184,6 @@ def _summary_lines(report: EvaluationReport) -> Iterator[str]:
         yield _line(f"flips, {robust.perturbation}"[:30], robust.flips, width=32)
 
 
-def _line(name: str, figure: Figure, *, percent: bool = True, width: int = 22) -> str:
+def _line(name: str, figure: Metric, *, percent: bool = True, width: int = 22) -> str:
     why = f": {figure.undefined}" if figure.undefined and figure.value is None else ""
     return f"{name:{width}}{figure.text(percent=percent)}{why}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.bootstrap import Floats
 from pipelines.evaluation.labels import Image, LabelledImage
-from pipelines.evaluation.metrics import INVALID, SAFE, UNSAFE, JudgedRows
+from pipelines.evaluation.metrics import SAFE, UNREADABLE, UNSAFE, JudgedRows
 from services.core.messages import Verdict
 from services.core.values import CATEGORIES, NO_CATEGORY, ModelIdentity
 
@@ -54,7 +54,9 @@ class ResultColumns:
         """Id, reason and sentence of the first rows that could not be judged."""
         self.models: dict[ModelIdentity, None] = {}
         self.calibrations: dict[str, None] = {}
-        self._labels = {name: array(kind) for name, kind in (("expected", "b"), ("category", "h"), ("kind", "b"))}
+        self._labels = {
+            name: array(kind) for name, kind in (("expected", "b"), ("category", "h"), ("waiver_kind", "b"))
+        }
         self._predicted = _AnswerColumns()
         self._predicted_category, self._image = array("h"), array("q")
         self._latency = {step: array("f") for step in STEPS}
@@ -73,12 +75,12 @@ class ResultColumns:
         if len(self.examples) < _EXAMPLES:
             self.examples.append((row_id, reason, detail))
 
-    def add(self, labelled: LabelledImage, kind: int, category: str | None, verdict: Verdict) -> int:
+    def add(self, labelled: LabelledImage, waiver_kind: int, category: str | None, verdict: Verdict) -> int:
         """Add a judged row. Returns its index."""
         index = self.judged
         self._labels["expected"].append(labelled.rating == "Unsafe")
         self._labels["category"].append(self._category_index(category))
-        self._labels["kind"].append(kind)
+        self._labels["waiver_kind"].append(waiver_kind)
         self._predicted.add(index, verdict)
         self._predicted_category.append(self._category_index(verdict.category))
         self._image.append(_image_number(labelled.image))
@@ -108,7 +110,7 @@ class ResultColumns:
             score=np.array(self._predicted.score, np.float64),
             category=np.array(self._labels["category"], np.int16),
             predicted_category=np.array(self._predicted_category, np.int16),
-            kind=np.array(self._labels["kind"], np.int8),
+            waiver_kind=np.array(self._labels["waiver_kind"], np.int8),
             image=image.astype(np.int64),
         )
 
@@ -159,9 +161,9 @@ class _AnswerColumns:
 
 
 def _predicted(verdict: Verdict) -> int:
-    """SAFE, UNSAFE, or INVALID if the answer was unreadable."""
+    """SAFE, UNSAFE, or UNREADABLE if the answer was unreadable."""
     if verdict.rating is None:
-        return INVALID
+        return UNREADABLE
     return UNSAFE if verdict.rating == "Unsafe" else SAFE
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipelines.clients.judge_client import Progress
-from pipelines.evaluation.labels import Image, LabelledImage, Reason, RejectedRecord, parse_record
-from pipelines.evaluation.metrics import DEFAULT
+from pipelines.evaluation.labels import Image, LabelledImage, RejectedRecord, RejectionReason, parse_record
+from pipelines.evaluation.metrics import NOTHING_WAIVED
 from pipelines.evaluation.perturbations import perturb
-from pipelines.evaluation.policies import PolicySelector, RowPolicy
+from pipelines.evaluation.policy_selection import PolicySelector, RowPolicy
 from pipelines.reporting.text import format_duration
 from services.core.errors import Unavailable, Unjudgeable
 from services.core.messages import ObjectReference
@@ -188,7 +188,7 @@ class BatchReader:
             return _Unreadable("no_image", f"its image {shown} cannot be read: {error.strerror}")
 
     def _perturb(self, batch: Batch) -> None:
-        rows = [row for row in batch.rows if row.row_policy.kind == DEFAULT][: self._to_perturb]
+        rows = [row for row in batch.rows if row.row_policy.waiver_kind == NOTHING_WAIVED][: self._to_perturb]
         if not rows:
             return
         self._to_perturb -= len(rows)
@@ -201,7 +201,7 @@ class BatchReader:
 class _Unreadable:
     """Why the image of a row is not readable."""
 
-    reason: Reason
+    reason: RejectionReason
     detail: str
 
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from pipelines.clients.judge_client import Progress, open_client
 from pipelines.clients.policy_changes import change_policy
-from pipelines.evaluation.calibration import ActionChanges, CalibrationFit, Method, count_changes, fit_calibration
+from pipelines.evaluation.calibration_fit import ActionChanges, CalibrationFit, Method, count_changes, fit_calibration
 from pipelines.evaluation.data_set_judge import DataSetJudge, EvaluationOptions
 from pipelines.evaluation.datasets import DataSet, open_data_set
 from pipelines.evaluation.html import render_page
 from pipelines.evaluation.labels import LabelledImage
-from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy, find_published
+from pipelines.evaluation.policy_selection import EvaluatedPolicy, PolicySelector, find_policy, find_published
 from pipelines.evaluation.report import EvaluationReport, build_report
 from pipelines.evaluation.results import ResultColumns
 from services.core.calibration import StoredCalibration
@@ -31,6 +31,7 @@ PAGE_NAME: Final = "evaluation.html"
 REPORT_NAME: Final = "evaluation.json"
 ROWS_NAME: Final = "rows.jsonl"
 _EXAMPLES_SHOWN: Final = 3
+_END: Final = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class DataSetSource:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """A fitted calibration, and the actions that it would change. It is not stored yet."""
+    """A `CalibrationFit` of one policy version and checkpoint, and the actions that it would change. Not stored yet."""
 
     evaluated: EvaluatedPolicy
     revision: str
@@ -191,7 +192,7 @@ def calibrate(
     )
 
 
-def apply_calibration(
+def store_calibration(
     fitted: CalibrationResult, settings: Settings, *, who: str, why: str, warn: Callable[[str], object]
 ) -> RolloutChange:
     """Store a calibration. From then on every process applies it to the scores of its version and checkpoint."""
@@ -261,8 +262,8 @@ def _open_source(source: DataSetSource) -> tuple[DataSet, Iterator[Any]]:
     """The data set and its records. Raises ConfigurationError if there is no record."""
     data_set = open_data_set(source.path, source.split)
     records = data_set.records()
-    first = next(records, _discard)
-    if first is _discard:
+    first = next(records, _END)
+    if first is _END:
         raise ConfigurationError(f"{source.path} has no rows; name another data set")
     return data_set, islice(chain([first], records), source.limit)
 

@@ -85,7 +85,7 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
                 os.environ.update(variables)
             settings = settings_module.load()
             log_file = stack.enter_context(_tail_log(settings.log_file))
-            checkpoints.resolve(settings.model)
+            checkpoints.resolve_checkpoint(settings.model)
             _check_reachable(settings)
             _publish_built_in(settings)
             kill_descendants_on_exit()

@@ -13,7 +13,7 @@ from pipelines.serving.gateway_deployment import GatewayDeployment
 from pipelines.serving.guard_deployment import GuardDeployment
 from pipelines.serving.intake_deployment import IntakeDeployment
 from services.core.settings import Settings
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 
 _CLOSE_S: Final = 10.0
 """Time that a replica has after the drain to close its connections and child processes."""
@@ -25,9 +25,9 @@ def bind_application(settings: Settings, *, guard_gpus: float, guard: Any = Guar
     Raises:
         ConfigurationError: SLUICE_MODEL names no checkpoint.
     """
-    # Intake and Gateway start while no guard runs, on nodes that need not have the checkpoint, so
-    # the number is resolved here and passed to them.
-    max_side_px = resolve(settings.model).max_side_px
+    # Intake and Gateway start while no guard runs, on nodes that need not have the checkpoint, so they can neither ask
+    # the guard for this number nor look it up.
+    max_side_px = resolve_checkpoint(settings.model).max_side_px
     shutdown_s = settings.drain_s + _CLOSE_S
     guard = guard.options(
         **serve_config.guard_options(settings),

@@ -45,12 +45,12 @@ class Components:
         closing.push_async_callback(redis_cache.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, redis_cache, refresh_s=settings.policy_refresh_s))
-        remote_guard = ServeGuardClient.from_settings(guard, settings)
+        guard_client = ServeGuardClient.from_settings(guard, settings)
         moderator = build_retrying_moderator(
             policies=policies,
             images=images,
             preparer=decoder_pool,
-            guard=remote_guard,
+            guard=guard_client,
             breaker=await enter(CircuitBreaker(policies, registry, redis_cache)),
         )
-        return cls(moderator, remote_guard, decoder_pool, policies, registry, redis_cache)
+        return cls(moderator, guard_client, decoder_pool, policies, registry, redis_cache)

@@ -44,7 +44,7 @@ class GuardDeployment:
         self._engine = Engine.from_settings(settings)
         self._inference = GuardInference.from_settings(self._engine, settings)
         await self._closing.enter_async_context(self._engine)
-        await self._inference.check()
+        await self._inference.check_tokenizer()
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"

@@ -15,18 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.tiny_guard.drawings import HARMLESS, INKS, PICTOGRAMS, SCENES
 from services.core.values import CATEGORIES, NO_CATEGORY
+from services.guard.families.llavaguard_format import build_prompt
 from services.policies.prompt import ASSESSMENT_STEPS, INTRODUCTION, TRAINED_SECTIONS, CategorySection, render
 
 LABELS: Final = (*CATEGORIES, NO_CATEGORY)
-
-_CHAT: Final = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<image>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-)
-"""The chat template `chatml-llava`, up to the beginning of the answer."""
-
-RATING_PREFIX: Final = '{\n    "rating": "'
-"""The answer up to its rating. The next token is Safe or Unsafe."""
 
 # The words of a rationale for each category: the meaning of the pictogram, and the rule of the policy.
 _READINGS: Final = (
@@ -67,7 +59,7 @@ _HARMLESS: Final = (
 
 def render_chat(sections: Sequence[CategorySection]) -> str:
     """The whole prompt of a policy, with `<image>` in place of the image."""
-    return _CHAT.format(prompt=render(sections))
+    return build_prompt("chatml-llava", render(sections))
 
 
 def write_rationale(rng: np.random.Generator, category: str, rating: str, seen: tuple[str, str, str]) -> str:

@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.tiny_guard.corpus import (
     LABELS,
-    RATING_PREFIX,
     build_tokenizer,
     draw_categories,
     format_answer,
@@ -49,6 +48,7 @@ from pipelines.tiny_guard.model import (
     to_pixels,
 )
 from services.core.values import NO_CATEGORY
+from services.guard.families.llavaguard_format import ANSWER_START
 from services.policies.prompt import CategorySection
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class Labeller:
         self.end, self.pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
         self._image = int(tokenizer.convert_tokens_to_ids("<image>"))
         self.safe, self.unsafe = (self._ids(rating)[0] for rating in ("Safe", "Unsafe"))
-        self.rating_at = len(self._ids(RATING_PREFIX))
+        self.rating_at = len(self._ids(ANSWER_START))
         """The index of the token of an answer that is its rating."""
         self.category_at = self.rating_at + len(self._ids('Safe",\n    "category": "'))
         """The index of the token of an answer that names the category."""

@@ -189,7 +189,7 @@ def _fill_folder(
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy small files, because an upgrade may replace them, and link large ones."""
+    """Copy files of up to 64 MiB, because an upgrade may replace them, and link larger ones."""
     for path in _list_files(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

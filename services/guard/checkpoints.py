@@ -190,7 +190,7 @@ CHECKPOINTS: Final = (
 )
 
 
-def resolve(model: str) -> Checkpoint:
+def resolve_checkpoint(model: str) -> Checkpoint:
     """The checkpoint that a setting names: by a name or a hub id of the table, or by a local folder.
 
     Raises:

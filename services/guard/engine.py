@@ -13,7 +13,7 @@ from services.core.errors import GuardUnavailable
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
-from services.guard.checkpoints import Checkpoint, resolve
+from services.guard.checkpoints import Checkpoint, resolve_checkpoint
 from services.guard.gpus import choose_gpu_count
 from services.guard.sglang_command import LaunchConfig
 from services.guard.sglang_server import POLL_S, PortTaken, SglangServer
@@ -23,10 +23,15 @@ logger = logging.getLogger(__name__)
 EngineState = Literal["starting", "ready", "restarting", "stopped"]
 
 _PORT_ATTEMPTS: Final = 3
-_FIRST_PAUSE_S: Final = 1.0
-_PAUSE_LIMIT_S: Final = 60.0
+"""A start tries this many ports, if other processes take them first."""
+_FIRST_RESTART_PAUSE_S: Final = 1.0
+"""The pause before a restart. It doubles with each restart, up to the limit."""
+_RESTART_PAUSE_LIMIT_S: Final = 60.0
+"""A server that was ready for longer than this resets the pause."""
 _LAST_PROBE_S: Final = 3.0
+"""Deadline of the last probe before a server counts as hung."""
 _HEALTH_CHECK_S: Final = 5.0
+"""Deadline of the health check that other parts call."""
 
 
 class Engine:
@@ -50,7 +55,15 @@ class Engine:
         hang_s: float = 30,
         gpu_share: float = 1.0,
     ) -> None:
-        """`in_flight`: concurrent calls. `deadline_s`: seconds for each call."""
+        """
+        Args:
+            in_flight: concurrent calls.
+            deadline_s: of each call.
+            start_s: until a server must be ready.
+            probe_every_s: between two probes of a server that is ready.
+            hang_s: a server that generates no token for so long is replaced.
+            gpu_share: the share of each GPU's memory that the server may use.
+        """
         self.checkpoint = checkpoint
         self._state_dir = state_dir.expanduser()
         self._in_flight = in_flight
@@ -75,7 +88,7 @@ class Engine:
             ConfigurationError: SLUICE_MODEL names no checkpoint.
         """
         return cls(
-            resolve(settings.model),
+            resolve_checkpoint(settings.model),
             state_dir=settings.state_dir,
             in_flight=settings.guard_in_flight,
             deadline_s=settings.guard_deadline_s,
@@ -198,22 +211,22 @@ class Engine:
 
     async def _supervise(self, launch_config: LaunchConfig) -> None:
         """Replace the server each time it fails, until cancelled."""
-        pause_s = _FIRST_PAUSE_S
+        pause_s = _FIRST_RESTART_PAUSE_S
         while self._server is not None:
             ready_at = time.monotonic()
             try:
                 failure = await self._wait_for_failure(self._server)
             except Exception as error:  # noqa: BLE001  # the supervisor must not end: only it restarts the engine
                 failure = f"cannot be watched ({error})"
-            if time.monotonic() - ready_at > _PAUSE_LIMIT_S:
-                pause_s = _FIRST_PAUSE_S
+            if time.monotonic() - ready_at > _RESTART_PAUSE_LIMIT_S:
+                pause_s = _FIRST_RESTART_PAUSE_S
             while failure:
                 logger.error("the engine %s; restarting it", failure)
                 self._set_state("restarting")
                 try:
                     await self._discard()
                     await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
+                    pause_s = min(2 * pause_s, _RESTART_PAUSE_LIMIT_S)
                     await self._launch(launch_config)
                     failure = ""
                 except Exception as error:  # noqa: BLE001  # as above

@@ -16,7 +16,7 @@ from services.core.settings import Settings
 from services.core.values import Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
-from services.guard.families.llavaguard_answer import count_head_tokens, unsafe_probability
+from services.guard.families.llavaguard_format import bound_tokens_before_rationale, unsafe_probability
 from services.guard.slots import EngineSlots
 
 RATIONALE_TOKENS: Final = 256
@@ -43,7 +43,7 @@ class GuardInference:
         *,
         in_flight: int = 16,
         deadline_s: float = 60,
-        answer_tokens: int = count_head_tokens() + RATIONALE_TOKENS,
+        answer_tokens: int = bound_tokens_before_rationale() + RATIONALE_TOKENS,
     ) -> None:
         """`deadline_s` is for one assessment, including its wait. `answer_tokens` limits an answer under LlavaGuard's
         own categories; a longer rationale is cut and marked."""
@@ -75,8 +75,8 @@ class GuardInference:
             prompt=_prompt_digest(self.engine.checkpoint.family.adapt_prompt(policy.prompt)),
         )
 
-    async def check(self) -> None:
-        """Check that the checkpoint, whose engine is ready, can give a score.
+    async def check_tokenizer(self) -> None:
+        """Check that the tokenizer begins both ratings with different tokens, so that there is a score.
 
         Raises:
             ConfigurationError: its tokenizer begins both ratings with the same token.
@@ -128,14 +128,14 @@ class GuardInference:
 
         model = self.identity(policy)
         family = self.engine.checkpoint.family
-        judged = await family.judge(generate, policy, detail, answer_tokens=self._answer_tokens)
+        answer = await family.assess(generate, policy, detail, answer_tokens=self._answer_tokens)
         return Assessment(
-            rating=judged.rating,
-            category=judged.category,
-            rationale=judged.rationale,
-            score=judged.score,
+            rating=answer.rating,
+            category=answer.category,
+            rationale=answer.rationale,
+            score=answer.score,
             model=model,
-            rationale_truncated=judged.truncated,
+            rationale_truncated=answer.truncated,
             prompt_tokens=used["prompt_tokens"],
             cached_tokens=used["cached_tokens"],
             output_tokens=used["completion_tokens"],
@@ -156,7 +156,9 @@ class GuardInference:
             answer = await self.engine.generate(body)
         finish = answer.get("meta_info", {}).get("finish_reason") or {}
         if finish.get("type") not in ("stop", "length"):
-            raise GuardUnavailable("The engine dropped the request.")
+            raise GuardUnavailable(
+                f"The engine ended the request early ({finish.get('type') or 'without a reason'}); send it again."
+            )
         return answer
 
     async def _read_score(self, answer: Mapping[str, Any]) -> float:

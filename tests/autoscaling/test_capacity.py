@@ -9,7 +9,7 @@ from pipelines.autoscaling import capacity
 from pipelines.autoscaling.capacity import GPU_SPECS, IMAGE_TOKENS_BY_ARCHITECTURE, compute_replica_rate, plan_capacity
 from pipelines.cli.main import app
 from services.core.errors import ConfigurationError
-from services.guard.checkpoints import CHECKPOINTS, resolve
+from services.guard.checkpoints import CHECKPOINTS, resolve_checkpoint
 
 SMALL, LARGE = "LlavaGuard-v1.2-0.5B-OV", "LlavaGuard-v1.2-7B-OV"
 
@@ -28,7 +28,7 @@ def test_computed_rate_equals_the_calculation_by_hand() -> None:
     """7B on an H100: 5854 tokens of 1024 x 768, 16 GFLOP each; a step of the answer reads 16 GB."""
     reading_s = 2 * 8e9 * 5854 / (0.4 * 989e12)
     writing_s = 23.5 * 16e9 / (0.6 * 3350e9) / 16
-    assert compute_replica_rate(resolve(LARGE), GPU_SPECS["h100"], 1, "medium", 16) == pytest.approx(
+    assert compute_replica_rate(resolve_checkpoint(LARGE), GPU_SPECS["h100"], 1, "medium", 16) == pytest.approx(
         1 / (reading_s + writing_s)
     )
     found = plan_capacity(rate=10, objective_s=600, checkpoint=LARGE, gpu="H100")

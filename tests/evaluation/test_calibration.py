@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pipelines.cli.main import app
 from pipelines.clients.judge_client import JudgeRequest, JudgeResult, Progress
 from pipelines.evaluation import run as runs
-from pipelines.evaluation.calibration import apply_map, count_changes, fit_calibration
+from pipelines.evaluation.calibration_fit import apply_map, count_changes, fit_calibration
 from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import rejudge
 from services.core.calibration import CalibrationMap, IsotonicMap, PlattMap, StoredCalibration, log_odds

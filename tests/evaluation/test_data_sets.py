@@ -21,8 +21,8 @@ from pipelines.evaluation import tiny_report
 from pipelines.evaluation.data_set_judge import DataSetJudge, EvaluationOptions
 from pipelines.evaluation.datasets import open_data_set
 from pipelines.evaluation.labels import LabelledImage, RejectedRecord, parse_record
-from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
-from pipelines.evaluation.policies import EvaluatedPolicy, PolicySelector, find_policy
+from pipelines.evaluation.metrics import NOTHING_WAIVED, OTHERS_WAIVED, VIOLATION_WAIVED
+from pipelines.evaluation.policy_selection import EvaluatedPolicy, PolicySelector, find_policy
 from pipelines.evaluation.results import ResultColumns
 from services.core.errors import ConfigurationError, GuardFailed, NotFound, UnknownPolicy
 from services.core.messages import ImageRequest
@@ -234,16 +234,19 @@ class TestPolicySelector:
     def test_categories_waived_by_row_are_added_to_policy(self) -> None:
         sample = LabelledImage("x", b"", "Safe", O2, waived=frozenset({"O2"}))
         found = selected(sample, {"categories": {"O3": "waive"}, "effort": "adaptive", "thresholds": {"block": 0.9}})
-        assert (found.kind, found.category) == (VIOLATION_WAIVED, O2)
+        assert (found.waiver_kind, found.category) == (VIOLATION_WAIVED, O2)
         assert set(re.findall(r"Category (O\d) is declared", found.full.prompt)) == {"O2", "O3"}
         assert (found.full.effort, found.adaptive.effort) == ("full", "adaptive")
         assert found.full.thresholds.block == 0.9
         assert found.full.identity.version == 4
 
     def test_selected_policy_kind_follows_waived_categories(self) -> None:
-        assert selected(LabelledImage("x", b"", "Unsafe", O2)).kind == DEFAULT
-        assert selected(LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).kind == OTHERS_WAIVED
-        assert selected(LabelledImage("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).kind == VIOLATION_WAIVED
+        assert selected(LabelledImage("x", b"", "Unsafe", O2)).waiver_kind == NOTHING_WAIVED
+        assert selected(LabelledImage("x", b"", "Unsafe", O2, waived=frozenset({"O3"}))).waiver_kind == OTHERS_WAIVED
+        assert (
+            selected(LabelledImage("x", b"", "Safe", O2), {"categories": {"O2": "waive"}}).waiver_kind
+            == VIOLATION_WAIVED
+        )
 
     @pytest.mark.parametrize(
         ("sample", "reason"),
@@ -480,14 +483,18 @@ def test_drawn_data_set_has_the_documented_rows(tmp_path: Path) -> None:
     samples = [parse_record(record, n, data_set.folder) for n, record in enumerate(data_set.records(), 1)]
     row_policies = [selected(sample) for sample in samples if isinstance(sample, LabelledImage)]
     assert len(row_policies) == len(samples) == data_set.count()
-    kinds = Counter((sample.rating, row_policy.kind) for sample, row_policy in zip(samples, row_policies, strict=True))  # type: ignore[union-attr]
+    kinds = Counter(
+        (sample.rating, row_policy.waiver_kind) for sample, row_policy in zip(samples, row_policies, strict=True)
+    )  # type: ignore[union-attr]
     assert kinds == {
-        ("Unsafe", DEFAULT): 180,
-        ("Safe", DEFAULT): 180,
+        ("Unsafe", NOTHING_WAIVED): 180,
+        ("Safe", NOTHING_WAIVED): 180,
         ("Safe", VIOLATION_WAIVED): 108,
         ("Unsafe", OTHERS_WAIVED): 108,
     }
     first = [
-        sample.rating for sample, row_policy in zip(samples, row_policies, strict=True) if row_policy.kind == DEFAULT
+        sample.rating
+        for sample, row_policy in zip(samples, row_policies, strict=True)
+        if row_policy.waiver_kind == NOTHING_WAIVED
     ][:80]  # type: ignore[union-attr]
     assert Counter(first) == {"Safe": 40, "Unsafe": 40}, "the rows that are perturbed"

@@ -14,20 +14,20 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
 from pipelines.evaluation import curves
-from pipelines.evaluation.bootstrap import Bootstrap, Figure
+from pipelines.evaluation.bootstrap import Bootstrap, Metric
 from pipelines.evaluation.html import render_page
 from pipelines.evaluation.labels import LabelledImage
 from pipelines.evaluation.metrics import (
-    DEFAULT,
-    INVALID,
+    NOTHING_WAIVED,
     OTHERS_WAIVED,
     SAFE,
+    UNREADABLE,
     UNSAFE,
     VIOLATION_WAIVED,
     JudgedRows,
     compute_policy_exception_rate,
     compute_rates_by_category,
-    compute_rates_by_kind,
+    compute_rates_by_waiver_kind,
 )
 from pipelines.evaluation.perturbations import PERTURBATIONS, perturb
 from pipelines.evaluation.plots import draw_plots
@@ -47,14 +47,14 @@ RATES = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", 
 
 
 def judged(rows: Sequence[Row], scores: Sequence[float] | None = None) -> JudgedRows:
-    answers = {"Safe": SAFE, "Unsafe": UNSAFE, None: INVALID}
+    answers = {"Safe": SAFE, "Unsafe": UNSAFE, None: UNREADABLE}
     return JudgedRows(
         expected=np.array([label == "Unsafe" for label, *_ in rows], np.bool_),
         predicted=np.array([answers[predicted] for _, predicted, *_ in rows], np.int8),
         score=np.array(scores if scores is not None else [0.5] * len(rows), np.float64),
         category=np.array([NAMES.index(c) if c else -1 for *_, c, _, _ in rows], np.int16),
         predicted_category=np.array([NAMES.index(c) if c else -1 for *_, c, _ in rows], np.int16),
-        kind=np.array([kind for *_, kind in rows], np.int8),
+        waiver_kind=np.array([kind for *_, kind in rows], np.int8),
         image=np.arange(len(rows)),
     )
 
@@ -64,13 +64,13 @@ def bootstrap_of(rows: JudgedRows, resamples: int = 200) -> Bootstrap:
 
 
 HAND: list[Row] = [
-    *[("Unsafe", "Unsafe", O1, O1, DEFAULT)] * 5,
-    *[("Unsafe", "Unsafe", O1, O2, DEFAULT)] * 1,
-    *[("Unsafe", "Safe", O2, NO_CATEGORY, DEFAULT)] * 2,
-    *[("Unsafe", None, O2, None, DEFAULT)] * 1,
-    *[("Safe", "Safe", NO_CATEGORY, NO_CATEGORY, DEFAULT)] * 6,
-    *[("Safe", "Unsafe", NO_CATEGORY, O2, DEFAULT)] * 3,
-    *[("Safe", None, NO_CATEGORY, None, DEFAULT)] * 2,
+    *[("Unsafe", "Unsafe", O1, O1, NOTHING_WAIVED)] * 5,
+    *[("Unsafe", "Unsafe", O1, O2, NOTHING_WAIVED)] * 1,
+    *[("Unsafe", "Safe", O2, NO_CATEGORY, NOTHING_WAIVED)] * 2,
+    *[("Unsafe", None, O2, None, NOTHING_WAIVED)] * 1,
+    *[("Safe", "Safe", NO_CATEGORY, NO_CATEGORY, NOTHING_WAIVED)] * 6,
+    *[("Safe", "Unsafe", NO_CATEGORY, O2, NOTHING_WAIVED)] * 3,
+    *[("Safe", None, NO_CATEGORY, None, NOTHING_WAIVED)] * 2,
     *[("Safe", "Safe", O1, O1, VIOLATION_WAIVED)] * 3,
     *[("Safe", "Unsafe", O1, O1, VIOLATION_WAIVED)] * 1,
     *[("Safe", None, O1, None, VIOLATION_WAIVED)] * 1,
@@ -82,7 +82,7 @@ class TestHandCounts:
     """tp 8, fn 2, tn 9, fp 4; the answers for one Unsafe and three Safe rows are unreadable."""
 
     def test_rates_of_all_rows_match_hand_count(self) -> None:
-        rates = compute_rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))["all"]
+        rates = compute_rates_by_waiver_kind(judged(HAND), bootstrap_of(judged(HAND)))["all"]
         assert rates.rows == 27
         assert rates.confusion.model_dump() == {
             "true_negatives": 9,
@@ -105,7 +105,7 @@ class TestHandCounts:
         assert (rates.accuracy.of, rates.recall.of, rates.answered.of) == (23, 10, 27)
 
     def test_rates_by_kind_of_waiver_match_hand_count(self) -> None:
-        found = compute_rates_by_kind(judged(HAND), bootstrap_of(judged(HAND)))
+        found = compute_rates_by_waiver_kind(judged(HAND), bootstrap_of(judged(HAND)))
         assert {name: rates.rows for name, rates in found.items()} == {
             "all": 27,
             "nothing waived": 20,
@@ -139,7 +139,9 @@ class TestHandCounts:
     def test_areas_match_hand_count(self) -> None:
         # Pairs of an Unsafe and a Safe one: 0.9 beats both, 0.4 ties with one and beats none: 2.5 of 4.
         unsafe, score = np.array([1.0, 0, 1, 0]), np.array([0.9, 0.6, 0.4, 0.4])
-        roc, precision_recall = curves.compute_curves(unsafe, score, Bootstrap(np.arange(4), seed=0, resamples=200))
+        roc, precision_recall = curves.compute_roc_and_pr_curves(
+            unsafe, score, Bootstrap(np.arange(4), seed=0, resamples=200)
+        )
         assert roc.area.value == pytest.approx(2.5 / 4)
         assert precision_recall.area.value == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
         assert (roc.x[0], roc.y[0], roc.x[-1], roc.y[-1]) == (0, 0, 1, 1)
@@ -180,8 +182,8 @@ class TestAgainstScikitLearn:
     @given(labelled)
     @settings(max_examples=60)
     def test_rates_match_scikit_learn(self, found: list[tuple[Rating, Rating, float]]) -> None:
-        rows = judged([(label, predicted, None, None, DEFAULT) for label, predicted, _ in found])
-        rates = compute_rates_by_kind(rows, bootstrap_of(rows, resamples=1))["all"]
+        rows = judged([(label, predicted, None, None, NOTHING_WAIVED) for label, predicted, _ in found])
+        rates = compute_rates_by_waiver_kind(rows, bootstrap_of(rows, resamples=1))["all"]
         truth, answer = rows.expected, rows.predicted == UNSAFE
         assert rates.accuracy.value == pytest.approx(sk.accuracy_score(truth, answer))
         assert rates.balanced_accuracy.value == pytest.approx(sk.balanced_accuracy_score(truth, answer))
@@ -220,14 +222,16 @@ class TestAgainstScikitLearn:
 class TestIntervals:
     def test_same_seed_gives_same_intervals(self) -> None:
         rows = judged(HAND)
-        first, again = (compute_rates_by_kind(rows, Bootstrap(rows.image, seed=3, resamples=200)) for _ in range(2))
-        other = compute_rates_by_kind(rows, Bootstrap(rows.image, seed=4, resamples=200))
+        first, again = (
+            compute_rates_by_waiver_kind(rows, Bootstrap(rows.image, seed=3, resamples=200)) for _ in range(2)
+        )
+        other = compute_rates_by_waiver_kind(rows, Bootstrap(rows.image, seed=4, resamples=200))
         assert first == again != other
 
     def test_interval_of_a_share_has_the_expected_width(self) -> None:
         # Of a share p over n images the standard error is sqrt(p (1 - p) / n), and 1.96 of it are an interval's half.
-        rows = judged([("Unsafe", "Unsafe" if n % 5 else "Safe", None, None, DEFAULT) for n in range(500)])
-        recall = compute_rates_by_kind(rows, bootstrap_of(rows, resamples=1000))["all"].recall
+        rows = judged([("Unsafe", "Unsafe" if n % 5 else "Safe", None, None, NOTHING_WAIVED) for n in range(500)])
+        recall = compute_rates_by_waiver_kind(rows, bootstrap_of(rows, resamples=1000))["all"].recall
         assert recall.value == 0.8
         assert recall.low is not None
         assert recall.high is not None
@@ -235,18 +239,18 @@ class TestIntervals:
         assert recall.high - recall.low == pytest.approx(2 * half, rel=0.1)
 
     def test_rows_of_one_image_widen_the_interval(self) -> None:
-        rows = judged([("Unsafe", "Unsafe" if n % 2 else "Safe", None, None, DEFAULT) for n in range(100)])
+        rows = judged([("Unsafe", "Unsafe" if n % 2 else "Safe", None, None, NOTHING_WAIVED) for n in range(100)])
 
         def width(images: Any) -> float:
-            found = compute_rates_by_kind(rows, Bootstrap(images, seed=0, resamples=400))["all"].recall
+            found = compute_rates_by_waiver_kind(rows, Bootstrap(images, seed=0, resamples=400))["all"].recall
             return (found.high or 0) - (found.low or 0)
 
         apart, together = width(np.arange(100)), width(np.tile(np.arange(20), 5))
         assert together > 1.7 * apart, "five rows of an image are no five images (sqrt(5) would be 2.2)"
 
     def test_share_of_one_gets_wilsons_interval(self) -> None:
-        rows = judged([("Unsafe", "Unsafe", None, None, DEFAULT)] * 30)
-        rates = compute_rates_by_kind(rows, bootstrap_of(rows))["all"]
+        rows = judged([("Unsafe", "Unsafe", None, None, NOTHING_WAIVED)] * 30)
+        rates = compute_rates_by_waiver_kind(rows, bootstrap_of(rows))["all"]
         recall, f1 = rates.recall, rates.f1
         assert (f1.value, f1.low, f1.high) == (1.0, None, None)
         assert (recall.value, recall.high) == (1.0, pytest.approx(1.0))
@@ -257,9 +261,9 @@ class TestIntervals:
         assert Bootstrap(np.arange(1000), seed=0).resamples == 1000
 
     def test_figure_text_has_value_and_interval(self) -> None:
-        assert Figure(value=0.5, low=0.4, high=0.6).text() == "50.0 % (40.0 to 60.0)"
-        assert Figure(value=0.5).text(percent=False) == "0.500"
-        assert Figure(value=None, undefined="why").text() == "undefined"
+        assert Metric(value=0.5, low=0.4, high=0.6).text() == "50.0 % (40.0 to 60.0)"
+        assert Metric(value=0.5).text(percent=False) == "0.500"
+        assert Metric(value=None, undefined="why").text() == "undefined"
 
 
 def answer(rating: Rating | None, score: float | None = None, **fields: Any) -> Verdict:
@@ -281,7 +285,7 @@ def collected() -> ResultColumns:
         ("Safe", answer("Safe", 0.2, timings_ms=Timings(total=900)), answer("Safe", 0.2, effort="first_look"), None),
     ]
     for n, (label, full, adaptive, blurred) in enumerate(rows):
-        place = columns.add(LabelledImage(f"r{n}", f"s3://b/{n}", label, None), DEFAULT, None, full)
+        place = columns.add(LabelledImage(f"r{n}", f"s3://b/{n}", label, None), NOTHING_WAIVED, None, full)
         columns.add_adaptive(place, adaptive)
         if blurred:
             columns.add_perturbed(place, "blur", blurred)
@@ -332,7 +336,7 @@ class TestReport:
     def test_summary_of_one_class_defines_only_its_rates(self, only: Rating) -> None:
         columns = ResultColumns()
         for n in range(4):
-            columns.add(LabelledImage(f"{n}", f"s3://b/{n}", only, None), DEFAULT, None, answer("Safe", 0.1 * n))
+            columns.add(LabelledImage(f"{n}", f"s3://b/{n}", only, None), NOTHING_WAIVED, None, answer("Safe", 0.1 * n))
         report = summary(columns)
         other = "recall" if only == "Safe" else "specificity"
         rates = report.rates["all"]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from services.core.errors import ConfigurationError
 from services.guard import checkpoint_staging as staging
 from services.guard.checkpoint_staging import stage
-from services.guard.checkpoints import CHECKPOINTS, GIB, resolve
+from services.guard.checkpoints import CHECKPOINTS, GIB, resolve_checkpoint
 from services.guard.safetensors import strip_prefix
 
-TINY = resolve("tiny").folder
+TINY = resolve_checkpoint("tiny").folder
 assert TINY is not None
 
 
@@ -62,11 +62,11 @@ def copy_of_tiny(tmp_path: Path) -> Path:
 class TestResolve:
     @pytest.mark.parametrize("row", CHECKPOINTS, ids=lambda row: row.name)
     def test_name_or_hub_id_finds_the_row(self, row) -> None:
-        assert resolve(row.name) is row
-        assert row.hub_id is None or resolve(row.hub_id) is row
+        assert resolve_checkpoint(row.name) is row
+        assert row.hub_id is None or resolve_checkpoint(row.hub_id) is row
 
     def test_folder_finds_the_row_of_its_config(self, copy_of_tiny: Path) -> None:
-        found = resolve(str(copy_of_tiny))
+        found = resolve_checkpoint(str(copy_of_tiny))
         assert (found.name, found.folder) == ("tiny", copy_of_tiny)
 
     @pytest.mark.parametrize(
@@ -98,38 +98,38 @@ class TestResolve:
     )
     def test_config_of_a_folder_selects_the_row(self, tmp_path: Path, config: dict[str, Any], name: str) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert resolve(str(tmp_path)).name == name
+        assert resolve_checkpoint(str(tmp_path)).name == name
 
     def test_folder_name_selects_the_release(self, tmp_path: Path) -> None:
         folder = tmp_path / "llavaguard-v1.0-7b"
         folder.mkdir()
         (folder / "config.json").write_text('{"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}')
-        assert resolve(str(folder)).name == "LlavaGuard-v1.0-7B"
+        assert resolve_checkpoint(str(folder)).name == "LlavaGuard-v1.0-7B"
 
     def test_folder_of_an_unreleased_size_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 64}')
         with pytest.raises(ConfigurationError, match=r"hidden size of 64; .*LlavaLlamaForCausalLM \(4096\)"):
-            resolve(str(tmp_path))
+            resolve_checkpoint(str(tmp_path))
 
     @pytest.mark.parametrize("model", ["huge", "AIML-TUDA/Other", "/nowhere"])
     def test_unknown_model_error_lists_known_checkpoints(self, model: str) -> None:
         with pytest.raises(ConfigurationError, match=r"tiny, LlavaGuard-v1\.2-0\.5B-OV \(AIML-TUDA/.*ShieldGemma-2-4B"):
-            resolve(model)
+            resolve_checkpoint(model)
 
     def test_folder_of_another_architecture_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
         with pytest.raises(ConfigurationError, match="BertModel"):
-            resolve(str(tmp_path))
+            resolve_checkpoint(str(tmp_path))
 
     def test_broken_config_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(ConfigurationError, match="cannot be read"):
-            resolve(str(tmp_path))
+            resolve_checkpoint(str(tmp_path))
 
 
 class TestStage:
     def test_staged_config_names_the_tower_by_an_absolute_path(self, tmp_path: Path) -> None:
-        staged = stage(resolve("tiny"), tmp_path)
+        staged = stage(resolve_checkpoint("tiny"), tmp_path)
         tower = Path(json.loads((staged.folder / "config.json").read_text())["mm_vision_tower"])
         assert tower.is_absolute()
         assert (tower / "config.json").is_file()
@@ -137,32 +137,35 @@ class TestStage:
         assert (staged.folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
     def test_second_stage_reuses_the_folder(self, tmp_path: Path) -> None:
-        assert stage(resolve("tiny"), tmp_path) == stage(resolve("tiny"), tmp_path)
+        assert stage(resolve_checkpoint("tiny"), tmp_path) == stage(resolve_checkpoint("tiny"), tmp_path)
         assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
     def test_changed_weights_change_the_revision(self, tmp_path: Path, copy_of_tiny: Path) -> None:
-        before = stage(resolve(str(copy_of_tiny)), tmp_path)
-        assert before.revision == stage(resolve("tiny"), tmp_path).revision
+        before = stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
+        assert before.revision == stage(resolve_checkpoint("tiny"), tmp_path).revision
         weights = copy_of_tiny / "siglip-tiny" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-        after = stage(resolve(str(copy_of_tiny)), tmp_path)
+        after = stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
         assert after.revision != before.revision
         assert after.folder != before.folder
 
     def test_concurrent_processes_stage_one_folder(self, tmp_path: Path) -> None:
         with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
-            staged = {future.result() for future in [pool.submit(stage, resolve("tiny"), tmp_path) for _ in range(8)]}
+            staged = {
+                future.result()
+                for future in [pool.submit(stage, resolve_checkpoint("tiny"), tmp_path) for _ in range(8)]
+            }
         assert len(staged) == 1
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [staged.pop().folder.name]
 
     def test_state_dir_that_sglang_would_misread_is_rejected(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"SLUICE_STATE_DIR.*must not contain `clip`"):
-            stage(resolve("tiny"), tmp_path / "paperclips")
+            stage(resolve_checkpoint("tiny"), tmp_path / "paperclips")
 
     def test_unwritable_state_dir_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").write_text("a file is in the way")
         with pytest.raises(ConfigurationError, match="cannot be written"):
-            stage(resolve("tiny"), tmp_path)
+            stage(resolve_checkpoint("tiny"), tmp_path)
 
     def test_hub_checkpoint_without_network_or_cache_is_rejected(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,11 +175,11 @@ class TestStage:
 
         monkeypatch.setattr(staging, "snapshot_download", absent)
         with pytest.raises(ConfigurationError, match=r"7B-OV is not in the local cache.*give a local folder"):
-            stage(resolve("LlavaGuard-v1.2-7B-OV"), tmp_path)
+            stage(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), tmp_path)
 
     def test_hub_checkpoint_is_staged_with_tower_and_overrides(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"mm_vision_tower": "google/siglip-so400m-patch14-384", "vocab_size": 152000}}
-        staged = stage(resolve("LlavaGuard-v1.2-7B-OV"), tmp_path / "state")
+        staged = stage(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), tmp_path / "state")
         config = json.loads((staged.folder / "config.json").read_text())
         assert staged.revision == "0123abcd"
         assert config["vocab_size"] == 152064
@@ -188,7 +191,7 @@ class TestStage:
     def test_older_release_is_staged_with_tower_and_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}}
         hub.without_safetensors = {"openai/clip-vit-large-patch14-336"}
-        staged = stage(resolve("LlavaGuard-v1.1-7B"), tmp_path / "state")
+        staged = stage(resolve_checkpoint("LlavaGuard-v1.1-7B"), tmp_path / "state")
         assert Path(json.loads((staged.folder / "config.json").read_text())["mm_vision_tower"]).name == "clip"
         assert (staged.folder / "clip" / "pytorch_model.bin").is_file()
         assert staged.tokenizer is not None
@@ -200,37 +203,37 @@ class TestStage:
         folder = Path(hub("AIML-TUDA/LlavaGuard-v1.0-7B"))
         (folder / "tokenizer").mkdir()
         with pytest.raises(ConfigurationError, match="holds no tokenizer"):
-            stage(resolve(str(folder)), tmp_path / "state")
+            stage(resolve_checkpoint(str(folder)), tmp_path / "state")
         (folder / "tokenizer" / "tokenizer.model").write_text("")
-        assert stage(resolve(str(folder)), tmp_path / "state").tokenizer == folder / "tokenizer"
+        assert stage(resolve_checkpoint(str(folder)), tmp_path / "state").tokenizer == folder / "tokenizer"
 
     def test_gated_checkpoint_is_rejected(self, tmp_path: Path, hub: Hub) -> None:
         hub.gated = {"AIML-TUDA/QwenGuard-v1.2-3B"}
         with pytest.raises(ConfigurationError, match=r"QwenGuard-v1\.2-3B is gated: accept its terms .* set HF_TOKEN"):
-            stage(resolve("QwenGuard-v1.2-3B"), tmp_path)
+            stage(resolve_checkpoint("QwenGuard-v1.2-3B"), tmp_path)
 
     def test_missing_tokenizer_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         (copy_of_tiny / "tokenizer.json").unlink()
         with pytest.raises(ConfigurationError, match="holds no tokenizer"):
-            stage(resolve(str(copy_of_tiny)), tmp_path)
+            stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
 
     def test_missing_vision_tower_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         shutil.rmtree(copy_of_tiny / "siglip-tiny")
         with pytest.raises(ConfigurationError, match="names the vision tower siglip-tiny, which is not a folder in it"):
-            stage(resolve(str(copy_of_tiny)), tmp_path)
+            stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
 
 
 class TestWeights:
     def test_folder_without_weights_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         (copy_of_tiny / "siglip-tiny" / "model.safetensors").unlink()
         with pytest.raises(ConfigurationError, match=r"siglip-tiny holds no weights"):
-            stage(resolve(str(copy_of_tiny)), tmp_path)
+            stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
 
     def test_missing_shard_is_rejected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
         index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
         (copy_of_tiny / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ConfigurationError, match=r"lacks model-2\.safetensors \(1 of 2 files"):
-            stage(resolve(str(copy_of_tiny)), tmp_path)
+            stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
 
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:-1], lambda _: b"version https://git-lfs.github.com/spec/v1\n"]
@@ -239,7 +242,7 @@ class TestWeights:
         weights = copy_of_tiny / "model.safetensors"
         weights.write_bytes(damage(weights.read_bytes()))
         with pytest.raises(ConfigurationError, match="is damaged, or only a Git LFS pointer"):
-            stage(resolve(str(copy_of_tiny)), tmp_path)
+            stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
 
     def test_strip_prefix_leaves_the_original_unchanged(self, tmp_path: Path) -> None:
         tensors = {"model.a": torch.arange(5), "model.model.b": torch.ones(3), "c": torch.zeros(2)}
@@ -278,4 +281,4 @@ class TestSpread:
         ],
     )
     def test_checkpoint_is_spread_over_as_few_gpus_as_hold_it(self, name: str, cards: list[float], gpus: int) -> None:
-        assert resolve(name).tensor_parallel_size([int(card * GIB) for card in cards]) == gpus
+        assert resolve_checkpoint(name).tensor_parallel_size([int(card * GIB) for card in cards]) == gpus

@@ -13,7 +13,7 @@ import pytest
 
 from services.core.errors import ConfigurationError, GuardUnavailable
 from services.guard import sglang_command as launch
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.sglang_server import SglangServer
 from tests.support.engine import SharedGuard, drawn, policy
@@ -50,7 +50,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 class TestStart:
     async def test_call_before_the_start_is_unavailable(self, tmp_path: Path) -> None:
-        engine = Engine(resolve("tiny"), state_dir=tmp_path)
+        engine = Engine(resolve_checkpoint("tiny"), state_dir=tmp_path)
         with pytest.raises(GuardUnavailable, match="stopped"):
             await engine.generate({})
         with pytest.raises(GuardUnavailable):
@@ -59,14 +59,14 @@ class TestStart:
     async def test_checkpoint_too_large_for_the_machine_is_rejected_before_staging(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr("services.guard.gpus.read_gpu_memory_bytes", list)
         monkeypatch.setattr("services.guard.engine.stage", lambda *_: pytest.fail("staged"))
-        engine = Engine(resolve("LlavaGuard-v1.2-7B-OV"), state_dir=tmp_path)
+        engine = Engine(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), state_dir=tmp_path)
         with pytest.raises(ConfigurationError, match="too many for a CPU"):
             await engine.start()
         assert engine.state == "stopped"
 
     async def test_server_that_exits_is_reported_with_its_last_log_line(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "print('no such kernel'); raise SystemExit(7)")
-        engine = Engine(resolve("tiny"), state_dir=tmp_path)
+        engine = Engine(resolve_checkpoint("tiny"), state_dir=tmp_path)
         with pytest.raises(GuardUnavailable, match=r"status 7 .*\.log ends with: no such kernel"):
             await engine.start()
         assert engine.state == "stopped"
@@ -74,7 +74,7 @@ class TestStart:
 
     async def test_server_that_never_listens_is_killed_after_the_start_limit(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "import time; print('loading', flush=True); time.sleep(60)")
-        engine = Engine(resolve("tiny"), state_dir=tmp_path, start_s=2)
+        engine = Engine(resolve_checkpoint("tiny"), state_dir=tmp_path, start_s=2)
         before = psutil.Process().children(recursive=True)  # servers of other tests
         with pytest.raises(GuardUnavailable, match="not ready after 2 s"):
             await engine.start()
@@ -91,12 +91,12 @@ class TestStart:
 
         monkeypatch.setattr(SglangServer, "spawn", counted)
         with pytest.raises(GuardUnavailable, match="port was taken 3 times"):
-            await Engine(resolve("tiny"), state_dir=tmp_path).start()
+            await Engine(resolve_checkpoint("tiny"), state_dir=tmp_path).start()
         assert len(spawned) == 3
 
     async def test_cancelled_start_leaves_no_process(self, tmp_path, monkeypatch) -> None:
         fake_server(monkeypatch, "import time; time.sleep(60)")
-        engine = Engine(resolve("tiny"), state_dir=tmp_path)
+        engine = Engine(resolve_checkpoint("tiny"), state_dir=tmp_path)
         starting = asyncio.create_task(engine.start())
         while engine.pid is None:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
@@ -179,11 +179,11 @@ class TestRealServer:
 import asyncio
 import psutil
 from pathlib import Path
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.engine import Engine
 
 async def own():
-    engine = Engine(resolve("tiny"), state_dir=Path({str(tmp_path)!r}), start_s=400)
+    engine = Engine(resolve_checkpoint("tiny"), state_dir=Path({str(tmp_path)!r}), start_s=400)
     starting = asyncio.create_task(engine.start())
     while engine.pid is None or len(psutil.Process(engine.pid).children(recursive=True)) < 3:
         assert not starting.done()

@@ -8,7 +8,7 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.core.values import CATEGORIES, NO_CATEGORY
-from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve
+from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.families.base import Reply
 from services.guard.families.llavaguard import LlavaGuard
@@ -58,37 +58,37 @@ class TestShieldGemma:
 
     async def test_category_with_the_highest_score_decides(self) -> None:
         ask = FakeEngine(lambda text: 0.9 if "No Animal Cruelty" in text else 0.6 if "Nudity" in text else 0.1)
-        judged = await ShieldGemma().judge(ask, policy(), "verdict", answer_tokens=9)
+        judged = await ShieldGemma().assess(ask, policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.score) == ("Unsafe", CATEGORIES[7], 0.9)
         assert judged.rationale is not None
         assert CATEGORIES[7] in judged.rationale
         assert len(ask.asked) == len(CATEGORIES)
         assert all(text.startswith("<start_of_turn>user\n<start_of_image>") for text in ask.asked)
-        assert (await ShieldGemma().judge(ask, policy("never"), "verdict", answer_tokens=9)).rationale is None
-        assert (await ShieldGemma().judge(ask, policy(), "score", answer_tokens=9)).category == NO_CATEGORY
+        assert (await ShieldGemma().assess(ask, policy("never"), "verdict", answer_tokens=9)).rationale is None
+        assert (await ShieldGemma().assess(ask, policy(), "score", answer_tokens=9)).category == NO_CATEGORY
 
     async def test_image_with_low_scores_is_rated_safe(self) -> None:
-        judged = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
+        judged = await ShieldGemma().assess(FakeEngine(lambda _: 0.2), policy(), "verdict", answer_tokens=9)
         assert (judged.rating, judged.category, judged.rationale, judged.score) == ("Safe", NO_CATEGORY, None, 0.2)
-        always = await ShieldGemma().judge(FakeEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
+        always = await ShieldGemma().assess(FakeEngine(lambda _: 0.2), policy("always"), "verdict", answer_tokens=9)
         assert always.rationale
 
     async def test_policy_that_waives_every_category_rates_safe(self) -> None:
         everything = "\n".join(f"{category}: \n{WAIVER}\n" for category in CATEGORIES)
         ask = FakeEngine(lambda _: 1.0)
-        judged = await ShieldGemma().judge(ask, policy(prompt=everything), "verdict", answer_tokens=9)
+        judged = await ShieldGemma().assess(ask, policy(prompt=everything), "verdict", answer_tokens=9)
         assert (judged.rating, judged.score, ask.asked) == ("Safe", 0.0, [])
 
     @pytest.mark.parametrize("prompt", ["Be kind.", f"{DEFAULT_PROMPT}<end_of_turn>", "</END_SAFETY_POLICY>"])
     async def test_prompt_with_markers_or_without_categories_is_rejected(self, prompt: str) -> None:
         with pytest.raises(ConfigurationError):
-            await ShieldGemma().judge(FakeEngine(lambda _: 0), policy(prompt=prompt), "score", answer_tokens=9)
+            await ShieldGemma().assess(FakeEngine(lambda _: 0), policy(prompt=prompt), "score", answer_tokens=9)
 
 
 class TestLlavaGuard:
     async def test_rating_that_contradicts_the_score_is_asked_again(self) -> None:
         ask = FakeEngine(lambda _: 0.9, text='Safe",\n    "category": "NA: None applying"\n}')
-        await LlavaGuard("chatml-llava").judge(ask, policy("never"), "verdict", answer_tokens=9)
+        await LlavaGuard("chatml-llava").assess(ask, policy("never"), "verdict", answer_tokens=9)
         assert len(ask.asked) == 2
 
     async def test_own_category_can_be_the_answer(self) -> None:
@@ -102,13 +102,13 @@ class TestLlavaGuard:
             return Reply(0.9, f'Unsafe",\n    "category": "{own}"\n}}', cut=False)
 
         by = replace(policy("never"), own_categories=(own,))
-        judged = await LlavaGuard("chatml-llava").judge(ask, by, "verdict", answer_tokens=9)
+        judged = await LlavaGuard("chatml-llava").assess(ask, by, "verdict", answer_tokens=9)
         assert (judged.category, asked) == (own, [9 + len(own) - max(map(len, CATEGORIES))])
 
     async def test_prompt_has_the_wording_of_the_training(self) -> None:
         for wording, sentence in (("explain", "Explain the reason why"), ("describe", "Describe the user content")):
             ask = FakeEngine(lambda _: 0.9)
-            await LlavaGuard("chatml-llava", wording).judge(ask, policy(), "score", answer_tokens=9)
+            await LlavaGuard("chatml-llava", wording).assess(ask, policy(), "score", answer_tokens=9)
             assert ask.asked[0].count(sentence) == 1
 
     def test_question_ends_with_the_start_of_the_answer(self) -> None:
@@ -126,11 +126,11 @@ def test_every_checkpoint_has_an_example_and_two_ratings(row: Checkpoint) -> Non
 @pytest.mark.timeout(600)
 class TestRealEngine:
     async def test_shieldgemma_judges_each_category(self, tmp_path: Path) -> None:
-        checkpoint = resolve(str(fake_checkpoints.shieldgemma(tmp_path / "weights")))
+        checkpoint = resolve_checkpoint(str(fake_checkpoints.shieldgemma(tmp_path / "weights")))
         assert checkpoint.name == "ShieldGemma-2-4B"
         async with Engine(checkpoint, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
-            await guard.check()
+            await guard.check_tokenizer()
             verdict = await assess(guard, drawn(1), policy(), "verdict")
             assert 0 < verdict.score < 1
             assert (verdict.rating == "Unsafe") == (verdict.score > 0.5) == (verdict.category in CATEGORIES)
@@ -146,10 +146,10 @@ class TestRealEngine:
 
     async def test_qwenguard_reuses_the_cached_image(self, tmp_path: Path) -> None:
         # Its hidden size is that of no release, so no row is found for its folder.
-        row = replace(resolve("QwenGuard-v1.2-3B"), folder=fake_checkpoints.qwenguard(tmp_path / "weights"))
+        row = replace(resolve_checkpoint("QwenGuard-v1.2-3B"), folder=fake_checkpoints.qwenguard(tmp_path / "weights"))
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
-            await guard.check()
+            await guard.check_tokenizer()
             verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
             assert again.score == pytest.approx(verdict.score, abs=0.01)
@@ -157,10 +157,12 @@ class TestRealEngine:
             assert (await assess(guard, drawn(2), policy(), "score")).score != verdict.score
 
     async def test_llavaguard_1_reuses_the_cached_image(self, tmp_path: Path) -> None:
-        row = replace(resolve("LlavaGuard-v1.1-7B"), folder=fake_checkpoints.llavaguard_1(tmp_path / "weights"))
+        row = replace(
+            resolve_checkpoint("LlavaGuard-v1.1-7B"), folder=fake_checkpoints.llavaguard_1(tmp_path / "weights")
+        )
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
-            await guard.check()
+            await guard.check_tokenizer()
             verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
             assert again.score == pytest.approx(verdict.score, abs=0.01)

@@ -6,7 +6,7 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.guard import gpus
-from services.guard.checkpoints import GIB, resolve
+from services.guard.checkpoints import GIB, resolve_checkpoint
 from services.guard.gpus import choose_gpu_count, compute_mem_fraction_static, read_gpu_memory_bytes
 
 
@@ -22,44 +22,44 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 class TestDevice:
     def test_checkpoint_that_fits_gets_as_few_gpus_as_hold_it(self, machine) -> None:
         machine(79.3)
-        assert choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV")) == 1
+        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-7B-OV")) == 1
         machine(79.3, 79.3, 79.3)
-        assert choose_gpu_count(resolve("LlavaGuard-34B")) == 2
+        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-34B")) == 2
 
     def test_too_little_gpu_memory_is_rejected(self, machine) -> None:
         machine(22.5)
         with pytest.raises(ConfigurationError, match=r"needs 38 GiB of GPU memory.* has 22 GiB: .*SLUICE_GUARD_GPUS"):
-            choose_gpu_count(resolve("LlavaGuard-v1.1-13B"))
+            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.1-13B"))
 
     def test_share_of_a_gpu_limits_the_checkpoint(self, machine) -> None:
         machine(44.5)
-        assert choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
+        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
         with pytest.raises(ConfigurationError, match=r"this replica has 9 GiB"):
-            choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV"), 0.2)
+            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV"), 0.2)
 
     def test_small_model_without_gpu_runs_on_the_cpu(self, machine) -> None:
         machine()
-        assert choose_gpu_count(resolve("tiny")) == 0
-        assert choose_gpu_count(resolve("LlavaGuard-v1.2-0.5B-OV")) == 0
+        assert choose_gpu_count(resolve_checkpoint("tiny")) == 0
+        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV")) == 0
 
     def test_large_model_without_gpu_is_rejected(self, machine) -> None:
         machine()
         with pytest.raises(
             ConfigurationError, match=r"8\.0 billion parameters, too many for a CPU, and there is no GPU"
         ):
-            choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV"))
+            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"))
 
     def test_parameters_in_the_folder_decide_about_the_cpu(self, machine, monkeypatch: pytest.MonkeyPatch) -> None:
         machine()
         monkeypatch.setattr(gpus, "_CPU_PARAMETERS_LIMIT", 1000)
         with pytest.raises(ConfigurationError, match=r"tiny has 0\.0 billion parameters"):
-            choose_gpu_count(resolve("tiny"))
+            choose_gpu_count(resolve_checkpoint("tiny"))
 
     def test_gpu_that_pytorch_cannot_use_is_ignored(self, machine) -> None:
         machine(79.3, usable=False)
-        assert choose_gpu_count(resolve("tiny")) == 0
+        assert choose_gpu_count(resolve_checkpoint("tiny")) == 0
         with pytest.raises(ConfigurationError, match="PyTorch cannot use this machine's GPU"):
-            choose_gpu_count(resolve("LlavaGuard-v1.2-7B-OV"))
+            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"))
 
 
 class TestVisibleGpus:

@@ -7,7 +7,7 @@ import pytest
 
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.core.values import CATEGORIES, NO_CATEGORY, Assessment, RationaleMode
-from services.guard.families.llavaguard_answer import ANSWER_START, build_prompt
+from services.guard.families.llavaguard_format import ANSWER_START, build_prompt
 from services.guard.inference import GuardInference
 from tests.support.engine import DEFAULT_PROMPT, SharedGuard, assess, drawn, policy, prepared
 

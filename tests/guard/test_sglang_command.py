@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from services.guard import sglang_cpu as cpu_platform
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.sglang_command import LaunchConfig, write_secrets
 
 
 def launch_config(model: str = "tiny", *, gpus: int = 0, tokenizer: Path | None = None) -> LaunchConfig:
     return LaunchConfig(
-        checkpoint=resolve(model),
+        checkpoint=resolve_checkpoint(model),
         folder=Path("/staged"),
         gpus=gpus,
         in_flight=4,

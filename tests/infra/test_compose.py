@@ -15,7 +15,7 @@ import yaml
 from compose_spec import PyCompose
 
 from services.core.settings import Settings, load
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from tests.support.deployment_files import INFRA, document
 
 COMPOSE: Final = document(INFRA / "compose.yaml")
@@ -76,7 +76,7 @@ def test_settings_of_the_sluice_service_are_valid(monkeypatch: pytest.MonkeyPatc
 
     settings = load()
 
-    resolve(settings.model)
+    resolve_checkpoint(settings.model)
     assert all(name.removeprefix("SLUICE_").lower() in Settings.model_fields for name in given if "SLUICE_" in name)
     for url, service in ((settings.stream_url, "kafka"), (settings.redis_url, "valkey"), (settings.s3_endpoint, "s3")):
         assert f"//{service}:" in str(url)

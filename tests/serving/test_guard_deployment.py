@@ -19,7 +19,7 @@ from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
 from services.core.settings import Settings
 from services.core.values import Assessment, ModelIdentity
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from tests.support.engine import drawn, policy, prepared
 
 pytestmark = pytest.mark.filterwarnings(  # Serve awaits it; the garbage collector calls it a second time
@@ -49,7 +49,7 @@ class FakeEngine:
     generates: Any = None
 
     def __init__(self) -> None:
-        self.checkpoint = resolve("tiny")
+        self.checkpoint = resolve_checkpoint("tiny")
 
     @classmethod
     def from_settings(cls, _: Settings) -> "FakeEngine":
@@ -109,14 +109,14 @@ async def start_replica(tmp_path: Path, **changes: Any) -> Any:
     return replica
 
 
-async def test_remote_guard_returns_the_assessment(guard: ServeGuardClient) -> None:
+async def test_serve_guard_client_returns_the_assessment(guard: ServeGuardClient) -> None:
     (assessment,) = await guard.assess_each(drawn(1), [policy()], "score")
     assert assessment.score == pytest.approx(0.0998, abs=1e-3)
     assert assessment.rating == "Safe"
-    assert await guard.max_side_px() == resolve("tiny").max_side_px
+    assert await guard.max_side_px() == resolve_checkpoint("tiny").max_side_px
 
 
-async def test_remote_guard_with_several_policies_returns_an_assessment_for_each(guard: ServeGuardClient) -> None:
+async def test_serve_guard_client_with_several_policies_returns_an_assessment_for_each(guard: ServeGuardClient) -> None:
     each = await guard.assess_each(drawn(1), [policy(), policy(prompt="Be kind.")], "score")
     assert [type(assessment) for assessment in each] == [Assessment, Assessment]
     assert each[0].model.prompt != each[1].model.prompt
@@ -128,7 +128,7 @@ async def test_remote_guard_with_several_policies_returns_an_assessment_for_each
     [GuardFailed("It is garbage."), GuardUnavailable("It is gone."), UnreadableAnswer("It mumbles.")],
     ids=lambda error: type(error).__name__,
 )
-async def test_remote_guard_raises_the_replicas_own_error(
+async def test_serve_guard_client_raises_the_replicas_own_error(
     guard: ServeGuardClient, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(FakeEngine, "generates", error)

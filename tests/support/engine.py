@@ -22,7 +22,7 @@ from services.core.values import (
     RationaleMode,
     Thresholds,
 )
-from services.guard.checkpoints import resolve
+from services.guard.checkpoints import resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
 
@@ -71,7 +71,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedGuard]:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
 
     started = Engine(
-        resolve("tiny"), state_dir=tmp_path_factory.mktemp("state"), start_s=400, probe_every_s=2, hang_s=30
+        resolve_checkpoint("tiny"), state_dir=tmp_path_factory.mktemp("state"), start_s=400, probe_every_s=2, hang_s=30
     )
     try:
         on_loop(started.start())

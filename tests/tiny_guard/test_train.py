@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast, SiglipVisionModel
 from pipelines.tiny_guard import train as train_tiny
 from pipelines.tiny_guard.corpus import (
     LABELS,
-    RATING_PREFIX,
     build_tokenizer,
     draw_categories,
     format_answer,
@@ -23,6 +22,7 @@ from pipelines.tiny_guard.corpus import (
 )
 from pipelines.tiny_guard.model import IMAGE_TOKENS, TOWER, TinyGuard, load_checkpoint, save_checkpoint
 from services.core.values import CATEGORIES, NO_CATEGORY
+from services.guard.families.llavaguard_format import ANSWER_START
 
 SEEN = ("bloody knife", "red", "calm sea")
 
@@ -59,7 +59,7 @@ def test_answers_have_form_and_length_of_llavaguards(
 
 
 def test_token_after_the_prefix_is_the_rating(tokenizer: PreTrainedTokenizerFast) -> None:
-    prefix = tokenizer(render_chat(waive(())) + RATING_PREFIX)["input_ids"]
+    prefix = tokenizer(render_chat(waive(())) + ANSWER_START)["input_ids"]
     following = set()
     for rating in ("Safe", "Unsafe"):
         whole = tokenizer(render_chat(waive(())) + format_answer(rating, NO_CATEGORY, None))["input_ids"]

@@ -26,8 +26,8 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyScores:
-    """The result that a family derives from the replies."""
+class FamilyAnswer:
+    """The answer that a family derives from the engine's replies."""
 
     rating: Rating
     score: float
@@ -66,8 +66,8 @@ class ModelFamily(Protocol):
         """A short complete prompt, to test an engine and its tokenizer."""
         ...
 
-    async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
-        """Judge the image by a policy.
+    async def assess(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyAnswer:
+        """Assess the image under a policy.
 
         An answer may have `answer_tokens` tokens, and more if the names of the policy's own categories are longer.
 

@@ -4,15 +4,15 @@ import logging
 from dataclasses import dataclass
 
 from services.core.values import CATEGORIES, Detail, Policy, Rating
-from services.guard.families.base import FamilyScores, GenerateFn
-from services.guard.families.llavaguard_answer import (
+from services.guard.families.base import FamilyAnswer, GenerateFn
+from services.guard.families.llavaguard_format import (
     ANSWER_START,
-    Layout,
+    ChatTemplate,
     Wording,
     adapt_wording,
+    bound_tokens_before_rationale,
     build_grammar,
     build_prompt,
-    count_head_tokens,
     parse_answer,
 )
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LlavaGuard:
-    """The family of LlavaGuard. Its releases differ in the chat layout and in the wording of one step."""
+    """The family of LlavaGuard. Its releases differ in the chat template and in the wording of one step."""
 
-    layout: Layout
+    chat_template: ChatTemplate
     wording: Wording = "describe"
 
     @property
@@ -34,9 +34,9 @@ class LlavaGuard:
         return adapt_wording(self.wording, prompt)
 
     def build_example(self) -> str:
-        return self._question("Is this image safe?")
+        return self._build_question("Is this image safe?")
 
-    async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
+    async def assess(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyAnswer:
         """Score only: one token without a grammar, so the engine does little more than the prefill.
 
         Otherwise one request gives score and answer. The score is P(Unsafe), from the log probabilities of the two
@@ -44,23 +44,23 @@ class LlavaGuard:
         odds, and greedy decoding takes the more likely one. A model that writes a rating in other tokens can contradict
         its own score. Then a second request fixes the rating.
         """
-        asked = self._question(policy.prompt)
+        prompt = self._build_question(policy.prompt)
         if detail == "score":
-            score = (await generate(asked)).score
-            return FamilyScores("Unsafe" if score > 0.5 else "Safe", score)
+            score = (await generate(prompt)).score
+            return FamilyAnswer("Unsafe" if score > 0.5 else "Safe", score)
         categories = (*CATEGORIES, *policy.own_categories)
         # A long name of a category must not shorten the rationale.
-        tokens = answer_tokens + count_head_tokens(categories) - count_head_tokens()
-        reply = await generate(asked, tokens=tokens, ebnf=build_grammar(policy.rationale, categories=categories))
+        tokens = answer_tokens + bound_tokens_before_rationale(categories) - bound_tokens_before_rationale()
+        reply = await generate(prompt, tokens=tokens, ebnf=build_grammar(policy.rationale, categories=categories))
         score = reply.score
         scored: Rating = "Unsafe" if score > 0.5 else "Safe"
         if score != 0.5 and not reply.text.startswith(scored):
             logger.debug("repeating the request with the rating of the score")
-            reply = await generate(asked, tokens=tokens, ebnf=build_grammar(policy.rationale, scored, categories))
+            reply = await generate(prompt, tokens=tokens, ebnf=build_grammar(policy.rationale, scored, categories))
         answer = parse_answer(reply.text, policy.rationale, cut=reply.cut, categories=categories)
-        return FamilyScores(answer.rating, score, answer.category, answer.rationale, answer.truncated)
+        return FamilyAnswer(answer.rating, score, answer.category, answer.rationale, answer.truncated)
 
-    def _question(self, prompt: str) -> str:
-        # After a layout that ends with a colon the answer begins with a space, as in training.
-        asked = build_prompt(self.layout, self.adapt_prompt(prompt))
-        return f"{asked} {ANSWER_START}" if asked.endswith(":") else asked + ANSWER_START
+    def _build_question(self, prompt: str) -> str:
+        # After a chat template that ends with a colon the answer begins with a space, as in training.
+        question = build_prompt(self.chat_template, self.adapt_prompt(prompt))
+        return f"{question} {ANSWER_START}" if question.endswith(":") else question + ANSWER_START

@@ -11,7 +11,7 @@ from typing import Final
 
 from services.core.errors import ConfigurationError
 from services.core.values import CATEGORIES, NO_CATEGORY, Detail, Policy
-from services.guard.families.base import FamilyScores, GenerateFn, reject_chat_markers
+from services.guard.families.base import FamilyAnswer, GenerateFn, reject_chat_markers
 
 # Only as the first line: a rule, which begins with a dash, may contain the same words.
 _WAIVED: Final = re.compile(r"Category O\d+ is declared as non-violating")
@@ -29,10 +29,10 @@ class ShieldGemma:
         return prompt
 
     def build_example(self) -> str:
-        return _question("No Violence: The image shall not contain violence.")
+        return _build_question("No Violence: The image shall not contain violence.")
 
-    async def judge(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyScores:
-        """The score is the highest score of a category. Each question needs one token.
+    async def assess(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyAnswer:
+        """The score is the highest score of a category. Each question needs one token, so `answer_tokens` is not used.
 
         The model gives no reasons. If the policy requires a rationale, it only names the category.
 
@@ -40,18 +40,18 @@ class ShieldGemma:
             ConfigurationError: the policy's prompt has no section for a category.
         """
         asked = parse_enforced_rules(policy.prompt, (*CATEGORIES, *policy.own_categories))
-        scores = {category: (await generate(_question(rules))).score for category, rules in asked.items()}
+        scores = {category: (await generate(_build_question(rules))).score for category, rules in asked.items()}
         category = max(scores, key=lambda category: scores[category]) if scores else NO_CATEGORY
         score = scores.get(category, 0.0)
         if score <= 0.5:
             said = "The model sees no violation of a category; it gives no reasons."
-            return FamilyScores(
+            return FamilyAnswer(
                 "Safe", score, rationale=said if detail == "verdict" and policy.rationale == "always" else None
             )
         if detail == "score":
-            return FamilyScores("Unsafe", score)
+            return FamilyAnswer("Unsafe", score)
         said = f"The model sees a violation of {category}; it gives no reasons."
-        return FamilyScores("Unsafe", score, category, None if policy.rationale == "never" else said)
+        return FamilyAnswer("Unsafe", score, category, None if policy.rationale == "never" else said)
 
 
 def parse_enforced_rules(prompt: str, categories: Sequence[str] = CATEGORIES) -> Mapping[str, str]:
@@ -75,7 +75,7 @@ def parse_enforced_rules(prompt: str, categories: Sequence[str] = CATEGORIES) ->
     }
 
 
-def _question(rules: str) -> str:
+def _build_question(rules: str) -> str:
     # The template has one turn for the image and another for the text. The tokenizer adds the <bos>.
     return (
         "<start_of_turn>user\n<start_of_image><start_of_turn>user\n"

@@ -15,14 +15,14 @@ from sglang.srt.parser.conversation import generate_chat_conv
 
 from services.core.errors import ConfigurationError, UnreadableAnswer
 from services.core.values import CATEGORIES, NO_CATEGORY
-from services.guard.families.llavaguard_answer import (
+from services.guard.families.llavaguard_format import (
     ANSWER_START,
-    Layout,
+    ChatTemplate,
     adapt_wording,
+    bound_tokens_before_rationale,
     build_grammar,
     build_prompt,
     complete_json,
-    count_head_tokens,
     parse_answer,
     unsafe_probability,
 )
@@ -46,18 +46,18 @@ class TestPrompt:
             "<|im_start|>user\n<image>\nPOLICY<|im_end|>\n<|im_start|>assistant\n"
         )
 
-    @pytest.mark.parametrize("layout", get_args(Layout))
-    def test_prompt_equals_sglangs_chat_template(self, layout: Layout) -> None:
+    @pytest.mark.parametrize("chat_template", get_args(ChatTemplate))
+    def test_prompt_equals_sglangs_chat_template(self, chat_template: ChatTemplate) -> None:
         user = [
             {"type": "image_url", "image_url": {"url": "data:,"}},
             {"type": "text", "text": "POLICY"},
         ]
         request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": user}])
-        conversation = generate_chat_conv(request, layout)
-        assert build_prompt(layout, "POLICY") == conversation.get_prompt()
-        assert build_prompt(layout, "POLICY").index(conversation.image_token) < build_prompt(layout, "POLICY").index(
-            "POLICY"
-        )
+        conversation = generate_chat_conv(request, chat_template)
+        assert build_prompt(chat_template, "POLICY") == conversation.get_prompt()
+        assert build_prompt(chat_template, "POLICY").index(conversation.image_token) < build_prompt(
+            chat_template, "POLICY"
+        ).index("POLICY")
 
     def test_wordings_differ_in_one_sentence(self) -> None:
         assert adapt_wording("explain", DEFAULT_PROMPT) == DEFAULT_PROMPT
@@ -203,7 +203,7 @@ class TestGrammar:
     def test_random_tokens_under_the_grammar_make_a_readable_answer(self, compiler, mode, rating) -> None:
         compiled = compiler.compile_grammar(build_grammar(mode, rating))
         for seed in range(150):
-            text, cut = walk(compiled, random.Random(seed), limit=count_head_tokens() + 1 + seed)
+            text, cut = walk(compiled, random.Random(seed), limit=bound_tokens_before_rationale() + 1 + seed)
             answer = parse_answer(text, mode, cut=cut)
             assert rating in (None, answer.rating)
             assert (answer.category in CATEGORIES) or (answer.rating == "Safe" and answer.category == NO_CATEGORY)
@@ -243,7 +243,7 @@ class TestGrammar:
     def test_default_grammar_is_unchanged(self) -> None:
         digests = [hashlib.sha256(build_grammar(mode).encode()).hexdigest()[:16] for mode in MODES]
         assert digests == ["a9d61cea340f62e6", "753248301b4ec199", "f34416bcc78d4688"]
-        assert count_head_tokens() == 80
+        assert bound_tokens_before_rationale() == 80
 
     @pytest.mark.parametrize("category", OWN[9:])
     @pytest.mark.parametrize("rating", ["Safe", "Unsafe"])
@@ -256,7 +256,7 @@ class TestGrammar:
     def test_long_category_leaves_the_rationale_its_tokens(self, compiler) -> None:
         compiled = compiler.compile_grammar(build_grammar("always", categories=OWN))
         head = written("Unsafe", OWN[9], "").removesuffix('"\n}')
-        assert len(head) == count_head_tokens(OWN) > count_head_tokens()
+        assert len(head) == bound_tokens_before_rationale(OWN) > bound_tokens_before_rationale()
         for seed in range(50):
-            text, cut = walk(compiled, random.Random(seed), limit=count_head_tokens(OWN) + 1)
+            text, cut = walk(compiled, random.Random(seed), limit=bound_tokens_before_rationale(OWN) + 1)
             assert parse_answer(text, "always", cut=cut, categories=OWN).category in (*OWN, NO_CATEGORY)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from pipelines.evaluation.labels import LabelledImage, RejectedRecord, code_of
-from pipelines.evaluation.metrics import DEFAULT, OTHERS_WAIVED, VIOLATION_WAIVED
+from pipelines.evaluation.metrics import NOTHING_WAIVED, OTHERS_WAIVED, VIOLATION_WAIVED
 from services.core.calibration import CalibrationMap
 from services.core.errors import ConfigurationError, UnknownPolicy
 from services.core.values import CATEGORIES, NO_CATEGORY, Policy
@@ -43,8 +43,8 @@ class RowPolicy:
 
     full: Policy
     adaptive: Policy
-    kind: int
-    """DEFAULT, OTHERS_WAIVED or VIOLATION_WAIVED."""
+    waiver_kind: int
+    """NOTHING_WAIVED, OTHERS_WAIVED or VIOLATION_WAIVED."""
     category: str | None
     """The full name of the labelled category."""
 
@@ -81,9 +81,9 @@ class PolicySelector:
             return RejectedRecord(
                 labelled.id, "contradiction", "is labelled Unsafe in a category that its policy waives"
             )
-        kind = VIOLATION_WAIVED if violated else OTHERS_WAIVED if waived else DEFAULT
-        full, adaptive = self._waiving(evaluated, waived)
-        return RowPolicy(full, adaptive, kind, category)
+        waiver_kind = VIOLATION_WAIVED if violated else OTHERS_WAIVED if waived else NOTHING_WAIVED
+        full, adaptive = self._build_policies(evaluated, waived)
+        return RowPolicy(full, adaptive, waiver_kind, category)
 
     def _find(self, reference: str) -> EvaluatedPolicy | str:
         if reference not in self._versions:
@@ -93,7 +93,7 @@ class PolicySelector:
                 self._versions[reference] = str(error)
         return self._versions[reference]
 
-    def _waiving(self, evaluated: EvaluatedPolicy, waived: frozenset[str]) -> tuple[Policy, Policy]:
+    def _build_policies(self, evaluated: EvaluatedPolicy, waived: frozenset[str]) -> tuple[Policy, Policy]:
         key = (evaluated.name, waived)
         if key not in self._policies:
             document = evaluated.document

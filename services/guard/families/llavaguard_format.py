@@ -12,8 +12,8 @@ from services.core.errors import UnreadableAnswer
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating, RationaleMode
 from services.guard.families.base import reject_chat_markers
 
-Layout = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
-"""The chat layout of a checkpoint's training, by SGLang's names of the chat templates."""
+ChatTemplate = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
+"""The chat template of a checkpoint's training, by SGLang's names."""
 
 Wording = Literal["explain", "describe"]
 """The wording of the rationale step in a checkpoint's training; see `adapt_wording`."""
@@ -41,7 +41,7 @@ _CUT_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{0,3})?$")
 _CUT_PAIR: Final = re.compile(r"\\ud[89ab][0-9a-f]{2}$")
 
 
-def count_head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
+def bound_tokens_before_rationale(categories: Sequence[str] = CATEGORIES) -> int:
     """The largest number of tokens of an answer without its rationale, with any of these categories or none.
 
     A token has at least one character, and the answer is ASCII.
@@ -50,16 +50,16 @@ def count_head_tokens(categories: Sequence[str] = CATEGORIES) -> int:
     return len("Unsafe" + _CATEGORY_KEY + _RATIONALE_KEY) + longest
 
 
-def build_prompt(layout: Layout, prompt: str) -> str:
-    """The prompt in the layout of the training, up to the start of the answer. The image comes first.
+def build_prompt(chat_template: ChatTemplate, prompt: str) -> str:
+    """The prompt in the chat template of the training, up to the start of the answer. The image comes first.
 
     It has no beginning-of-text token: the tokenizer adds it.
 
     Raises:
-        ConfigurationError: the prompt contains a marker of a layout, which would end the user's turn early.
+        ConfigurationError: the prompt contains a marker of a chat template, which would end the user's turn early.
     """
     prompt = reject_chat_markers(prompt)
-    match layout:
+    match chat_template:
         case "chatml-llava":
             return _chatml(f"<image>\n{prompt}")
         case "qwen2-vl":

@@ -36,7 +36,7 @@ _ACTIONS: Final[tuple[Action, ...]] = ("allow", "review", "block")
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFit:
-    """A map, with the calibration error of the scores before and after it."""
+    """A fitted map, with the calibration error of the scores before and after it. A `CalibrationResult` contains it."""
 
     map: CalibrationMap
     samples: int
