@@ -1,7 +1,7 @@
 """Calibrations: monotone maps from the guard's score to a probability.
 
-A calibration belongs to one policy version and one checkpoint. `pipelines.evaluation.calibration_fit` fits it on labelled
-images. The functions here are pure.
+A calibration belongs to one policy version and one checkpoint. `pipelines.evaluation.calibration_fit` fits it on
+labelled images. The functions here are pure.
 """
 
 import hashlib
