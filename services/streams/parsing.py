@@ -70,12 +70,12 @@ def parse(message: Message) -> Parsed:
     try:
         document = decode_json(message.value)
         if _is_structured_cloud_event(document):
-            return _parse_content(message, _cloud_event_data(document), envelope=document)
+            return _parse_content(message, _read_cloud_event_data(document), envelope=document)
         if message.header("ce_specversion") is not None or message.header("ce-specversion") is not None:
-            _check_version(_header_text(message, "specversion"))
+            _check_version(_read_header(message, "specversion"))
         return _parse_content(message, document)
     except Malformed as error:
-        submission_id = error.submission_id or read_submission_id(document if "uri" in _fields(document) else None)
+        submission_id = error.submission_id or read_submission_id(document if "uri" in _get_fields(document) else None)
         return (InvalidMessage(Malformed(str(error), submission_id), message.key, message.value),)
 
 
@@ -89,34 +89,34 @@ def is_before(sequencer: str, other: str) -> bool:
 
 
 def _parse_content(message: Message, document: Any, envelope: dict[str, Any] | None = None) -> Parsed:
-    fields = _fields(document)
+    fields = _get_fields(document)
     if "uri" in fields:
-        return (_native(message, document),)
+        return (_parse_native(message, document),)
     if "Records" in fields:
-        return _notification(message, fields, envelope)
+        return _parse_notification(message, fields, envelope)
     if fields.get("Event") == "s3:TestEvent":
         return ()
     if "detail-type" in fields:
-        return _event_bridge(message, fields)
-    return (_native(message, document),)
+        return _parse_event_bridge(message, fields)
+    return (_parse_native(message, document),)
 
 
-def _fields(document: Any) -> dict[str, Any]:
+def _get_fields(document: Any) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
 # Native
 
 
-def _native(message: Message, document: Any) -> ParsedSubmission | InvalidMessage:
+def _parse_native(message: Message, document: Any) -> ParsedSubmission | InvalidMessage:
     try:
-        submission = _validated(document, message.timestamp)
+        submission = _validate(document, message.timestamp)
     except Malformed as error:
         return InvalidMessage(error, message.key, message.value)
     return ParsedSubmission(submission, message.key or submission.uri.encode(), message.value)
 
 
-def _validated(document: Any, published_at: datetime) -> Submission:
+def _validate(document: Any, published_at: datetime) -> Submission:
     submission = Submission.parse(document)
     if submission.submitted_at is None:
         return submission.model_copy(update={"submitted_at": published_at})
@@ -127,11 +127,11 @@ def _validated(document: Any, published_at: datetime) -> Submission:
 
 
 def _is_structured_cloud_event(document: Any) -> bool:
-    fields = _fields(document)
+    fields = _get_fields(document)
     return "specversion" in fields and "type" in fields and "uri" not in fields
 
 
-def _cloud_event_data(event: dict[str, Any]) -> Any:
+def _read_cloud_event_data(event: dict[str, Any]) -> Any:
     _check_version(event["specversion"])
     if event.get("data_base64") is not None:
         try:
@@ -150,7 +150,7 @@ def _check_version(specversion: Any) -> None:
         raise Malformed("specversion: only CloudEvents 1.x is supported")
 
 
-def _header_text(message: Message, attribute: str) -> str:
+def _read_header(message: Message, attribute: str) -> str:
     value = message.header(f"ce_{attribute}") or message.header(f"ce-{attribute}") or b""
     return value.decode(errors="replace").strip().strip('"')
 
@@ -158,49 +158,51 @@ def _header_text(message: Message, attribute: str) -> str:
 # S3
 
 
-def _notification(message: Message, document: dict[str, Any], envelope: dict[str, Any] | None) -> Parsed:
+def _parse_notification(message: Message, document: dict[str, Any], envelope: dict[str, Any] | None) -> Parsed:
     records = document["Records"]
     if not isinstance(records, list):
         raise Malformed("Records: must be a list")
     if len(records) > RECORDS_LIMIT:
         raise Malformed(f"Records: more than {RECORDS_LIMIT}")
-    originals = _originals(message, document, records, envelope)
-    entries = (_record(message, record, original) for record, original in zip(records, originals, strict=True))
+    originals = _split_original(message, document, records, envelope)
+    entries = (_parse_record(message, record, original) for record, original in zip(records, originals, strict=True))
     return tuple(entry for entry in entries if entry is not None)
 
 
-def _originals(
+def _split_original(
     message: Message, document: dict[str, Any], records: list[Any], envelope: dict[str, Any] | None
 ) -> Iterable[bytes]:
     """The same message once for each record, holding only that record."""
     if len(records) == 1:
         return (message.value,)
-    around = _small({name: value for name, value in document.items() if name != "Records"})
+    around = _drop_if_large({name: value for name, value in document.items() if name != "Records"})
     if envelope is None:
-        return (_encoded(around | {"Records": [record]}) for record in records)
-    attributes = _small({name: value for name, value in envelope.items() if name not in ("data", "data_base64")})
+        return (_encode(around | {"Records": [record]}) for record in records)
+    attributes = _drop_if_large(
+        {name: value for name, value in envelope.items() if name not in ("data", "data_base64")}
+    )
     event = attributes or {"specversion": "1.0", "type": "s3"}
-    return (_encoded(event | {"data": around | {"Records": [record]}}) for record in records)
+    return (_encode(event | {"data": around | {"Records": [record]}}) for record in records)
 
 
-def _small(fields: dict[str, Any]) -> dict[str, Any]:
-    return fields if len(_encoded(fields)) <= _ENVELOPE_LIMIT_BYTES else {}
+def _drop_if_large(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields if len(_encode(fields)) <= _ENVELOPE_LIMIT_BYTES else {}
 
 
-def _encoded(document: dict[str, Any]) -> bytes:
+def _encode(document: dict[str, Any]) -> bytes:
     return to_json(document, inf_nan_mode="null")
 
 
-def _record(message: Message, record: Any, original: bytes) -> ParsedSubmission | InvalidMessage | None:
+def _parse_record(message: Message, record: Any, original: bytes) -> ParsedSubmission | InvalidMessage | None:
     """The entry of one record; None when it reports something other than a creation."""
     try:
-        event = _creation(record)
-        return _created(message, event, original) if event else None
+        event = _read_creation_event(record)
+        return _build_submission(message, event, original) if event else None
     except Malformed as error:
         return InvalidMessage(error, message.key, original)
 
 
-def _creation(record: Any) -> _Event | None:
+def _read_creation_event(record: Any) -> _Event | None:
     if not isinstance(record, dict):
         raise Malformed("Records: a record is not an object")
     name = record.get("eventName")
@@ -208,11 +210,11 @@ def _creation(record: Any) -> _Event | None:
         raise Malformed("eventName: must be a string")
     if not name.removeprefix("s3:").startswith("ObjectCreated"):
         return None
-    s3 = _object(record, "s3")
-    stored = _object(s3, "object")
+    s3 = _require_object(record, "s3")
+    stored = _require_object(s3, "object")
     return _Event(
-        bucket=_object(s3, "bucket").get("name"),
-        key=_url_decoded(stored.get("key")),
+        bucket=_require_object(s3, "bucket").get("name"),
+        key=_decode_key(stored.get("key")),
         version_id=stored.get("versionId"),
         etag=stored.get("eTag"),
         sequencer=stored.get("sequencer"),
@@ -220,35 +222,35 @@ def _creation(record: Any) -> _Event | None:
     )
 
 
-def _event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
+def _parse_event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
     """The format of Amazon EventBridge. Unlike in a notification, keys are not URL-encoded."""
     if document["detail-type"] != "Object Created":
         if document.get("source") == "aws.s3":
             return ()
         raise Malformed("detail-type: not an S3 event")
-    detail = _object(document, "detail")
-    stored = _object(detail, "object")
+    detail = _require_object(document, "detail")
+    stored = _require_object(detail, "object")
     event = _Event(
-        bucket=_object(detail, "bucket").get("name"),
+        bucket=_require_object(detail, "bucket").get("name"),
         key=stored.get("key"),
         version_id=stored.get("version-id"),
         etag=stored.get("etag"),
         sequencer=stored.get("sequencer"),
         time=document.get("time"),
     )
-    return (_created(message, event, message.value),)
+    return (_build_submission(message, event, message.value),)
 
 
-def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmission:
-    bucket = _text("bucket.name", event.bucket)
-    key = _text("object.key", event.key)
+def _build_submission(message: Message, event: _Event, original: bytes) -> ParsedSubmission:
+    bucket = _read_text("bucket.name", event.bucket)
+    key = _read_text("object.key", event.key)
     if not bucket or not key:
         raise Malformed("bucket.name and object.key: must not be empty")
     if "/" in bucket:
         # In the URI the part after the slash would belong to the key, so it would name another bucket.
         raise Malformed("bucket.name: must not contain a slash")
     version_id, etag, sequencer = (
-        _text(name, value) or None
+        _read_text(name, value) or None
         for name, value in (
             ("object.versionId", event.version_id),
             ("object.eTag", event.etag),
@@ -260,20 +262,20 @@ def _created(message: Message, event: _Event, original: bytes) -> ParsedSubmissi
         "uri": f"s3://{bucket}/{key}",
         "version_id": version_id,
         "etag": etag,
-        "submitted_at": _text("eventTime", event.time) or None,
+        "submitted_at": _read_text("eventTime", event.time) or None,
     }
-    submission = _validated(document, message.timestamp)
+    submission = _validate(document, message.timestamp)
     return ParsedSubmission(submission, message.key or submission.uri.encode(), original, sequencer)
 
 
-def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+def _require_object(fields: dict[str, Any], name: str) -> dict[str, Any]:
     value = fields.get(name)
     if not isinstance(value, dict):
         raise Malformed(f"{name}: must be an object")
     return value
 
 
-def _text(name: str, value: Any) -> str:
+def _read_text(name: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -281,8 +283,8 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _url_decoded(key: Any) -> str:
+def _decode_key(key: Any) -> str:
     try:
-        return unquote_plus(_text("object.key", key), errors="strict")
+        return unquote_plus(_read_text("object.key", key), errors="strict")
     except UnicodeDecodeError:
         raise Malformed("object.key: is not URL-encoded UTF-8") from None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.streams.base import OutgoingMessage
-from services.streams.kafka.offset_tracker import CommittableBatch, OffsetTracker, SettleResult
+from services.streams.kafka.offset_tracker import CommittableBatch, FinishResult, OffsetTracker
 
 WINDOW = 8
 
@@ -52,7 +52,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.held)))
         assert self.tracker.holds(offset)
-        assert self.tracker.finish(offset) is SettleResult.DONE
+        assert self.tracker.finish(offset) is FinishResult.DONE
         self.held.remove(offset)
         self.finished.add(offset)
 
@@ -60,7 +60,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish_again(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.finished)))
-        assert self.tracker.finish(offset) is (SettleResult.REVOKED if self.tracker.revoked else SettleResult.NOT_HELD)
+        assert self.tracker.finish(offset) is (FinishResult.REVOKED if self.tracker.revoked else FinishResult.NOT_HELD)
 
     @rule()
     def commit(self) -> None:
@@ -159,8 +159,8 @@ class ReleaseMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.held)))
-        assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.DONE
-        assert self.tracker.finish(offset, outputs_of(offset)) is SettleResult.NOT_HELD
+        assert self.tracker.finish(offset, outputs_of(offset)) is FinishResult.DONE
+        assert self.tracker.finish(offset, outputs_of(offset)) is FinishResult.NOT_HELD
         self.held.remove(offset)
         self.done.add(offset)
 
@@ -195,7 +195,7 @@ class ReleaseMachine(RuleBasedStateMachine):
         if batch:
             self.tracker.record_transaction(batch)
         assert self.tracker.next_batch(WINDOW) is None
-        assert all(self.tracker.finish(offset, ()) is SettleResult.REVOKED for offset in self.held)
+        assert all(self.tracker.finish(offset, ()) is FinishResult.REVOKED for offset in self.held)
         self.own()
 
     def commit(self, batch: CommittableBatch) -> None:
@@ -251,9 +251,9 @@ def test_held_offset_holds_later_ones_back() -> None:
     for offset in range(4):
         tracker.receive(offset)
     for offset in (1, 2, 3):
-        assert tracker.finish(offset) is SettleResult.DONE
+        assert tracker.finish(offset) is FinishResult.DONE
     assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (0, 3, 0, None)
-    assert tracker.finish(0) is SettleResult.DONE
+    assert tracker.finish(0) is FinishResult.DONE
     assert (tracker.oldest_unfinished, tracker.waiting, tracker.room, tracker.committable) == (None, 0, 4, 4)
 
 

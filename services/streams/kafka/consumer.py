@@ -31,7 +31,7 @@ from services.streams.kafka.client import MAX_BACKOFF_S, connect, ensure_topics,
 from services.streams.kafka.commits import commit_before_leaving, commit_in_background
 from services.streams.kafka.exactly_once import MessageToken, TransactionalCommitter
 from services.streams.kafka.lag import LagMeter
-from services.streams.kafka.offset_tracker import OffsetTracker, SettleResult
+from services.streams.kafka.offset_tracker import FinishResult, OffsetTracker
 from services.streams.kafka.producer import AtLeastOnceSender
 from services.streams.kafka.rebalance import Rebalance, subscribe
 from services.streams.kafka.transactions import TransactionalSender
@@ -80,16 +80,16 @@ class KafkaGroupConsumer:
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        """Guards `_trackers`, `_unfinished` and `_buffer`, which four threads use: the event loop's, the poll thread,
-        kafka-python's own and the committer's."""
+        """Guards `_trackers`, `_held_messages` and `_buffer`, which four threads use: the event loop's, the poll
+        thread, kafka-python's own and the committer's."""
         self._trackers: dict[Any, OffsetTracker] = {}
-        self._unfinished: dict[MessageToken, Message] = {}
+        self._held_messages: dict[MessageToken, Message] = {}
         self._buffer: deque[Message] = deque()
         self._arrived = asyncio.Event()
         self._closed = False
         self._closing = threading.Event()
         self._next_commit = 0.0
-        self._suspect = False
+        self._position_uncertain = False
         """The last poll failed, so the consumer's position may be after records that it never returned."""
         self._fenced = False
         self._fencings: deque[float] = deque(maxlen=_FENCINGS_LIMIT - 1)
@@ -167,13 +167,13 @@ class KafkaGroupConsumer:
             raise NotOwned(f"{message.source} goes to the other members when this one leaves.")
         else:
             with self._lock:
-                self._unfinished.pop(token, None)
+                self._held_messages.pop(token, None)
             try:
                 await self._committer.settle(token, records, message.source)
             except ConfigurationError:
                 with self._lock:
                     if token.tracker.holds(token.offset):
-                        self._unfinished[token] = message
+                        self._held_messages[token] = message
                 raise
 
     async def _publish(self, message: Message, records: Sequence[OutgoingMessage]) -> None:
@@ -189,8 +189,8 @@ class KafkaGroupConsumer:
             await asyncio.sleep(delay)
         with self._lock:
             outcome = token.tracker.finish(token.offset)
-            self._unfinished.pop(token, None)
-        if outcome in (SettleResult.REVOKED, SettleResult.NOT_HELD):
+            self._held_messages.pop(token, None)
+        if outcome in (FinishResult.REVOKED, FinishResult.NOT_HELD):
             raise NotOwned(f"{message.source} went to another member while it was being published.")
 
     async def lag(self) -> Lag:
@@ -207,7 +207,7 @@ class KafkaGroupConsumer:
                 for tracker in self._trackers.values()
                 if (offset := tracker.head_of_line_offset) is not None
             ]
-            messages = (self._unfinished.get(token) for token in tokens)
+            messages = (self._held_messages.get(token) for token in tokens)
             return [message for message in messages if message is not None]
 
     async def close(self) -> None:
@@ -238,9 +238,9 @@ class KafkaGroupConsumer:
             try:
                 if self._fenced:
                     self._rejoin()
-                if self._suspect:
+                if self._position_uncertain:
                     self._rewind()
-                    self._suspect = False
+                    self._position_uncertain = False
                 self._poll_once()
                 if failing_since is not None:
                     delays, failing_since = backoff(MAX_BACKOFF_S), None
@@ -250,7 +250,7 @@ class KafkaGroupConsumer:
                 self._closing.wait(next(delays))
             except Exception as error:  # noqa: BLE001 - the membership must not end with one bad poll
                 log.warning("polling Kafka failed; retrying: %s: %s", type(error).__name__, error)
-                self._suspect = True
+                self._position_uncertain = True
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > _REBUILD_S:
                     self._rebuild()
@@ -305,7 +305,7 @@ class KafkaGroupConsumer:
             tracker = self._trackers[partition] = self._new_tracker()
         tracker.receive(record.offset)
         token = MessageToken(tracker, record.offset)
-        self._unfinished[token] = message = to_message(record, token)
+        self._held_messages[token] = message = to_message(record, token)
         return message
 
     def _new_tracker(self) -> OffsetTracker:
@@ -330,7 +330,7 @@ class KafkaGroupConsumer:
         positions = {}
         for partition in self._consumer.assignment():
             tracker = self._trackers.get(partition)
-            if tracker is not None and not tracker.held_count and not self._suspect:
+            if tracker is not None and not tracker.held_count and not self._position_uncertain:
                 # Commit past offsets without a message (transaction markers), otherwise the lag never reaches 0.
                 with contextlib.suppress(errors.KafkaError):  # not known yet
                     positions[partition] = self._consumer.position(partition, timeout_ms=0)
@@ -356,7 +356,9 @@ class KafkaGroupConsumer:
         if tracker is not None:
             tracker.revoke()
             self._buffer = deque(each for each in self._buffer if each.token.tracker is not tracker)
-            self._unfinished = {token: each for token, each in self._unfinished.items() if token.tracker is not tracker}
+            self._held_messages = {
+                token: each for token, each in self._held_messages.items() if token.tracker is not tracker
+            }
 
     # ---- called by the rebalance listener and the committer
 

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from services.core.errors import ConfigurationError, NotOwned
 from services.core.retry import backoff
 from services.streams.base import OutgoingMessage
-from services.streams.kafka.offset_tracker import CommittableBatch, OffsetTracker, SettleResult
+from services.streams.kafka.offset_tracker import CommittableBatch, FinishResult, OffsetTracker
 from services.streams.kafka.transactions import CommitOutcome, TransactionalSender
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class TransactionalCommitter:
         """
         future: asyncio.Future[None] = self._loop.create_future()
         with self._lock:
-            if token.tracker.finish(token.offset, records) in (SettleResult.REVOKED, SettleResult.NOT_HELD):
+            if token.tracker.finish(token.offset, records) in (FinishResult.REVOKED, FinishResult.NOT_HELD):
                 raise NotOwned(f"{source} belongs to another member now.")
             self._settling[token] = future
         with self._changed:

@@ -2,14 +2,14 @@
 
 Pure: no clock, no thread, no Kafka. The states of an offset:
 
-    (unseen) ── receive ──► held ── finish ──► done ── release ──► released ── commit ──► committed
+    (unseen) ── receive ──► held ── finish ──► done ────► released ── record_commit ──► committed
         │                    ▲                  │
         │                    └──── abandon ─────┘
         └───── never: a gap (a compacted record, a transaction's marker) ─────┘
 
 - *held*: received and not finished.
-- *done*: finished. It is released when no older offset is held. A tracker that keeps outputs (exactly-once delivery)
-  releases it when one transaction has published the outputs and committed the offset.
+- *done*: finished. `finish` releases it when no older offset is held. In a tracker that keeps outputs (exactly-once
+  delivery), `record_transaction` releases it after one transaction has published its outputs and committed the offset.
 - *released*: the tracker has forgotten the offset. Only the offset to commit remains.
 - A *gap* is never received. It is skipped when no older offset is held or done.
 
@@ -29,7 +29,7 @@ HEAD_OF_LINE_SHARE: Final = 0.9
 """A held offset is at the head of the line when done offsets after it fill this share of the window."""
 
 
-class SettleResult(Enum):
+class FinishResult(Enum):
     """The result of finishing an offset."""
 
     DONE = "done"
@@ -135,18 +135,18 @@ class OffsetTracker:
         if not self.revoked and (self._position is None or position > self._position):
             self._position = position
 
-    def finish(self, offset: int, outputs: Sequence[OutgoingMessage] = ()) -> SettleResult:
+    def finish(self, offset: int, outputs: Sequence[OutgoingMessage] = ()) -> FinishResult:
         """Mark a held offset as done. Only a tracker that keeps outputs uses `outputs`."""
         if self.revoked:
-            return SettleResult.REVOKED
+            return FinishResult.REVOKED
         if not self.holds(offset):
-            return SettleResult.NOT_HELD
+            return FinishResult.NOT_HELD
         self._kept[offset] = tuple(outputs)
         self._held -= 1
         if not self._keeps_outputs:
             for each in self._done():
                 del self._kept[each]
-        return SettleResult.DONE
+        return FinishResult.DONE
 
     def next_batch(self, max_offsets: int) -> CommittableBatch | None:
         """Up to `max_offsets` done offsets to publish and commit now; None when there is nothing new."""
