@@ -26,6 +26,11 @@ def test_generated_pages_are_current() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def test_glossary_has_at_most_twenty_terms() -> None:
+    rows = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows[1:]) <= 20  # the first row is the head
+
+
 def test_every_setting_has_a_description() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
