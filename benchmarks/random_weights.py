@@ -1,4 +1,4 @@
-"""Answers are readable whatever the weights: judge images with checkpoints of random weights.
+"""Answers can be parsed with any weights: judge images with checkpoints of random weights.
 
     python benchmarks/random_weights.py [--answers 2000] [--seeds 4] [--json]
 

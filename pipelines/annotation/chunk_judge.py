@@ -69,7 +69,7 @@ class ChunkJudge:
     async def _judge_duplicates(
         self, first: int, same: Sequence[PlannedImage], cached: dict[int, _CachedAnswer]
     ) -> list[dict[str, Any]]:
-        """The annotations of images with the same bytes. The first one that is readable is judged for the others."""
+        """The annotations of images with the same bytes. One readable image is judged; the others get its answer."""
         annotations: list[dict[str, Any]] = []
         for planned in same:
             image, duplicate_of = planned.image, None

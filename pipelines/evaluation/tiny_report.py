@@ -30,7 +30,7 @@ _FIRST_SEED: Final = 7_000_000
 _CATEGORY_IMAGES: Final = 20
 _HARMLESS_IMAGES: Final = 180
 _WAIVED_IMAGES: Final = 12
-"""Images of each category that are also judged under a policy that waives it, and under one that waives two others."""
+"""Images of each category to judge twice more: with a policy that waives it, and with one that waives two others."""
 _PERTURBED_IMAGES: Final = 80
 _RESAMPLES: Final = 1000
 _NAME: Final = "drawn-world"

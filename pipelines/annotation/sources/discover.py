@@ -76,7 +76,7 @@ def find_source(
 ) -> AnnotationSource:
     """The data set at a path or URI. Names of files decide its format; for a table, its columns do.
 
-    `kind` and `column` override what is detected.
+    `kind` and `column` override the detected kind and column.
 
     Raises:
         ConfigurationError: there is no data set, or its format is unclear.

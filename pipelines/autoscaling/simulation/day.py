@@ -102,7 +102,7 @@ class _Simulation:
         self._scale(second, waiting=self._published[second + 1] - self._done, busy=busy)
 
     def _scale(self, second: int, waiting: float, busy: float) -> None:
-        """Record the numbers of this second, and let the scaler act on those that it has."""
+        """Record the numbers when they are due, and let the scaler act on the recorded ones."""
         fleet, interval_s = self._fleet, self._scaler.interval_s
         if (second + _METRICS_AGE_S) % interval_s == 0:
             at_guard = min(busy + waiting, self._intake_capacity)
