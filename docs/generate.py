@@ -38,7 +38,9 @@ def settings_page() -> str:
         "profile, instance role), Kafka credentials from `SLUICE_KAFKA_OPTIONS`, and Redis credentials from the URL.\n",
         "While `sluice up` is ready, it keeps its settings in `.sluice/env` in the folder where it was started. Other "
         "commands in that folder read from there what their environment does not set. `SLUICE_KAFKA_OPTIONS` is not "
-        "in that file, because a shell that reads the file would remove the quotes.\n",
+        "in that file, because a shell that reads the file would remove the quotes. Commands refuse the file, and end "
+        "with status 1, unless it belongs to you, has mode 0600, and sets only variables that `sluice up` writes: a "
+        "folder that you got from somebody else can contain such a file, too.\n",
     ]
     for heading, names in _sections().items():
         lines += [f"## {heading}\n", "| Setting | Default | Meaning |", "|---|---|---|"]

@@ -1,6 +1,7 @@
 """Reads and writes `.sluice/env`, which tells the commands in a folder how to reach the service started there."""
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,23 +17,47 @@ _CLIENT_VARIABLES: Final = (
 )
 _OMITTED_SETTINGS: Final = {"kafka_options"}
 """A shell that reads the file would remove the quotes from JSON. The user sets these in the environment."""
+_VARIABLES: Final = frozenset(
+    {f"SLUICE_{name.upper()}" for name in Settings.model_fields.keys() - _OMITTED_SETTINGS} | set(_CLIENT_VARIABLES)
+)
+"""All variables that the file may set."""
+_MODE: Final = 0o600
+_REMEDY: Final = "remove the file, or run this in another folder"
 
 
 def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
     """Return the variables in the file; none if there is no file.
 
+    The folder may come from somebody else, for example with a repository, and some variables run programs. Therefore
+    the file is read only if it is as `keep_env_file` writes it.
+
     Raises:
-        ConfigurationError: the file cannot be read.
+        ConfigurationError: the file cannot be read, others own it or have access to it, or it sets other variables.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        content = open(file, "rb", opener=_open_descriptor)  # noqa: SIM115 - the with statement below closes it
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise ConfigurationError(
             f"{file} cannot be read ({error.strerror}); run this as the user who runs `sluice up`, or in another folder"
         ) from None
-    return dict(line.split("=", 1) for line in lines if "=" in line)
+    with content:
+        status = os.fstat(content.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigurationError(f"{file} cannot be read, because it is not a plain file; {_REMEDY}")
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != _MODE:
+            raise ConfigurationError(
+                f"{file} is not used, because `sluice up` writes a file of mode 0600 that belongs to you, and this one "
+                f"belongs to the user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}; {_REMEDY}"
+            )
+        lines = content.read().decode(errors="replace").splitlines()
+    variables = dict(line.split("=", 1) for line in lines if "=" in line)
+    if foreign := sorted(variables.keys() - _VARIABLES):
+        raise ConfigurationError(
+            f"{file} is not used, because it sets {foreign[0]!r}, which `sluice up` never writes; {_REMEDY}"
+        )
+    return variables
 
 
 @contextmanager
@@ -50,7 +75,7 @@ def keep_env_file(settings: Settings, variables: Mapping[str, str], file: Path =
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = file.with_name(f"{file.name}.{os.getpid()}")
     draft.unlink(missing_ok=True)
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as output:
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE), "w", encoding="utf-8") as output:
         output.write(content)
     draft.replace(file)
     try:
@@ -59,3 +84,8 @@ def keep_env_file(settings: Settings, variables: Mapping[str, str], file: Path =
         # A service that was started later in the same folder has replaced the file by its own.
         if file.exists() and file.read_text(encoding="utf-8") == content:
             file.unlink()
+
+
+def _open_descriptor(path: str, flags: int) -> int:
+    """Open without following a link, and without waiting for the other end of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -71,9 +71,9 @@ class Command:
     def __init__(self, cluster: Cluster, folder: Path, *arguments: str, **environment: str) -> None:
         self.errors = folder / "stderr"
         (folder / ".sluice").mkdir(exist_ok=True)  # as the service writes it
-        (folder / ".sluice" / "env").write_text(
-            f"SLUICE_RAY_ADDRESS={cluster.address}\nSLUICE_MODEL=tiny\nRAY_AUTH_MODE=token\n"
-        )
+        env_file = folder / ".sluice" / "env"
+        env_file.touch(mode=0o600)
+        env_file.write_text(f"SLUICE_RAY_ADDRESS={cluster.address}\nSLUICE_MODEL=tiny\nRAY_AUTH_MODE=token\n")
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [SLUICE, "annotate", *arguments],

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.local.backends import start_backends
 from pipelines.local.env_file import keep_env_file, read_env_file
+from services.core.errors import ConfigurationError
 from services.core.settings import Settings, load
 from tests.support.command_line import assert_fails, run_sluice, run_sluice_in, start_sluice
 from tests.support.intake_bench import IntakeBench
@@ -153,6 +154,62 @@ def test_env_file_of_a_later_service_is_kept(tmp_path: Path) -> None:
     with keep_env_file(Settings(group="first"), {}, file):
         file.write_text("SLUICE_GROUP=second\n")
     assert read_env_file(file) == {"SLUICE_GROUP": "second"}
+
+
+def write_env_file(folder: Path, content: str, mode: int = 0o600) -> Path:
+    file = folder / ".sluice" / "env"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    file.chmod(mode)
+    return file
+
+
+def test_env_file_of_a_repository_runs_no_program(tmp_path: Path) -> None:
+    """A repository can have the file and a configuration of AWS that runs a program to get credentials."""
+    ran = tmp_path / "ran"
+    (tmp_path / "aws").write_text(f"[default]\ncredential_process = touch {ran}\n")
+    settings = "SLUICE_POLICY_BUCKET=b\nSLUICE_S3_ENDPOINT=http://127.0.0.1:9\n"
+    hostile = f"{settings}AWS_CONFIG_FILE={tmp_path / 'aws'}\n"
+    without_credentials = {name: "" for name in os.environ if name.startswith("AWS_")} | {"HOME": str(tmp_path)}
+    file = write_env_file(tmp_path, hostile, mode=0o644)
+    assert_fails(start_sluice("policy", "list", folder=tmp_path, **without_credentials), ".sluice/env", "mode 0644")
+    file.chmod(0o600)
+    assert_fails(start_sluice("policy", "list", folder=tmp_path, **without_credentials), "'AWS_CONFIG_FILE'")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o700, 0o400])
+def test_env_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
+    file = write_env_file(tmp_path, "SLUICE_GROUP=mine\n", mode)
+    with pytest.raises(ConfigurationError, match=f"has mode {mode:04o}; remove the file"):
+        read_env_file(file)
+
+
+def test_env_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_env_file(tmp_path, "SLUICE_GROUP=mine\n")
+    assert read_env_file(file) == {"SLUICE_GROUP": "mine"}
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(ConfigurationError, match=f"belongs to the user {user} "):
+        read_env_file(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["LD_PRELOAD", "PYTHONPATH", "AWS_PROFILE", "RAY_ADDRESS", "SLUICE_KAFKA_OPTIONS", "SLUICE_OTHER", " X", ""]
+)
+def test_env_file_with_a_variable_that_sluice_never_writes_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="which `sluice up` never writes"):
+        read_env_file(write_env_file(tmp_path, f"SLUICE_GROUP=mine\n{name}=x\n"))
+
+
+def test_env_file_that_is_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    file = write_env_file(tmp_path, "SLUICE_GROUP=mine\n")
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(file)
+    os.mkfifo(pipe, 0o600)
+    for each in (link, pipe):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            read_env_file(each)
 
 
 @pytest.mark.server

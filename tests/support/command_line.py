@@ -85,5 +85,6 @@ def folder(bench: IntakeBench, tmp_path: Path) -> Path:
     file = tmp_path / ".sluice" / "env"
     with keep_env_file(bench.settings, {}, file):
         content = file.read_text()
+    file.touch(mode=0o600)
     file.write_text(content)
     return tmp_path
