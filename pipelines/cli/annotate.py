@@ -7,7 +7,7 @@ import typer
 
 from pipelines.annotation.filters import parse_filter
 from pipelines.annotation.options import AnnotateOptions, CuratedFormat, SourceKind
-from pipelines.cli.output import print_progress
+from pipelines.cli.output import print_json, print_lines, print_progress
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.values import DEFAULT_POLICY
@@ -96,8 +96,8 @@ def annotate(
         print_progress("stopped; the same command resumes the run")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(add_curated(summary, curated_set)))
+        print_json(json.dumps(add_curated(summary, curated_set)))
         return
-    typer.echo("\n".join(format_summary(summary, curated_set)))
+    print_lines(format_summary(summary, curated_set))
     if curated_set and curated_set.unreadable:
         print_progress(f"{curated_set.unreadable} images could not be read any more and are not in the curated set")

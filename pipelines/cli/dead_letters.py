@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from pipelines.cli.output import print_progress
+from pipelines.cli.output import print_json, print_line, print_lines, print_progress
 from pipelines.cli.times import parse_time
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError, DeadLetterReason, SluiceError
@@ -46,11 +46,7 @@ def list_(
 
     selection = _make_selection(reason, tenant, older_than, newer_than)
     settings = settings_module.load("stream_url")
-    _run(
-        list_dead_letters(
-            settings, selection, write=lambda stored: typer.echo(_format(stored, as_json)), progress=print_progress
-        )
-    )
+    _run(list_dead_letters(settings, selection, write=lambda stored: _print(stored, as_json), progress=print_progress))
 
 
 @app.command()
@@ -82,7 +78,7 @@ def replay(
             selection,
             limit=limit,
             dry_run=dry_run,
-            write=lambda stored: typer.echo(_format(stored, as_json)),
+            write=lambda stored: _print(stored, as_json),
             progress=print_progress,
         )
     )
@@ -119,11 +115,14 @@ def reconcile(
             settings,
             time_range,
             settle_s=settle_s,
-            write=lambda finding: typer.echo(finding.to_json() if as_json else finding.line()),
+            write=lambda finding: print_json(finding.to_json()) if as_json else print_line(finding.line()),
             progress=print_progress,
         )
     )
-    typer.echo(report.to_json() if as_json else "\n".join(report.lines()))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_lines(report.lines())
     if failure := report.failure(exactly_once=settings.delivery == "exactly_once"):
         raise SluiceError(failure)
 
@@ -146,8 +145,11 @@ def _make_selection(
     )
 
 
-def _format(stored: "StoredDeadLetter", as_json: bool) -> str:
-    return stored.to_json() if as_json else stored.line()
+def _print(stored: "StoredDeadLetter", as_json: bool) -> None:
+    if as_json:
+        print_json(stored.to_json())
+    else:
+        print_line(stored.line())
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

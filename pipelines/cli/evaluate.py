@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipelines.cli.output import print_progress
-from pipelines.cli.user import find_user_name
+from pipelines.cli.output import print_json, print_line, print_lines, print_progress
+from pipelines.cli.user import check_reason, find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
 from services.core.values import DEFAULT_POLICY
@@ -63,7 +63,10 @@ def evaluate(
         prevalence=prevalence,
         progress=print_progress,
     )
-    typer.echo(report.model_dump_json() if as_json else "\n".join(report.lines()))
+    if as_json:
+        print_json(report.model_dump_json())
+    else:
+        print_lines(report.lines())
     if out:
         print_progress(f"the report is in {out / PAGE_NAME}")
 
@@ -102,6 +105,7 @@ def calibrate(
     """
     if (revert or take_back) and (data_set or apply):
         raise ConfigurationError("--revert takes no data set and no --apply; omit them")
+    check_reason(why)
     from pipelines.evaluation.run import DataSetSource, revert_calibration, store_calibration
     from pipelines.evaluation.run import calibrate as fit_calibration
 
@@ -110,7 +114,10 @@ def calibrate(
         change = revert_calibration(
             policy, revision, settings_module.load("policy_bucket"), who=by, why=why, warn=print_progress
         )
-        typer.echo(change.model_dump_json(by_alias=True) if as_json else f"{change.name}: calibration reverted by {by}")
+        if as_json:
+            print_json(change.model_dump_json(by_alias=True))
+        else:
+            print_line(f"{change.name}: calibration reverted by {by}")
         return
     if data_set is None:
         raise ConfigurationError("a data set is missing; name one with labelled images, or give --revert")
@@ -118,7 +125,10 @@ def calibrate(
     fitted = fit_calibration(
         DataSetSource(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
     )
-    typer.echo(fitted.to_json(applied=apply) if as_json else "\n".join(fitted.lines()))
+    if as_json:
+        print_json(fitted.to_json(applied=apply))
+    else:
+        print_lines(fitted.lines())
     if not apply:
         print_progress("the calibration is not stored; --apply stores and applies it, and --revert undoes that")
         return

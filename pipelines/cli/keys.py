@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli.output import print_json, print_line, print_progress
 from pipelines.cli.user import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
@@ -32,8 +33,11 @@ def create(
     key, token = _open_registry().create(
         name, _parse_role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=find_user_name()
     )
-    typer.echo(f"key {key.id} for {key.name}: role {key.role}, tenant {key.tenant}", err=True)
-    typer.echo(json.dumps({"id": key.id, "key": token}) if as_json else token)
+    print_progress(f"key {key.id} for {key.name}: role {key.role}, tenant {key.tenant}")
+    if as_json:
+        print_json(json.dumps({"id": key.id, "key": token}))
+    else:
+        print_line(token)
 
 
 @app.command("list")
@@ -43,7 +47,10 @@ def list_(as_json: AsJson = False) -> None:
     index = registry.read_index()
     for key in sorted(registry.get_each(list(index)), key=lambda key: key.created_at):
         revoked = index[key.id]
-        typer.echo(key.listing_json(revoked=revoked) if as_json else key.listing_line(revoked=revoked))
+        if as_json:
+            print_json(key.listing_json(revoked=revoked))
+        else:
+            print_line(key.listing_line(revoked=revoked))
 
 
 @app.command()
@@ -54,7 +61,7 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     answer.
     """
     _open_registry().revoke(key_id, who=find_user_name())
-    typer.echo(f"key {key_id} is revoked", err=True)
+    print_progress(f"key {key_id} is revoked")
 
 
 def _open_registry() -> ApiKeyRegistry:

@@ -7,9 +7,10 @@ from pathlib import Path
 import typer
 
 from pipelines.cli import annotate, dead_letters, evaluate, keys, plan, policy, replay, submit, up, verdicts
-from pipelines.cli.output import print_progress
+from pipelines.cli.output import print_line, print_progress
 from pipelines.local.env_file import read_env_file
 from services.core.errors import SluiceError
+from services.core.logs import escape_unconfigured_log
 
 app = typer.Typer(
     name="sluice",
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. On a failure print one sentence on stderr and exit with status 1."""
+    escape_unconfigured_log()
     try:
         app()
     except SluiceError as error:
@@ -68,4 +70,4 @@ def schemas(folder: Path) -> None:
     from services.core.json_schemas import export_schemas  # noqa: PLC0415 - no other command needs it
 
     for file in export_schemas(folder):
-        typer.echo(file)
+        print_line(str(file))

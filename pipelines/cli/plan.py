@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipelines.cli.output import print_progress
+from pipelines.cli.output import print_json, print_lines, print_progress
 from pipelines.cli.times import parse_duration, parse_rate
 
 
@@ -41,9 +41,9 @@ def plan(
         day=day,
     )
     if as_json:
-        typer.echo(json.dumps(computed.as_dict()))
+        print_json(json.dumps(computed.as_dict()))
         return
-    typer.echo("\n".join(computed.lines()))
+    print_lines(computed.lines())
     print_progress(f"The rate of a replica is {computed.source}.")
     for note in computed.notes:
         print_progress(f"note: {note}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.output import print_progress, write_file
+from pipelines.cli.output import print_json, print_line, print_lines, print_progress, print_yaml, write_file
 from pipelines.cli.user import find_user_name
 from pipelines.clients.policy_changes import change_policy
 from services.core import settings as settings_module
@@ -53,10 +53,10 @@ def check(
         if not isinstance(document, PolicyDocument):
             raise ConfigurationError(f"{file} is not a policy, so it has no examples; omit --examples")
         settings = settings_module.load("ray_address")
-        failed = run_examples(document, file.parent, settings, write=typer.echo, progress=print_progress)
+        failed = run_examples(document, file.parent, settings, write=print_line, progress=print_progress)
         if failed:
             raise SluiceError(f"{failed} of {len(document.examples)} examples did not come out as expected")
-    typer.echo(f"{file}: {document.name} is valid")
+    print_line(f"{file}: {document.name} is valid")
 
 
 @app.command()
@@ -65,7 +65,10 @@ def publish(file: File, as_json: AsJson = False) -> None:
     document = _read_document(file)
     stored = change_policy(_load_settings(), lambda service: service.publish(document), warn=print_progress)
     identity = {"name": stored.name, "version": stored.version, "digest": stored.digest}
-    typer.echo(json.dumps(identity) if as_json else f"{stored.name}@{stored.version} {stored.digest}")
+    if as_json:
+        print_json(json.dumps(identity))
+    else:
+        print_line(f"{stored.name}@{stored.version} {stored.digest}")
 
 
 @app.command("list")
@@ -74,14 +77,17 @@ def list_(as_json: AsJson = False) -> None:
     registry = PolicyRegistry.from_settings(_load_settings())
     for name in registry.list_names():
         summary = registry.summarize(name)
-        typer.echo(json.dumps(summary.model_dump()) if as_json else summary.line())
+        if as_json:
+            print_json(json.dumps(summary.model_dump()))
+        else:
+            print_line(summary.line())
 
 
 @app.command()
 def show(policy: Annotated[str, typer.Argument(metavar="NAME[@V]")]) -> None:
     """Print a version as YAML that `publish` accepts. Default: the active version."""
     stored = PolicyRegistry.from_settings(_load_settings()).find(PolicyReference.parse(policy))
-    typer.echo(write_document(stored.document, version=stored.version, digest=stored.digest), nl=False)
+    print_yaml(write_document(stored.document, version=stored.version, digest=stored.digest))
 
 
 @app.command()
@@ -143,8 +149,7 @@ def shadow(
 def diff(before: Version, after: Version) -> None:
     """Compare two versions: first the documents, then the prompts that they make."""
     registry = PolicyRegistry.from_settings(_load_settings())
-    for line in diff_versions(PolicyReference.parse(before), PolicyReference.parse(after), registry):
-        typer.echo(line)
+    print_lines(diff_versions(PolicyReference.parse(before), PolicyReference.parse(after), registry))
 
 
 @app.command()
@@ -217,9 +222,9 @@ def backtest(
     if html:
         write_file(html, render_page(report, pairs, exceeded=exceeded))
     if as_json:
-        typer.echo(json.dumps(report.model_dump(mode="json") | {"exceeded": exceeded}))
+        print_json(json.dumps(report.model_dump(mode="json") | {"exceeded": exceeded}))
     else:
-        typer.echo("\n".join(report.lines()))
+        print_lines(report.lines())
     for sentence in exceeded:
         print_progress(sentence)
     if exceeded:
@@ -230,7 +235,7 @@ def backtest(
 def history(policy: Name, as_json: AsJson = False) -> None:
     """Print every change of a policy's rollout, oldest first."""
     for change in PolicyRegistry.from_settings(_load_settings()).list_changes(_parse_name(policy)):
-        typer.echo(change.history_json() if as_json else change.history_line())
+        _print_change(change, as_json)
 
 
 def _read_document(file: Path) -> Document:
@@ -248,7 +253,14 @@ def _change(change: Callable[[PolicyService, str], Awaitable[RolloutChange]], wh
     done = change_policy(
         _load_settings(), lambda service: change(service, who or find_user_name()), warn=print_progress
     )
-    typer.echo(done.history_json() if as_json else done.history_line())
+    _print_change(done, as_json)
+
+
+def _print_change(change: RolloutChange, as_json: bool) -> None:
+    if as_json:
+        print_json(change.history_json())
+    else:
+        print_line(change.history_line())
 
 
 def _parse_name(name: str) -> str:

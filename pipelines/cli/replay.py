@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.output import print_progress
+from pipelines.cli.output import print_json, print_lines, print_progress
 from services.core import settings as settings_module
 from services.core.errors import SluiceError
 
@@ -26,7 +26,10 @@ def replay(
     settings = settings_module.load("stream_url", "policy_bucket", "ray_address")
     verdict = asyncio.run(rejudge.find_verdict(verdict_id, settings))
     replayed = rejudge.rejudge(verdict, settings, progress=print_progress)
-    typer.echo(replayed.to_json() if as_json else "\n".join(replayed.lines()))
+    if as_json:
+        print_json(replayed.to_json())
+    else:
+        print_lines(replayed.lines())
     for note in replayed.notes:
         print_progress(f"note: {note}")
     if not replayed.reproduced:

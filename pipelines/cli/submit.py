@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli.output import print_line
 from services.core import settings as settings_module
 
 # Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
@@ -25,4 +26,4 @@ def submit(
 
     settings = settings_module.load("stream_url")
     submissions = streams.read_references(references, settings, policy=policy, tenant=tenant, lines=sys.stdin.buffer)
-    asyncio.run(streams.submit(submissions, settings, on_published=typer.echo))
+    asyncio.run(streams.submit(submissions, settings, on_published=print_line))

@@ -1,7 +1,10 @@
-"""Finds the name of the user, for the history of policies and API keys."""
+"""Who changes something, and why: for the history of policies and API keys."""
 
 import getpass
 import os
+
+from services.core.errors import ConfigurationError
+from services.core.text import require_one_line
 
 
 def find_user_name() -> str:
@@ -10,3 +13,15 @@ def find_user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
+
+
+def check_reason(why: str) -> None:
+    """Check the reason of a change before the work for the change begins.
+
+    Raises:
+        ConfigurationError: the reason is not one line of plain text.
+    """
+    try:
+        require_one_line(why)
+    except ValueError as error:
+        raise ConfigurationError(f"--why {error}") from None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.output import print_progress
+from pipelines.cli.output import print_json, print_line, print_progress
 from services.core import settings as settings_module
 
 # Each command imports only the modules that it uses: `sluice submit` need not wait for Ray.
@@ -22,7 +22,13 @@ def verdicts(
     settings = settings_module.load("stream_url")
     try:
         asyncio.run(
-            streams.print_verdicts(settings, follow=follow, as_json=as_json, write=typer.echo, progress=print_progress)
+            streams.print_verdicts(
+                settings,
+                follow=follow,
+                as_json=as_json,
+                write=print_json if as_json else print_line,
+                progress=print_progress,
+            )
         )
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -11,10 +11,10 @@ from typing import Final
 from pydantic import ValidationError
 
 from pipelines.clients.uploads import Uploads
-from pipelines.reporting.text import escape_control_chars
 from services.core.errors import ConfigurationError, Malformed, SluiceError
 from services.core.messages import Submission, Verdict, decode_json
 from services.core.settings import Settings
+from services.core.text import escape_control_chars
 from services.streams.base import OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_publisher, open_reader

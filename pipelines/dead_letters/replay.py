@@ -23,10 +23,10 @@ from typing import Final
 
 from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.dead_letters.stored import Selection, StoredDeadLetter, select
-from pipelines.reporting.text import escape_control_chars
 from services.core.errors import ConfigurationError
 from services.core.messages import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER, remove_own_headers
 from services.core.settings import Settings
+from services.core.text import escape_control_chars
 from services.streams.base import OutgoingMessage, Publisher, Reader
 from services.streams.config import StreamConfig, list_submission_streams
 from services.streams.factory import open_publisher, open_reader

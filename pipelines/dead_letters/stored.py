@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from pipelines.reporting.text import escape_control_chars
 from services.core.errors import DeadLetterReason
 from services.core.messages import DeadLetter, Submission, remove_own_headers
 from services.core.settings import Settings
+from services.core.text import escape_control_chars
 from services.streams.base import Message, Reader
 from services.streams.config import StreamConfig
 from services.streams.factory import open_reader

@@ -24,7 +24,7 @@ from pipelines.evaluation.metrics import (
 from pipelines.evaluation.results import STEPS, ResultColumns
 from pipelines.reporting.frozen_model import FrozenModel
 from pipelines.reporting.statistics import CONFIDENCE
-from pipelines.reporting.text import escape_control_chars
+from services.core.text import escape_control_chars
 from services.core.values import ModelIdentity
 
 PERCENTILES: Final = (50, 90, 95, 99)

@@ -23,6 +23,7 @@ from pipelines.local.up import ShutdownRequested, run_service
 from pipelines.reporting.timed_progress import TimedProgress
 from pipelines.tiny_guard.drawings import draw
 from services.core.errors import SluiceError
+from services.core.text import escape_lines
 from services.core.values import CATEGORIES, DEFAULT_POLICY, NO_CATEGORY
 
 _FIRST_SEED: Final = 7_000_000
@@ -84,8 +85,8 @@ def main() -> None:
     except ShutdownRequested:
         sys.exit(130)
     except SluiceError as error:
-        sys.exit(f"sluice: {error}")
-    typer.echo("\n".join(report.lines()))
+        sys.exit(escape_lines(f"sluice: {error}"))
+    typer.echo("\n".join(report.lines()))  # each line is escaped
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from pipelines.reporting.frozen_model import FrozenModel
 from pipelines.reporting.statistics import Interval, Share, ShareDifference, compute_paired_difference, compute_share
-from pipelines.reporting.text import escape_control_chars
 from services.core.messages import Verdict
+from services.core.text import escape_control_chars
 from services.core.values import Action, Rating, ReviewReason
 
 UNREADABLE: Final = "unreadable answer"

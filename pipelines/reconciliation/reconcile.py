@@ -17,10 +17,10 @@ from typing import Any, Final
 from pipelines.dead_letters.stored import parse_dead_letter
 from pipelines.reconciliation.matching import ReconciledSubmission, SubmissionMessage, SubmissionOutcome, match
 from pipelines.reconciliation.spool import SpoolDatabase
-from pipelines.reporting.text import escape_control_chars
 from services.core.errors import Malformed, SluiceError
 from services.core.messages import decode_json
 from services.core.settings import Settings
+from services.core.text import escape_control_chars
 from services.streams.base import Message, Reader
 from services.streams.config import StreamConfig, list_submission_streams
 from services.streams.factory import open_reader

@@ -1,17 +1,9 @@
-"""Text for terminals: untrusted text without control characters, errors on one line, and durations."""
+"""Text for terminals: errors on one line, and durations."""
 
 from typing import Final
 
 TEXT_LIMIT_CHARS: Final = 300
 """The text of an error of a library is cut to this length."""
-
-
-def escape_control_chars(text: str) -> str:
-    """Replace each unprintable character (control, bidi, surrogate, line break) by U+FFFD.
-
-    Untrusted text could otherwise move the cursor, change colours, or look like lines of Sluice.
-    """
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def to_one_line(error: BaseException) -> str:

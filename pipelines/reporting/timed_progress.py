@@ -4,6 +4,8 @@ import time
 
 import typer
 
+from services.core.text import escape_lines
+
 
 class TimedProgress:
     """Prints lines on stderr, each with the seconds since this object was created."""
@@ -12,4 +14,4 @@ class TimedProgress:
         self._started = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        typer.echo(f"[{time.monotonic() - self._started:5.1f} s] {line}", err=True)
+        typer.echo(f"[{time.monotonic() - self._started:5.1f} s] {escape_lines(line)}", err=True)

@@ -25,6 +25,7 @@ from services.core.errors import ApiKeysUnavailable, ConfigurationError, StoreUn
 from services.core.messages import UtcDatetime
 from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
+from services.core.text import require_one_line
 from services.core.values import WireModel
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ class ApiKeyRegistry:
         """
         key_id = secrets.token_hex(8)
         token = f"sk-sluice-{key_id}-{secrets.token_urlsafe(32)}"
+        for field, text in (("name", name), ("tenant", tenant)):  # keys of earlier releases may have such names
+            try:
+                require_one_line(text)
+            except ValueError as error:
+                raise ConfigurationError(f"the key's {field} is invalid: it {error}") from None
         try:
             api_key = ApiKey(
                 id=key_id,

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from services.core.s3_uri import parse_s3_uri
+from services.core.text import require_one_line
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
@@ -41,8 +42,16 @@ AnyCode = Literal[CategoryCode, OwnCode]
 CodeOrNone = Literal[CategoryCode, OwnCode, "NA"]
 Probability = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: share + 0.0)]
 """In [0, 1]. -0.0 becomes 0.0, so that equal documents have equal digests."""
-Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000)]
-"""One line without angle brackets, which could be part of a marker of a chat layout."""
+
+
+def _check_rule(rule: str, info: ValidationInfo) -> str:
+    return rule if info.context == STORED else require_one_line(rule)
+
+
+STORED: Final = "stored"
+"""The context of the validation of a stored version. Earlier releases accepted control characters in rules."""
+Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000), AfterValidator(_check_rule)]
+"""One line without control characters and without angle brackets, which could be a marker of a chat layout."""
 Rules = Annotated[tuple[Rule, ...], Field(max_length=50)]
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 TENANTS: Final = "tenants"

@@ -29,6 +29,7 @@ from services.core.errors import (
 )
 from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
+from services.core.text import escape_control_chars, require_one_line
 from services.policies.document import BUILT_IN
 from services.policies.reference import PolicyReference
 from services.policies.rollout import Canary, ChangeAction, Rollout, RolloutChange, Shadow
@@ -63,7 +64,9 @@ class StoredVersion:
             ValueError: the data is not a version of that name, or does not match its digest.
         """
         stored = from_json(data)
-        document = parse_document(stored["document"]) if isinstance(stored, dict) and "document" in stored else None
+        document = None
+        if isinstance(stored, dict) and "document" in stored:
+            document = parse_document(stored["document"], stored=True)
         if document is None or document.name != name or document.digest() != stored.get("digest"):
             raise ValueError(f"policy {name}@{version} does not match its digest")
         return cls(name, version, document.digest(), document)
@@ -336,6 +339,11 @@ class PolicyRegistry:
         self, name: str, action: ChangeAction, transition: Callable[[Rollout], _Transition | None], who: str, why: str
     ) -> RolloutChange:
         """Compute the next state from the newest one, and write it. If another process was first, repeat."""
+        try:
+            require_one_line(why)
+        except ValueError as error:
+            raise ConfigurationError(f"policy {name}: the reason {error}") from None
+        who = escape_control_chars(who)
         while True:
             newest = self.find_newest_change(name)
             number = newest.number + 1 if newest else 1

@@ -5,7 +5,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from services.policies.document import TENANTS, PolicyDocument, PolicyName, StrictModel, compute_digest, is_policy_name
+from services.policies.document import (
+    STORED,
+    TENANTS,
+    PolicyDocument,
+    PolicyName,
+    StrictModel,
+    compute_digest,
+    is_policy_name,
+)
 
 __all__ = ["TENANTS", "TENANTS_LIMIT", "Document", "TenantsDocument", "is_document_name", "parse_document"]
 
@@ -42,12 +50,14 @@ def is_document_name(name: str) -> bool:
     return name == TENANTS or is_policy_name(name)
 
 
-def parse_document(document: Mapping[str, Any]) -> Document:
+def parse_document(document: Mapping[str, Any], *, stored: bool = False) -> Document:
     """Validate a document of decoded JSON or YAML. Without a `kind` it is a policy.
+
+    `stored` accepts rules that an earlier release published and this one would refuse.
 
     Raises:
         pydantic.ValidationError: the document is invalid.
     """
     # A document of an unknown kind fails as a policy, with an error about `kind`.
     model = TenantsDocument if document.get("kind") == TENANTS else PolicyDocument
-    return model.model_validate(document)
+    return model.model_validate(document, context=STORED if stored else None)

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import keys
 from services.core.errors import ConfigurationError
+from services.gateway import api_keys
+from services.gateway.api_keys import ApiKeyRegistry
 from tests.support.gateway_bench import GatewayBench
 
 
@@ -38,3 +40,23 @@ def test_created_key_is_listed_until_and_after_its_revocation(
     for wrong, word in ((("create", "x", "--role", "god"), "role"), (("revoke", "nothing"), "no API key")):
         with pytest.raises(ConfigurationError, match=word):
             sluice(*wrong)
+
+
+@pytest.mark.parametrize("field", ["name", "tenant"])
+def test_key_with_control_characters_is_refused_or_escaped(
+    idle: GatewayBench, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    monkeypatch.setenv("SLUICE_POLICY_BUCKET", idle.settings.policy_bucket)
+    monkeypatch.setenv("SLUICE_S3_ENDPOINT", idle.settings.s3_endpoint or "")
+    forged = "ci\n0123456789abcdef 2026-01-01 ada admin\x1b[1A\x9b2J"
+    texts = {"name": "ci", "tenant": "shop"} | {field: forged}
+    registry = ApiKeyRegistry.from_settings(idle.settings)
+    with pytest.raises(ConfigurationError, match=f"the key's {field} is invalid: it has the control character U"):
+        registry.create(texts["name"], "moderate", tenant=texts["tenant"])
+    with monkeypatch.context() as patched:  # as earlier releases did
+        patched.setattr(api_keys, "require_one_line", str)
+        made, _ = registry.create(texts["name"], "moderate", tenant=texts["tenant"])
+    assert registry.get(made.id) == made, "the key stays valid"
+    printed = CliRunner().invoke(keys.app, ["list"], catch_exceptions=False).stdout.removesuffix("\n").split("\n")
+    assert len(printed) == len(registry.read_index())
+    assert all(line.isprintable() for line in printed)

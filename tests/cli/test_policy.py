@@ -10,8 +10,11 @@ from typing import Any
 
 import boto3
 import pytest
+import yaml
 
+from services.policies.document import STORED, PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
+from services.policies.registry import StoredVersion
 from tests.support.command_line import run_sluice
 
 Sluice = Callable[..., subprocess.CompletedProcess[str]]
@@ -147,3 +150,52 @@ def test_document_with_warnings_is_published(sluice: Sluice, tmp_path: Path) -> 
     assert run.returncode == 0
     assert "warning" in run.stderr
     assert lines(sluice("publish", "lax.yaml", "--json"))[0]["version"] == 1
+
+
+FORGED = "stricter\n2026-01-01 00:00:00Z activate from shop@1 to shop@2 by alice\x1b[1A\x1b[2K\x9b2J\u202e"
+
+
+def test_history_and_diff_show_forged_text_on_its_own_line(sluice: Sluice, bucket: str, s3_endpoint: str) -> None:
+    """Releases before this one accepted control characters, so stored objects can contain them."""
+    objects = boto3.client("s3", endpoint_url=s3_endpoint)
+    for _ in range(2):
+        assert sluice("publish", "shop.yaml").returncode == 0
+    assert sluice("activate", "shop@2", "--why", "stricter").returncode == 0
+    (change,) = objects.list_objects_v2(Bucket=bucket, Prefix="policies/shop/changes/")["Contents"]
+    stored = json.loads(objects.get_object(Bucket=bucket, Key=change["Key"])["Body"].read())
+    objects.put_object(Bucket=bucket, Key=change["Key"], Body=json.dumps(stored | {"why": FORGED}).encode())
+    (line,) = sluice("history", "shop").stdout.splitlines()
+    assert line.isprintable()
+    (printed,) = sluice("history", "shop", "--json").stdout.splitlines()
+    assert json.loads(printed)["why"] == FORGED
+
+    rule = "Show fires.\x1b[1A\x1b[2K\u202e"
+    document = PolicyDocument.model_validate({"name": "shop", "categories": {"O1": {"can": [rule]}}}, context=STORED)
+    versions = objects.list_objects_v2(Bucket=bucket, Prefix="policies/shop/versions/")["Contents"]
+    newest = min(each["Key"] for each in versions)
+    body = StoredVersion("shop", 2, document.digest(), document).to_json()
+    objects.put_object(Bucket=bucket, Key=newest, Body=body)
+    compared = sluice("diff", "shop@1", "shop@2")
+    assert compared.returncode == 0, compared.stderr
+    assert "Show fires.\ufffd[1A" in compared.stdout
+    assert all(each.isprintable() for each in compared.stdout.split("\n"))
+    shown = sluice("show", "shop@2").stdout
+    assert all(each.isprintable() for each in shown.split("\n"))
+    assert yaml.safe_load(shown)["categories"]["O1"]["can"] == [rule], "a stored version stays readable"
+
+
+def test_rule_or_reason_with_control_characters_is_refused(sluice: Sluice, tmp_path: Path) -> None:
+    hostile = 'name: shop\ncategories: {O1: {can: ["Show fires.\\e[1A\\e[2K"]}}\n'
+    (tmp_path / "hostile.yaml").write_text(hostile)
+    for command in ("check", "publish"):
+        refused = sluice(command, "hostile.yaml")
+        assert refused.returncode == 1
+        assert "U+001B" in refused.stderr
+    assert sluice("publish", "shop.yaml").returncode == 0
+    refused = sluice("activate", "shop@1", "--why", FORGED)
+    assert refused.returncode == 1
+    assert "the reason has the control character U+000A" in refused.stderr
+    assert sluice("activate", "shop@1", "--who", FORGED).returncode == 0
+    (line,) = sluice("history", "shop").stdout.splitlines()
+    assert line.isprintable()
+    assert run_sluice("calibrate", "data.jsonl", "--why", FORGED).stderr.startswith("sluice: --why has the control")

@@ -29,6 +29,10 @@ DRAWN: dict[str, Any] = {"synthetic": {"label": "O2", "seed": 1}}
         {"rationale": "sometimes"},
         {"categories": {"O1": {"can": ["<|im_end|>"]}}},
         {"categories": {"O1": {"should_not": ["one line\nand another"]}}},
+        *(
+            {"own_categories": [{**GAMBLING, "can": [f"Show dice.{bad}"]}]}
+            for bad in ("\x1b[2K", "\0", "\t", "\x7f", "\x9b2J", "\u2028", "\u202e")
+        ),
         {"name": "tenants"},
         {"kind": "tenants"},
         {"thresholds": {"review": 0.9}},

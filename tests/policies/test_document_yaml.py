@@ -253,7 +253,12 @@ TEXTS = st.text(max_size=60) | st.text(
     max_size=200,
 )
 LINES = TEXTS.filter(lambda text: text.isprintable() and text != "")
-RULES = st.lists(TEXTS.filter(lambda text: text and not set(text) & set("<>\r\n")), max_size=3)
+RULES = st.lists(
+    TEXTS.map(lambda text: "".join(c for c in text if c not in "<>" and (c.isprintable() or c == "\ufeff"))).filter(
+        bool
+    ),
+    max_size=3,
+)
 SHARES = st.floats(0, 1)
 PAIRS = st.tuples(SHARES, SHARES).map(lambda pair: {"review": min(pair), "block": max(pair)}) | st.just({})
 CODES = st.sampled_from([f"O{n}" for n in range(1, 10)])

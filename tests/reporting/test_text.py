@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.reporting.text import escape_control_chars, format_duration
+from pipelines.reporting.text import format_duration
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,3 @@ from pipelines.reporting.text import escape_control_chars, format_duration
 )
 def test_format_duration_uses_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
-
-
-def test_escape_control_chars_replaces_invisible_characters_only() -> None:
-    escaped = escape_control_chars("a\x1b[2J\n\u202e\ud800 ä")
-    assert escaped == "a\ufffd[2J\ufffd\ufffd\ufffd ä"

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from services.core.errors import ConfigurationError, InvalidDocument, UnknownPolicy
+from services.core.text import require_one_line
 from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.openapi import describe_body, describe_json_body
@@ -33,6 +34,7 @@ _DOCUMENT_CONTENT: Final = {
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Reason = Annotated[str, Field(max_length=2000), AfterValidator(require_one_line)]
 
 
 class PolicyVersion(BaseModel):
@@ -61,7 +63,7 @@ class Activation(BaseModel):
     )
 
     version: Annotated[int, Field(ge=1, le=MAX_VERSION)]
-    why: Annotated[str, Field(max_length=2000)] = ""
+    why: Reason = ""
 
 
 class Rollback(BaseModel):
@@ -69,7 +71,7 @@ class Rollback(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"why": "too many images are blocked"}]})
 
-    why: Annotated[str, Field(max_length=2000)] = ""
+    why: Reason = ""
 
 
 class HistoryEntry(BaseModel):
