@@ -1,5 +1,6 @@
 """Reads WebDataset tars from end to end, without unpacking them. Names of members are never used as paths."""
 
+import io
 import json
 import os
 import tarfile
@@ -13,6 +14,8 @@ _IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ti
 
 _SIDECAR_LIMIT_BYTES: Final = 65_536
 _SIDECARS_LIMIT: Final = 16
+_HEADERS_LIMIT_BYTES: Final = 131_072
+"""The headers of one member (long names, pax records, maps of sparse files). They have some KB at most."""
 
 
 @dataclass(slots=True)
@@ -34,6 +37,31 @@ class TruncatedTar(Exception):
     """The tar is cut off or corrupt. The message has the number of members before that."""
 
 
+class _HeaderReader(io.RawIOBase):
+    """Reads the headers of a tar. A header may claim any size, and tarfile would allocate that."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._remaining = _HEADERS_LIMIT_BYTES
+
+    def begin_member(self) -> None:
+        """Allow the headers of another member."""
+        self._remaining = _HEADERS_LIMIT_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= self._remaining:
+            raise tarfile.ReadError("the headers of a member are too large")
+        self._remaining -= size
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 def read_tar(file: BinaryIO) -> Iterator[TarImage]:
     """The images of a tar, in their order.
 
@@ -52,24 +80,31 @@ def read_tar(file: BinaryIO) -> Iterator[TarImage]:
 
     reason = ""
     try:
-        with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+        headers = _HeaderReader(file)
+        with tarfile.open(fileobj=headers, mode="r:", errorlevel=2) as tar:
+            end = -1
             for info in tar:
+                if info.size < 0 or tar.offset <= end:  # else a tar could be read in a circle
+                    raise tarfile.ReadError("a member does not end behind its beginning")
+                end = tar.offset
+                headers.begin_member()
                 tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every member in memory
                 stem, suffix = _split_name(info.name)
                 if stem != key:
                     yield from finish_sample()
                     images, key, sidecars = [], stem, {}
                 if suffix.endswith(_IMAGE_SUFFIXES) and not info.isdir():
-                    image = TarImage(info.name, info.offset_data, info.size, _find_rejection(info))
+                    image = TarImage(info.name, info.offset_data, min(info.size, size), _find_rejection(info))
                     image.truncated = info.isreg() and info.offset_data + info.size > size
                     images.append(image)
                 elif info.isreg() and suffix and info.size <= _SIDECAR_LIMIT_BYTES and len(sidecars) < _SIDECARS_LIMIT:
                     content = tar.extractfile(info)
                     sidecars[suffix.removeprefix(".")] = _decode_sidecar(suffix, content.read() if content else b"")
+                    headers.begin_member()
                 count += 1
         if size % tarfile.BLOCKSIZE or (count == 0 and size == 0):
             reason = f"the tar is cut off after {count} members"
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, MemoryError, RecursionError) as error:
         reason = f"the tar cannot be read beyond {count} members: {error}"
     yield from finish_sample()
     if reason:
