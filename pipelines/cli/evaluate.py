@@ -22,6 +22,10 @@ PolicyOption = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="The split to read from a folder that has several, such as test.")]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read only the first N rows.")]
+Root = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Send local files below this folder only. Default: the folder of the data set."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
@@ -35,6 +39,7 @@ def evaluate(
     ] = None,
     split: Split = None,
     limit: Limit = None,
+    root: Root = None,
     adaptive: Annotated[
         bool, typer.Option(help="Also judge every row with effort adaptive, at the cost of a second request per row.")
     ] = True,
@@ -54,7 +59,7 @@ def evaluate(
     from pipelines.evaluation.run import evaluate as evaluate_policy
 
     report = evaluate_policy(
-        DataSetSource(data_set, split, limit),
+        DataSetSource(data_set, split, limit, root),
         policy,
         settings_module.load(*_SETTINGS),
         options=EvaluationOptions(adaptive=adaptive, perturbed=robustness_images if robustness else 0, seed=seed),
@@ -91,6 +96,7 @@ def calibrate(
     revision: Annotated[str | None, typer.Option(help="With --revert: the checkpoint, if there are several.")] = (None),
     split: Split = None,
     limit: Limit = None,
+    root: Root = None,
     seed: Seed = 0,
     why: Annotated[str, typer.Option("--why", help="The reason, for the history.")] = "",
     who: Annotated[
@@ -123,7 +129,7 @@ def calibrate(
         raise ConfigurationError("a data set is missing; name one with labelled images, or give --revert")
     settings = settings_module.load(*_SETTINGS)
     fitted = fit_calibration(
-        DataSetSource(data_set, split, limit), policy, settings, method=method, seed=seed, progress=print_progress
+        DataSetSource(data_set, split, limit, root), policy, settings, method=method, seed=seed, progress=print_progress
     )
     if as_json:
         print_json(fitted.to_json(applied=apply))

@@ -54,6 +54,7 @@ class DataSetJudge:
         *,
         keep: Callable[[LabelledImage], bool] = lambda _labelled: True,
         write: RowWriter = lambda _row: None,
+        root: Path | None = None,
     ) -> None:
         """
         Args:
@@ -63,7 +64,9 @@ class DataSetJudge:
         self.columns = ResultColumns()
         self._service = service
         self._options = options
-        self._reader = BatchReader(selector, settings, keep=keep, perturbed=options.perturbed, seed=options.seed)
+        self._reader = BatchReader(
+            selector, settings, keep=keep, perturbed=options.perturbed, seed=options.seed, root=root
+        )
         self._write = write
 
     @property

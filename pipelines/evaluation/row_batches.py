@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipelines.clients.judge_client import Progress
+from pipelines.clients.local_images import read_local_image
 from pipelines.evaluation.labels import Image, LabelledImage, RejectedRecord, RejectionReason, parse_record
 from pipelines.evaluation.metrics import NOTHING_WAIVED
 from pipelines.evaluation.perturbations import perturb
 from pipelines.evaluation.policy_selection import PolicySelector, RowPolicy
 from pipelines.reporting.text import format_duration
-from services.core.errors import Unavailable, Unjudgeable
+from services.core.errors import Forbidden, NotFound, Unavailable, Unjudgeable
 from services.core.messages import ObjectReference
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
@@ -101,12 +102,14 @@ class BatchReader:
         keep: Callable[[LabelledImage], bool],
         perturbed: int,
         seed: int,
+        root: Path | None = None,
     ) -> None:
         """
         Args:
             keep: whether a row is wanted. Other rows are counted in `left_out`.
             perturbed: how many rows to perturb: the first ones whose policy waives nothing.
             seed: of the noise.
+            root: the folder whose files may be sent. Default: the folder of the data set.
         """
         self.left_out = 0
         self._selector = selector
@@ -114,9 +117,11 @@ class BatchReader:
         self._keep = keep
         self._to_perturb = perturbed
         self._seed = seed
+        self._root = root
 
     def read(self, records: Iterable[Any], folder: Path, pace: BatchPace) -> Generator[Batch]:
         """The batches of all records. The caller judges one while the next is read."""
+        self._root = self._root or folder
         parsed = self._parse(records, folder, pace)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers, ThreadPoolExecutor(1) as ahead:
 
@@ -179,13 +184,14 @@ class BatchReader:
             return _Unreadable("no_image", f"its image {image[:_SHOWN_CHARACTERS]} is not the URI of an object")
         limit, shown = self._settings.image_limit_bytes, str(image)[:_SHOWN_CHARACTERS]
         try:
-            if isinstance(image, Path) and not image.is_file():
-                return _Unreadable("no_image", f"its image {shown} does not exist")
             if (size := _size(image)) > limit:
                 return _Unreadable("too_large", f"its image has {size} bytes, the limit is {limit}")
-            return image if isinstance(image, bytes) else image.read_bytes()
-        except OSError as error:
-            return _Unreadable("no_image", f"its image {shown} cannot be read: {error.strerror}")
+            return image if isinstance(image, bytes) else read_local_image(image, self._root or image.parent, limit)
+        except NotFound:
+            return _Unreadable("no_image", f"its image {shown} does not exist")
+        except Unjudgeable as error:
+            remedy = "; --root allows another folder" if isinstance(error, Forbidden) else ""
+            return _Unreadable("no_image", f"its image cannot be used: {error}{remedy}")
 
     def _perturb(self, batch: Batch) -> None:
         rows = [row for row in batch.rows if row.row_policy.waiver_kind == NOTHING_WAIVED][: self._to_perturb]

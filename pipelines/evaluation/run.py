@@ -41,6 +41,8 @@ class DataSetSource:
     path: Path
     split: str | None = None
     limit: int | None = None
+    root: Path | None = None
+    """The folder whose files the data set may name. Default: its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,7 @@ def _judge_data_set(
     with open_client(settings) as service:
         progress(f"judging {data_set.name} under {evaluated.name}")
         selector = PolicySelector(evaluated, PolicyRegistry.from_settings(settings))
-        judging = DataSetJudge(service, selector, settings, options, keep=keep, write=write)
+        judging = DataSetJudge(service, selector, settings, options, keep=keep, write=write, root=source.root)
         columns = judging.run(records, data_set.folder, total, progress)
     if not columns.judged:
         raise ConfigurationError(_no_rows_message(data_set, columns, judging.left_out))

@@ -1,11 +1,13 @@
 """Judges the examples of a policy document on the running service, before the document is published."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from pipelines.clients.judge_client import JudgeClient, JudgeRequest, JudgeResult, Progress, open_client
-from services.core.errors import ConfigurationError, TooLarge
+from pipelines.clients.local_images import read_local_image
+from services.core.errors import ConfigurationError, Forbidden, NotAnImage, NotFound, TooLarge
 from services.core.messages import Submission, Verdict
 from services.core.settings import Settings
 from services.core.values import Policy
@@ -29,8 +31,9 @@ def run_examples(
         write(f"{document.name} has no examples")
         return 0
     for example in examples:
-        if (file := _find_file(example, folder)) and not file.is_file():
-            raise ConfigurationError(f"{name_example(example)}: there is no file {file}")
+        if file := _find_file(example, folder):
+            with suppress(TooLarge, NotAnImage):
+                _read(example, file, folder, settings.image_limit_bytes)
     with open_client(settings) as service:
         results = _judge(service, examples, document.as_version(0), folder, settings.image_limit_bytes, progress)
     mismatches = [find_mismatch(example.expect, result) for example, result in zip(examples, results, strict=True)]
@@ -78,7 +81,7 @@ def _judge(
     batch: dict[int, JudgeRequest] = {}
     for number, example in enumerate(examples, start=1):
         request = _make_request(number, example, policy, folder, limit_bytes)
-        if isinstance(request, TooLarge):
+        if isinstance(request, TooLarge | NotAnImage):
             results[number] = request
         else:
             batch[number] = request
@@ -90,8 +93,8 @@ def _judge(
 
 def _make_request(
     number: int, example: Example, policy: Policy, folder: Path, limit_bytes: int
-) -> JudgeRequest | TooLarge:
-    """The request to judge one example, with its file or drawing. TooLarge if the file exceeds the limit.
+) -> JudgeRequest | TooLarge | NotAnImage:
+    """The request to judge one example, with its file or drawing; an error if the file must not be sent.
 
     Raises:
         ConfigurationError: the file cannot be read.
@@ -99,14 +102,19 @@ def _make_request(
     name = f"example-{number}"
     if file := _find_file(example, folder):
         try:
-            if (size := file.stat().st_size) > limit_bytes:
-                return TooLarge(f"the image has {size} bytes, more than {limit_bytes}")
-            return JudgeRequest.of_bytes(name, file.read_bytes(), policy)
-        except OSError as error:
-            raise ConfigurationError(f"{name_example(example)}: {file} cannot be read: {error.strerror}") from error
+            return JudgeRequest.of_bytes(name, _read(example, file, folder, limit_bytes), policy)
+        except (TooLarge, NotAnImage) as error:
+            return error
     if example.synthetic:
         return JudgeRequest.of_bytes(name, _draw(example), policy)
     return JudgeRequest(Submission(id=name, uri=example.image or "", policy=policy.identity.name), (policy,))
+
+
+def _read(example: Example, file: Path, folder: Path, limit_bytes: int) -> bytes:
+    try:
+        return read_local_image(file, folder, limit_bytes)
+    except (Forbidden, NotFound) as error:
+        raise ConfigurationError(f"{name_example(example)}: {error}") from None
 
 
 def _find_file(example: Example, folder: Path) -> Path | None:

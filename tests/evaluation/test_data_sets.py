@@ -445,6 +445,23 @@ def test_file_larger_than_the_limit_is_not_sent(bench: IntakeBench, service: Scr
     assert [request.submission.id for request in service.requests] == ["safe-a.jpg"]
 
 
+def test_file_outside_the_folder_or_not_an_image_is_never_sent(
+    bench: IntakeBench, service: ScriptedService, tmp_path: Path
+) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (tmp_path / "private.jpg").write_bytes(jpeg("blue"))
+    (folder / "a.jpg").write_bytes(jpeg("blue"))
+    (folder / "secret.jpg").write_bytes(b"password=hunter2")
+    (folder / "link.jpg").symlink_to(tmp_path / "private.jpg")
+    names = ["a.jpg", "../private.jpg", str(tmp_path / "private.jpg"), "link.jpg", "secret.jpg"]
+    rows = [{"id": f"safe-{number}", "image": name, "rating": "Safe"} for number, name in enumerate(names)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluated(bench, folder / "d.jsonl", [], options=EvaluationOptions())
+    assert (report.judged, report.failures) == (1, {"no_image": 4})
+    assert [request.submission.id for request in service.requests] == ["safe-0"]
+
+
 def test_many_rows_are_judged_in_bounded_batches(bench: IntakeBench, service: ScriptedService) -> None:
     held: list[int] = []
     pulled = 0

@@ -16,6 +16,9 @@ from services.core.settings import Settings
 from services.policies.document import Example, Expectation, PolicyDocument
 from tests.support.verdicts import verdict_with
 
+JPEG = b"\xff\xd8\xff"
+"""The first bytes of a JPEG file."""
+
 
 def expect(**fields: Any) -> Expectation:
     return Expectation.model_validate(fields)
@@ -91,12 +94,12 @@ def document_of(*images: dict[str, Any]) -> PolicyDocument:
 
 
 def test_files_and_drawings_are_sent_and_objects_are_named(service: ScriptedService, tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"bytes of a")
+    (tmp_path / "a.jpg").write_bytes(JPEG + b"bytes of a")
     document = document_of({"image": "a.jpg"}, {"synthetic": {"label": "O2", "seed": 7}}, {"image": "s3://uploads/k"})
     lines: list[str] = []
     assert run_examples(document, tmp_path, Settings(), write=lines.append, progress=print) == 0
     file, drawing, stored = service.requests
-    assert (file.image, file.submission.uri) == (b"bytes of a", Upload.make_uri(b"bytes of a"))
+    assert (file.image, file.submission.uri) == (JPEG + b"bytes of a", Upload.make_uri(JPEG + b"bytes of a"))
     assert drawing.image is not None
     assert drawing.image.startswith(b"\xff\xd8"), "a JPEG file"
     assert (stored.image, stored.submission.uri) == (None, "s3://uploads/k")
@@ -104,8 +107,8 @@ def test_files_and_drawings_are_sent_and_objects_are_named(service: ScriptedServ
 
 
 def test_file_larger_than_the_limit_fails_and_is_not_sent(service: ScriptedService, tmp_path: Path) -> None:
-    (tmp_path / "large.jpg").write_bytes(bytes(11))
-    (tmp_path / "small.jpg").write_bytes(bytes(10))
+    (tmp_path / "large.jpg").write_bytes(JPEG + bytes(8))
+    (tmp_path / "small.jpg").write_bytes(JPEG + bytes(7))
     document = document_of({"image": "large.jpg"}, {"image": "small.jpg"})
     lines: list[str] = []
     assert run_examples(document, tmp_path, Settings(image_limit_bytes=10), write=lines.append, progress=print) == 1
@@ -121,7 +124,7 @@ def test_many_large_files_are_judged_in_batches(
 ) -> None:
     monkeypatch.setattr(examples, "_BATCH_BYTES", 20)
     for number in range(5):
-        (tmp_path / f"{number}.jpg").write_bytes(bytes(10))
+        (tmp_path / f"{number}.jpg").write_bytes(JPEG + bytes(7))
     document = document_of(*({"image": f"{number}.jpg"} for number in range(5)))
     assert run_examples(document, tmp_path, Settings(), write=lambda _line: None, progress=print) == 0
     assert service.batches == [2, 2, 1]
@@ -131,4 +134,20 @@ def test_many_large_files_are_judged_in_batches(
 def test_missing_file_error_and_nothing_is_judged(service: ScriptedService, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent\.jpg: there is no file"):
         run_examples(document_of({"image": "absent.jpg"}), tmp_path, Settings(), write=print, progress=print)
+    assert service.requests == []
+
+
+def test_file_outside_the_folder_or_not_an_image_is_not_sent(service: ScriptedService, tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (tmp_path / "private.jpg").write_bytes(JPEG)
+    (folder / "link.jpg").symlink_to(tmp_path / "private.jpg")
+    (folder / "up").symlink_to(tmp_path)
+    for image in ("../private.jpg", "link.jpg", "up/private.jpg", "../foreign/../private.jpg"):
+        with pytest.raises(ConfigurationError, match="is outside"):
+            run_examples(document_of({"image": image}), folder, Settings(), write=print, progress=print)
+    (folder / "secret.jpg").write_bytes(b"password=hunter2")
+    lines: list[str] = []
+    assert run_examples(document_of({"image": "secret.jpg"}), folder, Settings(), write=lines.append, progress=print)
+    assert "not_an_image" in lines[0]
     assert service.requests == []
