@@ -43,12 +43,25 @@ _COMMON_FLAGS: Final = (
     *("--log-level-http", "warning"),
 )
 
-_WITHHELD_PREFIXES: Final = ("AWS_", "SLUICE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_")
-"""Credentials, and switches of SGLang, do not reach the engine."""
-
-_WITHHELD: Final = frozenset(
-    {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy", "pythondontwritebytecode"}
+_INHERITED: Final = frozenset(
+    {
+        # The process: programs, libraries, user, caches, text.
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ"),
+        *("LD_LIBRARY_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "CC", "CXX", "MAX_JOBS"),
+        *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE"),
+        *("PYTHONPATH", "PYTHONHOME", "PYTHONUNBUFFERED", "PYTHONHASHSEED", "PYTHONFAULTHANDLER", "VIRTUAL_ENV"),
+        # The GPUs. Not every NVIDIA_: NVIDIA_API_KEY is a credential.
+        *("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    }
 )
+_INHERITED_PREFIXES: Final = (
+    *("LC_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "FLASHINFER_"),
+    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_"),
+)
+"""Variables of the libraries that compute. Everything else stays here: credentials, proxies, Ray, SGLang's switches."""
+
+_CREDENTIAL_WORDS: Final = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY")
+"""A variable with such a word in its name stays here even if its prefix is listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +103,8 @@ class LaunchConfig:
         return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
     def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:
-        """The server's variables, and `inherited` without credentials, proxies and SGLang's own switches."""
-        kept = {
-            name: value
-            for name, value in inherited.items()
-            if not name.startswith(_WITHHELD_PREFIXES) and name.lower() not in _WITHHELD
-        }
+        """The server's own variables, and those of `inherited` that a library needs to compute."""
+        kept = {name: value for name, value in inherited.items() if _is_inherited(name)}
         kept |= {
             # All files are staged, so the server needs no network.
             "HF_HUB_OFFLINE": "1",
@@ -107,6 +116,11 @@ class LaunchConfig:
         if not self.gpus:
             kept["OMP_NUM_THREADS"] = "1"
         return kept
+
+
+def _is_inherited(name: str) -> bool:
+    listed = name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    return listed and not any(word in name for word in _CREDENTIAL_WORDS)
 
 
 def write_secrets(path: Path, *, api_key: str) -> None:

@@ -1,9 +1,13 @@
+import os
 import stat
+import sys
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
 
+from services.core.processes import SupervisedProcess
 from services.guard import sglang_cpu as cpu_platform
 from services.guard.checkpoints import resolve_checkpoint
 from services.guard.sglang_command import LaunchConfig, write_secrets
@@ -63,24 +67,57 @@ def test_tokenizer_path_is_passed() -> None:
     assert argv[argv.index("--tokenizer-path") + 1] == "/tokenizer"
 
 
-def test_environment_has_no_credentials_and_no_proxy(tmp_path: Path) -> None:
-    inherited = {
-        "PATH": "/bin",
-        "CUDA_VISIBLE_DEVICES": "3",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "SLUICE_REDIS_URL": "redis://:x@host",
-        "HF_TOKEN": "x",
-        "HTTPS_PROXY": "http://proxy",
-        "http_proxy": "http://proxy",
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    env = launch_config().environment(inherited, scratch=tmp_path)
-    assert set(env) == {
-        *("PATH", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT"),
-        *("SGLANG_CPU_WORKERS", "OMP_NUM_THREADS"),
+ATTACKED = {
+    "AWS_SECRET_ACCESS_KEY": "hush",
+    "SLUICE_REDIS_URL": "redis://:hush@host",
+    "HF_TOKEN": "hush",
+    "HUGGING_FACE_HUB_TOKEN": "hush",
+    "RAY_AUTH_TOKEN": "hush",
+    "RAY_AUTH_MODE": "token",
+    "RAY_REDIS_PASSWORD": "hush",
+    "REDIS_PASSWORD": "hush",
+    "NVIDIA_API_KEY": "hush",
+    "NGC_API_KEY": "hush",
+    "CUDA_MIRROR_TOKEN": "hush",
+    "TORCH_HUB_PASSWORD": "hush",
+    "GITHUB_TOKEN": "hush",
+    "DATABASE_URL": "postgres://user:hush@host",
+    "A_NAME_OF_TOMORROW": "hush",
+    "HTTPS_PROXY": "http://user:hush@proxy",
+    "http_proxy": "http://user:hush@proxy",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+NEEDED = {"PATH": "/bin", "HOME": "/home/user", "CUDA_VISIBLE_DEVICES": "3", "LC_ALL": "C.UTF-8", "NCCL_DEBUG": "WARN"}
+
+
+def test_environment_has_only_what_computing_needs(tmp_path: Path) -> None:
+    env = launch_config().environment(ATTACKED | NEEDED, scratch=tmp_path)
+    assert env.items() >= NEEDED.items()
+    assert set(env) - set(NEEDED) == {
+        *("HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT", "SGLANG_CPU_WORKERS", "OMP_NUM_THREADS")
     }
     assert env["REQUEST_TIMEOUT"] == "60"
+
+
+def test_started_process_reads_no_credential_in_its_environment(tmp_path: Path) -> None:
+    """The kernel's view of the child, as code inside a taken engine would read it."""
+    own = {"PATH": os.environ["PATH"]}
+    env = launch_config().environment(ATTACKED | own, scratch=tmp_path)
+    child = SupervisedProcess(
+        [sys.executable, "-c", "print(open('/proc/self/environ').read().replace(chr(0), chr(10)))"],
+        log=tmp_path / "log",
+        env=env,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while child.returncode is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        written = (tmp_path / "log").read_text()
+    finally:
+        child.kill()
+    assert f"PATH={own['PATH']}" in written
+    assert "hush" not in written
 
 
 def test_entry_point_of_the_cpu_platform_is_installed(monkeypatch) -> None:
