@@ -21,14 +21,20 @@ _NEEDED_BY_WORKERS = ("stream_url", "redis_url", "s3_buckets", "policy_bucket", 
 
 
 class Settings(BaseSettings):
-    """The settings of a deployment. Immutable. Sizes are in bytes, durations in seconds, unless the name has a unit."""
+    """The settings of a deployment. Immutable. Sizes are in bytes, durations in seconds, unless the name has a unit.
+
+    Settings that may hold credentials are not in its `repr`.
+    """
 
     model_config = SettingsConfigDict(env_prefix="SLUICE_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     # Addresses
-    stream_url: str = Field("", description="URL of Kafka or Redis: kafka://host:9092,host:9092 or redis://host:6379/0")
+    stream_url: str = Field(
+        "", repr=False, description="URL of Kafka or Redis: kafka://host:9092,host:9092 or redis://host:6379/0"
+    )
     redis_url: str = Field(
         "",
+        repr=False,
         description="URL of the Redis or Valkey that all processes share; configure it to evict no keys. "
         "The loss of its data loses no submission",
     )
@@ -67,6 +73,7 @@ class Settings(BaseSettings):
     )
     kafka_options: dict[str, Any] = Field(
         default_factory=dict,
+        repr=False,
         description='JSON object for every kafka-python client, for example `{"security_protocol": "SASL_SSL"}`',
     )
     kafka_partitions: Positive = Field(6, description="Kafka: number of partitions of a topic that Sluice creates")

@@ -1,5 +1,6 @@
 """The application that `serve deploy` builds, without a cluster."""
 
+import json
 import uuid
 from typing import Any
 
@@ -11,9 +12,10 @@ from ray.serve._private.build_app import build_app
 from ray.serve._private.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.serving.build import ApplicationArguments
+from pipelines.serving.build import ApplicationArguments, make_deploy_schema
 from pipelines.serving.names import APPLICATION
 from services.core.errors import ConfigurationError
+from services.core.settings import Settings
 from services.policies.registry import PolicyRegistry
 from tests.support.deployment_files import INFRA, document
 
@@ -91,3 +93,65 @@ def test_missing_setting_is_named(arguments: dict[str, Any], monkeypatch: pytest
 def test_unknown_checkpoint_is_rejected(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="SLUICE_MODEL=LlavaGuard-9"):
         build(arguments | {"model": "LlavaGuard-9"})
+
+
+SECRETS = {
+    "stream_url": "rediss://worker:hush@stream:6379/0",
+    "redis_url": "redis://:hush@cache:6379/0",
+    "kafka_options": {"sasl_plain_password": "hush", "sasl_plain_username": "sluice"},
+}
+
+
+def test_deployed_arguments_hold_no_credentials() -> None:
+    """Serve's REST details show the whole configuration."""
+    settings = Settings(**DEPLOYED.args | SECRETS | {"s3_endpoint": "http://key:hush@s3"})  # type: ignore[arg-type]
+
+    shown = make_deploy_schema(settings).model_dump_json()
+
+    assert "hush" not in shown
+    assert "sasl" not in shown
+    assert "moderation-policies" in shown
+    assert "hush" not in repr(settings.model_copy(update={"s3_endpoint": None}))
+
+
+def test_password_in_the_query_of_a_url_is_a_credential() -> None:
+    settings = Settings(**DEPLOYED.args | {"redis_url": "redis://cache:6379/0?password=hush"})
+
+    assert "hush" not in make_deploy_schema(settings).model_dump_json()
+
+
+def test_addresses_without_credentials_stay_arguments() -> None:
+    (deployed,) = make_deploy_schema(Settings(**DEPLOYED.args)).applications
+
+    assert deployed.args["redis_url"] == DEPLOYED.args["redis_url"]
+    assert "from_environment" not in deployed.args
+
+
+def test_build_reads_withheld_settings_from_the_environment(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (deployed,) = make_deploy_schema(Settings(**arguments | SECRETS)).applications
+    with pytest.raises(ConfigurationError, match="SLUICE_STREAM_URL, SLUICE_REDIS_URL, SLUICE_KAFKA_OPTIONS not set"):
+        build(deployed.args)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(f"SLUICE_{name.upper()}", value if isinstance(value, str) else json.dumps(value))
+
+    build(deployed.args)
+
+    read = ApplicationArguments.model_validate(deployed.args)
+    assert {name: getattr(read, name) for name in SECRETS} == SECRETS
+
+
+def test_credentials_in_arguments_are_warned_of_without_their_value(
+    arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(arguments | {"redis_url": SECRETS["redis_url"]})
+
+    assert "the argument redis_url holds credentials" in caplog.text
+    assert "hush" not in caplog.text
+
+
+def test_error_of_a_misspelled_setting_hides_its_value(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as raised:
+        build(arguments | {"redis_ur": SECRETS["redis_url"]})
+    assert "hush" not in str(raised.value)
