@@ -172,6 +172,17 @@ def test_guard_pods_get_no_settings_and_no_kubernetes_token(overlay: str) -> Non
     assert accounts[guard["serviceAccountName"]]["automountServiceAccountToken"] is False
 
 
+@each_overlay
+def test_each_role_has_an_account_of_its_own(overlay: str) -> None:
+    """Only Gateway's account can read API keys."""
+    accounts = {role: group["template"]["spec"]["serviceAccountName"] for role, group in groups(overlay).items()}
+
+    assert accounts == {role: f"sluice-{role}" for role in ROLES}
+    for account in of_kind(overlay, "ServiceAccount"):
+        for arn in account["metadata"].get("annotations", {}).values():
+            assert arn.endswith(f":role/{account['metadata']['name']}")
+
+
 def secrets(node: Any) -> Iterator[str]:
     """The names of the secrets that a node or its children refer to."""
     if isinstance(node, list):

@@ -160,7 +160,7 @@ def test_every_node_type_starts_in_the_private_network(account: dict[str, str], 
         provider.create_node(node_type["node_config"], tags, 1)
     ec2 = boto3.client("ec2", config["provider"]["region"])
     instances = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
-    assert len(instances) == len(CLUSTER["available_node_types"]) == 2 + 2 * len(GPU_CLASSES)
+    assert len(instances) == len(CLUSTER["available_node_types"]) == 3 + 2 * len(GPU_CLASSES)
     for instance in instances:
         assert not instance.get("PublicIpAddress")
         assert instance["SubnetId"] in account.values()
@@ -169,7 +169,7 @@ def test_every_node_type_starts_in_the_private_network(account: dict[str, str], 
         assert {"Key": TAG_RAY_CLUSTER_NAME, "Value": "sluice"} in instance["Tags"]
     assert Counter(instance.get("InstanceLifecycle", "on-demand") for instance in instances) == {
         "spot": len(GPU_CLASSES),
-        "on-demand": 2 + len(GPU_CLASSES),
+        "on-demand": 3 + len(GPU_CLASSES),
     }
 
 
