@@ -5,6 +5,7 @@ Credentials are not settings. S3 credentials come from AWS's credential sources,
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -47,6 +48,12 @@ class Settings(BaseSettings):
         "",
         description="checkpoint: a name such as `LlavaGuard-v1.2-7B-OV`, a hub id, a folder, or `tiny`; the error for "
         "an unknown name lists all names",
+    )
+
+    model_revisions: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="commits of hub repositories, as `owner/name@commit` with 40 hexadecimal digits, separated by "
+        "commas; other repositories are used at their newest commit, and only with weights as safetensors",
     )
 
     # Streams
@@ -248,7 +255,15 @@ class Settings(BaseSettings):
     def _check_s3_endpoint(cls, url: str | None) -> str | None:
         return _check_url(url, "http", "https") if url else None
 
-    @field_validator("s3_buckets", "gateway_fetch_hosts", mode="before")
+    @field_validator("model_revisions")
+    @classmethod
+    def _check_revisions(cls, revisions: tuple[str, ...]) -> tuple[str, ...]:
+        for revision in revisions:
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", revision, re.ASCII):
+                raise ValueError(f"{revision!r} is not owner/name@commit with 40 hexadecimal digits")
+        return revisions
+
+    @field_validator("s3_buckets", "gateway_fetch_hosts", "model_revisions", mode="before")
     @classmethod
     def _split(cls, names: Any) -> Any:
         if isinstance(names, str):

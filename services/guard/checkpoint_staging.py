@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import Checkpoint
@@ -36,19 +42,22 @@ class StagedCheckpoint:
     """The folder of the tokenizer and the image processor, if it is another one."""
 
 
-def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
+def stage(checkpoint: Checkpoint, state_dir: Path, revisions: Mapping[str, str] | None = None) -> StagedCheckpoint:
     """Make a folder that SGLang can load, and download missing files. Blocks. Processes may call it concurrently.
+
+    `revisions` are the commits of hub repositories, by hub id. The newest commit is taken of any other repository.
 
     Raises:
         ConfigurationError: the weights, the vision tower or the tokenizer are not available, or SGLang would misread
             the path `state_dir`.
     """
+    revisions = revisions or {}
     if checkpoint.folder is not None:
         source = checkpoint.folder
         require_weights(source)
         revision = _digest(source)
     else:
-        source = _download(checkpoint.hub_id or checkpoint.name, weights=True)
+        source = _download(checkpoint.hub_id or checkpoint.name, revisions, weights=True)
         revision = source.name
     documents: dict[str, dict[str, Any]] = {"config.json": read_json(source / "config.json")}
     for name, changes in checkpoint.overrides.items():
@@ -56,8 +65,9 @@ def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
         documents[name] = before | dict(changes)
     if checkpoint.preprocessor is not None:
         documents["preprocessor_config.json"] = dict(checkpoint.preprocessor)
-    tower = _find_vision_tower(checkpoint, source, str(documents["config.json"].get("mm_vision_tower") or ""))
-    tokenizer = _find_tokenizer(checkpoint, source)
+    named_tower = str(documents["config.json"].get("mm_vision_tower") or "")
+    tower = _find_vision_tower(checkpoint, source, named_tower, revisions)
+    tokenizer = _find_tokenizer(checkpoint, source, revisions)
     if tower is None and not checkpoint.overrides and not checkpoint.preprocessor and not checkpoint.tensor_prefix:
         return StagedCheckpoint(source, revision, tokenizer)
 
@@ -79,14 +89,14 @@ def stage(checkpoint: Checkpoint, state_dir: Path) -> StagedCheckpoint:
     return StagedCheckpoint(folder, revision, tokenizer)
 
 
-def _find_vision_tower(checkpoint: Checkpoint, source: Path, named: str) -> Path | None:
+def _find_vision_tower(checkpoint: Checkpoint, source: Path, named: str, revisions: Mapping[str, str]) -> Path | None:
     """The folder to stage as the vision tower; None if SGLang can load the checkpoint without."""
     if named and not Path(named).is_absolute() and (source / named / "config.json").is_file():
         tower = source / named
     elif Path(named).is_absolute() and Path(named).is_dir():
         return None
     elif checkpoint.vision_tower is not None:
-        return _download(checkpoint.vision_tower, weights=True)
+        return _download(checkpoint.vision_tower, revisions, weights=True)
     elif named:
         raise ConfigurationError(
             f"{source} names the vision tower {named}, which is not a folder in it: put the tower there."
@@ -104,40 +114,61 @@ def _tower_name(checkpoint: Checkpoint, tower: Path) -> str:
     return "clip" if "clip" in (checkpoint.vision_tower or "") else "siglip"
 
 
-def _find_tokenizer(checkpoint: Checkpoint, source: Path) -> Path | None:
+def _find_tokenizer(checkpoint: Checkpoint, source: Path, revisions: Mapping[str, str]) -> Path | None:
     """The folder of the tokenizer, if it is not in the checkpoint; else None."""
     if checkpoint.tokenizer is None:
         folder = source
     elif (source / "tokenizer").is_dir():
         folder = source / "tokenizer"
     else:
-        folder = _download(checkpoint.tokenizer, weights=False)
+        folder = _download(checkpoint.tokenizer, revisions, weights=False)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ConfigurationError(f"{folder} holds no tokenizer ({' or '.join(_TOKENIZERS)}): download it again.")
     return None if folder == source else folder
 
 
-def _download(hub_id: str, *, weights: bool) -> Path:
-    """The snapshot of a hub repository, from the local cache if the hub is unreachable."""
-    logger.info("fetching %s from the hub or its local cache", hub_id)
+def _download(hub_id: str, revisions: Mapping[str, str], *, weights: bool) -> Path:
+    """The snapshot of a hub repository, from the local cache if the hub is unreachable.
+
+    `*.bin` is a pickle, and is taken only of a commit that an operator has chosen.
+    """
+    revision = revisions.get(hub_id)
+    logger.info("fetching %s at %s from the hub or its local cache", hub_id, revision or "its newest commit")
     ignored = [*_IGNORED_FILES, "*.bin"] + ([] if weights else ["*.safetensors"])
     try:
-        folder = Path(snapshot_download(hub_id, ignore_patterns=ignored))
-        if weights and not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=ignored))
+        if weights and revision and not any(folder.glob("*.safetensors")):
             # Older repositories, for example CLIP's, have only PyTorch's format.
-            folder = Path(snapshot_download(hub_id, ignore_patterns=list(_IGNORED_FILES)))
+            folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=list(_IGNORED_FILES)))
     except GatedRepoError:
         problem = "is gated: accept its terms on huggingface.co and set HF_TOKEN"
     except RepositoryNotFoundError:
         problem = "does not exist on the hub, or HF_TOKEN may not read it"
+    except RevisionNotFoundError:
+        problem = f"has no commit {revision}: correct SLUICE_MODEL_REVISIONS"
     except LocalEntryNotFoundError:
         problem = "is not in the local cache and the hub cannot be reached: give a local folder as SLUICE_MODEL"
     except (HfHubHTTPError, OSError) as error:
         problem = f"cannot be downloaded ({type(error).__name__})"
     else:
-        if weights:
-            require_weights(folder)
-        return folder
+        if revision is None:
+            logger.warning(
+                "the hub chose the commit of %s; to get the same files at each start, add %s@%s to "
+                "SLUICE_MODEL_REVISIONS",
+                hub_id,
+                hub_id,
+                folder.name,
+            )
+        if weights and revision is None and not any(folder.glob("*.safetensors")):
+            problem = (
+                "has no weights in the format safetensors at its newest commit, and other formats are pickles: add the "
+                f"commit that you trust to SLUICE_MODEL_REVISIONS, for example {hub_id}@{folder.name}, or give a local "
+                "folder as SLUICE_MODEL"
+            )
+        else:
+            if weights:
+                require_weights(folder)
+            return folder
     raise ConfigurationError(f"{hub_id} {problem}.")
 
 

@@ -48,6 +48,7 @@ class Engine:
         checkpoint: Checkpoint,
         *,
         state_dir: Path,
+        revisions: Mapping[str, str] | None = None,
         in_flight: int = 16,
         deadline_s: float = 60,
         start_s: float = 900,
@@ -66,6 +67,7 @@ class Engine:
         """
         self.checkpoint = checkpoint
         self._state_dir = state_dir.expanduser()
+        self._revisions = revisions or {}
         self._in_flight = in_flight
         self._deadline_s = deadline_s
         self._start_s = start_s
@@ -90,6 +92,7 @@ class Engine:
         return cls(
             resolve_checkpoint(settings.model),
             state_dir=settings.state_dir,
+            revisions={name: commit for name, _, commit in (pair.partition("@") for pair in settings.model_revisions)},
             in_flight=settings.guard_in_flight,
             deadline_s=settings.guard_deadline_s,
             start_s=settings.guard_start_s,
@@ -143,7 +146,7 @@ class Engine:
         try:
             # First, because staging may download gigabytes.
             gpus = await asyncio.to_thread(choose_gpu_count, self.checkpoint, self._gpu_share)
-            self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir)
+            self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir, self._revisions)
             self._launch_config = LaunchConfig(
                 checkpoint=self.checkpoint,
                 folder=self._staged.folder,

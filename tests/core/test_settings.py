@@ -73,3 +73,14 @@ def test_load_backfill_stream_may_be_empty(monkeypatch: pytest.MonkeyPatch, valu
     if value is not None:
         monkeypatch.setenv("SLUICE_BACKFILL_STREAM", value)
     assert load().backfill_stream == stream
+
+
+def test_model_revisions_are_whole_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch or a short digest could later mean other files."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("SLUICE_MODEL_REVISIONS", f"a/b@{commit}, c/d@{commit}")
+    assert load().model_revisions == (f"a/b@{commit}", f"c/d@{commit}")
+    for wrong in ("a/b@main", f"a/b@{commit[:7]}", f"b@{commit}", f"a/b@{commit}0", commit):
+        monkeypatch.setenv("SLUICE_MODEL_REVISIONS", f"x/y@{commit},{wrong}")
+        with pytest.raises(ConfigurationError, match="SLUICE_MODEL_REVISIONS is wrong"):
+            load()

@@ -31,10 +31,10 @@ class Hub:
         self.gated: set[str] = set()
         self.without_safetensors: set[str] = set()
 
-    def __call__(self, hub_id: str, *, ignore_patterns: Sequence[str] = ()) -> str:
+    def __call__(self, hub_id: str, *, revision: str | None = None, ignore_patterns: Sequence[str] = ()) -> str:
         if hub_id in self.gated:
             raise GatedRepoError("gated", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
-        folder = self._folder / hub_id.replace("/", "--") / "0123abcd"
+        folder = self._folder / hub_id.replace("/", "--") / (revision or "0123abcd")
         folder.mkdir(parents=True, exist_ok=True)
         config = next((config for part, config in self.configs.items() if part in hub_id), {})
         (folder / "config.json").write_text(json.dumps(config))
@@ -188,10 +188,29 @@ class TestStage:
         assert json.loads((staged.folder / "preprocessor_config.json").read_text())["size"]["height"] == 384
         assert staged.tokenizer is None
 
+    def test_pinned_commit_is_downloaded_and_a_new_one_is_not(
+        self, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whoever takes over a repository of the hub changes its newest commit."""
+        hub.configs = {"LlavaGuard": {"mm_vision_tower": "google/siglip-so400m-patch14-384"}}
+        pinned = {"AIML-TUDA/LlavaGuard-v1.2-7B-OV": "a" * 40, "google/siglip-so400m-patch14-384": "b" * 40}
+        staged = stage(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), tmp_path / "state", pinned)
+
+        assert staged.revision == "a" * 40
+        assert sorted(path.name for path in (tmp_path / "hub").glob("*/*")) == ["a" * 40, "b" * 40]
+        assert "the hub chose" not in caplog.text
+        stage(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), tmp_path / "state")
+        assert "add AIML-TUDA/LlavaGuard-v1.2-7B-OV@0123abcd to SLUICE_MODEL_REVISIONS" in caplog.text
+
     def test_older_release_is_staged_with_tower_and_tokenizer(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}}
         hub.without_safetensors = {"openai/clip-vit-large-patch14-336"}
-        staged = stage(resolve_checkpoint("LlavaGuard-v1.1-7B"), tmp_path / "state")
+        with pytest.raises(
+            ConfigurationError, match=r"other formats are pickles: .*clip-vit-large-patch14-336@0123abcd"
+        ):
+            stage(resolve_checkpoint("LlavaGuard-v1.1-7B"), tmp_path / "state")
+        trusted = {"openai/clip-vit-large-patch14-336": "f" * 40}
+        staged = stage(resolve_checkpoint("LlavaGuard-v1.1-7B"), tmp_path / "state", trusted)
         assert Path(json.loads((staged.folder / "config.json").read_text())["mm_vision_tower"]).name == "clip"
         assert (staged.folder / "clip" / "pytorch_model.bin").is_file()
         assert staged.tokenizer is not None
