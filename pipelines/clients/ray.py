@@ -3,14 +3,17 @@
 import logging
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import ray
 from ray import serve
+from ray._private import services
 from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
@@ -23,13 +26,67 @@ from services.core.settings import Settings
 _QUIET: Final[dict[str, Any]] = {"logging_level": "ERROR", "log_to_driver": False}
 _OBJECT_STORE_BYTES: Final = 200 << 20
 """Images travel inline in calls, so a small store is enough. Ray's default is 30 % of the memory."""
+_LOOPBACK: Final = "127.0.0.1"
 _POLL_S: Final = 0.25
 _PROGRESS_S: Final = 15.0
 
 
 def start_local_cluster(*, num_cpus: int | None = None) -> None:
-    """Start a cluster on this machine that ends with this process. Default: as many CPUs as the machine has."""
-    ray.init("local", num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, **_QUIET)
+    """Start a cluster on this machine that ends with this process. Default: as many CPUs as the machine has.
+
+    Its ports are on loopback, and only this user can enter its folder, which has Ray's sockets and logs.
+
+    Raises:
+        ConfigurationError: another user has made the folder, or can enter it.
+    """
+    folder = make_private_folder(Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"sluice-ray-{os.getuid()}")
+    token = Path.home() / ".ray" / "auth_token"  # Ray makes it for all users to read
+    token.parent.mkdir(mode=0o700, exist_ok=True)
+    with _keep_loopback_address():
+        ray.init(
+            "local",
+            num_cpus=num_cpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _node_ip_address=_LOOPBACK,
+            # Ray lets everybody write to the folder that it is given, so it gets one inside.
+            _temp_dir=str(folder / "ray"),
+            **_QUIET,
+        )
+    if token.is_file():
+        token.chmod(0o600)
+
+
+def make_private_folder(folder: Path) -> Path:
+    """Make a folder that only this user can enter, or check that it is one.
+
+    Raises:
+        ConfigurationError: it is not a folder, belongs to another user, or others can enter it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigurationError(
+            f"{folder} is not a folder that only this user can enter; remove it, or set RAY_TMPDIR to another folder"
+        )
+    return folder
+
+
+@contextmanager
+def _keep_loopback_address() -> Iterator[None]:
+    """Let Ray use the loopback address. It replaces it by an outer one, and then listens on all addresses."""
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
+def _is_on_loopback_only(address: str) -> bool:
+    """Whether a cluster at a loopback address does not answer at the outer address of this machine."""
+    host, _, port = address.rpartition(":")
+    return host == _LOOPBACK and not is_reachable(f"{services.resolve_ip_for_localhost(host)}:{port}")
 
 
 def connect_to_cluster(address: str) -> None:
@@ -44,7 +101,11 @@ def connect_to_cluster(address: str) -> None:
         )
     try:
         with discard_stderr():
-            ray.init(address, **_QUIET)
+            if _is_on_loopback_only(address):
+                with _keep_loopback_address():
+                    ray.init(address, _node_ip_address=_LOOPBACK, **_QUIET)
+            else:
+                ray.init(address, **_QUIET)
     except Exception as error:  # noqa: BLE001 - Ray's errors have no common class
         raise ConfigurationError(f"the Ray cluster at {address} {explain_join_failure(error)}") from None
 
@@ -112,7 +173,10 @@ def find_own_error(error: BaseException | None) -> SluiceError | None:
 def explain_deploy_failure(messages: str) -> str:
     """Reduce messages of Ray Serve to one sentence: Sluice's own error if there is one, else the last line."""
     own = re.findall(r"services\.(?:\w+\.)*errors\.\w+: (.+)", messages)
-    return own[-1] if own else f"{get_last_line(messages)} (Ray's logs: /tmp/ray/session_latest/logs)"
+    if own:
+        return str(own[-1])
+    folders = f"/tmp/ray or /tmp/sluice-ray-{os.getuid()}/ray"
+    return f"{get_last_line(messages)} (Ray's logs: session_latest/logs in {folders})"
 
 
 def wait_until_running(
