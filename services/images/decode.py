@@ -22,6 +22,7 @@ from services.core.values import ImageFacts, PreparedImage
 from services.images.image_format import (
     Format,
     count_gif_frames,
+    count_jpeg_scans,
     count_tiff_pages,
     detect_format,
     is_plain,
@@ -55,6 +56,10 @@ _REDUCING_GAP: Final = 2.0
 _PASSED_ON_LIMIT_BYTES: Final = 4 << 20
 """A larger image is encoded again: as a JPEG of quality 95 it has fewer bytes."""
 _PROFILE_LIMIT_BYTES: Final = 4 << 20
+_SCANS_ALWAYS_ALLOWED: Final = 16
+"""A usual progressive JPEG has 10 scans. The pixel limit bounds the cost of this many."""
+_SCANNED_BLOCKS_LIMIT: Final = 25_000_000
+"""Scans times blocks of 8 x 8 pixels of a JPEG. A scan costs 10 to 50 ns per block, even if it has no data."""
 _SRGB_GAMMA: Final = 1 / 2.2
 
 pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
@@ -78,7 +83,7 @@ def prepare(data: bytes, limits: Limits) -> PreparedImage:
 
     Raises:
         NotAnImage: an unknown format, truncated or corrupt.
-        TooLarge: the image has too many pixels, or needs too much memory.
+        TooLarge: the image has too many pixels or scans, or needs too much memory.
     """
     kind = detect_format(data)
     if kind is None:
@@ -113,6 +118,7 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
         width, height = image.size
         _check_pixels(image.size, limits)
         if kind == "jpeg":
+            _check_scans(data, image.size)
             image.draft(None, _with_gap(_fit(width, height, limits.side_px)))
         image.load()
         orientation = _read_orientation(image)
@@ -147,6 +153,15 @@ def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     if width * height > limits.image_px:
         raise TooLarge(f"the image has {width} x {height} pixels; the limit is {limits.image_px} pixels")
+
+
+def _check_scans(data: bytes, size: tuple[int, int]) -> None:
+    scans, blocks = count_jpeg_scans(data), math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
+    if scans > _SCANS_ALWAYS_ALLOWED and scans * blocks > _SCANNED_BLOCKS_LIMIT:
+        raise TooLarge(
+            f"costs too much: the JPEG has {scans} scans of {blocks} blocks; "
+            f"the limit is {_SCANNED_BLOCKS_LIMIT} blocks in all scans"
+        )
 
 
 def _fit(width: int, height: int, side_px: int) -> tuple[int, int]:

@@ -35,6 +35,8 @@ _PLAIN_JPEG_SEGMENTS: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xE
 _JPEG_SCANS_LIMIT: Final = 16
 """A usual progressive JPEG has 10 scans. Each scan costs a pass over the picture."""
 _SCAN_END_PATTERN: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_MARKERS_LIMIT: Final = 1 << 16
+"""The count of scans stops after this many markers. No camera and no editor writes as many."""
 
 
 def detect_format(data: bytes) -> Format | None:
@@ -115,6 +117,28 @@ def count_tiff_pages(data: bytes) -> int:
     except (struct.error, OverflowError):
         pass  # a directory is outside of the file: return the count so far
     return len(seen)
+
+
+def count_jpeg_scans(data: bytes) -> int:
+    """Count the scans that libjpeg would decode in a JPEG file, without a decode. The bytes may be hostile.
+
+    It finds markers as libjpeg does, also behind garbage, and stops at the first end of image. A file with more than
+    `_JPEG_MARKERS_LIMIT` markers counts that many scans.
+    """
+    at, scans = 2, 0
+    for _ in range(_JPEG_MARKERS_LIMIT):
+        found = _SCAN_END_PATTERN.search(data, at)
+        if found is None:
+            return scans
+        marker = data[found.start() + 1]
+        at = found.end()
+        if marker == 0xD9:
+            return scans
+        scans += marker == 0xDA
+        # libjpeg skips markers below 0xC0 in the data of a scan, without a length, and rejects them elsewhere.
+        if marker >= 0xC0 and marker != 0xD8:
+            at += max(2, int.from_bytes(data[at : at + 2]))
+    return _JPEG_MARKERS_LIMIT
 
 
 def is_plain(data: bytes, kind: Format) -> bool:

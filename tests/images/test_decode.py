@@ -4,6 +4,7 @@ import hashlib
 import io
 import random
 import struct
+import time
 import zlib
 from contextlib import suppress
 
@@ -14,7 +15,14 @@ from PIL import Image, ImageCms
 
 from services.core.errors import NotAnImage, TooLarge
 from services.images.decode import Limits, downscale, prepare
-from services.images.image_format import FRAMES_LIMIT, count_gif_frames, count_tiff_pages, detect_format, is_plain
+from services.images.image_format import (
+    FRAMES_LIMIT,
+    count_gif_frames,
+    count_jpeg_scans,
+    count_tiff_pages,
+    detect_format,
+    is_plain,
+)
 from tests.support.pictures import (
     FORMATS,
     LIMITS,
@@ -464,3 +472,45 @@ def test_multi_picture_jpeg_decodes_its_first_picture() -> None:
     prepared = prepare(buffer.getvalue(), LIMITS)
     assert (prepared.facts.format, prepared.facts.frames) == ("jpeg", 2)
     assert difference(shown(prepared), picture()) < 3
+
+
+_EMPTY_SCAN = bytes.fromhex("ffda0008010100013f00")
+
+
+def many_scans(width: int, height: int, scans: int, *, between: bytes = b"") -> bytes:
+    """A progressive JPEG with `scans` more scans than usual. They contain no data, so they hardly have bytes."""
+    usual = encoded(Image.new("RGB", (width, height)), "jpeg", progressive=True)
+    assert usual.endswith(b"\xff\xd9")
+    return usual[:-2] + (between + _EMPTY_SCAN) * scans + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("between", [b"", b"garbage", b"\xff\x02", b"\xff\xff\xff", b"\xff\xfe\x00\x04\xff\xd9"])
+def test_jpeg_with_many_scans_is_too_large_before_the_decode(between: bytes) -> None:
+    hostile = many_scans(4000, 4000, 2000, between=between)
+    start = time.process_time()
+    with pytest.raises(TooLarge, match=r"^costs too much: the JPEG has 2010 scans of 250000 blocks"):
+        prepare(hostile, Limits(100_000_000, 512))
+    assert time.process_time() - start < 2  # decoding it takes 3 s to 25 s
+
+
+def test_jpeg_with_more_markers_than_any_camera_writes_is_too_large() -> None:
+    with pytest.raises(TooLarge, match=r"^costs too much:"):
+        prepare(many_scans(1000, 1000, 1, between=b"\xff\x01" * 70_000), LIMITS)
+
+
+def test_usual_progressive_jpeg_of_the_largest_size_is_decoded() -> None:
+    data = encoded(Image.new("RGB", (10_000, 10_000)), "jpeg", progressive=True)
+    assert count_jpeg_scans(data) == 10
+    assert prepare(data, Limits(100_000_000, 512)).facts.width == 10_000
+
+
+def test_small_jpeg_with_many_scans_is_decoded() -> None:
+    assert prepare(many_scans(96, 64, 40), LIMITS).facts.width == 96
+
+
+def test_scans_behind_the_end_of_the_image_do_not_count() -> None:
+    usual = encoded(picture(), "jpeg", progressive=True)
+    assert count_jpeg_scans(usual + _EMPTY_SCAN * 100) == count_jpeg_scans(usual) == 10
+    assert count_jpeg_scans(encoded(picture(), "jpeg")) == 1
+    assert count_jpeg_scans(usual[:300]) <= 1
+    assert count_jpeg_scans(b"\xff\xd8") == 0
