@@ -9,13 +9,13 @@ near its final size.
 """
 
 import asyncio
+import hashlib
 import os
 import queue
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
@@ -35,8 +35,12 @@ _IMAGES_PER_PROCESS: Final = 2000
 _MEMORY_BASE_BYTES: Final = 1 << 30
 _MEMORY_BYTES_PER_PX: Final = 16
 _ATTEMPTS: Final = 2
-_KILLED_FROM_OUTSIDE: Final = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-"""The image is not to blame. The kernel sends SIGKILL when the machine is out of memory."""
+_STOPPED_FROM_OUTSIDE: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""The image is not to blame."""
+_KILLS_LIMIT: Final = 3
+"""The kernel sends SIGKILL when memory is short. After this many kills an image is rejected."""
+_REMEMBERED_IMAGES: Final = 1024
+"""Images whose decoder was killed. The oldest is forgotten first."""
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 
 
@@ -57,16 +61,18 @@ class DecoderPool:
         self._workers: set[_Worker] = set()
         self._lock = threading.Lock()
         self._closed = False
+        self._kills = _KillCounts()
 
     async def prepare(self, data: bytes) -> PreparedImage:
         """Decode, orient, downscale, as `services.images.decode.prepare` says.
 
         Raises:
             NotAnImage: an unknown format, truncated, corrupt, or its decoder crashed twice or missed the deadline.
-            TooLarge: the image has too many pixels, or needs too much memory.
+            TooLarge: the image has too many pixels or scans, needs too much memory, or its decoder got SIGKILL three
+                times.
             Unavailable: no decoder process can be started, the decoder was killed from outside, or the pool is closed.
         """
-        return await self._run(lambda worker: worker.ask({}, data))
+        return await self._run({}, data)
 
     async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
         """The same image with the longer side at most `FIRST_LOOK_PX`. Raises what `prepare` raises."""
@@ -77,7 +83,7 @@ class DecoderPool:
         if max(image.width, image.height) <= side_px:
             return image
         request = {"side_px": side_px, "image": to_fields(image)}
-        return await self._run(lambda worker: worker.ask(request, image.data))
+        return await self._run(request, image.data)
 
     def close(self) -> None:
         """Kill the processes. Running calls raise Unavailable. Safe to repeat; does not wait."""
@@ -90,16 +96,16 @@ class DecoderPool:
             self._threads.submit(self._discard_idle)
         self._threads.shutdown(wait=False)  # queued calls end at once, with Unavailable
 
-    async def _run(self, ask: "_Request") -> PreparedImage:
+    async def _run(self, request: dict[str, Any], data: bytes) -> PreparedImage:
         if self._closed:
             raise Unavailable("the image decoders are stopped")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, ask)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, request, data)
 
-    def _try(self, ask: "_Request") -> PreparedImage:
+    def _try(self, request: dict[str, Any], data: bytes) -> PreparedImage:
         for _ in range(_ATTEMPTS):
             worker = self._acquire()
             try:
-                image = ask(worker)
+                image = worker.ask(request, data)
             except (NotAnImage, TooLarge):
                 self._release(worker)
                 raise
@@ -110,14 +116,27 @@ class DecoderPool:
                 status = self._discard(worker)
                 if self._closed:
                     raise Unavailable("the image decoders are being stopped") from None
-                if status in _KILLED_FROM_OUTSIDE:
-                    raise Unavailable(
-                        f"an image decoder was killed from outside (signal {-status}); the machine may be out of memory"
-                    ) from None
+                if status == -signal.SIGKILL:
+                    self._blame(data)
+                if status in _STOPPED_FROM_OUTSIDE:
+                    raise Unavailable(f"an image decoder was stopped from outside (signal {-status})") from None
             else:
                 self._release(worker)
+                self._kills.forget(data)
                 return image
         raise NotAnImage(f"the decoder of the image crashed {_ATTEMPTS} times")
+
+    def _blame(self, data: bytes) -> None:
+        """Count a SIGKILL as a try of the image, and raise: Unavailable, or TooLarge after `_KILLS_LIMIT` of them."""
+        kills = self._kills.add(data)
+        if kills >= _KILLS_LIMIT:
+            raise TooLarge(
+                f"the decoder of the image was killed {kills} times; the image needs more memory than the machine has"
+            ) from None
+        raise Unavailable(
+            f"an image decoder was killed (SIGKILL {kills} of {_KILLS_LIMIT} for this image); "
+            "the machine may be out of memory"
+        ) from None
 
     def _acquire(self) -> "_Worker":
         with suppress(queue.Empty):
@@ -157,6 +176,34 @@ class DecoderPool:
         with self._lock:
             self._workers.discard(worker)
         return worker.wait()
+
+
+class _KillCounts:
+    """How often the decoder of an image was killed, by the digest of the image. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[bytes, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, data: bytes) -> int:
+        """Count one kill. Returns the kills of this image so far; an image at the limit starts anew."""
+        key = hashlib.sha256(data).digest()
+        with self._lock:
+            kills = self._counts.pop(key, 0) + 1
+            if kills < _KILLS_LIMIT:
+                self._counts[key] = kills  # at the end: the newest
+            if len(self._counts) > _REMEMBERED_IMAGES:
+                del self._counts[next(iter(self._counts))]
+        return kills
+
+    def forget(self, data: bytes) -> None:
+        """Remove the count of an image that was decoded."""
+        with self._lock:
+            if not self._counts:
+                return  # usually, so no digest is computed
+        key = hashlib.sha256(data).digest()
+        with self._lock:
+            self._counts.pop(key, None)
 
 
 class _Worker:
@@ -217,9 +264,6 @@ class _Worker:
         status = self._process.wait()
         self._channel.close()
         return status
-
-
-_Request = Callable[[_Worker], PreparedImage]
 
 
 def _make_environment() -> dict[str, str]:

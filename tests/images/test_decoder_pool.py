@@ -14,6 +14,7 @@ import pytest
 
 from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.images.decoder_pool import DecoderPool
+from services.moderation.retrying_ports import RetryingPreparer
 from tests.support.images import make_settings
 from tests.support.pictures import difference, encoded, picture, shown
 from tests.support.processes import are_gone
@@ -146,6 +147,49 @@ async def test_decoder_killed_from_outside_is_unavailable(decoders: Path) -> Non
         for worker in workers_of(os.getpid()):
             worker.kill()
         assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+async def test_image_whose_decoder_is_killed_three_times_is_too_large(decoders: Path) -> None:
+    misbehave(decoders, "os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)")
+    preparer = DecoderPool(make_settings(), 512)
+    try:
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="SIGKILL"):
+                await preparer.prepare(BAD)
+            assert (await preparer.prepare(GOOD)).data == GOOD
+        with pytest.raises(Unavailable, match="1 of 3"):
+            await preparer.prepare(BAD + b"another image")
+        with pytest.raises(TooLarge, match="killed 3 times"):
+            await preparer.prepare(BAD)
+    finally:
+        preparer.close()
+
+
+async def test_image_that_kills_decoders_ends_with_the_retrying_port(decoders: Path) -> None:
+    """As on the stream, where a submission is retried while a backend is unavailable."""
+    misbehave(decoders, "os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)")
+    preparer = DecoderPool(make_settings(), 512)
+    try:
+        with pytest.raises(TooLarge, match="killed 3 times"):
+            await asyncio.wait_for(RetryingPreparer(preparer).prepare(BAD), 60)
+    finally:
+        preparer.close()
+
+
+async def test_decoded_image_has_no_kills_left(decoders: Path, tmp_path: Path) -> None:
+    """An image beside a hostile one is killed now and then; between two kills it is decoded."""
+    flag = tmp_path / "flag"
+    misbehave(decoders, f"if os.path.exists({str(flag)!r}): os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)")
+    preparer = DecoderPool(make_settings(), 512)
+    try:
+        for _ in range(4):
+            flag.touch()
+            with pytest.raises(Unavailable, match="1 of 3"):
+                await preparer.prepare(BAD)
+            flag.unlink()
+            assert (await preparer.prepare(BAD)).data
     finally:
         preparer.close()
 
