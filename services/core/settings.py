@@ -141,7 +141,9 @@ class Settings(BaseSettings):
         30, description="time limit for fetching one object, from the request to the last byte"
     )
     decode_workers: Positive = Field(
-        2, description="processes that decode images, per intake replica and per gateway replica"
+        2,
+        description="processes that decode images, per intake replica and per gateway replica; together they use at "
+        "most half of the container's memory, but each gets 512 MiB",
     )
     decode_deadline_s: PositiveSeconds = Field(
         30, description="time limit for decoding one image; then the decoder is killed"

@@ -56,6 +56,8 @@ _REDUCING_GAP: Final = 2.0
 _PASSED_ON_LIMIT_BYTES: Final = 4 << 20
 """A larger image is encoded again: as a JPEG of quality 95 it has fewer bytes."""
 _PROFILE_LIMIT_BYTES: Final = 4 << 20
+_WEBP_BYTES_PER_PX: Final = 20
+"""The peak of libwebp's and Pillow's memory while a WebP is decoded."""
 _SCANS_ALWAYS_ALLOWED: Final = 16
 """A usual progressive JPEG has 10 scans. The pixel limit bounds the cost of this many."""
 _SCANNED_BLOCKS_LIMIT: Final = 25_000_000
@@ -113,7 +115,10 @@ def downscale(image: PreparedImage, side_px: int) -> PreparedImage:
 
 def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
     if kind == "webp":
-        _check_pixels(read_webp_size(data) or (0, 0), limits)
+        size = read_webp_size(data) or (0, 0)
+        _check_pixels(size, limits)
+        # libwebp reports a lack of memory as a broken file. This only reserves addresses, and raises MemoryError.
+        bytearray(_WEBP_BYTES_PER_PX * size[0] * size[1])
     with Image.open(io.BytesIO(data), formats=[_PLUGINS[kind]]) as image:
         width, height = image.size
         _check_pixels(image.size, limits)

@@ -3,9 +3,9 @@
 The processes are plain children of this process, started by `exec`. They inherit nothing of a Ray actor (threads, event
 loop, locks, credentials in the environment), and its `__main__` is never imported.
 
-The kernel limits the memory of each of the `decode_workers` processes to `memory_bytes` (1 GiB and 16 bytes for each
-pixel of `image_limit_px`). Most images need far less: 4 bytes a pixel, 8 while the mode changes, and a JPEG is decoded
-near its final size.
+The kernel limits the memory of each of the `decode_workers` processes (1 GiB and 16 bytes for each pixel of
+`image_limit_px`, and all of them together at most half of the container's memory). Most images need far less: 4 bytes a
+pixel, 8 while the mode changes, and a JPEG is decoded near its final size.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import PreparedImage
+from services.images.decoder_limits import decoder_memory_bytes, find_memory_bytes
 from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
 
 FIRST_LOOK_PX: Final = 384
@@ -32,8 +33,6 @@ FIRST_LOOK_PX: Final = 384
 _START_S: Final = 60.0
 _IMAGES_PER_PROCESS: Final = 2000
 """After this many images a process is replaced, so that a memory leak stays small."""
-_MEMORY_BASE_BYTES: Final = 1 << 30
-_MEMORY_BYTES_PER_PX: Final = 16
 _ATTEMPTS: Final = 2
 _STOPPED_FROM_OUTSIDE: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 """The image is not to blame."""
@@ -53,7 +52,7 @@ class DecoderPool:
         The first images start the processes. Reads `decode_workers`, `decode_deadline_s`, `image_limit_px`.
         """
         self._deadline_s = settings.decode_deadline_s
-        memory_bytes = _MEMORY_BASE_BYTES + _MEMORY_BYTES_PER_PX * settings.image_limit_px
+        memory_bytes = decoder_memory_bytes(settings.image_limit_px, settings.decode_workers, find_memory_bytes())
         self._arguments = (settings.image_limit_px, side_px, memory_bytes, settings.decode_deadline_s)
         self._answer_limit_bytes = max(settings.image_limit_bytes, 8 * side_px * side_px + (1 << 20))
         self._threads = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="decode")
