@@ -28,6 +28,7 @@ import psutil
 
 _PARENT_CHECK_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _DESCENDANTS_CHECK_S: Final = 1.0
 _SOURCES: Final = Path(__file__).parents[2]
@@ -137,6 +138,14 @@ def start_helper(
         pass_fds=pass_fds,
         start_new_session=True,
     )
+
+
+def forbid_tracing() -> None:
+    """Keep other processes of the same user from this process's memory, environment and files, and from core dumps.
+
+    Programs that this process starts are not bound. Processes with the capability CAP_SYS_PTRACE may still do it.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def adopt_orphans() -> None:

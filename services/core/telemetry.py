@@ -91,6 +91,13 @@ GATEWAY_REFUSED: Final = Counter(
     tag_keys=("reason",),
 )
 
+DECODER_SANDBOX: Final = Gauge(
+    "sluice_decoder_sandbox",
+    "1 if the kernel puts this measure of the sandbox of image decoders in force, else 0. `measure` is `capabilities`, "
+    "`no_new_privs`, `landlock`, `seccomp` or `rlimits`.",
+    tag_keys=("measure",),
+)
+
 IN_FLIGHT: Final = Gauge("sluice_in_flight", "Messages that this intake replica has received and not settled.")
 
 LAG: Final = Gauge(

@@ -10,6 +10,7 @@ pixel, 8 while the mode changes, and a JPEG is decoded near its final size.
 
 import asyncio
 import hashlib
+import logging
 import os
 import queue
 import signal
@@ -20,12 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
 
+from services.core import telemetry
 from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import PreparedImage
 from services.images.decoder_limits import decoder_memory_bytes, find_memory_bytes
 from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
+from services.images.decoder_sandbox import MEASURES
+
+_log = logging.getLogger(__name__)
 
 FIRST_LOOK_PX: Final = 384
 """LlavaGuard sees an image with this side as one tile, with a fifth of the tokens of a larger image."""
@@ -61,6 +66,7 @@ class DecoderPool:
         self._lock = threading.Lock()
         self._closed = False
         self._kills = _KillCounts()
+        self._measures: frozenset[str] | None = None
 
     async def prepare(self, data: bytes) -> PreparedImage:
         """Decode, orient, downscale, as `services.images.decode.prepare` says.
@@ -153,11 +159,27 @@ class DecoderPool:
             if self._closed:
                 worker.kill()  # `close` has not killed it
         try:
-            worker.await_ready()
+            self._report(worker.await_ready())
         except (ProtocolError, OSError) as error:
             status = self._discard(worker)
             raise Unavailable(f"an image decoder did not start (status {status}): {error}") from None
         return worker
+
+    def _report(self, in_force: frozenset[str]) -> None:
+        """Say in the log and in a metric what the kernel keeps decoders from; in the log only when it changes."""
+        for measure in MEASURES:
+            telemetry.DECODER_SANDBOX.set(measure in in_force, {"measure": measure})
+        with self._lock:
+            changed, self._measures = in_force != self._measures, in_force
+        if not changed:
+            return
+        missing = [measure for measure in MEASURES if measure not in in_force]
+        _log.log(
+            logging.WARNING if missing else logging.INFO,
+            "sandbox of the image decoders: in force %s; missing %s",
+            ", ".join(measure for measure in MEASURES if measure in in_force) or "nothing",
+            ", ".join(missing) or "nothing",
+        )
 
     def _release(self, worker: "_Worker") -> None:
         if self._closed or worker.images >= _IMAGES_PER_PROCESS:
@@ -226,10 +248,11 @@ class _Worker:
             ours.close()
             raise
 
-    def await_ready(self) -> None:
-        """Wait for the start. Raises ProtocolError, TimeoutError."""
+    def await_ready(self) -> frozenset[str]:
+        """Wait for the start. Returns the measures of the sandbox in force. Raises ProtocolError, TimeoutError."""
         self._channel.deadline = time.monotonic() + _START_S
-        self._channel.receive(0)
+        head, _ = self._channel.receive(0)
+        return frozenset(map(str, head.get("measures", ())))
 
     def is_alive(self) -> bool:
         return self._process.poll() is None

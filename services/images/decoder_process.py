@@ -2,10 +2,12 @@
 
     python -m services.images.decoder_process IMAGE_PX SIDE_PX MEMORY_BYTES DEADLINE_S
 
-It ends with its parent: when the socket closes it exits, even during an image. If a decoder holds the interpreter lock,
-an alarm of the kernel ends the process soon after the deadline.
+It gives up all rights that it does not need (see `services.images.decoder_sandbox`), and its first frame says which
+measures are in force. It ends with its parent: when the socket closes it exits, even during an image. If a decoder
+holds the interpreter lock, an alarm of the kernel ends the process soon after the deadline.
 """
 
+import math
 import os
 import resource
 import select
@@ -19,6 +21,7 @@ from typing import Any, Final
 from PIL import Image
 
 from services.core.errors import NotAnImage, TooLarge
+from services.images import decoder_sandbox
 from services.images.decode import Limits, downscale, prepare
 from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
 
@@ -42,28 +45,38 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
 def main(image_px: int, side_px: int, memory_bytes: int, deadline_s: float) -> None:
     """Limit this process, report that it is ready, and answer until the parent closes the socket."""
     connection = socket.socket(fileno=os.dup(0))
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(), connection), daemon=True).start()
+    watch = threading.Thread(target=_exit_with_parent, args=(os.getppid(), connection), daemon=True)
+    Image.init()  # loads all decoders
+    quiet = os.open(os.devnull, os.O_WRONLY)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain the image
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    measures = decoder_sandbox.enter(watch.start)
     Image.MAX_IMAGE_PIXELS = image_px
     warnings.simplefilter("ignore")
     limits = Limits(image_px, side_px)
     channel = Channel(connection)
-    channel.send({"ready": True}, b"")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders write there about every broken image
+    channel.send({"ready": True, "measures": measures}, b"")
+    os.dup2(quiet, 2)  # native decoders write there about every broken image
     try:
         while True:
             request, data = channel.receive(_REQUEST_LIMIT_BYTES)
             signal.setitimer(
                 signal.ITIMER_REAL, deadline_s + _ALARM_SLACK_S
             )  # SIGALRM has no handler, so it kills the process
+            _limit_cpu(deadline_s + _ALARM_SLACK_S)
             head, body = answer(request, data, limits)
             signal.setitimer(signal.ITIMER_REAL, 0)
             channel.send(head, body)
             del data, body
     except (ProtocolError, OSError):
         os._exit(0)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Let the kernel end this process after `seconds` more of CPU time."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _, highest = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if highest < 0 else min(limit, highest), highest))
 
 
 def _exit_with_parent(parent: int, connection: socket.socket) -> None:

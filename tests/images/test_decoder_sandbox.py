@@ -1,0 +1,168 @@
+"""Attacks of a decoder that runs an attacker's code. Each tries what its sandbox forbids."""
+
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.serving.gateway_deployment import GatewayDeployment
+from pipelines.serving.guard_deployment import GuardDeployment
+from pipelines.serving.intake_deployment import IntakeDeployment
+from services.core import telemetry
+from services.core.errors import NotAnImage
+from services.images.decoder_pool import DecoderPool
+from services.images.decoder_sandbox import MEASURES
+from tests.images.test_decoder_pool import BAD, GOOD, ROOT, decoders, misbehave, workers_of
+from tests.support.images import make_settings
+from tests.support.pictures import FORMATS, encoded, picture
+
+__all__ = ["decoders"]
+
+REPORT = """
+try:
+    result = ({attack})
+except OSError as error:
+    raise OSError("refused " + str(error.errno))
+raise OSError("succeeded " + repr(result)[:100])
+"""
+
+ATTACKS = [
+    "__import__('socket').socket()",
+    "__import__('socket').socket(__import__('socket').AF_UNIX)",
+    "__import__('socket').socketpair()",
+    "__import__('os').execv('/bin/true', ['true'])",
+    "__import__('os').fork()",
+    "__import__('os').posix_spawn('/bin/true', ['true'], {})",
+    "__import__('io').open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+    "__import__('io').open(f'/proc/{os.getppid()}/mem', 'r+b').read()",
+    "__import__('io').open('/etc/passwd').read()",
+    "__import__('io').open('/proc/self/environ').read()",
+    "os.listdir('/')",
+    "__import__('io').open('/tmp/sluice-written-by-a-decoder', 'w')",
+    "os.kill(os.getppid(), 0)",
+    "os.pidfd_open(os.getppid())",
+    "__import__('resource').prlimit(os.getppid(), __import__('resource').RLIMIT_NOFILE)",
+    "__import__('os').setuid(1)",
+]
+
+
+def refusal(attack: str) -> str:
+    return textwrap.indent(REPORT.format(attack=attack), " " * 12).strip()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+async def test_decoder_that_runs_foreign_code_is_refused(decoders: Path, attack: str) -> None:
+    misbehave(decoders, refusal(attack))
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        with pytest.raises(NotAnImage, match=r"refused (1|13|38)$"):
+            await preparer.prepare(BAD)
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [("ptrace", "101, 16, os.getppid(), 0, 0"), ("connect", "42, 0, 0, 0"), ("x32 getpid", "0x40000000 + 39, 0")],
+)
+async def test_raw_system_call_is_refused(decoders: Path, call: str, arguments: str) -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("the numbers are those of x86-64")
+    code = f"libc = ctypes.CDLL(None, use_errno=True); result = libc.syscall({arguments})"
+    misbehave(decoders, f"{code}; raise OSError(f'{{result}} refused {{ctypes.get_errno()}}')")
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        with pytest.raises(NotAnImage, match=r"-1 refused (1|38)$"):
+            await preparer.prepare(BAD)
+    finally:
+        preparer.close()
+
+
+def read_status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+async def test_kernel_shows_the_sandbox(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    reported: dict[str, float] = {}
+    monkeypatch.setattr(
+        telemetry.DECODER_SANDBOX, "set", lambda value, tags: reported.update({tags["measure"]: float(value)})
+    )
+    caplog.set_level("INFO")
+    preparer = DecoderPool(make_settings(decode_workers=1, decode_deadline_s=7), 512)
+    try:
+        await preparer.prepare(GOOD)
+        (worker,) = workers_of(os.getpid())
+        status = read_status(worker.pid)
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        assert worker.rlimit(resource.RLIMIT_NPROC) == (0, 0)
+        assert worker.rlimit(resource.RLIMIT_NOFILE) == (64, 64)
+        assert 12 <= worker.rlimit(resource.RLIMIT_CPU)[0] <= 20
+        assert reported == dict.fromkeys(MEASURES, 1.0)
+        assert "in force capabilities, no_new_privs, landlock, seccomp, rlimits; missing nothing" in caplog.text
+    finally:
+        preparer.close()
+
+
+async def test_all_formats_are_decoded_in_the_sandbox() -> None:
+    preparer = DecoderPool(make_settings(decode_workers=1), 64)
+    try:
+        for kind in FORMATS:
+            assert (await preparer.prepare(encoded(picture(700, 500), kind))).facts.format == kind
+    finally:
+        preparer.close()
+
+
+NEIGHBOUR = """
+import ctypes, os, sys
+from services.core.processes import forbid_tracing
+from services.images.decoder_sandbox import _drop_capabilities
+_drop_capabilities(ctypes.CDLL(None, use_errno=True))
+if sys.argv[1] == "forbid":
+    forbid_tracing()
+if os.fork() == 0:
+    try:
+        print(b"SECRET=1" in open(f"/proc/{os.getppid()}/environ", "rb").read(), flush=True)
+    except PermissionError:
+        print("refused", flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize(("mode", "answer"), [("forbid", "refused"), ("allow", "True")])
+def test_process_of_the_same_user_cannot_read_a_replica(mode: str, answer: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SECRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", NEIGHBOUR, mode], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == answer
+
+
+@pytest.mark.filterwarnings("ignore:coroutine '.*__del__' was never awaited")  # Serve makes it async
+@pytest.mark.parametrize(
+    ("deployment", "arguments"),
+    [(GatewayDeployment, (384, None, None)), (GuardDeployment, ()), (IntakeDeployment, (384, None))],
+)
+async def test_every_replica_forbids_tracing(
+    deployment: Any, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Called(Exception):
+        pass
+
+    def forbid() -> None:
+        raise Called
+
+    replica = deployment.func_or_class
+    module = sys.modules[replica.__module__]
+    monkeypatch.setattr(module, "forbid_tracing", forbid)
+    monkeypatch.setattr(module, "configure_logging", lambda *_: None)
+    with pytest.raises(Called):
+        await replica.__init__(object.__new__(replica), make_settings(), *arguments)
