@@ -6,7 +6,7 @@
 | `no_new_privs` | no program that it might run gets more rights |
 | `landlock` | it opens no file but Python's own code, read-only; it traces and signals no other process; no TCP |
 | `seccomp` | no sockets, no programs, no processes, no tracing, no reading of other processes' memory |
-| `rlimits` | no new processes, few open files, no files written, no core dump |
+| `rlimits` | few open files, no files written, no core dump |
 
 A kernel or a container may lack any of them, so `enter` returns those that are in force. There is no library that is
 kept and has wheels for both systems, so this module calls the kernel through libc; the numbers are from the kernel's
@@ -20,7 +20,7 @@ import resource
 import struct
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -115,11 +115,10 @@ _OWN_LIMITS_ONLY: Final = {"prlimit64": (302, 261)}
 _CLONE: Final = (56, 220)
 
 
-def enter(before_limits: Callable[[], object]) -> list[str]:
+def enter() -> list[str]:
     """Put all measures that the kernel allows in force, for good. Returns the names of those that are.
 
-    Call it with no other thread running: Landlock binds only the calling thread and what it starts later. Threads that
-    the process needs are started by `before_limits`, because none can be started afterwards.
+    Call it with no other thread running: Landlock binds only the calling thread and what it starts later.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     in_force = []
@@ -132,7 +131,6 @@ def enter(before_limits: Callable[[], object]) -> list[str]:
         with suppress(OSError):
             apply(libc)
             in_force.append(name)
-    before_limits()
     with suppress(OSError, ValueError):
         _set_limits()
         in_force.append("rlimits")
@@ -160,7 +158,7 @@ def _restrict_files(libc: ctypes.CDLL) -> None:
     ruleset = _check(libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0))
     try:
         for folder in _code_folders():
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 opened = os.open(folder, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
                 try:
                     rule = struct.pack("=Qi", _READ_FILE | _READ_DIR, opened)
@@ -227,8 +225,9 @@ def _build_filter(*, arm: bool, pid: int) -> bytes:
 
 
 def _set_limits() -> None:
+    # No RLIMIT_NPROC: the decoder of HEIC starts threads, which it would count with all threads of the user. seccomp
+    # forbids processes, and the limit of the address space bounds the number of threads.
     for limit, value in (
-        (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_NOFILE, _OPEN_FILES_LIMIT),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),  # a core dump would contain the image

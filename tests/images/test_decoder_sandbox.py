@@ -102,7 +102,6 @@ async def test_kernel_shows_the_sandbox(monkeypatch: pytest.MonkeyPatch, caplog:
         status = read_status(worker.pid)
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
-        assert worker.rlimit(resource.RLIMIT_NPROC) == (0, 0)
         assert worker.rlimit(resource.RLIMIT_NOFILE) == (64, 64)
         assert 12 <= worker.rlimit(resource.RLIMIT_CPU)[0] <= 20
         assert reported == dict.fromkeys(MEASURES, 1.0)
@@ -118,6 +117,30 @@ async def test_all_formats_are_decoded_in_the_sandbox() -> None:
             assert (await preparer.prepare(encoded(picture(700, 500), kind))).facts.format == kind
     finally:
         preparer.close()
+
+
+UNPRIVILEGED = """
+import os, sys
+from services.images import decoder_process, decoder_sandbox
+from services.images.decode import Limits, prepare
+from tests.support.pictures import FORMATS, Image, encoded, picture
+files = {kind: encoded(picture(700, 500), kind) for kind in FORMATS}
+Image.init()
+for data in files.values():
+    prepare(data, Limits(1_000_000, 64))  # loads modules that this user may be unable to read
+if os.getuid() == 0:
+    os.setuid(65534)
+print(*decoder_sandbox.enter())
+print(*(kind for kind, data in files.items() if prepare(data, Limits(1_000_000, 64)).facts.format == kind))
+"""
+
+
+def test_all_formats_are_decoded_by_a_user_without_rights() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", UNPRIVILEGED], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines() == [" ".join(MEASURES), " ".join(FORMATS)]
 
 
 NEIGHBOUR = """
