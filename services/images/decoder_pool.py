@@ -25,10 +25,12 @@ from services.core import telemetry
 from services.core.errors import NotAnImage, TooLarge, Unavailable
 from services.core.processes import start_helper
 from services.core.settings import Settings
+from services.core.tenant_context import current_tenant
 from services.core.values import PreparedImage
 from services.images.decoder_limits import decoder_memory_bytes, find_memory_bytes
 from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
 from services.images.decoder_sandbox import MEASURES
+from services.images.fair_slots import FairSlots
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,10 @@ _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 
 
 class DecoderPool:
-    """A pool of a limited number of decoder processes. Use it from one event loop, and close it afterwards."""
+    """A pool of a limited number of decoder processes, which tenants use in turn.
+
+    Use it from one event loop, and close it afterwards.
+    """
 
     def __init__(self, settings: Settings, side_px: int) -> None:
         """`side_px`: the longest side, in pixels, that the model can use.
@@ -66,6 +71,7 @@ class DecoderPool:
         self._lock = threading.Lock()
         self._closed = False
         self._kills = _KillCounts()
+        self._slots = FairSlots(settings.decode_workers)
         self._measures: frozenset[str] | None = None
 
     async def prepare(self, data: bytes) -> PreparedImage:
@@ -104,7 +110,20 @@ class DecoderPool:
     async def _run(self, request: dict[str, Any], data: bytes) -> PreparedImage:
         if self._closed:
             raise Unavailable("the image decoders are stopped")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, request, data)
+        await self._slots.acquire(current_tenant())
+        try:
+            decoding = self._threads.submit(self._try, request, data)
+        except RuntimeError:
+            self._slots.release()
+            raise Unavailable("the image decoders are stopped") from None
+        loop = asyncio.get_running_loop()
+
+        def release(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._slots.release)
+
+        decoding.add_done_callback(release)  # also if this task is cancelled while the thread decodes
+        return await asyncio.wrap_future(decoding)
 
     def _try(self, request: dict[str, Any], data: bytes) -> PreparedImage:
         for _ in range(_ATTEMPTS):

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from services.core import telemetry
 from services.core.errors import GuardFailed, Malformed
 from services.core.messages import ImageRequest, Verdict
+from services.core.tenant_context import work_for_tenant
 from services.core.values import Detail, GuardPriority, Policy, StoredObject
 from services.moderation.cascade import judge_image
 from services.moderation.ports import CircuitBreakerPort, GuardClient, ImagePreparer, ImageSource, PolicySource
@@ -93,6 +94,7 @@ class Moderator:
         """
         timer = StepTimer(request.submitted_at or datetime.now(UTC), started_at or datetime.now(UTC))
         async with AsyncExitStack() as resources:
+            resources.enter_context(work_for_tenant(request.tenant))
             stored = upload
             if stored is None:
                 if request.reference is None:
