@@ -132,7 +132,7 @@ async def gateway(model: str, **changes: Any) -> AsyncIterator[RunningGateway]:
         )
         registry, keys = PolicyRegistry.from_settings(settings), ApiKeyRegistry.from_settings(settings)
         registry.publish_built_in()
-        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+        shared = PolicyRedisCache.from_settings(settings)
         closing.push_async_callback(shared.close)
         preparer, store = DecoderPool(settings, resolve_checkpoint(model).max_side_px), ObjectStore(settings)
         closing.callback(preparer.close)

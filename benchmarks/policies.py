@@ -34,7 +34,7 @@ CHOICE_INTERVAL_S = 0.002
 
 
 def open_stores(settings: Settings) -> tuple[PolicyRegistry, PolicyRedisCache]:
-    return PolicyRegistry.from_settings(settings), PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+    return PolicyRegistry.from_settings(settings), PolicyRedisCache.from_settings(settings)
 
 
 async def measure_choices(settings: Settings) -> dict[str, float]:

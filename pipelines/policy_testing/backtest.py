@@ -63,7 +63,7 @@ def _make_side(answer: Verdict | Unjudgeable) -> Side:
 
 
 async def _draw_sample(name: str, count: int, settings: Settings) -> tuple[list[SampledSubmission], float | None]:
-    redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+    redis_cache = PolicyRedisCache.from_settings(settings)
     try:
         return await draw_sample(redis_cache, name, count)
     finally:

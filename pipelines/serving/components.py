@@ -41,7 +41,7 @@ class Components:
         closing.callback(decoder_pool.close)
         closing.callback(images.close)
         registry = PolicyRegistry.from_settings(settings)
-        redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+        redis_cache = PolicyRedisCache.from_settings(settings)
         closing.push_async_callback(redis_cache.close)
         enter = closing.enter_async_context
         policies = await enter(PolicyCache(registry, redis_cache, refresh_s=settings.policy_refresh_s))

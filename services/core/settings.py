@@ -1,7 +1,7 @@
 """All settings. Each is an environment variable with the prefix `SLUICE_`.
 
-Credentials are not settings. S3 credentials come from AWS's credential sources, Kafka credentials from
-`SLUICE_KAFKA_OPTIONS`, and Redis credentials from the URL.
+Credentials are not settings, except SLUICE_POLICY_CACHE_KEY. S3 credentials come from AWS's credential sources, Kafka
+credentials from `SLUICE_KAFKA_OPTIONS`, and Redis credentials from the URL.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from services.core.errors import ConfigurationError
@@ -96,6 +96,14 @@ class Settings(BaseSettings):
     # Policies
     policy_refresh_s: PositiveSeconds = Field(
         5, description="interval of the refresh that finds policy changes if Redis cannot announce them"
+    )
+    policy_cache_key: SecretStr | None = Field(
+        None,
+        min_length=32,
+        exclude=True,
+        description="secret of at least 32 characters, equal in all processes and unknown to Redis, that signs the "
+        "policy copies in Redis; unset: every process reads rollouts from the policy bucket only, and a new process "
+        "waits for the bucket. It is never written to a file or to the `args` of the application",
     )
     sample_size: Positive = Field(
         10_000, description="recent submissions of each policy that Redis keeps, by reference, for backtests"

@@ -66,6 +66,13 @@ POLICY_PROPAGATION_SECONDS: Final = Histogram(
     boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10],
 )
 
+REDIS_FORGERIES: Final = Counter(
+    "sluice_redis_forgeries_total",
+    "Policy entries in Redis that differ from the policy bucket; none of them was used. `kind` is `rollout`, "
+    "`version` or `announcement`. Alert on each increase: someone else writes to Redis, or the bucket was replaced.",
+    tag_keys=("kind",),
+)
+
 BREAKER_TRIPS: Final = Counter(
     "sluice_breaker_trips_total",
     "Times that this process found the block rate of a version outside of its band. Alert on each increase.",

@@ -1,8 +1,12 @@
 """Each process keeps a local copy of the policies, so that a submission needs no network for its policy.
 
-The copies come from Redis, which all processes of a deployment share, and Redis gets them from the policy bucket. Redis
-announces changes. A periodic refresh finds the changes whose announcement was lost. If either Redis or the bucket is
-down, the other is used. If both are down, the last known versions are used.
+The truth is in the policy bucket. Redis, which all processes of a deployment share, is not trusted: others may write to
+it. A copy of a rollout in Redis is used only if it is signed with SLUICE_POLICY_CACHE_KEY, and a copy of a version only
+if it is signed or has the digest that a trusted rollout names. An announced change is a reason to look, and is never
+applied itself. A periodic refresh finds the changes whose announcement was lost.
+
+If Redis is down, the bucket is used. If the bucket is down, signed copies are used. If there are none, the last known
+versions are used, and a new process waits.
 """
 
 import asyncio
@@ -34,6 +38,9 @@ _MISSING_TTL_S: Final = 1.0
 _LEASE_WAIT_S: Final = 6.0
 """How long to wait for another process's lease before reading the bucket without one."""
 _POLL_S: Final = 0.02
+_CHECK_PAUSE_S: Final = 0.2
+"""The least time between two checks of announced changes of one policy. It bounds the reads that a flood can cause."""
+_FORGERY_LOG_INTERVAL_S: Final = 10.0
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -45,6 +52,7 @@ class _CachedRollout:
     """The cached rollout of one policy."""
 
     number: int
+    change: RolloutChange | None
     rollout: Rollout
     checked_at: float
 
@@ -64,6 +72,10 @@ class PolicyCache:
         self._tenants: dict[tuple[str, int], TenantsDocument] = {}
         self._missing_since: dict[tuple[str, int], float] = {}
         self._running_lookups: dict[Hashable, asyncio.Task[Any]] = {}
+        self._announced: dict[str, RolloutChange] = {}
+        """The last announced change of each policy that is not checked yet."""
+        self._checks: dict[str, asyncio.Task[None]] = {}
+        self._forgery_logged_at: dict[str, float] = {}
         self._redis_recovered_at = float("-inf")
         """Copies in Redis from before then may lack the changes made while Redis was down."""
         self._closing = AsyncExitStack()
@@ -76,6 +88,8 @@ class PolicyCache:
 
     async def __aexit__(self, *_: object) -> None:
         await self._closing.aclose()
+        for check in list(self._checks.values()):
+            await cancel_and_wait(check)
 
     async def choose(self, request: ImageRequest) -> PolicyChoice:
         """The version that judges a submission, and its shadow. Needs no network if both are known.
@@ -118,7 +132,7 @@ class PolicyCache:
         return known is not None and policy.version in known.rollout.tripped
 
     def apply_change(self, change: RolloutChange) -> None:
-        """Apply a change that was announced, or made in this process, unless a newer one is known."""
+        """Apply a change that this process has written to the policy bucket, unless a newer one is known."""
         known = self._rollouts.get(change.name)
         if known is None or change.number > known.number:
             self._keep_rollout(change.name, change)
@@ -159,13 +173,25 @@ class PolicyCache:
         """Load one version into the local copies."""
         known = self._rollouts.get(name)
         expected = known.rollout.digests.get(version) if known else None
+        rejected: StoredVersion | None = None
+        is_unreadable = False
 
         async def copy(redis_cache: PolicyRedisCache) -> StoredVersion | None:
-            stored = await redis_cache.find_version(name, version)
-            return stored if stored and expected in {None, stored.digest} else None
+            nonlocal rejected, is_unreadable
+            try:
+                entry = await redis_cache.find_version(name, version)
+            except ValueError:
+                is_unreadable = True
+                return None
+            if entry and (entry.stored.digest == expected if expected else entry.is_signed):
+                return entry.stored
+            rejected = entry.stored if entry and not entry.is_signed else None
+            return None
 
         async def read() -> StoredVersion:
             stored = await _read_in_thread(self._registry.get, name, version)
+            if is_unreadable or (rejected and rejected.digest != stored.digest):
+                self._report_forgery("version", f"{name}@{version}")
             if self._redis_cache:
                 with suppress(RedisUnavailable):
                     await self._redis_cache.cache_version(stored)
@@ -189,33 +215,50 @@ class PolicyCache:
     async def _fetch_rollout(self, name: str) -> None:
         """Load the present rollout of a name, or keep the last known one."""
         previous = self._rollouts.get(name)
+        announced = self._announced.get(name)
+        least_number = max(previous.number if previous else 0, announced.number if announced else 0)
         entry: CachedChange | None = None
+        is_unreadable = False
 
         async def copy(redis_cache: PolicyRedisCache) -> tuple[RolloutChange | None] | None:
-            nonlocal entry
-            entry = await redis_cache.find_newest_change(name)
-            max_age_s = min(self._refresh_s, time.monotonic() - self._redis_recovered_at)
-            if entry is None or entry.age_s >= max_age_s:
+            nonlocal entry, is_unreadable
+            try:
+                entry = await redis_cache.find_newest_change(name)
+            except ValueError:
+                is_unreadable = True
                 return None
-            is_older = previous is not None and (entry.change.number if entry.change else 0) < previous.number
+            max_age_s = min(self._refresh_s, time.monotonic() - self._redis_recovered_at)
+            if entry is None or not entry.is_signed or entry.age_s >= max_age_s:
+                return None
+            is_older = (entry.change.number if entry.change else 0) < least_number
             return None if is_older else (entry.change,)
 
         async def read() -> tuple[RolloutChange | None]:
             newest = await _read_in_thread(self._registry.find_newest_change, name)
+            unsigned = entry.change if entry and not entry.is_signed else None
+            if is_unreadable or (unsigned and not await self._is_in_bucket(unsigned, newest)):
+                self._report_forgery("rollout", name)
             if self._redis_cache:
                 with suppress(RedisUnavailable):
-                    # If Redis had an entry, overwrite it, even if its number is higher: then the bucket was replaced.
-                    await self._redis_cache.publish_change(name, newest, even_if_older=entry is not None)
+                    # If Redis had an entry, overwrite it, even if its number is higher: it is forged, or of a bucket
+                    # that was replaced.
+                    had_entry = is_unreadable or entry is not None
+                    await self._redis_cache.publish_change(name, newest, even_if_older=had_entry)
             return (newest,)
 
         try:
-            (change,) = await self._read_once(name, copy, read)
+            if self._redis_cache and not self._redis_cache.can_sign:
+                with suppress(RedisUnavailable):
+                    await copy(self._redis_cache)  # only to report a forgery
+                (change,) = await read()
+            else:
+                (change,) = await self._read_once(name, copy, read)
         except PolicyUnavailable as error:
             if previous is not None:
                 log.warning("keeping the last known version of policy %s: %s", name, error)
                 return
             # Do not trust an old entry that says that a policy does not exist: submissions would become dead letters.
-            if entry is None or (entry.change is None and name != TENANTS):
+            if entry is None or not entry.is_signed or (entry.change is None and name != TENANTS):
                 raise
             change = entry.change
         if self._rollouts.get(name) is previous:  # otherwise a newer change has arrived
@@ -252,7 +295,8 @@ class PolicyCache:
             policy = self._policies.get((name, version))
             if policy and policy.identity.digest != digest:
                 del self._policies[name, version]
-        _put_bounded(self._rollouts, name, _CachedRollout(change.number if change else 0, rollout, time.monotonic()))
+        number = change.number if change else 0
+        _put_bounded(self._rollouts, name, _CachedRollout(number, change, rollout, time.monotonic()))
         for (other, version), policy in self._policies.items():
             if other == name:
                 self._policies[name, version] = self._calibrate(policy)
@@ -264,12 +308,11 @@ class PolicyCache:
         return policy if applied == policy.calibrations else replace(policy, calibrations=applied)
 
     async def _listen(self) -> None:
-        """Apply every change that Redis announces, until Redis is down."""
+        """Check every change that Redis announces, until Redis is down."""
         assert self._redis_cache is not None
         try:
             async for change in self._redis_cache.subscribe(self._refresh_all):
-                telemetry.POLICY_PROPAGATION_SECONDS.observe(max(0.0, (datetime.now(UTC) - change.at).total_seconds()))
-                self.apply_change(change)
+                self._follow_announcement(change)
         except RedisUnavailable as error:
             log.warning(
                 "Redis is down: policy changes are read from the bucket every %g s until it is back: %s",
@@ -278,6 +321,59 @@ class PolicyCache:
             )
             await asyncio.sleep(random.uniform(0.1, 1))
             self._redis_recovered_at = time.monotonic()
+
+    def _follow_announcement(self, change: RolloutChange) -> None:
+        """Begin to check an announced change, if it is news for this process."""
+        name, known = change.name, self._rollouts.get(change.name)
+        if known is None or change.number < known.number or change == known.change:
+            return
+        self._announced[name] = change
+        if name not in self._checks:
+            self._checks[name] = asyncio.create_task(self._check_announcements(name))
+            self._checks[name].add_done_callback(lambda _: self._checks.pop(name, None))
+
+    async def _check_announcements(self, name: str) -> None:
+        """Load the rollout again until no announced change of it is left to check."""
+        while announced := self._announced.get(name):
+            began_at = time.monotonic()
+            for _ in range(2):  # the first lookup may have begun before the change was made
+                with suppress(PolicyUnavailable):
+                    await self._refresh_rollout(name)
+                known = self._rollouts.get(name)
+                if known is None or known.change == announced:
+                    break
+            if known is None:  # dropped meanwhile, so that the next submission loads it
+                pass
+            elif known.change == announced:
+                delay_s = max(0.0, (datetime.now(UTC) - announced.at).total_seconds())
+                telemetry.POLICY_PROPAGATION_SECONDS.observe(delay_s)
+            elif known.checked_at >= began_at:
+                with suppress(PolicyUnavailable):
+                    if not await self._is_in_bucket(announced, known.change):
+                        self._report_forgery("announcement", name)
+            if self._announced[name] is announced:
+                del self._announced[name]
+            await asyncio.sleep(_CHECK_PAUSE_S)
+
+    async def _is_in_bucket(self, change: RolloutChange, newest: RolloutChange | None) -> bool:
+        """Whether the policy bucket has this change, of which `newest` is the newest one."""
+        if newest is None or change.number >= newest.number:
+            return change == newest
+        return change == await _read_in_thread(self._registry.find_change, change.name, change.number)
+
+    def _report_forgery(self, kind: str, subject: str) -> None:
+        """Count an entry of Redis that the policy bucket does not have. A flood of them is logged now and then."""
+        telemetry.REDIS_FORGERIES.inc(1, {"kind": kind})
+        now_s = time.monotonic()
+        if now_s - self._forgery_logged_at.get(kind, float("-inf")) < _FORGERY_LOG_INTERVAL_S:
+            return
+        self._forgery_logged_at[kind] = now_s
+        log.error(
+            "FORGERY IN REDIS: the %s of policy %s in Redis differs from the policy bucket; it is ignored and the "
+            "bucket is used. Someone else writes to Redis, or the bucket was replaced. Find out who can write to it.",
+            kind,
+            subject,
+        )
 
     async def _refresh(self) -> None:
         await asyncio.sleep(self._refresh_s * random.uniform(0.8, 1.2))

@@ -1,18 +1,25 @@
 """The policy data in Redis, which all processes share: copies of versions and rollouts, and announced changes.
 
-The policy bucket is the source of truth. An entry in Redis may be missing, stale or invalid; then it is read again from
-the bucket.
+The policy bucket is the source of truth. An entry in Redis may be missing, stale, invalid or forged. Entries that were
+signed with SLUICE_POLICY_CACHE_KEY may be used as they are; all others must be compared with the bucket.
+
+Version 0.1.0 reads and writes the same entries without signatures, so signatures have keys and fields of their own.
 """
 
+import hashlib
+import hmac
+import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, Self, cast
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.redis import TIMEOUT_S, RedisClient
+from services.core.settings import Settings
 from services.policies.registry import StoredVersion
 from services.policies.rollout import RolloutChange
 from services.policies.tenants import TENANTS
@@ -27,19 +34,23 @@ _NOW_MS: Final = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 """
+# An older change is announced as well: the higher number in Redis may be forged.
 _PUBLISH: Final = f"""{_NOW_MS}
 local known = redis.call('HGET', KEYS[1], 'number')
-if known and tonumber(known) > tonumber(ARGV[1]) and ARGV[3] == '0' then return end
+if known and (tonumber(known) or 0) > tonumber(ARGV[1]) and ARGV[3] == '0' then
+    if ARGV[2] ~= '' then redis.call('PUBLISH', KEYS[2], ARGV[2]) end
+    return
+end
 redis.call('HSET', KEYS[1], 'number', ARGV[1], 'change', ARGV[2], 'checked_ms', now_ms)
+redis.call('HDEL', KEYS[1], 'signed_ms', 'signature')
+if ARGV[6] ~= '' then redis.call('HSET', KEYS[1], 'signed_ms', ARGV[5], 'signature', ARGV[6]) end
 redis.call('PERSIST', KEYS[1])
 if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
 if known ~= ARGV[1] and ARGV[2] ~= '' then redis.call('PUBLISH', KEYS[2], ARGV[2]) end
 """
-_READ: Final = f"""{_NOW_MS}
-local known = redis.call('HMGET', KEYS[1], 'change', 'checked_ms')
-if not known[2] then return {{}} end
-return {{known[1], now_ms - known[2]}}
-"""
+_READ: Final = "return redis.call('HMGET', KEYS[1], 'change', 'signed_ms', 'signature')"
+_MAX_CLOCK_SKEW_S: Final = 5.0
+"""A signature from further in the future counts as too old."""
 _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
@@ -49,41 +60,82 @@ class CachedChange:
 
     change: RolloutChange | None
     """None: there is no policy of that name, or it was never activated."""
+    is_signed: bool
+    """Whether a process with the same key has read it from the policy bucket, or written it there."""
     age_s: float
-    """Seconds since it was last compared with the policy bucket."""
+    """Seconds since then, by the clocks of the processes; infinite without a signature. Never negative."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedVersion:
+    """A version in Redis."""
+
+    stored: StoredVersion
+    is_signed: bool
+    """Whether a process with the same key has read it from the policy bucket, or written it there."""
 
 
 class PolicyRedisCache(RedisClient):
     """The copies of one policy bucket, in the Redis at SLUICE_REDIS_URL."""
 
-    def __init__(self, url: str, bucket: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        """
+    def __init__(
+        self, url: str, bucket: str, *, signing_key: SecretStr | None = None, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        """`signing_key`: SLUICE_POLICY_CACHE_KEY. Without it nothing is signed, and no signature is valid.
+
         Raises:
             ConfigurationError: the URL is invalid.
         """
         super().__init__(url, f"sluice:{bucket}:policies:", timeout_s=timeout_s)
+        self._bucket = bucket
+        self._signing_key = signing_key.get_secret_value().encode() if signing_key else None
 
-    async def find_version(self, name: str, version: int) -> StoredVersion | None:
-        """The copy of a version; None if there is none, or if it does not match its digest."""
-        data: Any = await self.call(self.client.get(self.key("version", f"{name}@{version}")))
-        try:
-            return StoredVersion.from_json(name, version, data) if data is not None else None
-        except ValueError:
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The copies of SLUICE_POLICY_BUCKET in the Redis at SLUICE_REDIS_URL."""
+        return cls(settings.redis_url, settings.policy_bucket, signing_key=settings.policy_cache_key)
+
+    @property
+    def can_sign(self) -> bool:
+        """Whether there is a key. Without it no copy of a rollout is ever valid."""
+        return self._signing_key is not None
+
+    async def find_version(self, name: str, version: int) -> CachedVersion | None:
+        """The copy of a version; None if there is none.
+
+        Raises:
+            ValueError: the copy cannot be read, or does not match its digest.
+        """
+        keys = [self.key(kind, f"{name}@{version}") for kind in ("version", "version-signature")]
+        data, signature = cast("list[bytes | None]", await self.call(self.client.mget(keys)))
+        if data is None:
             return None
+        stored = StoredVersion.from_json(name, version, data)
+        return CachedVersion(stored, self._is_valid(signature, "version", f"{name}@{version}", stored.digest))
 
     async def cache_version(self, stored: StoredVersion) -> None:
         """Store a copy of a version."""
-        await self.call(self.client.set(self.key("version", f"{stored.name}@{stored.version}"), stored.to_json()))
+        name = f"{stored.name}@{stored.version}"
+        copies: dict[str, str | bytes] = {self.key("version", name): stored.to_json()}
+        if self._signing_key:
+            copies[self.key("version-signature", name)] = self._sign("version", name, stored.digest)
+        await self.call(self.client.mset(copies))
 
     async def find_newest_change(self, name: str) -> CachedChange | None:
-        """The copy of a rollout; None if there is none that can be read."""
-        entry = await self.run(_READ, [self.key("rollout", name)])
-        try:
-            change, age_ms = entry
-            known = RolloutChange.model_validate_json(change) if change else None
-        except (ValidationError, ValueError):
+        """The copy of a rollout; None if there is none.
+
+        Raises:
+            ValueError: the copy cannot be read, or is of another policy.
+        """
+        body, signed_ms, signature = await self.run(_READ, [self.key("rollout", name)])
+        if body is None:
             return None
-        return CachedChange(known, age_ms / 1000) if known is None or known.name == name else None
+        change = RolloutChange.model_validate_json(body) if body else None  # its error is a ValueError
+        if change and change.name != name:
+            raise ValueError(f"the copy of the rollout of {name} is of another policy")
+        is_signed = self._is_valid(signature, "rollout", name, signed_ms or b"", body)
+        age_s = time.time() - int(signed_ms) / 1000 if is_signed else math.inf
+        return CachedChange(change, is_signed, max(0.0, age_s) if age_s > -_MAX_CLOCK_SKEW_S else math.inf)
 
     async def publish_change(self, name: str, change: RolloutChange | None, *, even_if_older: bool = False) -> None:
         """Store a change that was just read from the bucket, or written to it, and announce it to every process.
@@ -94,10 +146,16 @@ class PolicyRedisCache(RedisClient):
         body = change.model_dump_json(by_alias=True) if change else ""
         keys = [self.key("rollout", name), self.key("changes")]
         expires_s = 0 if change or name == TENANTS else _ABSENT_NAME_TTL_S
-        await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s)
+        signed_ms, signature = str(int(time.time() * 1000)), ""
+        if self._signing_key:
+            signature = self._sign("rollout", name, signed_ms, body)
+        await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s, signed_ms, signature)
 
     async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[RolloutChange]:
-        """Yield announced changes. Calls `on_listening` once the subscription has begun."""
+        """Yield announced changes. Calls `on_listening` once the subscription has begun.
+
+        Announcements are not signed, so that version 0.1.0 can read them. Each one has to be checked.
+        """
         async with self.client.pubsub(ignore_subscribe_messages=True) as listener:
             await self.call(listener.subscribe(self.key("changes")))
             await on_listening()
@@ -123,3 +181,15 @@ class PolicyRedisCache(RedisClient):
     async def release(self, subject: str, token: str) -> None:
         """Give a lease back, unless it has expired and another process has it."""
         await self.run(_RELEASE, [self.key("lease", subject)], token)
+
+    def _sign(self, kind: str, name: str, *parts: str | bytes) -> str:
+        """The HMAC-SHA256 of an entry. Each part follows its length, so that no two entries make the same message."""
+        assert self._signing_key
+        encoded = [part.encode() if isinstance(part, str) else part for part in (self._bucket, kind, name, *parts)]
+        message = b"".join(len(part).to_bytes(8) + part for part in encoded)
+        return hmac.new(self._signing_key, message, hashlib.sha256).hexdigest()
+
+    def _is_valid(self, signature: bytes | None, kind: str, name: str, *parts: str | bytes) -> bool:
+        if not self._signing_key or not signature:
+            return False
+        return hmac.compare_digest(signature, self._sign(kind, name, *parts).encode())

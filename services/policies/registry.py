@@ -186,6 +186,12 @@ class PolicyRegistry:
         number = self._newest_number(_changes(name))
         return self._change_at(name, number) if number else None
 
+    def find_change(self, name: str, number: int) -> RolloutChange | None:
+        """One change of the rollout; None if there is none of this number."""
+        if not 0 < number < MAX_VERSION or self._read(_make_key(_changes(name), number)) is None:
+            return None
+        return self._change_at(name, number)
+
     def list_changes(self, name: str) -> list[RolloutChange]:
         """Every change of the rollout, oldest first.
 

@@ -52,7 +52,7 @@ class PolicyService:
     async def open(cls, settings: Settings, *, warn: Callable[[str], object] = log.warning) -> AsyncIterator[Self]:
         """A service with its own connection to Redis, if the settings have one."""
         registry = PolicyRegistry.from_settings(settings)
-        redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket) if settings.redis_url else None
+        redis_cache = PolicyRedisCache.from_settings(settings) if settings.redis_url else None
         try:
             yield cls(registry, redis_cache, refresh_s=settings.policy_refresh_s, warn=warn)
         finally:

@@ -399,7 +399,9 @@ async def test_running_process_of_0_1_0_is_not_counted_as_crashed(client: Any, r
 
 async def test_policy_version_and_rollout_of_0_1_0_are_read(client: Any, redis_cache: PolicyRedisCache) -> None:
     await restore(client, *(f"{POLICIES}:{name}" for name in ("version:shop@2", "rollout:shop", "rollout:absent")))
-    assert await redis_cache.find_version("shop", 2) == VERSION
+    version = await redis_cache.find_version("shop", 2)
+    assert version is not None
+    assert version.stored == VERSION
     known, absent = await redis_cache.find_newest_change("shop"), await redis_cache.find_newest_change("absent")
     assert known is not None
     assert known.change == CHANGE

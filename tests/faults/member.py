@@ -46,7 +46,7 @@ async def main(name: str, guard_ports: list[int]) -> None:
         closing.callback(preparer.close)
         closing.callback(store.close)
         bucket = PolicyRegistry.from_settings(settings)
-        shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+        shared = PolicyRedisCache.from_settings(settings)
         closing.push_async_callback(shared.close)
         policies = await closing.enter_async_context(PolicyCache(bucket, shared, refresh_s=settings.policy_refresh_s))
         moderator = build_retrying_moderator(

@@ -1,6 +1,7 @@
 """Which version a submission gets, from the local copies, Redis and the bucket, whichever of them is there."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -19,7 +20,7 @@ from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Shadow
 from services.policies.tenants import TenantsDocument
-from tests.support.policies import CountingRegistry, becomes, unreachable, wait_for_listeners
+from tests.support.policies import SIGNING_KEY, CountingRegistry, becomes, unreachable, wait_for_listeners
 from tests.support.servers import Valkey
 
 WAIVED = PolicyDocument.model_validate({"name": "default", "categories": {"O9": "waive"}})
@@ -52,7 +53,7 @@ def filled(registry: PolicyRegistry) -> PolicyRegistry:
 
 @pytest.fixture
 async def shared(valkey_url: str) -> AsyncIterator[PolicyRedisCache]:
-    copies = PolicyRedisCache(valkey_url, uuid.uuid4().hex)
+    copies = PolicyRedisCache(valkey_url, uuid.uuid4().hex, signing_key=SIGNING_KEY)
     yield copies
     await copies.close()
 
@@ -144,11 +145,13 @@ async def test_unannounced_change_is_found_by_the_refresh(filled: PolicyRegistry
         await becomes(2, lambda: version_of(cache))
 
 
-async def test_redis_copy_is_used_while_the_bucket_is_down(filled: PolicyRegistry, shared: PolicyRedisCache) -> None:
+async def test_signed_copy_is_used_while_the_bucket_is_down(
+    filled: PolicyRegistry, shared: PolicyRedisCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with PolicyCache(filled, shared) as cache:
         await cache.choose(submission())
-    for name in ("default", "tenants"):  # so old that they have to be compared with the bucket again
-        await shared.client.hset(shared.key("rollout", name), "checked_ms", 0)
+    now_s = time.time()
+    monkeypatch.setattr(redis_cache.time, "time", lambda: now_s + 3600)  # the copies are an hour old
     async with PolicyCache(unreachable(), shared, refresh_s=1) as later:
         assert await version_of(later) == 1
         with pytest.raises(PolicyUnavailable):
@@ -214,7 +217,7 @@ async def test_invalid_copy_is_replaced_from_the_bucket(
         assert (await cache.choose(submission())).policy.identity.digest == BUILT_IN.digest()
     kept = await shared.find_version("default", 1)
     assert kept is not None
-    assert kept.digest == BUILT_IN.digest()
+    assert kept.stored.digest == BUILT_IN.digest()
 
 
 async def test_copy_with_another_digest_is_replaced_from_the_bucket(
@@ -234,7 +237,7 @@ async def test_processes_that_start_at_once_read_the_bucket_once(
     monkeypatch.setattr(redis_cache, "_LEASE_MS", 60_000)
     monkeypatch.setattr(policy_cache, "_LEASE_WAIT_S", 60.0)
     counting, bucket = CountingRegistry(filled, pause_s=0.2), uuid.uuid4().hex
-    copies = [PolicyRedisCache(valkey_url, bucket, timeout_s=60) for _ in range(64)]
+    copies = [PolicyRedisCache(valkey_url, bucket, signing_key=SIGNING_KEY, timeout_s=60) for _ in range(64)]
     async with AsyncExitStack() as stack:
         caches = [await stack.enter_async_context(PolicyCache(counting, shared, refresh_s=60)) for shared in copies]
         assert set(await asyncio.gather(*(version_of(cache) for cache in caches))) == {1}
@@ -248,7 +251,7 @@ async def test_process_that_gets_the_lease_late_takes_the_copy(
 ) -> None:
     """Between its look for a copy and its lease, another process reads the bucket and releases the lease."""
     counting, bucket = CountingRegistry(filled), uuid.uuid4().hex
-    slow, quick = PolicyRedisCache(valkey_url, bucket), PolicyRedisCache(valkey_url, bucket)
+    slow, quick = (PolicyRedisCache(valkey_url, bucket, signing_key=SIGNING_KEY) for _ in range(2))
     lease = slow.lease
     overtaken: set[str] = set()
 

@@ -36,7 +36,7 @@ async def test_change_reaches_another_process_before_its_refresh(registry: Polic
         assert await version_of(other) == 1
     stored = await redis_cache.find_version("default", 2)
     assert stored is not None
-    assert stored.digest == DOCUMENT.digest()
+    assert stored.stored.digest == DOCUMENT.digest()
     await redis_cache.close()
 
 

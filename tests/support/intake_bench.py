@@ -40,7 +40,7 @@ class IntakeBench:
         self.guard = guard
         self.s3: Any = boto3.client("s3", endpoint_url=settings.s3_endpoint)
         self.registry = PolicyRegistry(self.s3, settings.policy_bucket)
-        self.redis_cache = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+        self.redis_cache = PolicyRedisCache.from_settings(settings)
         self.intakes: list[IntakeWorker] = []
         self._closing = AsyncExitStack()
 

@@ -45,7 +45,7 @@ class DeadlyModerator:
 async def main(settings: Settings, name: str) -> None:
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    shared = PolicyRedisCache(settings.redis_url, settings.policy_bucket)
+    shared = PolicyRedisCache.from_settings(settings)
     moderator: Any = DeadlyModerator()
     async with CrashIsolation(shared, settings.group, name) as isolation:
         intake = IntakeWorker(

@@ -8,10 +8,13 @@ from typing import Any
 
 import boto3
 from botocore.config import Config
+from pydantic import SecretStr
 
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import RolloutChange
+
+SIGNING_KEY = SecretStr("the key of the tests, unknown to Redis")
 
 
 class CountingRegistry(PolicyRegistry):

@@ -1,0 +1,258 @@
+"""An attacker with full write access to Redis changes no verdict, and is noticed."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+from pydantic import SecretStr
+
+from services.core import telemetry
+from services.core.errors import PolicyUnavailable
+from services.core.messages import Submission
+from services.core.values import Policy
+from services.policies import cache as policy_cache
+from services.policies.cache import PolicyCache
+from services.policies.document import PolicyDocument
+from services.policies.redis_cache import PolicyRedisCache
+from services.policies.registry import PolicyRegistry, StoredVersion
+from services.policies.rollout import Rollout, RolloutChange
+from services.policies.service import PolicyService
+from tests.support.policies import SIGNING_KEY, CountingRegistry, becomes, unreachable, wait_for_listeners
+
+STRICT = PolicyDocument(name="default")
+LENIENT = PolicyDocument.model_validate({"name": "default", "thresholds": {"review": 1.0, "block": 1.0}})
+FORGED = StoredVersion("default", 2, LENIENT.digest(), LENIENT)
+
+
+def forged_change(number: int = 90_000_000) -> RolloutChange:
+    rollout = Rollout(active=2, since=number, digests={2: LENIENT.digest()})
+    return RolloutChange.model_validate(
+        {
+            "name": "default",
+            "number": number,
+            "action": "activate",
+            "to": 2,
+            "who": "mallory",
+            "at": "2026-11-21T10:00:00Z",
+            "rollout": rollout,
+        }
+    )
+
+
+class Attacker:
+    """Writes to Redis what a process would write, without the key, or with a key of its own."""
+
+    def __init__(self, shared: PolicyRedisCache, url: str, bucket: str) -> None:
+        self.client = shared.client
+        self.key = shared.key
+        self.own = PolicyRedisCache(url, bucket, signing_key=SecretStr("x" * 32))
+
+    async def forge(self, change: RolloutChange, *, keep_signature: bool = False) -> None:
+        name = change.name
+        await self.own.cache_version(FORGED)
+        signed = await self.client.hmget(self.key("rollout", name), "signed_ms", "signature")
+        await self.own.publish_change(name, change, even_if_older=True)
+        if keep_signature and signed[1]:
+            await self.client.hset(self.key("rollout", name), mapping={"signed_ms": signed[0], "signature": signed[1]})
+        await self.client.hset(self.key("rollout", name), "checked_ms", 9_000_000_000_000)
+        await self.client.publish(self.key("changes"), change.model_dump_json(by_alias=True))
+
+
+@pytest.fixture(params=[None, SIGNING_KEY], ids=["no key", "key"])
+async def shared(
+    registry: PolicyRegistry, valkey_url: str, request: pytest.FixtureRequest
+) -> AsyncIterator[PolicyRedisCache]:
+    registry.publish(STRICT)
+    registry.activate("default", 1, who="ann")
+    copies = PolicyRedisCache(valkey_url, registry.bucket, signing_key=request.param)
+    yield copies
+    await copies.close()
+
+
+@pytest.fixture
+async def attacker(shared: PolicyRedisCache, registry: PolicyRegistry, valkey_url: str) -> AsyncIterator[Attacker]:
+    attacker = Attacker(shared, valkey_url, registry.bucket)
+    yield attacker
+    await attacker.own.close()
+
+
+@pytest.fixture
+def forgeries(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counted = Counter[str]()
+
+    def count(value: float, tags: dict[str, str]) -> None:
+        counted[tags["kind"]] += int(value)
+
+    monkeypatch.setattr(telemetry.REDIS_FORGERIES, "inc", count)
+    return counted
+
+
+async def judging_policy(cache: PolicyCache, reference: str = "default") -> Policy:
+    return (await cache.choose(Submission(id=uuid.uuid4().hex, uri="s3://a/b", policy=reference))).policy
+
+
+async def counted(forgeries: Counter[str], kind: str) -> None:
+    async def seen() -> bool:
+        return forgeries[kind] > 0
+
+    await becomes(True, seen)
+
+
+async def test_forged_announcement_changes_no_verdict_and_activate_wins(
+    registry: PolicyRegistry,
+    shared: PolicyRedisCache,
+    attacker: Attacker,
+    forgeries: Counter[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        await judging_policy(cache)
+        await wait_for_listeners(shared, 1)
+        await attacker.forge(forged_change())
+        await counted(forgeries, "announcement")
+        assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+        assert "FORGERY IN REDIS" in caplog.text
+
+        stricter = PolicyDocument(name="default", description="stricter")
+        service = PolicyService(registry, shared)
+        published = await service.publish(stricter)
+        await attacker.forge(forged_change())
+        await service.activate("default", published.version, who="ann")
+        await becomes(published.version, lambda: _version(cache))
+        assert (await judging_policy(cache)).identity.digest == stricter.digest()
+
+
+async def _version(cache: PolicyCache) -> int:
+    return (await judging_policy(cache)).identity.version
+
+
+@pytest.mark.parametrize("keep_signature", [False, True])
+async def test_forged_rollout_changes_no_verdict_of_a_refresh_or_a_new_process(
+    registry: PolicyRegistry,
+    shared: PolicyRedisCache,
+    attacker: Attacker,
+    forgeries: Counter[str],
+    keep_signature: bool,
+) -> None:
+    async with PolicyCache(registry, shared, refresh_s=0.2) as running:
+        await judging_policy(running)
+        await attacker.forge(forged_change(), keep_signature=keep_signature)
+        await counted(forgeries, "rollout")
+        await attacker.forge(forged_change(number=1), keep_signature=keep_signature)
+        async with PolicyCache(registry, shared, refresh_s=600) as new:
+            for cache in (running, new):
+                assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+
+
+async def test_forged_version_is_not_used(
+    registry: PolicyRegistry, shared: PolicyRedisCache, attacker: Attacker, forgeries: Counter[str]
+) -> None:
+    for reference in ("default", "default@1"):
+        await attacker.own.cache_version(StoredVersion("default", 1, LENIENT.digest(), LENIENT))
+        async with PolicyCache(registry, shared, refresh_s=600) as cache:
+            assert (await judging_policy(cache, reference)).identity.digest == STRICT.digest()
+    assert forgeries["version"] == 2
+
+
+async def test_forged_entries_are_not_used_while_the_bucket_is_down(
+    registry: PolicyRegistry, shared: PolicyRedisCache, attacker: Attacker
+) -> None:
+    async with PolicyCache(registry, shared, refresh_s=0.2) as running:
+        await judging_policy(running)
+        running._registry = unreachable()
+        await attacker.forge(forged_change())
+        async with PolicyCache(unreachable(), shared, refresh_s=600) as new:
+            for reference in ("default", "default@2"):
+                with pytest.raises(PolicyUnavailable):
+                    await judging_policy(new, reference)
+        await asyncio.sleep(1)
+        assert (await judging_policy(running)).identity.digest == STRICT.digest()
+
+
+async def test_new_process_takes_only_signed_copies_while_the_bucket_is_down(
+    registry: PolicyRegistry, shared: PolicyRedisCache
+) -> None:
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        await judging_policy(cache)
+    async with PolicyCache(unreachable(), shared, refresh_s=600) as new:
+        if shared.can_sign:
+            assert (await judging_policy(new)).identity.digest == STRICT.digest()
+        else:
+            with pytest.raises(PolicyUnavailable):
+                await judging_policy(new)
+
+
+async def test_earlier_signed_entry_that_is_written_again_is_not_used(
+    registry: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacker kept an entry from before a change, and writes it again."""
+    shared = PolicyRedisCache(valkey_url, registry.bucket, signing_key=SIGNING_KEY)
+    for version in (1, 2):
+        registry.publish(PolicyDocument(name="default", description=f"number {version}"))
+        await shared.publish_change("default", registry.activate("default", version, who="ann"))
+        if version == 1:
+            kept = await shared.client.hgetall(shared.key("rollout", "default"))
+    await shared.client.hset(shared.key("rollout", "default"), mapping=kept)
+    await shared.client.hset(shared.key("rollout", "default"), "checked_ms", 9_000_000_000_000)
+    now_s = time.time()
+    monkeypatch.setattr("services.policies.redis_cache.time.time", lambda: now_s + 10)
+    async with PolicyCache(registry, shared, refresh_s=5) as cache:
+        assert await _version(cache) == 2
+    await shared.close()
+
+
+@pytest.mark.parametrize("age_s", [-3600.0, -1.0, 1.0, 3600.0])
+async def test_age_of_a_signed_copy_is_clamped(
+    registry: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch, age_s: float
+) -> None:
+    shared = PolicyRedisCache(valkey_url, registry.bucket, signing_key=SIGNING_KEY)
+    await shared.publish_change("default", forged_change(7))
+    now_s = time.time()
+    monkeypatch.setattr("services.policies.redis_cache.time.time", lambda: now_s + age_s)
+    entry = await shared.find_newest_change("default")
+    assert entry is not None
+    assert entry.is_signed
+    assert entry.age_s == pytest.approx({-3600.0: float("inf"), -1.0: 0.0}.get(age_s, age_s), abs=0.5)
+    await shared.close()
+
+
+async def test_flood_of_announcements_causes_few_reads(
+    registry: PolicyRegistry, shared: PolicyRedisCache, attacker: Attacker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_cache, "_CHECK_PAUSE_S", 0.5)
+    counting = CountingRegistry(registry)
+    async with PolicyCache(counting, shared, refresh_s=600) as cache:
+        await judging_policy(cache)
+        await wait_for_listeners(shared, 1)
+        counting.reads.clear()
+        began_at = time.monotonic()
+        for number in range(2000):
+            body = forged_change(90_000_000 + number).model_dump_json(by_alias=True)
+            await attacker.client.publish(shared.key("changes"), body)
+            await attacker.client.publish(shared.key("changes"), json.dumps({"name": f"made-up-{number}"}))
+        allowed = 2 * (2 + (time.monotonic() - began_at) / 0.5)
+        await asyncio.sleep(0.1)
+        assert 0 < counting.reads.total() <= allowed
+        assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+
+
+async def test_values_of_wrong_types_and_numbers_stop_nothing(
+    registry: PolicyRegistry, shared: PolicyRedisCache, attacker: Attacker
+) -> None:
+    rollout, version = shared.key("rollout", "default"), shared.key("version", "default@1")
+    await attacker.client.rpush(rollout, "x")
+    await attacker.client.rpush(version, "x")
+    async with PolicyCache(registry, shared, refresh_s=0.2) as cache:
+        assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+        for number in (b"garbage", b"nan", b"inf", b"-1"):
+            await attacker.client.delete(rollout)
+            await attacker.client.hset(rollout, mapping={"number": number, "change": b"{", "checked_ms": number})
+            wanted = 2 if number in (b"nan", b"garbage") else 1
+            await asyncio.to_thread(registry.publish, STRICT)
+            change = await PolicyService(registry, shared).activate("default", wanted, who="ann")
+            assert change.version == wanted
+            await becomes(wanted, lambda: _version(cache))
