@@ -107,7 +107,8 @@ class CrashRegistry:
                 *self.in_flight,
             )
             try:
-                crashes: list[int] = await self._redis.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
+                answer: list[int] = await self._redis.run(_REGISTER_SCRIPT, self._keys, *arguments, *new)
+                crashes = [max(0, count) for count in answer]
                 self._redis_down = False
             except RedisUnavailable as error:
                 log.debug("Redis is unavailable; messages are processed without crash isolation: %s", error)

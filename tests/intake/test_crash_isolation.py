@@ -193,3 +193,13 @@ async def test_redis_outage_is_probed_only_by_the_heartbeat(valkey_url: str, mon
 
         await eventually(are_registered)
     await redis.close()
+
+
+@pytest.mark.parametrize(("forged", "crashes"), [("-7", 0), ("garbage", 0), ("nan", 0), ("2", 2)])
+async def test_forged_crash_count_is_never_negative(valkey_url: str, forged: str, crashes: int) -> None:
+    redis, group = RedisClient(valkey_url, ""), uuid.uuid4().hex
+    await redis.client.set(f"sluice:{group}:crashes:s/1", forged)
+    registry = crash_registry.CrashRegistry(redis, group, "member")
+    assert await registry.register(["s/1"]) == [crashes]
+    assert registry.in_flight == (set() if crashes else {"s/1"}), "a crash of this process counts"
+    await redis.close()

@@ -201,3 +201,24 @@ async def test_block_rate_below_the_band_trips(registry: PolicyRegistry) -> None
     judge(breaker, by := await policy(cache), blocked=0, of=30)
     await until(lambda: cache.is_tripped(by.identity))
     await members.close()
+
+
+@pytest.mark.parametrize(("judged", "blocked"), [("-1000", "-1000"), ("-1000", "0"), ("0", "-1000"), ("x", "y")])
+async def test_forged_counts_do_not_hide_the_verdicts_of_a_process(
+    registry: PolicyRegistry, valkey_url: str, judged: str, blocked: str
+) -> None:
+    registry.publish(GUARDED)
+    change = registry.activate("default", 1, who="ann")
+    members = Members(registry, valkey_url)
+    assert members.shared
+    cache, breaker = await members.join()
+    by = await policy(cache)
+    seconds, _ = await members.shared.client.time()
+    forged = {}
+    for number in range(-1, 11):
+        forged |= {f"{seconds // 6 + number}:judged": judged, f"{seconds // 6 + number}:blocked": blocked}
+    key = members.shared.key("block-rate", "default@1", str(change.rollout.since))
+    await members.shared.client.hset(key, mapping=forged)
+    judge(breaker, by, blocked=40, of=40)
+    await until(lambda: cache.is_tripped(by.identity), within_s=15)
+    await members.close()
