@@ -164,6 +164,9 @@ class PolicyChoice:
 
     policy: Policy
     shadow: Policy | None = None
+    counted_tenant: str | None = None
+    """The tenant for whom the circuit breaker counts the verdict. None if the request names a version, or a policy that
+    is not the tenant's own: then the breaker does not count it."""
 
 
 @dataclass(frozen=True, slots=True)

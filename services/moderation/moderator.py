@@ -73,7 +73,9 @@ class Moderator:
         if isinstance(verdict, GuardFailed):
             raise verdict
         shadow = _compare_shadow(verdict, choice.shadow, others[0]) if choice.shadow else None
-        return ModerationResult(self._apply_circuit_breaker(verdict, choice.policy), shadow)
+        # A caller of the gateway chooses images, ids and policies freely, so its requests must not open the breaker.
+        counted_tenant = None if priority == "interactive" else choice.counted_tenant
+        return ModerationResult(self._apply_circuit_breaker(verdict, choice.policy, counted_tenant), shadow)
 
     async def judge_under(
         self,
@@ -113,14 +115,14 @@ class Moderator:
             )
         return build_verdicts(VerdictSubject.from_request(request), stored, policies, judged, timer)
 
-    def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy) -> Verdict:
+    def _apply_circuit_breaker(self, verdict: Verdict, policy: Policy, tenant: str | None) -> Verdict:
         """Count the action and return the verdict. A block becomes a review if the circuit breaker is open."""
         identity, action = policy.identity, verdict.action
         if (
             self._breaker
             and action
             and verdict.outcome == "verdict"
-            and not self._breaker.count_and_allow(policy, action)
+            and not self._breaker.count_and_allow(policy, action, tenant)
         ):
             # `quota` is the name on the wire for an open circuit breaker.
             verdict = verdict.model_copy(update={"outcome": "needs_review", "reason": "quota", "action": "review"})

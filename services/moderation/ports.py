@@ -59,8 +59,8 @@ class CircuitBreakerPort(Protocol):
     Implemented by `services.policies.circuit_breaker.CircuitBreaker`.
     """
 
-    def count_and_allow(self, policy: Policy, action: Action) -> bool:
-        """Count the action of a verdict.
+    def count_and_allow(self, policy: Policy, action: Action, tenant: str | None) -> bool:
+        """Count the action of a verdict for a tenant, or only look at the breaker if `tenant` is None.
 
         Returns False if the action is `block` and the circuit breaker of the version is open. The verdict then becomes
         a review.

@@ -109,9 +109,12 @@ class PolicyCache:
         if version is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
         shadow = rollout.choose_shadow(name, request.id)
+        policy = await self._get_policy(name, version)
+        is_counted = policy.block_rate is not None and await self._is_own_policy(request.tenant, name)
         return PolicyChoice(
-            await self._get_policy(name, version),
+            policy,
             await self._get_policy(name, shadow) if shadow is not None and shadow != version else None,
+            counted_tenant=request.tenant if is_counted else None,
         )
 
     async def resolve(self, reference: str) -> Policy:
@@ -146,17 +149,37 @@ class PolicyCache:
 
     async def _find_tenant_policy(self, tenant: str) -> str:
         """The policy of a tenant, by the active tenants document."""
-        version = (await self._get_rollout(TENANTS)).active
-        if version is None:
-            return DEFAULT_POLICY
-        document = self._tenants.get((TENANTS, version))
+        document = await self._get_tenants()
         if document is None:
-            await self._share_lookup(("version", TENANTS, version), self._load_version, TENANTS, version)
-            document = self._tenants[TENANTS, version]
+            return DEFAULT_POLICY
         policy = document.policy_of(tenant)
         if policy is None and tenant != "default":
             telemetry.UNKNOWN_TENANTS.inc()
         return policy or DEFAULT_POLICY
+
+    async def _is_own_policy(self, tenant: str, name: str) -> bool:
+        """Whether the tenants document gives a policy to a tenant. False while the document is unknown.
+
+        Without a document there is one tenant, `default`, which owns every policy.
+        """
+        try:
+            document = await self._get_tenants()
+        except (PolicyUnavailable, UnknownPolicy):
+            return False
+        if document is None:
+            return tenant == "default" or name == DEFAULT_POLICY
+        return (document.policy_of(tenant) or DEFAULT_POLICY) == name
+
+    async def _get_tenants(self) -> TenantsDocument | None:
+        """The active tenants document; None if there is none."""
+        version = (await self._get_rollout(TENANTS)).active
+        if version is None:
+            return None
+        document = self._tenants.get((TENANTS, version))
+        if document is None:
+            await self._share_lookup(("version", TENANTS, version), self._load_version, TENANTS, version)
+            document = self._tenants[TENANTS, version]
+        return document
 
     async def _get_policy(self, name: str, version: int) -> Policy:
         policy = self._policies.get((name, version))

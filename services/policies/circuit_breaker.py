@@ -4,10 +4,13 @@ This is not a breaker on calls to a backend.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, NamedTuple, Self
 
 from services.core import telemetry
@@ -25,23 +28,33 @@ BREAKER: Final = "circuit breaker"
 _CHECK_INTERVAL_S: Final = 0.25
 _WINDOW_SLICES: Final = 10
 """Number of slices of the sliding window."""
+_TENANT_GROUPS: Final = 64
+"""Tenants are counted in so many groups, so that the number of names does not bound the memory in Redis."""
+_OTHERS_PER_AFTER: Final = 4
+"""The tenants other than one must agree to a trip once they have a quarter of the verdicts that `after` asks for."""
 
 _COUNT: Final = """
 local now = math.floor(redis.call('TIME')[1] / ARGV[1])
-redis.call('HINCRBY', KEYS[1], now .. ':judged', ARGV[3])
-redis.call('HINCRBY', KEYS[1], now .. ':blocked', ARGV[4])
+for i = 3, #ARGV, 2 do
+    redis.call('HINCRBY', KEYS[1], now .. ':' .. ARGV[i], ARGV[i + 1])
+end
 redis.call('EXPIRE', KEYS[1], math.ceil(2 * ARGV[1] * ARGV[2]))
-local sums = {judged = 0, blocked = 0}
+local sums = {}
 local entries = redis.call('HGETALL', KEYS[1])
 for i = 1, #entries, 2 do
-    local slice, name = string.match(entries[i], '(%d+):(%a+)')
-    if tonumber(slice) > now - ARGV[2] then
-        sums[name] = sums[name] + entries[i + 1]
+    local slice, name = string.match(entries[i], '^(%d+):(%a+:?%d*)$')
+    if slice and tonumber(slice) > now - ARGV[2] then
+        sums[name] = (sums[name] or 0) + entries[i + 1]
     else
         redis.call('HDEL', KEYS[1], entries[i])
     end
 end
-return {sums.judged, sums.blocked}
+local flat = {}
+for name, sum in pairs(sums) do
+    flat[#flat + 1] = name
+    flat[#flat + 1] = sum
+end
+return flat
 """
 
 log = logging.getLogger(__name__)
@@ -54,6 +67,7 @@ class _UnsentCounts:
     policy: PolicyIdentity
     band: BlockRateBand
     counts: Counter[str] = field(default_factory=Counter)
+    """By `judged:<group of tenants>` and `blocked:<group of tenants>`."""
     began_s: float = field(default_factory=time.monotonic)
     """The earliest time of a counted verdict."""
 
@@ -64,6 +78,54 @@ class _PendingTrip(NamedTuple):
     since_change: int
     """`Rollout.since` at the time of the trip."""
     reason: str
+
+
+def find_trip_reason(counts: Mapping[str, int], band: BlockRateBand) -> str | None:
+    """Return why the counts of a window open a circuit breaker; None if they do not. Pure.
+
+    No tenant opens it alone: the rate of the others must be outside the band, too, once they have enough verdicts.
+    Until then there is nothing to compare with, and the rate of all counts. `counts` are by `judged:<group>` and
+    `blocked:<group>`.
+    """
+    by_group: dict[str, Counter[str]] = {}
+    for name, count in counts.items():
+        kind, _, group = name.partition(":")  # processes of 0.1.0 count without a group
+        by_group.setdefault(group, Counter())[kind] += count
+    total: Counter[str] = sum(by_group.values(), Counter())
+    if total["judged"] < band.after or not _is_outside(total, band):
+        return None
+    for of_group in by_group.values():
+        others = total - of_group
+        if others["judged"] * _OTHERS_PER_AFTER >= band.after and not _is_outside(others, band):
+            return None
+    return (
+        f"blocked {total['blocked']} of {total['judged']} in {band.window_s:g} s "
+        f"({total['blocked'] / total['judged']:.1%}), outside of {band.at_least:.1%} to {band.at_most:.1%}"
+    )
+
+
+def _clamp(counts: Mapping[str, int], sent: Mapping[str, int]) -> Mapping[str, int]:
+    """Return `counts` with at least what this process `sent`, and no more blocks than verdicts.
+
+    Someone else may have written to the counters in Redis; the verdicts of this process are certain.
+    """
+    groups = {name.partition(":")[1:] for name in chain(counts, sent)}
+    clamped: dict[str, int] = {}
+    for group in map("".join, groups):
+        judged, blocked = (
+            max(counts.get(name, 0), sent.get(name, 0)) for name in (f"judged{group}", f"blocked{group}")
+        )
+        clamped |= {f"judged{group}": judged, f"blocked{group}": min(blocked, judged)}
+    return clamped
+
+
+def _is_outside(counts: Counter[str], band: BlockRateBand) -> bool:
+    return not band.at_least <= counts["blocked"] / counts["judged"] <= band.at_most
+
+
+def _group_tenant(tenant: str) -> int:
+    digest = hashlib.blake2b(tenant.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest) % _TENANT_GROUPS
 
 
 class CircuitBreaker:
@@ -88,20 +150,25 @@ class CircuitBreaker:
     async def __aexit__(self, *_: object) -> None:
         await cancel_and_wait(self._task)
 
-    def count_and_allow(self, policy: Policy, action: Action) -> bool:
-        """Count one verdict. Return False if it must not block. Uses no network."""
+    def count_and_allow(self, policy: Policy, action: Action, tenant: str | None) -> bool:
+        """Count one verdict for a tenant, unless it is None. Return False if it must not block. Uses no network."""
         if policy.block_rate is None:
             return True
-        unsent = self._unsent.get(policy.identity)
-        if unsent is None:
-            unsent = self._unsent[policy.identity] = _UnsentCounts(policy.identity, policy.block_rate)
-        if not unsent.counts:
-            unsent.began_s = time.monotonic()
-        unsent.counts["judged"] += 1
+        if tenant is not None:
+            self._count_locally(policy, policy.block_rate, action, _group_tenant(tenant))
         if action != "block":
             return True
-        unsent.counts["blocked"] += 1
         return policy.identity not in self._pending_trips and not self._policies.is_tripped(policy.identity)
+
+    def _count_locally(self, policy: Policy, band: BlockRateBand, action: Action, group: int) -> None:
+        unsent = self._unsent.get(policy.identity)
+        if unsent is None:
+            unsent = self._unsent[policy.identity] = _UnsentCounts(policy.identity, band)
+        if not unsent.counts:
+            unsent.began_s = time.monotonic()
+        unsent.counts[f"judged:{group}"] += 1
+        if action == "block":
+            unsent.counts[f"blocked:{group}"] += 1
 
     async def _check_loop(self) -> None:
         while True:
@@ -123,19 +190,15 @@ class CircuitBreaker:
         if not unsent.counts and policy not in self._pending_trips:
             return
         rollout = await self._policies.get_rollout(policy.name)
-        judged, blocked = await self._count(unsent, rollout.since)
+        counts = await self._count(unsent, rollout.since)
         trip = self._pending_trips.get(policy)
         if policy.version in rollout.tripped or (trip and trip.since_change != rollout.since):
             self._pending_trips.pop(policy, None)  # the trip is written, or the rollout has changed since
             return
         if trip is None:
-            rate = blocked / judged if judged else 0.0
-            if judged < band.after or band.at_least <= rate <= band.at_most:
+            reason = find_trip_reason(counts, band)
+            if reason is None:
                 return
-            reason = (
-                f"blocked {blocked} of {judged} in {band.window_s:g} s ({rate:.1%}), "
-                f"outside of {band.at_least:.1%} to {band.at_most:.1%}"
-            )
             trip = self._pending_trips[policy] = _PendingTrip(rollout.since, reason)
             telemetry.BREAKER_TRIPS.inc(1, {"policy": policy.name, "version": str(policy.version)})
             log.error(
@@ -159,8 +222,8 @@ class CircuitBreaker:
             raise PolicyUnavailable(str(error)) from error
         self._pending_trips.pop(policy, None)
 
-    async def _count(self, unsent: _UnsentCounts, since_change: int) -> tuple[int, int]:
-        """Verdicts and blocks of all processes in the window.
+    async def _count(self, unsent: _UnsentCounts, since_change: int) -> Mapping[str, int]:
+        """Verdicts and blocks of all processes in the window, by group of tenants.
 
         While Redis is down it counts only this process, from the start of each window.
         """
@@ -169,18 +232,16 @@ class CircuitBreaker:
             unsent.counts.clear()
             unsent.began_s = now_s
         sent = Counter(unsent.counts)
-        judged, blocked = sent["judged"], sent["blocked"]
         if self._redis_cache is None:
-            return judged, blocked
+            return sent
         key = self._redis_cache.key("block-rate", f"{policy.name}@{policy.version}", str(since_change))
         try:
-            judged, blocked = await self._redis_cache.run(
-                _COUNT, [key], band.window_s / _WINDOW_SLICES, _WINDOW_SLICES, judged, blocked
+            arguments: chain[str | int] = chain.from_iterable(sent.items())
+            flat = await self._redis_cache.run(
+                _COUNT, [key], band.window_s / _WINDOW_SLICES, _WINDOW_SLICES, *arguments
             )
         except RedisUnavailable:
-            return judged, blocked
+            return sent
         unsent.counts -= sent  # verdicts counted since then stay
         unsent.began_s = now_s
-        # Someone else may have written to the counters: at least the verdicts of this process are certain.
-        judged = max(int(judged), sent["judged"])
-        return judged, min(max(int(blocked), sent["blocked"]), judged)
+        return _clamp({name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}, sent)

@@ -230,3 +230,13 @@ async def test_judge_under_returns_a_verdict_for_each_policy_and_counts_no_actio
     assert not isinstance(second, GuardFailed)
     assert (first.action, second.action) == ("block", "allow")
     assert ports.counted_actions == []
+
+
+@pytest.mark.parametrize(("priority", "counted"), [(None, "shop"), ("backfill", "shop"), ("interactive", None)])
+async def test_interactive_verdict_is_not_counted_by_the_circuit_breaker(
+    priority: GuardPriority | None, counted: str | None
+) -> None:
+    ports = FakePorts(POLICY)
+    ports.choice = PolicyChoice(POLICY, counted_tenant="shop")
+    await ports.build_moderator().judge(SUBMISSION, priority=priority)
+    assert ports.counted_tenants == [counted]

@@ -1,6 +1,7 @@
 """The circuit breaker: it counts in all processes, opens once, and closes with an activation."""
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from services.core.messages import Submission
-from services.core.values import Policy
+from services.core.values import BlockRateBand, Policy
 from services.policies.cache import PolicyCache
-from services.policies.circuit_breaker import BREAKER, CircuitBreaker
+from services.policies.circuit_breaker import BREAKER, CircuitBreaker, find_trip_reason
 from services.policies.document import PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from services.policies.rollout import Canary
 from services.policies.service import PolicyService
+from services.policies.tenants import TenantsDocument
 from tests.support.policies import becomes, unreachable
 from tests.support.servers import Valkey
 
@@ -51,7 +53,7 @@ async def policy(cache: PolicyCache, version: int = 1) -> Policy:
 
 
 def judge(breaker: CircuitBreaker, by: Policy, *, blocked: int, of: int) -> list[bool]:
-    return [breaker.count_and_allow(by, "block" if n < blocked else "allow") for n in range(of)]
+    return [breaker.count_and_allow(by, "block" if n < blocked else "allow", "default") for n in range(of)]
 
 
 async def until(true: Callable[[], bool], within_s: float = 30) -> None:
@@ -67,7 +69,7 @@ async def wait_for_counts(members: Members, judged: int, since: int) -> None:
     async def counted() -> int:
         assert members.shared is not None
         counts = await members.shared.client.hgetall(members.shared.key("block-rate", "default@1", str(since)))
-        return sum(int(count) for name, count in counts.items() if name.endswith(b":judged"))
+        return sum(int(count) for name, count in counts.items() if b":judged:" in name)
 
     await becomes(judged, counted)
 
@@ -146,7 +148,7 @@ async def test_breaker_trips_while_redis_and_the_bucket_are_down(registry: Polic
         valkey.kill()
         breaker._service = PolicyService(unreachable(), members.shared, policies=cache)
         judge(breaker, by, blocked=30, of=30)
-        await until(lambda: not breaker.count_and_allow(by, "block"))
+        await until(lambda: not breaker.count_and_allow(by, "block", "default"))
         breaker._service = PolicyService(registry, members.shared, policies=cache)
         await until(lambda: cache.is_tripped(by.identity), within_s=30)
     finally:
@@ -179,11 +181,11 @@ async def test_unwritten_trip_is_written_later_unless_the_version_was_activated_
     for decided in (False, True):
         breaker._service = PolicyService(unreachable(), members.shared, policies=cache)
         judge(breaker, by, blocked=30, of=30)
-        await until(lambda: not breaker.count_and_allow(by, "block"))
+        await until(lambda: not breaker.count_and_allow(by, "block", "default"))
         judge(breaker, by, blocked=0, of=500)
         if decided:
             cache.apply_change(members.registry.activate("default", 1, who="ann", why="let it block"))
-            await until(lambda: breaker.count_and_allow(by, "block"))
+            await until(lambda: breaker.count_and_allow(by, "block", "default"))
         breaker._service = PolicyService(members.registry, members.shared, policies=cache)
         if not decided:
             await until(lambda: cache.is_tripped(by.identity), within_s=30)
@@ -215,10 +217,69 @@ async def test_forged_counts_do_not_hide_the_verdicts_of_a_process(
     by = await policy(cache)
     seconds, _ = await members.shared.client.time()
     forged = {}
-    for number in range(-1, 11):
-        forged |= {f"{seconds // 6 + number}:judged": judged, f"{seconds // 6 + number}:blocked": blocked}
+    for number, group in itertools.product(range(-1, 11), range(64)):
+        counter = f"{seconds // 6 + number}:{{}}:{group}"
+        forged |= {counter.format("judged"): judged, counter.format("blocked"): blocked}
     key = members.shared.key("block-rate", "default@1", str(change.rollout.since))
     await members.shared.client.hset(key, mapping=forged)
     judge(breaker, by, blocked=40, of=40)
     await until(lambda: cache.is_tripped(by.identity), within_s=15)
     await members.close()
+
+
+BAND = BlockRateBand(at_least=0.0, at_most=0.3, window_s=60, after=20)
+
+
+def test_one_tenant_alone_opens_no_shared_breaker() -> None:
+    flood = {"judged:1": 10_000, "blocked:1": 10_000}
+    assert find_trip_reason(flood | {"judged:2": 5, "blocked:2": 1}, BAND) is None
+    assert find_trip_reason(flood | {"judged:2": 5, "blocked:2": 2}, BAND)
+    assert find_trip_reason(flood, BAND), "there is no other tenant to compare with"
+    assert find_trip_reason(flood | {"judged:2": 4, "blocked:2": 0}, BAND), "too few to compare with"
+
+
+def test_one_tenant_alone_opens_no_breaker_by_safe_images() -> None:
+    at_least = BlockRateBand(at_least=0.1, at_most=1.0, window_s=60, after=20)
+    flood = {"judged:1": 10_000, "judged:2": 100, "blocked:2": 20}
+    assert find_trip_reason(flood, at_least) is None
+    assert find_trip_reason(flood | {"blocked:2": 5}, at_least)
+
+
+def test_counts_without_group_of_processes_of_0_1_0_are_one_group() -> None:
+    old = {"judged": 100, "blocked": 90}
+    assert find_trip_reason(old | {"judged:1": 100, "blocked:1": 90}, BAND)
+    assert find_trip_reason(old | {"judged:1": 100, "blocked:1": 9}, BAND) is None
+
+
+async def test_verdict_without_a_counted_tenant_is_not_counted(members: Members) -> None:
+    cache, breaker = await members.join()
+    by = await policy(cache)
+    for _ in range(200):
+        assert breaker.count_and_allow(by, "block", None)
+    judge(breaker, by, blocked=0, of=20)
+    await wait_for_counts(members, 20, since=1)
+    judge(breaker, by, blocked=0, of=1)
+    await wait_for_counts(members, 21, since=1)  # so the check of the counts before has ended
+    assert not cache.is_tripped(by.identity)
+
+
+async def test_only_own_tenants_without_a_pinned_version_are_counted(registry: PolicyRegistry) -> None:
+    shop = PolicyDocument.model_validate({"name": "shop", "block_rate": {"at_most": 0.3}})
+    for document in (GUARDED, shop):
+        registry.publish(document)
+        registry.activate(document.name, 1, who="ann")
+
+    async def counted(cache: PolicyCache, tenant: str, name: str) -> str | None:
+        request = Submission(id="a", uri="s3://a/b", tenant=tenant, policy=name)
+        return (await cache.choose(request)).counted_tenant
+
+    async with PolicyCache(registry, None) as cache:
+        assert await counted(cache, "default", "shop") == "default", "it owns all policies while there are no tenants"
+        assert await counted(cache, "other", "default") == "other"
+        assert await counted(cache, "other", "shop") is None
+    registry.publish(TenantsDocument(tenants={"b": "shop"}))
+    registry.activate("tenants", 1, who="ann")
+    async with PolicyCache(registry, None) as cache:
+        assert [await counted(cache, "b", name) for name in ("default", "shop", "shop@1")] == ["b", "b", None]
+        assert [await counted(cache, "other", name) for name in ("default", "shop", "shop@1")] == ["other", None, None]
+        assert [await counted(cache, "default", name) for name in ("default", "shop")] == ["default", None]

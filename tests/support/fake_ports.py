@@ -44,6 +44,7 @@ class FakePorts:
         self.calls: list[tuple[list[int], Detail]] = []
         self.priorities: list[GuardPriority] = []
         self.counted_actions: list[Action] = []
+        self.counted_tenants: list[str | None] = []
         self.is_breaker_open = False
 
     async def choose(self, _request: ImageRequest) -> PolicyChoice:
@@ -71,8 +72,9 @@ class FakePorts:
                 raise answer
         return [answer for answer in answers if isinstance(answer, Assessment)]
 
-    def count_and_allow(self, _policy: Policy, action: Action) -> bool:
+    def count_and_allow(self, _policy: Policy, action: Action, tenant: str | None) -> bool:
         self.counted_actions.append(action)
+        self.counted_tenants.append(tenant)
         return not (self.is_breaker_open and action == "block")
 
 

@@ -22,6 +22,7 @@ from services.images.decoder_pool import DecoderPool
 from services.images.object_store import ObjectStore
 from services.moderation.retrying_ports import build_retrying_moderator
 from services.policies.cache import PolicyCache
+from services.policies.circuit_breaker import CircuitBreaker
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry
 from tests.support.fake_guard import MODEL, FakeGuard, says_safe
@@ -128,9 +129,10 @@ class GatewayBench:
         self._closing.push_async_callback(self.redis_cache.close)
         cache = PolicyCache(self.registry, self.redis_cache, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
+        breaker = await self._closing.enter_async_context(CircuitBreaker(policies, self.registry, self.redis_cache))
         dependencies = GatewayDependencies(
             moderator=build_retrying_moderator(
-                policies=policies, images=store, preparer=self.preparer, guard=self.guard
+                policies=policies, images=store, preparer=self.preparer, guard=self.guard, breaker=breaker
             ),
             guard=self.guard,
             preparer=self.preparer,
