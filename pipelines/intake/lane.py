@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Final
 
 from pipelines.intake.crash_isolation import CrashIsolation, find_poison_error
-from pipelines.intake.key_order import KeyOrder, KeyTicket, LatestEvents
+from pipelines.intake.key_order import KeyOrder, KeyTicket, LatestEvents, ReceivedEvent
 from pipelines.intake.processor import Processor
-from services.core.errors import ConfigurationError, NotOwned
+from services.core.errors import ConfigurationError, NotFound, NotOwned, ObjectChanged, Unjudgeable
 from services.core.values import Priority
+from services.moderation.moderator import ModerationResult
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from services.streams.parsing import InvalidMessage, ParsedSubmission, parse
 
@@ -25,6 +26,8 @@ _RETRY_PAUSES_S: Final = (1, 5, 30)
 _MAX_UNSETTLED_MESSAGES: Final = 32_768
 """Messages of one stream that are judged and not settled. The limit bounds the memory while the stream accepts no
 output. It is larger than the windows of several Kafka partitions, so a message that blocks one of them is detected."""
+_LATER_EVENTS_LIMIT: Final = 3
+"""Later events of an object that are judged in the turn of an earlier one, so that made-up events do not delay it."""
 
 Entry = ParsedSubmission | InvalidMessage
 
@@ -40,7 +43,14 @@ class InFlightMessage:
         self.received_at_s = received_at_s
         self.judged = False
         self.blocked_deadline_passed = False
+        self.events: dict[int, ReceivedEvent] = {}
+        """The S3 events among the entries, by their position."""
         self._scope: asyncio.Timeout | None = None
+
+    def may_be_judged_early(self) -> bool:
+        """Whether its S3 events may be judged in the turn of another message. A message that crashed a member may not:
+        the other one would be blamed."""
+        return self.crashes == 0 and not self.blocked_deadline_passed
 
     def stop_processing(self) -> None:
         """Stop processing the message, now and in later tries. It is still settled."""
@@ -116,8 +126,7 @@ class Lane:
             self.in_flight[in_flight.message.source] = in_flight
             entries = await self._parse(in_flight)
             submissions = [entry for entry in entries if isinstance(entry, ParsedSubmission)]
-            for submission in submissions:
-                self._latest_events.add(submission)
+            self._add_events(in_flight, entries)
             ticket = self._key_order.enqueue(entry.key for entry in submissions)
             task = asyncio.create_task(self._handle(in_flight, entries, ticket), name=in_flight.message.source)
             self.tasks.add(task)
@@ -158,6 +167,8 @@ class Lane:
             await self._publish_and_settle(in_flight, entries)
         finally:
             self._mark_judged(in_flight)
+            for event in in_flight.events.values():
+                self._latest_events.remove(event)
             self._key_order.release(ticket)
             source = in_flight.message.source
             if self.in_flight.get(source) is in_flight:  # otherwise the message was revoked and received again
@@ -200,7 +211,7 @@ class Lane:
 
         async def run_key(numbers: list[int]) -> None:
             for number in numbers:
-                outputs[number] = await self._process(in_flight.message, entries[number])
+                outputs[number] = await self._process(in_flight, entries[number], number)
 
         if not in_flight.blocked_deadline_passed:
             async with (
@@ -210,22 +221,74 @@ class Lane:
                 await asyncio.gather(*map(run_key, by_key.values()))
         for number in range(len(entries)):
             if number not in outputs:
-                outputs[number] = self._make_outcome_of_blocked(in_flight.message, entries[number])
+                outputs[number] = self._make_outcome_of_blocked(in_flight, entries[number], number)
         return [output for numbers in by_key.values() for number in numbers for output in outputs[number]]
 
-    async def _process(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
-        if isinstance(entry, InvalidMessage):
-            return self._processor.reject(message, entry)
-        if self.priority == "backfill":
-            entry = replace(entry, submission=entry.submission.model_copy(update={"priority": "backfill"}))
-        async with self._slots:
-            if self._latest_events.is_superseded(entry):
-                return self._processor.make_superseded_verdict(entry)
-            return await self._processor.process(message, entry)
+    def _add_events(self, in_flight: InFlightMessage, entries: Sequence[Entry]) -> None:
+        for number, entry in enumerate(entries):
+            if isinstance(entry, ParsedSubmission) and entry.sequencer is not None:
+                event = ReceivedEvent(self._set_priority(entry), self._clock(), in_flight.may_be_judged_early)
+                in_flight.events[number] = event
+                self._latest_events.add(event)
 
-    def _make_outcome_of_blocked(self, message: Message, entry: Entry) -> list[OutgoingMessage]:
+    def _set_priority(self, entry: ParsedSubmission) -> ParsedSubmission:
+        if self.priority != "backfill":
+            return entry
+        return replace(entry, submission=entry.submission.model_copy(update={"priority": "backfill"}))
+
+    async def _process(self, in_flight: InFlightMessage, entry: Entry, number: int) -> list[OutgoingMessage]:
+        message, event = in_flight.message, in_flight.events.get(number)
         if isinstance(entry, InvalidMessage):
             return self._processor.reject(message, entry)
-        if self._latest_events.is_superseded(entry):
+        if event is None:
+            async with self._slots:
+                return await self._processor.process(message, self._set_priority(entry))
+        if in_flight.may_be_judged_early():  # else this message is a suspect, and must run without others
+            await self._judge_later_events(event)
+        result: ModerationResult | Unjudgeable | None = None
+        async with event.lock:
+            self._latest_events.remove(event)
+            result, event.result = event.result, None
+            if result is None and not self._latest_events.is_superseded(event):
+                result = await self._judge_event(event)
+        if result is None or (
+            # The object was overwritten or deleted, and the event of a later one was judged.
+            isinstance(result, ObjectChanged | NotFound) and self._latest_events.has_judged_later(event.entry)
+        ):
+            return self._processor.make_superseded_verdict(event.entry)
+        return self._processor.make_outcome(message, event.entry, result)
+
+    async def _judge_later_events(self, event: ReceivedEvent) -> None:
+        """Judge later events of the same object first, until one of them supersedes this event.
+
+        Only a judged event supersedes, but it has the same key, so its own turn comes after this one's.
+        """
+        for _ in range(_LATER_EVENTS_LIMIT):
+            if event.result or self._latest_events.is_superseded(event):
+                return
+            later = self._latest_events.find_later(event)
+            if later is None:
+                return
+            # Locks are taken one at a time, and a holder waits for nothing but slots and backends.
+            async with later.lock:
+                if later.result is None and later.is_eligible():
+                    later.result = await self._judge_event(later)
+                self._latest_events.remove(later)
+
+    async def _judge_event(self, event: ReceivedEvent) -> ModerationResult | Unjudgeable:
+        async with self._slots:
+            began_at_s = self._clock()
+            result = await self._processor.judge(event.entry)
+        if isinstance(result, ModerationResult):
+            self._latest_events.mark_judged(event.entry, result.verdict.etag, began_at_s)
+        return result
+
+    def _make_outcome_of_blocked(self, in_flight: InFlightMessage, entry: Entry, number: int) -> list[OutgoingMessage]:
+        message, event = in_flight.message, in_flight.events.get(number)
+        if isinstance(entry, InvalidMessage):
+            return self._processor.reject(message, entry)
+        if event and event.result is not None:
+            return self._processor.make_outcome(message, event.entry, event.result)
+        if event and self._latest_events.is_superseded(event):
             return self._processor.make_superseded_verdict(entry)
         return self._processor.make_blocked_outcome(message, entry)

@@ -55,12 +55,24 @@ class Processor:
 
     async def process(self, message: Message, entry: ParsedSubmission) -> list[OutgoingMessage]:
         """Return the verdict of a submission, with a shadow version's verdict if there is one, or its dead letter."""
+        return self.make_outcome(message, entry, await self.judge(entry))
+
+    def make_outcome(
+        self, message: Message, entry: ParsedSubmission, result: ModerationResult | Unjudgeable
+    ) -> list[OutgoingMessage]:
+        """Return the verdicts, or the dead letter, of a result of `judge`."""
+        if isinstance(result, Unjudgeable):
+            return [self.make_dead_letter(message, entry.original, result, entry.submission.id)]
+        return self._make_verdicts(entry, result)
+
+    async def judge(self, entry: ParsedSubmission) -> ModerationResult | Unjudgeable:
+        """Judge a submission, or return why it can never be judged."""
         while True:
             try:
                 result = await self._judge(entry)
             except Unjudgeable as error:
                 if not isinstance(error, _SYSTEMIC_ERRORS) or self._systemic_budget.take():
-                    return [self.make_dead_letter(message, entry.original, error, entry.submission.id)]
+                    return error
                 # A wrong bucket policy or a broken checkpoint must not turn the whole stream into dead letters.
                 log.error(
                     "too many submissions fail, maybe for a common cause; submission %s is tried again in %d s: %s",
@@ -71,7 +83,7 @@ class Processor:
             else:
                 self.expiry_budget.record_success()
                 self._systemic_budget.record_success()
-                return self._make_verdicts(entry, result)
+                return result
 
     def reject(self, message: Message, entry: InvalidMessage) -> list[OutgoingMessage]:
         """Return the dead letter of an entry that is no valid submission."""

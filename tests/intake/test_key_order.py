@@ -6,7 +6,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.intake.key_order import KeyOrder, LatestEvents
+from pipelines.intake.key_order import KeyOrder, LatestEvents, ReceivedEvent
 from services.core.messages import Submission
 from services.streams.parsing import ParsedSubmission
 
@@ -41,14 +41,51 @@ def test_messages_with_a_shared_key_run_in_order(messages: list[frozenset[bytes]
     assert not key_order._last, "no queue is left behind"
 
 
-def event(sequencer: str | None, uri: str = "s3://b/k") -> ParsedSubmission:
-    return ParsedSubmission(Submission(id=f"{uri}#{sequencer}", uri=uri), uri.encode(), b"", sequencer)
+def event(
+    sequencer: str, uri: str = "s3://b/k", *, etag: str | None = None, at_s: float = 0.0, eligible: bool = True
+) -> ReceivedEvent:
+    submission = Submission(id=f"{uri}#{sequencer}", uri=uri, etag=etag)
+    return ReceivedEvent(ParsedSubmission(submission, uri.encode(), b"", sequencer), at_s, lambda: eligible)
 
 
-def test_earlier_event_of_an_object_is_superseded() -> None:
+def test_received_event_supersedes_only_once_it_was_judged() -> None:
     latest = LatestEvents()
-    for sequencer in ("0A", "0C", "0B"):
-        latest.add(event(sequencer))
-    latest.add(event("FF", "s3://b/other"))
-    latest.add(event(None))
-    assert [latest.is_superseded(event(s)) for s in ("0A", "0B", "0C", None)] == [True, True, False, False]
+    events = [event(sequencer) for sequencer in ("0A", "0C", "0B", "FF")]
+    for each in (*events, event("FFFF", "s3://b/other")):
+        latest.add(each)
+    assert not any(map(latest.is_superseded, events))
+    latest.mark_judged(events[1].entry, "e", 1.0)
+    assert list(map(latest.is_superseded, events)) == [True, False, True, False]
+    latest.mark_judged(events[0].entry, "e", 2.0)
+    assert list(map(latest.is_superseded, events)) == [True, False, True, False]
+
+
+def test_event_judged_before_the_receipt_supersedes_only_the_same_content() -> None:
+    latest = LatestEvents()
+    latest.mark_judged(event("FF").entry, "harmless", began_at_s=1.0)
+    etags = ("other", "harmless", None)
+    assert [latest.is_superseded(event("0A", etag=etag, at_s=2.0)) for etag in etags] == [False, True, True]
+    assert all(latest.is_superseded(event("0A", etag=etag, at_s=0.5)) for etag in etags)
+
+
+def test_find_later_returns_the_last_event_that_may_be_judged() -> None:
+    latest = LatestEvents()
+    first, second, third = event("0A"), event("0B"), event("0C")
+    for each in (third, first, event("FF", eligible=False), second, event("0A0")):
+        latest.add(each)
+    assert latest.find_later(first) is third
+    latest.remove(third)
+    assert latest.find_later(first) is second
+    assert latest.find_later(second) is None
+    latest.remove(second)
+    assert latest.find_later(first) is None, "0A0 is 0A"
+
+
+def test_removed_events_are_forgotten() -> None:
+    latest = LatestEvents()
+    events = [event(f"{number:04X}") for number in range(50)]
+    for each in events:
+        latest.add(each)
+    for each in random.Random(1).sample(events, 50):
+        latest.remove(each)
+    assert not latest._received
