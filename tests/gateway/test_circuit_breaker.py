@@ -22,16 +22,17 @@ async def says_unsafe(_image: PreparedImage, _detail: Detail) -> Assessment:
     ("tenant", "policy"),
     [("a", "shop"), ("a", "shop@1"), ("a", "shop@2"), ("b", "shop"), ("b", "default"), ("default", "shop")],
 )
-async def test_requests_of_a_key_open_no_breaker(bench: GatewayBench, tenant: str, policy: str) -> None:
-    bench.guard.script = says_unsafe
-    bench.registry.publish(SHOP)
-    bench.registry.publish(SHOP.model_copy(update={"description": "the canary"}))
-    bench.registry.activate("shop", 1, who="test")
-    bench.registry.set_canary("shop", Canary(version=2, percent=50), who="test")
-    bench.registry.publish(TenantsDocument(tenants={"b": "shop"}))
-    bench.registry.activate("tenants", 1, who="test")
-    before = bench.registry.list_changes("shop")
-    async with bench.client(tenant=tenant) as client:
+async def test_requests_of_a_key_open_no_breaker(idle: GatewayBench, tenant: str, policy: str) -> None:
+    idle.guard.script = says_unsafe
+    idle.registry.publish(SHOP)
+    idle.registry.publish(SHOP.model_copy(update={"description": "the canary"}))
+    idle.registry.activate("shop", 1, who="test")
+    idle.registry.set_canary("shop", Canary(version=2, percent=50), who="test")
+    idle.registry.publish(TenantsDocument(tenants={"b": "shop"}))
+    idle.registry.activate("tenants", 1, who="test")
+    await idle.start()
+    before = idle.registry.list_changes("shop")
+    async with idle.client(tenant=tenant) as client:
         for _ in range(3):  # the breaker is checked between them
             answers = await asyncio.gather(
                 *(
@@ -43,4 +44,4 @@ async def test_requests_of_a_key_open_no_breaker(bench: GatewayBench, tenant: st
             )
             assert {answer.json()["action"] for answer in answers} == {"block"}
             await asyncio.sleep(0.6)
-    assert bench.registry.list_changes("shop") == before
+    assert idle.registry.list_changes("shop") == before
