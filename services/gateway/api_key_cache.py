@@ -11,6 +11,7 @@ from typing import Final, Self
 from services.core.errors import ApiKeysUnavailable
 from services.core.tasks import cancel_and_wait
 from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token, parse_key_id
+from services.gateway.problems import HttpProblem
 
 _MAX_AGE_S: Final = 300.0
 """While the bucket does not answer, cached keys stay valid for this long. A revoked key may be among them."""
@@ -19,6 +20,10 @@ _UNKNOWN_KEY_PAUSE_S: Final = 0.5
 _UNKNOWN_KEY_PAUSE_REFRESHES: Final = 10
 """If refreshes are slow, the pause is this many times the duration of a refresh, up to the refresh period. If refreshes
 take 0.1 s, one for an unknown key starts 1 s after the refresh before."""
+
+MAX_UNKNOWN_KEYS: Final = 64
+"""So many requests with unknown keys may wait for a refresh at a time. Each of them holds a connection."""
+_WARNING_PERIOD_S: Final = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +37,19 @@ class ApiKeyCache:
         *,
         refresh_s: float = 2.0,
         unknown_key_pause_s: float = _UNKNOWN_KEY_PAUSE_S,
+        max_unknown_keys: int = MAX_UNKNOWN_KEYS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`refresh_s`: the period of refreshes. A revoked key is refused within it while the bucket answers."""
+        """
+        `refresh_s`: the period of refreshes. A revoked key is refused within it while the bucket answers.
+        `max_unknown_keys`: so many requests with unknown keys wait for a refresh at a time. Others are refused at once.
+        """
         self._registry = registry
         self._refresh_s = refresh_s
         self._unknown_key_pause_s = unknown_key_pause_s
+        self._max_unknown_keys = max_unknown_keys
+        self._waiting_unknown_keys = 0
+        self._warned_at = float("-inf")
         self._clock = clock
         self._keys: dict[str, ApiKey] = {}
         self._invalid_ids: set[str] = set()
@@ -63,6 +75,7 @@ class ApiKeyCache:
 
         Raises:
             ApiKeysUnavailable: the cached keys are too old.
+            HttpProblem: the key is unknown, and too many requests with unknown keys are waiting for a refresh.
         """
         key_id = parse_key_id(token)
         if key_id is None:
@@ -96,7 +109,25 @@ class ApiKeyCache:
         await asyncio.shield(self._refresh_task)
 
     async def _refresh_for(self, key_id: str) -> ApiKey | None:
-        """Refresh, because the key may have been created after the last refresh. Returns the key, if it exists."""
+        """Refresh, because the key may have been created after the last refresh. Returns the key, if it exists.
+
+        Raises:
+            HttpProblem: too many requests are waiting for a refresh.
+        """
+        if self._waiting_unknown_keys >= self._max_unknown_keys:
+            if self._clock() - self._warned_at >= _WARNING_PERIOD_S:
+                self._warned_at = self._clock()
+                log.warning("refusing requests: %d requests with unknown API keys are waiting", self._max_unknown_keys)
+            raise HttpProblem(
+                "unavailable", "the API key is unknown, and too many unknown keys are being looked up; try again later"
+            )
+        self._waiting_unknown_keys += 1
+        try:
+            return await self._wait_for(key_id)
+        finally:
+            self._waiting_unknown_keys -= 1
+
+    async def _wait_for(self, key_id: str) -> ApiKey | None:
         asked_at = self._clock()
         pause_s = max(
             self._unknown_key_pause_s, min(self._refresh_s, _UNKNOWN_KEY_PAUSE_REFRESHES * self._refresh_took_s)

@@ -3,18 +3,20 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from services.core.errors import SluiceError
 from services.core.settings import Settings
 from services.gateway.admission import Admission
-from services.gateway.api_key_cache import ApiKeyCache
+from services.gateway.api_key_cache import MAX_UNKNOWN_KEYS, ApiKeyCache
 from services.gateway.api_keys import ApiKeyRegistry
 from services.gateway.assessment_jobs import AssessmentJobs
 from services.gateway.assessment_store import AssessmentStore
@@ -60,7 +62,11 @@ class GatewayDependencies:
 
 def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI:
     """Build the application. Its lifespan starts and ends the background tasks of the gateway."""
-    keys = ApiKeyCache(dependencies.keys, refresh_s=settings.gateway_keys_refresh_s)
+    keys = ApiKeyCache(
+        dependencies.keys,
+        refresh_s=settings.gateway_keys_refresh_s,
+        max_unknown_keys=max(1, min(MAX_UNKNOWN_KEYS, settings.gateway_connections // 8)),
+    )
     moderator = BoundedModerator(dependencies.moderator, settings)
     admission = Admission(
         RateLimiter(dependencies.redis_cache, settings), BodyMemory(settings.gateway_body_memory_bytes), moderator
@@ -114,6 +120,7 @@ def _build_empty_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[N
         description="LlavaGuard judges images by versioned policies. `sluice keys create` makes API keys.",
         version="1",
         lifespan=lifespan,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
@@ -123,6 +130,16 @@ def _build_empty_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[N
     for kind in (SluiceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _respond_to_error)
     app.openapi = build_openapi(app, _BODY_MODELS)  # type: ignore[method-assign]
+
+    @cache
+    def encode_openapi() -> bytes:
+        return to_json(app.openapi())
+
+    # FastAPI's own route would encode the document for each request, and it needs no API key.
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(encode_openapi(), media_type="application/json")
+
     return app
 
 

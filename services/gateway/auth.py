@@ -3,12 +3,13 @@
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Final
 
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from services.gateway.admission import Admission, AdmittedRequest
 from services.gateway.api_key_cache import ApiKeyCache
 from services.gateway.api_keys import ApiKey, Role
+from services.gateway.connection_limits import HAS_API_KEY
 from services.gateway.problems import HttpProblem
 
 _BEARER: Final = HTTPBearer(auto_error=False, description="An API key. `sluice keys create` makes one.")
@@ -30,11 +31,13 @@ class Authenticator:
         """
 
         async def admit_request(
+            request: Request,
             credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         ) -> AsyncIterator[AdmittedRequest]:
             api_key = await self._find_key(credentials.credentials if credentials else "")
-            async with self._admission.admit(api_key, role) as request:
-                yield request
+            setattr(request.state, HAS_API_KEY, True)
+            async with self._admission.admit(api_key, role) as admitted:
+                yield admitted
 
         return admit_request
 

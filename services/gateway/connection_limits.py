@@ -1,8 +1,14 @@
-"""Limits for connections that have no complete request: their number, and the time that a request's head may take.
+"""Limits for connections whose client keeps the gateway waiting, in either direction.
 
-uvicorn limits neither. Here, a connection without a request is closed after a while. If too many connections are open,
-the connection that has kept the gateway waiting longest, for a request or the rest of a body, is closed. So thousands
-of idle or slow connections take nothing from the others.
+uvicorn has none of these limits:
+
+- A connection without a complete head of a request is closed after a while.
+- A connection whose client does not take the response is closed after a while.
+- If too many connections are open, the connection that has kept the gateway waiting longest is closed: for a request,
+  for the rest of a body, or until its client takes a response.
+- A client may send the next request before the response (pipelining) only after a request with a valid API key.
+
+So thousands of idle or slow connections take nothing from the others.
 """
 
 import asyncio
@@ -15,7 +21,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from services.core import telemetry
 
 _CLIENT_SENDS: Final = frozenset({h11.IDLE, h11.SEND_BODY})
-"""The states in which the gateway waits for the client."""
+"""The states in which the gateway waits for the client to send."""
+_WRITE_PROGRESS_BYTES: Final = 16 << 10
+"""A client that takes fewer bytes of a response than this within the deadline for writes is closed."""
+_CROWDED_SHARE: Final = 0.75
+"""If more connections than this share of the limit are open, a connection is kept only after a valid API key."""
+HAS_API_KEY: Final = "has_api_key"
+"""The entry of `request.state` that is true after the API key of a request was found valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +36,8 @@ class ConnectionLimits:
 
     max_connections: int
     head_deadline_s: float
+    write_deadline_s: float
+    """A blocked response must go on within this time."""
 
 
 class LimitedProtocol(H11Protocol):
@@ -33,6 +47,9 @@ class LimitedProtocol(H11Protocol):
     waiting: "ClassVar[dict[LimitedProtocol, None]]"
     """The server's connections that wait for the client, in the order in which they began to wait."""
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _unsent_bytes = 0
+    """Bytes of responses that the client had not taken when the write timer was started."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -52,17 +69,70 @@ class LimitedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.waiting.pop(self, None)
         self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
+        if not self.scope["state"].get(HAS_API_KEY) and not self.transport.is_closing():
+            is_pipelined = self.conn.their_state is h11.DONE and self.conn.trailing_data[0]
+            is_crowded = len(self.connections) > _CROWDED_SHARE * self.limits.max_connections
+            if is_pipelined:
+                telemetry.GATEWAY_REFUSED.inc(1, {"reason": "pipelined-without-api-key"})
+            if is_pipelined or is_crowded:
+                self.conn.send(h11.ConnectionClosed())
+                self.transport.close()
         super().on_response_complete()
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self.transport.is_closing():
+            self._watch_write()  # a closing connection stays open until its client has taken the response
+        elif self.conn.their_state is h11.IDLE:
             self.waiting[self] = None  # kept alive; uvicorn has a timer for this
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_write()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_write_timer()
+            self.waiting.pop(self, None)
+            if self.conn.their_state in _CLIENT_SENDS:
+                self.waiting[self] = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_write()
+
+    def _watch_write(self) -> None:
+        """Close the connection if its client does not take the response. Until then it may be closed for others."""
+        self.waiting.setdefault(self)
+        if self._write_timer is None:
+            self._start_write_timer()
+
+    def _start_write_timer(self) -> None:
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.limits.write_deadline_s, self._check_write_progress)
+
+    def _check_write_progress(self) -> None:
+        if self._unsent_bytes - self.transport.get_write_buffer_size() >= _WRITE_PROGRESS_BYTES:
+            self._start_write_timer()
+            return
+        telemetry.GATEWAY_REFUSED.inc(1, {"reason": "response-not-taken"})
+        self.transport.abort()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _update_waiting(self) -> None:
         """Note whether the connection waits for the client, and start or stop the timer for a request's head."""
-        if self.transport.is_closing() or self.conn.their_state not in _CLIENT_SENDS:
-            self.waiting.pop(self, None)
+        if self.transport.is_closing():
+            self._stop_head_timer()
+            self._watch_write()
+        elif self.conn.their_state not in _CLIENT_SENDS:
+            if not self.flow.write_paused:
+                self.waiting.pop(self, None)
             self._stop_head_timer()
         elif self.conn.their_state is h11.SEND_BODY:
             self._stop_head_timer()

@@ -15,6 +15,8 @@ from services.gateway.connection_limits import ConnectionLimits, build_protocol
 
 HEAD_DEADLINE_S: Final = 10.0
 """From a new connection, or the first byte of a request, to the end of the request's head."""
+WRITE_DEADLINE_S: Final = 10.0
+"""A client must take the next part of a blocked response within this time."""
 _HEAD_LIMIT_BYTES: Final = 32 << 10
 _KEEP_ALIVE_S: Final = 30
 _OTHER_FILES: Final = 512
@@ -26,14 +28,21 @@ class GatewayServer:
     """Serves an application on a socket until `stop` is called."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, *, listener: socket.socket, head_deadline_s: float = HEAD_DEADLINE_S
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        *,
+        listener: socket.socket,
+        head_deadline_s: float = HEAD_DEADLINE_S,
+        write_deadline_s: float = WRITE_DEADLINE_S,
     ) -> None:
+        limits = ConnectionLimits(settings.gateway_connections, head_deadline_s, write_deadline_s)
         _raise_file_limit(settings.gateway_connections + _OTHER_FILES)
         self._listener = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=build_protocol(ConnectionLimits(settings.gateway_connections, head_deadline_s)),
+                http=build_protocol(limits),
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -8,7 +8,7 @@ import pytest
 from services.core.errors import ApiKeysUnavailable, ConfigurationError
 from services.gateway.api_key_cache import ApiKeyCache
 from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token
-from services.gateway.problems import TYPE_PREFIX
+from services.gateway.problems import TYPE_PREFIX, HttpProblem
 from tests.support.gateway_bench import GatewayBench, data_url
 
 REQUEST = {"input": {"type": "image_url", "image_url": {"url": data_url()}}}
@@ -43,7 +43,7 @@ class NotingCache(ApiKeyCache):
     """Notes each refresh, also a failed one."""
 
     def __init__(self, registry: ApiKeyRegistry, *, refresh_s: float) -> None:
-        super().__init__(registry, refresh_s=refresh_s, unknown_key_pause_s=0.0)
+        super().__init__(registry, refresh_s=refresh_s, unknown_key_pause_s=0.0, max_unknown_keys=10_000)
         self._refreshed = asyncio.Event()
 
     async def refresh(self) -> None:
@@ -63,7 +63,7 @@ class NotingCache(ApiKeyCache):
 @pytest.mark.timeout(20)
 async def test_find_of_unknown_keys_while_refreshes_end_does_not_block_the_loop() -> None:
     """A `find` starts in each iteration of the event loop, so one starts in the iteration in which a refresh ends."""
-    async with ApiKeyCache(FakeRegistry(), refresh_s=60, unknown_key_pause_s=0.0) as cache:
+    async with ApiKeyCache(FakeRegistry(), refresh_s=60, unknown_key_pause_s=0.0, max_unknown_keys=10_000) as cache:
         asking = []
         for _ in range(8000):
             asking.append(asyncio.create_task(cache.find(f"sk-sluice-{'f' * 16}-{'a' * 43}")))
@@ -178,7 +178,7 @@ async def test_cached_keys_stay_valid_for_minutes_while_the_bucket_is_down() -> 
 
 async def test_finds_of_unknown_keys_share_one_refresh() -> None:
     bucket = FakeRegistry()
-    async with ApiKeyCache(bucket, refresh_s=3600, unknown_key_pause_s=0.05) as cache:
+    async with ApiKeyCache(bucket, refresh_s=3600, unknown_key_pause_s=0.05, max_unknown_keys=100) as cache:
         before = bucket.reads
         made_up = [f"sk-sluice-{number:016x}-{'b' * 43}" for number in range(100)]
         assert await asyncio.gather(*(cache.find(token) for token in made_up)) == [None] * 100
@@ -204,3 +204,15 @@ async def test_revoked_key_is_refused_though_a_new_key_cannot_be_read() -> None:
 
 def _fail(_: list[str]) -> list[ApiKey]:
     raise ApiKeysUnavailable("the bucket is down")
+
+
+async def test_unknown_keys_over_the_bound_are_refused_at_once_but_known_keys_are_found() -> None:
+    bucket = FakeRegistry()
+    token = bucket.add()
+    async with ApiKeyCache(bucket, refresh_s=3600, unknown_key_pause_s=0.3, max_unknown_keys=3) as cache:
+        made_up = [f"sk-sluice-{number:016x}-{'b' * 43}" for number in range(100, 110)]
+        results = await asyncio.gather(*(cache.find(each) for each in made_up), return_exceptions=True)
+        assert results[:3] == [None] * 3
+        assert {type(each) for each in results[3:]} == {HttpProblem}
+        assert await cache.find(token)
+        assert await cache.find(made_up[0]) is None, "the places are free again"

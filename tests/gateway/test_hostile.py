@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 import httpx
 import psutil
@@ -36,6 +36,19 @@ async def statuses(readers: list[asyncio.StreamReader]) -> list[bytes]:
     return [answer[9:12] if isinstance(answer, bytes) else b"" for answer in answers]
 
 
+async def serve(idle: GatewayBench) -> GatewayServer:
+    """Start a gateway that knows the API keys of the clients."""
+    for role, tenant in (("moderate", "default"), ("admin", "default"), ("moderate", "neighbour")):
+        idle.token(role, tenant)  # type: ignore[arg-type]
+    return await idle.serve()
+
+
+async def wait_until_all_closed(server: GatewayServer, within_s: float) -> None:
+    async with asyncio.timeout(within_s):
+        while server._server.server_state.connections:  # noqa: ASYNC110 - uvicorn has no event for this
+            await asyncio.sleep(0.05)
+
+
 async def check_neighbour_is_served(idle: GatewayBench, server: GatewayServer) -> None:
     """Send a request with another API key on another connection."""
     headers = {"Authorization": f"Bearer {idle.token(tenant='neighbour')}"}
@@ -47,7 +60,7 @@ async def check_neighbour_is_served(idle: GatewayBench, server: GatewayServer) -
 async def test_slow_uploads_of_one_key_are_refused_within_its_limits(idle: GatewayBench) -> None:
     """Each upload announces a megabyte and sends little of it."""
     idle.configure(gateway_rate_per_s=10_000)
-    server = await idle.serve()
+    server = await serve(idle)
     before = psutil.Process().memory_info().rss
     head = f"{HEAD}Authorization: Bearer {idle.token()}\r\nContent-Length: 1000000\r\n\r\n" + " " * 1000
     async with connections(server, SLOW, head) as readers:
@@ -62,7 +75,7 @@ async def test_slow_uploads_of_one_key_are_refused_within_its_limits(idle: Gatew
 
 
 async def test_slow_uploads_without_a_key_are_refused(idle: GatewayBench) -> None:
-    server = await idle.serve()
+    server = await serve(idle)
     head = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
     async with connections(server, SLOW, head) as readers:
         await check_neighbour_is_served(idle, server)
@@ -72,7 +85,7 @@ async def test_slow_uploads_without_a_key_are_refused(idle: GatewayBench) -> Non
 async def test_connections_without_a_request_are_closed(idle: GatewayBench) -> None:
     """More connections than allowed: the oldest are closed first, the others at the deadline for a request's head."""
     idle.configure(gateway_connections=100)
-    server = await idle.serve()
+    server = await serve(idle)
     async with connections(server, SLOW, "GET /healthz HTTP/1.1\r\nX-Slow: ") as readers:
         await check_neighbour_is_served(idle, server)
         assert set(await statuses(readers)) == {b""}
@@ -82,7 +95,7 @@ async def test_connections_without_a_request_are_closed(idle: GatewayBench) -> N
 async def test_slow_uploads_over_the_limit_of_connections_are_closed(idle: GatewayBench) -> None:
     """The limits of the key are high, so only the number of connections is limited: the slowest are closed."""
     idle.configure(gateway_rate_per_s=10_000, gateway_concurrency=1000, gateway_connections=100)
-    server = await idle.serve()
+    server = await serve(idle)
     head = f"{HEAD}Authorization: Bearer {idle.token()}\r\nContent-Length: 1000000\r\n\r\n{{"
     async with connections(server, SLOW, head) as readers:
         await check_neighbour_is_served(idle, server)
@@ -92,7 +105,7 @@ async def test_slow_uploads_over_the_limit_of_connections_are_closed(idle: Gatew
 
 
 async def test_malformed_and_broken_off_requests_are_refused(idle: GatewayBench) -> None:
-    server = await idle.serve()
+    server = await serve(idle)
     bearer = f"Authorization: Bearer {idle.token()}\r\n"
     for sent, is_half_closed in (
         (f"{HEAD}{bearer}Content-Length: 100\r\n\r\n{{", True),
@@ -121,7 +134,7 @@ async def test_malformed_and_broken_off_requests_are_refused(idle: GatewayBench)
 
 async def test_closed_connection_cancels_judging_and_frees_its_slot(idle: GatewayBench) -> None:
     idle.configure(gateway_in_flight=1, gateway_deadline_s=60)
-    server = await idle.serve()
+    server = await serve(idle)
     gate = idle.guard.script = Gate()
     headers = {"Authorization": f"Bearer {idle.token()}"}
     request = {"input": {"type": "image_url", "image_url": {"url": idle.put("hostile/a.jpg")}}}
@@ -137,7 +150,7 @@ async def test_closed_connection_cancels_judging_and_frees_its_slot(idle: Gatewa
 
 async def test_client_of_a_refused_large_upload_gets_the_response(idle: GatewayBench) -> None:
     """The client still sends when the response comes. A reset connection would hide the response."""
-    server = await idle.serve()
+    server = await serve(idle)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as client:
         for size in (200_000, 900_000, 1_500_000):
             answer = await client.post(PATH, content=b"x" * size, headers={"content-type": "application/json"})
@@ -148,7 +161,7 @@ async def test_client_of_a_refused_large_upload_gets_the_response(idle: GatewayB
 
 
 async def test_stopped_replica_accepts_no_connections_on_the_shared_port(idle: GatewayBench) -> None:
-    server = await idle.serve()
+    server = await serve(idle)
     port = server.port
     with listen("127.0.0.1", port) as other:
         assert other.getsockname()[1] == port
@@ -156,3 +169,89 @@ async def test_stopped_replica_accepts_no_connections_on_the_shared_port(idle: G
     assert not server.is_serving
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+async def test_pipelining_clients_that_read_nothing_are_closed(idle: GatewayBench) -> None:
+    """Each sends 200 requests without an API key and takes no response. They must not keep others out."""
+    idle.configure(gateway_connections=50)
+    server = await serve(idle)
+    head = "GET /openapi.json HTTP/1.1\r\nHost: gateway\r\n\r\n" * 200
+    async with connections(server, 50, head) as readers:
+        for reader in readers:
+            reader._transport.pause_reading()  # type: ignore[attr-defined]
+        await check_neighbour_is_served(idle, server)
+        await asyncio.sleep(0.2)
+        for reader in readers:
+            reader._transport.resume_reading()  # type: ignore[attr-defined]
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(*(reader.read() for reader in readers), return_exceptions=True)
+    assert all(isinstance(answer, Exception) or answer.count(b"HTTP/1.1 ") <= 1 for answer in answers)
+
+
+async def test_stalled_readers_with_a_key_are_evicted_and_closed(idle: GatewayBench) -> None:
+    """With an API key, a client may pipeline. If it takes no response, it makes room for others, then it is closed."""
+    idle.configure(gateway_connections=3, gateway_rate_per_s=100_000)
+    server = await serve(idle)
+    server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)  # connections inherit it
+    head = f"GET {PATH}/none HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {idle.token()}\r\n\r\n"
+    loop = asyncio.get_running_loop()
+    with ExitStack() as closing:
+        for _ in range(3):
+            stalled = closing.enter_context(socket.socket())
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.setblocking(False)
+            await loop.sock_connect(stalled, ("127.0.0.1", server.port))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.1):  # the gateway does not take all of it
+                    await loop.sock_sendall(stalled, head.encode() * 1000)
+        async with asyncio.timeout(20):
+            while not any(each.flow.write_paused for each in server._server.server_state.connections):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await check_neighbour_is_served(idle, server)
+        await wait_until_all_closed(server, 20)
+
+
+async def test_closing_connection_whose_client_takes_nothing_is_closed_at_the_deadline(idle: GatewayBench) -> None:
+    """`Connection: close` alone would wait until the client takes the response, for ever."""
+    server = await serve(idle)
+    stalled = socket.socket()
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stalled.setblocking(False)
+    with stalled:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(stalled, ("127.0.0.1", server.port))
+        await asyncio.sleep(0.1)
+        (held,) = server._server.server_state.connections
+        held.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        await loop.sock_sendall(stalled, b"GET /openapi.json HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n")
+        await asyncio.sleep(0.3)
+        assert held.transport.get_write_buffer_size() > 0
+        await wait_until_all_closed(server, 5)
+
+
+async def test_flood_of_unknown_keys_leaves_connections_for_others(idle: GatewayBench) -> None:
+    """More clients with made-up keys than connections. Most are refused at once instead of waiting for a look-up."""
+    idle.configure(gateway_connections=64, gateway_keys_refresh_s=5)
+    server = await serve(idle)
+    refused: list[int] = []
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as client:
+
+        async def guess(number: int) -> None:
+            headers = {"Authorization": f"Bearer sk-sluice-{number:016x}-{'A' * 43}"}
+            while True:
+                try:
+                    refused.append((await client.get(f"{PATH}/{'0' * 32}", headers=headers)).status_code)
+                    await asyncio.sleep(0.5)
+                except httpx.TransportError:
+                    await asyncio.sleep(0.05)
+
+        guessing = [asyncio.create_task(guess(number)) for number in range(80)]
+        try:
+            await asyncio.sleep(1)
+            for _ in range(5):
+                await check_neighbour_is_served(idle, server)
+        finally:
+            for task in guessing:
+                task.cancel()
+            await asyncio.gather(*guessing, return_exceptions=True)
+    assert set(refused) == {401, 503}

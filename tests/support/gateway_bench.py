@@ -117,7 +117,9 @@ class GatewayBench:
     async def serve(self) -> GatewayServer:
         """Serve the application on a free port."""
         self.app = await self._build()
-        server = GatewayServer(self.app, self.settings, listener=listen("127.0.0.1", 0), head_deadline_s=1.0)
+        server = GatewayServer(
+            self.app, self.settings, listener=listen("127.0.0.1", 0), head_deadline_s=1.0, write_deadline_s=1.0
+        )
         self._closing.push_async_callback(server.stop)
         await server.start()
         return server
