@@ -46,6 +46,10 @@ def bind_application(settings: Settings, *, guard_gpus: float, guard: Any = Guar
     return gateway
 
 
+_READINESS_CALLS: Final = 1
+"""Calls that the readiness of one gateway has in flight, beside those for requests."""
+
+
 def _max_guard_calls(settings: Settings) -> int:
     """Return the limit of calls that a guard replica accepts at a time.
 
@@ -54,4 +58,4 @@ def _max_guard_calls(settings: Settings) -> int:
     behind the stream. With autoscaling, Intake has hardly more members than the guard needs, so its minimum is enough.
     """
     intake_calls = 2 * settings.guard_in_flight + settings.intake_replicas * settings.in_flight
-    return intake_calls + settings.gateway_replicas * settings.gateway_in_flight
+    return intake_calls + settings.gateway_replicas * (settings.gateway_in_flight + _READINESS_CALLS)

@@ -213,9 +213,11 @@ class Settings(BaseSettings):
         1, description="number of gateway replicas; 0 means no gateway"
     )
     gateway_connections: Positive = Field(1024, description="open connections at a time, per gateway replica")
-    gateway_in_flight: Positive = Field(128, description="images that one gateway replica works on at a time")
+    gateway_in_flight: Positive = Field(
+        128, description="images that one gateway replica works on at a time; one API key gets a quarter"
+    )
     gateway_rate_per_s: Annotated[float, Field(gt=0)] = Field(
-        50, description="requests a second of one API key over all replicas, unless the key has a rate of its own"
+        50, description="images a second of one API key over all replicas, unless the key has a rate of its own"
     )
     gateway_concurrency: Positive = Field(32, description="requests of one API key at a time, per gateway replica")
     gateway_body_limit_bytes: Positive = Field(32 << 20, description="largest body of a request, including base64")

@@ -1,10 +1,10 @@
 """Admits requests: all limits of one gateway, in the order in which they are applied.
 
-    1. rate                  requests a second of one API key, in all gateways together    rate_limits.py
-    2. concurrent requests   of one API key                                                rate_limits.py
+    1. rate                  images a second of one API key, in all gateways together      rate_limits.py
+    2. concurrent requests   of one API key, each with the images that it judges at a time rate_limits.py
     3. body memory           bytes of all bodies; one API key gets a quarter               body_memory.py
     4. jobs                  assessments of one API key that are being judged              rate_limits.py
-    5. images in flight      that this gateway judges at a time, of all API keys           load_shedding.py
+    5. images in flight      that this gateway judges at a time; one API key gets a quarter  load_shedding.py
 
 `Admission.admit` applies the first two before anything of the body is read. `AdmittedRequest` applies the others
 when it needs them: memory as the body arrives, a job for an assessment, and a place in flight for each image. Cheap
@@ -72,6 +72,23 @@ class AdmittedRequest:
             self._resources.enter_context(self._limits.limiter.concurrency_slot(self.api_key, "jobs"))
             return self._resources.pop_all()
 
+    async def count_images(self, images: int, at_once: int) -> int:
+        """Count the images of this request; admission counted the first. Returns how many it may judge at a time.
+
+        Never refuses the request. More images delay the next requests of the API key, by its rate. Each image at a
+        time beyond the first takes one of the key's concurrent requests, as long as one is free.
+        """
+        limiter = self._limits.limiter
+        await limiter.charge(self.api_key, images - 1)
+        slots = 1
+        while slots < min(images, at_once):
+            try:
+                self._resources.enter_context(limiter.concurrency_slot(self.api_key, "requests"))
+            except HttpProblem:
+                break
+            slots += 1
+        return slots
+
     async def judge(self, image: SubmittedImage, detail: Detail = "verdict") -> Verdict:
         """Judge one image. Raises what `BoundedModerator.judge` raises."""
-        return await self._limits.moderator.judge(image, detail)
+        return await self._limits.moderator.judge(image, self.api_key.id, detail)

@@ -80,7 +80,11 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
         deadline_s=settings.fetch_deadline_s,
     )
     readiness = Readiness(
-        policies=dependencies.policies, preparer=dependencies.preparer, guard=dependencies.guard, keys=keys
+        policies=dependencies.policies,
+        preparer=dependencies.preparer,
+        guard=dependencies.guard,
+        keys=keys,
+        moderator=moderator,
     )
 
     @asynccontextmanager

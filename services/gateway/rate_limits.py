@@ -1,4 +1,6 @@
-"""Limits of one API key: requests a second in all gateways together, and concurrent requests in this gateway.
+"""Limits of one API key: images a second in all gateways together, and concurrent requests in this gateway.
+
+A request counts as one image. If it has more, the others are counted after its body was read (`RateLimiter.charge`).
 
 The maintained libraries are not used: limits and pyrate-limiter do not support redis-py 8 yet, or need several round
 trips for each request.
@@ -18,6 +20,7 @@ from services.gateway.problems import HttpProblem
 
 _BURST_S: Final = 2.0
 """A key may use this many seconds of its rate at once."""
+_UNLIMITED_S: Final = 1e9
 _REDIS_RETRY_S: Final = 5.0
 """After an error of Redis, this process counts by itself for this long before it asks Redis again."""
 _MAX_KEYS: Final = 10_000
@@ -31,7 +34,7 @@ if not (due >= now) then due = now end
 due = math.min(due, now + ARGV[2] + ARGV[1])
 local wait = due - now - ARGV[2]
 if wait > 0 then return tostring(wait) end
-redis.call('SET', KEYS[1], string.format('%.6f', due + ARGV[1]), 'EX', math.ceil(ARGV[2] + ARGV[1]) + 1)
+redis.call('SET', KEYS[1], string.format('%.6f', due + ARGV[1]), 'EX', math.ceil(due - now + ARGV[1]) + 1)
 return '0'
 """
 """GCRA: a token bucket in one number, the time at which the key's next request is due at an even pace.
@@ -60,7 +63,7 @@ class RateLimiter:
         Raises:
             HttpProblem: the API key is over its rate.
         """
-        rate = api_key.rate_per_s or self._rate_per_s
+        rate = self._find_rate(api_key)
         # The due time never moves back, so until then the answer is known without Redis. This makes floods cheap.
         wait_s = self._refused_until.get(api_key.id, float("-inf")) - self._clock()
         if wait_s <= 0:
@@ -69,9 +72,17 @@ class RateLimiter:
             _set_bounded(self._refused_until, api_key.id, self._clock() + wait_s)
             raise HttpProblem(
                 "rate-limited",
-                f"this API key may send {rate:g} requests a second; try again in {wait_s:.1f} s",
+                f"this API key may send {rate:g} images a second; try again in {wait_s:.1f} s",
                 retry_after_s=wait_s,
             )
+
+    async def charge(self, api_key: ApiKey, images: int) -> None:
+        """Count more images of a request that `acquire` has counted. They delay later requests."""
+        if images > 0:
+            await self._acquire_or_wait_s(api_key.id, images / self._find_rate(api_key), _UNLIMITED_S)
+
+    def _find_rate(self, api_key: ApiKey) -> float:
+        return api_key.rate_per_s or self._rate_per_s
 
     @contextmanager
     def concurrency_slot(self, api_key: ApiKey, what: str) -> Iterator[None]:

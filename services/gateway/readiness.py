@@ -10,6 +10,7 @@ from services.core.probe_image import draw_probe_image
 from services.core.tasks import cancel_and_wait
 from services.core.values import PreparedImage
 from services.gateway.api_key_cache import ApiKeyCache
+from services.gateway.load_shedding import BoundedModerator
 from services.moderation.ports import GuardClient, ImagePreparer, PolicySource
 
 PROBE_PERIOD_S: Final = 5.0
@@ -23,8 +24,18 @@ class Readiness:
     """Probes every few seconds all that a request needs. To be used as an async context manager."""
 
     def __init__(
-        self, *, policies: PolicySource, preparer: ImagePreparer, guard: GuardClient, keys: ApiKeyCache
+        self,
+        *,
+        policies: PolicySource,
+        preparer: ImagePreparer,
+        guard: GuardClient,
+        keys: ApiKeyCache,
+        moderator: BoundedModerator,
+        deadline_s: float = _PROBE_DEADLINE_S,
     ) -> None:
+        """`moderator` says when the guard last judged an image of a request."""
+        self._moderator = moderator
+        self._deadline_s = deadline_s
         self._policies = policies
         self._preparer = preparer
         self._guard = guard
@@ -43,7 +54,8 @@ class Readiness:
     async def probe(self) -> str:
         """Judge a test image now. Returns why the gateway cannot answer requests, or an empty text."""
         try:
-            async with asyncio.timeout(_PROBE_DEADLINE_S):
+            judged_before = self._moderator.judged_at
+            async with asyncio.timeout(self._deadline_s):
                 self._keys.raise_if_stale()
                 # Chooses the default policy. Nothing is fetched, so the object need not exist.
                 choice = await self._policies.choose(Submission(id="readiness", uri="s3://none/none"))
@@ -51,7 +63,10 @@ class Readiness:
                     self._image = await self._preparer.prepare(draw_probe_image())
                 await self._guard.assess_each(self._image, [choice.policy], "score", "interactive")
         except TimeoutError:
-            return f"the guard did not judge a test image within {_PROBE_DEADLINE_S:g} s"
+            # A guard that judges images of requests is only busy. Without traffic, Kubernetes would make it worse.
+            if self._moderator.judged_at > judged_before:
+                return ""
+            return f"the guard did not judge a test image within {self._deadline_s:g} s"
         except SluiceError as error:
             return str(error)
         return ""

@@ -125,8 +125,8 @@ async def test_images_over_the_limit_of_the_gateway_are_refused(idle: GatewayBen
     idle.configure(gateway_in_flight=2)
     await idle.start()
     gate = idle.guard.script = Gate()
-    async with idle.client() as client, idle.client(tenant="other") as neighbour:
-        waiting = [asyncio.create_task(client.post("/v1/moderations", json=REQUEST)) for _ in range(2)]
+    async with idle.client() as client, idle.client(tenant="b") as second, idle.client(tenant="other") as neighbour:
+        waiting = [asyncio.create_task(each.post("/v1/moderations", json=REQUEST)) for each in (client, second)]
         await gate.wait_for_calls(2)
         refused = await neighbour.post("/v1/moderations", json=REQUEST)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
@@ -200,3 +200,51 @@ def test_memory_of_one_key_is_limited_to_a_quarter() -> None:
             memory.release(name, 25)
         other.reserve(25)
     assert memory.used_bytes == 0
+
+
+async def test_one_key_with_many_images_gets_a_quarter_of_the_places(idle: GatewayBench) -> None:
+    """The key sends more images than the gateway judges at a time. Another key and the readiness do not notice."""
+    idle.configure(gateway_in_flight=16, gateway_concurrency=32, gateway_rate_per_s=10_000)
+    await idle.start()
+    gate = idle.guard.script = Gate()
+    image = {"type": "image_url", "image_url": {"url": data_url()}}
+    async with idle.client() as client, idle.client(tenant="other") as neighbour:
+        flood = [asyncio.create_task(client.post("/v1/moderations", json={"input": [image] * 16})) for _ in range(8)]
+        await gate.wait_for_calls(4)
+        await asyncio.sleep(0.5)
+        assert gate.calls == 4
+        served = asyncio.create_task(neighbour.post("/v1/moderations", json=REQUEST))
+        await gate.wait_for_calls(5)
+        await idle.app.state.readiness.refresh()
+        assert (await client.get("/readyz")).status_code == 200
+        gate.opened.set()
+        assert (await served).status_code == 200
+        answers = [await each for each in flood]
+    codes = {answer.json()["error"]["code"] for answer in answers if answer.status_code != 200}
+    assert codes <= {"too_many_at_once"}
+
+
+async def test_images_of_one_request_count_against_the_rate(idle: GatewayBench) -> None:
+    idle.configure(gateway_rate_per_s=2)
+    await idle.start()
+    image = {"type": "image_url", "image_url": {"url": data_url()}}
+    async with idle.client() as client:
+        assert (await client.post("/v1/moderations", json={"input": [image] * 16})).status_code == 200
+        refused = await client.post("/v1/moderations", json=REQUEST)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["retry-after"]) >= 2
+
+
+async def test_request_judges_as_many_images_at_a_time_as_its_key_has_requests_free(idle: GatewayBench) -> None:
+    idle.configure(gateway_concurrency=2, gateway_in_flight=128)
+    await idle.start()
+    gate = idle.guard.script = Gate()
+    image = {"type": "image_url", "image_url": {"url": data_url()}}
+    async with idle.client() as client:
+        request = asyncio.create_task(client.post("/v1/moderations", json={"input": [image] * 16}))
+        await gate.wait_for_calls(2)
+        await asyncio.sleep(0.3)
+        assert gate.calls == 2
+        assert (await client.post("/v1/moderations", json=REQUEST)).status_code == 429
+        gate.opened.set()
+        assert (await request).status_code == 200

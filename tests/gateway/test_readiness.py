@@ -1,11 +1,13 @@
 """Readiness: why a gateway is not ready, and what /readyz tells clients."""
 
+import asyncio
+
 import pytest
 
 from services.core.errors import GuardUnavailable
 from services.core.values import Assessment, Detail, PreparedImage
 from tests.support.fake_guard import says_safe
-from tests.support.gateway_bench import GatewayBench
+from tests.support.gateway_bench import JPEG, GatewayBench
 
 
 async def is_unavailable(_image: PreparedImage, _detail: Detail) -> Assessment:
@@ -48,3 +50,26 @@ async def test_unexpected_error_of_the_probe_is_logged_and_not_shown(
     await idle.app.state.readiness.refresh()
     assert idle.app.state.readiness.not_ready_reason == "the gateway failed; its log has the error"
     assert "the readiness probe failed" in caplog.text
+
+
+async def test_busy_guard_that_judges_requests_is_ready(bench: GatewayBench) -> None:
+    """The test image waits behind those of requests. Only a guard that judges nothing makes the gateway not ready."""
+
+    async def hangs(_image: PreparedImage, _detail: Detail) -> Assessment:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    readiness = bench.app.state.readiness
+    await readiness.refresh()
+    readiness._deadline_s = 3.0
+    bench.guard.script = hangs
+    probing = asyncio.create_task(readiness.probe())
+    await asyncio.sleep(0.2)
+    bench.guard.script = says_safe
+    async with bench.client() as client:
+        answer = await client.post("/v1/assessments?wait=10", files={"file": ("a.jpg", JPEG)})
+        assert answer.status_code == 200
+    assert await probing == ""
+    bench.guard.script = hangs
+    readiness._deadline_s = 0.3
+    assert "did not judge a test image" in await readiness.probe()

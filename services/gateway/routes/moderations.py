@@ -58,7 +58,7 @@ def build_router(
         wanted = parse_request(await body_reader.read_json(request, admitted.memory))
         inputs = wanted.input if isinstance(wanted.input, list) else [wanted.input]
         response_id = f"modr-{uuid.uuid4().hex}"
-        slots = asyncio.Semaphore(_CONCURRENT_IMAGES)
+        slots = asyncio.Semaphore(await admitted.count_images(len(inputs), _CONCURRENT_IMAGES))
 
         async def judge(number: int, url: str) -> Verdict:
             async with slots:
