@@ -5,6 +5,7 @@ admitted, so a slow upload uses up the limits of its own API key and of no other
 """
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +21,13 @@ from services.gateway.problems import HttpProblem
 
 _FIELD_LIMIT_BYTES: Final = 64 << 10
 _MAX_FIELDS: Final = 20
+_JSON_LIMIT_BYTES: Final = 1 << 20
+"""Largest JSON body without a `data:` URL within its first bytes. SLUICE_GATEWAY_BODY_LIMIT_BYTES may be smaller."""
+_JSON_MAX_VALUES: Final = 10_000
+"""A JSON body may have so many commas and opening brackets. Each value takes some 100 bytes when it is decoded."""
+_LARGE_JSON_BYTES: Final = 64 << 10
+"""Larger JSON is decoded in a thread."""
+_DATA_URL: Final = re.compile(rb"data:", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +60,38 @@ class BodyReader:
         """Read the body as JSON (RFC 8259).
 
         Raises:
-            HttpProblem: as `read`, or the body is not JSON.
+            HttpProblem: as `read`, or the body is not JSON or has too many values.
         """
         _require_media_type(request, "application/json")
-        return decode_body_json(await self.read(request, lease))
+        return await self.read_any_json(request, lease)
+
+    async def read_any_json(self, request: Request, lease: MemoryLease, *, if_empty: Any = None) -> Any:
+        """Read the body as JSON, whatever its media type. Returns `if_empty` for an empty body, unless it is None.
+
+        Values are counted before they are decoded, so that they take about as much memory as the body.
+
+        Raises:
+            HttpProblem: as `read`, or the body is not JSON or has too many values.
+        """
+        body = bytearray()
+        values = 0
+        async for chunk in self._read_chunks(request, lease):
+            is_first_over = len(body) <= _JSON_LIMIT_BYTES < len(body) + len(chunk)
+            body += chunk
+            values += chunk.count(b",") + chunk.count(b"[") + chunk.count(b"{")
+            if values > _JSON_MAX_VALUES:
+                raise HttpProblem("body-too-large", f"the JSON has more than {_JSON_MAX_VALUES} values")
+            if is_first_over and not _DATA_URL.search(body):
+                raise HttpProblem(
+                    "body-too-large", f"a JSON body without a data: URL may have at most {_JSON_LIMIT_BYTES} bytes"
+                )
+        if not body and if_empty is not None:
+            return if_empty
+        if len(body) <= _LARGE_JSON_BYTES:
+            return decode_body_json(body)
+        if not body.isascii() or b"\\u" in body:
+            lease.reserve(3 * len(body))  # one wide character makes all characters of its string wide
+        return await asyncio.to_thread(decode_body_json, body)
 
     async def read_form(self, request: Request, lease: MemoryLease) -> Form:
         """Read the body as multipart/form-data.
@@ -121,7 +157,7 @@ class BodyReader:
         )
 
 
-def decode_body_json(body: bytes | str) -> Any:
+def decode_body_json(body: bytes | bytearray | str) -> Any:
     """Decode one JSON text.
 
     Raises:

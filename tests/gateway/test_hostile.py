@@ -9,7 +9,7 @@ import httpx
 import psutil
 
 from services.gateway.server import GatewayServer, listen
-from tests.support.gateway_bench import JPEG, Gate, GatewayBench
+from tests.support.gateway_bench import JPEG, Gate, GatewayBench, data_url
 
 SLOW = 500
 PATH = "/v1/assessments"
@@ -255,3 +255,34 @@ async def test_flood_of_unknown_keys_leaves_connections_for_others(idle: Gateway
                 task.cancel()
             await asyncio.gather(*guessing, return_exceptions=True)
     assert set(refused) == {401, 503}
+
+
+async def test_json_of_many_values_is_refused_before_it_is_decoded(idle: GatewayBench) -> None:
+    """Decoded, each body would take 27 times its size and block the event loop for seconds."""
+    limit = 32 << 20
+    idle.configure(gateway_body_limit_bytes=limit, gateway_body_memory_bytes=8 * limit, gateway_body_deadline_s=20)
+    server = await serve(idle)
+    before = psutil.Process().memory_info().rss
+    headers = {"Authorization": f"Bearer {idle.token()}", "Content-Type": "application/json"}
+    bodies = [
+        b'{"input": [' + b"[]," * 5_000_000 + b"[]]}",
+        b'{"input": "data:", "x": [' + b"[]," * 5_000_000 + b"[]]}",
+        b'{"input": "' + b"x" * 8_000_000 + b'"}',
+        b'{"input": [' + b"{}," * 300_000 + b"{}]}",
+    ]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", headers=headers, timeout=30) as client:
+        for body in bodies:
+            answer = await client.post("/v1/moderations", content=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        many = {"input": [{"type": "image_url", "image_url": {"url": "s3://uploads/a"}}] * 17}
+        refused = await client.post("/v1/moderations", json=many)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+    assert psutil.Process().memory_info().rss - before < 150 << 20
+    await check_neighbour_is_served(idle, server)
+
+
+async def test_large_json_with_an_image_is_still_read(bench: GatewayBench) -> None:
+    padded = data_url(JPEG + b"\0" * 700_000)
+    async with bench.client() as client:
+        request = {"input": {"type": "image_url", "image_url": {"url": padded}}}
+        assert (await client.post("/v1/moderations", json=request)).status_code == 200

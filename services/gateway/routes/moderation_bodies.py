@@ -101,6 +101,8 @@ def parse_request(document: Any) -> ModerationRequest:
 def _refuse_text(document: Any) -> None:
     given = document.get("input") if isinstance(document, dict) else None
     parts = given if isinstance(given, list) else [given]
+    if len(parts) > MAX_IMAGES:
+        raise HttpProblem("invalid", f"input: a list may have at most {MAX_IMAGES} images", param="input")
     for number, part in enumerate(parts):
         is_text = isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text")
         if is_text:

@@ -16,7 +16,7 @@ from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.openapi import describe_body, describe_json_body
 from services.gateway.problems import HttpProblem, parse_body
-from services.gateway.request_bodies import BodyReader, decode_body_json
+from services.gateway.request_bodies import BodyReader
 from services.policies.document_warnings import find_warnings
 from services.policies.document_yaml import read_document
 from services.policies.reference import PolicyReference
@@ -153,8 +153,7 @@ def build_router(
         openapi_extra=describe_json_body(Rollback, required=False),
     )
     async def rollback(name: str, request: Request, admitted: Admin) -> Response:
-        body = await body_reader.read(request, admitted.memory)
-        wanted = parse_body(Rollback, decode_body_json(body) if body else {})
+        wanted = parse_body(Rollback, await body_reader.read_any_json(request, admitted.memory, if_empty={}))
         change = service.rollback(name, who=admitted.api_key.name, why=wanted.why)
         return _respond(_to_entry(await _map_registry_errors(_map_conflict(change))))
 
