@@ -1,6 +1,6 @@
 """10,000 slow uploads at a time, and their effect on a neighbour that requests assessments meanwhile.
 
-    python -m benchmarks.gateway_slow [--connections 10000] [--seconds 60]
+    python -m benchmarks.gateway_slow [--connections 10000] [--seconds 60] [--attack images]
 
 The whole gateway of `benchmarks/gateway.py` runs in this process with default settings. The slow clients are a second
 process, and the neighbour is a third with its own API key. Of ten slow clients,
@@ -10,11 +10,21 @@ process, and the neighbour is a third with its own API key. Of ten slow clients,
 - one half-closes its connection inside the body;
 - one never ends the head of its request.
 
+`--attack` chooses other clients:
+
+- `pipelined` clients without a key send 200 requests each and read nothing;
+- `unknown-keys` ask with made-up API keys, one request after the other;
+- `images` send 16 images in each of 32 requests at a time, with one valid key;
+- `json` sends bodies of a megabyte of empty lists, with one valid key.
+
+The neighbour's p95 should stay below twice its p95 without the attack (`p95_ratio`).
+
 A client that is refused returns after some seconds. Prints one JSON object.
 """
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import random
@@ -44,6 +54,8 @@ SOURCE_ADDRESSES: Final = 4
 QUIET_S: Final = 15
 _HEAD: Final = "POST /v1/assessments?wait=5 HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\n"
 _BODY: Final = "Content-Length: 1000000\r\n\r\n{"
+_PIPELINED_S: Final = 15.0
+"""A client that pipelines reads nothing for so long."""
 _PROBLEM: Final = re.compile(rb"urn:sluice:problem:([a-z-]+)")
 
 
@@ -146,6 +158,66 @@ class SlowClients:
             await asyncio.sleep(random.uniform(*RETRY_DELAY_S))
 
 
+class Attackers:
+    """The clients of one attack other than slow uploads: each sends its request again and again."""
+
+    def __init__(self, attack: str, url: str, key: str) -> None:
+        self._attack = attack
+        self._url = url
+        self._key = key
+        self._answers: Counter[str] = Counter()
+
+    async def run(self, connections: int, seconds: float) -> dict[str, Any]:
+        """Attack for this long; return the counts of answers."""
+        clients = {"images": 32, "json": 6}.get(self._attack, connections)
+        attacking = [asyncio.create_task(self._repeat(number)) for number in range(clients)]
+        await asyncio.sleep(seconds)
+        for each in attacking:
+            each.cancel()
+        await asyncio.gather(*attacking, return_exceptions=True)
+        return {"clients": clients, "answers": dict(self._answers.most_common())}
+
+    async def _repeat(self, number: int) -> None:
+        while True:
+            try:
+                answer = await (self._pipeline() if self._attack == "pipelined" else self._request(number))
+            except (OSError, httpx.HTTPError) as error:
+                answer = type(error).__name__
+            self._answers[answer] += 1
+            await asyncio.sleep(random.uniform(0.1, 0.5))
+
+    async def _pipeline(self) -> str:
+        parts = urlsplit(self._url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1024)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: gateway\r\n\r\n" * 200)
+        try:
+            await asyncio.sleep(_PIPELINED_S)
+            reader._transport.resume_reading()  # type: ignore[attr-defined]
+            async with asyncio.timeout(5):
+                while await reader.read(65_536):
+                    pass
+        except TimeoutError:
+            return f"still open after {_PIPELINED_S:g} s"
+        finally:
+            writer.transport.abort()
+        return "closed by the gateway"
+
+    async def _request(self, number: int) -> str:
+        key, body = self._key, b"{}"
+        if self._attack == "unknown-keys":
+            key = f"sk-sluice-{number:016x}-{'A' * 43}"
+        elif self._attack == "json":
+            body = b'{"input": "data:", "x": [' + b"[]," * 350_000 + b"[]]}"
+        else:
+            image = base64.b64encode(picture(224, "JPEG")).decode()
+            part = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}}
+            body = json.dumps({"input": [part] * 16}).encode()
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        async with httpx.AsyncClient(base_url=self._url, headers=headers, timeout=60) as client:
+            return str((await client.post("/v1/moderations", content=body)).status_code)
+
+
 async def measure_neighbour(url: str, key: str, seconds: float) -> dict[str, Any]:
     """Request one assessment after the other, on a kept connection and on a new connection in turn."""
     image = picture(224, "JPEG")
@@ -213,7 +285,7 @@ class GatewayProcess:
             await asyncio.sleep(0.25)
 
 
-async def measure(running: RunningGateway, connections: int, keys: int, seconds: float) -> dict[str, Any]:
+async def measure(running: RunningGateway, connections: int, keys: int, seconds: float, attack: str) -> dict[str, Any]:
     """Measure the neighbour before, beside and after the slow clients."""
     slow_keys = [running.keys.create(f"slow client {number}", "moderate")[1] for number in range(keys)]
     _, neighbour_key = running.keys.create("neighbour", "moderate", tenant="neighbour")
@@ -226,6 +298,7 @@ async def measure(running: RunningGateway, connections: int, keys: int, seconds:
     attacking = asyncio.create_task(
         run_child(
             *("--slow-clients", running.url, "--connections", str(connections), "--seconds", str(seconds)),
+            *("--attack", attack),
             stdin="\n".join(slow_keys),
         )
     )
@@ -244,9 +317,9 @@ async def measure(running: RunningGateway, connections: int, keys: int, seconds:
     return figures | {"siege": slow_clients}
 
 
-async def serve(connections: int, keys: int, seconds: float) -> None:
+async def serve(connections: int, keys: int, seconds: float, attack: str) -> None:
     async with gateway("tiny") as running:
-        print(json.dumps(await measure(running, connections, keys, seconds), indent=1))
+        print(json.dumps(await measure(running, connections, keys, seconds, attack), indent=1))
 
 
 def main() -> None:
@@ -254,6 +327,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--keys", type=int, default=1, help="valid API keys of the slow clients")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--attack", choices=["slow", "pipelined", "unknown-keys", "images", "json"], default="slow")
     parser.add_argument("--slow-clients", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--neighbour", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -261,13 +335,17 @@ def main() -> None:
     if given.slow_clients:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if given.attack != "slow":
+            attackers = Attackers(given.attack, given.slow_clients, sys.stdin.read().split()[0])
+            print(json.dumps(asyncio.run(attackers.run(given.connections, given.seconds))))
+            return
         slow_clients = SlowClients(given.slow_clients, sys.stdin.read().split(), given.connections)
         print(json.dumps(asyncio.run(slow_clients.run(given.seconds))))
     elif given.neighbour:
         print(json.dumps(asyncio.run(measure_neighbour(*given.neighbour, given.seconds))))
     else:
         with suppress(KeyboardInterrupt):
-            asyncio.run(serve(given.connections, given.keys, given.seconds))
+            asyncio.run(serve(given.connections, given.keys, given.seconds, given.attack))
 
 
 if __name__ == "__main__":
