@@ -492,7 +492,7 @@ async def test_idempotency_key_of_0_1_0_is_claimed_and_replaced(client: Any, red
 async def test_rate_of_0_1_0_counts(client: Any, redis_cache: PolicyRedisCache, settings: Settings) -> None:
     name = f"{POLICIES}:gateway:rate:{KEY.id}"
     await client.set(name, f"{time.time() + 100:.6f}", ex=60)
-    with pytest.raises(HttpProblem, match="5 requests a second"):
+    with pytest.raises(HttpProblem, match="5 images a second"):
         await RateLimiter(redis_cache, settings).acquire(KEY)
 
 

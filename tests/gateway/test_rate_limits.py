@@ -225,14 +225,14 @@ async def test_one_key_with_many_images_gets_a_quarter_of_the_places(idle: Gatew
 
 
 async def test_images_of_one_request_count_against_the_rate(idle: GatewayBench) -> None:
-    idle.configure(gateway_rate_per_s=2)
+    idle.configure(gateway_rate_per_s=0.1)
     await idle.start()
     image = {"type": "image_url", "image_url": {"url": data_url()}}
     async with idle.client() as client:
         assert (await client.post("/v1/moderations", json={"input": [image] * 16})).status_code == 200
         refused = await client.post("/v1/moderations", json=REQUEST)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-    assert int(refused.headers["retry-after"]) >= 2
+    assert int(refused.headers["retry-after"]) > 10
 
 
 async def test_request_judges_as_many_images_at_a_time_as_its_key_has_requests_free(idle: GatewayBench) -> None:
