@@ -34,12 +34,12 @@ def settings_page() -> str:
         "Every setting is an environment variable. Sluice checks all of them at the start and names each one that is "
         "missing or wrong. Sizes are in bytes and durations in seconds unless the name says otherwise; lists are "
         "separated by commas. An empty variable counts as unset, except `SLUICE_BACKFILL_STREAM`.\n",
-        "Credentials have no settings of their own, except `SLUICE_POLICY_CACHE_KEY`. "
+        "Credentials have no settings of their own, except `SLUICE_REDIS_SIGNING_KEY`. "
         "S3 credentials come from the usual AWS sources (environment, "
         "profile, instance role), Kafka credentials from `SLUICE_KAFKA_OPTIONS`, and Redis credentials from the URL.\n",
         "While `sluice up` is ready, it keeps its settings in `.sluice/env` in the folder where it was started. Other "
         "commands in that folder read from there what their environment does not set. `SLUICE_KAFKA_OPTIONS` is not "
-        "in that file, because a shell that reads the file would remove the quotes, and `SLUICE_POLICY_CACHE_KEY` "
+        "in that file, because a shell that reads the file would remove the quotes, and `SLUICE_REDIS_SIGNING_KEY` "
         "is not in it, because it is a secret. Commands refuse the file, and end "
         "with status 1, unless it belongs to you, has mode 0600, and sets only variables that `sluice up` writes: a "
         "folder that you got from somebody else can contain such a file, too.\n",

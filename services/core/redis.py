@@ -82,7 +82,7 @@ class RedisClient:
         """The name of a key: the prefix, and the parts with colons between them."""
         return self._prefix + ":".join(parts)
 
-    async def run(self, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
+    async def run(self, script: str, keys: Sequence[str], *arguments: str | bytes | float) -> Any:
         """Run a Lua script on the server, and return its result."""
         return await self.call(self._script(script)(keys, arguments))
 

@@ -1,6 +1,6 @@
 """All settings. Each is an environment variable with the prefix `SLUICE_`.
 
-Credentials are not settings, except SLUICE_POLICY_CACHE_KEY. S3 credentials come from AWS's credential sources, Kafka
+Credentials are not settings, except SLUICE_REDIS_SIGNING_KEY. S3 credentials come from AWS's credential sources, Kafka
 credentials from `SLUICE_KAFKA_OPTIONS`, and Redis credentials from the URL.
 """
 
@@ -97,13 +97,14 @@ class Settings(BaseSettings):
     policy_refresh_s: PositiveSeconds = Field(
         5, description="interval of the refresh that finds policy changes if Redis cannot announce them"
     )
-    policy_cache_key: SecretStr | None = Field(
+    redis_signing_key: SecretStr | None = Field(
         None,
         min_length=32,
         exclude=True,
         description="secret of at least 32 characters, equal in all processes and unknown to Redis, that signs the "
-        "policy copies in Redis; unset: every process reads rollouts from the policy bucket only, and a new process "
-        "waits for the bucket. It is never written to a file or to the `args` of the application",
+        "copies of policies and the assessments of the gateway in Redis; unset: every process reads rollouts from the "
+        "policy bucket only, a new process waits for the bucket, and assessments in Redis are used unsigned. It is "
+        "never written to a file or to the `args` of the application",
     )
     sample_size: Positive = Field(
         10_000, description="recent submissions of each policy that Redis keeps, by reference, for backtests"

@@ -68,8 +68,9 @@ POLICY_PROPAGATION_SECONDS: Final = Histogram(
 
 REDIS_FORGERIES: Final = Counter(
     "sluice_redis_forgeries_total",
-    "Policy entries in Redis that differ from the policy bucket; none of them was used. `kind` is `rollout`, "
-    "`version` or `announcement`. Alert on each increase: someone else writes to Redis, or the bucket was replaced.",
+    "Entries in Redis that Sluice did not write; none of them was used. `kind` is `rollout`, `version` or "
+    "`announcement` of a policy that differs from the policy bucket, or `assessment` or `idempotency_key` of the "
+    "gateway without a valid signature. Alert on each increase: someone else writes to Redis.",
     tag_keys=("kind",),
 )
 

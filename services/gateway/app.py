@@ -72,7 +72,8 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
         RateLimiter(dependencies.redis_cache, settings), BodyMemory(settings.gateway_body_memory_bytes), moderator
     )
     authenticator, body_reader = Authenticator(keys, admission), BodyReader(settings)
-    store = AssessmentStore(dependencies.redis_cache, keep_s=settings.gateway_keep_s)
+    redis_cache = dependencies.redis_cache
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=settings.gateway_keep_s)
     jobs = AssessmentJobs(store)
     downloader = ImageDownloader(
         settings.gateway_fetch_hosts,

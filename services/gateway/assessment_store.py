@@ -18,6 +18,9 @@ Keys in Redis:
     assessment:<id>         JSON: tenant, status, then the verdict or the problem
     idempotency:<digest>    JSON: the digest of the request, and the id of its assessment
     alive:<process>         exists while the process runs, and a few seconds longer
+
+Others may be able to write to Redis. With SLUICE_REDIS_SIGNING_KEY the JSON objects are signed, and entries without a
+valid signature count as absent.
 """
 
 import asyncio
@@ -33,6 +36,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from services.core.errors import RedisUnavailable
 from services.core.messages import Verdict
 from services.core.redis import RedisClient
+from services.core.redis_signatures import ForgeryReporter, RedisSigner
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 from services.gateway.problems import HttpProblem
@@ -45,6 +49,7 @@ _PENDING_S: Final = 3600
 _MAX_UNSAVED: Final = 1000
 """Finished assessments that this process keeps while Redis is unavailable. No assessment can be created during the
 outage, so clients can ask only for the results of assessments created before it."""
+_CLAIM_TRIES: Final = 3
 
 _CREATE_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
 _FINISH_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
@@ -67,6 +72,9 @@ redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[4])
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[5])
 return 1
 """
+
+_ASSESSMENT: Final = "assessment"
+_IDEMPOTENCY_KEY: Final = "idempotency_key"
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +120,13 @@ class AssessmentStore:
     All asynchronous methods but `finish` raise RedisUnavailable if Redis does not answer.
     """
 
-    def __init__(self, redis: RedisClient, *, keep_s: int, heartbeat_s: float = _HEARTBEAT_S) -> None:
+    def __init__(
+        self, redis: RedisClient, signer: RedisSigner, *, keep_s: int, heartbeat_s: float = _HEARTBEAT_S
+    ) -> None:
         """`keep_s`: time to live of finished assessments and of idempotency keys."""
         self._redis = redis
+        self._signer = signer
+        self._forgeries = ForgeryReporter()
         self._keep_s = keep_s
         self._heartbeat_s = heartbeat_s
         self._renewed: dict[str, str] = {}
@@ -140,27 +152,35 @@ class AssessmentStore:
     async def create(self, pending: StoredAssessment) -> None:
         """absent -> PENDING. An assessment that is DONE already stays so."""
         redis_key = self._redis_key("assessment", pending.id)
-        await self._redis.run(_CREATE_SCRIPT, [redis_key], pending.model_dump_json(), _PENDING_S)
+        await self._redis.run(_CREATE_SCRIPT, [redis_key], self._encode(pending), _PENDING_S)
 
     async def claim(self, idempotency_key: str, request_digest: str, pending: StoredAssessment) -> Claim:
         """absent -> PENDING, if this is the first request with the idempotency key. Returns the key's claim."""
         claim, redis_keys = self._claim(idempotency_key, request_digest, pending)
-        body = pending.model_dump_json()
-        known = await self._redis.run(
-            _CLAIM_SCRIPT, redis_keys, claim.model_dump_json(), body, self._keep_s, _PENDING_S
-        )
-        return Claim.model_validate_json(known) if known else claim
+        encoded, body = self._encode_claim(idempotency_key, claim), self._encode(pending)
+        ttls = (self._keep_s, _PENDING_S)
+        for _ in range(_CLAIM_TRIES):
+            data: bytes | None = await self._redis.run(_CLAIM_SCRIPT, redis_keys, encoded, body, *ttls)
+            if data is None:
+                return claim
+            if known := self._decode_claim(idempotency_key, data):
+                return known
+            if await self._redis.run(_REPLACE_SCRIPT, redis_keys, encoded, body, data, *ttls):
+                return claim
+        await self.create(pending)  # someone writes forged claims again and again: judge the image without a claim
+        return claim
 
     async def replace(self, idempotency_key: str, known: Claim, pending: StoredAssessment) -> bool:
         """absent -> PENDING, in place of the claim's assessment. False if another request has replaced it before."""
         claim, redis_keys = self._claim(idempotency_key, known.request_digest, pending)
-        bodies = (claim.model_dump_json(), pending.model_dump_json(), known.model_dump_json())
+        claims = [self._encode_claim(idempotency_key, each) for each in (claim, known)]
+        bodies = (claims[0], self._encode(pending), claims[1])
         return bool(await self._redis.run(_REPLACE_SCRIPT, redis_keys, *bodies, self._keep_s, _PENDING_S))
 
     @contextmanager
     def renew(self, pending: StoredAssessment) -> Iterator[None]:
         """PENDING -> PENDING: renew the assessment with each heartbeat until the block ends."""
-        self._renewed[pending.id] = pending.model_dump_json()
+        self._renewed[pending.id] = self._encode(pending)
         try:
             yield
         finally:
@@ -199,9 +219,8 @@ class AssessmentStore:
         body, left_s = await self._redis.run(_GET_SCRIPT, [self._redis_key("assessment", assessment_id)])
         if body is None:
             return None
-        try:
-            stored = StoredAssessment.model_validate_json(body)
-        except ValidationError:
+        stored = self._decode(assessment_id, body)
+        if stored is None:
             return None
         if stored.is_pending and not await self._has_live_owner(stored, left_s):
             return stored.with_problem(
@@ -243,7 +262,36 @@ class AssessmentStore:
 
     async def _save(self, done: StoredAssessment) -> None:
         redis_key = self._redis_key("assessment", done.id)
-        await self._redis.run(_FINISH_SCRIPT, [redis_key], done.model_dump_json(), self._keep_s)
+        await self._redis.run(_FINISH_SCRIPT, [redis_key], self._encode(done), self._keep_s)
+
+    def _encode(self, assessment: StoredAssessment) -> str:
+        return self._signer.sign_json(_ASSESSMENT, assessment.id, assessment.model_dump_json())
+
+    def _decode(self, assessment_id: str, data: bytes) -> StoredAssessment | None:
+        """Return the assessment; None if it was not written by a gateway."""
+        with suppress(ValidationError):
+            if self._signer.accepts_json(_ASSESSMENT, assessment_id, data):
+                return StoredAssessment.model_validate_json(data)
+        self._report_forgery(_ASSESSMENT, f"assessment {assessment_id}", "it counts as absent")
+        return None
+
+    def _encode_claim(self, idempotency_key: str, claim: Claim) -> str:
+        return self._signer.sign_json(_IDEMPOTENCY_KEY, _digest(idempotency_key), claim.model_dump_json())
+
+    def _decode_claim(self, idempotency_key: str, data: bytes) -> Claim | None:
+        """Return the claim; None if it was not written by a gateway."""
+        with suppress(ValidationError):
+            if self._signer.accepts_json(_IDEMPOTENCY_KEY, _digest(idempotency_key), data):
+                return Claim.model_validate_json(data)
+        self._report_forgery(_IDEMPOTENCY_KEY, "an idempotency key", "the request is judged")
+        return None
+
+    def _report_forgery(self, kind: str, subject: str, effect: str) -> None:
+        self._forgeries.report(
+            kind,
+            f"the entry of {subject} in Redis was not written by a gateway with the same SLUICE_REDIS_SIGNING_KEY; "
+            f"{effect}. Find out who can write to Redis, unless this key was set or changed just now.",
+        )
 
     def _redis_key(self, *parts: str) -> str:
         return self._redis.key("gateway", *parts)

@@ -1,9 +1,9 @@
 """Each process keeps a local copy of the policies, so that a submission needs no network for its policy.
 
 The truth is in the policy bucket. Redis, which all processes of a deployment share, is not trusted: others may write to
-it. A copy of a rollout in Redis is used only if it is signed with SLUICE_POLICY_CACHE_KEY, and a copy of a version only
-if it is signed or has the digest that a trusted rollout names. An announced change is a reason to look, and is never
-applied itself. A periodic refresh finds the changes whose announcement was lost.
+it. A copy of a rollout in Redis is used only if it is signed with SLUICE_REDIS_SIGNING_KEY. A copy of a version is used
+only if it is signed or has the digest that a trusted rollout names. An announced change is a reason to look, and is
+never applied itself. A periodic refresh finds the changes whose announcement was lost.
 
 If Redis is down, the bucket is used. If the bucket is down, signed copies are used. If there are none, the last known
 versions are used, and a new process waits.
@@ -23,6 +23,7 @@ from typing import Any, Final, Self, TypeVar
 from services.core import telemetry
 from services.core.errors import ConfigurationError, PolicyUnavailable, RedisUnavailable, UnknownPolicy
 from services.core.messages import ImageRequest
+from services.core.redis_signatures import ForgeryReporter
 from services.core.tasks import cancel_and_wait
 from services.core.values import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity
 from services.policies.document import PolicyDocument
@@ -40,7 +41,6 @@ _LEASE_WAIT_S: Final = 6.0
 _POLL_S: Final = 0.02
 _CHECK_PAUSE_S: Final = 0.2
 """The least time between two checks of announced changes of one policy. It bounds the reads that a flood can cause."""
-_FORGERY_LOG_INTERVAL_S: Final = 10.0
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -75,7 +75,7 @@ class PolicyCache:
         self._announced: dict[str, RolloutChange] = {}
         """The last announced change of each policy that is not checked yet."""
         self._checks: dict[str, asyncio.Task[None]] = {}
-        self._forgery_logged_at: dict[str, float] = {}
+        self._forgeries = ForgeryReporter()
         self._redis_recovered_at = float("-inf")
         """Copies in Redis from before then may lack the changes made while Redis was down."""
         self._closing = AsyncExitStack()
@@ -270,7 +270,7 @@ class PolicyCache:
             return (newest,)
 
         try:
-            if self._redis_cache and not self._redis_cache.can_sign:
+            if self._redis_cache and not self._redis_cache.signer.can_sign:
                 with suppress(RedisUnavailable):
                     await copy(self._redis_cache)  # only to report a forgery
                 (change,) = await read()
@@ -385,17 +385,11 @@ class PolicyCache:
         return change == await _read_in_thread(self._registry.find_change, change.name, change.number)
 
     def _report_forgery(self, kind: str, subject: str) -> None:
-        """Count an entry of Redis that the policy bucket does not have. A flood of them is logged now and then."""
-        telemetry.REDIS_FORGERIES.inc(1, {"kind": kind})
-        now_s = time.monotonic()
-        if now_s - self._forgery_logged_at.get(kind, float("-inf")) < _FORGERY_LOG_INTERVAL_S:
-            return
-        self._forgery_logged_at[kind] = now_s
-        log.error(
-            "FORGERY IN REDIS: the %s of policy %s in Redis differs from the policy bucket; it is ignored and the "
-            "bucket is used. Someone else writes to Redis, or the bucket was replaced. Find out who can write to it.",
+        """Report an entry of Redis that the policy bucket does not have."""
+        self._forgeries.report(
             kind,
-            subject,
+            f"the {kind} of policy {subject} in Redis differs from the policy bucket; it is ignored and the bucket is "
+            "used. Someone else writes to Redis, or the bucket was replaced. Find out who can write to it.",
         )
 
     async def _refresh(self) -> None:

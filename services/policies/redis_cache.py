@@ -1,13 +1,11 @@
 """The policy data in Redis, which all processes share: copies of versions and rollouts, and announced changes.
 
 The policy bucket is the source of truth. An entry in Redis may be missing, stale, invalid or forged. Entries that were
-signed with SLUICE_POLICY_CACHE_KEY may be used as they are; all others must be compared with the bucket.
+signed (`services.core.redis_signatures`) may be used as they are; all others must be compared with the bucket.
 
 Version 0.1.0 reads and writes the same entries without signatures, so signatures have keys and fields of their own.
 """
 
-import hashlib
-import hmac
 import math
 import time
 import uuid
@@ -19,6 +17,7 @@ from pydantic import SecretStr, ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.redis import TIMEOUT_S, RedisClient
+from services.core.redis_signatures import RedisSigner
 from services.core.settings import Settings
 from services.policies.registry import StoredVersion
 from services.policies.rollout import RolloutChange
@@ -81,24 +80,19 @@ class PolicyRedisCache(RedisClient):
     def __init__(
         self, url: str, bucket: str, *, signing_key: SecretStr | None = None, timeout_s: float = TIMEOUT_S
     ) -> None:
-        """`signing_key`: SLUICE_POLICY_CACHE_KEY. Without it nothing is signed, and no signature is valid.
+        """`signing_key`: SLUICE_REDIS_SIGNING_KEY. Without it nothing is signed, and no signature is valid.
 
         Raises:
             ConfigurationError: the URL is invalid.
         """
-        super().__init__(url, f"sluice:{bucket}:policies:", timeout_s=timeout_s)
-        self._bucket = bucket
-        self._signing_key = signing_key.get_secret_value().encode() if signing_key else None
+        prefix = f"sluice:{bucket}:policies:"
+        super().__init__(url, prefix, timeout_s=timeout_s)
+        self.signer = RedisSigner(signing_key, prefix)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """The copies of SLUICE_POLICY_BUCKET in the Redis at SLUICE_REDIS_URL."""
-        return cls(settings.redis_url, settings.policy_bucket, signing_key=settings.policy_cache_key)
-
-    @property
-    def can_sign(self) -> bool:
-        """Whether there is a key. Without it no copy of a rollout is ever valid."""
-        return self._signing_key is not None
+        return cls(settings.redis_url, settings.policy_bucket, signing_key=settings.redis_signing_key)
 
     async def find_version(self, name: str, version: int) -> CachedVersion | None:
         """The copy of a version; None if there is none.
@@ -111,14 +105,14 @@ class PolicyRedisCache(RedisClient):
         if data is None:
             return None
         stored = StoredVersion.from_json(name, version, data)
-        return CachedVersion(stored, self._is_valid(signature, "version", f"{name}@{version}", stored.digest))
+        return CachedVersion(stored, self.signer.is_valid(signature, "version", f"{name}@{version}", stored.digest))
 
     async def cache_version(self, stored: StoredVersion) -> None:
         """Store a copy of a version."""
         name = f"{stored.name}@{stored.version}"
         copies: dict[str, str | bytes] = {self.key("version", name): stored.to_json()}
-        if self._signing_key:
-            copies[self.key("version-signature", name)] = self._sign("version", name, stored.digest)
+        if self.signer.can_sign:
+            copies[self.key("version-signature", name)] = self.signer.sign("version", name, stored.digest)
         await self.call(self.client.mset(copies))
 
     async def find_newest_change(self, name: str) -> CachedChange | None:
@@ -133,7 +127,7 @@ class PolicyRedisCache(RedisClient):
         change = RolloutChange.model_validate_json(body) if body else None  # its error is a ValueError
         if change and change.name != name:
             raise ValueError(f"the copy of the rollout of {name} is of another policy")
-        is_signed = self._is_valid(signature, "rollout", name, signed_ms or b"", body)
+        is_signed = self.signer.is_valid(signature, "rollout", name, signed_ms or b"", body)
         age_s = time.time() - int(signed_ms) / 1000 if is_signed else math.inf
         return CachedChange(change, is_signed, max(0.0, age_s) if age_s > -_MAX_CLOCK_SKEW_S else math.inf)
 
@@ -147,8 +141,8 @@ class PolicyRedisCache(RedisClient):
         keys = [self.key("rollout", name), self.key("changes")]
         expires_s = 0 if change or name == TENANTS else _ABSENT_NAME_TTL_S
         signed_ms, signature = str(int(time.time() * 1000)), ""
-        if self._signing_key:
-            signature = self._sign("rollout", name, signed_ms, body)
+        if self.signer.can_sign:
+            signature = self.signer.sign("rollout", name, signed_ms, body)
         await self.run(_PUBLISH, keys, number, body, int(even_if_older), expires_s, signed_ms, signature)
 
     async def subscribe(self, on_listening: Callable[[], Awaitable[None]]) -> AsyncIterator[RolloutChange]:
@@ -181,15 +175,3 @@ class PolicyRedisCache(RedisClient):
     async def release(self, subject: str, token: str) -> None:
         """Give a lease back, unless it has expired and another process has it."""
         await self.run(_RELEASE, [self.key("lease", subject)], token)
-
-    def _sign(self, kind: str, name: str, *parts: str | bytes) -> str:
-        """The HMAC-SHA256 of an entry. Each part follows its length, so that no two entries make the same message."""
-        assert self._signing_key
-        encoded = [part.encode() if isinstance(part, str) else part for part in (self._bucket, kind, name, *parts)]
-        message = b"".join(len(part).to_bytes(8) + part for part in encoded)
-        return hmac.new(self._signing_key, message, hashlib.sha256).hexdigest()
-
-    def _is_valid(self, signature: bytes | None, kind: str, name: str, *parts: str | bytes) -> bool:
-        if not self._signing_key or not signature:
-            return False
-        return hmac.compare_digest(signature, self._sign(kind, name, *parts).encode())

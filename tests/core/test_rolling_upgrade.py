@@ -325,7 +325,7 @@ async def count_actions(client: Any, redis_cache: PolicyRedisCache, *actions: Ac
 
 
 async def write_assessments(redis_cache: PolicyRedisCache) -> None:
-    store = AssessmentStore(redis_cache, keep_s=86_400)
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=86_400)
     store.process = "gateway-0"
     async with store:
         await store.create(ASSESSMENTS["asm_pending"])
@@ -371,7 +371,7 @@ async def test_same_calls_write_the_keys_of_0_1_0(
 
 
 async def test_running_gateway_writes_the_heartbeat_of_0_1_0(client: Any, redis_cache: PolicyRedisCache) -> None:
-    store = AssessmentStore(redis_cache, keep_s=86_400)
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=86_400)
     store.process = "gateway-0"
     async with store:
         written = await dump(client)
@@ -470,7 +470,7 @@ async def test_circuit_breaker_adds_to_the_counts_of_0_1_0(client: Any, redis_ca
 async def test_assessments_of_0_1_0_are_found(client: Any, redis_cache: PolicyRedisCache) -> None:
     gateway = f"{POLICIES}:gateway"
     await restore(client, *(f"{gateway}:assessment:{name}" for name in ASSESSMENTS), f"{gateway}:alive:gateway-0")
-    store = AssessmentStore(redis_cache, keep_s=86_400)
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=86_400)
     assert {name: await store.get(name) for name in ASSESSMENTS} == ASSESSMENTS
     await client.delete(f"{gateway}:alive:gateway-0")
     interrupted = await store.get("asm_pending")
@@ -481,7 +481,7 @@ async def test_assessments_of_0_1_0_are_found(client: Any, redis_cache: PolicyRe
 async def test_idempotency_key_of_0_1_0_is_claimed_and_replaced(client: Any, redis_cache: PolicyRedisCache) -> None:
     (name,) = [name for name in KEYS if ":idempotency:" in name]
     await restore(client, name)
-    store = AssessmentStore(redis_cache, keep_s=86_400)
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=86_400)
     another = stored("asm_another", status="pending")
     claim = await store.claim("order-1", "00" * 32, another)
     assert (claim.request_digest, claim.assessment_id) == (REQUEST, "asm_claimed")

@@ -86,15 +86,15 @@ def test_model_revisions_are_whole_commits(monkeypatch: pytest.MonkeyPatch) -> N
             load()
 
 
-def test_policy_cache_key_short_is_refused_and_long_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLUICE_POLICY_CACHE_KEY", "short")
-    with pytest.raises(ConfigurationError, match="SLUICE_POLICY_CACHE_KEY is wrong") as caught:
+def test_redis_signing_key_short_is_refused_and_long_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_REDIS_SIGNING_KEY", "short")
+    with pytest.raises(ConfigurationError, match="SLUICE_REDIS_SIGNING_KEY is wrong") as caught:
         load()
     assert "'short'" not in str(caught.value)
     secret = "s3cret" * 8
-    monkeypatch.setenv("SLUICE_POLICY_CACHE_KEY", secret)
+    monkeypatch.setenv("SLUICE_REDIS_SIGNING_KEY", secret)
     settings = load()
-    assert settings.policy_cache_key
-    assert settings.policy_cache_key.get_secret_value() == secret
+    assert settings.redis_signing_key
+    assert settings.redis_signing_key.get_secret_value() == secret
     assert secret not in f"{settings!r} {settings.model_dump()} {settings.model_dump_json()}"
-    assert "policy_cache_key" not in settings.model_dump(mode="json")
+    assert "redis_signing_key" not in settings.model_dump(mode="json")

@@ -32,7 +32,7 @@ class NotingStore(AssessmentStore):
     """Notes each heartbeat."""
 
     def __init__(self, redis_cache: SwitchableRedisCache) -> None:
-        super().__init__(redis_cache, keep_s=KEEP_S, heartbeat_s=0.01)
+        super().__init__(redis_cache, redis_cache.signer, keep_s=KEEP_S, heartbeat_s=0.01)
         self.beat = asyncio.Event()
 
     async def send_heartbeat(self) -> None:
@@ -41,7 +41,7 @@ class NotingStore(AssessmentStore):
 
 
 async def test_pending_assessment_is_renewed_by_each_heartbeat(redis_cache: SwitchableRedisCache) -> None:
-    other = AssessmentStore(redis_cache, keep_s=KEEP_S)
+    other = AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S)
     async with NotingStore(redis_cache) as store:
         pending = store.build_pending("shop")
         await store.create(pending)
@@ -57,7 +57,7 @@ async def test_pending_assessment_is_renewed_by_each_heartbeat(redis_cache: Swit
 
 
 async def test_pending_assessment_without_renewal_is_interrupted(redis_cache: SwitchableRedisCache) -> None:
-    async with AssessmentStore(redis_cache, keep_s=KEEP_S) as store:
+    async with AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S) as store:
         pending = store.build_pending("shop")
         await store.create(pending)
         assert await store.get(pending.id) == pending
@@ -70,8 +70,8 @@ async def test_pending_assessment_without_renewal_is_interrupted(redis_cache: Sw
 
 
 async def test_result_that_redis_missed_is_saved_when_the_store_closes(redis_cache: SwitchableRedisCache) -> None:
-    other = AssessmentStore(redis_cache, keep_s=KEEP_S)
-    async with AssessmentStore(redis_cache, keep_s=KEEP_S) as store:
+    other = AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S)
+    async with AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S) as store:
         pending = store.build_pending("shop")
         await store.create(pending)
         redis_cache.is_down = True
@@ -82,7 +82,7 @@ async def test_result_that_redis_missed_is_saved_when_the_store_closes(redis_cac
 
 
 async def test_create_after_finish_does_not_change_the_result(redis_cache: SwitchableRedisCache) -> None:
-    async with AssessmentStore(redis_cache, keep_s=KEEP_S) as store:
+    async with AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S) as store:
         pending = store.build_pending("shop")
         with store.renew(pending):
             await store.finish(pending.with_problem(PROBLEM))
@@ -98,7 +98,7 @@ async def test_job_over_the_limit_fails_and_releases_its_memory(
 ) -> None:
     limiter, memory = RateLimiter(redis_cache, Settings(gateway_concurrency=1)), BodyMemory(1000)
     admission = Admission(limiter, memory, moderator=None)  # type: ignore[arg-type]
-    store = AssessmentStore(redis_cache, keep_s=KEEP_S)
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S)
     key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
     jobs: Any = AssessmentJobs(store)
     pending = store.build_pending("shop")

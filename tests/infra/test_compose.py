@@ -77,7 +77,7 @@ def test_secrets_have_no_default() -> None:
         "GRAFANA_PASSWORD",
         "HF_TOKEN",
         "VALKEY_PASSWORD",
-        "POLICY_CACHE_SECRET",
+        "REDIS_SIGNING_SECRET",
     }
     assert {rest[:2] for name, rest in secret if name != "HF_TOKEN"} == {":?"}
 

@@ -71,7 +71,7 @@ class SwitchableRedisCache(PolicyRedisCache):
 
     is_down = False
 
-    async def run(self, script: str, keys: Sequence[str], *arguments: str | float) -> Any:
+    async def run(self, script: str, keys: Sequence[str], *arguments: str | bytes | float) -> Any:
         if self.is_down:
             raise RedisUnavailable("disconnected by the test")
         return await super().run(script, keys, *arguments)
@@ -127,7 +127,7 @@ class GatewayBench:
     async def _build(self) -> Any:
         store = ObjectStore(self.settings)
         self._closing.callback(store.close)
-        self.redis_cache = SwitchableRedisCache(self.settings.redis_url, self.settings.policy_bucket)
+        self.redis_cache = SwitchableRedisCache.from_settings(self.settings)
         self._closing.push_async_callback(self.redis_cache.close)
         cache = PolicyCache(self.registry, self.redis_cache, refresh_s=self.settings.policy_refresh_s)
         policies = await self._closing.enter_async_context(cache)
