@@ -80,11 +80,43 @@ async def test_forged_due_time_refuses_no_longer_than_the_rate(valkey_url: str, 
     await shared.client.set(shared.key("gateway", "rate", mine.id), forged)
     with suppress(HttpProblem):
         await limiter.acquire(mine)
-    assert limiter._refused_until.get(mine.id, 0.0) <= 0.5
     assert await send(limiter, mine, 10) <= 6
     await shared.client.delete(shared.key("gateway", "rate", mine.id))  # the attacker is gone
     now = 0.6
     assert await send(limiter, mine, 1) == 1
+    await shared.close()
+
+
+@pytest.mark.parametrize("forged", ["9e15", "inf"])
+async def test_forged_due_time_is_replaced_by_the_latest_possible_one(valkey_url: str, forged: str) -> None:
+    """It refuses the key once: for the burst, the image, and 15 images of each concurrent request of two gateways."""
+    shared = PolicyRedisCache(valkey_url, "rates")
+    limiter = RateLimiter(shared, Settings(gateway_rate_per_s=100, gateway_concurrency=3, gateway_replicas=2))
+    mine, longest_s = key(), 2 + 0.01 * (1 + 6 * 15)
+    name = shared.key("gateway", "rate", mine.id)
+    await shared.client.set(name, forged)
+    with pytest.raises(HttpProblem) as refused:
+        await limiter.acquire(mine)
+    assert refused.value.retry_after_s == pytest.approx(longest_s - 2, abs=0.05)
+    assert 0 < await shared.client.ttl(name) <= longest_s + 2
+    await asyncio.sleep(longest_s - 2 + 0.1)
+    assert await send(limiter, mine, 1) == 1, "without any help"
+    await shared.close()
+
+
+async def test_concurrent_requests_with_most_images_count_in_full(valkey_url: str) -> None:
+    """What legitimate requests have counted is never cut: neither in Redis nor in what the client is told."""
+    now = 0.0
+    shared = PolicyRedisCache(valkey_url, "rates")
+    limiter = RateLimiter(shared, Settings(gateway_rate_per_s=1, gateway_concurrency=3), lambda: now)
+    mine = key()
+    assert await send(limiter, mine, 3) == 3, "two seconds of the rate at once, and the request that is due"
+    for _ in range(3):
+        await limiter.charge(mine, 15)
+    for now in (0.0, 0.5, 1.5):  # asked, remembered, asked again: Redis has its own clock, which did not move on
+        with pytest.raises(HttpProblem) as refused:
+            await limiter.acquire(mine)
+        assert refused.value.retry_after_s == pytest.approx(46 - now % 1.5, abs=1)
     await shared.close()
 
 

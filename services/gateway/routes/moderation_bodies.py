@@ -6,15 +6,14 @@ category and gives one score. So in `categories`, only that category can be true
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.core.messages import Verdict
 from services.core.values import CATEGORIES
 from services.gateway.problems import HttpProblem, to_invalid_field
-
-MAX_IMAGES: Final = 16
+from services.gateway.rate_limits import MAX_IMAGES
 
 
 class ImageUrl(BaseModel):
