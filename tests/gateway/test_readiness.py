@@ -55,20 +55,28 @@ async def test_unexpected_error_of_the_probe_is_logged_and_not_shown(
 async def test_busy_guard_that_judges_requests_is_ready(bench: GatewayBench) -> None:
     """The test image waits behind those of requests. Only a guard that judges nothing makes the gateway not ready."""
 
+    is_probing, was_answered = asyncio.Event(), asyncio.Event()
+
+    async def is_late(_image: PreparedImage, _detail: Detail) -> Assessment:
+        is_probing.set()
+        await was_answered.wait()
+        raise TimeoutError  # as the deadline does
+
     async def hangs(_image: PreparedImage, _detail: Detail) -> Assessment:
         await asyncio.Event().wait()
         raise AssertionError
 
     readiness = bench.app.state.readiness
     await readiness.refresh()
-    readiness._deadline_s = 3.0
-    bench.guard.script = hangs
+    bench.guard.script = is_late
     probing = asyncio.create_task(readiness.probe())
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        await is_probing.wait()
     bench.guard.script = says_safe
     async with bench.client() as client:
         answer = await client.post("/v1/assessments?wait=10", files={"file": ("a.jpg", JPEG)})
         assert answer.status_code == 200
+    was_answered.set()
     assert await probing == ""
     bench.guard.script = hangs
     readiness._deadline_s = 0.3

@@ -44,6 +44,7 @@ async def test_requests_of_schemathesis_get_no_5xx(idle: GatewayBench) -> None:
     async with httpx.AsyncClient(base_url=base) as client:
         document = (await client.get("/openapi.json")).json()
         await idle.app.state.readiness.refresh()
+        assert idle.app.state.readiness.not_ready_reason == ""
         assert (await client.get("/readyz")).status_code == 200
     schema = schemathesis.openapi.from_dict(document)
     seen: list[tuple[str, int]] = []
