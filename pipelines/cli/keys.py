@@ -23,9 +23,13 @@ def create(
         str, typer.Option(help="moderate: judge images; review: also read policies; admin: also change them.")
     ],
     tenant: Annotated[str, typer.Option(help="The tenant of the images that are judged with this key.")] = "default",
-    rate: Annotated[float | None, typer.Option(metavar="N", help="Limit of requests per second.")] = None,
+    rate: Annotated[float | None, typer.Option(metavar="N", help="Limit of images per second in all gateways.")] = None,
     concurrency: Annotated[
-        int | None, typer.Option(metavar="N", help="Limit of concurrent requests, per gateway replica.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Limit of concurrent requests, per gateway replica. More images at a time count as more requests.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -220,7 +220,11 @@ class Settings(BaseSettings):
     gateway_rate_per_s: Annotated[float, Field(gt=0)] = Field(
         50, description="images a second of one API key over all replicas, unless the key has a rate of its own"
     )
-    gateway_concurrency: Positive = Field(32, description="requests of one API key at a time, per gateway replica")
+    gateway_concurrency: Positive = Field(
+        32,
+        description="requests of one API key at a time, per gateway replica; each image that one judges at a time "
+        "beyond its first counts as a request",
+    )
     gateway_body_limit_bytes: Positive = Field(32 << 20, description="largest body of a request, including base64")
     gateway_body_memory_bytes: Positive = Field(
         256 << 20,

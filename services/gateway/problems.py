@@ -53,7 +53,7 @@ PROBLEM_KINDS: Final[Mapping[str, ProblemKind]] = {
     "url-refused": ProblemKind(422, "The gateway does not fetch this URL"),
     "bad-policy": ProblemKind(422, "The policy document is invalid"),
     "idempotency-key-reused": ProblemKind(422, "A different request has used the idempotency key"),
-    "rate-limited": ProblemKind(429, "The API key has too many requests a second"),
+    "rate-limited": ProblemKind(429, "The API key has sent too many images a second"),
     "too-many-at-once": ProblemKind(429, "The API key has too many concurrent requests"),
     "overloaded": ProblemKind(429, "The gateway is at capacity"),
     "internal": ProblemKind(500, "The gateway failed"),

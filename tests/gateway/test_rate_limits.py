@@ -1,4 +1,4 @@
-"""Limits of one API key: requests a second, concurrent requests and jobs, bytes and pixels."""
+"""Limits of one API key: images a second, concurrent requests and jobs, bytes and pixels."""
 
 import asyncio
 import random
