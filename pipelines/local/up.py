@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -83,6 +84,8 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
                     start_backends({name: value for name, value in os.environ.items() if value})
                 )
                 os.environ.update(variables)
+                if "SLUICE_REDIS_URL" in variables:  # no process of another deployment uses the embedded Redis
+                    os.environ.setdefault("SLUICE_REDIS_SIGNING_KEY", secrets.token_hex(32))
             settings = settings_module.load()
             log_file = stack.enter_context(_tail_log(settings.log_file))
             checkpoints.resolve_checkpoint(settings.model)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
+import redis
 
-from pipelines.local.backends import start_backends
+from pipelines.local.backends import run_valkey, start_backends
 from pipelines.local.env_file import keep_env_file, read_env_file
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings, load
@@ -224,6 +228,22 @@ def test_embedded_backends_do_not_replace_given_settings(tmp_path: Path) -> None
             assert started["AWS_SECRET_ACCESS_KEY"] != "precious"
     finally:
         valkey.kill()
+
+
+@pytest.mark.server
+def test_embedded_valkey_requires_a_password_that_no_other_user_sees(tmp_path: Path) -> None:
+    with run_valkey(tmp_path) as url:
+        address = urlsplit(url)
+        assert (address.hostname, len(address.password or "")) == ("127.0.0.1", 40)
+        with redis.Redis.from_url(url) as client:
+            assert client.ping()
+            server = psutil.Process(client.info("server")["process_id"])
+        assert str(address.password) not in " ".join(server.cmdline())
+        assert {connection.laddr.ip for connection in server.net_connections()} == {"127.0.0.1"}
+        assert stat.S_IMODE((tmp_path / "valkey.conf").stat().st_mode) == 0o600
+        for password in (None, "", "wrong"):
+            with redis.Redis(port=address.port or 0, password=password) as stranger, pytest.raises(redis.RedisError):
+                stranger.set("key", "forged")
 
 
 def test_calibrate_accepts_the_hidden_option_take_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

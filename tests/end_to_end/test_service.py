@@ -1,6 +1,9 @@
 """`sluice up --embedded` from outside: every kind of input, and the gateway, judged by the real engine."""
 
+from urllib.parse import urlsplit
+
 import pytest
+import redis
 
 from tests.end_to_end.checks import SCHEMA, all_cases, check
 from tests.end_to_end.gateway import check_gateway
@@ -20,6 +23,15 @@ def test_submissions_to_embedded_service_have_one_outcome_each(service: Service)
     count = sum(case.end != "nothing" for case in cases)
     verdicts, letters = wait_until_settled(stream, count, within_s=240, before=before)
     check(cases, verdicts, letters)
+
+
+def test_embedded_redis_requires_the_password_in_the_env_file_and_has_signed_rollouts(service: Service) -> None:
+    url = service.wait_until_ready()["SLUICE_REDIS_URL"]
+    with redis.Redis.from_url(url) as client:
+        ((name,),) = [list(client.scan_iter("*:policies:rollout:default"))]
+        assert client.hexists(name, "signature")
+    with redis.Redis(port=urlsplit(url).port or 0) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.hset(name, "change", "forged")
 
 
 def test_gateway_of_embedded_service_serves_openai_client_and_assessments(service: Service) -> None:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 from pydantic import SecretStr
@@ -13,6 +14,7 @@ from pydantic import SecretStr
 from services.core import telemetry
 from services.core.errors import PolicyUnavailable
 from services.core.messages import Submission
+from services.core.tasks import cancel_and_wait
 from services.core.values import Policy
 from services.policies import cache as policy_cache
 from services.policies.cache import PolicyCache
@@ -28,13 +30,15 @@ LENIENT = PolicyDocument.model_validate({"name": "default", "thresholds": {"revi
 FORGED = StoredVersion("default", 2, LENIENT.digest(), LENIENT)
 
 
-def forged_change(number: int = 90_000_000) -> RolloutChange:
+def forged_change(number: int = 90_000_000, action: str = "activate") -> RolloutChange:
     rollout = Rollout(active=2, since=number, digests={2: LENIENT.digest()})
+    if action == "trip":
+        rollout = Rollout(active=1, since=number, tripped=frozenset({1, 2, 3}), digests={1: STRICT.digest()})
     return RolloutChange.model_validate(
         {
             "name": "default",
             "number": number,
-            "action": "activate",
+            "action": action,
             "to": 2,
             "who": "mallory",
             "at": "2026-11-21T10:00:00Z",
@@ -126,6 +130,64 @@ async def test_forged_announcement_changes_no_verdict_and_activate_wins(
         assert (await judging_policy(cache)).identity.digest == stricter.digest()
 
 
+@pytest.mark.parametrize("action", ["activate", "trip"])
+async def test_activate_wins_while_an_attacker_keeps_writing_a_newer_change(
+    registry: PolicyRegistry, shared: PolicyRedisCache, attacker: Attacker, forgeries: Counter[str], action: str
+) -> None:
+    stricter = PolicyDocument(name="default", description="stricter")
+    registry.publish(stricter)
+    service = PolicyService(registry, shared)
+
+    async def attack() -> None:
+        while True:
+            await attacker.forge(forged_change(action=action))
+            await asyncio.sleep(0.01)
+
+    async with (
+        PolicyCache(registry, shared, refresh_s=0.5) as refreshing,
+        PolicyCache(registry, shared, refresh_s=600) as listening,
+    ):
+        running = [refreshing, listening]
+        for cache in running:
+            await judging_policy(cache)
+        await wait_for_listeners(shared, 2)
+        attacking = asyncio.create_task(attack())
+        try:
+            for version in (2, 1):
+                await service.activate("default", version, who="ann")
+                async with PolicyCache(registry, shared, refresh_s=600) as new:
+                    for cache in (*running, new):
+                        await becomes(version, partial(_version, cache))
+                        assert not cache.is_tripped((await judging_policy(cache)).identity)
+        finally:
+            await cancel_and_wait(attacking)
+    assert [change.who for change in registry.list_changes("default")] == ["ann"] * 3
+    assert forgeries["announcement"] + forgeries["rollout"] > 0
+
+
+async def test_author_without_the_key_is_no_forger(
+    registry: PolicyRegistry, valkey_url: str, forgeries: Counter[str]
+) -> None:
+    """A command may lack the key that the processes of the service have."""
+    registry.publish(STRICT)
+    registry.activate("default", 1, who="ann")
+    shared = PolicyRedisCache(valkey_url, registry.bucket, signing_key=SIGNING_KEY)
+    unsigned = PolicyRedisCache(valkey_url, registry.bucket)
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        await judging_policy(cache)
+        await wait_for_listeners(shared, 1)
+        service = PolicyService(registry, unsigned)
+        published = await service.publish(PolicyDocument(name="default", description="stricter"))
+        await service.activate("default", published.version, who="ann")
+        await becomes(published.version, lambda: _version(cache))
+        entry = await shared.find_newest_change("default")
+        assert entry is not None
+        assert entry.is_signed
+    assert not forgeries
+    await unsigned.close()
+    await shared.close()
+
+
 async def _version(cache: PolicyCache) -> int:
     return (await judging_policy(cache)).identity.version
 
@@ -190,6 +252,8 @@ async def test_new_process_takes_only_signed_copies_while_the_bucket_is_down(
         else:
             with pytest.raises(PolicyUnavailable):
                 await judging_policy(new)
+            new._registry = registry  # the bucket is back
+            assert (await judging_policy(new)).identity.digest == STRICT.digest()
 
 
 async def test_earlier_signed_entry_that_is_written_again_is_not_used(
