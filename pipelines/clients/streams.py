@@ -35,7 +35,8 @@ def read_references(
         if reference == "-":
             yield from _read_lines(lines)
         else:
-            uri = reference if reference.startswith("s3://") else Uploads(settings).put_file(Path(reference)).uri
+            is_uri = reference.startswith("s3://")
+            uri = reference if is_uri else Uploads(settings, tenant).put_file(Path(reference)).uri
             yield _parse_submission(
                 {
                     "id": str(uuid.uuid4()),

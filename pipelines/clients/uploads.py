@@ -8,21 +8,31 @@ from services.core.errors import ConfigurationError, StoreUnavailable, Unjudgeab
 from services.core.messages import ObjectReference
 from services.core.s3 import Bucket, s3_client
 from services.core.settings import Settings
+from services.core.tenancy import DEFAULT_TENANT, Tenancy, parse_prefix
 
 _FOLDER: Final = "submitted"
 
 
 class Uploads:
-    """Uploads to the first bucket of SLUICE_S3_BUCKETS."""
+    """Uploads to the first bucket of SLUICE_S3_BUCKETS, or below the tenant's first prefix if tenants are separated."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tenant: str = DEFAULT_TENANT) -> None:
         """
         Raises:
-            ConfigurationError: no bucket is set.
+            ConfigurationError: no bucket is set, or the tenant has no prefix.
         """
         if not settings.s3_buckets:
             raise ConfigurationError("SLUICE_S3_BUCKETS is not set; files are uploaded to the first bucket it names")
-        self._bucket = Bucket(s3_client(settings.s3_endpoint, retries={"mode": "standard"}), settings.s3_buckets[0])
+        bucket, self._folder = settings.s3_buckets[0], ""
+        tenancy = Tenancy(settings.tenant_prefixes, settings.tenant_policies)
+        if tenancy.is_separated:
+            if not (prefixes := tenancy.list_prefixes(tenant)):
+                raise ConfigurationError(
+                    f"the tenant {tenant!r} has no prefix in SLUICE_TENANT_PREFIXES, so its files could not be judged; "
+                    "name another tenant with --tenant, or give it a prefix"
+                )
+            bucket, self._folder = parse_prefix(prefixes[0])
+        self._bucket = Bucket(s3_client(settings.s3_endpoint, retries={"mode": "standard"}), bucket)
 
     def put_file(self, file: Path) -> ObjectReference:
         """Upload one file, under a key of its own.
@@ -41,7 +51,7 @@ class Uploads:
 
     def _put(self, name: str, body: BinaryIO) -> ObjectReference:
         """Upload an open file under a key of its own that ends in `name`; raises StoreUnavailable."""
-        key = f"{_FOLDER}/{uuid.uuid4()}/{name}"
+        key = f"{self._folder}{_FOLDER}/{uuid.uuid4()}/{name}"
         try:
             version_id, etag = self._bucket.put(key, body)
         except (Unjudgeable, StoreUnavailable) as error:

@@ -8,6 +8,7 @@ from datetime import datetime
 from services.core.errors import DeadLetterReason
 from services.core.messages import DeadLetter, Submission, remove_own_headers
 from services.core.settings import Settings
+from services.core.tenancy import NOT_SEPARATED, Tenancy
 from services.core.text import escape_control_chars
 from services.streams.base import Message, Reader
 from services.streams.config import StreamConfig
@@ -91,8 +92,11 @@ class Selection:
         )
 
 
-def parse_dead_letter(message: Message) -> StoredDeadLetter | None:
-    """Parse a message of the dead-letter stream; None if Sluice did not write it. Never raises."""
+def parse_dead_letter(message: Message, tenancy: Tenancy = NOT_SEPARATED) -> StoredDeadLetter | None:
+    """Parse a message of the dead-letter stream; None if Sluice did not write it. Never raises.
+
+    `tenancy` says which tenant has the object of an S3 event.
+    """
     try:
         letter = DeadLetter.from_headers(message.headers)
     except (ArithmeticError, ValueError):
@@ -104,7 +108,7 @@ def parse_dead_letter(message: Message) -> StoredDeadLetter | None:
         source=letter.source,
         timestamp=message.timestamp,
     )
-    return StoredDeadLetter(letter, message, parse(original))
+    return StoredDeadLetter(letter, message, parse(original, tenancy))
 
 
 async def select(
@@ -118,8 +122,9 @@ async def select(
     Raises:
         StreamUnavailable: the stream does not answer.
     """
+    tenancy = Tenancy(settings.tenant_prefixes, settings.tenant_policies)
     async for message in reader.read(settings.dead_letters_stream, follow=False):
-        stored = parse_dead_letter(message)
+        stored = parse_dead_letter(message, tenancy)
         if stored is None:
             on_other_message(message)
         elif selection.matches(stored):

@@ -155,11 +155,11 @@ class Lane:
 
     async def _parse(self, in_flight: InFlightMessage) -> Sequence[Entry]:
         if in_flight.crashes == 0:
-            return parse(in_flight.message)
+            return parse(in_flight.message, self._processor.tenancy)
         if find_poison_error(in_flight.crashes) is not None:
             return ()
         async with self._isolation.isolate(in_flight.message.source, in_flight.crashes, parse=True):
-            return parse(in_flight.message)
+            return parse(in_flight.message, self._processor.tenancy)
 
     async def _handle(self, in_flight: InFlightMessage, entries: Sequence[Entry], ticket: KeyTicket) -> None:
         try:

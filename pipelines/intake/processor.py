@@ -7,11 +7,21 @@ from datetime import UTC, datetime
 from typing import Final
 
 from services.core import telemetry
-from services.core.errors import Expired, Forbidden, GuardFailed, NotFound, Unjudgeable, UnknownPolicy
+from services.core.errors import (
+    Expired,
+    Forbidden,
+    GuardFailed,
+    NotFound,
+    ObjectOutOfScope,
+    PolicyOutOfScope,
+    Unjudgeable,
+    UnknownPolicy,
+)
 from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
 from services.core.retry import UnjudgedBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
+from services.core.tenancy import Tenancy
 from services.moderation.moderator import ModerationResult, Moderator
 from services.moderation.verdicts import build_skipped_verdict
 from services.policies.traffic_sample import TrafficSample
@@ -26,6 +36,8 @@ _EXPIRY_CHECK_S: Final = 15.0
 
 _SYSTEMIC_ERRORS: Final = (Forbidden, NotFound, UnknownPolicy, GuardFailed)
 """Errors that can be systemic: a wrong setting or a broken component can cause them for every submission."""
+_ERRORS_OF_ONE_TENANT: Final = (ObjectOutOfScope, PolicyOutOfScope)
+"""Never systemic: a flood of one tenant's submissions for objects or policies of others must not hold up the stream."""
 _SYSTEMIC_ERRORS_IN_A_ROW: Final = 500
 _SYSTEMIC_ERRORS_PER_SUCCESS: Final = 10.0
 
@@ -48,6 +60,7 @@ class Processor:
         self._systemic_budget = UnjudgedBudget(
             _SYSTEMIC_ERRORS_PER_SUCCESS, _SYSTEMIC_ERRORS_IN_A_ROW, _SYSTEMIC_ERRORS_IN_A_ROW
         )
+        self.tenancy = Tenancy(settings.tenant_prefixes, settings.tenant_policies)
         self._moderator = moderator
         self._settings = settings
         self._sample = sample
@@ -71,7 +84,8 @@ class Processor:
             try:
                 result = await self._judge(entry)
             except Unjudgeable as error:
-                if not isinstance(error, _SYSTEMIC_ERRORS) or self._systemic_budget.take():
+                is_systemic = isinstance(error, _SYSTEMIC_ERRORS) and not isinstance(error, _ERRORS_OF_ONE_TENANT)
+                if not is_systemic or self._systemic_budget.take():
                     return error
                 # A wrong bucket policy or a broken checkpoint must not turn the whole stream into dead letters.
                 log.error(
@@ -126,7 +140,8 @@ class Processor:
             Expired: the submission could not be judged in time, although others were.
             Unjudgeable: the submission can never be judged.
         """
-        judging = asyncio.ensure_future(self._moderator.judge(entry.submission))
+        scope = self.tenancy.find_scope(entry.submission.tenant)
+        judging = asyncio.ensure_future(self._moderator.judge(entry.submission, scope))
         timeout_s = self._settings.judge_deadline_s
         try:
             while True:

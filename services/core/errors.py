@@ -153,6 +153,10 @@ class Forbidden(Unjudgeable):
     reason = "forbidden"
 
 
+class ObjectOutOfScope(Forbidden):
+    """The tenant or the API key may not use the object. Over HTTP it looks like an object that does not exist."""
+
+
 class NotFound(Unjudgeable):
     """The bucket, key or object version does not exist."""
 
@@ -181,6 +185,10 @@ class UnknownPolicy(Unjudgeable):
     """The policy or the version of it does not exist."""
 
     reason = "unknown_policy"
+
+
+class PolicyOutOfScope(UnknownPolicy):
+    """The tenant or the API key may not use the policy. The sentence is the same if the policy does not exist."""
 
 
 class Expired(Unjudgeable):

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from services.core.errors import ConfigurationError
+from services.core.tenancy import parse_prefix, parse_tenant_policy, parse_tenant_prefix
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -44,6 +45,17 @@ class Settings(BaseSettings):
         (), description="the only buckets that Sluice reads, separated by commas"
     )
     policy_bucket: str = Field("", description="bucket of the policy versions and API keys")
+    tenant_prefixes: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="the objects of each tenant, such as `shop=s3://uploads/shop/,forum=s3://forum-uploads`, separated "
+        "by commas; repeat a tenant for several prefixes. If set, a tenant may use no other objects, and may name no "
+        "policy but its own; unset: tenants are not separated",
+    )
+    tenant_policies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="policies that a tenant may name besides its own, such as `shop=strict,shop=lenient`, separated by "
+        "commas; its own is the one that the tenants document gives it. Needs SLUICE_TENANT_PREFIXES",
+    )
     model: str = Field(
         "",
         description="checkpoint: a name such as `LlavaGuard-v1.2-7B-OV`, a hub id, a folder, or `tiny`; the error for "
@@ -280,7 +292,28 @@ class Settings(BaseSettings):
                 raise ValueError(f"{revision!r} is not owner/name@commit with 40 hexadecimal digits")
         return revisions
 
-    @field_validator("s3_buckets", "gateway_fetch_hosts", "model_revisions", mode="before")
+    @field_validator("tenant_prefixes")
+    @classmethod
+    def _check_tenant_prefixes(cls, entries: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        buckets = info.data.get("s3_buckets")
+        for entry in entries:
+            bucket, _ = parse_prefix(parse_tenant_prefix(entry)[1])
+            if buckets and bucket not in buckets:
+                raise ValueError(f"{entry!r} is in the bucket {bucket!r}, which is not one of SLUICE_S3_BUCKETS")
+        return entries
+
+    @field_validator("tenant_policies")
+    @classmethod
+    def _check_tenant_policies(cls, entries: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for entry in entries:
+            parse_tenant_policy(entry)
+        if entries and not info.data.get("tenant_prefixes", True):
+            raise ValueError("it has no effect without SLUICE_TENANT_PREFIXES; set both, or neither")
+        return entries
+
+    @field_validator(
+        "s3_buckets", "tenant_prefixes", "tenant_policies", "gateway_fetch_hosts", "model_revisions", mode="before"
+    )
     @classmethod
     def _split(cls, names: Any) -> Any:
         if isinstance(names, str):

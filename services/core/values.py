@@ -53,6 +53,9 @@ NO_CATEGORY: Final = "NA: None applying"
 DEFAULT_POLICY: Final = "default"
 """The policy of a submission that names none. It stands for the tenant's policy, if the tenant has one."""
 
+TENANTS: Final = "tenants"
+"""The name of the document that assigns policies to tenants. No policy may have it."""
+
 
 class WireModel(BaseModel):
     """A message on a stream. Immutable. Unknown fields are ignored, so that a producer can be newer."""

@@ -17,6 +17,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from services.core.messages import Verdict
+from services.core.tenancy import Scope, Tenancy
 from services.core.values import Detail
 from services.gateway.api_keys import ApiKey, Role
 from services.gateway.body_memory import BodyMemory, MemoryLease
@@ -33,6 +34,7 @@ class Admission:
     limiter: RateLimiter
     memory: BodyMemory
     moderator: BoundedModerator
+    tenancy: Tenancy
 
     @asynccontextmanager
     async def admit(self, api_key: ApiKey, role: Role) -> "AsyncIterator[AdmittedRequest]":
@@ -61,6 +63,11 @@ class AdmittedRequest:
     """Memory for the body and the images. Released when the request ends or, after `start_job`, when the job ends."""
     _resources: ExitStack
     _limits: Admission
+
+    @property
+    def scope(self) -> Scope:
+        """The objects and policies that the API key may use."""
+        return self._limits.tenancy.find_scope(self.api_key.tenant)
 
     def start_job(self) -> ExitStack:
         """Count a job, which may outlive the request. Close the result when the job ends; it also holds the memory.
@@ -91,4 +98,4 @@ class AdmittedRequest:
 
     async def judge(self, image: SubmittedImage, detail: Detail = "verdict") -> Verdict:
         """Judge one image. Raises what `BoundedModerator.judge` raises."""
-        return await self._limits.moderator.judge(image, self.api_key.id, detail)
+        return await self._limits.moderator.judge(image, self.api_key.id, self.scope, detail)

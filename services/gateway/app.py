@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from services.core.errors import SluiceError
 from services.core.settings import Settings
+from services.core.tenancy import Tenancy
 from services.gateway.admission import Admission
 from services.gateway.api_key_cache import MAX_UNKNOWN_KEYS, ApiKeyCache
 from services.gateway.api_keys import ApiKeyRegistry
@@ -69,7 +70,10 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
     )
     moderator = BoundedModerator(dependencies.moderator, settings)
     admission = Admission(
-        RateLimiter(dependencies.redis_cache, settings), BodyMemory(settings.gateway_body_memory_bytes), moderator
+        RateLimiter(dependencies.redis_cache, settings),
+        BodyMemory(settings.gateway_body_memory_bytes),
+        moderator,
+        Tenancy(settings.tenant_prefixes, settings.tenant_policies),
     )
     authenticator, body_reader = Authenticator(keys, admission), BodyReader(settings)
     redis_cache = dependencies.redis_cache

@@ -11,6 +11,7 @@ from typing import Final
 
 from services.core.messages import Verdict
 from services.core.settings import Settings
+from services.core.tenancy import Scope
 from services.core.values import Detail
 from services.gateway.problems import HttpProblem
 from services.gateway.submitted_images import SubmittedImage
@@ -34,8 +35,8 @@ class BoundedModerator:
         self.judged_at = float("-inf")
         """When the guard last judged an image, by the clock."""
 
-    async def judge(self, image: SubmittedImage, key_id: str, detail: Detail = "verdict") -> Verdict:
-        """Judge one image of an API key. Returns its verdict.
+    async def judge(self, image: SubmittedImage, key_id: str, scope: Scope, detail: Detail = "verdict") -> Verdict:
+        """Judge one image of an API key, which may use the objects and policies of `scope`. Returns its verdict.
 
         Raises:
             HttpProblem: the gateway or the API key is at its limit, or there is no verdict within the deadline.
@@ -55,7 +56,7 @@ class BoundedModerator:
         try:
             async with asyncio.timeout(self._deadline_s):
                 judging = self._moderator.judge(
-                    image.request, upload=image.upload, priority="interactive", detail=detail
+                    image.request, scope, upload=image.upload, priority="interactive", detail=detail
                 )
                 verdict = (await judging).verdict
                 if verdict.model is not None:

@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from services.core import telemetry
-from services.core.errors import DeadLetterReason, SluiceError, Unavailable, Unjudgeable
+from services.core.errors import DeadLetterReason, NotFound, ObjectOutOfScope, SluiceError, Unavailable, Unjudgeable
 
 TYPE_PREFIX: Final = "urn:sluice:problem:"
 MEDIA_TYPE: Final = "application/problem+json"
@@ -176,6 +176,9 @@ def to_problem(error: Exception, subject: str) -> HttpProblem:
     match error:
         case HttpProblem():
             return error
+        case NotFound() | ObjectOutOfScope():
+            # The same sentence for both, or it would say which objects of other tenants exist.
+            return HttpProblem("image-not-found", "the object does not exist, or this API key may not use it")
         case Unjudgeable():
             return HttpProblem(_KIND_OF_REASON[error.reason], str(error))
         case Unavailable() | TimeoutError():

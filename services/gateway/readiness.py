@@ -8,6 +8,7 @@ from services.core.errors import SluiceError
 from services.core.messages import Submission
 from services.core.probe_image import draw_probe_image
 from services.core.tasks import cancel_and_wait
+from services.core.tenancy import UNLIMITED
 from services.core.values import PreparedImage
 from services.gateway.api_key_cache import ApiKeyCache
 from services.gateway.load_shedding import BoundedModerator
@@ -58,7 +59,7 @@ class Readiness:
             async with asyncio.timeout(self._deadline_s):
                 self._keys.raise_if_stale()
                 # Chooses the default policy. Nothing is fetched, so the object need not exist.
-                choice = await self._policies.choose(Submission(id="readiness", uri="s3://none/none"))
+                choice = await self._policies.choose(Submission(id="readiness", uri="s3://none/none"), UNLIMITED)
                 if self._image is None:
                     self._image = await self._preparer.prepare(draw_probe_image())
                 await self._guard.assess_each(self._image, [choice.policy], "score", "interactive")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from services.core import telemetry
-from services.core.errors import GuardFailed, Malformed
+from services.core.errors import GuardFailed, Malformed, ObjectOutOfScope
 from services.core.messages import ImageRequest, Verdict
+from services.core.tenancy import Scope
 from services.core.tenant_context import work_for_tenant
 from services.core.values import Detail, GuardPriority, Policy, StoredObject
 from services.moderation.cascade import judge_image
@@ -51,6 +52,7 @@ class Moderator:
     async def judge(
         self,
         request: ImageRequest,
+        scope: Scope,
         *,
         upload: StoredObject | None = None,
         priority: GuardPriority | None = None,
@@ -58,14 +60,17 @@ class Moderator:
     ) -> ModerationResult:
         """Judge one image by the policy version that it names, else by the canary or the active version.
 
-        `upload` is the image, if it came with the request; then nothing is fetched. `priority` is by default that of
+        `scope` says which objects and policies the request may use; no store is asked for others. `upload` is the
+        image, if it came with the request; then nothing is fetched. `priority` is by default that of
         the request. With detail `score`, the guard gives no category and no rationale.
 
         Raises:
             Unjudgeable: the image can never be judged. The class of the error is the reason.
         """
         started_at = datetime.now(UTC)
-        choice = await self._policies.choose(request)
+        choice = await self._policies.choose(request, scope)
+        if upload is None:
+            _require_object_in_scope(request, scope)
         policies = [choice.policy] if choice.shadow is None else [choice.policy, choice.shadow]
         verdict, *others = await self.judge_under(
             request, policies, started_at, upload=upload, priority=priority, detail=detail
@@ -130,6 +135,20 @@ class Moderator:
             1, {"policy": identity.name, "version": str(identity.version), "action": verdict.action or ""}
         )
         return verdict
+
+
+def _require_object_in_scope(request: ImageRequest, scope: Scope) -> None:
+    """
+    Raises:
+        ObjectOutOfScope: the request may not use the object.
+    """
+    if not scope.limits or (reference := request.reference) is None:
+        return
+    if not scope.allows_object(reference.bucket, reference.key):
+        raise ObjectOutOfScope(
+            f"the tenant {request.tenant!r} may not use {reference.uri}, which is below none of its prefixes; correct "
+            "the submission's tenant or SLUICE_TENANT_PREFIXES"
+        )
 
 
 def _compare_shadow(verdict: Verdict, shadow: Policy, other: Verdict | GuardFailed) -> Verdict | None:

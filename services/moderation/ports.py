@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from services.core.messages import ImageRequest, ObjectReference
+from services.core.tenancy import Scope
 from services.core.values import (
     Action,
     Assessment,
@@ -20,8 +21,8 @@ from services.core.values import (
 class PolicySource(Protocol):
     """Chooses policy versions."""
 
-    async def choose(self, request: ImageRequest) -> PolicyChoice:
-        """Return the policy version for a request. Raises UnknownPolicy, PolicyUnavailable."""
+    async def choose(self, request: ImageRequest, scope: Scope) -> PolicyChoice:
+        """Return the policy version for a request. Raises UnknownPolicy (also out of `scope`), PolicyUnavailable."""
 
 
 class ImageSource(Protocol):

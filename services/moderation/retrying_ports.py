@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from services.core.messages import ImageRequest, ObjectReference
 from services.core.retry import retry_while_unavailable
+from services.core.tenancy import Scope
 from services.core.values import (
     Assessment,
     Detail,
@@ -28,8 +29,8 @@ class RetryingPolicySource:
 
     inner: PolicySource
 
-    async def choose(self, request: ImageRequest) -> PolicyChoice:
-        return await retry_while_unavailable(lambda: self.inner.choose(request))
+    async def choose(self, request: ImageRequest, scope: Scope) -> PolicyChoice:
+        return await retry_while_unavailable(lambda: self.inner.choose(request, scope))
 
 
 @dataclass(frozen=True, slots=True)

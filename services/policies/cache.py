@@ -21,17 +21,24 @@ from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 from services.core import telemetry
-from services.core.errors import ConfigurationError, PolicyUnavailable, RedisUnavailable, UnknownPolicy
+from services.core.errors import (
+    ConfigurationError,
+    PolicyOutOfScope,
+    PolicyUnavailable,
+    RedisUnavailable,
+    UnknownPolicy,
+)
 from services.core.messages import ImageRequest
 from services.core.redis_signatures import ForgeryReporter
 from services.core.tasks import cancel_and_wait
-from services.core.values import DEFAULT_POLICY, Policy, PolicyChoice, PolicyIdentity
+from services.core.tenancy import UNLIMITED, Scope
+from services.core.values import DEFAULT_POLICY, TENANTS, Policy, PolicyChoice, PolicyIdentity
 from services.policies.document import PolicyDocument
 from services.policies.redis_cache import CachedChange, PolicyRedisCache
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Rollout, RolloutChange
-from services.policies.tenants import TENANTS, TenantsDocument
+from services.policies.tenants import TenantsDocument
 
 _COPIES_LIMIT: Final = 1024
 _MISSING_TTL_S: Final = 1.0
@@ -91,14 +98,39 @@ class PolicyCache:
         for check in list(self._checks.values()):
             await cancel_and_wait(check)
 
-    async def choose(self, request: ImageRequest) -> PolicyChoice:
+    async def choose(self, request: ImageRequest, scope: Scope = UNLIMITED) -> PolicyChoice:
         """The version that judges a submission, and its shadow. Needs no network if both are known.
 
         Raises:
             UnknownPolicy: there is no such policy or version, or the reference is malformed.
+            PolicyOutOfScope: `scope` does not allow the policy. With a scope that limits policies, the sentence is the
+                same for a policy that does not exist.
             PolicyUnavailable: the policy is not known here, and neither Redis nor the policy bucket answers.
         """
         reference = _parse(request.policy)
+        if not scope.has_policy_limit:
+            return await self._choose(request, reference)
+        detail = (
+            f"the policy {str(reference)!r} does not exist, is not active, or may not be used by this tenant or API key"
+        )
+        own = await self._find_own_policy(request.tenant)
+        names_own = reference.name == DEFAULT_POLICY and reference.version is None
+        if not scope.allows_policy(own if names_own else reference.name, own):
+            raise PolicyOutOfScope(detail)
+        try:
+            return await self._choose(request, reference)
+        except UnknownPolicy:
+            raise UnknownPolicy(detail) from None
+
+    async def is_in_scope(self, name: str, scope: Scope, tenant: str) -> bool:
+        """Whether a scope of a tenant allows a policy. The answer does not depend on whether the policy exists.
+
+        Raises:
+            PolicyUnavailable: the tenants document is needed, and neither Redis nor the policy bucket answers.
+        """
+        return not scope.has_policy_limit or scope.allows_policy(name, await self._find_own_policy(tenant))
+
+    async def _choose(self, request: ImageRequest, reference: PolicyReference) -> PolicyChoice:
         name, version = reference.name, reference.version
         if version is not None:
             return PolicyChoice(await self._get_policy(name, version))
@@ -156,6 +188,11 @@ class PolicyCache:
         if policy is None and tenant != "default":
             telemetry.UNKNOWN_TENANTS.inc()
         return policy or DEFAULT_POLICY
+
+    async def _find_own_policy(self, tenant: str) -> str:
+        """The policy that the active tenants document gives a tenant; `default` if it gives none."""
+        document = await self._get_tenants()
+        return (document.policy_of(tenant) if document else None) or DEFAULT_POLICY
 
     async def _is_own_policy(self, tenant: str, name: str) -> bool:
         """Whether the tenants document gives a policy to a tenant. False while the document is unknown.

@@ -25,6 +25,7 @@ from services.core.text import require_one_line
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
+    TENANTS,
     Action,
     BlockRateBand,
     EffortMode,
@@ -54,8 +55,6 @@ Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000), AfterVali
 """One line without control characters and without angle brackets, which could be a marker of a chat layout."""
 Rules = Annotated[tuple[Rule, ...], Field(max_length=50)]
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
-TENANTS: Final = "tenants"
-"""The name of the tenants document. No policy may have it."""
 
 _FIRST_TRAINING_SEED: Final = (
     1_000_000_000  # pipelines.tiny_guard.drawings.TRAINING_SEEDS, without importing NumPy and Pillow

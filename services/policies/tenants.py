@@ -5,9 +5,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from services.core.values import TENANTS
 from services.policies.document import (
     STORED,
-    TENANTS,
     PolicyDocument,
     PolicyName,
     StrictModel,

@@ -14,6 +14,7 @@ from pydantic_core import to_json
 
 from services.core.errors import Malformed
 from services.core.messages import Submission, decode_json, make_s3_submission_id, read_submission_id
+from services.core.tenancy import NOT_SEPARATED, Tenancy
 from services.streams.base import Message
 
 RECORDS_LIMIT: Final = 1000
@@ -64,16 +65,19 @@ class _Event:
     time: Any
 
 
-def parse(message: Message) -> Parsed:
-    """Read one message: 0..`RECORDS_LIMIT` entries. Never raises."""
+def parse(message: Message, tenancy: Tenancy = NOT_SEPARATED) -> Parsed:
+    """Read one message: 0..`RECORDS_LIMIT` entries. Never raises.
+
+    The tenant of an S3 event, which names none, is the owner of its object.
+    """
     document: Any = None
     try:
         document = decode_json(message.value)
         if _is_structured_cloud_event(document):
-            return _parse_content(message, _read_cloud_event_data(document), envelope=document)
+            return _parse_content(message, _read_cloud_event_data(document), tenancy, envelope=document)
         if message.header("ce_specversion") is not None or message.header("ce-specversion") is not None:
             _check_version(_read_header(message, "specversion"))
-        return _parse_content(message, document)
+        return _parse_content(message, document, tenancy)
     except Malformed as error:
         submission_id = error.submission_id or read_submission_id(document if "uri" in _get_fields(document) else None)
         return (InvalidMessage(Malformed(str(error), submission_id), message.key, message.value),)
@@ -88,16 +92,16 @@ def is_before(sequencer: str, other: str) -> bool:
     return sequencer.upper().ljust(width, "0") < other.upper().ljust(width, "0")
 
 
-def _parse_content(message: Message, document: Any, envelope: dict[str, Any] | None = None) -> Parsed:
+def _parse_content(message: Message, document: Any, tenancy: Tenancy, envelope: dict[str, Any] | None = None) -> Parsed:
     fields = _get_fields(document)
     if "uri" in fields:
         return (_parse_native(message, document),)
     if "Records" in fields:
-        return _parse_notification(message, fields, envelope)
+        return _parse_notification(message, fields, tenancy, envelope)
     if fields.get("Event") == "s3:TestEvent":
         return ()
     if "detail-type" in fields:
-        return _parse_event_bridge(message, fields)
+        return _parse_event_bridge(message, fields, tenancy)
     return (_parse_native(message, document),)
 
 
@@ -158,14 +162,18 @@ def _read_header(message: Message, attribute: str) -> str:
 # S3
 
 
-def _parse_notification(message: Message, document: dict[str, Any], envelope: dict[str, Any] | None) -> Parsed:
+def _parse_notification(
+    message: Message, document: dict[str, Any], tenancy: Tenancy, envelope: dict[str, Any] | None
+) -> Parsed:
     records = document["Records"]
     if not isinstance(records, list):
         raise Malformed("Records: must be a list")
     if len(records) > RECORDS_LIMIT:
         raise Malformed(f"Records: more than {RECORDS_LIMIT}")
     originals = _split_original(message, document, records, envelope)
-    entries = (_parse_record(message, record, original) for record, original in zip(records, originals, strict=True))
+    entries = (
+        _parse_record(message, record, original, tenancy) for record, original in zip(records, originals, strict=True)
+    )
     return tuple(entry for entry in entries if entry is not None)
 
 
@@ -193,11 +201,13 @@ def _encode(document: dict[str, Any]) -> bytes:
     return to_json(document, inf_nan_mode="null")
 
 
-def _parse_record(message: Message, record: Any, original: bytes) -> ParsedSubmission | InvalidMessage | None:
+def _parse_record(
+    message: Message, record: Any, original: bytes, tenancy: Tenancy
+) -> ParsedSubmission | InvalidMessage | None:
     """The entry of one record; None when it reports something other than a creation."""
     try:
         event = _read_creation_event(record)
-        return _build_submission(message, event, original) if event else None
+        return _build_submission(message, event, original, tenancy) if event else None
     except Malformed as error:
         return InvalidMessage(error, message.key, original)
 
@@ -222,7 +232,7 @@ def _read_creation_event(record: Any) -> _Event | None:
     )
 
 
-def _parse_event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
+def _parse_event_bridge(message: Message, document: dict[str, Any], tenancy: Tenancy) -> Parsed:
     """The format of Amazon EventBridge. Unlike in a notification, keys are not URL-encoded."""
     if document["detail-type"] != "Object Created":
         if document.get("source") == "aws.s3":
@@ -238,10 +248,10 @@ def _parse_event_bridge(message: Message, document: dict[str, Any]) -> Parsed:
         sequencer=stored.get("sequencer"),
         time=document.get("time"),
     )
-    return (_build_submission(message, event, message.value),)
+    return (_build_submission(message, event, message.value, tenancy),)
 
 
-def _build_submission(message: Message, event: _Event, original: bytes) -> ParsedSubmission:
+def _build_submission(message: Message, event: _Event, original: bytes, tenancy: Tenancy) -> ParsedSubmission:
     bucket = _read_text("bucket.name", event.bucket)
     key = _read_text("object.key", event.key)
     if not bucket or not key:
@@ -262,6 +272,7 @@ def _build_submission(message: Message, event: _Event, original: bytes) -> Parse
         "uri": f"s3://{bucket}/{key}",
         "version_id": version_id,
         "etag": etag,
+        "tenant": tenancy.find_owner(bucket, key),
         "submitted_at": _read_text("eventTime", event.time) or None,
     }
     submission = _validate(document, message.timestamp)

@@ -50,6 +50,17 @@ def test_require_other_fields_checks_only_these() -> None:
         ("SLUICE_S3_ENDPOINT", "host:9000", "SLUICE_S3_ENDPOINT is wrong: must begin with http:// or https://"),
         ("SLUICE_KAFKA_OPTIONS", "{", "SLUICE_KAFKA_OPTIONS is wrong: it is not a JSON object"),
         ("SLUICE_IN_FLIGHT", "0", "SLUICE_IN_FLIGHT is wrong: "),
+        ("SLUICE_TENANT_PREFIXES", "shop", "SLUICE_TENANT_PREFIXES is wrong: 'shop' is not tenant=value; write for ex"),
+        ("SLUICE_TENANT_PREFIXES", "a=uploads/a/", "SLUICE_TENANT_PREFIXES is wrong: 'uploads/a/' is not a prefix; "),
+        ("SLUICE_TENANT_PREFIXES", "a=s3://uploads/a", "SLUICE_TENANT_PREFIXES is wrong: 's3://uploads/a' must end"),
+        ("SLUICE_TENANT_PREFIXES", "a=s3://uploads/../b/", "SLUICE_TENANT_PREFIXES is wrong: 's3://uploads/../b/' ca"),
+        (
+            "SLUICE_TENANT_PREFIXES",
+            "a=s3://other/",
+            "SLUICE_TENANT_PREFIXES is wrong: 'a=s3://other/' is in the bucket",
+        ),
+        ("SLUICE_TENANT_POLICIES", "a=strict", "SLUICE_TENANT_POLICIES is wrong: it has no effect without SLUICE_TENA"),
+        ("SLUICE_TENANT_POLICIES", "a=strict@1", "SLUICE_TENANT_POLICIES is wrong: 'a=strict@1' names a version; "),
     ],
 )
 def test_load_invalid_value_error_names_variable(

@@ -27,6 +27,7 @@ from services.core.calibration import CalibrationMap, IsotonicMap, PlattMap, Sto
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.tenancy import UNLIMITED
 from services.core.values import CATEGORIES, NO_CATEGORY, AppliedCalibration, Policy, PolicyIdentity
 from services.moderation.cascade import apply_calibration
 from services.policies.cache import PolicyCache
@@ -187,9 +188,9 @@ class TestModeration:
 
     async def test_thresholds_use_the_calibrated_score(self) -> None:
         submission = Submission(id="upl-1", uri="s3://uploads/a")
-        before = (await FakePorts(POLICY).build_moderator().judge(submission)).verdict
+        before = (await FakePorts(POLICY).build_moderator().judge(submission, UNLIMITED)).verdict
         policy = replace(POLICY, calibrations={unsafe().model.revision: ISOTONIC})
-        after = (await FakePorts(policy).build_moderator().judge(submission)).verdict
+        after = (await FakePorts(policy).build_moderator().judge(submission, UNLIMITED)).verdict
         assert (before.score, before.action, before.calibration) == (0.9, "block", None)
         assert (after.score, after.action, after.rating) == (pytest.approx(0.5), "review", "Unsafe")
         assert after.calibration == AppliedCalibration(digest=ISOTONIC.digest, raw_score=0.9)
@@ -200,11 +201,13 @@ class TestModeration:
         policy = replace(adaptive.as_version(3), calibrations={unsafe().model.revision: ISOTONIC})
         ports = FakePorts(policy)
         ports.first_look_answers = [replace(unsafe(0.45), rating="Safe", category=NO_CATEGORY)]
-        verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+        verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"), UNLIMITED)).verdict
         assert (verdict.effort, verdict.score) == ("first_look", pytest.approx(0.1))
         for score in (0.6, 0.9):  # the first for its rating, although its calibrated score is low
             ports.first_look_answers = [unsafe(score)]
-            verdict = (await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"))).verdict
+            verdict = (
+                await ports.build_moderator().judge(Submission(id="upl-1", uri="s3://uploads/a"), UNLIMITED)
+            ).verdict
             assert verdict.effort == "full"
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from services.core.settings import Settings
+from services.core.tenancy import NOT_SEPARATED
 from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey, Role
 from services.gateway.body_memory import BodyMemory
@@ -25,7 +26,7 @@ def admission() -> Admission:
     """Limits without Redis: the process counts rates itself, with a stopped clock."""
     settings = Settings(gateway_rate_per_s=1, gateway_concurrency=1, gateway_in_flight=1)
     limiter = RateLimiter(PolicyRedisCache("redis://127.0.0.1:1/0", "admission"), settings, clock=lambda: 0.0)
-    return Admission(limiter, BodyMemory(MEMORY_BYTES), BoundedModerator(None, settings))  # type: ignore[arg-type]
+    return Admission(limiter, BodyMemory(MEMORY_BYTES), BoundedModerator(None, settings), NOT_SEPARATED)  # type: ignore[arg-type]
 
 
 async def kind_of_refusal(admission: Admission, key: ApiKey, role: Role = "moderate") -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from services.core.settings import Settings
+from services.core.tenancy import NOT_SEPARATED
 from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_jobs import AssessmentJobs
@@ -97,7 +98,7 @@ async def test_job_over_the_limit_fails_and_releases_its_memory(
     redis_cache: SwitchableRedisCache, is_down: bool
 ) -> None:
     limiter, memory = RateLimiter(redis_cache, Settings(gateway_concurrency=1)), BodyMemory(1000)
-    admission = Admission(limiter, memory, moderator=None)  # type: ignore[arg-type]
+    admission = Admission(limiter, memory, moderator=None, tenancy=NOT_SEPARATED)  # type: ignore[arg-type]
     store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=KEEP_S)
     key = ApiKey(id="0" * 16, name="n", role="admin", tenant="shop", digest="", created_at="2026-01-01T00:00:00Z")
     jobs: Any = AssessmentJobs(store)

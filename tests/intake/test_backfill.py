@@ -12,6 +12,7 @@ from pipelines.intake import lane, worker
 from pipelines.intake.worker import IntakeWorker
 from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.tenancy import Scope
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
 from services.streams.base import Message, OutgoingMessage
@@ -51,7 +52,7 @@ class HoldingModerator:
         self.all_judged = asyncio.Event()
         self.judged: Counter[str] = Counter()
 
-    async def judge(self, submission: Submission) -> ModerationResult:
+    async def judge(self, submission: Submission, _scope: Scope) -> ModerationResult:
         self.held += 1
         if self.held == SETTINGS.in_flight:
             self.all_slots_taken.set()

@@ -14,6 +14,7 @@ from pipelines.intake.processor import Processor
 from services.core.errors import ConfigurationError
 from services.core.messages import DeadLetter, Submission, Verdict
 from services.core.settings import Settings
+from services.core.tenancy import Scope
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
 from services.streams.base import Message, OutgoingMessage
@@ -51,7 +52,7 @@ class RecordingModerator:
         self.judged: list[str] = []
         self.stuck = asyncio.Event()
 
-    async def judge(self, submission: Submission) -> ModerationResult:
+    async def judge(self, submission: Submission, _scope: Scope) -> ModerationResult:
         if submission.id == "stuck":
             self.stuck.set()
             await asyncio.Event().wait()
@@ -146,9 +147,10 @@ async def test_deadline_keeps_the_outputs_of_finished_entries() -> None:
     bench = LaneBench(FreeIsolation(0), {"Records": [created("a.jpg", "01"), created("b.jpg", "02"), {"eventName": 5}]})
     judge = bench.moderator.judge
 
-    async def stuck_at_b(submission: Submission) -> ModerationResult:
-        stuck = submission.uri.endswith("b.jpg")
-        result: ModerationResult = await judge(submission.model_copy(update={"id": "stuck"}) if stuck else submission)
+    async def stuck_at_b(submission: Submission, scope: Scope) -> ModerationResult:
+        if submission.uri.endswith("b.jpg"):
+            submission = submission.model_copy(update={"id": "stuck"})
+        result: ModerationResult = await judge(submission, scope)
         return result
 
     bench.moderator.judge = stuck_at_b

@@ -8,10 +8,11 @@ import pytest
 
 from pipelines.intake import processor
 from pipelines.intake.processor import Processor
-from services.core.errors import NotFound, SluiceError
+from services.core.errors import NotFound, ObjectOutOfScope, PolicyOutOfScope, SluiceError
 from services.core.messages import DeadLetter, Submission, Verdict
 from services.core.retry import UnjudgedBudget
 from services.core.settings import Settings
+from services.core.tenancy import Scope
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
 from services.streams.base import Message, OutgoingMessage
@@ -30,7 +31,7 @@ class FakeModerator:
     def __init__(self, error: SluiceError | None = None) -> None:
         self.error = error
 
-    async def judge(self, submission: Submission) -> ModerationResult:
+    async def judge(self, submission: Submission, _scope: Scope) -> ModerationResult:
         if submission.id == "stuck":
             await asyncio.Event().wait()
         if self.error:
@@ -88,6 +89,22 @@ async def test_systemic_error_beyond_the_budget_waits_instead_of_a_dead_letter(
     pauses.end.set()
     (verdict,) = await waiting
     assert Verdict.model_validate_json(verdict.value).submission_id == "waits"
+
+
+@pytest.mark.parametrize("error", [ObjectOutOfScope("not yours"), PolicyOutOfScope("not yours")])
+async def test_flood_of_submissions_out_of_scope_never_waits_and_takes_nothing_from_the_budget(
+    monkeypatch: pytest.MonkeyPatch, error: SluiceError
+) -> None:
+    monkeypatch.setattr(processor, "_SYSTEMIC_ERRORS_IN_A_ROW", 5)
+    moderator, pauses = FakeModerator(error), Pauses()
+    judge = make_processor(moderator, sleep=pauses.sleep)
+    for number in range(50):
+        await asyncio.wait_for(judge.process(MESSAGE, entry(str(number))), 5)
+    moderator.error = NotFound("no such object")
+    for number in range(5):
+        (letter,) = await asyncio.wait_for(judge.process(MESSAGE, entry(f"absent-{number}")), 5)
+        assert read_letter(letter).reason == "not_found", "the flood has used nothing of the budget"
+    assert pauses.begun.empty()
 
 
 async def test_stuck_submission_expires_only_after_others_succeed(monkeypatch: pytest.MonkeyPatch) -> None:

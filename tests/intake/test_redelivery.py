@@ -11,6 +11,7 @@ from services.core.errors import NotOwned
 from services.core.messages import Submission
 from services.core.redis import RedisClient
 from services.core.settings import Settings
+from services.core.tenancy import Scope
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
 from services.streams.base import Lag, Message, OutgoingMessage
@@ -53,7 +54,7 @@ class RebalancedConsumer:
 class FakeModerator:
     """Judges after the messages of one batch have all been received."""
 
-    async def judge(self, submission: Submission) -> ModerationResult:
+    async def judge(self, submission: Submission, _scope: Scope) -> ModerationResult:
         await asyncio.sleep(0)
         return ModerationResult(build_skipped_verdict(submission, "needs_review"))
 

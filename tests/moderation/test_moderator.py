@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.core.errors import GuardFailed, Malformed, Unavailable, UnreadableAnswer
 from services.core.messages import ImageRequest, ObjectReference, Submission, Upload
+from services.core.tenancy import UNLIMITED, Scope
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
@@ -54,7 +55,7 @@ def test_decide_returns_the_action_of_the_category_thresholds(score: float, cate
 
 async def test_shadow_is_judged_in_the_same_call_and_not_counted() -> None:
     ports = FakePorts(POLICY, OTHER)
-    result = await ports.build_moderator().judge(SUBMISSION)
+    result = await ports.build_moderator().judge(SUBMISSION, UNLIMITED)
     assert ports.calls == [([1, 2], "verdict")], "one call, so that the engine reads the image once"
     assert (result.verdict.action, result.verdict.policy) == ("block", POLICY.identity)
     assert result.shadow is not None
@@ -67,7 +68,7 @@ async def test_shadow_is_judged_in_the_same_call_and_not_counted() -> None:
 async def test_shadow_with_an_error_does_not_change_the_verdict(error: Exception) -> None:
     ports = FakePorts(POLICY, OTHER)
     ports.answers[2] = error
-    result = await ports.build_moderator().judge(SUBMISSION)
+    result = await ports.build_moderator().judge(SUBMISSION, UNLIMITED)
     assert result.verdict.action == "block"
     if isinstance(error, GuardFailed):
         assert result.shadow is None
@@ -80,13 +81,13 @@ async def test_image_refused_by_the_engine_raises_guard_failed() -> None:
     ports = FakePorts(POLICY, OTHER)
     ports.answers[1] = GuardFailed("refused")
     with pytest.raises(GuardFailed):
-        await ports.build_moderator().judge(SUBMISSION)
+        await ports.build_moderator().judge(SUBMISSION, UNLIMITED)
 
 
 async def test_answer_unreadable_twice_needs_review() -> None:
     ports = FakePorts(POLICY)
     ports.answers[1] = UnreadableAnswer("garbage", MODEL)
-    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
+    verdict = (await ports.build_moderator().judge(SUBMISSION, UNLIMITED)).verdict
     assert len(ports.calls) == 2
     assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "unreadable_answer", "review")
     assert ports.counted_actions == [], "an unreadable answer says nothing about the policy"
@@ -106,7 +107,7 @@ async def test_first_look_accepts_a_low_score_and_escalates_others(
 ) -> None:
     ports = FakePorts(ADAPTIVE)
     ports.first_look_answers = first_look_answers
-    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
+    verdict = (await ports.build_moderator().judge(SUBMISSION, UNLIMITED)).verdict
     assert verdict.effort == effort
     assert verdict.action == ("allow" if effort == "first_look" else "block")
 
@@ -117,7 +118,7 @@ async def test_image_rated_unsafe_by_the_first_look_is_assessed_in_full() -> Non
     ports.first_look_answers = [
         Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.6, model=MODEL)
     ]
-    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
+    verdict = (await ports.build_moderator().judge(SUBMISSION, UNLIMITED)).verdict
     assert (verdict.effort, verdict.rating) == ("full", "Unsafe")
     assert verdict.category != NO_CATEGORY
     assert verdict.rationale
@@ -126,16 +127,16 @@ async def test_image_rated_unsafe_by_the_first_look_is_assessed_in_full() -> Non
 async def test_block_with_an_open_breaker_becomes_a_review() -> None:
     ports = FakePorts(POLICY)
     ports.is_breaker_open = True
-    verdict = (await ports.build_moderator().judge(SUBMISSION)).verdict
+    verdict = (await ports.build_moderator().judge(SUBMISSION, UNLIMITED)).verdict
     assert (verdict.outcome, verdict.reason, verdict.action) == ("needs_review", "quota", "review")
     assert (verdict.rating, verdict.score) == ("Unsafe", 0.9), "the guard's assessment is kept"
     ports.answers[1] = safe()
-    assert (await ports.build_moderator().judge(SUBMISSION)).verdict.outcome == "verdict"
+    assert (await ports.build_moderator().judge(SUBMISSION, UNLIMITED)).verdict.outcome == "verdict"
 
 
 async def test_upload_without_bytes_is_malformed() -> None:
     with pytest.raises(Malformed, match="must come with the request"):
-        await FakePorts(POLICY).build_moderator().judge(Upload(id="a", uri=Upload.make_uri(b"bytes")))
+        await FakePorts(POLICY).build_moderator().judge(Upload(id="a", uri=Upload.make_uri(b"bytes")), UNLIMITED)
 
 
 async def test_unavailable_port_is_called_again() -> None:
@@ -143,7 +144,7 @@ async def test_unavailable_port_is_called_again() -> None:
     ports.first_look_answers = [safe(0.3)]
     flaky = _UnavailableOnce(ports)
     moderator = build_retrying_moderator(policies=flaky, images=flaky, preparer=flaky, guard=flaky)
-    assert (await moderator.judge(SUBMISSION)).verdict.effort == "full"
+    assert (await moderator.judge(SUBMISSION, UNLIMITED)).verdict.effort == "full"
     assert flaky.calls == ["choose"] * 2 + ["open"] * 2 + ["prepare"] * 2 + ["first_look"] * 2 + ["assess_each"] * 3
 
 
@@ -159,9 +160,9 @@ class _UnavailableOnce:
         if self.calls.count(name) == 1:
             raise Unavailable(f"{name} is unavailable")
 
-    async def choose(self, request: ImageRequest) -> PolicyChoice:
+    async def choose(self, request: ImageRequest, scope: Scope) -> PolicyChoice:
         self._count("choose")
-        return await self._ports.choose(request)
+        return await self._ports.choose(request, scope)
 
     @asynccontextmanager
     async def open(self, _reference: ObjectReference) -> AsyncIterator[StoredObject]:
@@ -202,7 +203,7 @@ async def test_upload_is_not_fetched_and_has_the_given_priority() -> None:
     ports = FakePorts(POLICY)
     moderator = Moderator(policies=ports, images=_NoImages(), preparer=FakePreparer(), guard=ports)
     upload = Upload(id="a", uri=Upload.make_uri(b"bytes"))
-    result = await moderator.judge(upload, upload=StoredObject(b"bytes", None, None), priority="interactive")
+    result = await moderator.judge(upload, UNLIMITED, upload=StoredObject(b"bytes", None, None), priority="interactive")
     verdict = result.verdict
     assert verdict.uri == f"upload:sha256:{hashlib.sha256(b'bytes').hexdigest()}"
     assert (verdict.action, verdict.etag, verdict.version_id) == ("block", None, None)
@@ -217,7 +218,7 @@ async def test_verdict_with_detail_score_has_no_category(policy: Policy, calls: 
     ports.first_look_answers = [
         Assessment(rating="Unsafe", category=NO_CATEGORY, rationale=None, score=0.9, model=MODEL)
     ]
-    verdict = (await ports.build_moderator().judge(SUBMISSION, detail="score")).verdict
+    verdict = (await ports.build_moderator().judge(SUBMISSION, UNLIMITED, detail="score")).verdict
     assert [detail for _, detail in ports.calls] == calls
     assert (verdict.rating, verdict.score, verdict.action) == ("Unsafe", 0.9, "block")
     assert (verdict.category, verdict.rationale) == (None, None)
@@ -238,5 +239,5 @@ async def test_interactive_verdict_is_not_counted_by_the_circuit_breaker(
 ) -> None:
     ports = FakePorts(POLICY)
     ports.choice = PolicyChoice(POLICY, counted_tenant="shop")
-    await ports.build_moderator().judge(SUBMISSION, priority=priority)
+    await ports.build_moderator().judge(SUBMISSION, UNLIMITED, priority=priority)
     assert ports.counted_tenants == [counted]

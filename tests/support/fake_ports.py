@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from services.core.messages import ImageRequest, ObjectReference
+from services.core.tenancy import Scope
 from services.core.values import (
     CATEGORIES,
     NO_CATEGORY,
@@ -47,7 +48,7 @@ class FakePorts:
         self.counted_tenants: list[str | None] = []
         self.is_breaker_open = False
 
-    async def choose(self, _request: ImageRequest) -> PolicyChoice:
+    async def choose(self, _request: ImageRequest, _scope: Scope) -> PolicyChoice:
         return self.choice
 
     @asynccontextmanager

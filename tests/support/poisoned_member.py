@@ -15,6 +15,7 @@ from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.worker import IntakeWorker
 from services.core.messages import Submission
 from services.core.settings import Settings
+from services.core.tenancy import Scope, Tenancy
 from services.moderation.moderator import ModerationResult
 from services.moderation.verdicts import build_skipped_verdict
 from services.policies.redis_cache import PolicyRedisCache
@@ -26,14 +27,14 @@ from services.streams.parsing import parse
 _JUDGE_S = 0.02
 
 
-def deadly_parse(message: Message) -> Any:
+def deadly_parse(message: Message, tenancy: Tenancy) -> Any:
     if b"deadly-to-read" in message.value:
         os.kill(os.getpid(), signal.SIGKILL)
-    return parse(message)
+    return parse(message, tenancy)
 
 
 class DeadlyModerator:
-    async def judge(self, submission: Submission) -> ModerationResult:
+    async def judge(self, submission: Submission, _scope: Scope) -> ModerationResult:
         await asyncio.sleep(_JUDGE_S)
         if "deadly-to-judge" in submission.id:
             os.kill(os.getpid(), signal.SIGKILL)
