@@ -26,23 +26,36 @@ from typing import Final
 
 import psutil
 
+from services.core import landlock
+
 _PARENT_CHECK_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
+_PR_CAPBSET_DROP: Final = 24
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_CAPABILITIES_TO_READ_MEMORY: Final = (19, 21, 38)
+"""CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_PERFMON: the last two read `/proc/PID/environ` despite Landlock."""
 _DESCENDANTS_CHECK_S: Final = 1.0
 _SOURCES: Final = Path(__file__).parents[2]
+_CONFINED: Final = "--confined"
 
 
 class SupervisedProcess:
     """A command running in the background, with its output in a file."""
 
-    def __init__(self, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None, confined: bool = False
+    ) -> None:
+        """Start the command.
+
+        A `confined` command cannot trace or read processes outside of its own tree, also of the same user. If the
+        kernel cannot forbid it, the command runs without this limit; see `can_confine`.
+        """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), *argv],
+                [sys.executable, "-m", __name__, str(os.getpid()), *([_CONFINED] if confined else []), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -92,11 +105,14 @@ def _supervise(parent: int, argv: list[str]) -> int:
     adopt_orphans()
     watchdog = _spawn_watchdog()
     libc = ctypes.CDLL(None)
+    confined = argv[0] == _CONFINED
 
-    def die_with_supervisor() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it dies with the supervisor
+        if confined:
+            _confine()
 
-    child = subprocess.Popen(argv, preexec_fn=die_with_supervisor)  # noqa: PLW1509 - no threads in this process
+    child = subprocess.Popen(argv[confined:], preexec_fn=prepare)  # noqa: PLW1509 - no threads in this process
     killed = False
 
     def kill(*_: object) -> None:
@@ -138,6 +154,20 @@ def start_helper(
         pass_fds=pass_fds,
         start_new_session=True,
     )
+
+
+def can_confine() -> bool:
+    """Return whether the kernel keeps a confined command from the processes outside of its tree."""
+    return landlock.find_version() > 0
+
+
+def _confine() -> None:
+    libc = ctypes.CDLL(None)
+    for capability in _CAPABILITIES_TO_READ_MEMORY:  # only a process of root has them; the program then starts without
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    with contextlib.suppress(OSError):
+        landlock.forbid_new_privileges()
+        landlock.forbid_tracing_others()
 
 
 def forbid_tracing() -> None:

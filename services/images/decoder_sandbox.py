@@ -8,9 +8,9 @@
 | `seccomp` | no sockets, no programs, no processes, no tracing, no reading of other processes' memory |
 | `rlimits` | few open files, no files written, no core dump |
 
-A kernel or a container may lack any of them, so `enter` returns those that are in force. There is no library that is
-kept and has wheels for both systems, so this module calls the kernel through libc; the numbers are from the kernel's
-headers `linux/landlock.h`, `linux/seccomp.h`, `linux/filter.h` and `asm/unistd.h`.
+A kernel or a container may lack any of them, so `enter` returns those that are in force. This module calls the kernel
+through libc; the numbers are from the kernel's headers `linux/seccomp.h`, `linux/filter.h` and `asm/unistd.h`. Decision
+16 compares the libraries that could be used instead.
 """
 
 import ctypes
@@ -20,32 +20,19 @@ import resource
 import struct
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+from services.core import landlock
 
 MEASURES: Final = ("capabilities", "no_new_privs", "landlock", "seccomp", "rlimits")
 
 _SOURCES: Final = Path(__file__).parents[1]
 _OPEN_FILES_LIMIT: Final = 64
 
-_PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITY_VERSION_3: Final = 0x20080522
-
-_LANDLOCK_CREATE_RULESET: Final = 444
-_LANDLOCK_ADD_RULE: Final = 445
-_LANDLOCK_RESTRICT_SELF: Final = 446
-_LANDLOCK_GET_VERSION: Final = 1
-_LANDLOCK_RULE_PATH_BENEATH: Final = 1
-_READ_FILE: Final = 1 << 2
-_READ_DIR: Final = 1 << 3
-_FILE_RIGHTS_BY_VERSION: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""By version of Landlock: how many rights of files it knows. Each is one bit, from bit 0."""
-_NETWORK_RIGHTS: Final = 3
-"""To bind and to connect TCP sockets, from version 4."""
-_SCOPES: Final = 3
-"""Abstract Unix sockets and signals, from version 6."""
 
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _SECCOMP_FILTER_FLAG_TSYNC: Final = 1
@@ -121,15 +108,16 @@ def enter() -> list[str]:
     Call it with no other thread running: Landlock binds only the calling thread and what it starts later.
     """
     libc = ctypes.CDLL(None, use_errno=True)
+    measures: dict[str, Callable[[], None]] = {
+        "capabilities": lambda: _drop_capabilities(libc),
+        "no_new_privs": landlock.forbid_new_privileges,
+        "landlock": lambda: landlock.restrict_to_reading(_code_folders()),
+        "seccomp": lambda: _restrict_calls(libc),
+    }
     in_force = []
-    for name, apply in (
-        ("capabilities", _drop_capabilities),
-        ("no_new_privs", _forbid_new_privileges),
-        ("landlock", _restrict_files),
-        ("seccomp", _restrict_calls),
-    ):
+    for name, apply in measures.items():
         with suppress(OSError):
-            apply(libc)
+            apply()
             in_force.append(name)
     with suppress(OSError, ValueError):
         _set_limits()
@@ -140,34 +128,6 @@ def enter() -> list[str]:
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     _check(libc.capset(header, bytes(24)))
-
-
-def _forbid_new_privileges(libc: ctypes.CDLL) -> None:
-    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-
-
-def _restrict_files(libc: ctypes.CDLL) -> None:
-    version = _check(libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_GET_VERSION))
-    rights = (1 << _FILE_RIGHTS_BY_VERSION[min(version, max(_FILE_RIGHTS_BY_VERSION))]) - 1
-    fields = [rights]
-    if version >= 4:
-        fields.append(_NETWORK_RIGHTS)
-    if version >= 6:
-        fields.append(_SCOPES)
-    attributes = struct.pack(f"={len(fields)}Q", *fields)
-    ruleset = _check(libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0))
-    try:
-        for folder in _code_folders():
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                opened = os.open(folder, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
-                try:
-                    rule = struct.pack("=Qi", _READ_FILE | _READ_DIR, opened)
-                    _check(libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0))
-                finally:
-                    os.close(opened)
-        _check(libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0))
-    finally:
-        os.close(ruleset)
 
 
 def _code_folders() -> Iterable[str]:

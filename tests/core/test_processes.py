@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.core.processes import SupervisedProcess, start_helper
+from services.core.processes import SupervisedProcess, can_confine, start_helper
+from tests.support.kernel import landlock_version, skip_without
 from tests.support.processes import are_gone
 
 # A parent, a child, and a grandchild in a session of its own: each writes its pid.
@@ -153,6 +154,57 @@ def test_kill_descendants_on_exit_process_ends_kills_orphans_too(family: tuple[s
     parent.send_signal(end)
     parent.wait()
     assert are_gone(pids)
+
+
+CURIOUS = """
+import os, signal, subprocess, sys, time
+victim = int(sys.argv[1])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+def attempt(name, action):
+    try:
+        action()
+        print(name, "succeeded", flush=True)
+    except OSError as error:
+        print(name, "refused", error.errno, flush=True)
+
+attempt("environ", lambda: open(f"/proc/{victim}/environ", "rb").read())
+attempt("memory", lambda: open(f"/proc/{victim}/mem", "r+b"))
+attempt("files", lambda: os.listdir(f"/proc/{victim}/fd") and os.stat(f"/proc/{victim}/fd/0"))
+attempt("signal", lambda: os.kill(victim, 0))
+attempt("own child", lambda: open(f"/proc/{child.pid}/environ", "rb").read())
+attempt("own signal", lambda: child.kill())
+"""
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_confined_command_cannot_reach_processes_of_its_user(tmp_path: Path, confined: bool) -> None:
+    skip_without("landlock")
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={"SECRET": "hush"})
+    child = SupervisedProcess([sys.executable, "-c", CURIOUS, str(victim.pid)], log=tmp_path / "log", confined=confined)
+    try:
+        assert child._supervisor.wait(60) == 0, child.tail()
+        results = dict(line.split(" ", 1) for line in child.tail().replace("own ", "own-").splitlines())
+    finally:
+        child.kill()
+        victim.kill()
+        victim.wait()
+    assert results.pop("own-child") == results.pop("own-signal") == "succeeded"
+    if landlock_version() < 6:
+        assert results.pop("signal") == "succeeded"
+    assert set(results.values()) <= ({"refused 1", "refused 13"} if confined else {"succeeded"}), results
+
+
+def test_kernel_without_landlock_runs_confined_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from services.core import landlock; landlock._CREATE_RULESET = 100_000  # no such system call"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path), os.getcwd()]))
+    child = SupervisedProcess([sys.executable, "-c", "print('runs')"], log=tmp_path / "log", confined=True)
+    assert child._supervisor.wait(60) == 0
+    assert "runs" in child.tail()
+    monkeypatch.setattr("services.core.landlock._CREATE_RULESET", 100_000)
+    assert not can_confine()
 
 
 def test_kill_descendants_with_spare_kills_all_others() -> None:

@@ -17,6 +17,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipelines.autoscaling.serve_config import make_autoscaling_policy
 from pipelines.serving.build import ApplicationArguments
+from services.core.settings import Settings
+from services.images.decoder_limits import decoder_memory_bytes
 from tests.support.deployment_files import INFRA, ROOT, document
 
 FOLDER: Final = INFRA / "kubernetes"
@@ -170,6 +172,26 @@ def test_guard_pods_get_no_settings_and_no_kubernetes_token(overlay: str) -> Non
     assert set(secrets(guard)) <= {"sluice-hub"}
     assert "envFrom" not in guard["containers"][0]
     assert accounts[guard["serviceAccountName"]]["automountServiceAccountToken"] is False
+
+
+RAY_AND_REPLICA_BYTES: Final = 768 << 20
+"""Ray's processes of a node and a replica at rest, as docs/deployment.md says."""
+
+
+@each_overlay
+@pytest.mark.parametrize("role", ["intake", "gateway"])
+def test_memory_of_pods_fits_their_decoders_and_images(overlay: str, role: str) -> None:
+    """All decoders at their limit, all images and all request bodies at the same time are no reason for a kill."""
+    (container,) = groups(overlay)[role]["template"]["spec"]["containers"]
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+    assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+    own = Settings.model_validate(
+        {name.removeprefix("SLUICE_").lower(): value for name, value in settings(overlay).items()}
+        | {"s3_buckets": ["uploads"]}
+    )
+    decoders = own.decode_workers * decoder_memory_bytes(own.image_limit_px, own.decode_workers, limit)
+    bodies = own.gateway_body_memory_bytes if role == "gateway" else 0
+    assert decoders + own.image_memory_bytes + bodies + RAY_AND_REPLICA_BYTES <= limit
 
 
 @each_overlay

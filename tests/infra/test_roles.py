@@ -12,8 +12,10 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 from moto.core.authorization import ActionAuthenticatorMixin
 
+from services.core.errors import ApiKeysUnavailable
 from services.gateway.api_keys import ApiKeyRegistry
 from services.policies.registry import BUILT_IN, PolicyRegistry
+from services.policies.tenants import TenantsDocument
 from tests.support.deployment_files import INFRA
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 BUCKET: Final = "moderation-policies"
 ROLES: Final = ("sluice-head", "sluice-intake", "sluice-gateway", "sluice-guard")
+"""Of processes."""
+PEOPLE: Final = ("sluice-policy-editor", "sluice-access-admin")
+TENANTS_DOCUMENT: Final = {"kind": "tenants", "name": "tenants", "tenants": {"shop": "default"}}
 VERSIONS: Final = "policies/default/versions/"
 
 
@@ -38,9 +43,9 @@ class Account:
         self.version_key = published["Key"]
         self.key, _ = ApiKeyRegistry(self.owner, BUCKET).create("shop", "moderate", who="owner")
         iam = boto3.client("iam", "us-east-1")
-        trust = (INFRA / "aws" / "trust.json").read_text()
         self._credentials = {}
-        for role in ROLES:
+        for role in ROLES + PEOPLE:
+            trust = (INFRA / "aws" / ("trust.json" if role in ROLES else "trust-people.json")).read_text()
             arn = iam.create_role(RoleName=role, AssumeRolePolicyDocument=trust)["Role"]["Arn"]
             document = (INFRA / "aws" / f"{role}.json").read_text()
             iam.put_role_policy(RoleName=role, PolicyName=role, PolicyDocument=document)
@@ -120,11 +125,65 @@ def test_taken_intake_can_neither_replace_a_version_nor_read_a_key(account: Acco
     assert denied(s3.get_object, Bucket=BUCKET, Key=f"keys/{account.key.id}/key.json")
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_no_role_can_create_an_api_key_delete_or_leave_its_buckets(role: str, account: Account) -> None:
+def test_policy_editor_publishes_and_rolls_out_policies(account: Account) -> None:
+    policies = PolicyRegistry(account.client("sluice-policy-editor"), BUCKET)
+
+    second = policies.publish(BUILT_IN)
+    assert policies.activate("default", second.version, who="ada").version == 2
+
+
+def test_policy_editor_can_neither_read_nor_forge_access(account: Account) -> None:
+    """Who writes policies cannot make API keys, nor revoke them, nor assign policies to tenants."""
+    s3 = account.client("sluice-policy-editor")
+    keys = ApiKeyRegistry(s3, BUCKET)
+
+    with pytest.raises(ApiKeysUnavailable):
+        keys.create("mine", "admin")
+    with pytest.raises(ApiKeysUnavailable):
+        keys.revoke(account.key.id)
+    assert denied(s3.get_object, Bucket=BUCKET, Key=f"keys/{account.key.id}/key.json")
+    for folder in ("versions", "changes"):
+        assert denied(s3.put_object, Bucket=BUCKET, Key=f"policies/tenants/{folder}/99999998.json", Body=b"{}")
+
+
+def test_access_admin_creates_and_revokes_keys_and_changes_tenants(account: Account) -> None:
+    s3 = account.client("sluice-access-admin")
+    keys, policies = ApiKeyRegistry(s3, BUCKET), PolicyRegistry(s3, BUCKET)
+
+    key, _ = keys.create("news", "moderate")
+    assert keys.get(key.id) == key
+    keys.revoke(account.key.id)
+    assert keys.read_index() == {account.key.id: True, key.id: False}
+    published = policies.publish(TenantsDocument.model_validate(TENANTS_DOCUMENT))
+    assert policies.activate("tenants", published.version, who="grace").version == 1
+
+
+def test_access_admin_changes_no_policy(account: Account) -> None:
+    s3 = account.client("sluice-access-admin")
+
+    assert denied(s3.put_object, Bucket=BUCKET, Key="policies/default/versions/99999997.json", Body=b"{}")
+    assert denied(s3.put_object, Bucket=BUCKET, Key="policies/default/changes/99999997.json", Body=b"{}")
+
+
+@pytest.mark.parametrize("role", [*ROLES, "sluice-policy-editor"])
+def test_only_access_admins_can_create_an_api_key(role: str, account: Account) -> None:
+    """Not even beside the usual names."""
     s3 = account.client(role)
 
-    assert denied(s3.put_object, Bucket=BUCKET, Key="keys/0123456789abcdef/key.json", Body=b"{}")
+    for name in ("key.json", "revoked.json", "other"):
+        assert denied(s3.put_object, Bucket=BUCKET, Key=f"keys/0123456789abcdef/{name}", Body=b"{}")
+
+
+def test_people_need_a_second_factor() -> None:
+    """moto evaluates no conditions of trust policies."""
+    (statement,) = json.loads((INFRA / "aws" / "trust-people.json").read_text())["Statement"]
+    assert statement["Condition"] == {"Bool": {"aws:MultiFactorAuthPresent": "true"}}
+
+
+@pytest.mark.parametrize("role", ROLES + PEOPLE)
+def test_no_role_can_delete_or_leave_its_buckets(role: str, account: Account) -> None:
+    s3 = account.client(role)
+
     assert denied(s3.delete_object, Bucket=BUCKET, Key=f"keys/{account.key.id}/revoked.json")
     assert denied(s3.delete_object, Bucket=BUCKET, Key=account.version_key)
     assert denied(s3.put_bucket_policy, Bucket=BUCKET, Policy="{}")
