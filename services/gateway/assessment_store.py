@@ -36,7 +36,8 @@ from pydantic import ConfigDict, Field, ValidationError
 from services.core.errors import RedisUnavailable
 from services.core.messages import Verdict
 from services.core.redis import RedisClient
-from services.core.redis_signatures import ForgeryReporter, RedisSigner
+from services.core.redis_forgeries import ForgeryReporter
+from services.core.redis_signatures import RedisSigner
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 from services.gateway.problems import HttpProblem

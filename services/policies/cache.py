@@ -29,7 +29,7 @@ from services.core.errors import (
     UnknownPolicy,
 )
 from services.core.messages import ImageRequest
-from services.core.redis_signatures import ForgeryReporter
+from services.core.redis_forgeries import ForgeryReporter
 from services.core.tasks import cancel_and_wait
 from services.core.tenancy import UNLIMITED, Scope
 from services.core.values import DEFAULT_POLICY, TENANTS, Policy, PolicyChoice, PolicyIdentity
