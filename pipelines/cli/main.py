@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from traceback import format_exc
 
 import typer
 
@@ -36,6 +37,9 @@ def main() -> None:
     except BrokenPipeError:
         # The reader of our output closed it. Without this, the interpreter's own flush at exit would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:  # noqa: BLE001 - a defect of Sluice; its message may contain untrusted text
+        print_progress(format_exc().rstrip())
         sys.exit(1)
 
 

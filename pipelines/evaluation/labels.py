@@ -16,7 +16,14 @@ from pipelines.annotation.sources.discover import REFERENCE_COLUMNS
 from services.core.values import CATEGORIES, NO_CATEGORY, Rating
 
 RejectionReason = Literal[
-    "malformed", "no_image", "too_large", "bad_rating", "unknown_category", "unknown_policy", "contradiction"
+    "malformed",
+    "no_image",
+    "too_large",
+    "not_an_image",
+    "bad_rating",
+    "unknown_category",
+    "unknown_policy",
+    "contradiction",
 ]
 Image = Path | str | bytes
 """A file, an s3:// reference, or the bytes themselves."""

@@ -20,7 +20,7 @@ from pipelines.evaluation.metrics import NOTHING_WAIVED
 from pipelines.evaluation.perturbations import perturb
 from pipelines.evaluation.policy_selection import PolicySelector, RowPolicy
 from pipelines.reporting.text import format_duration
-from services.core.errors import Forbidden, NotFound, Unavailable, Unjudgeable
+from services.core.errors import Forbidden, NotAnImage, NotFound, Unavailable, Unjudgeable
 from services.core.messages import ObjectReference
 from services.core.settings import Settings
 from services.images.decoder_pool import DecoderPool
@@ -191,7 +191,8 @@ class BatchReader:
             return _Unreadable("no_image", f"its image {shown} does not exist")
         except Unjudgeable as error:
             remedy = "; --root allows another folder" if isinstance(error, Forbidden) else ""
-            return _Unreadable("no_image", f"its image cannot be used: {error}{remedy}")
+            reason: RejectionReason = "not_an_image" if isinstance(error, NotAnImage) else "no_image"
+            return _Unreadable(reason, f"its image cannot be used: {error}{remedy}")
 
     def _perturb(self, batch: Batch) -> None:
         rows = [row for row in batch.rows if row.row_policy.waiver_kind == NOTHING_WAIVED][: self._to_perturb]

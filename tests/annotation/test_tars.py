@@ -93,6 +93,35 @@ def test_size_beyond_the_tar_is_a_truncated_image_with_a_storable_size() -> None
     assert images[1].size < 2**63
 
 
+INVALID = {
+    "no header": CONTENT + bytes(505),
+    "wrong checksum": header("b.png", 0)[:148] + b"000000\0 " + header("b.png", 0)[156:],
+    "wrong number": header("b.png", 0)[:124] + b"not a number" + header("b.png", 0)[136:],
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_header_behind_the_first_is_reported(name: str) -> None:
+    """tarfile takes it for the end of the tar, so the rows behind it would be lost without a word."""
+    images, error = read(member("a.png") + INVALID[name] + member("c.png") + bytes(1024))
+    assert [image.name for image in images] == ["a.png"]
+    assert "cannot be read beyond 1 members: the header of a member is invalid" in error
+
+
+@pytest.mark.parametrize("empty_blocks", [1, 2, 20, 1000])
+def test_members_behind_the_end_are_reported(empty_blocks: int) -> None:
+    """Two tars in one file, or an empty block that an attacker has put between two members."""
+    images, error = read(member("a.png") + bytes(512 * empty_blocks) + member("c.png") + bytes(1024))
+    assert [image.name for image in images] == ["a.png"]
+    assert error == "the tar has members behind its end, which comes after 1 members"
+
+
+@pytest.mark.parametrize("padding", [b"", bytes(512), bytes(1024), bytes(10_240), bytes(1024) + b"garbage" * 512])
+def test_padding_and_garbage_behind_the_end_are_no_error(padding: bytes) -> None:
+    images, error = read(member("a.png") + padding)
+    assert ([image.name for image in images], error) == (["a.png"], "")
+
+
 def test_usual_headers_are_read(tmp_path: Path) -> None:
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         file = tmp_path / f"{form}.tar"

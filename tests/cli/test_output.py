@@ -8,6 +8,7 @@ from typing import Final
 import pytest
 import yaml
 
+from pipelines.cli import main
 from pipelines.cli.output import print_json, print_line, print_lines, print_progress, print_yaml
 from pipelines.reporting.timed_progress import TimedProgress
 
@@ -49,6 +50,20 @@ def test_yaml_is_printable_with_the_same_content(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert all(line.isprintable() for line in printed.split("\n"))
     assert yaml.safe_load(printed) == {"rule": HOSTILE, "other": ["b"]}
+
+
+def test_traceback_of_a_defect_is_printable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError(HOSTILE)
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    lines = capsys.readouterr().err.split("\n")
+    assert (ended.value.code, lines[0]) == (1, "Traceback (most recent call last):")
+    assert all(line.isprintable() and line.startswith("  ") for line in lines[1:-1])
 
 
 def test_commands_print_by_the_functions_that_escape() -> None:

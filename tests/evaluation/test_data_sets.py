@@ -458,7 +458,7 @@ def test_file_outside_the_folder_or_not_an_image_is_never_sent(
     rows = [{"id": f"safe-{number}", "image": name, "rating": "Safe"} for number, name in enumerate(names)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = evaluated(bench, folder / "d.jsonl", [], options=EvaluationOptions())
-    assert (report.judged, report.failures) == (1, {"no_image": 4})
+    assert (report.judged, report.failures) == (1, {"no_image": 3, "not_an_image": 1})
     assert [request.submission.id for request in service.requests] == ["safe-0"]
 
 

@@ -7,13 +7,17 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import BinaryIO, Final
+from tarfile import InvalidHeaderError, ReadError  # type: ignore[attr-defined]  # typeshed lacks the first one
+from typing import BinaryIO, Final, Self
 
 _IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 """Members with these suffixes are images. Other members with the same key describe the image."""
 
 _SIDECAR_LIMIT_BYTES: Final = 65_536
 _SIDECARS_LIMIT: Final = 16
+_PADDING_LIMIT_BYTES: Final = 1 << 20
+"""Tars end with empty blocks, which fill a record of 10 KB or, on tapes, up to some hundred KB."""
+_PADDING_READ_BYTES: Final = 1 << 16
 _HEADERS_LIMIT_BYTES: Final = 131_072
 """The headers of one member (long names, pax records, maps of sparse files). They have some KB at most."""
 
@@ -35,6 +39,17 @@ class TarImage:
 
 class TruncatedTar(Exception):
     """The tar is cut off or corrupt. The message has the number of members before that."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A member whose header must be valid. By default, tarfile ends silently at an invalid header behind the first."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:  # the argument's name in the base class
+        try:
+            return super().fromtarfile(tarfile)
+        except InvalidHeaderError as error:
+            raise ReadError(f"the header of a member is invalid: {error}") from None
 
 
 class _HeaderReader(io.RawIOBase):
@@ -81,7 +96,7 @@ def read_tar(file: BinaryIO) -> Iterator[TarImage]:
     reason = ""
     try:
         headers = _HeaderReader(file)
-        with tarfile.open(fileobj=headers, mode="r:", errorlevel=2) as tar:
+        with tarfile.open(fileobj=headers, mode="r:", tarinfo=_StrictTarInfo, errorlevel=2) as tar:
             end = -1
             for info in tar:
                 if info.size < 0 or tar.offset <= end:  # else a tar could be read in a circle
@@ -102,13 +117,37 @@ def read_tar(file: BinaryIO) -> Iterator[TarImage]:
                     sidecars[suffix.removeprefix(".")] = _decode_sidecar(suffix, content.read() if content else b"")
                     headers.begin_member()
                 count += 1
-        if size % tarfile.BLOCKSIZE or (count == 0 and size == 0):
+            end = tar.offset
+        if _has_members_behind(file, end):
+            reason = f"the tar has members behind its end, which comes after {count} members"
+        elif size % tarfile.BLOCKSIZE or (count == 0 and size == 0):
             reason = f"the tar is cut off after {count} members"
     except (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, MemoryError, RecursionError) as error:
         reason = f"the tar cannot be read beyond {count} members: {error}"
     yield from finish_sample()
     if reason:
         raise TruncatedTar(reason)
+
+
+def _has_members_behind(file: BinaryIO, end: int) -> bool:
+    """Return whether the first block that is not empty behind the end of a tar is the header of a member.
+
+    Two tars in one file look like this. Padding is at most `_PADDING_LIMIT_BYTES` long.
+    """
+    file.seek(end)
+    for _ in range(_PADDING_LIMIT_BYTES // _PADDING_READ_BYTES):
+        data = file.read(_PADDING_READ_BYTES)
+        for start in range(0, len(data) - tarfile.BLOCKSIZE + 1, tarfile.BLOCKSIZE):
+            block = data[start : start + tarfile.BLOCKSIZE]
+            if any(block):
+                try:
+                    tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+                except tarfile.TarError:
+                    return False
+                return True
+        if len(data) < _PADDING_READ_BYTES:
+            return False
+    return False
 
 
 def _split_name(name: str) -> tuple[str, str]:
