@@ -9,6 +9,7 @@ from pipelines.cli.output import print_json, print_line, print_progress
 from pipelines.cli.user import find_user_name
 from services.core import settings as settings_module
 from services.core.errors import ConfigurationError
+from services.core.tenancy import DEFAULT_TENANT, Tenancy
 from services.gateway.api_keys import ROLES, ApiKeyRegistry, Role
 
 app = typer.Typer(help="Create, list and revoke API keys of the gateway.", no_args_is_help=True)
@@ -22,7 +23,28 @@ def create(
     role: Annotated[
         str, typer.Option(help="moderate: judge images; review: also read policies; admin: also change them.")
     ],
-    tenant: Annotated[str, typer.Option(help="The tenant of the images that are judged with this key.")] = "default",
+    tenant: Annotated[
+        str,
+        typer.Option(
+            help="The tenant of the images that are judged with this key. If tenants are separated "
+            "(SLUICE_TENANT_PREFIXES), the key may use only the objects and policies of this tenant."
+        ),
+    ] = DEFAULT_TENANT,
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S3-URI",
+            help="Only objects below this prefix, of those of the tenant: s3://uploads/shop/, or s3://uploads for a "
+            "bucket. Can be repeated.",
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this policy, of those of the tenant. Can be repeated."),
+    ] = None,
+    all_tenants: Annotated[
+        bool, typer.Option("--all-tenants", help="The objects and policies of every tenant.")
+    ] = False,
     rate: Annotated[float | None, typer.Option(metavar="N", help="Limit of images per second in all gateways.")] = None,
     concurrency: Annotated[
         int | None,
@@ -34,10 +56,25 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it. It cannot be shown again, because only its digest is stored."""
-    key, token = _open_registry().create(
-        name, _parse_role(role), tenant=tenant, rate_per_s=rate, concurrency=concurrency, who=find_user_name()
+    settings = settings_module.load("policy_bucket")
+    key, token = ApiKeyRegistry.from_settings(settings).create(
+        name,
+        _parse_role(role),
+        tenant=tenant,
+        all_tenants=all_tenants,
+        prefixes=prefix or None,
+        policies=policy or None,
+        rate_per_s=rate,
+        concurrency=concurrency,
+        who=find_user_name(),
     )
     print_progress(f"key {key.id} for {key.name}: role {key.role}, tenant {key.tenant}")
+    tenancy = Tenancy(settings.tenant_prefixes, settings.tenant_policies)
+    if tenancy.is_separated and not all_tenants and not tenancy.list_prefixes(tenant):
+        print_progress(
+            f"the tenant {tenant} has no prefix in SLUICE_TENANT_PREFIXES, so the key can judge uploads only; for "
+            "objects in S3, revoke the key and create one with another --tenant"
+        )
     if as_json:
         print_json(json.dumps({"id": key.id, "key": token}))
     else:

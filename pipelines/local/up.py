@@ -215,7 +215,7 @@ def _reserve_gateway_port(settings: Settings, *, embed: bool) -> Iterator[tuple[
         variables = {"SLUICE_GATEWAY_URL": make_gateway_url(settings.gateway_host, port)}
         if embed:
             keys = ApiKeyRegistry.from_settings(settings)
-            key, token = keys.create("embedded", "admin", who="sluice up")
+            key, token = keys.create("embedded", "admin", all_tenants=True, who="sluice up")
             stack.callback(_revoke_key, keys, key.id)
             variables["SLUICE_API_KEY"] = token
         yield settings.model_copy(update={"gateway_port": port}), variables

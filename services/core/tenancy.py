@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from services.core.s3_uri import parse_s3_uri
-from services.core.values import TENANTS
+from services.core.values import DEFAULT_POLICY, TENANTS
 
 _TENANT_LIMIT_CHARS: Final = 256
 _PREFIX_LIMIT_CHARS: Final = 1100
@@ -58,7 +58,7 @@ class Limit:
     def allows_policy(self, name: str, own_policy: str) -> bool:
         """Whether the policy may be used. `own_policy`: the one that the tenants document gives the tenant.
 
-        Whoever is limited may not use the tenants document, which is about all tenants.
+        No limit allows the tenants document, because it is about all tenants.
         """
         if self.policies is None:
             return True
@@ -104,10 +104,12 @@ class Tenancy:
             ValueError: an entry has another form.
         """
         self._prefixes = _group(map(parse_tenant_prefix, tenant_prefixes))
-        policies = _group(map(parse_tenant_policy, tenant_policies))
+        self._policies = _group(map(parse_tenant_policy, tenant_policies))
         self._scopes = {
-            tenant: Scope((Limit.of(self._prefixes.get(tenant, ()), policies.get(tenant, ()), allows_own_policy=True),))
-            for tenant in self._prefixes | policies
+            tenant: Scope(
+                (Limit.of(self._prefixes.get(tenant, ()), self._policies.get(tenant, ()), allows_own_policy=True),)
+            )
+            for tenant in self._prefixes | self._policies
         }
         self._owners = _index_owners(self._prefixes)
 
@@ -129,6 +131,17 @@ class Tenancy:
             if (owner := owners.get(key[:length])) is not None:
                 return owner
         return DEFAULT_TENANT
+
+    def is_shared(self, policy: str, tenant: str, assignments: Mapping[str, str]) -> bool:
+        """Whether other tenants may use a policy, too. `assignments`: the policies of tenants in the tenants document.
+
+        `default` is always shared, because every tenant without an assignment gets it.
+        """
+        return (
+            policy == DEFAULT_POLICY
+            or any(other != tenant and policy in policies for other, policies in self._policies.items())
+            or any(other != tenant and policy == assigned for other, assigned in assignments.items())
+        )
 
     def list_prefixes(self, tenant: str) -> list[str]:
         """The prefixes of a tenant, in the order of the setting."""

@@ -67,7 +67,7 @@ class AdmittedRequest:
     @property
     def scope(self) -> Scope:
         """The objects and policies that the API key may use."""
-        return self._limits.tenancy.find_scope(self.api_key.tenant)
+        return self.api_key.find_scope(self._limits.tenancy)
 
     def start_job(self) -> ExitStack:
         """Count a job, which may outlive the request. Close the result when the job ends; it also holds the memory.

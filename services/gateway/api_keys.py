@@ -1,6 +1,6 @@
 """API keys: immutable objects in the policy bucket.
 
-    keys/<id>/key.json        name, role, tenant, limits and digest of the key; written once
+    keys/<id>/key.json        name, role, tenant, scope, limits and digest of the key; written once
     keys/<id>/revoked.json    exists if the key is revoked; written once
 
 A loss of Redis therefore loses no key. A key has 256 random bits, so nobody can guess it from its SHA-256. A slow hash
@@ -12,21 +12,24 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import to_json
 
 from services.core.errors import ApiKeysUnavailable, ConfigurationError, StoreUnavailable, Unjudgeable
 from services.core.messages import UtcDatetime
 from services.core.s3 import SMALL_OBJECT_CONFIG, Bucket, s3_client
 from services.core.settings import Settings
+from services.core.tenancy import DEFAULT_TENANT, UNLIMITED, Limit, Scope, Tenancy, parse_prefix
 from services.core.text import require_one_line
 from services.core.values import WireModel
+from services.policies.document import PolicyName
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -38,8 +41,17 @@ ROLES: Final[tuple[Role, ...]] = ("moderate", "review", "admin")
 _TOKEN_PATTERN: Final = re.compile(r"sk-sluice-([0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 _PATH_PATTERN: Final = re.compile(r"keys/([0-9a-f]{16})/(key|revoked)\.json")
 _READ_THREADS: Final = 8
+_SCOPE_FIELDS: Final = ("all_tenants", "prefixes", "policies")
 
 log = logging.getLogger(__name__)
+
+
+def _check_prefix(prefix: str) -> str:
+    parse_prefix(require_one_line(prefix))
+    return prefix
+
+
+Prefix = Annotated[str, AfterValidator(_check_prefix)]
 
 
 class ApiKey(WireModel):
@@ -48,7 +60,13 @@ class ApiKey(WireModel):
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     name: Annotated[str, Field(min_length=1, max_length=100)]
     role: Role
-    tenant: Annotated[str, Field(min_length=1, max_length=256)] = "default"
+    tenant: Annotated[str, Field(min_length=1, max_length=256)] = DEFAULT_TENANT
+    all_tenants: bool = False
+    """Whether the key may use the objects and policies of every tenant. It sees the assessments of its own only."""
+    prefixes: Annotated[tuple[Prefix, ...], Field(max_length=100)] | None = None
+    """The key may use only objects below these prefixes, of those that its tenant may use. None: all of them."""
+    policies: Annotated[tuple[PolicyName, ...], Field(max_length=100)] | None = None
+    """The key may use only these policies, of those that its tenant may use. None: all of them."""
     rate_per_s: Annotated[float, Field(gt=0)] | None = None
     concurrency: Annotated[int, Field(gt=0)] | None = None
     digest: str
@@ -60,6 +78,18 @@ class ApiKey(WireModel):
         """Return whether the key's role includes `role`."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
+    @cached_property
+    def limit(self) -> Limit | None:
+        """What the key itself allows; None: everything that its tenant may use."""
+        if self.prefixes is None and self.policies is None:
+            return None
+        return Limit.of(self.prefixes, self.policies)
+
+    def find_scope(self, tenancy: Tenancy) -> Scope:
+        """Return the objects and policies that the key may use. Each role is limited to them."""
+        scope = UNLIMITED if self.all_tenants else tenancy.find_scope(self.tenant)
+        return scope.narrow(self.limit) if self.limit else scope
+
     def listing_json(self, *, revoked: bool) -> str:
         """Return one JSON object for a list of keys, without the digest."""
         return json.dumps(self.model_dump(mode="json", exclude={"digest"}) | {"revoked": revoked})
@@ -70,7 +100,12 @@ class ApiKey(WireModel):
             f"{self.rate_per_s:g}/s" if self.rate_per_s else "",
             f"{self.concurrency} at a time" if self.concurrency else "",
         ]
-        parts = [self.role, f"tenant {self.tenant}", *limits, "revoked" if revoked else ""]
+        scope = [
+            "all tenants" if self.all_tenants else "",
+            f"only {' '.join(self.prefixes)}" if self.prefixes is not None else "",
+            f"policies {' '.join(self.policies)}" if self.policies is not None else "",
+        ]
+        parts = [self.role, f"tenant {self.tenant}", *scope, *limits, "revoked" if revoked else ""]
         return f"{self.id} {self.created_at:%Y-%m-%d} {self.name:<24} {', '.join(filter(None, parts))}"
 
 
@@ -93,12 +128,18 @@ class ApiKeyRegistry:
         name: str,
         role: Role,
         *,
-        tenant: str = "default",
+        tenant: str = DEFAULT_TENANT,
+        all_tenants: bool = False,
+        prefixes: Sequence[str] | None = None,
+        policies: Sequence[str] | None = None,
         rate_per_s: float | None = None,
         concurrency: int | None = None,
         who: str = "",
     ) -> tuple[ApiKey, str]:
         """Create a key. Returns it and its token. The token is stored nowhere, so it cannot be shown again.
+
+        By default the key may use what its tenant may use. `prefixes` and `policies` narrow this, and `all_tenants`
+        widens it to the objects and policies of every tenant.
 
         Raises:
             ConfigurationError: the value of a field is invalid.
@@ -116,6 +157,9 @@ class ApiKeyRegistry:
                 name=name,
                 role=role,
                 tenant=tenant,
+                all_tenants=all_tenants,
+                prefixes=None if prefixes is None else tuple(prefixes),
+                policies=None if policies is None else tuple(policies),
                 rate_per_s=rate_per_s,
                 concurrency=concurrency,
                 digest=digest_token(token),
@@ -124,8 +168,11 @@ class ApiKeyRegistry:
             )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            raise ConfigurationError(f"the key's {first['loc'][0]} is invalid: {first['msg']}") from None
-        self._create(f"keys/{key_id}/key.json", api_key.model_dump_json().encode())
+            why = first["msg"].removeprefix("Value error, ")
+            raise ConfigurationError(f"the key's {first['loc'][0]} is invalid: {why}") from None
+        # Without a scope of its own, a key is stored as in 0.1.0.
+        unset = {name for name in _SCOPE_FIELDS if getattr(api_key, name) == ApiKey.model_fields[name].default}
+        self._create(f"keys/{key_id}/key.json", api_key.model_dump_json(exclude=unset).encode())
         return api_key, token
 
     def revoke(self, key_id: str, *, who: str = "") -> None:

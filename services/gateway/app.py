@@ -26,6 +26,7 @@ from services.gateway.body_memory import BodyMemory
 from services.gateway.load_shedding import BoundedModerator
 from services.gateway.middleware import DiscardUnreadBodyMiddleware, RequestMetricsMiddleware
 from services.gateway.openapi import OPENAI_ERROR_RESPONSES, PROBLEM_RESPONSES, build_openapi
+from services.gateway.policy_access import PolicyAccess
 from services.gateway.problems import HttpProblem, to_problem
 from services.gateway.rate_limits import RateLimiter
 from services.gateway.readiness import Readiness
@@ -69,11 +70,12 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
         max_unknown_keys=max(1, min(MAX_UNKNOWN_KEYS, settings.gateway_connections // 8)),
     )
     moderator = BoundedModerator(dependencies.moderator, settings)
+    tenancy = Tenancy(settings.tenant_prefixes, settings.tenant_policies)
     admission = Admission(
         RateLimiter(dependencies.redis_cache, settings),
         BodyMemory(settings.gateway_body_memory_bytes),
         moderator,
-        Tenancy(settings.tenant_prefixes, settings.tenant_policies),
+        tenancy,
     )
     authenticator, body_reader = Authenticator(keys, admission), BodyReader(settings)
     redis_cache = dependencies.redis_cache
@@ -113,7 +115,9 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
     )
     for routes in (
         assessments.build_router(authenticator, body_reader, jobs, store, downloader),
-        policies.build_router(authenticator, body_reader, dependencies.registry, service),
+        policies.build_router(
+            authenticator, body_reader, dependencies.registry, service, PolicyAccess(dependencies.policies, tenancy)
+        ),
         health.build_router(readiness),
     ):
         app.include_router(routes, responses=PROBLEM_RESPONSES)

@@ -35,7 +35,7 @@ class ProblemKind:
 PROBLEM_KINDS: Final[Mapping[str, ProblemKind]] = {
     "malformed": ProblemKind(400, "The request is not well-formed"),
     "unauthenticated": ProblemKind(401, "The API key is missing or unknown"),
-    "not-permitted": ProblemKind(403, "The API key's role does not allow this request"),
+    "not-permitted": ProblemKind(403, "The API key does not allow this request"),
     "image-forbidden": ProblemKind(403, "Sluice may not read the image"),
     "not-found": ProblemKind(404, "The resource does not exist"),
     "method-not-allowed": ProblemKind(405, "The resource does not have this method"),

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Hashable, MutableMapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping, MutableMapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -129,6 +129,11 @@ class PolicyCache:
             PolicyUnavailable: the tenants document is needed, and neither Redis nor the policy bucket answers.
         """
         return not scope.has_policy_limit or scope.allows_policy(name, await self._find_own_policy(tenant))
+
+    async def get_assignments(self) -> Mapping[str, str]:
+        """The policy of each tenant in the active tenants document. Raises PolicyUnavailable."""
+        document = await self._get_tenants()
+        return document.tenants if document else {}
 
     async def _choose(self, request: ImageRequest, reference: PolicyReference) -> PolicyChoice:
         name, version = reference.name, reference.version

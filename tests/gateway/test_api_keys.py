@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from services.core.errors import ApiKeysUnavailable, ConfigurationError
+from services.core.tenancy import Tenancy
 from services.gateway.api_key_cache import ApiKeyCache
 from services.gateway.api_keys import ApiKey, ApiKeyRegistry, digest_token
 from services.gateway.problems import TYPE_PREFIX, HttpProblem
@@ -89,6 +90,15 @@ def test_created_key_is_stored_without_its_token_and_can_be_revoked(idle: Gatewa
             idle.keys.revoke(wrong)
     with pytest.raises(ConfigurationError, match="name"):
         idle.keys.create("", "admin")
+
+
+def test_scope_of_a_key_is_stored_also_if_it_allows_nothing(idle: GatewayBench) -> None:
+    for fields in ({}, {"prefixes": [], "policies": []}, {"prefixes": ["s3://uploads/"], "all_tenants": True}):
+        key, _ = idle.keys.create("ci", "moderate", **fields)
+        assert idle.keys.get(key.id) == key
+        scope = key.find_scope(Tenancy())
+        assert scope.allows_object("uploads", "cat.jpg") is (fields.get("prefixes") != [])
+        assert scope.has_policy_limit is ("policies" in fields)
 
 
 async def test_other_and_invalid_objects_among_the_keys_are_ignored(

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -15,12 +15,13 @@ from services.core.text import require_one_line
 from services.gateway.admission import AdmittedRequest
 from services.gateway.auth import Authenticator
 from services.gateway.openapi import describe_body, describe_json_body
+from services.gateway.policy_access import PolicyAccess
 from services.gateway.problems import HttpProblem, parse_body
 from services.gateway.request_bodies import BodyReader
 from services.policies.document_warnings import find_warnings
 from services.policies.document_yaml import read_document
 from services.policies.reference import PolicyReference
-from services.policies.registry import MAX_VERSION, PolicyRegistry, PolicySummary, StoredVersion
+from services.policies.registry import MAX_VERSION, PolicyRegistry, PolicySummary
 from services.policies.rollout import RolloutChange
 from services.policies.service import PolicyService
 from services.policies.tenants import Document
@@ -88,16 +89,22 @@ class HistoryEntry(BaseModel):
 
 
 def build_router(
-    authenticator: Authenticator, body_reader: BodyReader, registry: PolicyRegistry, service: PolicyService
+    authenticator: Authenticator,
+    body_reader: BodyReader,
+    registry: PolicyRegistry,
+    service: PolicyService,
+    access: PolicyAccess,
 ) -> APIRouter:
-    """Build the routes. They read from `registry`, and change policies by `service`."""
+    """Build the routes. They read from `registry`, and change policies by `service`, as far as `access` allows."""
     routes = APIRouter(tags=["policies"], prefix=PATH)
     Reviewer = Annotated[AdmittedRequest, Depends(authenticator.require("review"))]  # noqa: N806
     Admin = Annotated[AdmittedRequest, Depends(authenticator.require("admin"))]  # noqa: N806
 
     @routes.get("", response_model=list[PolicySummary], summary="List the policies")
-    async def list_(_: Reviewer) -> Response:
-        return _respond(await _map_registry_errors(_read_summaries(registry)))
+    async def list_(admitted: Reviewer) -> Response:
+        names = await _map_registry_errors(asyncio.to_thread(registry.list_names))
+        readable = [name for name in names if await access.may_read(admitted, name)]
+        return _respond(await _map_registry_errors(_read_summaries(registry, readable)))
 
     @routes.post(
         "",
@@ -108,6 +115,9 @@ def build_router(
     )
     async def publish(request: Request, admitted: Admin) -> Response:
         document = await _read_document(await body_reader.read(request, admitted.memory))
+        if not await access.may_read(admitted, document.name):
+            raise HttpProblem("not-permitted", f"this API key may not publish versions of {document.name!r}")
+        await access.require_changeable(admitted, document.name)
         stored = await service.publish(document)
         log.info("the API key %r published %s@%d", admitted.api_key.name, stored.name, stored.version)
         body = {
@@ -121,8 +131,10 @@ def build_router(
     @routes.get(
         "/{reference}", response_model=PolicyVersion, summary="Get the version NAME@V, or the active version of NAME"
     )
-    async def show(reference: str, _: Reviewer) -> Response:
-        stored = await _map_registry_errors(_find_version(registry, reference))
+    async def show(reference: str, admitted: Reviewer) -> Response:
+        parsed = _parse_reference(reference)
+        await access.require_readable(admitted, parsed.name)
+        stored = await _map_registry_errors(asyncio.to_thread(registry.find, parsed))
         document = stored.document.model_dump(mode="json", exclude_defaults=True)
         return _respond({"name": stored.name, "version": stored.version, "digest": stored.digest, "document": document})
 
@@ -131,7 +143,8 @@ def build_router(
         response_model=list[HistoryEntry],
         summary="List all changes of a policy's rollout, oldest first",
     )
-    async def history(name: str, _: Reviewer) -> Response:
+    async def history(name: str, admitted: Reviewer) -> Response:
+        await access.require_readable(admitted, name)
         changes = await _map_registry_errors(asyncio.to_thread(registry.list_changes, name))
         return _respond([_to_entry(change) for change in changes])
 
@@ -143,6 +156,7 @@ def build_router(
     )
     async def activate(name: str, request: Request, admitted: Admin) -> Response:
         wanted = parse_body(Activation, await body_reader.read_json(request, admitted.memory))
+        await access.require_changeable(admitted, name)
         change = service.activate(name, wanted.version, who=admitted.api_key.name, why=wanted.why)
         return _respond(_to_entry(await _map_registry_errors(_map_conflict(change))))
 
@@ -154,23 +168,26 @@ def build_router(
     )
     async def rollback(name: str, request: Request, admitted: Admin) -> Response:
         wanted = parse_body(Rollback, await body_reader.read_any_json(request, admitted.memory, if_empty={}))
+        await access.require_changeable(admitted, name)
         change = service.rollback(name, who=admitted.api_key.name, why=wanted.why)
         return _respond(_to_entry(await _map_registry_errors(_map_conflict(change))))
 
     return routes
 
 
-async def _read_summaries(registry: PolicyRegistry) -> list[PolicySummary]:
-    names = await asyncio.to_thread(registry.list_names)
+async def _read_summaries(registry: PolicyRegistry, names: Sequence[str]) -> list[PolicySummary]:
     return list(await asyncio.gather(*(asyncio.to_thread(registry.summarize, name) for name in names)))
 
 
-async def _find_version(registry: PolicyRegistry, reference: str) -> StoredVersion:
+def _parse_reference(reference: str) -> PolicyReference:
     """
     Raises:
-        UnknownPolicy: the version does not exist, or none is active.
+        HttpProblem: the text is not NAME or NAME@V.
     """
-    return await asyncio.to_thread(registry.find, PolicyReference.parse(reference))
+    try:
+        return PolicyReference.parse(reference)
+    except UnknownPolicy as error:
+        raise HttpProblem("not-found", str(error)) from None
 
 
 async def _read_document(data: bytes) -> Document:
