@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core.messages import Submission
+from services.core.tenancy import Tenancy
 from services.streams.base import Headers, Message
 from services.streams.parsing import RECORDS_LIMIT, InvalidMessage, ParsedSubmission, is_before, parse
 
@@ -344,6 +345,39 @@ def test_malformed_submission_in_a_cloud_event_keeps_its_id() -> None:
     headers = (("ce_specversion", b"0.3"),)
     assert rejected(NATIVE, headers=headers).error.submission_id == "upl-1"
     assert rejected(NATIVE, headers=(("ce_specversion", b"\xff"),)).error.submission_id == "upl-1"
+
+
+EVENT_BRIDGE = {
+    "detail-type": "Object Created",
+    "source": "aws.s3",
+    "detail": {"bucket": {"name": "uploads"}, "object": {"key": "shop/cat.jpg", "etag": "e"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "headers"),
+    [
+        ({"Records": [record("shop/cat.jpg")]}, ()),
+        ({"Records": [record("shop%2Fcat.jpg") | {"tenant": "forum"}], "tenant": "forum"}, ()),
+        ({"Records": [record("shop/cat.jpg")]}, BINARY),
+        ({"specversion": "1.0", "type": "t", "tenant": "forum", "data": {"Records": [record("shop/cat.jpg")]}}, ()),
+        (EVENT_BRIDGE, ()),
+    ],
+)
+def test_event_of_any_format_has_the_tenant_that_has_its_object(value: Any, headers: Headers) -> None:
+    tenancy = Tenancy(("shop=s3://uploads/shop/", "forum=s3://uploads/forum/"))
+    (entry,) = parse(message(value, headers=headers), tenancy)
+    assert isinstance(entry, ParsedSubmission)
+    assert entry.submission.tenant == "shop"
+    assert accepted(value, headers=headers).submission.tenant == "default", "tenants are not separated"
+
+
+def test_native_submission_keeps_the_tenant_that_it_names() -> None:
+    tenancy = Tenancy(("shop=s3://uploads/shop/",))
+    for fields in ({"tenant": "forum"}, {}):
+        (entry,) = parse(message({"id": "1", "uri": "s3://uploads/shop/cat.jpg"} | fields), tenancy)
+        assert isinstance(entry, ParsedSubmission)
+        assert entry.submission.tenant == fields.get("tenant", "default")
 
 
 def test_event_bridge_event_is_parsed() -> None:
