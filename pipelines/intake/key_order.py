@@ -68,6 +68,8 @@ class ReceivedEvent:
 @dataclass(frozen=True, slots=True)
 class _JudgedEvent:
     sequencer: str
+    version_id: str | None
+    """The version that the event names. None: the present object was judged."""
     etag: str | None
     began_at_s: float
 
@@ -110,7 +112,7 @@ class LatestEvents:
         """Remember that the object of an event was judged. `began_at_s` is not later than its fetch."""
         uri = entry.submission.uri
         assert entry.sequencer is not None
-        judged = _JudgedEvent(entry.sequencer, etag, began_at_s)
+        judged = _JudgedEvent(entry.sequencer, entry.submission.version_id, etag, began_at_s)
         known = self._judged.pop(uri, judged)
         self._judged[uri] = judged if not is_before(judged.sequencer, known.sequencer) else known
         if len(self._judged) > _MAX_OBJECTS:
@@ -122,16 +124,23 @@ class LatestEvents:
         return entry.sequencer is not None and judged is not None and is_before(entry.sequencer, judged.sequencer)
 
     def is_superseded(self, event: ReceivedEvent) -> bool:
-        """Return whether a later event of the same object was judged, by an object that is not older."""
+        """Return whether a later event of the same object was judged, by an object that is certainly not older."""
         if not self.has_judged_later(event.entry):
             return False
         submission = event.entry.submission
         judged = self._judged[submission.uri]
-        return (
-            judged.began_at_s >= event.received_at_s  # the object was written before its event was received
-            or submission.version_id is not None
-            or submission.etag in {None, judged.etag}
-        )
+        if submission.version_id is not None:
+            return judged.version_id == submission.version_id
+        if judged.version_id is None and judged.began_at_s >= event.received_at_s:
+            return True  # the object was written before its event was received
+        return judged.etag is not None and submission.etag == judged.etag
+
+    def is_superseded_unless_current(self, event: ReceivedEvent) -> bool:
+        """Return whether a later event was judged, and this one names a version, which may still be the present one.
+
+        A made-up event can name an old version of the object.
+        """
+        return event.entry.submission.version_id is not None and self.has_judged_later(event.entry)
 
 
 def _order(event: ReceivedEvent) -> str:

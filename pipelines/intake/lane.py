@@ -249,7 +249,7 @@ class Lane:
         async with event.lock:
             self._latest_events.remove(event)
             result, event.result = event.result, None
-            if result is None and not self._latest_events.is_superseded(event):
+            if result is None and not await self._is_superseded(event):
                 result = await self._judge_event(event)
         if result is None or (
             # The object was overwritten or deleted, and the event of a later one was judged.
@@ -264,7 +264,8 @@ class Lane:
         Only a judged event supersedes, but it has the same key, so its own turn comes after this one's.
         """
         for _ in range(_LATER_EVENTS_LIMIT):
-            if event.result or self._latest_events.is_superseded(event):
+            latest = self._latest_events
+            if event.result or latest.is_superseded(event) or latest.is_superseded_unless_current(event):
                 return
             later = self._latest_events.find_later(event)
             if later is None:
@@ -274,6 +275,14 @@ class Lane:
                 if later.result is None and later.is_eligible():
                     later.result = await self._judge_event(later)
                 self._latest_events.remove(later)
+
+    async def _is_superseded(self, event: ReceivedEvent) -> bool:
+        if self._latest_events.is_superseded(event):
+            return True
+        if not self._latest_events.is_superseded_unless_current(event):
+            return False
+        async with self._slots:
+            return await self._processor.is_replaced(event.entry)
 
     async def _judge_event(self, event: ReceivedEvent) -> ModerationResult | Unjudgeable:
         async with self._slots:

@@ -99,6 +99,15 @@ class Processor:
                 self._systemic_budget.record_success()
                 return result
 
+    async def is_replaced(self, entry: ParsedSubmission) -> bool:
+        """Whether the object version of an S3 event is not the present one. False if the store does not tell."""
+        try:
+            return not await self._moderator.is_current_version(entry.submission)
+        except NotFound:
+            return True
+        except Unjudgeable:
+            return False
+
     def reject(self, message: Message, entry: InvalidMessage) -> list[OutgoingMessage]:
         """Return the dead letter of an entry that is no valid submission."""
         return [self.make_dead_letter(message, entry.original, entry.error, entry.error.submission_id)]

@@ -73,6 +73,22 @@ class ObjectStore:
                 stored = await self._fetch(reference, resources)
             yield stored
 
+    async def is_current_version(self, reference: ObjectReference) -> bool:
+        """Whether the version of the reference is the present one of its key. True if the store names no version.
+
+        Raises as `open`.
+        """
+        self._check_reference(reference)
+
+        def look() -> str | None:
+            with map_s3_errors(reference.uri):
+                found = self._client.head_object(Bucket=reference.bucket, Key=reference.key)
+            version_id: str | None = found.get("VersionId")
+            return version_id
+
+        async with self._requests.request():
+            return await self._run_in_thread(look, SocketDeadline(), self._deadline_s) in {None, reference.version_id}
+
     def close(self) -> None:
         """Release the connections. Running fetches fail. Does not wait."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -82,6 +82,14 @@ class Moderator:
         counted_tenant = None if priority == "interactive" else choice.counted_tenant
         return ModerationResult(self._apply_circuit_breaker(verdict, choice.policy, counted_tenant), shadow)
 
+    async def is_current_version(self, request: ImageRequest) -> bool:
+        """Whether the object version of a request is the present one of its key.
+
+        Raises:
+            Unjudgeable: there is no such object, or the store denies access to it.
+        """
+        return request.reference is not None and await self._images.is_current_version(request.reference)
+
     async def judge_under(
         self,
         request: ImageRequest,

@@ -34,6 +34,9 @@ class ImageSource(Protocol):
         Raises Forbidden, NotFound, ObjectChanged, TooLarge, StoreUnavailable.
         """
 
+    async def is_current_version(self, reference: ObjectReference) -> bool:
+        """Whether the version of the reference is the present one of its key. Raises what `open` raises."""
+
 
 class ImagePreparer(Protocol):
     """Decodes images for the model."""

@@ -44,6 +44,9 @@ class RetryingImageSource:
         async with AsyncExitStack() as resources:
             yield await retry_while_unavailable(lambda: resources.enter_async_context(self.inner.open(reference)))
 
+    async def is_current_version(self, reference: ObjectReference) -> bool:
+        return await retry_while_unavailable(lambda: self.inner.is_current_version(reference))
+
 
 @dataclass(frozen=True, slots=True)
 class RetryingPreparer:

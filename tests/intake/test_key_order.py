@@ -42,9 +42,15 @@ def test_messages_with_a_shared_key_run_in_order(messages: list[frozenset[bytes]
 
 
 def event(
-    sequencer: str, uri: str = "s3://b/k", *, etag: str | None = None, at_s: float = 0.0, eligible: bool = True
+    sequencer: str,
+    uri: str = "s3://b/k",
+    *,
+    etag: str | None = None,
+    version_id: str | None = None,
+    at_s: float = 0.0,
+    eligible: bool = True,
 ) -> ReceivedEvent:
-    submission = Submission(id=f"{uri}#{sequencer}", uri=uri, etag=etag)
+    submission = Submission(id=f"{uri}#{sequencer}", uri=uri, etag=etag, version_id=version_id)
     return ReceivedEvent(ParsedSubmission(submission, uri.encode(), b"", sequencer), at_s, lambda: eligible)
 
 
@@ -64,8 +70,32 @@ def test_event_judged_before_the_receipt_supersedes_only_the_same_content() -> N
     latest = LatestEvents()
     latest.mark_judged(event("FF").entry, "harmless", began_at_s=1.0)
     etags = ("other", "harmless", None)
-    assert [latest.is_superseded(event("0A", etag=etag, at_s=2.0)) for etag in etags] == [False, True, True]
+    assert [latest.is_superseded(event("0A", etag=etag, at_s=2.0)) for etag in etags] == [False, True, False]
     assert all(latest.is_superseded(event("0A", etag=etag, at_s=0.5)) for etag in etags)
+
+
+def test_event_of_a_version_is_superseded_for_certain_only_by_the_same_version() -> None:
+    latest = LatestEvents()
+    latest.mark_judged(event("FF", version_id="v0").entry, "e", began_at_s=9.0)
+    same, other, later = (
+        event("0A", version_id="v0"),
+        event("0A", version_id="v1", etag="e"),
+        event("FFF", version_id="v1"),
+    )
+    assert [latest.is_superseded(each) for each in (same, other, later)] == [True, False, False]
+    assert [latest.is_superseded_unless_current(each) for each in (same, other, later)] == [True, True, False]
+    assert not latest.is_superseded_unless_current(event("0A"))
+
+
+def test_judged_version_supersedes_no_event_without_a_version_but_of_the_same_content() -> None:
+    """Versioning was suspended: the old versions are still there, and new objects have none."""
+    latest = LatestEvents()
+    latest.mark_judged(event("FF", version_id="v0").entry, "harmless", began_at_s=9.0)
+    assert [latest.is_superseded(event("0A", etag=etag)) for etag in ("other", None, "harmless")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_find_later_returns_the_last_event_that_may_be_judged() -> None:

@@ -1,6 +1,7 @@
 """S3 events of one object: an event that was overtaken is superseded, and a made-up event cannot make a real one so."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,6 +58,54 @@ async def test_made_up_event_judged_before_the_upload_does_not_supersede_it(benc
     verdicts, letters = await bench.settled(2)
     assert outcomes(verdicts, letters) == {"FFFFFFFF": "verdict", "0A": "verdict"}
     assert verdicts[-1].sha256 == hashlib.sha256(FIGHT).hexdigest()
+
+
+@pytest.fixture
+def versioned(bench: IntakeBench) -> Iterator[IntakeBench]:
+    """The bucket keeps the old versions of its objects."""
+    bench.s3.put_bucket_versioning(Bucket="uploads", VersioningConfiguration={"Status": "Enabled"})
+    yield bench
+    for found in bench.s3.list_object_versions(Bucket="uploads").get("Versions", ()):
+        bench.s3.delete_object(Bucket="uploads", Key=found["Key"], VersionId=found["VersionId"])
+    bench.s3.delete_bucket(Bucket="uploads")  # versioning can be suspended only
+    bench.s3.create_bucket(Bucket="uploads")
+
+
+def put_version(bench: IntakeBench, data: bytes) -> str:
+    return str(bench.s3.put_object(Bucket="uploads", Key=KEY, Body=data)["VersionId"])
+
+
+def version_created(sequencer: str, version_id: str) -> dict[str, Any]:
+    record = created(sequencer, None)
+    record["s3"]["object"]["versionId"] = version_id
+    return record
+
+
+@pytest.mark.parametrize("is_judged_before", [True, False])
+async def test_event_of_an_old_version_does_not_supersede_the_present_one(
+    versioned: IntakeBench, is_judged_before: bool
+) -> None:
+    """The attacker names a harmless version that exists, with a high sequencer."""
+    old = put_version(versioned, HARMLESS)
+    await versioned.start()
+    await versioned.submit({"Records": [version_created("FFFFFFFF", old)]})
+    if is_judged_before:
+        await versioned.settled(1)
+    new = put_version(versioned, FIGHT)
+    await versioned.submit({"Records": [version_created("0A", new)]})
+    verdicts, letters = await versioned.settled(2)
+    assert outcomes(verdicts, letters) == {old: "verdict", new: "verdict"}
+    assert {verdict.sha256 for verdict in verdicts} == {hashlib.sha256(data).hexdigest() for data in (HARMLESS, FIGHT)}
+
+
+async def test_replaced_version_is_superseded(versioned: IntakeBench) -> None:
+    versions = [put_version(versioned, data) for data in (HARMLESS, HARMLESS, FIGHT)]
+    for sequencer, version in zip(("0A", "0B", "0C"), versions, strict=True):
+        await versioned.submit({"Records": [version_created(sequencer, version)]})
+    await versioned.start()
+    assert outcomes(*await versioned.settled(3)) == dict(
+        zip(versions, ["superseded", "superseded", "verdict"], strict=True)
+    )
 
 
 async def test_overwritten_object_has_one_verdict_and_no_dead_letter(bench: IntakeBench) -> None:

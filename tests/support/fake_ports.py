@@ -88,6 +88,9 @@ class _Images:
     def open(self, _reference: ObjectReference) -> AbstractAsyncContextManager[StoredObject]:
         return self._ports.open_object()
 
+    async def is_current_version(self, _reference: ObjectReference) -> bool:
+        return True
+
 
 class FakePreparer:
     """Decodes nothing: the bytes are the image."""
