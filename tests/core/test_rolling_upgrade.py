@@ -51,7 +51,7 @@ from services.gateway.problems import HttpProblem
 from services.gateway.rate_limits import RateLimiter
 from services.policies import traffic_sample
 from services.policies.cache import PolicyCache
-from services.policies.circuit_breaker import CircuitBreaker
+from services.policies.circuit_breaker import CircuitBreaker, find_trip_reason
 from services.policies.document import PolicyDocument
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
@@ -60,11 +60,15 @@ from services.policies.traffic_sample import TrafficSample
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
+from tests.support.policies import SIGNING_KEY
 from tests.support.streams_bench import Streams, collect, eventually, values
 
 RECORDED: Final = json.loads((Path(__file__).parent / "redis-0.1.0.json").read_text())
 KEYS: Final[dict[str, dict[str, Any]]] = RECORDED["keys"]
 POLICIES: Final = "sluice:policies:policies"
+BLOCK_RATE: Final = f"{POLICIES}:block-rate:shop@2:6"
+GROUP: Final = 6
+"""The group of the tenant `shop`. Processes of later versions must count the tenant in the same group."""
 AT: Final = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)
 REQUEST: Final = "99" * 32
 """The digest of the request that came with the idempotency key `order-1`."""
@@ -286,8 +290,6 @@ def _without_times(name: str, type: str, ttl: int, value: Any) -> dict[str, Any]
     elif ":seen:" in name or ":block-rate:" in name:
         assert all(re.match(r"\d+(:|$)", field) for field in value)
         value = {re.sub(r"^\d+", "time slice", field): each for field, each in value.items()}
-        # Block rates are now counted by group of tenants. A process of 0.1.0 adds the groups up.
-        value = {re.sub(r":(judged|blocked):\d+$", r":\1", field): each for field, each in value.items()}
     # A slow machine may be some seconds late; shorter lives are checked where they matter.
     return {"type": type, "ttl": ttl if ttl < 0 else "short" if ttl <= 20 else round(ttl, -2), "value": value}
 
@@ -309,17 +311,16 @@ async def write_policies(redis_cache: PolicyRedisCache) -> None:
     await sample.flush()
 
 
-async def count_actions(client: Any, redis_cache: PolicyRedisCache, *actions: Action) -> None:
+async def count_actions(client: Any, redis_cache: PolicyRedisCache, *actions: Action, tenant: str = "shop") -> None:
     """Count verdicts with these actions, and wait until Redis has them."""
     policies, registry = cast("PolicyCache", FixedRollout()), cast("PolicyRegistry", None)
-    name = f"{POLICIES}:block-rate:shop@2:6"
-    before = await client.hgetall(name)
+    before = await client.hgetall(BLOCK_RATE)
     async with CircuitBreaker(policies, registry, redis_cache) as breaker:
         for action in actions:
-            assert breaker.count_and_allow(POLICY, action, "shop")
+            assert breaker.count_and_allow(POLICY, action, tenant)
 
         async def counted() -> bool:
-            return bool(await client.hgetall(name) != before)
+            return bool(await client.hgetall(BLOCK_RATE) != before)
 
         await eventually(counted)
 
@@ -363,8 +364,10 @@ async def test_same_calls_write_the_keys_of_0_1_0(
     async with ReplayLog(settings, lease=True, progress=print) as replay_log:
         await replay_log.add([replay_id(DEAD)])
         written = await dump(client)
+    # Block rates are now counted by group of tenants. Tests below show that processes of 0.1.0 add the groups up.
+    counted = KEYS[BLOCK_RATE] | {"value": {f"{name}:{GROUP}": n for name, n in KEYS[BLOCK_RATE]["value"].items()}}
     # A store removes its sign of life when it is closed; a running one is in a test of its own.
-    expected = {name: entry for name, entry in KEYS.items() if ":gateway:alive:" not in name}
+    expected = {name: entry for name, entry in KEYS.items() if ":gateway:alive:" not in name} | {BLOCK_RATE: counted}
     # These live for seconds, so a slow machine may have lost them: they have tests of their own, too.
     lost = {name for name in expected if 0 < expected[name]["ttl"] <= 5} - written.keys()
     assert without_times(written) == without_times({n: entry for n, entry in expected.items() if n not in lost})
@@ -454,17 +457,41 @@ async def test_traffic_sample_of_0_1_0_is_drawn(client: Any, redis_cache: Policy
     ]
 
 
-async def test_circuit_breaker_adds_to_the_counts_of_0_1_0(client: Any, redis_cache: PolicyRedisCache) -> None:
-    recorded = KEYS[f"{POLICIES}:block-rate:shop@2:6"]["value"]
-    # The window of the recording is over; the same counts in the present slice of 60 s.
-    present = str(int(time.time() // 60))
-    counts = {re.sub(r"^\d+", present, field): count for field, count in recorded.items()}
-    await client.hset(f"{POLICIES}:block-rate:shop@2:6", mapping=counts)
-    await count_actions(client, redis_cache, "block", "allow")
-    sums = {"judged": 0, "blocked": 0}
-    for field, count in (await client.hgetall(f"{POLICIES}:block-rate:shop@2:6")).items():
-        sums[field.decode().split(":")[1]] += int(count)
-    assert sums == {"judged": 3 + 2, "blocked": 1 + 1}
+async def count_as_0_1_0(client: Any, judged: int, blocked: int) -> list[int]:
+    """Count verdicts, and return those of the window, as a process of 0.1.0 does."""
+    script = (Path(__file__).parent / "circuit-breaker-0.1.0.lua").read_text()
+    return cast("list[int]", await client.eval(script, 1, BLOCK_RATE, 60.0, 10, judged, blocked))
+
+
+async def test_process_of_0_1_0_adds_up_the_counts_of_today(client: Any, redis_cache: PolicyRedisCache) -> None:
+    await count_actions(client, redis_cache, "block", "allow", "review")
+    assert await count_as_0_1_0(client, 10, 4) == [10 + 3, 4 + 1]
+    await count_actions(client, redis_cache, "block", tenant="another")
+    assert await count_as_0_1_0(client, 0, 0) == [10 + 4, 4 + 2]
+
+
+async def test_circuit_breaker_counts_the_verdicts_of_processes_of_0_1_0(
+    client: Any, redis_cache: PolicyRedisCache
+) -> None:
+    assert await count_as_0_1_0(client, 10, 4) == [10, 4]
+    breaker = CircuitBreaker(cast("PolicyCache", FixedRollout()), cast("PolicyRegistry", None), redis_cache)
+    assert breaker.count_and_allow(POLICY, "block", "shop")
+    counts = await breaker._count(breaker._unsent[POLICY.identity], CHANGE.rollout.since)
+    assert counts == {"judged": 10, "blocked": 4, f"judged:{GROUP}": 1, f"blocked:{GROUP}": 1}
+    assert find_trip_reason({"judged": 1000, "blocked": 600}, POLICY.block_rate or BlockRateBand()), "they open it, too"
+
+
+async def test_old_slices_of_today_are_removed_by_0_1_0_and_the_reverse(
+    client: Any, redis_cache: PolicyRedisCache
+) -> None:
+    old = int(time.time() // 60) - 20
+    fields = {f"{old}:judged": 1, f"{old}:blocked": 1, f"{old}:judged:{GROUP}": 1, f"{old}:blocked:{GROUP}": 1}
+    await client.hset(BLOCK_RATE, mapping=fields)
+    assert await count_as_0_1_0(client, 2, 1) == [2, 1]
+    assert await client.hmget(BLOCK_RATE, *fields) == [None] * 4
+    await client.hset(BLOCK_RATE, mapping=fields)
+    await count_actions(client, redis_cache, "allow")
+    assert await client.hmget(BLOCK_RATE, *fields) == [None] * 4
 
 
 async def test_assessments_of_0_1_0_are_found(client: Any, redis_cache: PolicyRedisCache) -> None:
@@ -476,6 +503,19 @@ async def test_assessments_of_0_1_0_are_found(client: Any, redis_cache: PolicyRe
     interrupted = await store.get("asm_pending")
     assert interrupted is not None
     assert (interrupted.status, (interrupted.problem or {})["type"]) == ("failed", "urn:sluice:problem:interrupted")
+
+
+async def test_signed_assessments_have_the_fields_that_0_1_0_reads(client: Any, url: str) -> None:
+    """Version 0.1.0 ignores fields that it does not know."""
+    signing = PolicyRedisCache(url, "policies", signing_key=SIGNING_KEY)
+    await write_assessments(signing)
+    names = [name for name in KEYS if ":gateway:assessment:" in name or ":gateway:idempotency:" in name]
+    for name in names:
+        document = json.loads(await client.get(name))
+        assert len(document.pop("signature")) == 64
+        assert document == json.loads(encoded(KEYS[name]["value"]))
+    assert len(names) == 5
+    await signing.close()
 
 
 async def test_idempotency_key_of_0_1_0_is_claimed_and_replaced(client: Any, redis_cache: PolicyRedisCache) -> None:

@@ -16,6 +16,21 @@ async def says_unsafe(_image: PreparedImage, _detail: Detail) -> Assessment:
     return Assessment(rating="Unsafe", category=CATEGORIES[1], rationale="a fight", score=0.9, model=MODEL)
 
 
+async def test_invented_tenants_open_no_breaker_if_tenants_are_separated(bench: IntakeBench) -> None:
+    bench.guard.script = says_unsafe
+    bench.registry.publish(PolicyDocument.model_validate({"name": "default", "block_rate": BAND}))
+    bench.registry.activate("default", 2, who="test")
+    before = bench.registry.list_changes("default")
+    bench.put("b/fight.jpg")
+    await bench.start(tenant_prefixes=("b=s3://uploads/b/",))
+    for number in range(40):
+        await bench.submit({"id": str(number), "uri": "s3://uploads/b/fight.jpg", "tenant": f"made-up-{number}"})
+    verdicts, letters = await bench.settled(40)
+    assert (verdicts, {letter.reason for letter in letters}) == ([], {"forbidden"})
+    await asyncio.sleep(1)  # the breaker is checked four times a second
+    assert bench.registry.list_changes("default") == before
+
+
 async def test_only_submissions_of_own_tenants_open_the_breaker(bench: IntakeBench) -> None:
     bench.guard.script = says_unsafe
     bench.registry.publish(PolicyDocument.model_validate({"name": "shop", "block_rate": BAND}))
