@@ -22,6 +22,14 @@ ResolveFn = Callable[[str, int], Awaitable[list[str]]]
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _CONNECT_S: Final = 5.0
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+"""The only IPv6 addresses that IANA has allocated for the public Internet."""
+_SPECIAL_NETWORKS: Final = (
+    ipaddress.ip_network("192.0.0.0/24"),  # protocol assignments
+    ipaddress.ip_network("192.88.99.0/24"),  # relays of 6to4, which no longer exist
+    ipaddress.ip_network("3fff::/20"),  # documentation
+)
+"""Networks that the table of Python 3.11 takes for public, although nobody serves pictures there."""
 
 
 class ImageDownloader:
@@ -143,6 +151,10 @@ def is_public(address: Address) -> bool:
             return False
         if address.ipv4_mapped is not None:
             return True
+        if address not in _GLOBAL_UNICAST:
+            return False
+    if any(address in network for network in _SPECIAL_NETWORKS):
+        return False
     return address.is_global and not (
         address.is_multicast or address.is_reserved or address.is_unspecified or address.is_private
     )

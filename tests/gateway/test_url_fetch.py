@@ -111,6 +111,9 @@ async def test_only_urls_of_named_hosts_are_fetched() -> None:
             "64:ff9b::a9fe:a9fe",
             "2001:0:a00:1::1",
         ),
+        # Addresses that the table of Python 3.11.7 takes for public.
+        *("fec0::1", "feff::1", "3fff::1", "3fff:fff:ffff::1", "192.0.0.8", "192.0.0.9", "192.0.0.10", "192.88.99.1"),
+        *("::ffff:192.0.0.9", "2002:c000:8::", "::7f00:1", "::ffff:0:127.0.0.1", "5f00::1", "100::1", "4000::1"),
     ],
 )
 async def test_address_inside_the_network_is_refused(address: str) -> None:
@@ -121,7 +124,7 @@ async def test_address_inside_the_network_is_refused(address: str) -> None:
             await fetch(downloader, "http://pictures.example/")
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "2a00:1450:4001::1", "::ffff:8.8.8.8"])
 def test_address_on_the_internet_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
