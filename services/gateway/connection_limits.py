@@ -3,6 +3,8 @@
 uvicorn has none of these limits:
 
 - A connection without a complete head of a request is closed after a while.
+- A head that is larger than the limit is refused, also if all of it arrives at once. h11 itself refuses a head only if
+  it is incomplete at the limit.
 - A connection whose client does not take the response is closed after a while.
 - If too many connections are open, the connection that has kept the gateway waiting longest is closed: for a request,
   for the rest of a body, or until its client takes a response.
@@ -13,7 +15,7 @@ So thousands of idle or slow connections take nothing from the others.
 
 import asyncio
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -38,6 +40,25 @@ class ConnectionLimits:
     head_deadline_s: float
     write_deadline_s: float
     """A blocked response must go on within this time."""
+    head_bytes: int
+    """The method, the target and the header fields of a request may have this many bytes."""
+
+
+class HeadLimitedConnection(h11.Connection):
+    """The HTTP grammar of one connection, with a limit on the head of each request."""
+
+    def __init__(self, head_bytes: int) -> None:
+        super().__init__(h11.SERVER, head_bytes)
+        self._head_bytes = head_bytes
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            fields = sum(len(name) + len(value) + len(b": \r\n") for name, value in event.headers)
+            if len(event.method) + len(event.target) + fields > self._head_bytes:
+                telemetry.GATEWAY_REFUSED.inc(1, {"reason": "head-too-large"})
+                raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
+        return event
 
 
 class LimitedProtocol(H11Protocol):
@@ -50,6 +71,10 @@ class LimitedProtocol(H11Protocol):
     _write_timer: asyncio.TimerHandle | None = None
     _unsent_bytes = 0
     """Bytes of responses that the client had not taken when the write timer was started."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = HeadLimitedConnection(self.limits.head_bytes)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -17,7 +17,8 @@ HEAD_DEADLINE_S: Final = 10.0
 """From a new connection, or the first byte of a request, to the end of the request's head."""
 WRITE_DEADLINE_S: Final = 10.0
 """A client must take the next part of a blocked response within this time."""
-_HEAD_LIMIT_BYTES: Final = 32 << 10
+HEAD_LIMIT_BYTES: Final = 32 << 10
+"""The size of the head of a request."""
 _KEEP_ALIVE_S: Final = 30
 _OTHER_FILES: Final = 512
 """Open files of this process that are not connections."""
@@ -36,7 +37,7 @@ class GatewayServer:
         head_deadline_s: float = HEAD_DEADLINE_S,
         write_deadline_s: float = WRITE_DEADLINE_S,
     ) -> None:
-        limits = ConnectionLimits(settings.gateway_connections, head_deadline_s, write_deadline_s)
+        limits = ConnectionLimits(settings.gateway_connections, head_deadline_s, write_deadline_s, HEAD_LIMIT_BYTES)
         _raise_file_limit(settings.gateway_connections + _OTHER_FILES)
         self._listener = listener
         self._server = uvicorn.Server(
@@ -51,7 +52,6 @@ class GatewayServer:
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-                h11_max_incomplete_event_size=_HEAD_LIMIT_BYTES,
                 backlog=_BACKLOG_CONNECTIONS,
             )
         )

@@ -7,8 +7,9 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 
 import httpx
 import psutil
+import pytest
 
-from services.gateway.server import GatewayServer, listen
+from services.gateway.server import HEAD_LIMIT_BYTES, GatewayServer, listen
 from tests.support.gateway_bench import JPEG, Gate, GatewayBench, data_url
 
 SLOW = 500
@@ -286,3 +287,43 @@ async def test_large_json_with_an_image_is_still_read(bench: GatewayBench) -> No
     async with bench.client() as client:
         request = {"input": {"type": "image_url", "image_url": {"url": padded}}}
         assert (await client.post("/v1/moderations", json=request)).status_code == 200
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("many_fields", [False, True])
+async def test_head_over_the_limit_is_refused_however_it_arrives(
+    idle: GatewayBench, in_pieces: bool, many_fields: bool
+) -> None:
+    """A complete head in one packet never was an incomplete one, which is all that h11 limits."""
+    server = await serve(idle)
+
+    async def answer_to(filler_bytes: int) -> bytes:
+        filler = "X: y\r\n" * (filler_bytes // 6) if many_fields else f"X-Filler: {'x' * filler_bytes}\r\n"
+        head = f"GET /healthz HTTP/1.1\r\nHost: g\r\nConnection: close\r\n{filler}\r\n".encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        step = 5000 if in_pieces else len(head)
+        with suppress(ConnectionError):
+            for start in range(0, len(head), step):
+                writer.write(head[start : start + step])
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        (status,) = await statuses([reader])
+        writer.close()
+        return status
+
+    assert await answer_to(HEAD_LIMIT_BYTES - 200) == b"200"
+    for filler_bytes in (HEAD_LIMIT_BYTES, 40_000, 120_000):
+        assert await answer_to(filler_bytes) in {b"400", b""}, filler_bytes  # empty: reset while it still sent
+    await check_neighbour_is_served(idle, server)
+
+
+async def test_large_head_behind_another_request_is_refused(idle: GatewayBench) -> None:
+    server = await serve(idle)
+    token = idle.token()
+    first = f"GET {PATH}/none HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {token}\r\n\r\n"
+    second = f"GET {PATH}/none HTTP/1.1\r\nHost: g\r\nX: {'x' * 40_000}\r\nAuthorization: Bearer {token}\r\n\r\n"
+    async with connections(server, 1, first + second) as readers:
+        async with asyncio.timeout(30):
+            received = await readers[0].read()
+    assert received.count(b"HTTP/1.1 404") == 1
+    assert received.count(b"HTTP/1.1 400") == 1

@@ -124,7 +124,9 @@ async def test_address_inside_the_network_is_refused(address: str) -> None:
             await fetch(downloader, "http://pictures.example/")
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "2a00:1450:4001::1", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "2a00:1450:4001::1", "::ffff:8.8.8.8"]
+)
 def test_address_on_the_internet_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
