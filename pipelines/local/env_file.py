@@ -1,5 +1,12 @@
-"""Reads and writes `.sluice/env`, which tells the commands in a folder how to reach the service started there."""
+"""Reads and writes `.sluice/env`, which tells the commands in a folder how to reach the service started there.
 
+The service keeps a lock on the file while it runs, and the commands use only a locked file. So a file that came with
+the folder, for example in an archive, cannot send the commands to somebody else's service: an unpacked file has the
+mode of the original and the owner who unpacks it, but no lock.
+"""
+
+import fcntl
+import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -24,15 +31,19 @@ _VARIABLES: Final = frozenset(
 _MODE: Final = 0o600
 _REMEDY: Final = "remove the file, or run this in another folder"
 
+log = logging.getLogger(__name__)
+
 
 def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
     """Return the variables in the file; none if there is no file.
 
-    The folder may come from somebody else, for example with a repository, and some variables run programs. Therefore
-    the file is read only if it is as `keep_env_file` writes it.
+    The folder may come from somebody else, for example with a repository or an archive, some variables run programs,
+    and others say where images are sent to. Therefore the file is used only if it is as `keep_env_file` writes it, and
+    only while `keep_env_file` runs.
 
     Raises:
-        ConfigurationError: the file cannot be read, others own it or have access to it, or it sets other variables.
+        ConfigurationError: the file cannot be read, others own it or have access to it, it sets other variables, or no
+            running service has written it.
     """
     try:
         content = open(file, "rb", opener=_open_descriptor)  # noqa: SIM115 - the with statement below closes it
@@ -51,11 +62,18 @@ def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
                 f"{file} is not used, because `sluice up` writes a file of mode 0600 that belongs to you, and this one "
                 f"belongs to the user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}; {_REMEDY}"
             )
+        is_kept = _is_locked(content.fileno())
         lines = content.read().decode(errors="replace").splitlines()
     variables = dict(line.split("=", 1) for line in lines if "=" in line)
     if foreign := sorted(variables.keys() - _VARIABLES):
         raise ConfigurationError(
             f"{file} is not used, because it sets {foreign[0]!r}, which `sluice up` never writes; {_REMEDY}"
+        )
+    if not is_kept:
+        raise ConfigurationError(
+            f"{file} is not used, because no running `sluice up` has written it: the service was killed, or the file "
+            f"came from somebody else; start the service here, or {_REMEDY}. If you trust the file, set its variables "
+            "in the environment yourself"
         )
     return variables
 
@@ -66,6 +84,8 @@ def keep_env_file(settings: Settings, variables: Mapping[str, str], file: Path =
 
     Of `variables`, the file also gets the credentials of the embedded backends, the gateway's URL and key, and the
     authentication mode of Ray.
+
+    The lock on the file disappears with this process, also if the process is killed.
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude=_OMITTED_SETTINGS)
     lines = [f"SLUICE_{name.upper()}={','.join(v) if isinstance(v, list) else v}" for name, v in values.items()]
@@ -77,13 +97,29 @@ def keep_env_file(settings: Settings, variables: Mapping[str, str], file: Path =
     draft.unlink(missing_ok=True)
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE), "w", encoding="utf-8") as output:
         output.write(content)
-    draft.replace(file)
+        output.flush()
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s), so commands in this folder will not use it", file, error.strerror)
+        draft.replace(file)
+        try:
+            yield
+        finally:
+            # A service that was started later in the same folder has replaced the file by its own.
+            if file.exists() and file.read_text(encoding="utf-8") == content:
+                file.unlink()
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether a process keeps its exclusive lock on the file."""
     try:
-        yield
-    finally:
-        # A service that was started later in the same folder has replaced the file by its own.
-        if file.exists() and file.read_text(encoding="utf-8") == content:
-            file.unlink()
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # the file system has no locks
+        pass
+    return False
 
 
 def _open_descriptor(path: str, flags: int) -> int:

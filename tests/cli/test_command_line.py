@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -155,9 +157,12 @@ def test_env_file_is_private_and_removed_at_the_end(tmp_path: Path) -> None:
 
 def test_env_file_of_a_later_service_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "env"
-    with keep_env_file(Settings(group="first"), {}, file):
-        file.write_text("SLUICE_GROUP=second\n")
-    assert read_env_file(file) == {"SLUICE_GROUP": "second"}
+    with ExitStack() as second:
+        with keep_env_file(Settings(group="first"), {}, file):
+            assert read_env_file(file)["SLUICE_GROUP"] == "first"
+            second.enter_context(keep_env_file(Settings(group="second"), {}, file))
+        assert read_env_file(file)["SLUICE_GROUP"] == "second"
+    assert not file.exists()
 
 
 def write_env_file(folder: Path, content: str, mode: int = 0o600) -> Path:
@@ -190,11 +195,54 @@ def test_env_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> N
 
 
 def test_env_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_env_file(tmp_path, "SLUICE_GROUP=mine\n")
-    assert read_env_file(file) == {"SLUICE_GROUP": "mine"}
-    user = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    with pytest.raises(ConfigurationError, match=f"belongs to the user {user} "):
+    file = tmp_path / "env"
+    with keep_env_file(Settings(group="mine"), {}, file):
+        assert read_env_file(file)["SLUICE_GROUP"] == "mine"
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+        with pytest.raises(ConfigurationError, match=f"belongs to the user {user} "):
+            read_env_file(file)
+
+
+def test_env_file_out_of_an_archive_sends_nothing_to_its_author(tmp_path: Path) -> None:
+    """An archive keeps the mode 0600, and the user who unpacks it owns the file."""
+    author, reader = tmp_path / "author", tmp_path / "reader"
+    author.mkdir(), reader.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as foreign_service:
+        url = f"redis://127.0.0.1:{foreign_service.getsockname()[1]}/0"
+        settings = (
+            f"SLUICE_STREAM_URL={url}\nSLUICE_REDIS_URL={url}\nSLUICE_S3_ENDPOINT={url.replace('redis', 'http')}\n"
+        )
+        write_env_file(author, f"{settings}SLUICE_S3_BUCKETS=uploads\nSLUICE_POLICY_BUCKET=p\n")
+        (author / "picture.jpg").write_bytes(b"private")
+        subprocess.run(["tar", "-cf", tmp_path / "project.tar", "."], cwd=author, check=True)
+        subprocess.run(["tar", "-xf", tmp_path / "project.tar"], cwd=reader, check=True)
+        unpacked = (reader / ".sluice" / "env").stat()
+        assert (unpacked.st_mode & 0o777, unpacked.st_uid) == (0o600, os.geteuid())
+
+        for command in (("submit", "picture.jpg"), ("verdicts",), ("policy", "list")):
+            refused = run_sluice_in(reader, *command, AWS_ACCESS_KEY_ID="mine", AWS_SECRET_ACCESS_KEY="mine")
+            assert_fails(refused, ".sluice/env is not used", "no running `sluice up` has written it")
+        foreign_service.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            foreign_service.accept()
+
+
+def test_env_file_of_a_killed_service_is_not_used(tmp_path: Path) -> None:
+    keep = (
+        "import time; from pipelines.local.env_file import keep_env_file; from services.core.settings import Settings\n"
+        "with keep_env_file(Settings(group='mine'), {}): print('ready', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", keep]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as service:
+        assert service.stdout is not None
+        service.stdout.readline()
+        file = tmp_path / ".sluice" / "env"
+        assert read_env_file(file)["SLUICE_GROUP"] == "mine"
+        assert read_env_file(file)["SLUICE_GROUP"] == "mine", "a command leaves the lock to the service"
+        service.kill()
+        service.wait()
+    with pytest.raises(ConfigurationError, match="the service was killed, or"):
         read_env_file(file)
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -80,11 +81,8 @@ def assert_fails(result: subprocess.CompletedProcess[bytes], *words: str) -> Non
 
 
 @pytest.fixture
-def folder(bench: IntakeBench, tmp_path: Path) -> Path:
+def folder(bench: IntakeBench, tmp_path: Path) -> Iterator[Path]:
     """A folder whose .sluice/env has the settings of the bench."""
     file = tmp_path / ".sluice" / "env"
     with keep_env_file(bench.settings, {}, file):
-        content = file.read_text()
-    file.touch(mode=0o600)
-    file.write_text(content)
-    return tmp_path
+        yield tmp_path
