@@ -36,7 +36,7 @@ from pipelines.serving import build
 from pipelines.serving.app import bind_application
 from pipelines.serving.names import APPLICATION, GATEWAY, INTAKE
 from services.core import settings as settings_module
-from services.core.errors import ConfigurationError, PolicyUnavailable, SluiceError
+from services.core.errors import ConfigurationError, PolicyUnavailable
 from services.core.processes import adopt_orphans, kill_descendants, kill_descendants_on_exit
 from services.core.retry import retry_blocking
 from services.core.settings import Settings
@@ -93,6 +93,13 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
             _publish_built_in(settings)
             kill_descendants_on_exit()
             settings, reaching_gateway = stack.enter_context(_reserve_gateway_port(settings, embed=embed))
+            key = create_embedded_key(settings, variables)
+            if embed and reaching_gateway and not key:
+                progress(
+                    f"no API key was created, because the bucket {settings.policy_bucket} is not embedded; "
+                    "`sluice keys create` creates one"
+                )
+            reaching_gateway |= key
             progress("starting Ray")
             stack.enter_context(_run_ray(settings))
             _deploy(settings.model_copy(update={"log_file": log_file}), progress)
@@ -199,11 +206,8 @@ def _publish_built_in(settings: Settings) -> None:
 
 
 @contextmanager
-def _reserve_gateway_port(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, Mapping[str, str]]]:
-    """Reserve the gateway's port, with `embed` a free one unless it is set. Yields the variables for clients.
-
-    With `embed` they include an admin key, which is revoked at the end.
-    """
+def _reserve_gateway_port(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, dict[str, str]]]:
+    """Reserve the gateway's port, with `embed` a free one unless it is set. Yields the variables for clients."""
     if not settings.gateway_replicas:
         yield settings, {}
         return
@@ -213,25 +217,24 @@ def _reserve_gateway_port(settings: Settings, *, embed: bool) -> Iterator[tuple[
             wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
             port = stack.enter_context(reserve_port(settings.gateway_host, wanted))
         variables = {"SLUICE_GATEWAY_URL": make_gateway_url(settings.gateway_host, port)}
-        if embed:
-            keys = ApiKeyRegistry.from_settings(settings)
-            key, token = keys.create("embedded", "admin", all_tenants=True, who="sluice up")
-            stack.callback(_revoke_key, keys, key.id)
-            variables["SLUICE_API_KEY"] = token
         yield settings.model_copy(update={"gateway_port": port}), variables
+
+
+def create_embedded_key(settings: Settings, backends: Mapping[str, str]) -> dict[str, str]:
+    """Create an admin key, if `backends` include the bucket that has it. Returns the variable for clients.
+
+    The embedded bucket disappears with this process. In another bucket, the key would stay valid after a SIGKILL.
+    """
+    if not settings.gateway_replicas or "SLUICE_S3_ENDPOINT" not in backends:
+        return {}
+    _, token = ApiKeyRegistry.from_settings(settings).create("embedded", "admin", all_tenants=True, who="sluice up")
+    return {"SLUICE_API_KEY": token}
 
 
 def make_gateway_url(host: str, port: int) -> str:
     """The address of the gateway for clients on this machine."""
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
-
-
-def _revoke_key(keys: ApiKeyRegistry, key_id: str) -> None:
-    try:
-        keys.revoke(key_id, who="sluice up")
-    except SluiceError as error:
-        log.warning("could not revoke the embedded API key %s: %s", key_id, error)
 
 
 @contextmanager

@@ -64,7 +64,10 @@ def test_kafka_service_after_sigterm_under_load_leaves_the_rest_to_the_next(
 
     first = Service(new_folder(tmp_path), "--embedded", environment=environment)
     services.append(first)
-    assert "AWS_SECRET_ACCESS_KEY" not in first.wait_until_ready(), "only embedded credentials are written down"
+    written = first.wait_until_ready()
+    assert "AWS_SECRET_ACCESS_KEY" not in written, "only embedded credentials are written down"
+    assert "SLUICE_GATEWAY_URL" in written
+    assert "SLUICE_API_KEY" not in written, "an API key is created only in an embedded bucket"
     submit(stream, cases)
     first.terminate(3 + STOP_S)
     settled = len(stream.read("verdicts")) + len(stream.read("dead-letters"))
