@@ -88,6 +88,9 @@ async def replay(
             async for batch in _batch(to_replay):
                 if publisher:
                     await replay_log.renew()
+                    await replay_log.record_attempts(
+                        {(each.message.source, each.message.value): each.letter.attempts for each in batch}
+                    )
                     if not await _publish(publisher, batch, settings, progress):
                         counts.refused += 1
                         continue

@@ -1,7 +1,7 @@
 """The log of replayed dead letters in Redis, and the lease that lets one command replay at a time."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Final, Self
@@ -9,6 +9,7 @@ from typing import Final, Self
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
+from pipelines.intake.replayed_attempts import ReplayedAttempts
 from services.core.errors import SluiceError
 from services.core.redis import RedisClient, map_redis_errors
 from services.core.settings import Settings
@@ -34,6 +35,7 @@ class ReplayLog:
         """
         self._redis = RedisClient(settings.redis_url, f"sluice:{settings.dead_letters_stream}:", timeout_s=_TIMEOUT_S)
         self._key = self._redis.key("replayed")
+        self._attempts = ReplayedAttempts(self._redis, settings.dead_letters_stream)
         self._lock: Lock | None = (
             self._redis.client.lock(self._redis.key("replaying"), timeout=_LEASE_S) if lease else None
         )
@@ -67,6 +69,10 @@ class ReplayLog:
         """Add ids to the log. They never expire."""
         for chunk in _chunks(replay_ids):
             await self._redis.call(self._redis.client.sadd(self._key, *chunk))
+
+    async def record_attempts(self, attempts: Mapping[tuple[str, bytes], int]) -> None:
+        """Record the tries of dead letters, by their position and value, for the Intake that gets their replay."""
+        await self._attempts.record(attempts)
 
     async def renew(self) -> None:
         """Renew the lease.

@@ -13,6 +13,7 @@ from typing import Final
 from pipelines.intake.crash_isolation import CrashIsolation, find_poison_error
 from pipelines.intake.key_order import KeyOrder, KeyTicket, LatestEvents, ReceivedEvent
 from pipelines.intake.processor import Processor
+from pipelines.intake.replayed_attempts import ReplayedAttempts
 from services.core.errors import ConfigurationError, NotFound, NotOwned, ObjectChanged, Unjudgeable
 from services.core.values import Priority
 from services.moderation.moderator import ModerationResult
@@ -37,8 +38,9 @@ log = logging.getLogger(__name__)
 class InFlightMessage:
     """One message that this member has received and not settled."""
 
-    def __init__(self, message: Message, crashes: int, received_at_s: float) -> None:
-        self.message = replace(message, attempts=crashes + 1) if crashes >= message.attempts else message
+    def __init__(self, message: Message, crashes: int, received_at_s: float, *, earlier_attempts: int = 0) -> None:
+        """`earlier_attempts`: the tries of a replayed submission before it became a dead letter."""
+        self.message = replace(message, attempts=max(message.attempts, crashes + 1) + earlier_attempts)
         self.crashes = crashes
         self.received_at_s = received_at_s
         self.judged = False
@@ -83,11 +85,15 @@ class Lane:
         isolation: CrashIsolation,
         max_unjudged: int,
         priority: Priority,
+        replayed_attempts: ReplayedAttempts | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`max_unjudged` messages are processed at a time. Tests pass their own `clock` and `sleep`."""
+        """`max_unjudged` messages are processed at a time. Tests pass their own `clock` and `sleep`.
+
+        Without `replayed_attempts`, the tries of replayed submissions start at 0.
+        """
         self.consumer = consumer
         self.priority = priority
         self.in_flight: dict[str, InFlightMessage] = {}
@@ -95,6 +101,7 @@ class Lane:
         self.tasks: set[asyncio.Task[None]] = set()
         self._processor = processor
         self._isolation = isolation
+        self._replayed_attempts = replayed_attempts
         self._max_unjudged = max_unjudged
         self._clock = clock
         self._sleep = sleep
@@ -121,8 +128,9 @@ class Lane:
         messages = await self.consumer.receive(self.capacity, RECEIVE_TIMEOUT_S)
         self._unjudged_count += len(messages)
         crashes = await self._isolation.register([message.source for message in messages])
-        for message, count in zip(messages, crashes, strict=True):
-            in_flight = InFlightMessage(message, count, self._clock())
+        earlier = await self._replayed_attempts.find(messages) if self._replayed_attempts else [0] * len(messages)
+        for message, count, attempts in zip(messages, crashes, earlier, strict=True):
+            in_flight = InFlightMessage(message, count, self._clock(), earlier_attempts=attempts)
             self.in_flight[in_flight.message.source] = in_flight
             entries = await self._parse(in_flight)
             submissions = [entry for entry in entries if isinstance(entry, ParsedSubmission)]

@@ -17,7 +17,7 @@ from services.core.errors import (
     Unjudgeable,
     UnknownPolicy,
 )
-from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
+from services.core.messages import DeadLetter, remove_own_headers
 from services.core.retry import UnjudgedBudget
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
@@ -134,7 +134,7 @@ class Processor:
             submission_id=submission_id,
             reason=error.reason,
             detail=" ".join(str(error).split())[:_MAX_DETAIL_CHARS],
-            attempts=message.attempts + count_earlier_attempts(message.headers),
+            attempts=message.attempts,
             source=message.source,
             failed_at=datetime.now(UTC),
         )

@@ -8,6 +8,7 @@ from typing import Final
 from pipelines.intake.crash_isolation import CrashIsolation
 from pipelines.intake.lane import RECEIVE_TIMEOUT_S, Lane
 from pipelines.intake.processor import Processor
+from pipelines.intake.replayed_attempts import ReplayedAttempts
 from services.core import telemetry
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
@@ -37,13 +38,15 @@ class IntakeWorker:
         isolation: CrashIsolation,
         sample: TrafficSample | None = None,
         backfill: GroupConsumer | None = None,
+        replayed_attempts: ReplayedAttempts | None = None,
     ) -> None:
         self._settings = settings
         processor = Processor(moderator, settings, sample)
-        self.live = Lane(live, processor, isolation, settings.in_flight, "live")
+        self.live = Lane(live, processor, isolation, settings.in_flight, "live", replayed_attempts)
         self._lanes = [self.live]
         if backfill:
-            self._lanes.append(Lane(backfill, processor, isolation, max(1, settings.in_flight // 2), "backfill"))
+            max_unjudged = max(1, settings.in_flight // 2)
+            self._lanes.append(Lane(backfill, processor, isolation, max_unjudged, "backfill", replayed_attempts))
         self.lags: dict[Priority, Lag] = {}
         """The last lag of each stream. A stream whose lag cannot be read is missing."""
         self._draining = False

@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.autoscaling import recorded_metrics
 from pipelines.intake.crash_isolation import CrashIsolation
+from pipelines.intake.replayed_attempts import ReplayedAttempts
 from pipelines.intake.worker import IntakeWorker
 from pipelines.serving.components import Components
 from pipelines.serving.names import INTAKE
@@ -57,7 +58,8 @@ class IntakeDeployment:
             await open_consumer(StreamConfig.for_backfill(settings), member) if settings.backfill_stream else None
         )
         live = await open_consumer(StreamConfig.from_settings(settings), member)
-        self._worker = IntakeWorker(live, self._moderator, settings, isolation, sample, backfill)
+        replayed_attempts = ReplayedAttempts(components.redis_cache, settings.dead_letters_stream)
+        self._worker = IntakeWorker(live, self._moderator, settings, isolation, sample, backfill, replayed_attempts)
         self._closing.push_async_callback(self._worker.drain)
 
     async def judge_under(

@@ -35,9 +35,8 @@ OWN_HEADER_PREFIX: Final = "sluice-"
 ATTEMPTS_HEADER: Final = "sluice-attempts"
 
 REPLAYED_FROM_HEADER: Final = "sluice-replayed-from"
-"""Header of a replayed submission: the position of its dead letter. `ATTEMPTS_HEADER` counts the earlier tries."""
-
-_ATTEMPTS_DIGITS: Final = 6
+"""Header of a replayed submission: the position of its dead letter. `ATTEMPTS_HEADER` has the earlier tries, for
+members of version 0.1.0. Producers can set both, so this version looks the tries up in Redis."""
 
 _VERDICT_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "urn:sluice:verdict")
 
@@ -299,10 +298,3 @@ class DeadLetter(WireModel):
 def remove_own_headers(headers: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
     """The headers of a producer: all but those that only Sluice may set."""
     return tuple((name, value) for name, value in headers if not name.lower().startswith(OWN_HEADER_PREFIX))
-
-
-def count_earlier_attempts(headers: Iterable[tuple[str, bytes]]) -> int:
-    """The tries of a replayed submission before it became a dead letter. 0 for any other submission."""
-    own = {name.lower(): value for name, value in headers}
-    attempts = own.get(ATTEMPTS_HEADER, b"") if REPLAYED_FROM_HEADER in own else b""
-    return int(attempts) if attempts.isdigit() and len(attempts) <= _ATTEMPTS_DIGITS else 0

@@ -18,7 +18,7 @@ from pipelines.dead_letters.replay import ReplayCounts
 from pipelines.dead_letters.replay_log import ReplayLog
 from pipelines.dead_letters.stored import Selection, StoredDeadLetter, parse_dead_letter
 from services.core.errors import ConfigurationError, StreamUnavailable, Unavailable
-from services.core.messages import DeadLetter, count_earlier_attempts, remove_own_headers
+from services.core.messages import DeadLetter, remove_own_headers
 from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
@@ -120,14 +120,43 @@ class TestSelection:
         assert selection.matches(found({"id": "a", "uri": "s3://b/k", "tenant": "shop"})) is matches
 
 
-def test_attempts_header_counts_only_on_replayed_submissions() -> None:
-    replayed = ("sluice-replayed-from", b"x/0/1")
-    assert count_earlier_attempts([replayed, ("sluice-attempts", b"3")]) == 3
-    assert count_earlier_attempts([("Sluice-Attempts", b"3"), ("Sluice-Replayed-From", b"x")]) == 3
-    assert count_earlier_attempts([("sluice-attempts", b"3")]) == 0, "a producer cannot set attempts"
-    for wrong in (b"", b"-1", b"x", b"9" * 5000, "٣".encode()):
-        assert count_earlier_attempts([replayed, ("sluice-attempts", wrong)]) == 0
-    assert remove_own_headers([("ce_id", b"1"), ("Sluice-Reason", b"x"), replayed]) == (("ce_id", b"1"),)
+def test_own_headers_of_producers_are_removed() -> None:
+    forged = [("Sluice-Reason", b"x"), ("sluice-replayed-from", b"x/0/1"), ("SLUICE-ATTEMPTS", b"3")]
+    assert remove_own_headers([("ce_id", b"1"), *forged]) == (("ce_id", b"1"),)
+
+
+async def test_producer_cannot_set_the_attempts_of_a_dead_letter(bench: IntakeBench) -> None:
+    await bench.start()
+    submission = {"id": "first", "uri": "s3://uploads/absent.jpg"}
+    forged = {"sluice-replayed-from": b"sluice.dead-letters/0-1", "sluice-attempts": b"999999"}
+    await bench.submit(submission, **forged)
+    await bench.settled(1)
+    await replay(bench.settings)
+    await bench.settled(2)
+    assert [each.attempts for each in await bench.letters()] == [1, 2]
+
+    # The header of a true replay, with another value.
+    dead, _ = await bench.read(bench.settings.dead_letters_stream)
+    await bench.submit(submission | {"id": "other"}, **{**forged, "sluice-replayed-from": dead.source.encode()})
+    await bench.settled(3)
+    assert [each.attempts for each in await bench.letters()] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("entry", "attempts"),
+    [("7", 8), ("-7", 1), ("x", 1), ("9" * 5000, 1), ("٣", 1), ("99999999", 1_000_000)],
+    ids=["a number", "negative", "no number", "long", "another digit", "large"],
+)
+async def test_wrong_attempts_in_redis_are_ignored_or_clamped(bench: IntakeBench, entry: str, attempts: int) -> None:
+    await publish_dead_letters(bench, "a")
+    await replay(bench.settings)
+    with redis.Redis.from_url(bench.settings.redis_url) as client:
+        (name,) = client.keys(f"sluice:{bench.settings.dead_letters_stream}:replayed-attempts:*")  # type: ignore[misc]
+        assert client.ttl(name) > 0  # type: ignore[operator]
+        client.set(name, entry)
+    await bench.start()
+    await bench.settled(1 + 1)
+    assert [each.attempts for each in await bench.letters()] == [1, attempts]
 
 
 async def test_replayed_dead_letter_keeps_value_key_and_headers_and_continues_its_attempts(bench: IntakeBench) -> None:

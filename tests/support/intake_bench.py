@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from pipelines.intake.crash_isolation import CrashIsolation
+from pipelines.intake.replayed_attempts import ReplayedAttempts
 from pipelines.intake.worker import IntakeWorker
 from pipelines.tiny_guard.drawings import draw
 from services.core.messages import DeadLetter, Verdict
@@ -73,6 +74,7 @@ class IntakeBench:
             isolation,
             sample,
             backfill,
+            ReplayedAttempts(self.redis_cache, settings.dead_letters_stream),
         )
         self.intakes.append(intake)
         return intake
