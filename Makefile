@@ -1,9 +1,8 @@
 # Every target first installs requirements.lock into .venv, so `make demo` and `make test` are all that you need.
 PYTHON ?= python3
 BIN := .venv/bin
-UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test faults cluster soak fuzz evaluate lint lock schemas docs clean
+.PHONY: help setup demo check test faults cluster soak fuzz evaluate audit lint lock schemas docs clean
 
 help:
 	@echo 'make demo      judge a dozen drawn images from submission to verdict, with embedded backends'
@@ -14,6 +13,7 @@ help:
 	@echo 'make soak      run for MINUTES=30 at half of the sustained rate; fails if anything grows'
 	@echo 'make fuzz      try CASES=100000 hostile messages and pictures'
 	@echo 'make evaluate  judge some hundred drawn images; write the figures to docs/evaluation'
+	@echo 'make audit     check requirements.lock for known vulnerabilities; needs internet'
 	@echo 'make lint      lint and type-check only'
 	@echo 'make setup     install requirements.lock into .venv'
 	@echo 'make lock      compile requirements.lock and the locks of the images from pyproject.toml'
@@ -22,10 +22,10 @@ help:
 
 setup: .venv/.complete
 
-.venv/.complete: requirements.lock pyproject.toml
+.venv/.complete: requirements.lock infra/docker/build.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sluice needs Python 3.11 or newer; say which: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/python -m pip install --quiet --require-hashes -r infra/docker/build.lock
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
@@ -70,12 +70,17 @@ fuzz: setup
 evaluate: setup
 	$(BIN)/python -m pipelines.evaluation.tiny_report docs/evaluation
 
+# Status 1 of the script: known vulnerabilities; 3: not checked, because no vulnerability service answers.
+audit: setup
+	@$(BIN)/python infra/audit.py
+
 # The locks of the images have the same versions, without the packages of tests and embedded backends.
 IMAGE_LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-header \
 	--constraint requirements.lock
 lock:
 	$(BIN)/uv pip compile --quiet --generate-hashes --all-extras --python-version 3.11 --no-header \
 		--output-file requirements.lock pyproject.toml
+	$(IMAGE_LOCK) --output-file infra/docker/build.lock infra/docker/build.in
 	$(IMAGE_LOCK) --output-file infra/docker/gpu.lock pyproject.toml
 	$(IMAGE_LOCK) --output-file infra/docker/cpu.lock --excludes infra/docker/cpu.excludes pyproject.toml
 

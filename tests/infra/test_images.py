@@ -116,15 +116,25 @@ def test_base_images_have_a_version_and_final_stages_a_user() -> None:
     assert users == {"cpu": "1000:1000", "gpu": "1000:1000"}
 
 
-def test_installed_packages_have_a_hash_or_a_version() -> None:
-    for name, arguments in instructions():
-        if name != "RUN":
-            continue
-        if "uv pip install" in arguments:
-            assert "--require-hashes -r" in arguments or "--no-deps /wheels/*.whl" in arguments
-        elif "pip install" in arguments:
-            wanted = arguments.partition("pip install")[2].split()
-            assert all("==" in each for each in wanted if not each.startswith("-"))
+def test_every_installed_package_has_a_hash() -> None:
+    commands = [arguments for name, arguments in instructions() if name == "RUN" and "pip install" in arguments]
+
+    assert len(commands) == 6
+    for command in commands:
+        assert "--require-hashes -r /tmp/" in command or "--no-deps /wheels/*.whl" in command
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in re.findall(r"pip install (.*)", makefile):
+        assert "--require-hashes -r " in line or "--no-deps --no-build-isolation -e ." in line
+
+
+def test_lock_of_the_build_has_the_tested_version_of_setuptools_and_uv_with_hashes() -> None:
+    build, tested = pinned(DOCKER / "build.lock"), pinned(TESTED)
+
+    assert build.keys() == {"setuptools", "uv"}
+    assert all(len(entry) > 1 for entry in build.values())
+    assert build["setuptools"] == tested["setuptools"], "run `make lock`"
+    (wanted,) = re.findall(r"^uv==(\S+)$", (DOCKER / "build.in").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert build["uv"][0] == wanted, "run `make lock`"
 
 
 def test_build_context_has_every_copied_file() -> None:
