@@ -10,7 +10,7 @@ uvicorn has none of these limits:
   for the rest of a body, or until its client takes a response.
 - A client may send the next request before the response (pipelining) only after a request with a valid API key.
 
-So thousands of idle or slow connections take nothing from the others.
+So idle or slow connections make room for others.
 """
 
 import asyncio

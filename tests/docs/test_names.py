@@ -18,7 +18,12 @@ from services.core.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
 FOLDERS: Final = ("docs", "services", "pipelines", "tests", "infra", "benchmarks")
-PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES: Final = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 CHANGES: Final = ROOT / "CHANGELOG.md"
 """Names former modules, so it is searched for settings and commands only."""
 OTHER_FILES: Final = [
