@@ -16,6 +16,7 @@
         UnreadableAnswer        the guard's answer cannot be parsed; verdict `needs_review`
         Unjudgeable             the submission can never be judged; dead letter with `reason`
             Malformed, Forbidden, NotFound, ObjectChanged, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
+                ObjectOutOfScope, PolicyOutOfScope      a Forbidden and an UnknownPolicy; never systemic
 
 The class decides whether to retry and how the submission ends. `pipelines/intake/processor.py` makes two exceptions: it
 retries systemic errors, and a submission expires if it cannot be judged in time while others are judged.
