@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, MutableMapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -98,7 +98,7 @@ class PolicyCache:
         for check in list(self._checks.values()):
             await cancel_and_wait(check)
 
-    async def choose(self, request: ImageRequest, scope: Scope = UNLIMITED) -> PolicyChoice:
+    def choose(self, request: ImageRequest, scope: Scope = UNLIMITED) -> Coroutine[Any, Any, PolicyChoice]:
         """The version that judges a submission, and its shadow. Needs no network if both are known.
 
         Raises:
@@ -107,9 +107,13 @@ class PolicyCache:
                 same for a policy that does not exist.
             PolicyUnavailable: the policy is not known here, and neither Redis nor the policy bucket answers.
         """
+        # Each submission waits for this, so what is known is used without a further coroutine.
+        if scope.limits and scope.has_policy_limit:
+            return self._choose_in_scope(request, scope)
+        return self._choose(request)
+
+    async def _choose_in_scope(self, request: ImageRequest, scope: Scope) -> PolicyChoice:
         reference = _parse(request.policy)
-        if not scope.has_policy_limit:
-            return await self._choose(request, reference)
         detail = (
             f"the policy {str(reference)!r} does not exist, is not active, or may not be used by this tenant or API key"
         )
@@ -118,7 +122,7 @@ class PolicyCache:
         if not scope.allows_policy(own if names_own else reference.name, own):
             raise PolicyOutOfScope(detail)
         try:
-            return await self._choose(request, reference)
+            return await self._choose(request)
         except UnknownPolicy:
             raise UnknownPolicy(detail) from None
 
@@ -135,23 +139,30 @@ class PolicyCache:
         document = await self._get_tenants()
         return document.tenants if document else {}
 
-    async def _choose(self, request: ImageRequest, reference: PolicyReference) -> PolicyChoice:
+    async def _choose(self, request: ImageRequest) -> PolicyChoice:
+        reference = _parse(request.policy)
         name, version = reference.name, reference.version
         if version is not None:
             return PolicyChoice(await self._get_policy(name, version))
-        if name == DEFAULT_POLICY:
+        tenants, is_own = self._rollouts.get(TENANTS), name == DEFAULT_POLICY
+        has_no_tenants = tenants is not None and tenants.rollout.active is None
+        if is_own and not has_no_tenants:
             name = await self._find_tenant_policy(request.tenant)
-        rollout = await self._get_rollout(name)
+        known = self._rollouts.get(name)
+        rollout = known.rollout if known and known.rollout.active is not None else await self._get_rollout(name)
         version = rollout.choose_version(name, request.id, request.tenant)
         if version is None:
             raise UnknownPolicy(f"there is no policy {name!r} with an active version")
         shadow = rollout.choose_shadow(name, request.id)
-        policy = await self._get_policy(name, version)
-        is_counted = policy.block_rate is not None and await self._is_own_policy(request.tenant, name)
+        policy = self._policies.get((name, version)) or await self._get_policy(name, version)
+        is_counted = policy.block_rate is not None and (
+            is_own
+            or (request.tenant == "default" if has_no_tenants else await self._is_own_policy(request.tenant, name))
+        )
         return PolicyChoice(
             policy,
             await self._get_policy(name, shadow) if shadow is not None and shadow != version else None,
-            counted_tenant=request.tenant if is_counted else None,
+            request.tenant if is_counted else None,
         )
 
     async def resolve(self, reference: str) -> Policy:
@@ -186,7 +197,10 @@ class PolicyCache:
 
     async def _find_tenant_policy(self, tenant: str) -> str:
         """The policy of a tenant, by the active tenants document."""
-        document = await self._get_tenants()
+        version = (await self._get_rollout(TENANTS)).active
+        if version is None:
+            return DEFAULT_POLICY
+        document = self._tenants.get((TENANTS, version)) or await self._get_tenants()
         if document is None:
             return DEFAULT_POLICY
         policy = document.policy_of(tenant)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import Final, NamedTuple, Self
 
@@ -123,9 +124,12 @@ def _is_outside(counts: Counter[str], band: BlockRateBand) -> bool:
     return not band.at_least <= counts["blocked"] / counts["judged"] <= band.at_most
 
 
-def _group_tenant(tenant: str) -> int:
+@lru_cache(maxsize=4096)
+def _name_counts(tenant: str) -> tuple[str, str]:
+    """The names of the counts of the verdicts and the blocks of a tenant's group."""
     digest = hashlib.blake2b(tenant.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest) % _TENANT_GROUPS
+    group = int.from_bytes(digest) % _TENANT_GROUPS
+    return f"judged:{group}", f"blocked:{group}"
 
 
 class CircuitBreaker:
@@ -155,20 +159,18 @@ class CircuitBreaker:
         if policy.block_rate is None:
             return True
         if tenant is not None:
-            self._count_locally(policy, policy.block_rate, action, _group_tenant(tenant))
+            unsent = self._unsent.get(policy.identity)
+            if unsent is None:
+                unsent = self._unsent[policy.identity] = _UnsentCounts(policy.identity, policy.block_rate)
+            if not unsent.counts:
+                unsent.began_s = time.monotonic()
+            judged, blocked = _name_counts(tenant)
+            unsent.counts[judged] += 1
+            if action == "block":
+                unsent.counts[blocked] += 1
         if action != "block":
             return True
         return policy.identity not in self._pending_trips and not self._policies.is_tripped(policy.identity)
-
-    def _count_locally(self, policy: Policy, band: BlockRateBand, action: Action, group: int) -> None:
-        unsent = self._unsent.get(policy.identity)
-        if unsent is None:
-            unsent = self._unsent[policy.identity] = _UnsentCounts(policy.identity, band)
-        if not unsent.counts:
-            unsent.began_s = time.monotonic()
-        unsent.counts[f"judged:{group}"] += 1
-        if action == "block":
-            unsent.counts[f"blocked:{group}"] += 1
 
     async def _check_loop(self) -> None:
         while True:
