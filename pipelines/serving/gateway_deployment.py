@@ -13,8 +13,8 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.autoscaling import recorded_metrics
 from pipelines.serving.components import Components
 from pipelines.serving.names import GATEWAY
+from pipelines.serving.replica_process import protect_replica
 from services.core.logs import configure_logging
-from services.core.processes import forbid_tracing
 from services.core.settings import Settings
 from services.core.tasks import close_on_error
 from services.gateway.api_keys import ApiKeyRegistry
@@ -38,7 +38,7 @@ class GatewayDeployment:
             ConfigurationError: the port is in use or not allowed.
         """
         configure_logging(settings.log_file)
-        forbid_tracing()
+        protect_replica()
         self._closing = AsyncExitStack()
         async with close_on_error(self._closing):
             await self._start(settings, max_side_px, guard)

@@ -7,9 +7,9 @@ from typing import Any, Final
 from ray import serve
 
 from pipelines.serving.names import GUARD
+from pipelines.serving.replica_process import protect_replica
 from services.core.errors import ConfigurationError, GuardUnavailable
 from services.core.logs import configure_logging
-from services.core.processes import forbid_tracing
 from services.core.settings import Settings
 from services.core.tasks import close_on_error
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
@@ -36,7 +36,7 @@ class GuardDeployment:
             GuardUnavailable: the engine did not start.
         """
         configure_logging(settings.log_file)
-        forbid_tracing()
+        protect_replica()
         self._closing = AsyncExitStack()
         async with close_on_error(self._closing):
             await self._start(settings)

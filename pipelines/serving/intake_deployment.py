@@ -14,10 +14,10 @@ from pipelines.intake.replayed_attempts import ReplayedAttempts
 from pipelines.intake.worker import IntakeWorker
 from pipelines.serving.components import Components
 from pipelines.serving.names import INTAKE
+from pipelines.serving.replica_process import protect_replica
 from services.core.errors import TooLarge, Unjudgeable
 from services.core.logs import configure_logging
 from services.core.messages import ImageRequest, Verdict
-from services.core.processes import forbid_tracing
 from services.core.settings import Settings
 from services.core.tasks import close_on_error
 from services.core.values import Policy, StoredObject
@@ -41,7 +41,7 @@ class IntakeDeployment:
             ConfigurationError: the stream system refuses the settings.
         """
         configure_logging(settings.log_file)
-        forbid_tracing()
+        protect_replica()
         self._closing = AsyncExitStack()
         async with close_on_error(self._closing):
             await self._start(settings, max_side_px, guard)

@@ -102,7 +102,7 @@ class LaunchConfig:
         fraction = compute_mem_fraction_static(self.gpu_share)
         return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
-    def environment(self, inherited: Mapping[str, str], *, scratch: Path) -> dict[str, str]:
+    def environment(self, inherited: Mapping[str, str], *, port: int, scratch: Path) -> dict[str, str]:
         """The server's own variables, and those of `inherited` that a library needs to compute."""
         kept = {name: value for name, value in inherited.items() if _is_inherited(name)}
         kept |= {
@@ -112,6 +112,14 @@ class LaunchConfig:
             # An image waits this long for a preprocessing worker before SGLang replaces the whole pool of them.
             "REQUEST_TIMEOUT": str(max(10, int(self.deadline_s))),
             "SGLANG_CPU_WORKERS": str(min(self.in_flight, os.cpu_count() or 1)),
+            # The ranks of an engine are on one machine and connect over loopback. They find one another by a file:
+            # PyTorch's TCP store has no authentication and listens on all addresses.
+            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch / 'ranks'}",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            # SGLang derives the names of its shared memory from this address. It does not listen there.
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
         }
         if not self.gpus:
             kept["OMP_NUM_THREADS"] = "1"

@@ -17,7 +17,7 @@ import httpx
 
 from services.core.errors import EngineFailed, GuardFailed, GuardUnavailable
 from services.core.probe_image import draw_probe_image
-from services.core.processes import SupervisedProcess, find_free_port
+from services.core.processes import SupervisedProcess, can_confine, find_free_port
 from services.guard.sglang_command import LaunchConfig, write_secrets
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,15 @@ class SglangServer:
         def spawn() -> SglangServer:
             # Its sockets and temporary files are in one folder, which can be deleted.
             scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
+            if not can_confine():
+                logger.warning(
+                    "the kernel has no Landlock, so the engine can read the memory and the environment of other "
+                    "processes of this user; run the guard as a user of its own, or on a kernel with Landlock"
+                )
             write_secrets(scratch / "flags.yaml", api_key=key)
             argv = launch_config.command(port=port, secrets=scratch / "flags.yaml")
-            child = SupervisedProcess(argv, log=log, env=launch_config.environment(os.environ, scratch=scratch))
+            env = launch_config.environment(os.environ, port=port, scratch=scratch)
+            child = SupervisedProcess(argv, log=log, env=env, confined=True)
             _delete_old_logs(log.parent)
             _delete_orphaned_scratch(scratch.parent)
             return SglangServer(child, client, scratch)

@@ -70,6 +70,15 @@ class Service:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def listening(self) -> set[str]:
+        """The addresses on which the processes of the service accept connections."""
+        return {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for process in [psutil.Process(self.process.pid), *self.descendants()]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
     def terminate(self, within_s: float) -> None:
         """Send SIGTERM. The process and its descendants have to end in time."""
         self._end(lambda: self.process.send_signal(signal.SIGTERM), within_s)

@@ -34,5 +34,11 @@ def test_embedded_redis_requires_the_password_in_the_env_file_and_has_signed_rol
         stranger.hset(name, "change", "forged")
 
 
+def test_embedded_service_cannot_be_reached_from_other_machines(service: Service) -> None:
+    """The backends, Ray, Serve's replicas, the gateway and the engine."""
+    service.wait_until_ready()
+    assert service.listening() == {"127.0.0.1"}
+
+
 def test_gateway_of_embedded_service_serves_openai_client_and_assessments(service: Service) -> None:
     check_gateway(service.wait_until_ready(), SCHEMA)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,17 +118,24 @@ class TestRealServer:
         server = engine.engine._server
         assert server is not None
         url = server._client.base_url
-        listening = {
-            connection.laddr.ip
-            for process in family(pid)
-            for connection in process.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == url.port
-        }
-        assert listening == {"127.0.0.1"}
         async with httpx.AsyncClient(trust_env=False) as stranger:
             answer = await stranger.post(f"{url}/generate", json={"text": "a"})
         assert answer.status_code == 401
         assert not any("api-key" in argument for process in family(pid) for argument in process.cmdline())
+
+    async def test_all_processes_of_the_engine_listen_on_loopback_only(self, engine: SharedGuard) -> None:
+        pid, server = engine.engine.pid, engine.engine._server
+        assert pid is not None
+        assert server is not None
+        await engine.assess(drawn(1), policy(), "score")
+        sockets = [
+            connection
+            for process in family(pid)
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM
+        ]
+        assert {connection.laddr.ip for connection in sockets} == {"127.0.0.1"}
+        assert server._client.base_url.port in {connection.laddr.port for connection in sockets}
 
     async def test_idle_engine_uses_little_cpu(self, engine: SharedGuard) -> None:
         pid = engine.engine.pid

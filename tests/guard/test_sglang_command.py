@@ -92,18 +92,31 @@ NEEDED = {"PATH": "/bin", "HOME": "/home/user", "CUDA_VISIBLE_DEVICES": "3", "LC
 
 
 def test_environment_has_only_what_computing_needs(tmp_path: Path) -> None:
-    env = launch_config().environment(ATTACKED | NEEDED, scratch=tmp_path)
+    env = launch_config().environment(ATTACKED | NEEDED, port=1234, scratch=tmp_path)
     assert env.items() >= NEEDED.items()
     assert set(env) - set(NEEDED) == {
-        *("HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT", "SGLANG_CPU_WORKERS", "OMP_NUM_THREADS")
+        *("HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT", "SGLANG_CPU_WORKERS", "OMP_NUM_THREADS"),
+        *("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "MASTER_ADDR", "MASTER_PORT"),
+        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     }
     assert env["REQUEST_TIMEOUT"] == "60"
+
+
+def test_ranks_of_the_engine_stay_on_loopback(tmp_path: Path) -> None:
+    inherited = {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "MASTER_ADDR": "10.0.0.1"}
+    first, second = (
+        launch_config(gpus=2).environment(inherited, port=port, scratch=tmp_path / str(port)) for port in (1, 2)
+    )
+    assert first["NCCL_SOCKET_IFNAME"] == first["GLOO_SOCKET_IFNAME"] == "lo"
+    assert first["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == f"file://{tmp_path}/1/ranks"
+    assert first["MASTER_ADDR"] == "127.0.0.1"
+    assert first["MASTER_PORT"] != second["MASTER_PORT"], "engines on one machine must not share memory"
 
 
 def test_started_process_reads_no_credential_in_its_environment(tmp_path: Path) -> None:
     """The kernel's view of the child, as code inside a taken engine would read it."""
     own = {"PATH": os.environ["PATH"]}
-    env = launch_config().environment(ATTACKED | own, scratch=tmp_path)
+    env = launch_config().environment(ATTACKED | own, port=1234, scratch=tmp_path)
     child = SupervisedProcess(
         [sys.executable, "-c", "print(open('/proc/self/environ').read().replace(chr(0), chr(10)))"],
         log=tmp_path / "log",

@@ -241,7 +241,7 @@ async def test_every_replica_forbids_tracing(
 
     replica = deployment.func_or_class
     module = sys.modules[replica.__module__]
-    monkeypatch.setattr(module, "forbid_tracing", forbid)
+    monkeypatch.setattr(module, "protect_replica", forbid)
     monkeypatch.setattr(module, "configure_logging", lambda *_: None)
     with pytest.raises(Called):
         await replica.__init__(object.__new__(replica), make_settings(), *arguments)
