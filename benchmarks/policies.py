@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -116,6 +117,7 @@ async def measure_changes(settings: Settings, count: int, processes: int) -> dic
 def start_backends() -> Iterator[Settings]:
     with backends.start_backends(os.environ) as variables:
         os.environ.update(variables)
+        os.environ.setdefault("SLUICE_REDIS_SIGNING_KEY", secrets.token_hex(32))  # as `sluice up --embedded` does
         settings = settings_module.load()
         PolicyRegistry.from_settings(settings).publish_built_in()
         yield settings
