@@ -25,7 +25,7 @@ _JSON_LIMIT_BYTES: Final = 1 << 20
 """Largest JSON body without a `data:` URL within its first bytes. SLUICE_GATEWAY_BODY_LIMIT_BYTES may be smaller."""
 _JSON_MAX_VALUES: Final = 10_000
 """A JSON body may have so many commas and opening brackets. Each value takes some 100 bytes when it is decoded."""
-_LARGE_JSON_BYTES: Final = 64 << 10
+_LARGE_JSON_BYTES: Final = 512 << 10
 """Larger JSON is decoded in a thread."""
 _DATA_URL: Final = re.compile(rb"data:", re.IGNORECASE)
 

@@ -62,6 +62,8 @@ _SCANS_ALWAYS_ALLOWED: Final = 16
 """A usual progressive JPEG has 10 scans. The pixel limit bounds the cost of this many."""
 _SCANNED_BLOCKS_LIMIT: Final = 25_000_000
 """Scans times blocks of 8 x 8 pixels of a JPEG. A scan costs 10 to 50 ns per block, even if it has no data."""
+_SCAN_MIN_BYTES: Final = 4
+"""A scan has at least its marker and the length of its header."""
 _SRGB_GAMMA: Final = 1 / 2.2
 
 pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
@@ -161,7 +163,10 @@ def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
 
 
 def _check_scans(data: bytes, size: tuple[int, int]) -> None:
-    scans, blocks = count_jpeg_scans(data), math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
+    blocks = math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
+    if len(data) // _SCAN_MIN_BYTES * blocks <= _SCANNED_BLOCKS_LIMIT:
+        return  # most images: the scans need not be counted
+    scans = count_jpeg_scans(data)
     if scans > _SCANS_ALWAYS_ALLOWED and scans * blocks > _SCANNED_BLOCKS_LIMIT:
         raise TooLarge(
             f"costs too much: the JPEG has {scans} scans of {blocks} blocks; "

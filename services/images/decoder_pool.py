@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
@@ -117,13 +118,23 @@ class DecoderPool:
             self._slots.release()
             raise Unavailable("the image decoders are stopped") from None
         loop = asyncio.get_running_loop()
+        prepared: asyncio.Future[PreparedImage] = loop.create_future()
 
-        def release(_: object) -> None:
+        def finish() -> None:
+            self._slots.release()  # also if this task was cancelled while the thread decoded
+            if not prepared.done():
+                _copy_result(decoding, prepared)
+
+        def notify(_: object) -> None:
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._slots.release)
+                loop.call_soon_threadsafe(finish)
 
-        decoding.add_done_callback(release)  # also if this task is cancelled while the thread decodes
-        return await asyncio.wrap_future(decoding)
+        decoding.add_done_callback(notify)
+        try:
+            return await prepared
+        except asyncio.CancelledError:
+            decoding.cancel()  # if it has not begun
+            raise
 
     def _try(self, request: dict[str, Any], data: bytes) -> PreparedImage:
         for _ in range(_ATTEMPTS):
@@ -218,6 +229,15 @@ class DecoderPool:
         return worker.wait()
 
 
+def _copy_result(source: "futures.Future[PreparedImage]", target: "asyncio.Future[PreparedImage]") -> None:
+    if source.cancelled():
+        target.cancel()
+    elif error := source.exception():
+        target.set_exception(error)
+    else:
+        target.set_result(source.result())
+
+
 class _KillCounts:
     """How often the decoder of an image was killed, by the digest of the image. Any thread may use it."""
 
@@ -310,5 +330,11 @@ class _Worker:
 def _make_environment() -> dict[str, str]:
     """The variables that a decoder needs. It gets no credentials and no settings."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    # Each malloc arena reserves 64 MiB of address space, which RLIMIT_AS counts.
-    return inherited | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
+    # Each malloc arena reserves 64 MiB of address space, which RLIMIT_AS counts. Without the thresholds, it depends on
+    # the layout of the heap whether malloc returns the memory of each image to the kernel and asks for it again.
+    return inherited | {
+        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+        "OMP_NUM_THREADS": "1",
+    }
