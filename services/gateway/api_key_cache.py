@@ -88,6 +88,11 @@ class ApiKeyCache:
             return None
         return api_key
 
+    def find_cached(self, token: str) -> ApiKey | None:
+        """Return the key of a token if this process knows it. Looks nothing up."""
+        api_key = self._keys.get(parse_key_id(token) or "")
+        return api_key if api_key and hmac.compare_digest(api_key.digest, digest_token(token)) else None
+
     def raise_if_stale(self) -> None:
         """
         Raises:

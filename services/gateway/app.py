@@ -23,6 +23,7 @@ from services.gateway.assessment_jobs import AssessmentJobs
 from services.gateway.assessment_store import AssessmentStore
 from services.gateway.auth import Authenticator
 from services.gateway.body_memory import BodyMemory
+from services.gateway.connection_limits import IS_OVER_RATE
 from services.gateway.load_shedding import BoundedModerator
 from services.gateway.middleware import DiscardUnreadBodyMiddleware, RequestMetricsMiddleware
 from services.gateway.openapi import OPENAI_ERROR_RESPONSES, PROBLEM_RESPONSES, build_openapi
@@ -71,8 +72,9 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
     )
     moderator = BoundedModerator(dependencies.moderator, settings)
     tenancy = Tenancy(settings.tenant_prefixes, settings.tenant_policies)
+    limiter = RateLimiter(dependencies.redis_cache, settings)
     admission = Admission(
-        RateLimiter(dependencies.redis_cache, settings),
+        limiter,
         BodyMemory(settings.gateway_body_memory_bytes),
         moderator,
         tenancy,
@@ -93,6 +95,10 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
         keys=keys,
         moderator=moderator,
     )
+
+    def is_welcome(token: str) -> bool:
+        api_key = keys.find_cached(token)
+        return api_key is not None and not limiter.is_refusing(api_key)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -121,6 +127,7 @@ def create_app(dependencies: GatewayDependencies, settings: Settings) -> FastAPI
         health.build_router(readiness),
     ):
         app.include_router(routes, responses=PROBLEM_RESPONSES)
+    app.state.is_welcome = is_welcome  # the server reads it
     # The Ray Serve deployment reads the readiness; tests use all three.
     app.state.readiness, app.state.api_keys, app.state.assessment_store = readiness, keys, store
     return app
@@ -159,6 +166,8 @@ def _build_empty_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[N
 async def _respond_to_error(request: Request, error: Exception) -> Response:
     route = getattr(request.scope.get("route"), "path", "no route")
     problem = _to_problem(error, f"a request for {route}")
+    if problem.kind == "rate-limited":
+        setattr(request.state, IS_OVER_RATE, True)
     return problem.to_openai_response() if request.url.path == moderations.PATH else problem.to_response()
 
 

@@ -7,8 +7,9 @@ uvicorn has none of these limits:
   it is incomplete at the limit.
 - A connection whose client does not take the response is closed after a while.
 - If too many connections are open, the connection that has kept the gateway waiting longest is closed: for a request,
-  for the rest of a body, or until its client takes a response.
+  for the rest of a body, or until its client takes a response. Connections that a flood gate holds are closed first.
 - A client may send the next request before the response (pipelining) only after a request with a valid API key.
+- If too many requests are refused for their API keys, further ones wait unread (flood_gate.py).
 
 So idle or slow connections make room for others.
 """
@@ -21,6 +22,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from services.core import telemetry
+from services.gateway.flood_gate import REFUSED_PER_S, FloodGate
 
 _CLIENT_SENDS: Final = frozenset({h11.IDLE, h11.SEND_BODY})
 """The states in which the gateway waits for the client to send."""
@@ -30,6 +32,8 @@ _CROWDED_SHARE: Final = 0.75
 """If more connections than this share of the limit are open, a connection is kept only after a valid API key."""
 HAS_API_KEY: Final = "has_api_key"
 """The entry of `request.state` that is true after the API key of a request was found valid."""
+IS_OVER_RATE: Final = "is_over_rate"
+"""The entry of `request.state` that is true if the request was refused because its API key is over its rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,13 @@ class LimitedProtocol(H11Protocol):
     """One connection. Use a subclass from `build_protocol`."""
 
     limits: ClassVar[ConnectionLimits]
+    gate: ClassVar[FloodGate]
     waiting: "ClassVar[dict[LimitedProtocol, None]]"
     """The server's connections that wait for the client, in the order in which they began to wait."""
+    held: "ClassVar[dict[LimitedProtocol, bytes]]"
+    """The connections whose request waits for the gate, and the bytes of the request that have arrived."""
+    _is_scheduled: ClassVar[bool] = False
+    """Whether the next of `held` will be read soon."""
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _unsent_bytes = 0
@@ -80,25 +89,61 @@ class LimitedProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             telemetry.GATEWAY_REFUSED.inc(1, {"reason": "too-many-connections"})
-            oldest = next(iter(self.waiting), self)
+            oldest = next(iter(self.held), None) or next(iter(self.waiting), self)
             oldest.transport.abort()
             self.waiting.pop(oldest, None)
+            self.held.pop(oldest, None)
             if oldest is self:
                 return
         self._update_waiting()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        if self.conn.their_state is h11.IDLE and (self in self.held or not self.gate.admits(data)):
+            self._hold(data)
+        else:
+            super().data_received(data)
         self._update_waiting()
+
+    def _hold(self, data: bytes) -> None:
+        self.flow.pause_reading()
+        self.held[self] = self.held.get(self, b"") + data
+        self._schedule_held()
+
+    @classmethod
+    def _schedule_held(cls) -> None:
+        if cls.held and not cls._is_scheduled:
+            cls._is_scheduled = True
+            asyncio.get_running_loop().call_later(1 / REFUSED_PER_S, cls._read_held)
+
+    @classmethod
+    def _read_held(cls) -> None:
+        """Read the request that waits longest, if the gate is open. Repeat until none waits."""
+        cls._is_scheduled = False
+        if cls.held and cls.gate.is_open:
+            oldest = next(iter(cls.held))
+            data = cls.held.pop(oldest)
+            if not oldest.transport.is_closing():
+                oldest.flow.resume_reading()
+                super(LimitedProtocol, oldest).data_received(data)
+                oldest._update_waiting()
+        cls._schedule_held()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.waiting.pop(self, None)
+        self.held.pop(self, None)
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        self.gate.count_refused()
+        super().send_400_response(msg)
+
     def on_response_complete(self) -> None:
-        if not self.scope["state"].get(HAS_API_KEY) and not self.transport.is_closing():
+        state = self.scope["state"]
+        if not state.get(HAS_API_KEY) or state.get(IS_OVER_RATE):
+            self.gate.count_refused()
+        if not state.get(HAS_API_KEY) and not self.transport.is_closing():
             is_pipelined = self.conn.their_state is h11.DONE and self.conn.trailing_data[0]
             is_crowded = len(self.connections) > _CROWDED_SHARE * self.limits.max_connections
             if is_pipelined:
@@ -176,6 +221,6 @@ class LimitedProtocol(H11Protocol):
             self._head_timer = None
 
 
-def build_protocol(limits: ConnectionLimits) -> type[LimitedProtocol]:
+def build_protocol(limits: ConnectionLimits, gate: FloodGate) -> type[LimitedProtocol]:
     """Return uvicorn's HTTP protocol with these limits."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "waiting": {}})
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "gate": gate, "waiting": {}, "held": {}})

@@ -93,6 +93,10 @@ class RateLimiter:
                 retry_after_s=wait_s,
             )
 
+    def is_refusing(self, api_key: ApiKey) -> bool:
+        """Return whether the next request of a key would be refused without asking Redis."""
+        return self._clock() < self._refused.get(api_key.id, (float("-inf"),))[0]
+
     async def charge(self, api_key: ApiKey, images: int) -> None:
         """Count more images of a request that `acquire` has counted. They delay later requests."""
         if images > 0:

@@ -7,11 +7,12 @@ from contextlib import suppress
 from typing import Final
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.gateway.connection_limits import ConnectionLimits, build_protocol
+from services.gateway.flood_gate import FloodGate
 
 HEAD_DEADLINE_S: Final = 10.0
 """From a new connection, or the first byte of a request, to the end of the request's head."""
@@ -26,11 +27,11 @@ _BACKLOG_CONNECTIONS: Final = 1024
 
 
 class GatewayServer:
-    """Serves an application on a socket until `stop` is called."""
+    """Serves an application of `services.gateway.app.create_app` on a socket until `stop` is called."""
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: FastAPI,
         settings: Settings,
         *,
         listener: socket.socket,
@@ -43,7 +44,7 @@ class GatewayServer:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=build_protocol(limits),
+                http=build_protocol(limits, FloodGate(app.state.is_welcome)),
                 ws="none",
                 lifespan="on",
                 log_config=None,

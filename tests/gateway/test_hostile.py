@@ -9,6 +9,7 @@ import httpx
 import psutil
 import pytest
 
+from services.gateway.flood_gate import BURST, REFUSED_PER_S
 from services.gateway.server import HEAD_LIMIT_BYTES, GatewayServer, listen
 from tests.support.gateway_bench import JPEG, Gate, GatewayBench, data_url
 
@@ -256,6 +257,55 @@ async def test_flood_of_unknown_keys_leaves_connections_for_others(idle: Gateway
                 task.cancel()
             await asyncio.gather(*guessing, return_exceptions=True)
     assert set(refused) == {401, 503}
+
+
+@asynccontextmanager
+async def flood(server: GatewayServer, key: str, connections: int, statuses: list[bytes]) -> AsyncIterator[None]:
+    """Send requests without a pause on some connections, and collect the statuses of the responses."""
+    head = f"GET {PATH}/none HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+
+    async def send() -> None:
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    writer.write(head)
+                    answer = await reader.readuntil(b"\r\n\r\n")
+                    statuses.append(answer[9:12])
+                    await reader.readexactly(int(answer.lower().split(b"content-length: ")[1].split()[0]))
+            writer.close()
+
+    sending = [asyncio.create_task(send()) for _ in range(connections)]
+    try:
+        yield
+    finally:
+        for task in sending:
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_valid", [False, True], ids=["unknown-key", "key-over-its-rate"])
+async def test_flood_without_pauses_is_read_at_a_limited_rate(idle: GatewayBench, is_valid: bool) -> None:
+    idle.configure(gateway_rate_per_s=1, gateway_connections=64)  # so 8 unknown keys are looked up at a time
+    server = await serve(idle)
+    key = idle.token() if is_valid else f"sk-sluice-{'0' * 16}-{'A' * 43}"
+    protocol = server._server.config.http_protocol_class
+    statuses: list[bytes] = []
+    connections = 40
+    began = asyncio.get_running_loop().time()
+    async with flood(server, key, connections, statuses), asyncio.timeout(60):
+        while len(statuses) < 250 or not protocol.held:  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await check_neighbour_is_served(idle, server)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+            assert (await client.get("/healthz")).status_code == 200
+        took_s = asyncio.get_running_loop().time() - began
+        assert len(statuses) <= BURST + REFUSED_PER_S * took_s + connections
+    if is_valid:
+        assert set(statuses) == {b"404", b"429"}
+    else:
+        assert set(statuses) <= {b"401", b"503"}
+    await check_neighbour_is_served(idle, server)
 
 
 async def test_json_of_many_values_is_refused_before_it_is_decoded(idle: GatewayBench) -> None:
