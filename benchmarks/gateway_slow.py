@@ -14,10 +14,13 @@ process, and the neighbour is a third with its own API key. Of ten slow clients,
 
 - `pipelined` clients without a key send 200 requests each and read nothing;
 - `unknown-keys` ask with made-up API keys, one request after the other;
+- `flood` asks with made-up API keys, without a pause, on 64 connections of each of 2 processes;
+- `reconnect` does the same on a new connection for each request;
 - `images` send 16 images in each of 32 requests at a time, with one valid key;
 - `json` sends bodies of a megabyte of empty lists, with one valid key.
 
-The neighbour's p95 should stay below twice its p95 without the attack (`p95_ratio`).
+The neighbour's p95 should stay below twice its p95 without the attack (`p95_ratio`). Other work on the machine changes
+both, so quiet and attacked times alternate (`--rounds`).
 
 A client that is refused returns after some seconds. Prints one JSON object.
 """
@@ -51,7 +54,10 @@ OPENED_PER_S: Final = 500
 RETRY_DELAY_S: Final = (20.0, 40.0)
 SOURCE_ADDRESSES: Final = 4
 """Number of local addresses of the slow clients. One address has 28,000 ports, and a port stays in use for a while."""
-QUIET_S: Final = 15
+QUIET_S: Final = 10
+ATTACKS: Final = ("slow", "pipelined", "unknown-keys", "flood", "reconnect", "images", "json")
+FLOOD_PROCESSES: Final = 2
+FLOOD_CONNECTIONS: Final = 64
 _HEAD: Final = "POST /v1/assessments?wait=5 HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\n"
 _BODY: Final = "Content-Length: 1000000\r\n\r\n{"
 _PIPELINED_S: Final = 15.0
@@ -170,6 +176,8 @@ class Attackers:
     async def run(self, connections: int, seconds: float) -> dict[str, Any]:
         """Attack for this long; return the counts of answers."""
         clients = {"images": 32, "json": 6}.get(self._attack, connections)
+        if self._attack in {"flood", "reconnect"}:
+            clients = FLOOD_CONNECTIONS
         attacking = [asyncio.create_task(self._repeat(number)) for number in range(clients)]
         await asyncio.sleep(seconds)
         for each in attacking:
@@ -180,6 +188,9 @@ class Attackers:
     async def _repeat(self, number: int) -> None:
         while True:
             try:
+                if self._attack in {"flood", "reconnect"}:
+                    await self._flood(number, is_kept=self._attack == "flood")
+                    continue
                 answer = await (self._pipeline() if self._attack == "pipelined" else self._request(number))
             except (OSError, httpx.HTTPError) as error:
                 answer = type(error).__name__
@@ -202,6 +213,26 @@ class Attackers:
         finally:
             writer.transport.abort()
         return "closed by the gateway"
+
+    async def _flood(self, number: int, *, is_kept: bool) -> None:
+        """Send requests on one connection until it is closed, or only one request."""
+        parts = urlsplit(self._url)
+        key = f"sk-sluice-{os.getpid():08x}{number:08x}-{'A' * 43}"
+        request = f"GET /v1/assessments/a HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        try:
+            while True:
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                self._answers[head[9:12].decode()] += 1
+                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+                await reader.readexactly(int(length[1]) if length else 0)
+                if not is_kept:
+                    return
+        except asyncio.IncompleteReadError:
+            self._answers["closed"] += 1
+        finally:
+            writer.transport.abort()
 
     async def _request(self, number: int) -> str:
         key, body = self._key, b"{}"
@@ -285,41 +316,63 @@ class GatewayProcess:
             await asyncio.sleep(0.25)
 
 
-async def measure(running: RunningGateway, connections: int, keys: int, seconds: float, attack: str) -> dict[str, Any]:
-    """Measure the neighbour before, beside and after the slow clients."""
-    slow_keys = [running.keys.create(f"slow client {number}", "moderate")[1] for number in range(keys)]
+async def attack_once(url: str, slow_keys: list[str], connections: int, seconds: float, attack: str) -> list[Any]:
+    """Run the attackers in processes of their own. Returns their counts."""
+    arguments = ("--slow-clients", url, "--connections", str(connections), "--seconds", str(seconds))
+    processes = FLOOD_PROCESSES if attack in {"flood", "reconnect"} else 1
+    children = [run_child(*arguments, "--attack", attack, stdin="\n".join(slow_keys)) for _ in range(processes)]
+    return list(await asyncio.gather(*children))
+
+
+async def measure(running: RunningGateway, given: argparse.Namespace) -> dict[str, Any]:
+    """Measure the neighbour without and beside the attack in turn."""
+    slow_keys = [running.keys.create(f"slow client {number}", "moderate")[1] for number in range(given.keys)]
     _, neighbour_key = running.keys.create("neighbour", "moderate", tenant="neighbour")
     neighbour = ("--neighbour", running.url, neighbour_key)
     await run_child(*neighbour, "--seconds", "5")  # warms up
     process = GatewayProcess()
     before_mib = process.mib()
-    without = await run_child(*neighbour, "--seconds", str(QUIET_S))
+    seconds = given.seconds / given.rounds
+    took: dict[str, dict[str, list[float]]] = {when: {"kept": [], "new": []} for when in ("without", "with")}
+    errors: dict[str, Counter[str]] = {"without": Counter(), "with": Counter()}
+    attackers = []
     recording = asyncio.create_task(process.record_peaks())
-    attacking = asyncio.create_task(
-        run_child(
-            *("--slow-clients", running.url, "--connections", str(connections), "--seconds", str(seconds)),
-            *("--attack", attack),
-            stdin="\n".join(slow_keys),
-        )
-    )
-    loaded = await run_child(*neighbour, "--seconds", str(seconds))
-    slow_clients = await attacking
-    await asyncio.sleep(3)
+    for _ in range(given.rounds):
+        for when in ("without", "with"):
+            if when == "with":
+                attacking = asyncio.create_task(
+                    attack_once(running.url, slow_keys, given.connections, seconds + 4, given.attack)
+                )
+                await asyncio.sleep(2)  # the attackers start
+            measured = await run_child(*neighbour, "--seconds", str(seconds if when == "with" else QUIET_S))
+            if when == "with":
+                attackers += await attacking
+            errors[when].update(measured["errors"])
+            for name in took[when]:
+                took[when][name] += measured["ms"][name]
+        await asyncio.sleep(2)
     recording.cancel()
-    after = await run_child(*neighbour, "--seconds", "5")
     figures: dict[str, Any] = {"load": os.getloadavg(), "connections_held_at_most": process.peak_files}
     for name in ("kept", "new"):
-        alone, beside = summary(without["ms"][name]), summary(loaded["ms"][name])
+        alone, beside = summary(took["without"][name]), summary(took["with"][name])
         ratios = {f"{p}_ratio": round(beside[f"{p}_ms"] / alone[f"{p}_ms"], 2) for p in ("p50", "p95")}
         figures[f"neighbour_{name}_connection"] = {"without": alone, "with": beside, **ratios}
-    figures["neighbour_errors"] = without["errors"] | loaded["errors"] | after["errors"]
+    figures["neighbour_errors"] = {when: dict(counts) for when, counts in errors.items()}
     figures["gateway_mib"] = {"before": before_mib, "at_most": process.peak_mib, "after": process.mib()}
-    return figures | {"siege": slow_clients}
+    return figures | {"attackers": attackers if given.attack == "slow" else sum_answers(attackers)}
 
 
-async def serve(connections: int, keys: int, seconds: float, attack: str) -> None:
+def sum_answers(attackers: list[Any]) -> dict[str, int]:
+    """Add the answers of all rounds and processes."""
+    answers: Counter[str] = Counter()
+    for each in attackers:
+        answers.update(each["answers"])
+    return dict(answers.most_common())
+
+
+async def serve(given: argparse.Namespace) -> None:
     async with gateway("tiny") as running:
-        print(json.dumps(await measure(running, connections, keys, seconds, attack), indent=1))
+        print(json.dumps(await measure(running, given), indent=1))
 
 
 def main() -> None:
@@ -327,7 +380,8 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--keys", type=int, default=1, help="valid API keys of the slow clients")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--attack", choices=["slow", "pipelined", "unknown-keys", "images", "json"], default="slow")
+    parser.add_argument("--attack", choices=ATTACKS, default="slow")
+    parser.add_argument("--rounds", type=int, default=1, help="quiet and attacked times in turn; they share --seconds")
     parser.add_argument("--slow-clients", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--neighbour", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -345,7 +399,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(measure_neighbour(*given.neighbour, given.seconds))))
     else:
         with suppress(KeyboardInterrupt):
-            asyncio.run(serve(given.connections, given.keys, given.seconds, given.attack))
+            asyncio.run(serve(given))
 
 
 if __name__ == "__main__":
