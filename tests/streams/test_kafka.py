@@ -383,6 +383,66 @@ async def test_restarted_member_gets_its_partitions_without_a_rebalance(streams:
 
 
 @BOTH_DELIVERIES
+async def test_member_killed_in_a_hand_over_and_restarted_leaves_no_partition_without_owner(
+    streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("services.streams.kafka.consumer._OWNERS_CHECK_S", 0.5)
+    settings = streams.settings(member_id="comes-back", **PATIENT)
+    argv = [sys.executable, "-m", "tests.streams.member", settings.model_dump_json(), "dies in a hand-over"]
+    doomed = SupervisedProcess(argv, log=tmp_path / "log")
+    for key in range(12):
+        await streams.submit(str(key), key=str(key).encode())
+
+    async def works() -> bool:
+        assert doomed.returncode is None, doomed.tail()
+        return doomed.tail().count("received") == 12
+
+    await eventually(works)
+    other: Any = await streams.member("other", member_id="other", **PATIENT)
+
+    async def dead() -> bool:
+        return doomed.returncode is not None
+
+    await eventually(dead)
+    back: Any = await streams.member("back", member_id="comes-back", **PATIENT)
+    received: dict[str, str] = {}
+
+    async def all_received() -> bool:
+        for name, member in (("back", back), ("other", other)):
+            for message in await member.receive(100, 0.1):
+                received.setdefault(message.value.decode(), name)
+        return len(received) == 12
+
+    await eventually(all_received)
+    assert "without an owner" in caplog.text
+    assert set(received.values()) == {"back", "other"}
+
+
+async def test_rebalance_is_requested_by_a_member_that_claims_the_same_partitions_as_before(streams: Streams) -> None:
+    leader: Any = await streams.member("leader", **PATIENT)
+    member: Any = await streams.member("member", **PATIENT)
+
+    async def both_own() -> bool:
+        return {len(each._consumer.assignment()) for each in (leader, member)} == {1, 2}
+
+    await eventually(both_own)
+    for _ in range(3):
+        generation = leader._consumer.group_metadata().generation_id
+        member._rebalance.request()
+
+        async def rebalanced(generation: int = generation) -> bool:
+            groups = [each._consumer.group_metadata() for each in (leader, member)]
+            return all(each.generation_id > generation and each.state == MemberState.STABLE for each in groups)
+
+        await eventually(rebalanced)
+        assert await both_own()
+    member._consumer._coordinator.request_rejoin()  # to join again is not enough
+    await asyncio.sleep(1)
+    assert leader._consumer.group_metadata().generation_id == member._consumer.group_metadata().generation_id
+    assert member._consumer.group_metadata().generation_id == generation + 1
+
+
+@BOTH_DELIVERIES
 async def test_second_member_of_one_id_ends_one_and_the_other_continues(streams: Streams) -> None:
     await streams.submit(*map(str, range(20)))
     members = [await streams.member(name, member_id="the-same") for name in ("first", "second")]

@@ -143,6 +143,17 @@ class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore
 
     consumer: Any
     on_lost: Callable[[Collection[Any]], Any]
+    _requests = 0
+
+    def request_rebalance(self) -> None:
+        """Let the member join again at its next poll, and the whole group rebalance. Any thread may call it.
+
+        The broker answers a member that joins as before with its present assignment. Only the leader, or a member whose
+        metadata has changed, makes the group rebalance. The number of requests changes the metadata; the leader ignores
+        it.
+        """
+        self._requests += 1
+        self.consumer._coordinator.request_rejoin()
 
     def metadata(self, topics: Any) -> Any:
         """The subscription in a request to join. Runs on kafka-python's own thread."""
@@ -156,7 +167,9 @@ class FixedCooperativeStickyAssignor(CooperativeStickyAssignor):  # type: ignore
                 )
                 self.consumer._subscription.assign_from_subscribed([])
                 self.on_lost(lost)
-        return super().metadata(topics)
+        subscription = super().metadata(topics)
+        subscription.user_data = str(self._requests).encode() if self._requests else b""
+        return subscription
 
 
 async def sleep_on_kafka_thread(consumer: Any, seconds: float) -> None:

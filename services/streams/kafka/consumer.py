@@ -53,6 +53,8 @@ _FENCINGS_LIMIT: Final = 4
 _FENCINGS_S: Final = 60.0
 """A restarted broker may fence the only member of an id once, so a fenced member joins again. `_FENCINGS_LIMIT`
 fencings within this time mean that a second member has the id."""
+_OWNERS_CHECK_S: Final = 5.0
+"""How often a member with a `member_id` looks for partitions without an owner."""
 _LEAVE_MS: Final = 3_000
 """Time limit of each request with which a member leaves its group, and of a request for committed offsets."""
 _DELIVERY_S: Final = 30.0
@@ -75,8 +77,8 @@ class KafkaGroupConsumer:
         """Use `open`, which makes the parts."""
         self._config = config
         self._member = member
-        self._consumer, listener = joined
-        listener.owner = self
+        self._consumer, self._rebalance = joined
+        self._rebalance.owner = self
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -106,6 +108,7 @@ class KafkaGroupConsumer:
             self._committer.start(self, member)
         self._thread = threading.Thread(target=self._run, name=f"kafka-{member}", daemon=True)
         self._thread.start()
+        self._watching = asyncio.create_task(self._watch_owners()) if config.member_id else None
 
     @classmethod
     async def open(cls, config: StreamConfig, member: str) -> Self:
@@ -223,11 +226,37 @@ class KafkaGroupConsumer:
             await self._sender.close()  # before the last commit, so that it includes these messages
         if self._committer is not None:
             await asyncio.to_thread(self._committer.flush().wait, _FLUSH_S)
+        if self._watching is not None:
+            self._watching.cancel()
         self._closing.set()
         await asyncio.to_thread(self._thread.join)
         if self._committer is not None:
             await asyncio.to_thread(self._committer.close)
         await self._meter.close()
+
+    async def _watch_owners(self) -> None:
+        """Let the group rebalance if a partition has no owner.
+
+        A member that has to hand a partition over gives it up and then joins again; the rebalance that this begins
+        assigns the partition. If the member is killed before it joins, and restarts with its `member_id`, it gets what
+        was left to it without a rebalance. So nobody would ever own the partition.
+        """
+        before: frozenset[int] = frozenset()
+        while True:
+            await asyncio.sleep(_OWNERS_CHECK_S)
+            try:
+                unowned = await self._meter.find_unowned_partitions()
+            except Exception as error:  # noqa: BLE001 - kafka-python raises more than its own errors
+                log.info("looking for partitions without an owner failed; retrying in %g s: %s", _OWNERS_CHECK_S, error)
+                unowned = frozenset()
+            if unowned & before:  # found twice, so it is not a hand-over
+                log.warning(
+                    "partitions of %s without an owner: %s; the group rebalances",
+                    *(self._config.submissions_stream, sorted(unowned & before)),
+                )
+                self._rebalance.request()
+                unowned = frozenset()
+            before = unowned
 
     # ---- the poll thread
 
@@ -423,6 +452,7 @@ class KafkaGroupConsumer:
         try:
             consumer, listener = subscribe(self._config, self._member)
             listener.owner = self
+            self._rebalance = listener
             self._consumer, old = consumer, self._consumer
             self._next_commit = 0.0
             old.close(autocommit=False, timeout_ms=_LEAVE_MS)

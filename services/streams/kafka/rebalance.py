@@ -36,8 +36,13 @@ class Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]
     owner: Owner
     """Set before the first poll, which is when partitions can be assigned for the first time."""
 
-    def __init__(self, consumer: Any) -> None:
+    def __init__(self, consumer: Any, assignor: FixedCooperativeStickyAssignor) -> None:
         self._consumer = consumer
+        self._assignor = assignor
+
+    def request(self) -> None:
+        """Let the whole group rebalance. Any thread may call it."""
+        self._assignor.request_rebalance()
 
     async def on_partitions_assigned(self, assigned: set[Any]) -> None:
         """Drop leftovers of an earlier assignment; then kafka-python starts at the committed offsets."""
@@ -87,7 +92,7 @@ def subscribe(config: StreamConfig, member: str) -> tuple[Any, Rebalance]:
         isolation_level="read_committed",
         partition_assignment_strategy=[assignor],
     )
-    listener = Rebalance(consumer)
+    listener = Rebalance(consumer, assignor)
     assignor.consumer = consumer
     assignor.on_lost = listener.drop_lost
     consumer.subscribe([config.submissions_stream], listener=listener)
