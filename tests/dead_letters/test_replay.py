@@ -402,17 +402,17 @@ async def test_kafka_replays_to_the_same_partition_and_reports_refused_messages(
     await bench.start()
     await bench.submit({"id": "late", "uri": "s3://uploads/kafka-late.jpg"}, b"k", **CLOUD_EVENT)
     await bench.submit(b"not json")
-    await bench.settled(2, within_s=90)
+    await bench.settled(2, stalled_s=90)
     bench.put("kafka-late.jpg")
     counts, replayed = await replay(bench.settings, Selection(ids={"late"}))
     assert (counts, [each.message.key for each in replayed]) == (ReplayCounts(replayed=1), [b"k"])
-    (verdict,), letters = await bench.settled(3, within_s=60)
+    (verdict,), letters = await bench.settled(3, stalled_s=60)
     assert (verdict.submission_id, len(letters)) == ("late", 2)
     again = [each for each in await bench.read(bench.settings.submissions_stream) if each.key == b"k"]
     assert len({each.source.rpartition("/")[0] for each in again}) == 1, "the same key, so the same partition"
     assert all(dict(remove_own_headers(each.headers)) == CLOUD_EVENT for each in again)
     assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1, already_replayed=1)
-    _, letters = await bench.settled(4, within_s=60)
+    _, letters = await bench.settled(4, stalled_s=60)
     assert sorted(each.attempts for each in letters) == [1, 1, 2]
 
     publisher = await open_publisher(StreamConfig.from_settings(bench.settings))

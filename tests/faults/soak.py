@@ -145,9 +145,12 @@ class Soak:
         return len(self._submitted) if backlog is None else backlog
 
     async def _drained(self) -> None:
-        deadline = time.monotonic() + _DRAINED_S
-        while await self._waiting():
-            if time.monotonic() > deadline:
+        """Wait until no message waits, or no less than before for `_DRAINED_S`."""
+        least, shrunk = len(self._submitted) + 1, time.monotonic()
+        while waiting := await self._waiting():
+            if waiting < least:
+                least, shrunk = waiting, time.monotonic()
+            elif time.monotonic() - shrunk > _DRAINED_S:
                 return  # what is left is found to be lost
             await asyncio.sleep(_TICK_S)
 

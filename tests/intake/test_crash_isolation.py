@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sys
-import time
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ from services.core.messages import DeadLetter, Verdict
 from services.core.processes import SupervisedProcess
 from services.core.redis import RedisClient
 from services.streams.base import OutgoingMessage
-from tests.support.streams_bench import Streams, eventually
+from tests.support.streams_bench import Streams, eventually, reach
 
 
 @pytest.mark.parametrize(
@@ -44,16 +43,21 @@ async def test_poison_message_after_three_crashes_is_a_dead_letter(
         judged = {Verdict.model_validate_json(each.value).submission_id for each in verdicts}
         return Counter([*judged, *(json.loads(each.value)["id"] for each in letters)])
 
+    async def settled() -> int:
+        """Outcomes and crashes. It starts the member again after a crash."""
+        nonlocal crashes, member
+        if member is None or member.returncode is not None:
+            crashes += member is not None
+            name = f"member-{crashes}"
+            argv = [sys.executable, "-m", "tests.support.poisoned_member", settings.model_dump_json(), name]
+            member = SupervisedProcess(argv, log=tmp_path / f"{name}.log")
+        return len(await outcomes()) + crashes
+
+    async def without_outcome() -> str:
+        return f"without an outcome: {set(ids) - set(await outcomes())}"
+
     try:
-        deadline = time.monotonic() + 150
-        while set(await outcomes()) < set(ids):
-            assert time.monotonic() < deadline, set(ids) - set(await outcomes())
-            if member is None or member.returncode is not None:
-                crashes += member is not None
-                name = f"member-{crashes}"
-                argv = [sys.executable, "-m", "tests.support.poisoned_member", settings.model_dump_json(), name]
-                member = SupervisedProcess(argv, log=tmp_path / f"{name}.log")
-            await asyncio.sleep(0.2)
+        await reach(len(ids) + MAX_CRASHES, settled, describe=without_outcome)
         assert member is not None
         assert member.returncode is None
     finally:

@@ -389,7 +389,7 @@ async def test_kafka_partitions_and_missing_topics_are_reconciled(bench: IntakeB
     await publish(settings, *(submission(settings, each) for each in names))
     await publish(settings, OutgoingMessage(settings.submissions_stream, b"not json", b"k"))
     intake = await bench.start()
-    await bench.settled(31, within_s=90)
+    await bench.settled(31, stalled_s=90)
     await intake.drain()
     result, findings = await reconciled(settings)
     assert (result, findings) == (

@@ -1,13 +1,18 @@
 """Worker processes on one stream, which a test kills, and their submissions."""
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
 
+import kafka
+from kafka.errors import KafkaError
+
 from services.core.processes import SupervisedProcess
 from services.core.settings import Settings
 from services.streams.base import Message, OutgoingMessage
-from tests.support.streams_bench import Streams, eventually
+from services.streams.kafka.client import parse_bootstrap_servers
+from tests.support.streams_bench import Streams, eventually, reach
 
 
 class Fleet:
@@ -41,7 +46,10 @@ class Fleet:
             await self.submit(24)
             return self._workers[name].returncode is not None
 
-        await eventually(gone, within_s=60)
+        try:
+            await eventually(gone, within_s=60)
+        except AssertionError as error:
+            raise AssertionError(f"{name} did not die\n{await self.describe()}") from error
         del self._workers[name]
 
     def stop(self, name: str) -> None:
@@ -61,12 +69,46 @@ class Fleet:
     async def settled(self, share: float = 1.0) -> None:
         """Wait until that share of everything submitted has its verdict."""
 
-        async def judged() -> bool:
+        async def judged() -> int:
             assert all(worker.returncode is None for worker in self._workers.values()), self.tails()
-            verdicts = await self._streams.everything(self.settings().verdicts_stream)
-            return len(verdicts) >= share * self.submitted
+            return len(await self._streams.everything(self.settings().verdicts_stream))
 
-        await eventually(judged, within_s=60)
+        await reach(share * self.submitted, judged, describe=self.describe)
+
+    async def describe(self) -> str:
+        """The submissions without a verdict, the group, and the ends of the logs of all workers."""
+        verdicts, _ = await self.outputs()
+        missing = sorted(set(range(self.submitted)) - {int(each.value) for each in verdicts})
+        group = await asyncio.to_thread(self._describe_group) if self._streams.url.startswith("kafka://") else ""
+        return f"without a verdict (number modulo 12 is the key): {missing}\n{group}\n{self.tails()}"
+
+    def _describe_group(self) -> str:
+        """Members, committed offsets and the end of each partition; a reader of committed records sees other ends."""
+        settings = self.settings()
+        servers = parse_bootstrap_servers(self._streams.url)
+        lines: list[str] = []
+        try:
+            admin = kafka.KafkaAdminClient(bootstrap_servers=servers)
+            try:
+                lines.append(f"group: {admin.describe_groups([settings.group])}")
+                lines.append(f"committed: {admin.list_group_offsets({settings.group: None})}")
+                transactions = [each for each in admin.list_transactions() if settings.group in str(each)]
+                lines.append(f"transactions: {transactions}")
+            finally:
+                admin.close()
+            for isolation in ("read_committed", "read_uncommitted"):
+                consumer = kafka.KafkaConsumer(bootstrap_servers=servers, isolation_level=isolation)
+                try:
+                    for topic in (settings.submissions_stream, settings.verdicts_stream):
+                        partitions = [
+                            kafka.TopicPartition(topic, each) for each in consumer.partitions_for_topic(topic) or ()
+                        ]
+                        lines.append(f"ends, {isolation}: {consumer.end_offsets(partitions)}")
+                finally:
+                    consumer.close()
+        except (KafkaError, OSError) as error:
+            lines.append(f"Kafka does not answer: {error!r}")
+        return "\n".join(lines)
 
     def tails(self) -> str:
         return "\n".join(f"--- {name}\n{worker.tail(60)}" for name, worker in self._workers.items())

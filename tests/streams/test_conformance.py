@@ -14,7 +14,7 @@ from services.core.errors import NotOwned, StreamUnavailable
 from services.streams.base import GroupConsumer, Message, OutgoingMessage
 from tests.support.kafka_broker import Broker
 from tests.support.servers import Valkey
-from tests.support.streams_bench import KINDS, PATIENT, Streams, collect, eventually, settle_in_order, values
+from tests.support.streams_bench import KINDS, PATIENT, Streams, collect, eventually, reach, settle_in_order, values
 
 
 async def test_message_arrives_unchanged(streams: Streams) -> None:
@@ -184,12 +184,13 @@ async def test_two_members_share_the_work(streams: Streams) -> None:
             await streams.submit(submitted[-1], key=str(key).encode())
         return all(counts)
 
-    async def all_judged() -> bool:
-        return set(await streams.verdicts()) == set(submitted)
+    async def judged() -> int:
+        return len(set(await streams.verdicts()))
 
     try:
         await eventually(both_worked)
-        await eventually(all_judged)
+        await reach(len(submitted), judged)
+        assert set(await streams.verdicts()) == set(submitted)
     finally:
         done.set()
         await asyncio.gather(*workers)

@@ -4,6 +4,7 @@ Arguments: settings (JSON), a seed, and, to die: a moment of a transaction and h
 """
 
 import asyncio
+import logging
 import os
 import random
 import signal
@@ -81,6 +82,9 @@ async def work(transport: GroupConsumer, message: Message, settings: Settings, t
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(name)s %(levelname)s %(message)s")
+    for noisy in ("kafka.cluster", "kafka.net"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     if sys.argv[3:]:
         die_at(sys.argv[3], int(sys.argv[4]))
     asyncio.run(main(Settings.model_validate_json(sys.argv[1]), int(sys.argv[2])))

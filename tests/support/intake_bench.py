@@ -1,8 +1,6 @@
 """An intake on real parts (Valkey, an S3 server, the image decoders), with a fake guard."""
 
-import asyncio
 import json
-import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -29,6 +27,7 @@ from services.streams.base import Message, OutgoingMessage
 from services.streams.config import StreamConfig
 from services.streams.factory import open_consumer, open_publisher, open_reader
 from tests.support.fake_guard import FakeGuard
+from tests.support.streams_bench import reach
 
 T = TypeVar("T")
 
@@ -110,15 +109,20 @@ class IntakeBench:
         finally:
             await reader.close()
 
-    async def settled(self, count: int, within_s: float = 30.0) -> tuple[list[Verdict], list[DeadLetter]]:
-        """Wait until `count` submissions have an outcome."""
-        deadline = time.monotonic() + within_s
-        while True:
-            verdicts, letters = await self.verdicts(), await self.letters()
-            if len(verdicts) + len(letters) >= count:
-                return verdicts, letters
-            assert time.monotonic() < deadline, f"{len(verdicts)} verdicts and {len(letters)} dead letters of {count}"
-            await asyncio.sleep(0.05)
+    async def settled(self, count: int, stalled_s: float = 30.0) -> tuple[list[Verdict], list[DeadLetter]]:
+        """Wait until `count` submissions have an outcome. It fails when no more have one within `stalled_s`."""
+        found: tuple[list[Verdict], list[DeadLetter]] = ([], [])
+
+        async def settled() -> int:
+            nonlocal found
+            found = await self.verdicts(), await self.letters()
+            return sum(map(len, found))
+
+        async def describe() -> str:
+            return f"{len(found[0])} verdicts and {len(found[1])} dead letters"
+
+        await reach(count, settled, stalled_s=stalled_s, describe=describe)
+        return found
 
     async def close(self) -> None:
         for intake in self.intakes:

@@ -130,22 +130,52 @@ class Streams:
 
 
 async def collect(transport: GroupConsumer, count: int, within_s: float = 20.0) -> list[Message]:
-    """Receive until there are `count` messages; fails when they do not come."""
+    """Receive until there are `count` messages; fails when no more come within `within_s`."""
     messages: list[Message] = []
     deadline = time.monotonic() + within_s
     while len(messages) < count:
-        assert time.monotonic() < deadline, f"{len(messages)} of {count} messages came within {within_s} s"
-        messages += await transport.receive(count - len(messages), 0.5)
+        assert time.monotonic() < deadline, f"{len(messages)} of {count} messages, and no more within {within_s} s"
+        if received := await transport.receive(count - len(messages), 0.5):
+            messages += received
+            deadline = time.monotonic() + within_s
     return messages
 
 
 async def eventually(condition: Callable[[], Awaitable[Any]], within_s: float = 20.0) -> Any:
     """Wait until `condition` returns something true, and return it."""
     deadline = time.monotonic() + within_s
-    while not (value := await condition()):
-        assert time.monotonic() < deadline, f"did not come true within {within_s} s"
+    while True:
+        asked = time.monotonic()
+        if value := await condition():
+            return value
+        assert asked < deadline, f"did not come true within {within_s} s"
         await asyncio.sleep(0.05)
-    return value
+
+
+async def reach(
+    target: float,
+    count: Callable[[], Awaitable[int]],
+    *,
+    stalled_s: float = 60.0,
+    describe: Callable[[], Awaitable[str]] | None = None,
+) -> None:
+    """Wait until `count` returns `target` or more.
+
+    It fails when the count has not grown for `stalled_s`, however long it takes in all: a busy machine is slow. The
+    failure shows what `describe` returns.
+    """
+    best, grown = -1, time.monotonic()
+    while True:
+        asked = time.monotonic()
+        current = await count()
+        if current >= target:
+            return
+        if current > best:
+            best, grown = current, time.monotonic()
+        elif asked - grown > stalled_s:
+            details = f"\n{await describe()}" if describe is not None else ""
+            pytest.fail(f"{best} of {target:g}, and no more within {stalled_s:g} s{details}")
+        await asyncio.sleep(0.05)
 
 
 def values(messages: Sequence[Message]) -> list[str]:
