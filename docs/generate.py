@@ -40,10 +40,10 @@ def settings_page() -> str:
         "While `sluice up` is ready, it keeps its settings in `.sluice/env` in the folder where it was started. Other "
         "commands in that folder read from there what their environment does not set. `SLUICE_KAFKA_OPTIONS` is not "
         "in that file, because a shell that reads the file would remove the quotes, and `SLUICE_REDIS_SIGNING_KEY` "
-        "is not in it, because it is a secret. Commands refuse the file, and end "
-        "with status 1, unless it belongs to you, has mode 0600, sets only variables that `sluice up` writes, and the "
-        "service that wrote it still runs (it keeps a lock on the file): a folder that you got from somebody else can "
-        "contain such a file, too.\n",
+        "is not in it, because it is a secret. A folder that you got from somebody else can contain such a file, too. "
+        "So commands refuse the file, and end with status 1, unless it belongs to you, has mode 0600 and sets only "
+        "variables that `sluice up` writes. They ignore it, and say so, unless the service that wrote it still runs: "
+        "the service keeps a lock on the file.\n",
     ]
     for heading, names in _sections().items():
         lines += [f"## {heading}\n", "| Setting | Default | Meaning |", "|---|---|---|"]

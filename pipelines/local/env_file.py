@@ -35,15 +35,14 @@ log = logging.getLogger(__name__)
 
 
 def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
-    """Return the variables in the file; none if there is no file.
+    """Return the variables in the file; none if there is no file, or if no running service keeps it.
 
     The folder may come from somebody else, for example with a repository or an archive, some variables run programs,
     and others say where images are sent to. Therefore the file is used only if it is as `keep_env_file` writes it, and
     only while `keep_env_file` runs.
 
     Raises:
-        ConfigurationError: the file cannot be read, others own it or have access to it, it sets other variables, or no
-            running service has written it.
+        ConfigurationError: the file cannot be read, others own it or have access to it, or it sets other variables.
     """
     try:
         content = open(file, "rb", opener=_open_descriptor)  # noqa: SIM115 - the with statement below closes it
@@ -70,11 +69,12 @@ def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
             f"{file} is not used, because it sets {foreign[0]!r}, which `sluice up` never writes; {_REMEDY}"
         )
     if not is_kept:
-        raise ConfigurationError(
-            f"{file} is not used, because no running `sluice up` has written it: the service was killed, or the file "
-            f"came from somebody else; start the service here, or {_REMEDY}. If you trust the file, set its variables "
-            "in the environment yourself"
+        log.warning(
+            "%s is ignored, because no running `sluice up` keeps it: the service was killed, or the file came from "
+            "somebody else. Only the variables of the environment count. Start the service here, or remove the file.",
+            file,
         )
+        return {}
     return variables
 
 
