@@ -70,15 +70,12 @@ class Command:
 
     def __init__(self, cluster: Cluster, folder: Path, *arguments: str, **environment: str) -> None:
         self.errors = folder / "stderr"
-        (folder / ".sluice").mkdir(exist_ok=True)  # as the service writes it
-        env_file = folder / ".sluice" / "env"
-        env_file.touch(mode=0o600)
-        env_file.write_text(f"SLUICE_RAY_ADDRESS={cluster.address}\nSLUICE_MODEL=tiny\nRAY_AUTH_MODE=token\n")
+        settings = {"SLUICE_RAY_ADDRESS": cluster.address, "SLUICE_MODEL": "tiny", "RAY_AUTH_MODE": "token"}
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [SLUICE, "annotate", *arguments],
                 cwd=folder,
-                env={**os.environ, **environment},
+                env={**os.environ, **settings, **environment},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
