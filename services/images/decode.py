@@ -28,6 +28,7 @@ from services.images.image_format import (
     is_plain,
     read_webp_size,
 )
+from services.images.png_colors import read_png_colors
 
 _PLUGINS: Final[dict[Format, str]] = {
     "jpeg": "JPEG",
@@ -56,6 +57,8 @@ _REDUCING_GAP: Final = 2.0
 _PASSED_ON_LIMIT_BYTES: Final = 4 << 20
 """A larger image is encoded again: as a JPEG of quality 95 it has fewer bytes."""
 _PROFILE_LIMIT_BYTES: Final = 4 << 20
+_JPEG_PROFILE_LABEL: Final = b"ICC_PROFILE\0"
+_GRAY_MODES: Final = frozenset({"1", "L", "LA", "La"})
 _WEBP_BYTES_PER_PX: Final = 20
 """The peak of libwebp's and Pillow's memory while a WebP is decoded."""
 _SCANS_ALWAYS_ALLOWED: Final = 16
@@ -87,7 +90,7 @@ def prepare(data: bytes, limits: Limits) -> PreparedImage:
 
     Raises:
         NotAnImage: an unknown format, truncated or corrupt.
-        TooLarge: the image has too many pixels or scans, or needs too much memory.
+        TooLarge: the image has too many pixels, scans or chunks, a huge colour profile, or needs too much memory.
     """
     kind = detect_format(data)
     if kind is None:
@@ -121,7 +124,8 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
         _check_pixels(size, limits)
         # libwebp reports a lack of memory as a broken file. This only reserves addresses, and raises MemoryError.
         bytearray(_WEBP_BYTES_PER_PX * size[0] * size[1])
-    with Image.open(io.BytesIO(data), formats=[_PLUGINS[kind]]) as image:
+    colors = read_png_colors(data, _PROFILE_LIMIT_BYTES) if kind == "png" else None
+    with Image.open(io.BytesIO(colors.data if colors else data), formats=[_PLUGINS[kind]]) as image:
         width, height = image.size
         _check_pixels(image.size, limits)
         if kind == "jpeg":
@@ -129,8 +133,14 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
             image.draft(None, _with_gap(_fit(width, height, limits.side_px)))
         image.load()
         orientation = _read_orientation(image)
-        profile = image.info.get("icc_profile")
-        gamma = _find_unusual_gamma(image, kind)
+        if colors:
+            _set_transparent_color(image, data[24])
+            profile, gamma = colors.profile, colors.gamma
+        else:
+            profile = _join_jpeg_profile(image) if kind == "jpeg" else image.info.get("icc_profile")
+            gamma = None
+        if profile and len(profile) > _PROFILE_LIMIT_BYTES:
+            raise TooLarge(f"the colour profile of the {kind} has more than {_PROFILE_LIMIT_BYTES} bytes")
         unchanged = (
             image.mode == "RGB"
             and max(width, height) <= limits.side_px
@@ -202,28 +212,57 @@ def _read_orientation(image: Image.Image) -> int:
     return orientation if orientation in _TRANSPOSE_BY_ORIENTATION else 1
 
 
-def _find_unusual_gamma(image: Image.Image, kind: Format) -> float | None:
-    """Return the gamma of a PNG if browsers apply it. An attacker can hide a second picture by an unusual gamma."""
-    gamma = image.info.get("gamma")
-    if kind != "png" or not isinstance(gamma, float) or "icc_profile" in image.info or "srgb" in image.info:
+def _join_jpeg_profile(image: Image.Image) -> bytes | None:
+    """Return the ICC profile if its segments are numbered 1 to n of n. As in viewers, no other profile counts.
+
+    Pillow applies profiles of other numbers, and ignores segments behind the header of the frame.
+    """
+    segments = [
+        segment
+        for name, segment in getattr(image, "applist", [])
+        if name == "APP2" and segment.startswith(_JPEG_PROFILE_LABEL) and len(segment) >= len(_JPEG_PROFILE_LABEL) + 2
+    ]
+    parts = {segment[12]: segment[14:] for segment in segments}
+    numbered = sorted(segment[12] for segment in segments) == list(range(1, len(segments) + 1))
+    if not numbered or any(segment[13] != len(segments) for segment in segments):
         return None
-    return None if gamma <= 0 or abs(gamma - _SRGB_GAMMA) < 0.01 else gamma
+    return b"".join(parts[number] for number in sorted(parts)) or None
+
+
+def _set_transparent_color(image: Image.Image, depth: int) -> None:
+    """Make the transparent colour of a PNG the one that viewers take: of the bits of a level, scaled as levels are."""
+    color = image.info.get("transparency")
+    top = (1 << depth) - 1
+    if isinstance(color, tuple):
+        if depth > 8:  # Pillow has dropped the lower bits of the pixels
+            raise NotAnImage("a PNG of 16 bits per colour that has a transparent colour is not supported")
+        image.info["transparency"] = tuple(level & top for level in color)
+    elif isinstance(color, int) and image.mode != "P":
+        if image.mode == "1":
+            image.info["transparency"] = 255 if color else 0
+        else:
+            image.info["transparency"] = color & top if depth > 8 else (color & top) * 255 // top
 
 
 def _make_upright(
     image: Image.Image, orientation: int, profile: bytes | None, gamma: float | None, size: tuple[int, int]
 ) -> Image.Image:
-    """The image in 8-bit sRGB, opaque, upright, of `size` (which is given upright)."""
+    """The image in 8-bit sRGB, opaque, upright, of `size` (which is given upright).
+
+    Viewers apply a gamma only if there is no profile that can be applied, and the profile before the transparency.
+    """
     picture = _reduce_to_eight_bits(image)
-    if gamma is not None:
-        curve = [round(255 * (level / 255) ** (_SRGB_GAMMA / gamma)) for level in range(256)]
-        identity = list(range(256))
-        picture = picture.point(curve * 3 + identity if picture.mode == "RGBA" else curve * len(picture.getbands()))
+    if picture.mode == "RGBA" and (image.mode in _GRAY_MODES or image.mode.startswith("I;16")):
+        transform = _build_transform(profile, "RGBA") or _build_transform(profile, "L")
+    else:
+        transform = _build_transform(profile, picture.mode)
+    if gamma is not None and transform is None and abs(gamma - _SRGB_GAMMA) >= 0.01:
+        picture = _apply_gamma(picture, gamma)
     picture = _resize(picture, size[::-1] if orientation >= 5 else size)
+    picture = _convert_to_srgb(picture, transform)
     if picture.mode == "RGBA":
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
-    picture = _convert_to_srgb(picture, profile)
     return (
         picture.transpose(_TRANSPOSE_BY_ORIENTATION[orientation])
         if orientation in _TRANSPOSE_BY_ORIENTATION
@@ -234,7 +273,14 @@ def _make_upright(
 def _reduce_to_eight_bits(image: Image.Image) -> Image.Image:
     """The image in mode L, RGB, RGBA, CMYK or LAB. Levels of more bits are scaled, not clipped."""
     if image.mode.startswith("I;16"):
-        return _scale_levels(image.convert("I"), 1 / 257)
+        wide = image.convert("I")
+        gray = _scale_levels(wide, 1 / 257)
+        transparent = image.info.get("transparency")
+        if not isinstance(transparent, int):
+            return gray
+        result = gray.convert("RGBA")
+        result.putalpha(wide.point([255 * (level != transparent) for level in range(1 << 16)], "L"))
+        return result
     if image.mode in ("I", "F"):
         return _scale_levels(image, None)
     if image.has_transparency_data:
@@ -269,25 +315,35 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
 
 
-def _convert_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image in sRGB. As in viewers, a profile that is broken or does not fit the image is ignored."""
-    if image.mode == "LAB":
-        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    elif profile and len(profile) <= _PROFILE_LIMIT_BYTES:
-        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return _apply_profile(image, source)
-        return image.convert("RGB")
-    else:
-        return image.convert("RGB")
-    return _apply_profile(image, source)
+def _apply_gamma(image: Image.Image, gamma: float) -> Image.Image:
+    """The image as browsers show a PNG of this gamma. By an unusual gamma, an attacker can hide a second picture."""
+    curve = [round(255 * (level / 255) ** (_SRGB_GAMMA / gamma)) for level in range(256)]
+    identity = list(range(256))
+    return image.point(curve * 3 + identity if image.mode == "RGBA" else curve * len(image.getbands()))
 
 
-def _apply_profile(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
-    result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    if result is None:
-        raise ValueError("the colour transform returned no image")
-    return result
+def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB. As in viewers, a profile that is broken or does not fit the mode is ignored."""
+    if mode != "LAB" and not profile:
+        return None
+    srgb = ImageCms.createProfile("sRGB")
+    if mode == "LAB":
+        return ImageCms.buildTransform(ImageCms.createProfile("LAB"), srgb, mode, "RGB")
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        return ImageCms.buildTransform(source, srgb, mode, "RGBA" if mode == "RGBA" else "RGB")
+    return None
+
+
+def _convert_to_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
+    """The image in sRGB, of mode RGB or RGBA."""
+    if transform is None:
+        return image if image.mode == "RGBA" else image.convert("RGB")
+    if transform.input_mode == "L" and image.mode == "RGBA":
+        converted = transform.apply(image.convert("L"))
+        converted.putalpha(image.getchannel("A"))
+        return converted
+    return transform.apply(image)
 
 
 def _encode(image: Image.Image) -> bytes:

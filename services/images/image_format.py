@@ -155,12 +155,16 @@ def _is_plain_png(data: bytes) -> bool:
     if data[12:16] != b"IHDR" or data[24:26] != b"\x08\x02":  # 8-bit RGB; Pillow shows 16-bit RGB as the same mode
         return False
     at = 8
+    seen: set[bytes] = set()
     while at + 12 <= len(data):
         length = int.from_bytes(data[at : at + 4])
         chunk = data[at + 4 : at + 8]
         at += 12 + length
         if chunk not in _PLAIN_PNG_CHUNKS or (chunk != b"IDAT" and length > 64):
             return False
+        if chunk == b"sRGB" and not seen.isdisjoint({b"sRGB", b"IDAT"}):  # readers differ in the one that counts
+            return False
+        seen.add(chunk)
         if chunk == b"IEND":
             return at == len(data)
     return False

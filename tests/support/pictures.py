@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import pillow_heif
@@ -88,3 +89,37 @@ def png_header(width: int, height: int, depth: int = 8, color: int = 2) -> bytes
 def bmff_box(kind: bytes, content: bytes) -> bytes:
     """One box of an ISO base media file (AVIF, HEIC)."""
     return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+def with_late_png_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG file with a chunk more, behind its pixels."""
+    at = data.rindex(b"IEND") - 4
+    return data[:at] + png_chunk(kind, content) + data[at:]
+
+
+def color_profile(levels: Sequence[float], space: bytes = b"RGB ", padding: int = 0) -> bytes:
+    """An ICC profile of space RGB or GRAY that shows level i * 255 / (n - 1) as linear light levels[i]."""
+    table = b"".join(struct.pack(">H", round(level * 65535)) for level in levels)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", len(levels)) + table
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(value * 65536) for value in values))
+
+    white = (0.9642, 1.0, 0.8249)
+    tags = [
+        (b"desc", b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78)),
+        (b"wtpt", xyz(*white)),
+        (b"cprt", b"text\0\0\0\0x\0" + bytes(padding)),
+    ]
+    if space == b"GRAY":
+        tags.append((b"kTRC", curve))
+    else:
+        tags += [(b"rXYZ", xyz(0.4361, 0.2225, 0.0139)), (b"gXYZ", xyz(0.3851, 0.7169, 0.0971))]
+        tags += [(b"bXYZ", xyz(0.1431, 0.0606, 0.7141)), (b"rTRC", curve), (b"gTRC", curve), (b"bTRC", curve)]
+    body = directory = b""
+    for name, content in tags:
+        directory += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    header = struct.pack(">I4xI", 132 + len(directory) + len(body), 0x02400000) + b"mntr" + space + b"XYZ " + bytes(12)
+    header += b"acsp" + bytes(28) + xyz(*white)[8:] + bytes(48)
+    return header + struct.pack(">I", len(tags)) + directory + body
