@@ -83,10 +83,11 @@ class Limits:
     """The longest side of a prepared image."""
 
 
-def prepare(data: bytes, limits: Limits) -> PreparedImage:
+def prepare(data: bytes, limits: Limits, sha256: str | None = None) -> PreparedImage:
     """Decode the first frame or page completely; make it upright, opaque (over white), 8-bit sRGB and small enough.
 
-    A plain (see `is_plain`) upright RGB JPEG or PNG that fits is returned unchanged.
+    A plain (see `is_plain`) upright RGB JPEG or PNG that fits is returned unchanged. `sha256`: the digest of `data` in
+    hex, if the caller knows it.
 
     Raises:
         NotAnImage: an unknown format, truncated or corrupt.
@@ -96,7 +97,7 @@ def prepare(data: bytes, limits: Limits) -> PreparedImage:
     if kind is None:
         raise NotAnImage("the bytes are not JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC")
     try:
-        return _prepare(data, kind, limits)
+        return _prepare(data, kind, limits, sha256)
     except Unjudgeable:
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -118,7 +119,7 @@ def downscale(image: PreparedImage, side_px: int) -> PreparedImage:
     return replace(image, data=small, media_type="image/jpeg", width=size[0], height=size[1])
 
 
-def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
+def _prepare(data: bytes, kind: Format, limits: Limits, sha256: str | None) -> PreparedImage:
     if kind == "webp":
         size = read_webp_size(data) or (0, 0)
         _check_pixels(size, limits)
@@ -161,7 +162,7 @@ def _prepare(data: bytes, kind: Format, limits: Limits) -> PreparedImage:
         media_type="image/png" if unchanged and kind == "png" else "image/jpeg",
         width=size[0],
         height=size[1],
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256 or hashlib.sha256(data).hexdigest(),
         facts=ImageFacts(width=upright[0], height=upright[1], format=kind, frames=frames),
     )
 

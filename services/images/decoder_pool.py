@@ -29,7 +29,14 @@ from services.core.settings import Settings
 from services.core.tenant_context import current_tenant
 from services.core.values import PreparedImage
 from services.images.decoder_limits import decoder_memory_bytes, find_memory_bytes
-from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
+from services.images.decoder_protocol import (
+    Channel,
+    ConnectionClosedError,
+    ProtocolError,
+    from_fields,
+    read_detail,
+    to_fields,
+)
 from services.images.decoder_sandbox import MEASURES
 from services.images.fair_slots import FairSlots
 
@@ -84,7 +91,7 @@ class DecoderPool:
                 times.
             Unavailable: no decoder process can be started, the decoder was killed from outside, or the pool is closed.
         """
-        return await self._run({}, data)
+        return await self._run(None, data)
 
     async def prepare_first_look(self, image: PreparedImage) -> PreparedImage:
         """The same image with the longer side at most `FIRST_LOOK_PX`. Raises what `prepare` raises."""
@@ -108,7 +115,7 @@ class DecoderPool:
             self._threads.submit(self._discard_idle)
         self._threads.shutdown(wait=False)  # queued calls end at once, with Unavailable
 
-    async def _run(self, request: dict[str, Any], data: bytes) -> PreparedImage:
+    async def _run(self, request: dict[str, Any] | None, data: bytes) -> PreparedImage:
         if self._closed:
             raise Unavailable("the image decoders are stopped")
         await self._slots.acquire(current_tenant())
@@ -136,7 +143,9 @@ class DecoderPool:
             decoding.cancel()  # if it has not begun
             raise
 
-    def _try(self, request: dict[str, Any], data: bytes) -> PreparedImage:
+    def _try(self, request: dict[str, Any] | None, data: bytes) -> PreparedImage:
+        if request is None:
+            request = {"sha256": hashlib.sha256(data).hexdigest()}
         for _ in range(_ATTEMPTS):
             worker = self._acquire()
             try:
@@ -147,10 +156,18 @@ class DecoderPool:
             except TimeoutError:
                 self._discard(worker)
                 raise NotAnImage(f"decoding took longer than {self._deadline_s:g} s") from None
-            except (ProtocolError, OSError):
+            except Exception as error:  # noqa: BLE001 - a taken decoder may answer anything
                 status = self._discard(worker)
                 if self._closed:
                     raise Unavailable("the image decoders are being stopped") from None
+                if not isinstance(error, (ConnectionClosedError, OSError)):
+                    known = isinstance(error, ProtocolError)
+                    _log.warning(
+                        "an image decoder broke its protocol and is replaced; it may have been taken over: %s",
+                        error if known else type(error).__name__,
+                        exc_info=None if known else error,
+                    )
+                    continue  # as a crash: this process killed the decoder, so its exit status says nothing
                 if status == -signal.SIGKILL:
                     self._blame(data)
                 if status in _STOPPED_FROM_OUTSIDE:
@@ -190,7 +207,7 @@ class DecoderPool:
                 worker.kill()  # `close` has not killed it
         try:
             self._report(worker.await_ready())
-        except (ProtocolError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - as for an image
             status = self._discard(worker)
             raise Unavailable(f"an image decoder did not start (status {status}): {error}") from None
         return worker
@@ -271,7 +288,7 @@ class _Worker:
 
     def __init__(self, arguments: tuple[float, ...], answer_limit_bytes: int) -> None:
         self.images = 0
-        self._deadline_s = arguments[-1]
+        self._image_px, self._side_px, _, self._deadline_s = arguments
         self._answer_limit_bytes = answer_limit_bytes
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
@@ -291,7 +308,10 @@ class _Worker:
         """Wait for the start. Returns the measures of the sandbox in force. Raises ProtocolError, TimeoutError."""
         self._channel.deadline = time.monotonic() + _START_S
         head, _ = self._channel.receive(0)
-        return frozenset(map(str, head.get("measures", ())))
+        measures = head.get("measures")
+        if not isinstance(measures, list):
+            raise ProtocolError("the decoder does not say which measures are in force")
+        return frozenset(measure for measure in MEASURES if measure in measures)
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -301,19 +321,35 @@ class _Worker:
 
         Raises:
             NotAnImage, TooLarge: the decoder rejects the image.
-            ProtocolError, OSError: the process died.
+            ProtocolError: its answer is wrong; ConnectionClosedError: the process died.
+            OSError: the process died.
             TimeoutError: the deadline passed.
         """
         self.images += 1
         self._channel.deadline = time.monotonic() + self._deadline_s
         self._channel.send(request, data)
         answer, content = self._channel.receive(self._answer_limit_bytes)
-        reason, detail = answer.get("reason"), str(answer.get("detail"))
+        reason = answer.get("reason")
         if reason == TooLarge.reason:
-            raise TooLarge(detail)
+            raise TooLarge(read_detail(answer))
         if reason == NotAnImage.reason:
-            raise NotAnImage(detail)
-        return from_fields(answer, content)
+            raise NotAnImage(read_detail(answer))
+        image = from_fields(answer, content)
+        self._check(image, request)
+        return image
+
+    def _check(self, image: PreparedImage, request: dict[str, Any]) -> None:
+        """Raise ProtocolError if the answer does not belong to the request."""
+        known = request.get("image")
+        side_px = request["side_px"] if known else self._side_px
+        if max(image.width, image.height) > side_px:
+            raise ProtocolError(f"an answer has {image.width} x {image.height} pixels; the limit is {side_px} a side")
+        if image.sha256 != (known or request)["sha256"]:
+            raise ProtocolError("an answer has the digest of another image")
+        if known and image.facts.model_dump() != known["facts"]:
+            raise ProtocolError("an answer has the facts of another image")
+        if not known and image.facts.width * image.facts.height > self._image_px:
+            raise ProtocolError(f"an answer has an image of more than {self._image_px} pixels")
 
     def kill(self) -> None:
         """Kill the process. Any thread may call it; safe to repeat."""

@@ -36,7 +36,7 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
         if "side_px" in request:
             image = downscale(from_fields(request["image"], data), int(request["side_px"]))
         else:
-            image = prepare(data, limits)
+            image = prepare(data, limits, request["sha256"])
     except (NotAnImage, TooLarge) as error:
         return {"reason": error.reason, "detail": str(error)}, b""
     return to_fields(image), image.data

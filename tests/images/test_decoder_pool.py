@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from services.core.errors import NotAnImage, TooLarge, Unavailable
+from services.images import decoder_pool
 from services.images.decoder_pool import DecoderPool
 from services.moderation.retrying_ports import RetryingPreparer
 from tests.support.images import make_settings
@@ -122,6 +124,102 @@ async def test_hanging_decoder_is_killed_at_the_deadline(decoders: Path, behavio
         await preparer.prepare(GOOD)
         with pytest.raises(NotAnImage, match="longer than 1 s"):
             await asyncio.wait_for(preparer.prepare(BAD), 30)  # half of what the decoder would take
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+def forge(folder: Path, answer: str) -> None:
+    """Let the decoder of an image that is marked `BAD!` answer this; `honest` is what it would say."""
+    misbehave(
+        folder,
+        "main = sys.modules['__main__']; real = main.to_fields; "
+        f"main.to_fields = lambda image: (lambda honest: {answer})(real(image))",
+    )
+
+
+FORGED = {
+    "width": ["float('inf')", "float('nan')", "0", "-1", "True", "'64'", "64.5", "513", "10 ** 4000", "None"],
+    "sha256": ["'\\ud800'", "'\\x1b[2J'", "'0' * 64", "'A' * 64", "honest['sha256'] + '\\\\n'", "None", "[]"],
+    "media_type": ["'image/png'", "'text/html'", "[]", "None"],
+    "facts": [
+        "None",
+        "{**honest['facts'], 'format': '\\x1b]0;x\\x07'}",
+        "{**honest['facts'], 'format': '\\ud800'}",
+        "{**honest['facts'], 'format': {}}",
+        "{**honest['facts'], 'width': 10 ** 4000}",
+        "{**honest['facts'], 'width': 1 << 30}",
+        "{**honest['facts'], 'height': float('inf')}",
+        "{**honest['facts'], 'frames': 0}",
+        "{**honest['facts'], 'frames': 1 << 40}",
+    ],
+}
+"""What a taken decoder may claim, as expressions, by the field of its answer."""
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FORGED.items() for value in values])
+async def test_forged_answer_is_a_crash_and_its_decoder_is_replaced(
+    decoders: Path, field: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    forge(decoders, "{**honest, %r: %s}" % (field, value))  # noqa: UP031 - braces
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        with pytest.raises(NotAnImage, match="crashed 2 times"):
+            await preparer.prepare(BAD)
+        assert "may have been taken over" in caplog.text
+        assert workers_of(os.getpid()) == []
+        assert (await preparer.prepare(GOOD)).data == GOOD
+    finally:
+        preparer.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{**honest, 'facts': {**honest['facts'], 'format': 'gif'}}",
+        "{**honest, 'sha256': '0' * 64}",
+        "{**honest, 'width': 33}",
+    ],
+)
+async def test_forged_answer_about_a_prepared_image_is_a_crash(decoders: Path, answer: str) -> None:
+    forge(decoders, answer)
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        image = replace(await preparer.prepare(GOOD), data=BAD)
+        with pytest.raises(NotAnImage, match="crashed 2 times"):
+            await preparer.downscale(image, 32)
+        assert workers_of(os.getpid()) == []
+    finally:
+        preparer.close()
+
+
+async def test_text_of_a_rejection_is_bounded_and_has_no_control_characters(decoders: Path) -> None:
+    forge(decoders, "{'reason': 'not_an_image', 'detail': 'is \\x1b]0;x\\x07\\r\\n\\ud800\\u202e' + 'A' * 60000}")
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        with pytest.raises(NotAnImage) as caught:
+            await preparer.prepare(BAD)
+        assert str(caught.value).startswith("is ?]0;x?????AAAA")
+        assert len(str(caught.value)) <= 500
+    finally:
+        preparer.close()
+
+
+async def test_any_failure_with_an_answer_replaces_the_decoder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OverflowError("of an answer that nobody has thought of")
+
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder_pool, "from_fields", fail)
+            for _ in range(3):
+                with pytest.raises(NotAnImage, match="crashed 2 times"):
+                    await preparer.prepare(GOOD)
+                assert workers_of(os.getpid()) == []
+        assert "of an answer that nobody has thought of" in caplog.text
         assert (await preparer.prepare(GOOD)).data == GOOD
     finally:
         preparer.close()

@@ -1,10 +1,12 @@
 """Attacks of a decoder that runs an attacker's code. Each tries what its sandbox forbids."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pipelines.serving.guard_deployment import GuardDeployment
 from pipelines.serving.intake_deployment import IntakeDeployment
 from services.core import telemetry
 from services.core.errors import NotAnImage
+from services.images import decoder_sandbox
 from services.images.decoder_pool import DecoderPool
 from services.images.decoder_sandbox import MEASURES
 from tests.images.test_decoder_pool import BAD, GOOD, ROOT, decoders, misbehave, workers_of
@@ -43,14 +46,42 @@ ATTACKS = {
         "os.kill(os.getppid(), 0)",
         "os.pidfd_open(os.getppid())",
         "__import__('resource').prlimit(os.getppid(), __import__('resource').RLIMIT_NOFILE)",
+        # files of the user: Landlock does not know these rights
+        "os.chmod(__import__('sitecustomize').__file__, 0o666)",
+        "os.chmod(0, 0o666)",
+        "os.chown(__import__('sitecustomize').__file__, os.getuid(), os.getgid())",
+        "os.lchown(__import__('sitecustomize').__file__, os.getuid(), os.getgid())",
+        "os.utime(__import__('sitecustomize').__file__, (0, 0))",
+        "os.setxattr(__import__('sitecustomize').__file__, 'user.x', b'1')",
+        "os.getxattr(__import__('sitecustomize').__file__, 'user.x')",
+        "os.removexattr(__import__('sitecustomize').__file__, 'user.x')",
+        "os.truncate(__import__('sitecustomize').__file__, 0)",
+        "os.unlink(__import__('sitecustomize').__file__)",
+        "os.rename(__import__('sitecustomize').__file__, __import__('sitecustomize').__file__ + '.old')",
+        "os.mkdir(__import__('sitecustomize').__file__ + '.folder')",
+        "os.open(__import__('sitecustomize').__file__, os.O_RDONLY | os.O_TRUNC)",
+        "__import__('io').open('/tmp/sluice-written-by-a-decoder', 'w')",
+        "__import__('io').open(f'/proc/{os.getppid()}/mem', 'r+b').read()",
+        "__import__('fcntl').flock(os.open(os.__file__, os.O_RDONLY), __import__('fcntl').LOCK_EX)",
+        # priorities and processors of other processes
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+        "os.sched_setparam(os.getppid(), os.sched_param(0))",
+        "os.sched_setaffinity(os.getppid(), {0})",
+        # signals when bytes arrive: F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP, F_NOTIFY
+        "__import__('fcntl').fcntl(0, 8, os.getppid())",
+        "__import__('fcntl').fcntl(0, 10, signal.SIGKILL)",
+        "__import__('fcntl').fcntl(0, 15, __import__('struct').pack('ii', 1, os.getppid()))",
+        "__import__('fcntl').ioctl(0, 0x8901, __import__('struct').pack('i', os.getppid()))",
+        "__import__('fcntl').ioctl(0, 0x8902, __import__('struct').pack('i', os.getppid()))",
+        "__import__('fcntl').fcntl(os.open(os.path.dirname(os.__file__), os.O_RDONLY), 1026, 0x3F)",
     ],
     "landlock": [
         "__import__('io').open(f'/proc/{os.getppid()}/environ', 'rb').read()",
-        "__import__('io').open(f'/proc/{os.getppid()}/mem', 'r+b').read()",
+        "__import__('io').open(f'/proc/{os.getppid()}/mem', 'rb').read()",
         "__import__('io').open('/etc/passwd').read()",
         "__import__('io').open('/proc/self/environ').read()",
         "os.listdir('/')",
-        "__import__('io').open('/tmp/sluice-written-by-a-decoder', 'w')",
     ],
     "capabilities": ["__import__('os').setuid(1)"],
 }
@@ -78,7 +109,24 @@ async def test_decoder_that_runs_foreign_code_is_refused(decoders: Path, measure
 
 @pytest.mark.parametrize(
     ("call", "arguments"),
-    [("ptrace", "101, 16, os.getppid(), 0, 0"), ("connect", "42, 0, 0, 0"), ("x32 getpid", "0x40000000 + 39, 0")],
+    [
+        ("ptrace", "101, 16, os.getppid(), 0, 0"),
+        ("connect", "42, 0, 0, 0"),
+        ("x32 getpid", "0x40000000 + 39, 0"),
+        ("fchmodat2", "452, -100, sys.modules['sitecustomize'].__file__.encode(), 0o666, 0"),
+        ("openat2", "437, -100, b'/tmp', bytes(24), 24"),
+        ("inotify_init1", "294, 0"),
+        ("fanotify_init", "300, 0, 0"),
+        ("msgget", "68, 0, 0o1600"),
+        ("semget", "64, 0, 1, 0o1600"),
+        ("mq_open", "240, b'sluice-opened-by-a-decoder', 0o102, 0o600, 0"),
+        ("ioprio_set", "251, 1, os.getppid(), 3 << 13"),
+        ("sched_setattr", "314, os.getppid(), (48).to_bytes(4, 'little') + bytes(44), 0"),
+        ("migrate_pages", "256, os.getppid(), 64, bytes(8), bytes(8)"),
+        ("move_pages", "279, os.getppid(), 0, 0, 0, 0, 0"),
+        ("io_setup", "206, 1, bytes(8)"),
+        ("fcntl with bits that the kernel ignores", "72, 0, ctypes.c_ulong(1 << 32 | 8), os.getppid()"),
+    ],
 )
 async def test_raw_system_call_is_refused(decoders: Path, call: str, arguments: str) -> None:
     skip_without("seccomp")
@@ -90,6 +138,61 @@ async def test_raw_system_call_is_refused(decoders: Path, call: str, arguments: 
     try:
         with pytest.raises(NotAnImage, match=r"-1 refused (1|38)$"):
             await preparer.prepare(BAD)
+    finally:
+        preparer.close()
+
+
+HEADERS = (Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h"))
+
+
+@pytest.mark.parametrize(("column", "header"), list(enumerate(HEADERS)), ids=["x86_64", "aarch64"])
+def test_numbers_of_calls_are_those_of_the_kernel(column: int, header: Path) -> None:
+    """64-bit ARM uses the generic table."""
+    if not header.exists():
+        pytest.skip(f"the kernel's header {header} is not installed")
+    lines = re.findall(r"^#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text(), re.MULTILINE)
+    kernel = {name: int(number) for name, number in lines}
+    known = decoder_sandbox._DENIED | decoder_sandbox._OWN_PROCESS_ONLY | decoder_sandbox._OWN_LIMITS_ONLY
+    known |= {"fcntl": decoder_sandbox._FCNTL, "ioctl": decoder_sandbox._IOCTL, "clone": decoder_sandbox._CLONE}
+    known |= {name: numbers[:2] for name, numbers in decoder_sandbox._OPEN.items()}
+    assert len(known) > 100
+    assert {name: numbers[column] for name, numbers in known.items()} == {name: kernel.get(name) for name in known}
+
+
+WITHOUT_LANDLOCK = """
+import sys
+if "services.images.decoder_process" in sys.orig_argv:
+    from services.core import landlock
+    landlock._CREATE_RULESET = 9999  # no kernel has this call
+"""
+
+
+@pytest.fixture
+def victim() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the same user that does nothing."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process
+        process.kill()
+
+
+async def test_decoder_without_landlock_kills_no_process_by_a_signal_for_arriving_bytes(
+    decoders: Path, victim: subprocess.Popen[bytes]
+) -> None:
+    skip_without("seccomp")
+    steps = (
+        f"(lambda f: (os.open('/etc/passwd', os.O_RDONLY), f.fcntl(0, f.F_SETOWN, {victim.pid}), "
+        "f.fcntl(0, 10, signal.SIGKILL), f.fcntl(0, f.F_SETFL, f.fcntl(0, f.F_GETFL) | os.O_ASYNC)))"
+        "(__import__('fcntl'))"
+    )
+    misbehave(decoders, refusal(steps))
+    program = decoders / "sitecustomize.py"
+    program.write_text(WITHOUT_LANDLOCK + program.read_text())
+    preparer = DecoderPool(make_settings(decode_workers=1), 512)
+    try:
+        with pytest.raises(NotAnImage, match=r"refused 1$"):  # 13 would be Landlock's refusal of the file
+            await preparer.prepare(BAD)
+        assert (await preparer.prepare(GOOD)).data == GOOD
+        assert victim.poll() is None
     finally:
         preparer.close()
 
