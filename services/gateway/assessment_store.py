@@ -20,12 +20,15 @@ Keys in Redis:
     alive:<process>         exists while the process runs, and a few seconds longer
 
 Others may be able to write to Redis. With SLUICE_REDIS_SIGNING_KEY the JSON objects are signed, and entries without a
-valid signature count as absent.
+valid signature count as absent. So do entries that are larger than a gateway writes; Redis does not return them. A
+signed claim or result has the time at which it expires, so that nobody can write it again after that.
 """
 
 import asyncio
 import hashlib
 import logging
+import math
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,10 +54,22 @@ _MAX_UNSAVED: Final = 1000
 """Finished assessments that this process keeps while Redis is unavailable. No assessment can be created during the
 outage, so clients can ask only for the results of assessments created before it."""
 _CLAIM_TRIES: Final = 3
+_ASSESSMENT_LIMIT_BYTES: Final = 256 << 10
+"""A verdict has at most 64 KiB of metadata, and some KB of other fields."""
+_CLAIM_LIMIT_BYTES: Final = 4 << 10
+_CLOCK_SKEW_S: Final = 60
+"""An entry that is still in Redis this long after its end was written again: Redis had removed it."""
 
+# A value above the limit becomes an empty one, which is invalid.
+_READ_FUNCTION: Final = """
+local function read(key, limit)
+  if redis.call('STRLEN', key) > tonumber(limit) then return '' end
+  return redis.call('GET', key)
+end
+"""
 _CREATE_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
 _FINISH_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
-_GET_SCRIPT: Final = "return {redis.call('GET', KEYS[1]), redis.call('TTL', KEYS[1])}"
+_GET_SCRIPT: Final = f"{_READ_FUNCTION} return {{read(KEYS[1], ARGV[1]), redis.call('TTL', KEYS[1])}}"
 _RENEW_SCRIPT: Final = """
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
 for n = 2, #KEYS do
@@ -62,13 +77,13 @@ for n = 2, #KEYS do
 end
 """
 """The first key is the process; the others are assessments. Each is renewed if it is still the pending one of ARGV."""
-_CLAIM_SCRIPT: Final = """
-if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[3]) then return redis.call('GET', KEYS[1]) end
+_CLAIM_SCRIPT: Final = f"""{_READ_FUNCTION}
+if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[3]) then return read(KEYS[1], ARGV[5]) end
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[4])
 return false
 """
-_REPLACE_SCRIPT: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[3] then return 0 end
+_REPLACE_SCRIPT: Final = f"""{_READ_FUNCTION}
+if read(KEYS[1], ARGV[6]) ~= ARGV[3] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[4])
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[5])
 return 1
@@ -90,6 +105,8 @@ class StoredAssessment(WireModel):
     """The process that judges it, while it is pending."""
     verdict: Verdict | None = None
     problem: dict[str, Any] | None = None
+    expires_s: int | None = None
+    """Unix time after which a signed result is absent. None while it is pending, and without a signature."""
 
     @property
     def is_pending(self) -> bool:
@@ -113,6 +130,8 @@ class Claim(WireModel):
     request_digest: Annotated[str, Field(validation_alias="request", serialization_alias="request")]
     """SHA-256 of the first request with the key."""
     assessment_id: Annotated[str, Field(validation_alias="assessment", serialization_alias="assessment")]
+    expires_s: int | None = None
+    """Unix time after which a signed claim is absent. None without a signature."""
 
 
 class AssessmentStore:
@@ -159,14 +178,14 @@ class AssessmentStore:
         """absent -> PENDING, if this is the first request with the idempotency key. Returns the key's claim."""
         claim, redis_keys = self._claim(idempotency_key, request_digest, pending)
         encoded, body = self._encode_claim(idempotency_key, claim), self._encode(pending)
-        ttls = (self._keep_s, _PENDING_S)
+        limits = (self._keep_s, _PENDING_S, _CLAIM_LIMIT_BYTES)
         for _ in range(_CLAIM_TRIES):
-            data: bytes | None = await self._redis.run(_CLAIM_SCRIPT, redis_keys, encoded, body, *ttls)
+            data: bytes | None = await self._redis.run(_CLAIM_SCRIPT, redis_keys, encoded, body, *limits)
             if data is None:
                 return claim
             if known := self._decode_claim(idempotency_key, data):
                 return known
-            if await self._redis.run(_REPLACE_SCRIPT, redis_keys, encoded, body, data, *ttls):
+            if await self._redis.run(_REPLACE_SCRIPT, redis_keys, encoded, body, data, *limits):
                 return claim
         await self.create(pending)  # someone writes forged claims again and again: judge the image without a claim
         return claim
@@ -176,7 +195,8 @@ class AssessmentStore:
         claim, redis_keys = self._claim(idempotency_key, known.request_digest, pending)
         claims = [self._encode_claim(idempotency_key, each) for each in (claim, known)]
         bodies = (claims[0], self._encode(pending), claims[1])
-        return bool(await self._redis.run(_REPLACE_SCRIPT, redis_keys, *bodies, self._keep_s, _PENDING_S))
+        limits = (self._keep_s, _PENDING_S, _CLAIM_LIMIT_BYTES)
+        return bool(await self._redis.run(_REPLACE_SCRIPT, redis_keys, *bodies, *limits))
 
     @contextmanager
     def renew(self, pending: StoredAssessment) -> Iterator[None]:
@@ -217,7 +237,8 @@ class AssessmentStore:
         """Return an assessment, or None if it is absent. An abandoned assessment has failed."""
         if unsaved := self._unsaved.get(assessment_id):
             return unsaved
-        body, left_s = await self._redis.run(_GET_SCRIPT, [self._redis_key("assessment", assessment_id)])
+        redis_key = self._redis_key("assessment", assessment_id)
+        body, left_s = await self._redis.run(_GET_SCRIPT, [redis_key], _ASSESSMENT_LIMIT_BYTES)
         if body is None:
             return None
         stored = self._decode(assessment_id, body)
@@ -235,7 +256,8 @@ class AssessmentStore:
             self._redis_key("idempotency", _digest(idempotency_key)),
             self._redis_key("assessment", pending.id),
         ]
-        return Claim(request_digest=request_digest, assessment_id=pending.id), redis_keys
+        claim = Claim(request_digest=request_digest, assessment_id=pending.id, expires_s=self._find_end_s())
+        return claim, redis_keys
 
     async def _has_live_owner(self, pending: StoredAssessment, left_s: int) -> bool:
         """Return whether a process still judges an assessment. `left_s`: the rest of its time to live."""
@@ -263,27 +285,50 @@ class AssessmentStore:
 
     async def _save(self, done: StoredAssessment) -> None:
         redis_key = self._redis_key("assessment", done.id)
-        await self._redis.run(_FINISH_SCRIPT, [redis_key], self._encode(done), self._keep_s)
+        expiring = done.model_copy(update={"expires_s": self._find_end_s()})
+        await self._redis.run(_FINISH_SCRIPT, [redis_key], self._encode(expiring), self._keep_s)
+
+    def _find_end_s(self) -> int | None:
+        """Return when a claim or a result that is written now expires; None if it cannot be signed."""
+        return math.ceil(time.time()) + self._keep_s if self._signer.can_sign else None
+
+    def _is_expired(self, kind: str, subject: str, expires_s: int | None) -> bool:
+        """Return whether a signed claim or result has expired. One that has expired long ago is reported."""
+        if not self._signer.can_sign:
+            return False
+        late_s = time.time() - (expires_s or 0)
+        if late_s > _CLOCK_SKEW_S:
+            self._forgeries.report(
+                kind,
+                f"the entry of {subject} in Redis expired {late_s:.0f} s ago; it counts as absent. Someone has written "
+                "an old entry again, or a clock is wrong. Find out who can write to Redis, and compare the clocks.",
+            )
+        return late_s > 0
 
     def _encode(self, assessment: StoredAssessment) -> str:
-        return self._signer.sign_json(_ASSESSMENT, assessment.id, assessment.model_dump_json())
+        return self._signer.sign_json(_ASSESSMENT, assessment.id, _dump(assessment))
 
     def _decode(self, assessment_id: str, data: bytes) -> StoredAssessment | None:
-        """Return the assessment; None if it was not written by a gateway."""
+        """Return the assessment; None if it was not written by a gateway, or has expired."""
         with suppress(ValidationError):
             if self._signer.accepts_json(_ASSESSMENT, assessment_id, data):
-                return StoredAssessment.model_validate_json(data)
+                stored = StoredAssessment.model_validate_json(data)
+                if stored.is_pending:
+                    return stored
+                expired = self._is_expired(_ASSESSMENT, f"assessment {assessment_id}", stored.expires_s)
+                return None if expired else stored.model_copy(update={"expires_s": None})
         self._report_forgery(_ASSESSMENT, f"assessment {assessment_id}", "it counts as absent")
         return None
 
     def _encode_claim(self, idempotency_key: str, claim: Claim) -> str:
-        return self._signer.sign_json(_IDEMPOTENCY_KEY, _digest(idempotency_key), claim.model_dump_json())
+        return self._signer.sign_json(_IDEMPOTENCY_KEY, _digest(idempotency_key), _dump(claim))
 
     def _decode_claim(self, idempotency_key: str, data: bytes) -> Claim | None:
-        """Return the claim; None if it was not written by a gateway."""
+        """Return the claim; None if it was not written by a gateway, or has expired."""
         with suppress(ValidationError):
             if self._signer.accepts_json(_IDEMPOTENCY_KEY, _digest(idempotency_key), data):
-                return Claim.model_validate_json(data)
+                claim = Claim.model_validate_json(data)
+                return None if self._is_expired(_IDEMPOTENCY_KEY, "an idempotency key", claim.expires_s) else claim
         self._report_forgery(_IDEMPOTENCY_KEY, "an idempotency key", "the request is judged")
         return None
 
@@ -296,6 +341,11 @@ class AssessmentStore:
 
     def _redis_key(self, *parts: str) -> str:
         return self._redis.key("gateway", *parts)
+
+
+def _dump(entry: StoredAssessment | Claim) -> str:
+    """Return JSON as version 0.1.0 writes it, and the time of expiry if there is one."""
+    return entry.model_dump_json(exclude={"expires_s"} if entry.expires_s is None else None)
 
 
 def _digest(text: str) -> str:

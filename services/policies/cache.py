@@ -34,7 +34,7 @@ from services.core.tasks import cancel_and_wait
 from services.core.tenancy import UNLIMITED, Scope
 from services.core.values import DEFAULT_POLICY, TENANTS, Policy, PolicyChoice, PolicyIdentity
 from services.policies.document import PolicyDocument
-from services.policies.redis_cache import CachedChange, PolicyRedisCache
+from services.policies.redis_cache import CachedChange, CachedVersion, PolicyRedisCache
 from services.policies.reference import PolicyReference
 from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Rollout, RolloutChange
@@ -79,7 +79,7 @@ class PolicyCache:
         self._tenants: dict[tuple[str, int], TenantsDocument] = {}
         self._missing_since: dict[tuple[str, int], float] = {}
         self._running_lookups: dict[Hashable, asyncio.Task[Any]] = {}
-        self._announced: dict[str, RolloutChange] = {}
+        self._announced: dict[str, CachedChange] = {}
         """The last announced change of each policy that is not checked yet."""
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._forgeries = ForgeryReporter()
@@ -252,24 +252,29 @@ class PolicyCache:
         """Load one version into the local copies."""
         known = self._rollouts.get(name)
         expected = known.rollout.digests.get(version) if known else None
-        rejected: StoredVersion | None = None
-        is_unreadable = False
+        rejected: CachedVersion | None = None
+        is_too_large = False
+        may_parse_unsigned = expected is not None
 
         async def copy(redis_cache: PolicyRedisCache) -> StoredVersion | None:
-            nonlocal rejected, is_unreadable
+            nonlocal rejected, is_too_large, may_parse_unsigned
             try:
                 entry = await redis_cache.find_version(name, version)
             except ValueError:
-                is_unreadable = True
+                is_too_large = True
                 return None
-            if entry and (entry.stored.digest == expected if expected else entry.is_signed):
-                return entry.stored
-            rejected = entry.stored if entry and not entry.is_signed else None
+            if entry and (entry.is_signed or may_parse_unsigned):
+                with suppress(ValueError):
+                    if not expected or entry.stored.digest == expected:
+                        return entry.stored
+                may_parse_unsigned = False  # parsing takes time, so a lookup parses one forged entry at most
+            if entry and not entry.is_signed:
+                rejected = entry
             return None
 
         async def read() -> StoredVersion:
             stored = await _read_in_thread(self._registry.get, name, version)
-            if is_unreadable or (rejected and rejected.digest != stored.digest):
+            if is_too_large or (rejected and not rejected.is_of(stored)):
                 self._report_forgery("version", f"{name}@{version}")
             if self._redis_cache:
                 with suppress(RedisUnavailable):
@@ -297,31 +302,34 @@ class PolicyCache:
         announced = self._announced.get(name)
         least_number = max(previous.number if previous else 0, announced.number if announced else 0)
         entry: CachedChange | None = None
-        is_unreadable = False
+        is_too_large = False
 
         async def copy(redis_cache: PolicyRedisCache) -> tuple[RolloutChange | None] | None:
-            nonlocal entry, is_unreadable
+            nonlocal entry, is_too_large
             try:
                 entry = await redis_cache.find_newest_change(name)
             except ValueError:
-                is_unreadable = True
+                is_too_large = True
                 return None
             max_age_s = min(self._refresh_s, time.monotonic() - self._redis_recovered_at)
             if entry is None or not entry.is_signed or entry.age_s >= max_age_s:
                 return None
-            is_older = (entry.change.number if entry.change else 0) < least_number
-            return None if is_older else (entry.change,)
+            try:
+                is_older = (entry.change.number if entry.change else 0) < least_number
+                return None if is_older else (entry.change,)
+            except ValueError:  # signed by a version whose changes this one cannot read
+                return None
 
         async def read() -> tuple[RolloutChange | None]:
             newest = await _read_in_thread(self._registry.find_newest_change, name)
-            unsigned = entry.change if entry and not entry.is_signed else None
-            if is_unreadable or (unsigned and not await self._is_in_bucket(unsigned, newest)):
+            unsigned = entry if entry and entry.body and not entry.is_signed else None
+            if is_too_large or (unsigned and not await self._is_in_bucket(unsigned, newest)):
                 self._report_forgery("rollout", name)
             if self._redis_cache:
                 with suppress(RedisUnavailable):
                     # If Redis had an entry, overwrite it, even if its number is higher: it is forged, or of a bucket
                     # that was replaced.
-                    had_entry = is_unreadable or entry is not None
+                    had_entry = is_too_large or entry is not None
                     await self._redis_cache.publish_change(name, newest, even_if_older=had_entry)
             return (newest,)
 
@@ -337,9 +345,12 @@ class PolicyCache:
                 log.warning("keeping the last known version of policy %s: %s", name, error)
                 return
             # Do not trust an old entry that says that a policy does not exist: submissions would become dead letters.
-            if entry is None or not entry.is_signed or (entry.change is None and name != TENANTS):
+            if entry is None or not entry.is_signed or not (entry.body or name == TENANTS):
                 raise
-            change = entry.change
+            try:
+                change = entry.change
+            except ValueError:
+                raise error from None
         if self._rollouts.get(name) is previous:  # otherwise a newer change has arrived
             self._keep_rollout(name, change)
 
@@ -390,8 +401,11 @@ class PolicyCache:
         """Check every change that Redis announces, until Redis is down."""
         assert self._redis_cache is not None
         try:
-            async for change in self._redis_cache.subscribe(self._refresh_all):
-                self._follow_announcement(change)
+            async for announced in self._redis_cache.subscribe(self._refresh_all):
+                if announced is None:
+                    self._report_forgery("announcement", "(unknown: the announcement is too large to be read)")
+                else:
+                    self._follow_announcement(announced)
         except RedisUnavailable as error:
             log.warning(
                 "Redis is down: policy changes are read from the bucket every %g s until it is back: %s",
@@ -401,12 +415,14 @@ class PolicyCache:
             await asyncio.sleep(random.uniform(0.1, 1))
             self._redis_recovered_at = time.monotonic()
 
-    def _follow_announcement(self, change: RolloutChange) -> None:
+    def _follow_announcement(self, announced: CachedChange) -> None:
         """Begin to check an announced change, if it is news for this process."""
-        name, known = change.name, self._rollouts.get(change.name)
-        if known is None or change.number < known.number or change == known.change:
+        name, known = announced.name, self._rollouts.get(announced.name)
+        if known is None or announced.number < known.number:
             return
-        self._announced[name] = change
+        if announced.number == known.number and announced.is_of(known.change):
+            return
+        self._announced[name] = announced
         if name not in self._checks:
             self._checks[name] = asyncio.create_task(self._check_announcements(name))
             self._checks[name].add_done_callback(lambda _: self._checks.pop(name, None))
@@ -419,12 +435,12 @@ class PolicyCache:
                 with suppress(PolicyUnavailable):
                     await self._refresh_rollout(name)
                 known = self._rollouts.get(name)
-                if known is None or known.change == announced:
+                if known is None or announced.is_of(known.change):
                     break
             if known is None:  # dropped meanwhile, so that the next submission loads it
                 pass
-            elif known.change == announced:
-                delay_s = max(0.0, (datetime.now(UTC) - announced.at).total_seconds())
+            elif known.change and announced.is_of(known.change):
+                delay_s = max(0.0, (datetime.now(UTC) - known.change.at).total_seconds())
                 telemetry.POLICY_PROPAGATION_SECONDS.observe(delay_s)
             elif known.checked_at >= began_at:
                 with suppress(PolicyUnavailable):
@@ -434,11 +450,11 @@ class PolicyCache:
                 del self._announced[name]
             await asyncio.sleep(_CHECK_PAUSE_S)
 
-    async def _is_in_bucket(self, change: RolloutChange, newest: RolloutChange | None) -> bool:
+    async def _is_in_bucket(self, copy: CachedChange, newest: RolloutChange | None) -> bool:
         """Whether the policy bucket has this change, of which `newest` is the newest one."""
-        if newest is None or change.number >= newest.number:
-            return change == newest
-        return change == await _read_in_thread(self._registry.find_change, change.name, change.number)
+        if newest is None or copy.number >= newest.number:
+            return copy.is_of(newest)
+        return copy.is_of(await _read_in_thread(self._registry.find_change, copy.name, copy.number))
 
     def _report_forgery(self, kind: str, subject: str) -> None:
         """Report an entry of Redis that the policy bucket does not have."""

@@ -425,8 +425,9 @@ async def test_announcements_of_0_1_0_and_of_today_are_the_same(client: Any, red
         await client.publish(channel, encoded(message))
 
     async with asyncio.timeout(20):
-        async for change in redis_cache.subscribe(publish_as_0_1_0):
-            assert change == CHANGE
+        async for announced in redis_cache.subscribe(publish_as_0_1_0):
+            assert announced is not None
+            assert announced.change == CHANGE
             break
     async with client.pubsub(ignore_subscribe_messages=True) as listener:
         await listener.subscribe(channel)
@@ -512,6 +513,7 @@ async def test_signed_assessments_have_the_fields_that_0_1_0_reads(client: Any, 
     for name in names:
         document = json.loads(await client.get(name))
         assert len(document.pop("signature")) == 64
+        assert document.pop("expires_s", 0) > time.time() or document["status"] == "pending"
         assert document == json.loads(encoded(KEYS[name]["value"]))
     assert len(names) == 5
     await signing.close()

@@ -1,7 +1,10 @@
 """An attacker with full write access to Redis has no assessment of his own served, and is noticed."""
 
 import json
+import time
 from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
@@ -9,7 +12,8 @@ from pydantic import SecretStr
 from services.core import telemetry
 from services.core.redis_signatures import RedisSigner
 from services.core.values import Assessment, Detail, PreparedImage
-from services.gateway.assessment_store import Claim
+from services.gateway import assessment_store
+from services.gateway.assessment_store import Claim, StoredAssessment
 from tests.support.fake_guard import says_safe
 from tests.support.gateway_bench import Gate, GatewayBench, data_url, unsafe
 from tests.support.policies import SIGNING_KEY, becomes
@@ -208,3 +212,66 @@ async def test_claim_that_is_forged_again_and_again_does_not_stop_a_request(
     assert forgeries == {"idempotency_key": 3}
     async with signing.client() as http:
         assert (await http.get(f"{PATH}/{assessment_id}")).json()["action"] == "block"
+
+
+@pytest.mark.parametrize("key", [None, SIGNING_KEY], ids=["no key", "key"])
+async def test_large_entries_are_refused_unparsed(
+    idle: GatewayBench, forgeries: Counter[str], monkeypatch: pytest.MonkeyPatch, key: SecretStr | None
+) -> None:
+    idle.configure(redis_signing_key=key)
+    idle.guard.script = says_unsafe
+    await idle.start()
+    client = idle.redis_cache.client
+    header = {"Idempotency-Key": "order-5"}
+    _, first = await post(idle, **header)
+    (claim_name,) = [name async for name in client.scan_iter(idle.redis_cache.key("gateway", "idempotency", "*"))]
+    parsed: list[int] = []
+    for model in (StoredAssessment, Claim):
+
+        def note(body: bytes, parse: Callable[[bytes], object] = model.model_validate_json) -> object:
+            parsed.append(len(body))
+            return parse(body)
+
+        monkeypatch.setattr(model, "model_validate_json", note)
+    for name, size in ((claim_name, 5 << 10), (name_of(idle, first), 257 << 10), (name_of(idle, first), 8 << 20)):
+        document = (await client.get(name)).removesuffix(b"}")
+        await client.set(name, document + b',"x":[' + b"[]," * (size // 3) + b"0]}", keepttl=True)
+    async with idle.client() as http:
+        assert (await http.get(f"{PATH}/{first}")).status_code == 404
+    assert max(parsed, default=0) < 4 << 10
+    assert forgeries == {"assessment": 1}
+    action, second = await post(idle, **header)
+    assert (action, second != first) == ("block", True)
+    assert max(parsed, default=0) < 4 << 10
+    assert forgeries == {"assessment": 1, "idempotency_key": 1}
+    assert await post(idle, **header) == ("block", second), "the new claim holds"
+
+
+@pytest.mark.parametrize("late_s", [30, 172_800])
+async def test_entries_that_are_written_again_after_their_end_are_absent(
+    signing: GatewayBench, forgeries: Counter[str], monkeypatch: pytest.MonkeyPatch, late_s: int
+) -> None:
+    """The attacker kept the signed claim and the result of an image that is another one by now."""
+    client = signing.redis_cache.client
+    header = {"Idempotency-Key": "cat.jpg"}
+    signing.guard.script = says_safe
+    action, first = await post(signing, **header)
+    assert action == "allow"
+    assert await post(signing, **header) == ("allow", first), "the claim holds until its end"
+    kept = {
+        name: await client.get(name)
+        for kind in ("assessment", "idempotency")
+        async for name in client.scan_iter(signing.redis_cache.key("gateway", kind, "*"))
+    }
+    assert len(kept) == 2
+    later_s = signing.settings.gateway_keep_s + late_s
+    monkeypatch.setattr(assessment_store, "time", SimpleNamespace(time=lambda: time.time() + later_s))
+    signing.guard.script = says_unsafe
+    await client.mset(kept)
+    async with signing.client() as http:
+        assert (await http.get(f"{PATH}/{first}")).status_code == 404
+    action, second = await post(signing, **header)
+    assert (action, second != first) == ("block", True)
+    is_counted = late_s > 60  # a shorter time may be a difference between clocks
+    assert forgeries == ({"assessment": 1, "idempotency_key": 1} if is_counted else {})
+    assert await post(signing, **header) == ("block", second), "the new claim holds"

@@ -19,9 +19,9 @@ from services.core.values import Policy
 from services.policies import cache as policy_cache
 from services.policies.cache import PolicyCache
 from services.policies.document import PolicyDocument
-from services.policies.redis_cache import PolicyRedisCache
+from services.policies.redis_cache import ENTRY_LIMIT_BYTES, UNSIGNED_LIMIT_BYTES, PolicyRedisCache
 from services.policies.registry import PolicyRegistry, StoredVersion
-from services.policies.rollout import Rollout, RolloutChange
+from services.policies.rollout import Canary, Rollout, RolloutChange
 from services.policies.service import PolicyService
 from tests.support.policies import SIGNING_KEY, CountingRegistry, becomes, unreachable, wait_for_listeners
 
@@ -326,3 +326,139 @@ async def test_values_of_wrong_types_and_numbers_stop_nothing(
             change = await PolicyService(registry, shared).activate("default", wanted, who="ann")
             assert change.version == wanted
             await becomes(wanted, lambda: _version(cache))
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every copy or announcement that is parsed, and every change and version of the bucket."""
+    seen: list[bytes] = []
+    parse_change, parse_version = RolloutChange.model_validate_json, StoredVersion.from_json
+
+    def note_change(body: bytes) -> RolloutChange:
+        seen.append(body)
+        return parse_change(body)
+
+    def note_version(name: str, version: int, body: bytes) -> StoredVersion:
+        seen.append(body)
+        return parse_version(name, version, body)
+
+    monkeypatch.setattr(RolloutChange, "model_validate_json", note_change)
+    monkeypatch.setattr(StoredVersion, "from_json", note_version)
+    return seen
+
+
+SIZES = pytest.mark.parametrize("size", [UNSIGNED_LIMIT_BYTES + 1, ENTRY_LIMIT_BYTES + 1, 8 << 20])
+
+
+def make_large(size: int, head: str = '"name":"default","number":90000000') -> bytes:
+    """JSON of many small parts, which takes the most time and memory."""
+    body = f'{{{head},"x":['.encode() + b"[]," * (size // 3 + 1) + b"0]}"
+    assert len(body) >= size
+    return body
+
+
+@SIZES
+async def test_large_forged_announcement_is_refused_unparsed(
+    registry: PolicyRegistry, shared: PolicyRedisCache, forgeries: Counter[str], parsed: list[bytes], size: int
+) -> None:
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        await judging_policy(cache)
+        await wait_for_listeners(shared, 1)
+        await shared.client.publish(shared.key("changes"), make_large(size))
+        await counted(forgeries, "announcement")
+        assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+        await PolicyService(registry, shared).activate("default", registry.publish(LENIENT).version, who="ann")
+        await becomes(2, lambda: _version(cache))
+    assert max(map(len, parsed)) <= UNSIGNED_LIMIT_BYTES
+
+
+@SIZES
+@pytest.mark.parametrize("field", ["change", "signature", "signed_ms"])
+async def test_large_forged_rollout_is_refused_unparsed(
+    registry: PolicyRegistry,
+    shared: PolicyRedisCache,
+    forgeries: Counter[str],
+    parsed: list[bytes],
+    size: int,
+    field: str,
+) -> None:
+    forged = {"change": b'{"name":"default","number":90000000}'} | {field: make_large(size)}
+    await shared.client.hset(shared.key("rollout", "default"), mapping=forged)
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+    assert forgeries["rollout"] == 1
+    assert max(map(len, parsed)) <= UNSIGNED_LIMIT_BYTES
+    assert await shared.client.hstrlen(shared.key("rollout", "default"), field) < UNSIGNED_LIMIT_BYTES, "overwritten"
+
+
+@SIZES
+@pytest.mark.parametrize("reference", ["default", "default@1"])
+async def test_large_forged_version_is_refused_unparsed(
+    registry: PolicyRegistry,
+    shared: PolicyRedisCache,
+    forgeries: Counter[str],
+    parsed: list[bytes],
+    size: int,
+    reference: str,
+) -> None:
+    name = shared.key("version", "default@1")
+    await shared.client.set(name, make_large(size, f'"digest":"{STRICT.digest()}"'))
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        assert (await judging_policy(cache, reference)).identity.digest == STRICT.digest()
+    assert forgeries == {"version": 1}
+    assert max(map(len, parsed)) <= UNSIGNED_LIMIT_BYTES
+    assert await shared.client.strlen(name) < UNSIGNED_LIMIT_BYTES, "overwritten"
+
+
+async def test_lookup_that_waits_for_a_forged_lease_parses_one_forged_version(
+    registry: PolicyRegistry, shared: PolicyRedisCache, forgeries: Counter[str], parsed: list[bytes]
+) -> None:
+    """While it waits, a lookup reads the entry again and again."""
+    forged = make_large(1000, f'"digest":"{STRICT.digest()}"')
+    await shared.client.set(shared.key("version", "default@1"), forged)
+    await shared.client.set(shared.key("lease", "default@1"), "mallory", px=500)
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        assert (await judging_policy(cache)).identity.digest == STRICT.digest()
+    assert 1 <= parsed.count(forged) <= 2, "once in the lookup, and once to compare it with the bucket"
+    assert forgeries == {"version": 1}
+
+
+@pytest.mark.parametrize("size", [UNSIGNED_LIMIT_BYTES, ENTRY_LIMIT_BYTES])
+async def test_large_rollout_of_an_author_without_the_key_is_no_forgery(
+    registry: PolicyRegistry, shared: PolicyRedisCache, valkey_url: str, forgeries: Counter[str], size: int
+) -> None:
+    """The canary has so many tenants that the change is not parsed, or not even stored. Their order is any."""
+    registry.publish(LENIENT)
+    author = PolicyRedisCache(valkey_url, registry.bucket)
+    async with PolicyCache(registry, shared, refresh_s=0.5 if size == ENTRY_LIMIT_BYTES else 600) as cache:
+        await judging_policy(cache)
+        await wait_for_listeners(shared, 1)
+        tenants = frozenset(f"{number:0200}" for number in range(size // 200))
+        change = registry.set_canary("default", Canary(version=2, percent=0, tenants=tenants), who="ann")
+        await author.publish_change("default", change)
+
+        async def version_of_canary() -> int:
+            return (await cache.choose(Submission(id="a", uri="s3://a/b", tenant=f"{7:0200}"))).policy.identity.version
+
+        await becomes(2, version_of_canary)
+    assert not forgeries
+    await author.close()
+
+
+async def test_large_signed_version_is_used_while_the_bucket_is_down(
+    registry: PolicyRegistry, valkey_url: str, forgeries: Counter[str]
+) -> None:
+    rules = [f"{number:0999}" for number in range(40)]
+    large = PolicyDocument.model_validate(
+        {"name": "default", "categories": {code: {"should_not": rules} for code in ("O1", "O2", "O3")}}
+    )
+    stored = registry.publish(large)
+    assert len(stored.to_json()) > UNSIGNED_LIMIT_BYTES
+    shared = PolicyRedisCache(valkey_url, registry.bucket, signing_key=SIGNING_KEY)
+    registry.activate("default", stored.version, who="ann")
+    async with PolicyCache(registry, shared, refresh_s=600) as cache:
+        await judging_policy(cache)
+    async with PolicyCache(unreachable(), shared, refresh_s=600) as cache:
+        assert (await judging_policy(cache)).identity.digest == large.digest()
+    assert not forgeries
+    await shared.close()
