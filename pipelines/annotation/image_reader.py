@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipelines.annotation.image_row import FileLocation, ImageRow
 from pipelines.annotation.sources.discover import AnnotationSource, find_bucket
-from pipelines.annotation.storage import local_path, open_folder, open_local
+from pipelines.annotation.storage import local_path, open_below, open_folder
 from services.core.errors import NotAnImage, ObjectChanged, TooLarge
 from services.core.messages import ObjectReference
 from services.core.settings import Settings
@@ -33,7 +33,8 @@ class ImageReader:
         self._readable = settings.model_copy(update={"s3_buckets": (*settings.s3_buckets, *own)})
         self._budget = ByteBudget(settings.image_memory_bytes)
         self._store: ObjectStore | None = None
-        self._tables = _TableImages(source.column or "", settings)
+        self._source = source
+        self._tables = _TableImages(source, settings)
 
     @asynccontextmanager
     async def open(self, row: ImageRow) -> AsyncIterator[StoredObject]:
@@ -68,17 +69,17 @@ class ImageReader:
             self._store.close()
 
     def _read(self, place: FileLocation) -> bytes:
-        with open_uri(place.file, self._settings) as file:
+        with _open_uri(place.file, self._source, self._settings) as file:
             file.seek(place.offset)
             data = file.read(self._limit_bytes + 1 if place.size is None else place.size)
         self.check_size(len(data))
         return data
 
 
-def open_uri(uri: str, settings: Settings) -> BinaryIO:
-    """Open a file by its URI; raises as `Folder.open`."""
+def _open_uri(uri: str, source: AnnotationSource, settings: Settings) -> BinaryIO:
+    """Open a file of a source by its URI; raises as `Folder.open`."""
     if not uri.startswith("s3://"):
-        return open_local(local_path(uri))
+        return open_below(local_path(uri), source.roots)
     parent, _, name = uri.rpartition("/")
     return open_folder(parent, settings).open(name)
 
@@ -92,8 +93,8 @@ def read_table_images(file: BinaryIO, group: int, column: str) -> Iterator[list[
 class _TableImages:
     """Reads images of tables in the order of their rows. Each row group is read once."""
 
-    def __init__(self, column: str, settings: Settings) -> None:
-        self._column = column
+    def __init__(self, source: AnnotationSource, settings: Settings) -> None:
+        self._source = source
         self._settings = settings
         self._lock = asyncio.Lock()
         self._row_group: tuple[str, int | None] | None = None
@@ -109,7 +110,8 @@ class _TableImages:
         row_group = (place.file, place.group)
         if row_group != self._row_group or place.offset < self._first:
             self._row_group, self._first, self._batch = row_group, 0, []
-            self._rest = read_table_images(open_uri(place.file, self._settings), place.group or 0, self._column)
+            file = _open_uri(place.file, self._source, self._settings)
+            self._rest = read_table_images(file, place.group or 0, self._source.column or "")
         try:
             while place.offset >= self._first + len(self._batch):
                 self._first += len(self._batch)

@@ -24,7 +24,6 @@ from pipelines.annotation.sources.discover import (
 from pipelines.annotation.sources.lines import LINE_LIMIT_BYTES, read_lines
 from pipelines.annotation.sources.references import ReferenceResolver
 from pipelines.annotation.sources.tars import TarImage, TruncatedTar, read_tar
-from pipelines.annotation.storage import open_folder
 from services.core.errors import Forbidden, Malformed, NotAnImage, TooLarge, Unjudgeable
 from services.core.messages import decode_json, make_s3_submission_id, make_submission_id
 from services.core.retry import retry_while_unavailable
@@ -44,7 +43,7 @@ class Indexer:
         """`root`: the folder whose files a list may name."""
         self._source = source
         self._source_columns = source_columns
-        self._folder = open_folder(source.folder_uri, settings)
+        self._folder = source.open(settings)
         self._references = ReferenceResolver(source.folder_uri, root)
         self._images = ImageReader(settings, source)
 

@@ -60,7 +60,13 @@ def annotate(
     out = _to_uri(options.out)
     state = RunState(open_folder(out, settings))
     _check_options(options, out, settings)
-    source = find_source(options.source, settings, kind=options.source_kind, column=options.column)
+    source = find_source(
+        options.source,
+        settings,
+        kind=options.source_kind,
+        column=options.column,
+        root=local_path(options.root) if options.root else None,
+    )
     with _exclusive_lock(out):
         policy = asyncio.run(_resolve_policy(_pin_version(options.policy, state), settings))
         state.begin(_describe(source, policy, options, settings))

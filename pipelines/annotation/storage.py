@@ -3,16 +3,16 @@
 import errno
 import io
 import os
-import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from services.core.errors import ConfigurationError, Forbidden, NotFound
+from pipelines.clients.local_files import OutsideFolder, is_below, open_local_file
+from services.core.errors import ConfigurationError, NotFound
 from services.core.s3 import Bucket, s3_client
 from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
@@ -62,8 +62,10 @@ class Folder(Protocol):
         """The URI of a file."""
 
 
-def open_folder(location: str, settings: Settings) -> Folder:
+def open_folder(location: str, settings: Settings, root: Path | None = None) -> Folder:
     """The folder at a path, a file:// URI or an s3:// URI.
+
+    `root`: links in a folder of this machine may also point to files below this one.
 
     Raises:
         ConfigurationError: the location is none of these.
@@ -80,7 +82,7 @@ def open_folder(location: str, settings: Settings) -> Folder:
             retries={"mode": "standard", "max_attempts": 6},
         )
         return BucketFolder(Bucket(client, bucket), prefix.strip("/"))
-    return LocalFolder(local_path(location))
+    return LocalFolder(local_path(location), root)
 
 
 def local_path(location: str) -> Path:
@@ -100,10 +102,12 @@ def local_path(location: str) -> Path:
 
 
 class LocalFolder:
-    """A folder of this machine."""
+    """A folder of this machine. Links in it are followed, but not to files outside of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        """`root`: links may also point to files below this folder."""
         self.path = path
+        self._roots = (path, root) if root else (path,)
 
     @property
     def uri(self) -> str:
@@ -119,7 +123,7 @@ class LocalFolder:
             return None
 
     def open(self, name: str) -> BinaryIO:
-        return open_local(self.path / name)
+        return open_below(self.path / name, self._roots)
 
     def create(self, name: str, data: bytes) -> bool:
         file = self.path / name
@@ -165,10 +169,10 @@ class LocalFolder:
             if child.is_dir(follow_symlinks=False):
                 yield from self._walk(Path(child.path))
             else:
-                try:
-                    size = child.stat().st_size
-                except OSError:
-                    size = 0  # a broken link: reading it reports the error
+                size = 0  # of a link that is broken or points outside: reading it reports the error
+                if not child.is_symlink() or is_below(Path(child.path), self._roots):
+                    with suppress(OSError):
+                        size = child.stat().st_size
                 yield Entry(Path(child.path).relative_to(self.path).as_posix(), size)
 
     def _write_draft(self, file: Path, data: bytes) -> Path:
@@ -183,23 +187,12 @@ class LocalFolder:
         return draft
 
 
-def open_local(file: Path) -> BinaryIO:
-    """Open a plain file of this machine. A pipe or a device is rejected, because reading it could block forever.
-
-    Raises:
-        NotFound: the file does not exist.
-        Forbidden: the file cannot be read, or it is not a plain file.
-    """
+def open_below(file: Path, roots: Sequence[Path]) -> BinaryIO:
+    """Open a file of a data set. Raises as `open_local_file`."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"{file} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise Forbidden(f"{file} cannot be read: {error}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Forbidden(f"{file} is not a plain file")
-    return open(descriptor, "rb")
+        return open_local_file(file, roots)
+    except OutsideFolder as error:
+        raise OutsideFolder(f"{error}; allow another folder with --root") from None
 
 
 class BucketFolder:

@@ -33,7 +33,8 @@ def annotate(
     root: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Allow references to local files below this folder. Default: the folder of the list."
+            metavar="DIR",
+            help=("Allow references and links to local files below this folder. Default: the folder of the source."),
         ),
     ] = None,
     replicas: Annotated[

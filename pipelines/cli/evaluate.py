@@ -24,7 +24,10 @@ Split = Annotated[str | None, typer.Option(help="The split to read from a folder
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read only the first N rows.")]
 Root = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Send local files below this folder only. Default: the folder of the data set."),
+    typer.Option(
+        metavar="DIR",
+        help="Send local files below this folder only, and allow links to it. Default: the folder of the data set.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -4,17 +4,19 @@ A data set is a file (JSON lines; a JSON array, as LlavaGuard's repository write
 layout of Hugging Face: `metadata.jsonl` beside the images, or parquet files, by split.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.clients.local_files import OutsideFolder, open_local_file
 from pipelines.evaluation.labels import RECORD_FIELDS, UnreadableRecord
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, Unjudgeable
 
 _PARQUET_BATCH_ROWS: Final = 32
 """Rows of a parquet file in memory at a time: with images, some MB."""
@@ -33,12 +35,19 @@ class DataSet:
     files: tuple[Path, ...]
     folder: Path
     """The folder that relative paths of images begin at."""
+    roots: tuple[Path, ...]
+    """The folders whose files may be read. Links are followed, but not out of them."""
 
     def count(self) -> int | None:
         """The number of records; None if it is unknown without decoding them."""
-        if not all(_kind(file) == "parquet" for file in self.files):
-            return None if any(_kind(file) == "array" for file in self.files) else sum(map(_count_lines, self.files))
-        return sum(int(_open_parquet(file).metadata.num_rows) for file in self.files)
+        total = 0
+        for file in self.files:
+            with _open(file, self.roots) as data:
+                kind = _kind(file, data)
+                if kind == "array":
+                    return None
+                total += _read_table(file, data).metadata.num_rows if kind == "parquet" else _count_lines(data)
+        return total
 
     def records(self) -> Iterator[Any]:
         """The decoded records. A record that is not JSON is an `UnreadableRecord`.
@@ -47,39 +56,47 @@ class DataSet:
             ConfigurationError: a file cannot be read.
         """
         for file in self.files:
-            read = {"parquet": _read_parquet, "array": _read_array, "lines": _read_lines}[_kind(file)]
             try:
-                yield from read(file)
+                with _open(file, self.roots) as data:
+                    match _kind(file, data):
+                        case "parquet":
+                            yield from _read_parquet(file, data)
+                        case "array":
+                            yield from _read_array(file, data)
+                        case _:
+                            yield from _read_lines(data)
             except OSError as error:
                 raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def open_data_set(path: Path, split: str | None = None) -> DataSet:
+def open_data_set(path: Path, split: str | None = None, root: Path | None = None) -> DataSet:
     """The data set at a path.
 
     `split`: the split of a folder with several, such as `train`. By default the first that exists of test, validation,
-    eval and train.
+    eval and train. `root`: a further folder whose files may be read.
 
     Raises:
         ConfigurationError: there is no data set.
     """
+    roots = (path.parent if path.is_file() else path, *((root,) if root else ()))
     if path.is_file():
-        _kind(path)
-        return DataSet(path.name, (path,), path.parent)
+        with _open(path, roots) as data:
+            _kind(path, data)
+        return DataSet(path.name, (path,), path.parent, roots)
     if not path.is_dir():
         raise ConfigurationError(f"there is no data set {path}: it is neither a file nor a folder")
     for name in (split,) if split else _SPLITS:
         for folder in (path / name, path / "data" / name):
             if (folder / _METADATA).is_file():
-                return DataSet(f"{path.name} ({name})", (folder / _METADATA,), folder)
+                return DataSet(f"{path.name} ({name})", (folder / _METADATA,), folder, roots)
         for pattern in (f"{name}-*.parquet", f"data/{name}-*.parquet", f"{name}/*.parquet", f"{name}.*"):
             if files := sorted(file for file in path.glob(pattern) if file.suffix in _SUFFIXES):
-                return DataSet(f"{path.name} ({name})", tuple(files), path)
+                return DataSet(f"{path.name} ({name})", tuple(files), path, roots)
     if not split:
         if (path / _METADATA).is_file():
-            return DataSet(path.name, (path / _METADATA,), path)
+            return DataSet(path.name, (path / _METADATA,), path, roots)
         if files := sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-            return DataSet(path.name, tuple(files), path)
+            return DataSet(path.name, tuple(files), path, roots)
     raise ConfigurationError(
         f"{path} has no {f'split {split}' if split else 'data set'}: name a file of JSON lines or parquet, or a "
         f"folder with {_METADATA} or parquet files"
@@ -89,33 +106,42 @@ def open_data_set(path: Path, split: str | None = None) -> DataSet:
 _SUFFIXES: Final = {".jsonl": "lines", ".ndjson": "lines", ".json": "array", ".parquet": "parquet"}
 
 
-def _kind(file: Path) -> str:
+def _open(file: Path, roots: tuple[Path, ...]) -> BinaryIO:
+    try:
+        return open_local_file(file, roots)
+    except OutsideFolder as error:
+        raise ConfigurationError(f"{error}; allow another folder with --root") from None
+    except Unjudgeable as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _kind(file: Path, data: BinaryIO) -> str:
+    """The kind of an open file, whose position is then its beginning."""
     kind = _SUFFIXES.get(file.suffix.lower())
     if kind is None:
         raise ConfigurationError(f"{file} is not a data set: its suffix has to be .jsonl, .json or .parquet")
     if kind == "array":
         try:
-            with file.open("rb") as data:
-                return "array" if data.read(64).lstrip()[:1] == b"[" else "lines"
+            kind = "array" if data.read(64).lstrip()[:1] == b"[" else "lines"
+            data.seek(0)
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
     return kind
 
 
-def _count_lines(file: Path) -> int:
-    with file.open("rb") as data:
-        return sum(1 for line in data if line.strip())
+def _count_lines(data: BinaryIO) -> int:
+    return sum(1 for line in data if line.strip())
 
 
-def _open_parquet(file: Path) -> pq.ParquetFile:
+def _read_table(file: Path, data: BinaryIO) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(data)
     except (pa.ArrowInvalid, OSError) as error:
         raise ConfigurationError(f"{file} is not a readable parquet file: {error}") from None
 
 
-def _read_parquet(file: Path) -> Iterator[Any]:
-    table = _open_parquet(file)
+def _read_parquet(file: Path, data: BinaryIO) -> Iterator[Any]:
+    table = _read_table(file, data)
     columns = [name for name in table.schema_arrow.names if name in RECORD_FIELDS]
     try:
         for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
@@ -124,20 +150,19 @@ def _read_parquet(file: Path) -> Iterator[Any]:
         raise ConfigurationError(f"{file} cannot be read to its end: {error}") from None
 
 
-def _read_lines(file: Path) -> Iterator[Any]:
-    with file.open("rb") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield UnreadableRecord(f"is not JSON in UTF-8: {error}")
+def _read_lines(data: BinaryIO) -> Iterator[Any]:
+    for line in data:
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield UnreadableRecord(f"is not JSON in UTF-8: {error}")
 
 
-def _read_array(file: Path) -> Iterator[Any]:
+def _read_array(file: Path, data: BinaryIO) -> Iterator[Any]:
     """The elements of one JSON array, read in blocks."""
     decoder, text, ended = json.JSONDecoder(), "", False
-    with file.open(encoding="utf-8") as blocks:
+    with io.TextIOWrapper(data, encoding="utf-8") as blocks:
         try:
             text = blocks.read(_BLOCK_CHARS).lstrip().removeprefix("[")
             while True:

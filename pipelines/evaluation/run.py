@@ -42,7 +42,7 @@ class DataSetSource:
     split: str | None = None
     limit: int | None = None
     root: Path | None = None
-    """The folder whose files the data set may name. Default: its own."""
+    """The folder whose files the data set may name. Default: its own. Links in the data set may point into it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +262,7 @@ def _make_folder(out: Path) -> Path:
 
 def _open_source(source: DataSetSource) -> tuple[DataSet, Iterator[Any]]:
     """The data set and its records. Raises ConfigurationError if there is no record."""
-    data_set = open_data_set(source.path, source.split)
+    data_set = open_data_set(source.path, source.split, source.root)
     records = data_set.records()
     first = next(records, _END)
     if first is _END:

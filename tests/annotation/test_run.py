@@ -1,6 +1,7 @@
 """Runs of `annotate` without Ray, with a scripted guard: sources, plans, filters, curated sets, errors."""
 
 import asyncio
+import hashlib
 import io
 import json
 import os
@@ -37,7 +38,7 @@ from pipelines.annotation.sources.lines import read_lines
 from pipelines.annotation.stage_progress import StageProgress
 from pipelines.annotation.storage import Folder, open_folder
 from pipelines.annotation.summary import SUMMARY_COLUMNS, SummaryCounts, render_page
-from services.core.errors import ConfigurationError, GuardFailed
+from services.core.errors import ConfigurationError, Forbidden, GuardFailed, SluiceError
 from services.core.messages import Submission
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, PreparedImage
@@ -141,11 +142,21 @@ async def test_folder_of_images_row_for_each_file(bench: AnnotateBench, tmp_path
     (pictures / "f.png").write_bytes(os.urandom(SETTINGS.image_limit_bytes + 1))
     os.mkfifo(pictures / "g.png")
     (pictures / "h.png").symlink_to(tmp_path / "nowhere")
+    (pictures / "i.png").symlink_to(pictures / "nowhere")
     os.close(os.open(os.fsencode(pictures) + b"/\xff.png", os.O_CREAT))
     rows = await bench.annotate(str(pictures), source_kind="images")
     safe, same = rows[:2]
     assert results(rows)[2:] == [
-        *("not_an_image", "not_an_image", "guard_failed", "too_large", "forbidden", "not_found", "not_an_image")
+        *(
+            "not_an_image",
+            "not_an_image",
+            "guard_failed",
+            "too_large",
+            "forbidden",
+            "forbidden",
+            "not_found",
+            "not_an_image",
+        )
     ]
     assert safe["uri"] == safe["submission_id"] == (pictures / "a.png").as_uri()
     assert (safe["duplicate_of"], same["duplicate_of"]) == (None, 0)
@@ -231,6 +242,80 @@ async def test_list_of_references_files_outside_of_root_are_forbidden(bench: Ann
         *("malformed", "malformed"),
     ]
     assert len(rows[-1]["uri"]) <= 200
+
+
+async def test_links_out_of_a_foreign_folder_are_refused(bench: AnnotateBench, tmp_path: Path) -> None:
+    """An image and a list of secrets are linked in the folder. The image is neither judged nor copied."""
+    private, foreign = tmp_path / "private", tmp_path / "foreign"
+    private.mkdir()
+    foreign.mkdir()
+    (private / "p.png").write_bytes(picture(5))
+    (foreign / "a.png").write_bytes(picture(1))
+    (foreign / "b.png").symlink_to(private / "p.png")
+    (foreign / "c.png").symlink_to("../private/p.png")
+    (foreign / "d.png").symlink_to(foreign / "a.png")
+    (foreign / "e").symlink_to(private)
+    (foreign / "f.png").symlink_to("f.png")
+    curated = tmp_path / "curated"
+    more = {"row_filter": parse_filter("score>=0"), "curated": str(curated), "curated_format": "tars"}
+    rows = await bench.annotate(foreign, source_kind="images", **more)
+    assert results(rows) == [rows[0]["rating"], "forbidden", "forbidden", rows[0]["rating"], "forbidden", "forbidden"]
+    assert "allow another folder with --root" in rows[1]["detail"]
+    assert bench.guard.calls.count("verdict") == 1
+    copied = b"".join(file.read_bytes() for file in curated.rglob("*.tar"))
+    assert picture(1) in copied
+    assert picture(5) not in copied
+
+    allowed = await AnnotateBench(str(tmp_path / "allowed")).annotate(foreign, source_kind="images", root=str(private))
+    assert results(allowed)[1:3] == [allowed[1]["rating"]] * 2
+    assert allowed[1]["sha256"] == allowed[2]["sha256"] == hashlib.sha256(picture(5)).hexdigest()
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("jsonl", "references"), ("parquet", "parquet"), ("tar", "tars")])
+async def test_linked_list_table_or_tar_outside_costs_one_row(
+    bench: AnnotateBench, tmp_path: Path, suffix: str, kind: str
+) -> None:
+    foreign, secret = tmp_path / "foreign", tmp_path / f"secret.{suffix}"
+    foreign.mkdir()
+    (foreign / "a.png").write_bytes(picture(1))
+    for file, line, seed in ((secret, "aws_secret_access_key = hunter2", 5), (foreign / f"m.{suffix}", "", 1)):
+        if suffix == "jsonl":
+            file.write_text(line * 100_000 or json.dumps("a.png"))  # more than one shard
+        elif suffix == "parquet":
+            pq.write_table(pa.table({"image": [{"bytes": picture(seed), "path": "a.png"}] * (1 + len(line))}), file)
+        else:
+            tar(file, [("a.png", picture(seed))])
+    for name in ("b", "z"):  # before and behind the readable file
+        (foreign / f"{name}.{suffix}").symlink_to(secret)
+    (foreign / f"n.{suffix}").symlink_to(f"m.{suffix}")
+    rows = await bench.annotate(foreign, source_kind=kind)
+    assert results(rows) == ["forbidden", rows[1]["rating"], rows[1]["rating"], "forbidden"]
+    assert "allow another folder with --root" in rows[0]["detail"]
+    assert "hunter2" not in str(rows)
+    assert bench.guard.calls.count("verdict") == 1
+
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / f"z.{suffix}").symlink_to(secret)
+    with pytest.raises(SluiceError, match="allow another folder with --root"):
+        await AnnotateBench(str(tmp_path / "named")).annotate(only / f"z.{suffix}")
+    named = await AnnotateBench(str(tmp_path / "allowed")).annotate(only / f"z.{suffix}", root=str(tmp_path))
+    assert "forbidden" not in results(named)
+
+
+async def test_link_that_points_outside_after_the_index_is_not_judged(bench: AnnotateBench, tmp_path: Path) -> None:
+    """A reader checks each file when it opens it, not only when the folder is listed."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (tmp_path / "private.png").write_bytes(picture(1))
+    (foreign / "a.png").symlink_to(tmp_path / "private.png")
+    source = find_source(str(foreign), SETTINGS)
+    images = ImageReader(SETTINGS, source)
+    uri = (foreign / "a.png").as_uri()
+    with pytest.raises(Forbidden, match="--root"):
+        async with images.open(ImageRow(id="a", uri=uri, place=FileLocation(uri))):
+            pass
+    images.close()
 
 
 async def test_tables_annotations_have_their_columns(tmp_path: Path) -> None:

@@ -212,6 +212,39 @@ class TestOpenDataSet:
         assert data_set.folder == tmp_path / "test"
         assert ids(tmp_path) == ["a"]
 
+    @pytest.mark.parametrize("place", ["d.jsonl", "d.json", "metadata.jsonl", "test/metadata.jsonl", "d.parquet"])
+    def test_links_out_of_the_folder_are_refused(self, tmp_path: Path, place: str) -> None:
+        """The folder is of somebody else, and its file is a link to one of the user."""
+        private, foreign = tmp_path / "private", tmp_path / "foreign"
+        private.mkdir()
+        secret, link = private / f"secret{Path(place).suffix}", foreign / place
+        if secret.suffix == ".parquet":
+            pq.write_table(pa.table({"id": ["secret"]}), secret)
+        else:
+            secret.write_text('{"id": "secret"}')
+        link.parent.mkdir(parents=True)
+        link.symlink_to(secret)
+        is_found = place.endswith(("metadata.jsonl", ".parquet"))
+        for path in [link, foreign] if is_found else [link]:
+            with pytest.raises(ConfigurationError, match="allow another folder with --root") as refused:
+                list(open_data_set(path).records())
+            assert str(link) in str(refused.value)
+            with pytest.raises(ConfigurationError, match="allow another folder with --root"):
+                open_data_set(path).count()
+            assert [record["id"] for record in open_data_set(path, root=private).records()] == ["secret"]
+        link.unlink()
+        (foreign / "kept").write_bytes(secret.read_bytes())
+        link.symlink_to(foreign / "kept")
+        assert [record["id"] for record in open_data_set(foreign if is_found else link).records()] == ["secret"]
+
+    def test_linked_split_outside_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "private").mkdir()
+        (tmp_path / "private/metadata.jsonl").write_text('{"id": "secret"}')
+        (tmp_path / "foreign").mkdir()
+        (tmp_path / "foreign/test").symlink_to(tmp_path / "private")
+        with pytest.raises(ConfigurationError, match="allow another folder with --root"):
+            list(open_data_set(tmp_path / "foreign").records())
+
     def test_open_data_set_path_without_data_set_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "d.csv").touch()
         (tmp_path / "d.parquet").write_bytes(b"PAR1 not")

@@ -1,8 +1,10 @@
 """Finds a data set, detects its format, and divides it into shards that are indexed independently."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Final, get_args
 
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 from pipelines.annotation.options import SourceKind
 from pipelines.annotation.storage import Entry, Folder, local_path, open_folder
 from pipelines.reporting.text import to_one_line
-from services.core.errors import ConfigurationError, NotFound, SluiceError
+from services.core.errors import ConfigurationError, NotFound, SluiceError, Unjudgeable
 from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings
 
@@ -65,6 +67,18 @@ class AnnotationSource:
     kind: SourceKind
     column: str | None
     """Table or lines: the column with the reference or the image."""
+    root: Path | None = None
+    """A further folder of this machine whose files may be read; None if there is none."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders of this machine whose files may be read."""
+        own = (local_path(self.folder_uri),) if is_local(self.folder_uri) else ()
+        return (*own, self.root) if self.root else own
+
+    def open(self, settings: Settings) -> Folder:
+        """The folder of the source."""
+        return open_folder(self.folder_uri, settings, self.root)
 
     @property
     def uri(self) -> str:
@@ -72,17 +86,23 @@ class AnnotationSource:
 
 
 def find_source(
-    location: str, settings: Settings, *, kind: SourceKind | None = None, column: str | None = None
+    location: str,
+    settings: Settings,
+    *,
+    kind: SourceKind | None = None,
+    column: str | None = None,
+    root: Path | None = None,
 ) -> AnnotationSource:
     """The data set at a path or URI. Names of files decide its format; for a table, its columns do.
 
-    `kind` and `column` override the detected kind and column.
+    `kind` and `column` override the detected kind and column. `root`: a further folder whose files may be read.
 
     Raises:
         ConfigurationError: there is no data set, or its format is unclear.
+        Unjudgeable: the file that is the source cannot be read.
     """
     folder_uri, file_name = _split_location(location, settings)
-    within = open_folder(folder_uri, settings)
+    within = open_folder(folder_uri, settings, root)
     names = [entry.name for entry in islice(_list_entries(within, file_name), _ENTRIES_EXAMINED)]
     if not names:
         raise ConfigurationError(f"there is nothing to annotate at {location}: no such file or folder, or an empty one")
@@ -97,14 +117,14 @@ def find_source(
             )
         kind = "images" if kinds == {"images"} else "tars" if kinds == {"tars"} else None
     if kind in ("images", "tars"):
-        return AnnotationSource(folder_uri, file_name, kind, None)
+        return AnnotationSource(folder_uri, file_name, kind, None, root)
     tables = [name for name in names if name.endswith(_TABLE_SUFFIXES)]
     if not tables:
         if kind == "parquet":
             raise ConfigurationError(f"there is no parquet file at {location}")
-        return AnnotationSource(folder_uri, file_name, "references", column)
-    found, column = _detect_column(within, tables[0], kind, column)
-    return AnnotationSource(folder_uri, file_name, found, column)
+        return AnnotationSource(folder_uri, file_name, "references", column, root)
+    found, column = _detect_column(within, _find_readable(within, tables) or tables[0], kind, column)
+    return AnnotationSource(folder_uri, file_name, found, column, root)
 
 
 def _split_location(location: str, settings: Settings) -> tuple[str, str | None]:
@@ -143,6 +163,15 @@ def _detect_kind(name: str) -> str:
     if lower.endswith(_TABLE_SUFFIXES):
         return "tables"
     return "lines" if lower.endswith(LINE_SUFFIXES) else "images"
+
+
+def _find_readable(within: Folder, names: Iterable[str]) -> str | None:
+    """The first of these files that can be opened. The others get a row with the reason."""
+    for name in names:
+        with suppress(Unjudgeable):
+            within.open(name).close()
+            return name
+    return None
 
 
 def _detect_column(within: Folder, name: str, kind: SourceKind | None, column: str | None) -> tuple[SourceKind, str]:
@@ -186,9 +215,9 @@ def read_source_columns(source: AnnotationSource, settings: Settings) -> pa.Sche
     """The source's own columns, under the names that they have in the annotations."""
     if source.kind == "images":
         return pa.schema([])
-    within = open_folder(source.folder_uri, settings)
+    within = source.open(settings)
     tables = (entry.name for entry in _list_entries(within, source.file_name) if entry.name.endswith(_TABLE_SUFFIXES))
-    if source.kind == "tars" or (name := next(tables, None)) is None:
+    if source.kind == "tars" or (name := _find_readable(within, tables)) is None:
         return pa.schema([("source_json", pa.string())])
     with within.open(name) as file:
         schema = pq.read_schema(file)
@@ -198,7 +227,7 @@ def read_source_columns(source: AnnotationSource, settings: Settings) -> pa.Sche
 
 def list_shards(source: AnnotationSource, settings: Settings) -> Iterator[SourceShard]:
     """The shards of the whole source. Only names and sizes of files decide their order."""
-    within = open_folder(source.folder_uri, settings)
+    within = source.open(settings)
     entries = _list_entries(within, source.file_name)
     if source.kind == "images":
         while names := tuple(entry.name for entry in islice(entries, _SHARD_IMAGES)):
@@ -215,6 +244,8 @@ def _split_file(within: Folder, entry: Entry) -> Iterator[SourceShard]:
     name, lower = entry.name, entry.name.lower()
     if lower.endswith(_TAR_SUFFIXES):
         yield SourceShard((name,))
+    elif entry.size == 0 and _find_readable(within, [name]) is None:
+        yield SourceShard((name,))  # reading it reports the error
     elif lower.endswith(LINE_SUFFIXES):
         for start in range(0, entry.size, _SHARD_LINES_BYTES):
             yield SourceShard((name,), start, min(start + _SHARD_LINES_BYTES, entry.size))
