@@ -5,6 +5,7 @@ uvicorn has none of these limits:
 - A connection without a complete head of a request is closed after a while.
 - A head that is larger than the limit is refused, also if all of it arrives at once. h11 itself refuses a head only if
   it is incomplete at the limit.
+- A body in many tiny chunks is refused, because each chunk takes as long to parse as kilobytes of a larger one.
 - A connection whose client does not take the response is closed after a while.
 - If too many connections are open, the connection that has kept the gateway waiting longest is closed: for a request,
   for the rest of a body, or until its client takes a response. Connections that a flood gate holds are closed first.
@@ -26,8 +27,13 @@ from services.gateway.flood_gate import REFUSED_PER_S, FloodGate
 
 _CLIENT_SENDS: Final = frozenset({h11.IDLE, h11.SEND_BODY})
 """The states in which the gateway waits for the client to send."""
+_MAY_RESPOND: Final = frozenset({h11.IDLE, h11.SEND_RESPONSE})
+"""The gateway's states in which a response can begin."""
 _WRITE_PROGRESS_BYTES: Final = 16 << 10
 """A client that takes fewer bytes of a response than this within the deadline for writes is closed."""
+_FREE_CHUNKS: Final = 1_000
+_CHUNK_BYTES: Final = 64
+"""A chunked body may have `_FREE_CHUNKS` chunks of any size, and one more for each `_CHUNK_BYTES` of its bytes."""
 _CROWDED_SHARE: Final = 0.75
 """If more connections than this share of the limit are open, a connection is kept only after a valid API key."""
 HAS_API_KEY: Final = "has_api_key"
@@ -48,16 +54,25 @@ class ConnectionLimits:
     """The method, the target and the header fields of a request may have this many bytes."""
 
 
-class HeadLimitedConnection(h11.Connection):
-    """The HTTP grammar of one connection, with a limit on the head of each request."""
+class LimitedConnection(h11.Connection):
+    """The HTTP grammar of one connection, with limits on the head and the chunks of each request."""
 
     def __init__(self, head_bytes: int) -> None:
         super().__init__(h11.SERVER, head_bytes)
         self._head_bytes = head_bytes
+        self._chunks = 0
+        self._body_bytes = 0
 
     def next_event(self) -> Any:
         event = super().next_event()
-        if isinstance(event, h11.Request):
+        if isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._body_bytes += len(event.data)
+            if self._chunks > _FREE_CHUNKS + self._body_bytes // _CHUNK_BYTES:
+                telemetry.GATEWAY_REFUSED.inc(1, {"reason": "chunks-too-small"})
+                raise h11.RemoteProtocolError("the chunks are too small", error_status_hint=400)
+        elif isinstance(event, h11.Request):
+            self._chunks = self._body_bytes = 0
             fields = sum(len(name) + len(value) + len(b": \r\n") for name, value in event.headers)
             if len(event.method) + len(event.target) + fields > self._head_bytes:
                 telemetry.GATEWAY_REFUSED.inc(1, {"reason": "head-too-large"})
@@ -83,7 +98,7 @@ class LimitedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = HeadLimitedConnection(self.limits.head_bytes)
+        self.conn = LimitedConnection(self.limits.head_bytes)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -137,7 +152,10 @@ class LimitedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self.gate.count_refused()
-        super().send_400_response(msg)
+        if self.conn.our_state in _MAY_RESPOND:
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()  # the response has begun, so no other one can be sent
 
     def on_response_complete(self) -> None:
         state = self.scope["state"]

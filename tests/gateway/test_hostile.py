@@ -1,6 +1,7 @@
 """Hostile clients on real connections are refused, and other clients are still served."""
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -131,6 +132,61 @@ async def test_malformed_and_broken_off_requests_are_refused(idle: GatewayBench)
                 answer = b""
         assert answer[9:10] in {b"4", b""}, answer
         writer.close()
+    await check_neighbour_is_served(idle, server)
+
+
+def in_chunks(body: bytes, size: int) -> bytes:
+    """The body in the transfer coding chunked, without its end."""
+    parts = (body[start : start + size] for start in range(0, len(body), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+async def test_body_in_tiny_chunks_is_refused(idle: GatewayBench) -> None:
+    """Chunks beyond the first 1000 need 64 bytes each. The end is never sent, so only the limit can refuse it."""
+    server = await serve(idle)
+    head = f"{HEAD}Authorization: Bearer {idle.token()}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    extension = b"1;" + b"x" * 4000 + b"\r\na\r\n"
+    for body in (in_chunks(b" " * 100_000, 1), in_chunks(b" " * 200_000, 40), extension * 1100):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head + body)
+        async with asyncio.timeout(30):
+            with suppress(ConnectionResetError):  # the gateway closes it while the client still sends
+                assert (await reader.read())[9:12] in {b"400", b""}
+        writer.close()
+    await check_neighbour_is_served(idle, server)
+
+
+async def test_bodies_in_few_or_larger_chunks_are_read(idle: GatewayBench) -> None:
+    server = await serve(idle)
+    head = HEAD.replace(PATH, "/v1/moderations") + f"Authorization: Bearer {idle.token()}\r\n"
+    url = {"type": "image_url", "image_url": {"url": data_url()}}
+    body = json.dumps({"input": url}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    for chunked in (in_chunks(body[:900], 1) + in_chunks(body[900:], 400), in_chunks(body + b" " * 300_000, 64)) * 2:
+        writer.write(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunked + b"0\r\n\r\n")
+        async with asyncio.timeout(30):
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer[9:12] == b"200", answer
+            length = next(line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.partition(b":")[2]))
+    writer.close()
+
+
+async def test_tiny_chunks_behind_the_response_close_the_connection(
+    idle: GatewayBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request is refused for its API key before its body, which the client then sends in tiny chunks."""
+    server = await serve(idle)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
+    async with asyncio.timeout(30):
+        assert (await reader.readuntil(b"\r\n"))[9:12] == b"401"
+        writer.write(in_chunks(b"x" * 100_000, 1))
+        with suppress(ConnectionResetError):
+            await reader.read()
+    await wait_until_all_closed(server, 30)
+    writer.close()
+    assert "Fatal error" not in caplog.text
     await check_neighbour_is_served(idle, server)
 
 
