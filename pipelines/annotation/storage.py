@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from pipelines.clients.local_files import OutsideFolder, is_below, open_local_file
-from services.core.errors import ConfigurationError, NotFound
+from pipelines.clients.local_files import is_below, open_local_file
+from services.core.errors import ConfigurationError, NotFound, OutsideFolder
 from services.core.s3 import Bucket, s3_client
 from services.core.s3_uri import parse_s3_uri
 from services.core.settings import Settings

@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from services.core.errors import Forbidden, NotFound
-
-
-class OutsideFolder(Forbidden):
-    """The file is outside of the folders whose files may be read."""
+from services.core.errors import Forbidden, NotFound, OutsideFolder
 
 
 def open_local_file(file: Path, roots: Sequence[Path]) -> BinaryIO:

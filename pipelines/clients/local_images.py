@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from pipelines.clients.local_files import OutsideFolder, open_local_file
-from services.core.errors import NotAnImage, TooLarge
+from pipelines.clients.local_files import open_local_file
+from services.core.errors import NotAnImage, OutsideFolder, TooLarge
 from services.images.image_format import detect_format
 
 

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.clients.local_files import OutsideFolder, open_local_file
+from pipelines.clients.local_files import open_local_file
 from pipelines.evaluation.labels import RECORD_FIELDS, UnreadableRecord
-from services.core.errors import ConfigurationError, Unjudgeable
+from services.core.errors import ConfigurationError, OutsideFolder, Unjudgeable
 
 _PARQUET_BATCH_ROWS: Final = 32
 """Rows of a parquet file in memory at a time: with images, some MB."""

@@ -17,6 +17,7 @@
         Unjudgeable             the submission can never be judged; dead letter with `reason`
             Malformed, Forbidden, NotFound, ObjectChanged, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
                 ObjectOutOfScope, PolicyOutOfScope      a Forbidden and an UnknownPolicy; never systemic
+                OutsideFolder                           a Forbidden: a local file that may not be read
 
 The class decides whether to retry and how the submission ends. `pipelines/intake/processor.py` makes two exceptions: it
 retries systemic errors, and a submission expires if it cannot be judged in time while others are judged.
@@ -152,6 +153,10 @@ class Forbidden(Unjudgeable):
     """The settings or the object store forbid reading the object."""
 
     reason = "forbidden"
+
+
+class OutsideFolder(Forbidden):
+    """The local file is outside of the folders whose files may be read."""
 
 
 class ObjectOutOfScope(Forbidden):
