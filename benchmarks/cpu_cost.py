@@ -213,7 +213,7 @@ async def compare_members(trees: list[Path], rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path, nargs="?", help="folder of the source tree before the change")
-    parser.add_argument("--part", choices=["gateway", "stream"], action="append", help="what is compared: both")
+    parser.add_argument("--part", choices=["gateway", "stream"], action="append", help="default: both")
     parser.add_argument("--rounds", type=int, default=20, help="batches of each kind and tree")
     parser.add_argument("--child", choices=["gateway", "member"], help=argparse.SUPPRESS)
     given = parser.parse_args()
