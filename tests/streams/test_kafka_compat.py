@@ -319,7 +319,8 @@ def test_undelivered_record_does_not_fail_its_transaction(outage_group: _Group, 
 @pytest.mark.kafka
 def test_offsets_of_an_aborted_transaction_are_sent_with_the_next_one(group: _Group) -> None:
     group.add_partition()
-    consumer = group.join()
+    # Such a consumer reads an offset only once the broker has written the end of the transaction beside it.
+    consumer = group.join(isolation_level="read_committed")
     stale, other = (kafka.TopicPartition(group.topic, each) for each in (0, 1))
     member = consumer.group_metadata()
     producer = group.producer(transactional_id=group.topic, acks="all")
