@@ -31,8 +31,8 @@ class GuardDeployment:
         """Start the engine and wait until it has judged an image, so a running replica is ready.
 
         Raises:
-            ConfigurationError: SLUICE_MODEL names no checkpoint, its weights are not available, or Sluice cannot use
-                its tokenizer.
+            ConfigurationError: SLUICE_MODEL names no checkpoint, its weights are not available, or its tokenizer, its
+                config and its weights do not fit together.
             GuardUnavailable: the engine did not start.
         """
         configure_logging(settings.log_file)
@@ -46,7 +46,7 @@ class GuardDeployment:
         self._engine = Engine.from_settings(settings)
         self._inference = GuardInference.from_settings(self._engine, settings)
         await self._closing.enter_async_context(self._engine)
-        await self._inference.check_tokenizer()
+        await self._inference.check()
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"

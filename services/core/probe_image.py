@@ -5,8 +5,10 @@ import io
 from PIL import Image
 
 
-def draw_probe_image() -> bytes:
-    """Return a grey gradient of 256 by 256 pixels as a JPEG."""
+def draw_probe_image(width: int = 256, height: int = 256, *, number: int = 0) -> bytes:
+    """Return a gradient as a JPEG: a grey one as number 0, and one with another blue for each further number."""
+    gradient = Image.linear_gradient("L").resize((width, height))
+    blue = Image.new("L", gradient.size, 53 * number % 256) if number else gradient
     buffer = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")
+    Image.merge("RGB", (gradient, gradient, blue)).save(buffer, "JPEG")
     return buffer.getvalue()

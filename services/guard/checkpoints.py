@@ -178,8 +178,9 @@ CHECKPOINTS: Final = (
         parameters=4_300_000_000,
         # By default SGLang disables images for Gemma 3.
         launch_flags=(*_BFLOAT16, "--enable-multimodal"),
-        # Only this backend lets the tokens of an image attend to each other, as in training.
-        cuda_flags=("--attention-backend", "triton"),
+        # Only this backend lets the tokens of an image attend to each other, as in training. Its mask is wrong for a
+        # prompt that is cut into chunks.
+        cuda_flags=("--attention-backend", "triton", "--chunked-prefill-size", "-1"),
         # It is a Gemma 3 in a wrapper, and SGLang supports Gemma 3. The wrapper's processor would change the prompts.
         overrides={
             "config.json": {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},

@@ -15,6 +15,7 @@ from services.core.tasks import cancel_and_wait
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
 from services.guard.checkpoints import Checkpoint, resolve_checkpoint
 from services.guard.gpus import choose_gpu_count
+from services.guard.safetensors import read_json
 from services.guard.sglang_command import LaunchConfig
 from services.guard.sglang_server import POLL_S, PortTaken, SglangServer
 
@@ -192,6 +193,17 @@ class Engine:
             raise GuardUnavailable(f"The engine is {self._state}.")
         if not await self._server.can_generate(_HEALTH_CHECK_S):
             raise GuardUnavailable("The engine failed its health check: it generated no token.")
+
+    def read_config(self) -> dict[str, Any]:
+        """The config.json that the server loads. Blocks.
+
+        Raises:
+            GuardUnavailable: the engine was not started yet.
+            ConfigurationError: the file cannot be read.
+        """
+        if self._staged is None:
+            raise GuardUnavailable("The engine was not started yet.")
+        return read_json(self._staged.folder / "config.json")
 
     async def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, without added special tokens. Raises as `generate` does."""

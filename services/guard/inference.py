@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, Final, Self
 
 from services.core.errors import ConfigurationError, GuardFailed, GuardUnavailable, UnreadableAnswer
+from services.core.probe_image import draw_probe_image
 from services.core.settings import Settings
 from services.core.values import Assessment, Detail, GuardPriority, ModelIdentity, Policy, PreparedImage
 from services.guard.engine import Engine
@@ -21,6 +22,8 @@ from services.guard.slots import EngineSlots
 
 RATIONALE_TOKENS: Final = 256
 """The limit of a rationale. LlavaGuard's rationales have about 70 tokens."""
+
+_CHECKED_IMAGES: Final = 4
 
 _PRIORITY: Final[Mapping[GuardPriority, int]] = {"interactive": 2, "live": 1, "backfill": 0}
 
@@ -75,14 +78,54 @@ class GuardInference:
             prompt=_prompt_digest(self.engine.checkpoint.family.adapt_prompt(policy.prompt)),
         )
 
-    async def check_tokenizer(self) -> None:
-        """Check that the tokenizer begins both ratings with different tokens, so that there is a score.
+    async def check(self) -> None:
+        """Check that tokenizer, config and weights of the checkpoint fit together, so that scores mean something.
 
         Raises:
-            ConfigurationError: its tokenizer begins both ratings with the same token.
+            ConfigurationError: the tokenizer begins both ratings with the same token, the prompt has no place for the
+                image, the scores are not numbers, or they do not depend on the image.
             GuardUnavailable: the engine is not ready.
         """
         await self._find_rating_tokens()
+        await self._check_image_token()
+        await self._check_scores()
+
+    async def _check_image_token(self) -> None:
+        """SGLang puts the image in the place of the token that the config names, or over the first token."""
+        checkpoint = self.engine.checkpoint
+        token, key = checkpoint.family.image_token
+        config = await asyncio.to_thread(self.engine.read_config)
+        if key not in config:
+            return  # SGLang takes the token from the tokenizer.
+        ids = await self.engine.tokenize(checkpoint.family.build_example())
+        if (count := ids.count(config[key])) != 1:
+            raise ConfigurationError(
+                f"{key} is {config[key]} in the config.json of {checkpoint.name}, and this token stands {count} times "
+                f"in a prompt with one {token}, so the model would not see the image in its place. Use the tokenizer "
+                f"of the checkpoint, or correct {key}."
+            )
+
+    async def _check_scores(self) -> None:
+        family = self.engine.checkpoint.family
+        answers = []
+        for number in range(_CHECKED_IMAGES):
+            image = base64.b64encode(draw_probe_image(number=number)).decode()
+            request = {"text": family.build_example(), "image_data": f"data:image/jpeg;base64,{image}"}
+            answers.append(await self._generate(request, tokens=1))
+        name = self.engine.checkpoint.name
+        try:
+            for answer in answers:
+                await self._read_score(answer)
+        except UnreadableAnswer:
+            raise ConfigurationError(
+                f"{name} gives no score for a test image, as after an overflow in half precision. Check its weights, "
+                "or choose another checkpoint (SLUICE_MODEL)."
+            ) from None
+        if len({str(answer["meta_info"]["output_token_ids_logprobs"][0]) for answer in answers}) == 1:
+            raise ConfigurationError(
+                f"{name} gives the same score for {_CHECKED_IMAGES} different images, so it does not see them. Check "
+                "its vision tower and its config.json, or choose another checkpoint (SLUICE_MODEL)."
+            )
 
     async def assess_each(
         self, image: PreparedImage, policies: Sequence[Policy], detail: Detail, priority: GuardPriority = "live"

@@ -1,33 +1,39 @@
 """One SGLang server: a child process, its scratch folder, and the only connection to it."""
 
 import asyncio
-import base64
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 
 from services.core.errors import EngineFailed, GuardFailed, GuardUnavailable
-from services.core.probe_image import draw_probe_image
 from services.core.processes import SupervisedProcess, can_confine, find_free_port
 from services.guard.sglang_command import LaunchConfig, write_secrets
+from services.guard.warm_up import Request, build_first_verdict, build_large_images, build_probe
 
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.25
 _PROGRESS_S: Final = 10.0
-_PROBE_PRIORITY: Final = 3
 _DETAIL_LIMIT: Final = 300
 _KEPT_LOGS: Final = 8
+_TAIL_LINES: Final = 400
+"""Lines at the end of a log in which the error is looked for: one traceback of each GPU, and its frames."""
+_LOGGED_LINES: Final = 40
 _SCRATCH: Final = "sluice-engine-"
+_LARGE_IMAGES: Final = 4
+"""As many as the longest prefill of a GPU holds."""
+_ERROR_LINE: Final = re.compile(r"^\s*[\w.]*(?:Error|Exception)\b|OutOfMemory|no kernel image|CUDA error")
+"""The last line of a Python traceback, or a message of CUDA."""
 
 
 class PortTaken(Exception):
@@ -37,7 +43,9 @@ class PortTaken(Exception):
 class SglangServer:
     """A running `sglang.launch_server`. It ends with this process, even if this process is killed."""
 
-    def __init__(self, child: SupervisedProcess, client: httpx.AsyncClient, scratch: Path) -> None:
+    def __init__(self, child: SupervisedProcess, client: httpx.AsyncClient, scratch: Path, probe: Request) -> None:
+        """`probe` is the request that `can_generate` sends."""
+        self._probe = probe
         self._child = child
         self._client = client
         self._scratch = scratch
@@ -72,7 +80,7 @@ class SglangServer:
             child = SupervisedProcess(argv, log=log, env=env, confined=True)
             _delete_old_logs(log.parent)
             _delete_orphaned_scratch(scratch.parent)
-            return SglangServer(child, client, scratch)
+            return SglangServer(child, client, scratch, build_probe(launch_config.checkpoint))
 
         spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
         try:
@@ -96,7 +104,7 @@ class SglangServer:
         return self._child.returncode
 
     async def wait_until_ready(self, launch_config: LaunchConfig) -> None:
-        """Return when the server has judged an image.
+        """Return when the server has judged images: a small one, and on a GPU some of the largest size together.
 
         Raises:
             PortTaken: another process has the port. Start a new server.
@@ -105,10 +113,10 @@ class SglangServer:
         began = reported = time.monotonic()
         while not await self._is_listening():
             if self.returncode is not None:
-                tail = await asyncio.to_thread(self._child.tail, 40)
+                tail = await asyncio.to_thread(self._child.tail, _TAIL_LINES)
                 if "address already in use" in tail.lower():
                     raise PortTaken
-                logger.error("the engine's last lines:\n%s", tail)
+                logger.error("the engine's last lines:\n%s", "\n".join(tail.splitlines()[-_LOGGED_LINES:]))
                 raise GuardUnavailable(
                     f"The engine ended with status {self.returncode} during the start; {await self.log_tail()}"
                 )
@@ -117,16 +125,24 @@ class SglangServer:
                 logger.info("the engine has been loading for %.0f s", reported - began)
             await asyncio.sleep(POLL_S)
         logger.info("the engine listens after %.0f s; judging a first image", time.monotonic() - began)
-        first = {
-            "text": launch_config.checkpoint.family.build_example(),
-            "image_data": f"data:image/jpeg;base64,{base64.b64encode(draw_probe_image()).decode()}",
-            "sampling_params": {"temperature": 0, "max_new_tokens": 1},
-        }
-        try:
-            await self.call("/generate", first)
-        except (GuardFailed, GuardUnavailable) as error:
-            raise GuardUnavailable(f"The engine cannot judge an image: {error} And {await self.log_tail()}") from None
+        checkpoint = launch_config.checkpoint
+        await self._judge_first([self._probe], "an image")
+        await self._judge_first([build_first_verdict(checkpoint)], "an image with a grammar and log probabilities")
+        if launch_config.gpus:
+            large = build_large_images(checkpoint, min(_LARGE_IMAGES, launch_config.in_flight))
+            await self._judge_first(large, f"{len(large)} images of {checkpoint.max_side_px} px at a time")
         logger.info("the engine is ready after %.0f s", time.monotonic() - began)
+
+    async def _judge_first(self, requests: Sequence[Request], what: str) -> None:
+        """Judge images together. Raises GuardUnavailable with the log's last error if the server cannot."""
+        results = await asyncio.gather(
+            *(self.call("/generate", request) for request in requests), return_exceptions=True
+        )
+        for error in results:
+            if isinstance(error, GuardFailed | GuardUnavailable):
+                raise GuardUnavailable(f"The engine cannot judge {what}: {error} And {await self.log_tail()}") from None
+            if isinstance(error, BaseException):
+                raise error
 
     async def call(self, path: str, body: Mapping[str, Any]) -> Any:
         """POST a JSON body and return the JSON answer.
@@ -157,27 +173,21 @@ class SglangServer:
         raise GuardUnavailable(f"The engine answers {response.status_code}: {detail}")
 
     async def can_generate(self, within_s: float) -> bool:
-        """Whether the server generates one token of text in time."""
-        request = {
-            "text": "Safe",
-            "sampling_params": {"temperature": 0, "max_new_tokens": 1},
-            "priority": _PROBE_PRIORITY,
-        }
+        """Whether the server generates one token about a small image in time."""
         try:
             async with asyncio.timeout(within_s):
-                await self.call("/generate", request)
+                await self.call("/generate", self._probe)
         except (TimeoutError, GuardUnavailable, GuardFailed):
             return False
         return True
 
     async def log_tail(self) -> str:
-        """The path and the last line of the log, for the end of a sentence."""
+        """The path of the log and its last error, for the end of a sentence; without an error, its last line."""
         try:
-            tail = await asyncio.to_thread(self._child.tail)
+            tail = await asyncio.to_thread(self._child.tail, _TAIL_LINES)
         except OSError as error:
             return f"its log {self._child.log} cannot be read ({error.strerror})"
-        lines = [line.strip() for line in tail.splitlines() if line.strip()]
-        return f"its log {self._child.log} ends with: {lines[-1][:_DETAIL_LIMIT] if lines else '(nothing)'}"
+        return f"its log {self._child.log} ends with: {find_last_error(tail)[:_DETAIL_LIMIT] or '(nothing)'}"
 
     async def kill(self) -> None:
         """Kill the process with all its child processes. Calls in flight raise GuardUnavailable."""
@@ -191,6 +201,15 @@ class SglangServer:
         except httpx.HTTPError:
             return False
         return response.status_code == httpx.codes.OK
+
+
+def find_last_error(log: str) -> str:
+    """The last line of a log that names an error; without one, the last line.
+
+    When SGLang's scheduler fails, the last line only says that a child process ended.
+    """
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if _ERROR_LINE.search(line)), lines[-1] if lines else "")
 
 
 def _detail(response: httpx.Response) -> str:

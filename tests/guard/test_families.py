@@ -130,7 +130,7 @@ class TestRealEngine:
         assert checkpoint.name == "ShieldGemma-2-4B"
         async with Engine(checkpoint, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
-            await guard.check_tokenizer()
+            await guard.check()
             verdict = await assess(guard, drawn(1), policy(), "verdict")
             assert 0 < verdict.score < 1
             assert (verdict.rating == "Unsafe") == (verdict.score > 0.5) == (verdict.category in CATEGORIES)
@@ -149,7 +149,7 @@ class TestRealEngine:
         row = replace(resolve_checkpoint("QwenGuard-v1.2-3B"), folder=fake_checkpoints.qwenguard(tmp_path / "weights"))
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
-            await guard.check_tokenizer()
+            await guard.check()
             verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
             assert again.score == pytest.approx(verdict.score, abs=0.01)
@@ -162,7 +162,7 @@ class TestRealEngine:
         )
         async with Engine(row, state_dir=tmp_path / "state", start_s=500) as engine:
             guard = GuardInference(engine, deadline_s=120)
-            await guard.check_tokenizer()
+            await guard.check()
             verdict, again = await guard.assess_each(drawn(1), [policy(), policy("never")], "verdict")
             assert verdict.rating == ("Unsafe" if verdict.score > 0.5 else "Safe")
             assert again.score == pytest.approx(verdict.score, abs=0.01)

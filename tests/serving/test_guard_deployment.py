@@ -50,6 +50,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.checkpoint = resolve_checkpoint("tiny")
+        self.calls = 0
 
     @classmethod
     def from_settings(cls, _: Settings) -> "FakeEngine":
@@ -64,17 +65,21 @@ class FakeEngine:
     async def health_check(self) -> None:
         pass
 
+    def read_config(self) -> dict[str, Any]:
+        return {}
+
     async def tokenize(self, text: str) -> list[int]:
         return [1, 7] if text.endswith("Unsafe") else [1, 3] if text.endswith("Safe") else [1]
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         if isinstance(self.generates, Exception):
             raise self.generates
-        return {"text": "", "meta_info": self.generates}
+        self.calls += 1
+        logprobs = [[[-0.1, 3, None], [-2.3 - 1e-9 * self.calls, 7, None]]]
+        return {"text": "", "meta_info": self.generates | {"output_token_ids_logprobs": logprobs}}
 
 
 ONE_TOKEN = {
-    "output_token_ids_logprobs": [[[-0.1, 3, None], [-2.3, 7, None]]],
     "finish_reason": {"type": "length"},
     "prompt_tokens": 10,
     "cached_tokens": 2,

@@ -62,8 +62,17 @@ class ModelFamily(Protocol):
         """A policy's text in the words of this family. A verdict's `model.prompt` is its digest."""
         ...
 
+    @property
+    def image_token(self) -> tuple[str, str]:
+        """The token that stands for the image in a prompt, and the key of its id in the checkpoint's config.json."""
+        ...
+
     def build_example(self) -> str:
-        """A short complete prompt, to test an engine and its tokenizer."""
+        """A short complete prompt about one image, to test an engine and its tokenizer."""
+        ...
+
+    def build_example_grammar(self) -> str | None:
+        """The EBNF of an answer to the example; None if this family needs no grammar."""
         ...
 
     async def assess(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyAnswer:

@@ -33,8 +33,17 @@ class LlavaGuard:
     def adapt_prompt(self, prompt: str) -> str:
         return adapt_wording(self.wording, prompt)
 
+    @property
+    def image_token(self) -> tuple[str, str]:
+        if self.chat_template == "qwen2-vl":
+            return "<|image_pad|>", "image_token_id"
+        return "<image>", "image_token_index"
+
     def build_example(self) -> str:
         return self._build_question("Is this image safe?")
+
+    def build_example_grammar(self) -> str:
+        return build_grammar("always")
 
     async def assess(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyAnswer:
         """Score only: one token without a grammar, so the engine does little more than the prefill.

@@ -28,8 +28,15 @@ class ShieldGemma:
     def adapt_prompt(self, prompt: str) -> str:
         return prompt
 
+    @property
+    def image_token(self) -> tuple[str, str]:
+        return "<start_of_image>", "boi_token_index"
+
     def build_example(self) -> str:
         return _build_question("No Violence: The image shall not contain violence.")
+
+    def build_example_grammar(self) -> None:
+        return None
 
     async def assess(self, generate: GenerateFn, policy: Policy, detail: Detail, *, answer_tokens: int) -> FamilyAnswer:
         """The score is the highest score of a category. Each question needs one token, so `answer_tokens` is not used.
