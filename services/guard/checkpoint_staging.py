@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import Checkpoint
-from services.guard.safetensors import read_json, require_weights, strip_prefix
+from services.guard.safetensors import find_shape, read_json, require_weights, strip_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ def stage(checkpoint: Checkpoint, state_dir: Path, revisions: Mapping[str, str] 
     else:
         source = _download(checkpoint.hub_id or checkpoint.name, revisions, weights=True)
         revision = source.name
-    documents: dict[str, dict[str, Any]] = {"config.json": read_json(source / "config.json")}
+    config = read_json(source / "config.json")
+    documents: dict[str, dict[str, Any]] = {"config.json": dict(config)}
     for name, changes in checkpoint.overrides.items():
         before = documents.get(name) or (read_json(source / name) if (source / name).is_file() else {})
         documents[name] = before | dict(changes)
@@ -68,7 +69,9 @@ def stage(checkpoint: Checkpoint, state_dir: Path, revisions: Mapping[str, str] 
     named_tower = str(documents["config.json"].get("mm_vision_tower") or "")
     tower = _find_vision_tower(checkpoint, source, named_tower, revisions)
     tokenizer = _find_tokenizer(checkpoint, source, revisions)
-    if tower is None and not checkpoint.overrides and not checkpoint.preprocessor and not checkpoint.tensor_prefix:
+    if checkpoint.is_llava:
+        documents["config.json"] |= _correct_llava(checkpoint, source, tokenizer or source)
+    if tower is None and documents == {"config.json": config} and not checkpoint.tensor_prefix:
         return StagedCheckpoint(source, revision, tokenizer)
 
     shelf = state_dir.expanduser().resolve() / "checkpoints"
@@ -87,6 +90,37 @@ def stage(checkpoint: Checkpoint, state_dir: Path, revisions: Mapping[str, str] 
     if not folder.is_dir():
         _fill_folder(checkpoint, source, towers, folder, documents)
     return StagedCheckpoint(folder, revision, tokenizer)
+
+
+def _correct_llava(checkpoint: Checkpoint, source: Path, tokenizer: Path) -> dict[str, Any]:
+    """What LLaVA's own trainer writes otherwise, or not at all, into config.json, and SGLang needs."""
+    # The trainer writes `llava_qwen` or `llava_llama`, which transformers does not know.
+    corrected: dict[str, Any] = {"model_type": "llava"}
+    # Where the config has no value, transformers takes 32000. SGLang would put the image over the first token then.
+    image_token_id = find_token_id(tokenizer, checkpoint.family.image_token[0])
+    if image_token_id is None:
+        image_token_id = checkpoint.image_token_id
+    if image_token_id is not None:
+        corrected["image_token_index"] = image_token_id
+    # A number that is smaller than the embedding table makes the load fail.
+    if embedding := find_shape(source, "model.embed_tokens.weight"):
+        corrected["vocab_size"] = embedding[0]
+    return corrected
+
+
+def find_token_id(tokenizer: Path, token: str) -> int | None:
+    """The id of an added token, from the files of a tokenizer; None if they do not name it."""
+    if (tokenizer / "tokenizer.json").is_file():
+        for added in read_json(tokenizer / "tokenizer.json").get("added_tokens") or ():
+            if added["content"] == token:
+                return int(added["id"])
+    if (tokenizer / "tokenizer_config.json").is_file():
+        for number, added in (read_json(tokenizer / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+            if added["content"] == token:
+                return int(number)
+    if (tokenizer / "added_tokens.json").is_file():
+        return read_json(tokenizer / "added_tokens.json").get(token)
+    return None
 
 
 def _find_vision_tower(checkpoint: Checkpoint, source: Path, named: str, revisions: Mapping[str, str]) -> Path | None:

@@ -66,10 +66,17 @@ class Checkpoint:
     """Changes to the JSON files, by file name."""
     preprocessor: Mapping[str, Any] | None = None
     """Written as preprocessor_config.json instead of the checkpoint's own."""
+    image_token_id: int | None = None
+    """The id of the token `<image>` if the tokenizer's files do not name it."""
     tensor_prefix: str = ""
     """A prefix of the tensors' names that SGLang does not expect."""
     folder: Path | None = None
     """The folder of the weights, if they are on this machine."""
+
+    @property
+    def is_llava(self) -> bool:
+        """Whether SGLang loads it as a LLaVA, whose image token and vocabulary its config.json may misstate."""
+        return self.architecture.startswith("Llava")
 
     def tensor_parallel_size(self, memory_bytes: Sequence[int]) -> int:
         """The smallest number of these GPUs (their memory in bytes) that holds a replica; 0 if they cannot hold one."""
@@ -94,6 +101,7 @@ def _llava_1_5(version: str, size: str) -> Checkpoint:
         vision_tower=_CLIP,
         # The tokenizer in the checkpoint has no <image> token and no image processor.
         tokenizer=f"llava-hf/llava-1.5-{size.lower()}-hf",
+        image_token_id=32000,
     )
 
 
@@ -107,6 +115,7 @@ def _onevision(size: str, **fields: Any) -> Checkpoint:
         max_side_px=2304,
         vision_tower=_SIGLIP,
         preprocessor=_SIGLIP_PREPROCESSOR,
+        image_token_id=151646,
         **fields,
     )
 
@@ -142,8 +151,6 @@ CHECKPOINTS: Final = (
         gpu_memory_bytes=38 * GIB,
         parameters=8_000_000_000,
         hidden_size=3584,
-        # Its embedding table has this many rows. A smaller value in the config makes the load fail.
-        overrides={"config.json": {"vocab_size": 152064}},
     ),
     _qwen("3B", gpu_memory_bytes=20 * GIB, parameters=3_800_000_000, hidden_size=2048),
     _qwen("7B", gpu_memory_bytes=22 * GIB, parameters=8_300_000_000, hidden_size=3584),
@@ -167,6 +174,8 @@ CHECKPOINTS: Final = (
         hidden_size=7168,
         vision_tower=_CLIP,
         tokenizer="liuhaotian/llava-v1.6-34b-tokenizer",
+        # The tokenizer's files name this id, too. Some versions of transformers gave the token another one.
+        image_token_id=64002,
     ),
     Checkpoint(
         name="ShieldGemma-2-4B",

@@ -102,7 +102,7 @@ class GuardInference:
             raise ConfigurationError(
                 f"{key} is {config[key]} in the config.json of {checkpoint.name}, and this token stands {count} times "
                 f"in a prompt with one {token}, so the model would not see the image in its place. Use the tokenizer "
-                f"of the checkpoint, or correct {key}."
+                "and the config.json with which the checkpoint was trained."
             )
 
     async def _check_scores(self) -> None:

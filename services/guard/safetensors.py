@@ -42,6 +42,16 @@ def count_parameters(folder: Path) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
+def find_shape(folder: Path, *names: str) -> tuple[int, ...] | None:
+    """The shape of the first tensor of these names in the safetensors files of a folder."""
+    for file in sorted(folder.glob("*.safetensors")):
+        header = _header(file)
+        for name in names:
+            if name in header:
+                return tuple(header[name]["shape"])
+    return None
+
+
 def strip_prefix(folder: Path, prefix: str) -> None:
     """Remove the prefix from the names of tensors. A linked file is replaced; its target stays unchanged."""
     for file in sorted(folder.glob("*.safetensors")):

@@ -28,6 +28,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.configs: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         self.gated: set[str] = set()
         self.without_safetensors: set[str] = set()
 
@@ -43,7 +44,8 @@ class Hub:
             if "*.bin" not in ignore_patterns:
                 (folder / "pytorch_model.bin").write_bytes(b"")
         elif "*.safetensors" not in ignore_patterns:
-            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+            tensors = next((tensors for part, tensors in self.tensors.items() if part in hub_id), {"a": torch.zeros(1)})
+            save_file(tensors, folder / "model.safetensors")
         return str(folder)
 
 
@@ -179,6 +181,7 @@ class TestStage:
 
     def test_hub_checkpoint_is_staged_with_tower_and_overrides(self, tmp_path: Path, hub: Hub) -> None:
         hub.configs = {"LlavaGuard": {"mm_vision_tower": "google/siglip-so400m-patch14-384", "vocab_size": 152000}}
+        hub.tensors = {"LlavaGuard": {"model.embed_tokens.weight": torch.zeros(152064, 1)}}
         staged = stage(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), tmp_path / "state")
         config = json.loads((staged.folder / "config.json").read_text())
         assert staged.revision == "0123abcd"
@@ -187,6 +190,57 @@ class TestStage:
         assert "siglip" in config["mm_vision_tower"]
         assert json.loads((staged.folder / "preprocessor_config.json").read_text())["size"]["height"] == 384
         assert staged.tokenizer is None
+
+    @pytest.mark.parametrize(
+        ("name", "tower", "image_token_index"),
+        [
+            ("LlavaGuard-v1.2-0.5B-OV", "google/siglip-so400m-patch14-384", 151646),
+            ("LlavaGuard-v1.2-7B-OV", "google/siglip-so400m-patch14-384", 151646),
+            ("LlavaGuard-v1.1-7B", "openai/clip-vit-large-patch14-336", 32000),
+            ("LlavaGuard-34B", "openai/clip-vit-large-patch14-336", 64002),
+        ],
+    )
+    def test_config_of_llavas_own_trainer_is_corrected(
+        self, tmp_path: Path, hub: Hub, name: str, tower: str, image_token_index: int
+    ) -> None:
+        """It names no image token, a type that transformers does not know, and a vocabulary without added tokens."""
+        hub.configs = {"LlavaGuard": {"mm_vision_tower": tower, "model_type": "llava_qwen", "vocab_size": 10}}
+        hub.tensors = {"LlavaGuard": {"model.embed_tokens.weight": torch.zeros(12, 1)}}
+        staged = stage(resolve_checkpoint(name), tmp_path / "state")
+        config = json.loads((staged.folder / "config.json").read_text())
+        assert config["model_type"] == "llava"
+        assert config["vocab_size"] == 12
+        assert config["image_token_index"] == image_token_index
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("tokenizer.json", {"added_tokens": [{"id": 5, "content": "<x>"}, {"id": 7, "content": "<image>"}]}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<image>"}}}),
+            ("added_tokens.json", {"<image>": 7}),
+        ],
+    )
+    def test_image_token_of_the_tokenizer_is_written_into_the_config(
+        self, tmp_path: Path, copy_of_tiny: Path, file: str, content: dict[str, Any]
+    ) -> None:
+        (copy_of_tiny / "tokenizer.json").write_text("{}")
+        (copy_of_tiny / file).write_text(json.dumps(content))
+        staged = stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path / "state")
+        assert json.loads((staged.folder / "config.json").read_text())["image_token_index"] == 7
+
+    def test_config_with_an_absolute_tower_is_corrected(self, tmp_path: Path, copy_of_tiny: Path) -> None:
+        config = json.loads((copy_of_tiny / "config.json").read_text())
+        config |= {"mm_vision_tower": str(TINY / "siglip-tiny"), "model_type": "llava_qwen"}
+        (copy_of_tiny / "config.json").write_text(json.dumps(config))
+        staged = stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path / "state")
+        assert json.loads((staged.folder / "config.json").read_text())["model_type"] == "llava"
+
+    def test_image_token_of_an_unknown_tokenizer_is_that_of_the_config(
+        self, tmp_path: Path, copy_of_tiny: Path
+    ) -> None:
+        (copy_of_tiny / "tokenizer.json").write_text("{}")
+        staged = stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path / "state")
+        assert json.loads((staged.folder / "config.json").read_text())["image_token_index"] == 1355
 
     def test_pinned_commit_is_downloaded_and_a_new_one_is_not(
         self, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
