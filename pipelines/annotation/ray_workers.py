@@ -212,7 +212,7 @@ def _deploy_guard(settings: Settings, name: str, replicas: int, progress: Progre
     start_serve()
     application = GuardDeployment.options(  # type: ignore[attr-defined]  # the decorator returns a Deployment
         num_replicas=replicas,
-        max_ongoing_requests=2 * settings.guard_in_flight,
+        max_ongoing_requests=2 * checkpoints.assume_in_flight(settings),
         ray_actor_options={"num_cpus": 1 if free.get("CPU", 0) >= replicas else 0, "num_gpus": gpus},
         graceful_shutdown_timeout_s=_STOP_S,
     ).bind(settings)

@@ -16,7 +16,8 @@ from pipelines.autoscaling.simulation.day import simulate_day
 from pipelines.autoscaling.simulation.load import LoadProfile, draw_arrivals
 from pipelines.autoscaling.simulation.scalers import SluiceScaler
 from services.core.errors import ConfigurationError
-from services.guard.checkpoints import GIB, Checkpoint, resolve_checkpoint
+from services.guard.checkpoints import Checkpoint, resolve_checkpoint
+from services.guard.gpu_memory import GIB
 
 ImageSize = Literal["small", "medium", "large"]
 

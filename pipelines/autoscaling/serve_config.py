@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pipelines.autoscaling.replica_decision import ReplicaBounds
 from services.core.settings import Settings
+from services.guard.checkpoints import assume_in_flight
 
 REPORT_INTERVAL_S: Final = 1.0
 """Time between two reports of a deployment that calls the guard. With Serve's own 10 s, a decision would mostly wait
@@ -65,7 +66,7 @@ def make_autoscaling_policy(settings: Settings) -> dict[str, Any]:
             "start_s": settings.replica_start_s,
             "idle_s": settings.idle_s,
             "scale_down_s": settings.scale_down_s,
-            "guard_in_flight": settings.guard_in_flight,
+            "guard_in_flight": assume_in_flight(settings),
             "intake_in_flight": settings.in_flight,
         },
     }

@@ -23,6 +23,7 @@ from services.core.messages import ImageRequest, Upload, Verdict
 from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.values import Policy
+from services.guard.checkpoints import assume_in_flight
 
 Progress = Callable[[str], None]
 JudgeResult = list[Verdict | GuardFailed] | Unjudgeable
@@ -136,7 +137,7 @@ def open_client(settings: Settings) -> Iterator[JudgeClient]:
         raise ConfigurationError(
             f"no service runs at SLUICE_RAY_ADDRESS ({address}); start one with `sluice up`, or correct the setting"
         )
-    in_flight = min(settings.guard_in_flight * settings.guard_replicas, _IN_FLIGHT_LIMIT)
+    in_flight = min(assume_in_flight(settings) * settings.guard_replicas, _IN_FLIGHT_LIMIT)
     ours, theirs = Pipe()
     with ours:
         child = start_helper(

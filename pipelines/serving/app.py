@@ -13,7 +13,7 @@ from pipelines.serving.gateway_deployment import GatewayDeployment
 from pipelines.serving.guard_deployment import GuardDeployment
 from pipelines.serving.intake_deployment import IntakeDeployment
 from services.core.settings import Settings
-from services.guard.checkpoints import resolve_checkpoint
+from services.guard.checkpoints import assume_in_flight, resolve_checkpoint
 
 _CLOSE_S: Final = 10.0
 """Time that a replica has after the drain to close its connections and child processes."""
@@ -57,5 +57,5 @@ def _max_guard_calls(settings: Settings) -> int:
     has room for everything that Intake has in flight, and for the calls of Gateway on top: an HTTP request never waits
     behind the stream. With autoscaling, Intake has hardly more members than the guard needs, so its minimum is enough.
     """
-    intake_calls = 2 * settings.guard_in_flight + settings.intake_replicas * settings.in_flight
+    intake_calls = 2 * assume_in_flight(settings) + settings.intake_replicas * settings.in_flight
     return intake_calls + settings.gateway_replicas * (settings.gateway_in_flight + _READINESS_CALLS)

@@ -44,8 +44,8 @@ class GuardDeployment:
     async def _start(self, settings: Settings) -> None:
         self._settings = settings
         self._engine = Engine.from_settings(settings)
-        self._inference = GuardInference.from_settings(self._engine, settings)
         await self._closing.enter_async_context(self._engine)
+        self._inference = GuardInference.from_settings(self._engine, settings)
         await self._inference.check()
 
     async def assess_each(

@@ -177,8 +177,10 @@ class Settings(BaseSettings):
         description="GPUs of one guard replica. Unset: 1 if Ray has GPUs, else 0 (the engine runs on the CPU). 2 or "
         "more for a checkpoint too large for one GPU; 0.5 for two replicas of a small checkpoint on one GPU",
     )
-    guard_in_flight: Positive = Field(
-        16, description="assessments that one guard replica gives to its engine at a time"
+    guard_in_flight: Positive | None = Field(
+        None,
+        description="assessments that one guard replica gives to its engine at a time; unset: as many as keep the GPU "
+        "busy and fit into its memory, 16 or fewer for most checkpoints, and 48 for a 0.5B model on a GPU with 70 GiB",
     )
     guard_deadline_s: PositiveSeconds = Field(
         60, description="time limit for one assessment (one call of the guard for one image)"

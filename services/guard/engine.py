@@ -14,7 +14,7 @@ from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
 from services.guard.checkpoints import Checkpoint, resolve_checkpoint
-from services.guard.gpus import choose_gpu_count
+from services.guard.gpus import plan_gpus
 from services.guard.safetensors import read_json
 from services.guard.sglang_command import LaunchConfig
 from services.guard.sglang_server import POLL_S, PortTaken, SglangServer
@@ -50,7 +50,7 @@ class Engine:
         *,
         state_dir: Path,
         revisions: Mapping[str, str] | None = None,
-        in_flight: int = 16,
+        in_flight: int | None = None,
         deadline_s: float = 60,
         start_s: float = 900,
         probe_every_s: float = 5,
@@ -59,7 +59,7 @@ class Engine:
     ) -> None:
         """
         Args:
-            in_flight: concurrent calls.
+            in_flight: concurrent calls; None: as many as the checkpoint and the GPU need.
             deadline_s: of each call.
             start_s: until a server must be ready.
             probe_every_s: between two probes of a server that is ready.
@@ -99,6 +99,13 @@ class Engine:
             start_s=settings.guard_start_s,
             gpu_share=min(1.0, settings.guard_gpus or 1.0),
         )
+
+    @property
+    def in_flight(self) -> int:
+        """Concurrent calls. Before the start it is not known how many the GPU holds."""
+        if self._launch_config is not None:
+            return self._launch_config.in_flight
+        return self._in_flight or self.checkpoint.in_flight
 
     @property
     def state(self) -> EngineState:
@@ -146,16 +153,15 @@ class Engine:
         self._set_state("starting")
         try:
             # First, because staging may download gigabytes.
-            gpus = await asyncio.to_thread(choose_gpu_count, self.checkpoint, self._gpu_share)
+            plan = await asyncio.to_thread(plan_gpus, self.checkpoint, self._gpu_share, self._in_flight)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir, self._revisions)
             self._launch_config = LaunchConfig(
                 checkpoint=self.checkpoint,
                 folder=self._staged.folder,
-                gpus=gpus,
-                in_flight=self._in_flight,
+                plan=plan,
+                in_flight=plan.in_flight if plan else self._in_flight or self.checkpoint.in_flight,
                 deadline_s=self._deadline_s,
                 tokenizer=self._staged.tokenizer,
-                gpu_share=self._gpu_share,
             )
             await self._launch(self._launch_config)
         except BaseException:
@@ -285,7 +291,8 @@ class Engine:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             self._launches += 1
             log = self._state_dir / "logs" / f"engine-{os.getpid()}-{id(self):x}-{self._launches}.log"
-            device = f"{launch_config.gpus} GPU(s)" if launch_config.gpus else "the CPU"
+            plan = launch_config.plan
+            device = f"{plan.gpus} GPU(s) for {plan.in_flight} calls at a time" if plan else "the CPU"
             logger.info("starting SGLang with %s on %s; its log is %s", self.checkpoint.name, device, log)
             try:
                 async with asyncio.timeout(self._start_s):

@@ -9,21 +9,27 @@ from typing import Final
 import pynvml  # nvidia-ml-py, which SGLang brings along
 
 from services.core.errors import ConfigurationError
-from services.guard.checkpoints import GIB, Checkpoint
+from services.guard.checkpoints import Checkpoint
+from services.guard.gpu_memory import GIB, MemoryPlan
 from services.guard.safetensors import count_parameters
-
-_STATIC_SHARE: Final = 0.80
-"""The share of a GPU's memory for weights and KV cache; the rest is for activations and images."""
-_STATIC_SHARE_LIMIT: Final = 0.90
 
 _CPU_PARAMETERS_LIMIT: Final = 2_000_000_000
 """A larger model needs minutes for one image on a CPU, and more memory than most machines have."""
 
 
 def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
-    """The number of GPUs for the checkpoint; 0: it runs on the CPU. Blocks.
+    """The number of GPUs for the checkpoint; 0: it runs on the CPU. As `plan_gpus`."""
+    plan = plan_gpus(checkpoint, share)
+    return plan.gpus if plan else 0
 
-    `share`: the share of each GPU's memory that this replica may use.
+
+def plan_gpus(checkpoint: Checkpoint, share: float = 1.0, in_flight: int | None = None) -> MemoryPlan | None:
+    """How a replica uses the GPUs of this process; None: it runs on the CPU. Blocks.
+
+    Args:
+        checkpoint: what the replica loads.
+        share: the share of each GPU's memory that it may use.
+        in_flight: calls at a time; None: as many as the GPU needs and holds.
 
     Raises:
         ConfigurationError: the GPUs have too little memory, or there is none and the model is too large for the CPU.
@@ -31,8 +37,8 @@ def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
     memory = read_gpu_memory_bytes()
     if memory and is_cuda_available():
         mine = [int(each * share) for each in memory]
-        if gpus := checkpoint.tensor_parallel_size(mine):
-            return gpus
+        if plan := checkpoint.plan_memory(mine, in_flight):
+            return plan
         have = " + ".join(f"{each / GIB:.0f}" for each in mine)
         raise ConfigurationError(
             f"{checkpoint.name} needs {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory, and this replica has "
@@ -46,7 +52,7 @@ def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
             f"{checkpoint.name} has {size / 1e9:.1f} billion parameters, too many for a CPU, and {reason}: run it "
             "on a machine with a GPU (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
         )
-    return 0
+    return None
 
 
 def read_gpu_memory_bytes() -> list[int]:
@@ -67,25 +73,6 @@ def read_gpu_memory_bytes() -> list[int]:
         return memory
     finally:
         pynvml.nvmlShutdown()
-
-
-def compute_mem_fraction_static(share: float = 1.0) -> float:
-    """SGLang's `--mem-fraction-static` for a replica with this share of a GPU.
-
-    SGLang takes the fraction of the memory that is free at its start. Another replica may already use a part of the
-    GPU.
-    """
-    if share >= 1:
-        return _STATIC_SHARE
-    total = free = 0
-    try:
-        pynvml.nvmlInit()
-        memory = pynvml.nvmlDeviceGetMemoryInfo(_handle(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]))
-        total, free = int(memory.total), int(memory.free)
-        pynvml.nvmlShutdown()
-    except (pynvml.NVMLError, ValueError):
-        return _STATIC_SHARE * share
-    return min(_STATIC_SHARE_LIMIT, _STATIC_SHARE * share * total / max(free, 1))
 
 
 @functools.cache

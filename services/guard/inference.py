@@ -44,14 +44,20 @@ class GuardInference:
         self,
         engine: Engine,
         *,
-        in_flight: int = 16,
+        in_flight: int | None = None,
         deadline_s: float = 60,
         answer_tokens: int = bound_tokens_before_rationale() + RATIONALE_TOKENS,
     ) -> None:
-        """`deadline_s` is for one assessment, including its wait. `answer_tokens` limits an answer under LlavaGuard's
-        own categories; a longer rationale is cut and marked."""
+        """
+        Args:
+            engine: must have started, unless `in_flight` is given.
+            in_flight: by default that of the engine.
+            deadline_s: for one assessment, including its wait.
+            answer_tokens: the limit of an answer under LlavaGuard's own categories; a longer rationale is cut and
+                marked.
+        """
         self.engine = engine
-        self._slots = EngineSlots(in_flight, engine.health_check)
+        self._slots = EngineSlots(in_flight or engine.in_flight, engine.health_check)
         self._deadline_s = deadline_s
         self._answer_tokens = answer_tokens
         self._rating_tokens: _RatingTokens | None = None

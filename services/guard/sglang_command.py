@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from services.guard.checkpoints import Checkpoint
-from services.guard.gpus import compute_mem_fraction_static
+from services.guard.gpu_memory import MemoryPlan
 
 _CPU_FLAGS: Final = (
     *("--device", "cpu"),
@@ -20,11 +20,10 @@ _CPU_FLAGS: Final = (
     *("--mem-fraction-static", "0.3"),
 )
 
-_CUDA_FLAGS: Final = (
-    # A chunk boundary inside an image encodes the whole image again, so chunks are long.
-    *("--chunked-prefill-size", "32768"),
-    *("--max-prefill-tokens", "65536"),
-)
+_MEM_FRACTION_STATIC: Final = "0.90"
+"""Weights and KV cache may use this much of the free memory. `--max-total-tokens` limits them to less."""
+_SPARE_REQUESTS: Final = 8
+"""Requests that the engine runs beside those in flight: probes, and requests that their callers have given up."""
 
 _COMMON_FLAGS: Final = (
     *("--host", "127.0.0.1"),
@@ -71,16 +70,14 @@ class LaunchConfig:
     checkpoint: Checkpoint
     folder: Path
     """The staged checkpoint."""
-    gpus: int
-    """The number of GPUs; 0: the server runs on the CPU."""
+    plan: MemoryPlan | None
+    """How the server uses its GPUs; None: it runs on the CPU."""
     in_flight: int
     """Concurrent calls."""
     deadline_s: float
     """Seconds that a caller waits for one call."""
     tokenizer: Path | None = None
     """The folder of the tokenizer, if it is not `folder`."""
-    gpu_share: float = 1.0
-    """The share of one GPU, if replicas share it."""
 
     def command(self, *, port: int, secrets: Path) -> list[str]:
         """The argv. `secrets` is a file of flags that must not show in a process list."""
@@ -92,15 +89,11 @@ class LaunchConfig:
             # More than the concurrent calls and the probes.
             *("--max-queued-requests", str(2 * self.in_flight + 16)),
             *_COMMON_FLAGS,
-            *(self._cuda_flags() if self.gpus else _CPU_FLAGS),
+            *(_make_cuda_flags(self.plan) if self.plan else _CPU_FLAGS),
             *(("--tokenizer-path", str(self.tokenizer)) if self.tokenizer else ()),
             *self.checkpoint.launch_flags,
-            *(self.checkpoint.cuda_flags if self.gpus else ()),
+            *(self.checkpoint.cuda_flags if self.plan else ()),
         ]
-
-    def _cuda_flags(self) -> tuple[str, ...]:
-        fraction = compute_mem_fraction_static(self.gpu_share)
-        return (*_CUDA_FLAGS, "--tp-size", str(self.gpus), "--mem-fraction-static", f"{fraction:.2f}")
 
     def environment(self, inherited: Mapping[str, str], *, port: int, scratch: Path) -> dict[str, str]:
         """The server's own variables, and those of `inherited` that a library needs to compute."""
@@ -121,9 +114,22 @@ class LaunchConfig:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        if not self.gpus:
+        if not self.plan:
             kept["OMP_NUM_THREADS"] = "1"
         return kept
+
+
+def _make_cuda_flags(plan: MemoryPlan) -> tuple[str, ...]:
+    return (
+        *("--tp-size", str(plan.gpus)),
+        *("--mem-fraction-static", _MEM_FRACTION_STATIC),
+        *("--max-total-tokens", str(plan.kv_tokens)),
+        *("--chunked-prefill-size", str(plan.prefill_tokens)),
+        *("--max-prefill-tokens", str(plan.prefill_tokens)),
+        *("--max-running-requests", str(plan.in_flight + _SPARE_REQUESTS)),
+        # Otherwise an H100 captures 36 graphs for up to 256 requests, and a T4 none for more than 8.
+        *("--cuda-graph-max-bs-decode", str(plan.in_flight)),
+    )
 
 
 def _is_inherited(name: str) -> bool:

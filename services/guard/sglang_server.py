@@ -31,7 +31,7 @@ _TAIL_LINES: Final = 400
 _LOGGED_LINES: Final = 40
 _SCRATCH: Final = "sluice-engine-"
 _LARGE_IMAGES: Final = 4
-"""As many as the longest prefill of a GPU holds."""
+"""The limit of large images at a time at the start: small models have room for many."""
 _ERROR_LINE: Final = re.compile(r"^\s*[\w.]*(?:Error|Exception)\b|OutOfMemory|no kernel image|CUDA error")
 """The last line of a Python traceback, or a message of CUDA."""
 
@@ -128,8 +128,11 @@ class SglangServer:
         checkpoint = launch_config.checkpoint
         await self._judge_first([self._probe], "an image")
         await self._judge_first([build_first_verdict(checkpoint)], "an image with a grammar and log probabilities")
-        if launch_config.gpus:
-            large = build_large_images(checkpoint, min(_LARGE_IMAGES, launch_config.in_flight))
+        if plan := launch_config.plan:
+            # As many as a prefill batch holds, which needs the most working space.
+            large = build_large_images(
+                checkpoint, min(plan.prefill_tokens // checkpoint.size.image_tokens + 1, _LARGE_IMAGES, plan.in_flight)
+            )
             await self._judge_first(large, f"{len(large)} images of {checkpoint.max_side_px} px at a time")
         logger.info("the engine is ready after %.0f s", time.monotonic() - began)
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from services.core.errors import ConfigurationError
 from services.guard import checkpoint_staging as staging
 from services.guard.checkpoint_staging import stage
-from services.guard.checkpoints import CHECKPOINTS, GIB, resolve_checkpoint
+from services.guard.checkpoints import CHECKPOINTS, resolve_checkpoint
+from services.guard.gpu_memory import GIB
 from services.guard.safetensors import strip_prefix
 
 TINY = resolve_checkpoint("tiny").folder

@@ -46,7 +46,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         "command",
         lambda _, port, secrets: [sys.executable, "-c", f"port = {port}\n{script}"],
     )
-    monkeypatch.setattr("services.guard.engine.choose_gpu_count", lambda *_: 0)
+    monkeypatch.setattr("services.guard.engine.plan_gpus", lambda *_: None)
 
 
 class TestStart:

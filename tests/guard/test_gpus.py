@@ -6,8 +6,9 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.guard import gpus
-from services.guard.checkpoints import GIB, resolve_checkpoint
-from services.guard.gpus import choose_gpu_count, compute_mem_fraction_static, read_gpu_memory_bytes
+from services.guard.checkpoints import resolve_checkpoint
+from services.guard.gpu_memory import GIB
+from services.guard.gpus import choose_gpu_count, read_gpu_memory_bytes
 
 
 @pytest.fixture
@@ -89,21 +90,6 @@ class TestVisibleGpus:
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert read_gpu_memory_bytes() == memory
-
-
-@pytest.mark.parametrize(
-    ("share", "free_gib", "fraction"), [(1.0, 24, 0.8), (0.5, 24, 0.4), (0.5, 12, 0.8), (0.5, 4, 0.9)]
-)
-def test_memory_fraction_is_of_the_whole_gpu(
-    monkeypatch: pytest.MonkeyPatch, share: float, free_gib: int, fraction: float
-) -> None:
-    memory = SimpleNamespace(total=24 * GIB, free=free_gib * GIB)
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: memory)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert compute_mem_fraction_static(share) == pytest.approx(fraction)
 
 
 def test_machine_without_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

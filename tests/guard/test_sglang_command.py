@@ -1,3 +1,5 @@
+import argparse
+import itertools
 import os
 import stat
 import sys
@@ -5,11 +7,14 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 import torch
+from sglang.srt.server_args import ServerArgs
 
 from services.core.processes import SupervisedProcess
 from services.guard import sglang_cpu as cpu_platform
-from services.guard.checkpoints import resolve_checkpoint
+from services.guard.checkpoints import CHECKPOINTS, resolve_checkpoint
+from services.guard.gpu_memory import MemoryPlan
 from services.guard.sglang_command import LaunchConfig, write_secrets
 
 
@@ -17,7 +22,7 @@ def launch_config(model: str = "tiny", *, gpus: int = 0, tokenizer: Path | None 
     return LaunchConfig(
         checkpoint=resolve_checkpoint(model),
         folder=Path("/staged"),
-        gpus=gpus,
+        plan=MemoryPlan(gpus=gpus, in_flight=4, prefill_tokens=16384, kv_tokens=80_000) if gpus else None,
         in_flight=4,
         deadline_s=60,
         tokenizer=tokenizer,
@@ -50,6 +55,30 @@ def test_device_selects_the_flags() -> None:
     assert "--device" not in on_gpu
     assert on_gpu[on_gpu.index("--tp-size") + 1] == "2"
     assert "--tp-size" not in on_cpu
+
+
+def test_plan_of_the_memory_is_passed() -> None:
+    argv = launch_config(gpus=1).command(port=1, secrets=Path("/f"))
+    passed = dict(itertools.pairwise(argv))
+    assert passed["--max-total-tokens"] == "80000"
+    assert passed["--chunked-prefill-size"] == passed["--max-prefill-tokens"] == "16384"
+    assert passed["--cuda-graph-max-bs-decode"] == "4"
+    assert int(passed["--max-running-requests"]) > 4
+    assert float(passed["--mem-fraction-static"]) <= 0.9
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_sglang_knows_every_flag(gpus: int) -> None:
+    """For each checkpoint, by SGLang's own parser, which rejects what it does not know."""
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    for row in CHECKPOINTS:
+        argv = launch_config(row.name, gpus=gpus, tokenizer=Path("/tokenizer")).command(port=1, secrets=Path("/f"))
+        flags = [*argv[3:]]
+        at = flags.index("--config")
+        parsed = parser.parse_args(flags[:at] + flags[at + 2 :])
+        assert parsed.host == "127.0.0.1"
+        assert parsed.tp_size == (gpus or 1)
 
 
 def test_flags_of_the_checkpoint_are_passed() -> None:

@@ -14,6 +14,7 @@ from services.core.errors import ConfigurationError, GuardUnavailable
 from services.guard import sglang_command as launch
 from services.guard.checkpoints import CHECKPOINTS, Checkpoint, resolve_checkpoint
 from services.guard.engine import Engine
+from services.guard.gpu_memory import MemoryPlan
 from services.guard.inference import GuardInference
 from services.guard.sglang_server import find_last_error
 from services.guard.warm_up import Request, build_first_verdict, build_large_images, build_probe
@@ -42,6 +43,8 @@ class TestRequests:
         assert request["return_logprob"]
         assert ("ebnf" in request["sampling_params"]) == (row.family.build_example_grammar() is not None)
 
+
+PLAN = MemoryPlan(gpus=1, in_flight=16, prefill_tokens=32768, kv_tokens=99_999)
 
 SERVER = """
 import http.server, json, sys
@@ -76,10 +79,10 @@ class TestServer:
     def received(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         """Run a server in the place of SGLang, and read the requests that it got."""
 
-        def run(fail: str = "pass", gpus: int = 0) -> Any:
+        def run(fail: str = "pass", plan: MemoryPlan | None = None) -> Any:
             script = SERVER.replace("LOG", repr(str(tmp_path / "requests"))).replace("FAIL", fail)
             fake_server(monkeypatch, script)
-            monkeypatch.setattr("services.guard.engine.choose_gpu_count", lambda *_: gpus)
+            monkeypatch.setattr("services.guard.engine.plan_gpus", lambda *_: plan)
             return lambda: [json.loads(line) for line in (tmp_path / "requests").read_text().splitlines()]
 
         return run
@@ -95,7 +98,7 @@ class TestServer:
         assert all("image_data" in request for request in requests())
 
     async def test_server_on_a_gpu_judges_large_images_before_it_is_ready(self, tmp_path: Path, received) -> None:
-        requests = received(gpus=1)
+        requests = received(plan=PLAN)
         async with Engine(resolve_checkpoint("tiny"), state_dir=tmp_path / "state"):
             sizes = [max(open_image(request).size) for request in requests()]
         assert sizes == [256, 256, *[384] * 4]
@@ -106,7 +109,7 @@ class TestServer:
             print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", flush=True)
             print("Received sigquit from a child process", flush=True)
             return self.answer(500, {"error": "dead"})"""
-        received(fail, gpus=1)
+        received(fail, plan=PLAN)
         with pytest.raises(
             GuardUnavailable, match=r"cannot judge 4 images of 384 px at a time: .*ends with: torch\.OutOfMemoryError"
         ):
@@ -137,6 +140,7 @@ class FakeEngine:
 
     def __init__(self, config: dict[str, Any], scores: list[tuple[float, float]]) -> None:
         self.checkpoint = resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV")
+        self.in_flight = 4
         self._config = config
         self._scores = itertools.cycle(scores)
 
@@ -183,7 +187,7 @@ class TestCheckpoint:
 
 def test_gemma_prompts_are_not_cut_into_chunks() -> None:
     config = launch.LaunchConfig(
-        checkpoint=resolve_checkpoint("ShieldGemma-2-4B"), folder=Path("/f"), gpus=1, in_flight=4, deadline_s=60
+        checkpoint=resolve_checkpoint("ShieldGemma-2-4B"), folder=Path("/f"), plan=PLAN, in_flight=4, deadline_s=60
     )
     argv = config.command(port=1, secrets=Path("/f"))
     last = len(argv) - 1 - argv[::-1].index("--chunked-prefill-size")

@@ -45,6 +45,7 @@ class FakeEngine:
     down_s = 0.0
     state = "ready"
     revision = "sha256:0"
+    in_flight = 16
     stopped = 0
     generates: Any = None
 
