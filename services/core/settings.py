@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from services.core.engine_flags import parse_engine_flags
 from services.core.errors import ConfigurationError
 from services.core.tenancy import parse_prefix, parse_tenant_policy, parse_tenant_prefix
 
@@ -185,6 +186,11 @@ class Settings(BaseSettings):
     guard_deadline_s: PositiveSeconds = Field(
         60, description="time limit for one assessment (one call of the guard for one image)"
     )
+    engine_flags: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="flags for SGLang, separated by spaces, which replace those of Sluice, for example "
+        "`--quantization fp8` or `--attention-backend triton`; flags that open the engine to others are refused",
+    )
     guard_start_s: PositiveSeconds = Field(900, description="time limit for the engine to load its weights and warm up")
 
     # Autoscaling
@@ -312,6 +318,11 @@ class Settings(BaseSettings):
         if entries and not info.data.get("tenant_prefixes", True):
             raise ValueError("it has no effect without SLUICE_TENANT_PREFIXES; set both, or neither")
         return entries
+
+    @field_validator("engine_flags", mode="before")
+    @classmethod
+    def _split_engine_flags(cls, flags: Any) -> Any:
+        return parse_engine_flags(flags) if isinstance(flags, str | list | tuple) else flags
 
     @field_validator(
         "s3_buckets", "tenant_prefixes", "tenant_policies", "gateway_fetch_hosts", "model_revisions", mode="before"

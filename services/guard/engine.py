@@ -56,6 +56,7 @@ class Engine:
         probe_every_s: float = 5,
         hang_s: float = 30,
         gpu_share: float = 1.0,
+        engine_flags: tuple[str, ...] = (),
     ) -> None:
         """
         Args:
@@ -65,6 +66,7 @@ class Engine:
             probe_every_s: between two probes of a server that is ready.
             hang_s: a server that generates no token for so long is replaced.
             gpu_share: the share of each GPU's memory that the server may use.
+            engine_flags: further flags of SGLang.
         """
         self.checkpoint = checkpoint
         self._state_dir = state_dir.expanduser()
@@ -75,6 +77,7 @@ class Engine:
         self._probe_every_s = probe_every_s
         self._hang_s = hang_s
         self._gpu_share = gpu_share
+        self._engine_flags = engine_flags
         self._state: EngineState = "stopped"
         self._down_since = time.monotonic()
         self._staged: StagedCheckpoint | None = None
@@ -98,6 +101,7 @@ class Engine:
             deadline_s=settings.guard_deadline_s,
             start_s=settings.guard_start_s,
             gpu_share=min(1.0, settings.guard_gpus or 1.0),
+            engine_flags=settings.engine_flags,
         )
 
     @property
@@ -162,6 +166,7 @@ class Engine:
                 in_flight=plan.in_flight if plan else self._in_flight or self.checkpoint.in_flight,
                 deadline_s=self._deadline_s,
                 tokenizer=self._staged.tokenizer,
+                engine_flags=self._engine_flags,
             )
             await self._launch(self._launch_config)
         except BaseException:

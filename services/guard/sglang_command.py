@@ -48,6 +48,8 @@ _INHERITED: Final = frozenset(
         *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ"),
         *("LD_LIBRARY_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "CC", "CXX", "MAX_JOBS"),
         *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE"),
+        # Compiled kernels.
+        "SGLANG_CACHE_DIR",
         *("PYTHONPATH", "PYTHONHOME", "PYTHONUNBUFFERED", "PYTHONHASHSEED", "PYTHONFAULTHANDLER", "VIRTUAL_ENV"),
         # The GPUs. Not every NVIDIA_: NVIDIA_API_KEY is a credential.
         *("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
@@ -78,6 +80,8 @@ class LaunchConfig:
     """Seconds that a caller waits for one call."""
     tokenizer: Path | None = None
     """The folder of the tokenizer, if it is not `folder`."""
+    engine_flags: tuple[str, ...] = ()
+    """The operator's flags. They come last, because the last one counts."""
 
     def command(self, *, port: int, secrets: Path) -> list[str]:
         """The argv. `secrets` is a file of flags that must not show in a process list."""
@@ -93,6 +97,7 @@ class LaunchConfig:
             *(("--tokenizer-path", str(self.tokenizer)) if self.tokenizer else ()),
             *self.checkpoint.launch_flags,
             *(self.checkpoint.cuda_flags if self.plan else ()),
+            *self.engine_flags,
         ]
 
     def environment(self, inherited: Mapping[str, str], *, port: int, scratch: Path) -> dict[str, str]:

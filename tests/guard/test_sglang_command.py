@@ -4,6 +4,7 @@ import os
 import stat
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def test_device_selects_the_flags() -> None:
     assert "--device" not in on_gpu
     assert on_gpu[on_gpu.index("--tp-size") + 1] == "2"
     assert "--tp-size" not in on_cpu
+
+
+def test_flags_of_the_operator_come_last() -> None:
+    config = replace(launch_config("ShieldGemma-2-4B", gpus=1), engine_flags=("--attention-backend", "fa3"))
+    assert config.command(port=1, secrets=Path("/f"))[-2:] == ["--attention-backend", "fa3"]
 
 
 def test_plan_of_the_memory_is_passed() -> None:
@@ -117,7 +123,14 @@ ATTACKED = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-NEEDED = {"PATH": "/bin", "HOME": "/home/user", "CUDA_VISIBLE_DEVICES": "3", "LC_ALL": "C.UTF-8", "NCCL_DEBUG": "WARN"}
+NEEDED = {
+    "SGLANG_CACHE_DIR": "/cache",
+    "PATH": "/bin",
+    "HOME": "/home/user",
+    "CUDA_VISIBLE_DEVICES": "3",
+    "LC_ALL": "C.UTF-8",
+    "NCCL_DEBUG": "WARN",
+}
 
 
 def test_environment_has_only_what_computing_needs(tmp_path: Path) -> None:
