@@ -184,7 +184,9 @@ class Settings(BaseSettings):
         "busy and fit into its memory, 16 or fewer for most checkpoints, and 48 for a 0.5B model on a GPU with 70 GiB",
     )
     guard_deadline_s: PositiveSeconds = Field(
-        60, description="time limit for one assessment (one call of the guard for one image)"
+        60,
+        description="time limit for one assessment (one call of the guard for one image), from the moment that the "
+        "engine takes it",
     )
     engine_flags: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

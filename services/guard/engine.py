@@ -55,7 +55,7 @@ class Engine:
         start_s: float = 900,
         probe_every_s: float = 5,
         hang_s: float = 30,
-        gpu_share: float = 1.0,
+        gpus: float | None = None,
         engine_flags: tuple[str, ...] = (),
     ) -> None:
         """
@@ -65,7 +65,8 @@ class Engine:
             start_s: until a server must be ready.
             probe_every_s: between two probes of a server that is ready.
             hang_s: a server that generates no token for so long is replaced.
-            gpu_share: the share of each GPU's memory that the server may use.
+            gpus: GPUs of the server; below 1: the share of one GPU's memory that it may use; 0: it runs on the CPU;
+                None: those that there are.
             engine_flags: further flags of SGLang.
         """
         self.checkpoint = checkpoint
@@ -76,7 +77,7 @@ class Engine:
         self._start_s = start_s
         self._probe_every_s = probe_every_s
         self._hang_s = hang_s
-        self._gpu_share = gpu_share
+        self._gpus = gpus
         self._engine_flags = engine_flags
         self._state: EngineState = "stopped"
         self._down_since = time.monotonic()
@@ -100,7 +101,7 @@ class Engine:
             in_flight=settings.guard_in_flight,
             deadline_s=settings.guard_deadline_s,
             start_s=settings.guard_start_s,
-            gpu_share=min(1.0, settings.guard_gpus or 1.0),
+            gpus=settings.guard_gpus,
             engine_flags=settings.engine_flags,
         )
 
@@ -157,7 +158,8 @@ class Engine:
         self._set_state("starting")
         try:
             # First, because staging may download gigabytes.
-            plan = await asyncio.to_thread(plan_gpus, self.checkpoint, self._gpu_share, self._in_flight)
+            share = min(1.0, self._gpus or 1.0)
+            plan = await asyncio.to_thread(plan_gpus, self.checkpoint, share, self._in_flight, self._gpus)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir, self._revisions)
             self._launch_config = LaunchConfig(
                 checkpoint=self.checkpoint,

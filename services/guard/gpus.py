@@ -1,6 +1,7 @@
 """Chooses the GPUs of a checkpoint before any download or start, and without loading PyTorch in this process."""
 
 import functools
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from services.guard.checkpoints import Checkpoint
 from services.guard.gpu_memory import GIB, MemoryPlan
 from services.guard.safetensors import count_parameters
 
+logger = logging.getLogger(__name__)
+
 _CPU_PARAMETERS_LIMIT: Final = 2_000_000_000
 """A larger model needs minutes for one image on a CPU, and more memory than most machines have."""
 
@@ -23,21 +26,44 @@ def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
     return plan.gpus if plan else 0
 
 
-def plan_gpus(checkpoint: Checkpoint, share: float = 1.0, in_flight: int | None = None) -> MemoryPlan | None:
+def plan_gpus(
+    checkpoint: Checkpoint, share: float = 1.0, in_flight: int | None = None, requested: float | None = None
+) -> MemoryPlan | None:
     """How a replica uses the GPUs of this process; None: it runs on the CPU. Blocks.
 
     Args:
         checkpoint: what the replica loads.
         share: the share of each GPU's memory that it may use.
         in_flight: calls at a time; None: as many as the GPU needs and holds.
+        requested: the GPUs of a replica in the settings; 0: only the CPU; None: those that there are.
 
     Raises:
-        ConfigurationError: the GPUs have too little memory, or there is none and the model is too large for the CPU.
+        ConfigurationError: the GPUs have too little memory, PyTorch cannot use them, or there is none although it was
+            requested, or although the model is too large for the CPU.
     """
-    memory = read_gpu_memory_bytes()
-    if memory and is_cuda_available():
+    memory = read_gpu_memory_bytes() if requested != 0 else []
+    if requested and not memory:
+        raise ConfigurationError(
+            f"SLUICE_GUARD_GPUS is {requested:g}, and this replica sees no GPU: check that `nvidia-smi` lists one, "
+            "or set SLUICE_GUARD_GPUS=0 to judge on the CPU."
+        )
+    if memory and not is_cuda_available():
+        raise ConfigurationError(
+            "PyTorch cannot use this machine's GPU: update its driver (`nvidia-smi` shows the version), or set "
+            "SLUICE_GUARD_GPUS=0 to judge on the CPU."
+        )
+    if memory:
         mine = [int(each * share) for each in memory]
         if plan := checkpoint.plan_memory(mine, in_flight):
+            if requested and plan.gpus < requested:
+                logger.warning(
+                    "%s needs %d of the %g GPUs of this replica, and the others are idle; set SLUICE_GUARD_GPUS=%d, "
+                    "and SLUICE_GUARD_REPLICAS to the number of GPUs",
+                    checkpoint.name,
+                    plan.gpus,
+                    requested,
+                    plan.gpus,
+                )
             return plan
         have = " + ".join(f"{each / GIB:.0f}" for each in mine)
         raise ConfigurationError(
@@ -47,7 +73,7 @@ def plan_gpus(checkpoint: Checkpoint, share: float = 1.0, in_flight: int | None 
     # A folder of .bin files has no headers: use the row's number.
     size = (checkpoint.folder and count_parameters(checkpoint.folder)) or checkpoint.parameters
     if size > _CPU_PARAMETERS_LIMIT:
-        reason = "PyTorch cannot use this machine's GPU (is its driver too old?)" if memory else "there is no GPU here"
+        reason = "SLUICE_GUARD_GPUS is 0" if requested == 0 else "there is no GPU here"
         raise ConfigurationError(
             f"{checkpoint.name} has {size / 1e9:.1f} billion parameters, too many for a CPU, and {reason}: run it "
             "on a machine with a GPU (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."

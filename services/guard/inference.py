@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -52,7 +53,7 @@ class GuardInference:
         Args:
             engine: must have started, unless `in_flight` is given.
             in_flight: by default that of the engine.
-            deadline_s: for one assessment, including its wait.
+            deadline_s: for one assessment, from the moment that it gets its slot.
             answer_tokens: the limit of an answer under LlavaGuard's own categories; a longer rationale is cut and
                 marked.
         """
@@ -61,6 +62,7 @@ class GuardInference:
         self._deadline_s = deadline_s
         self._answer_tokens = answer_tokens
         self._rating_tokens: _RatingTokens | None = None
+        self._image_hash_key = secrets.token_bytes(32)
 
     @classmethod
     def from_settings(cls, engine: Engine, settings: Settings) -> Self:
@@ -139,7 +141,8 @@ class GuardInference:
         """Judge an image under each policy, in their order. An image and a policy always get the same assessment.
 
         The policies are judged one after the other in one slot, so that each after the first finds the image in the
-        engine's cache. The deadline is multiplied by the number of policies. An error under one policy ends them all.
+        engine's cache. The deadline is multiplied by the number of policies, and begins with the slot: work that the
+        GPU has begun is not thrown away because it waited. An error under one policy ends them all.
 
         Raises:
             GuardFailed: the engine refuses the image twice, or fails three times because of it.
@@ -151,19 +154,30 @@ class GuardInference:
             return []
         async with self._slot(image.sha256, priority, len(policies)):
             data_url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
-            request = {"image_data": data_url, "priority": _PRIORITY[priority]}
+            request = {
+                "image_data": data_url,
+                "mm_hashes": [self._hash_image(image.data)],
+                "priority": _PRIORITY[priority],
+            }
             return [await self._assess(request, policy, detail) for policy in policies]
 
     @asynccontextmanager
     async def _slot(self, sha256: str, priority: GuardPriority, assessments: int) -> AsyncIterator[None]:
         deadline_s = self._deadline_s * assessments
         try:
-            async with asyncio.timeout(deadline_s), self._slots.acquire(sha256, priority):
+            async with self._slots.acquire(sha256, priority), asyncio.timeout(deadline_s):
                 yield
         except TimeoutError:
             raise GuardUnavailable(
                 f"The engine did not answer within {deadline_s:.0f} s (SLUICE_GUARD_DEADLINE_S)."
             ) from None
+
+    def _hash_image(self, data: bytes) -> str:
+        """The name of an image in the engine's cache. Otherwise the engine hashes the pixels between two batches.
+
+        Nobody else can compute it: with two images of the same name, the second would get the verdict of the first.
+        """
+        return hashlib.blake2b(data, key=self._image_hash_key, digest_size=8).hexdigest()
 
     async def _assess(self, request: Mapping[str, Any], policy: Policy, detail: Detail) -> Assessment:
         used = Counter[str]()

@@ -8,7 +8,7 @@ from services.core.errors import ConfigurationError
 from services.guard import gpus
 from services.guard.checkpoints import resolve_checkpoint
 from services.guard.gpu_memory import GIB
-from services.guard.gpus import choose_gpu_count, read_gpu_memory_bytes
+from services.guard.gpus import choose_gpu_count, plan_gpus, read_gpu_memory_bytes
 
 
 @pytest.fixture
@@ -56,11 +56,36 @@ class TestDevice:
         with pytest.raises(ConfigurationError, match=r"tiny has 0\.0 billion parameters"):
             choose_gpu_count(resolve_checkpoint("tiny"))
 
-    def test_gpu_that_pytorch_cannot_use_is_ignored(self, machine) -> None:
+    @pytest.mark.parametrize("model", ["tiny", "LlavaGuard-v1.2-0.5B-OV", "LlavaGuard-v1.2-7B-OV"])
+    def test_gpu_that_pytorch_cannot_use_is_an_error(self, machine, model: str) -> None:
+        """With an old driver a small model would judge on the CPU of a machine that is paid for its GPU."""
         machine(79.3, usable=False)
-        assert choose_gpu_count(resolve_checkpoint("tiny")) == 0
-        with pytest.raises(ConfigurationError, match="PyTorch cannot use this machine's GPU"):
-            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"))
+        for requested in (None, 1.0):
+            with pytest.raises(
+                ConfigurationError, match=r"PyTorch cannot use .*update its driver.*SLUICE_GUARD_GPUS=0"
+            ):
+                plan_gpus(resolve_checkpoint(model), requested=requested)
+
+    def test_replica_without_gpus_ignores_those_of_the_machine(self, machine) -> None:
+        for usable in (False, True):
+            machine(79.3, usable=usable)
+            assert plan_gpus(resolve_checkpoint("tiny"), requested=0) is None
+            with pytest.raises(ConfigurationError, match="too many for a CPU, and SLUICE_GUARD_GPUS is 0"):
+                plan_gpus(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), requested=0)
+
+    def test_missing_gpu_is_an_error_if_the_settings_request_one(self, machine) -> None:
+        machine()
+        with pytest.raises(ConfigurationError, match=r"SLUICE_GUARD_GPUS is 0\.5, and this replica sees no GPU"):
+            plan_gpus(resolve_checkpoint("tiny"), 0.5, requested=0.5)
+
+    def test_idle_gpus_of_a_replica_are_told(self, machine, caplog: pytest.LogCaptureFixture) -> None:
+        machine(79.3, 79.3)
+        plan_gpus(resolve_checkpoint("LlavaGuard-34B"), requested=2)
+        plan_gpus(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"))
+        assert not caplog.records
+        plan_gpus(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"), requested=2)
+        assert "needs 1 of the 2 GPUs of this replica" in caplog.text
+        assert "set SLUICE_GUARD_GPUS=1" in caplog.text
 
 
 class TestVisibleGpus:

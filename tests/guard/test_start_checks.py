@@ -1,5 +1,6 @@
 """What a server must judge before it is ready, and what a checkpoint must prove before it judges images."""
 
+import asyncio
 import base64
 import io
 import itertools
@@ -19,6 +20,7 @@ from services.guard.inference import GuardInference
 from services.guard.sglang_server import find_last_error
 from services.guard.warm_up import Request, build_first_verdict, build_large_images, build_probe
 from tests.guard.test_engine import fake_server, until
+from tests.support.engine import drawn, policy
 
 
 def open_image(request: Request) -> Image.Image:
@@ -160,6 +162,46 @@ class FakeEngine:
 
 
 GOOD_SCORES = [(-0.1, -2.3), (-0.1, -2.3), (-0.1, -2.3), (-0.2, -1.7)]
+
+
+class SlowEngine(FakeEngine):
+    """Answers after a while, and records the requests."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__({}, GOOD_SCORES)
+        self.revision = "sha256:0"
+        self.requests: list[dict[str, Any]] = []
+        self._seconds = seconds
+
+    async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append(request)
+        await asyncio.sleep(self._seconds)
+        answer = await super().generate(request)
+        answer["meta_info"] |= {"prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 1}
+        return answer
+
+
+class TestCalls:
+    async def test_deadline_begins_with_the_slot(self) -> None:
+        """With the wait included, calls behind others ended in mid-answer, and the GPU worked in vain."""
+        guard = GuardInference(SlowEngine(0.2), in_flight=1, deadline_s=0.5)
+        results = await asyncio.gather(*(guard.assess_each(drawn(seed), [policy()], "score") for seed in range(6)))
+        assert len(results) == 6
+
+    async def test_call_that_takes_too_long_in_its_slot_is_unavailable(self) -> None:
+        guard = GuardInference(SlowEngine(5), in_flight=1, deadline_s=0.1)
+        with pytest.raises(GuardUnavailable, match="did not answer within"):
+            await guard.assess_each(drawn(1), [policy()], "score")
+
+    async def test_each_image_has_its_own_name_in_the_cache(self) -> None:
+        engine = SlowEngine(0)
+        for guard in (GuardInference(engine), GuardInference(engine)):
+            for seed in (1, 1, 2):
+                await guard.assess_each(drawn(seed), [policy()], "score")
+        first, same, other, elsewhere = [request["mm_hashes"] for request in engine.requests[:4]]
+        assert first == same
+        assert len({first[0], other[0], elsewhere[0]}) == 3, "the name could be computed outside"
+        assert all(0 <= int(name, 16) < 1 << 64 for (name,) in (first, other, elsewhere))
 
 
 class TestCheckpoint:
