@@ -188,6 +188,11 @@ class Settings(BaseSettings):
         description="time limit for one assessment (one call of the guard for one image), from the moment that the "
         "engine takes it",
     )
+    image_order: Literal["image_first", "text_first"] | None = Field(
+        None,
+        description="whether the image comes before or after the policy in the prompt, to evaluate an order; unset: "
+        "that of the checkpoint, `image_first` for all",
+    )
     engine_flags: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="flags for SGLang, separated by spaces, which replace those of Sluice, for example "

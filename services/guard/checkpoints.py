@@ -6,6 +6,7 @@ marked as unverified. GPU memory is calculated (see `services.guard.gpu_memory`)
 of that class.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.guard.families.base import ModelFamily
 from services.guard.families.llavaguard import LlavaGuard
+from services.guard.families.llavaguard_format import ImageOrder
 from services.guard.families.shieldgemma import ShieldGemma
 from services.guard.gpu_memory import GIB, MemoryPlan, ModelSize, plan_memory
 from services.guard.safetensors import read_json
@@ -76,6 +78,8 @@ class Checkpoint:
     """Changes to the JSON files, by file name."""
     preprocessor: Mapping[str, Any] | None = None
     """Written as preprocessor_config.json instead of the checkpoint's own."""
+    other_architectures: tuple[str, ...] = ()
+    """Architectures of local folders that this row is for, too."""
     image_token_id: int | None = None
     """The id of the token `<image>` if the tokenizer's files do not name it."""
     tensor_prefix: str = ""
@@ -188,9 +192,12 @@ def _qwen(label: str, **fields: Any) -> Checkpoint:
         hub_id=f"AIML-TUDA/QwenGuard-v1.2-{label}",
         architecture="Qwen2_5_VLForConditionalGeneration",
         family=LlavaGuard("qwen2-vl"),
-        # LlavaGuard's evaluation uses at most 1280 patches of 28 x 28 px.
+        # Unverified: the files of one of LlavaGuard's runs train a Qwen2-VL of this size.
+        other_architectures=("Qwen2VLForConditionalGeneration",),
         max_side_px=1280,
-        launch_flags=_BFLOAT16,
+        # LlavaGuard's evaluation uses at most 1280 patches of 28 x 28 px. Without the limit a square image of this side
+        # would have 2116. The training used at most 262,144 px.
+        launch_flags=(*_BFLOAT16, "--mm-process-config", json.dumps({"image": {"max_pixels": 1280 * 28 * 28}})),
         **fields,
     )
 
@@ -332,6 +339,19 @@ def resolve_checkpoint(model: str) -> Checkpoint:
     )
 
 
+def order_image(checkpoint: Checkpoint, order: ImageOrder | None) -> Checkpoint:
+    """The checkpoint with the image before or after the policy in its prompts; None: in the order of the row.
+
+    Raises:
+        ConfigurationError: the prompts of its family have one order only.
+    """
+    if order is None:
+        return checkpoint
+    if not isinstance(checkpoint.family, LlavaGuard):
+        raise ConfigurationError(f"SLUICE_IMAGE_ORDER cannot be set for {checkpoint.name}; unset it.")
+    return replace(checkpoint, family=replace(checkpoint.family, order=order))
+
+
 def assume_in_flight(settings: Settings) -> int:
     """Calls at a time of a guard replica, as far as a process without its GPU can know: its GPU may hold fewer."""
     if settings.guard_in_flight is not None:
@@ -348,7 +368,7 @@ def _row_for(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["none"])[0]
     hidden_size = config.get("hidden_size") or (config.get("text_config") or {}).get("hidden_size")
-    rows = [row for row in CHECKPOINTS if row.architecture == architecture]
+    rows = [row for row in CHECKPOINTS if architecture in (row.architecture, *row.other_architectures)]
     rows = [row for row in rows if row.hidden_size == hidden_size] or [row for row in rows if row.hidden_size is None]
     if rows:
         # Releases of one size differ only in their name. If neither folder nor config has it, take the newest.

@@ -13,7 +13,7 @@ from services.core.errors import GuardUnavailable
 from services.core.settings import Settings
 from services.core.tasks import cancel_and_wait
 from services.guard.checkpoint_staging import StagedCheckpoint, stage
-from services.guard.checkpoints import Checkpoint, resolve_checkpoint
+from services.guard.checkpoints import Checkpoint, order_image, resolve_checkpoint
 from services.guard.gpus import plan_gpus
 from services.guard.safetensors import read_json
 from services.guard.sglang_command import LaunchConfig
@@ -92,10 +92,10 @@ class Engine:
     def from_settings(cls, settings: Settings) -> Self:
         """
         Raises:
-            ConfigurationError: SLUICE_MODEL names no checkpoint.
+            ConfigurationError: SLUICE_MODEL names no checkpoint, or SLUICE_IMAGE_ORDER does not apply to it.
         """
         return cls(
-            resolve_checkpoint(settings.model),
+            order_image(resolve_checkpoint(settings.model), settings.image_order),
             state_dir=settings.state_dir,
             revisions={name: commit for name, _, commit in (pair.partition("@") for pair in settings.model_revisions)},
             in_flight=settings.guard_in_flight,

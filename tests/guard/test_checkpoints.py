@@ -13,9 +13,11 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from services.core.errors import ConfigurationError
+from services.core.settings import Settings
 from services.guard import checkpoint_staging as staging
 from services.guard.checkpoint_staging import stage
-from services.guard.checkpoints import CHECKPOINTS, resolve_checkpoint
+from services.guard.checkpoints import CHECKPOINTS, order_image, resolve_checkpoint
+from services.guard.engine import Engine
 from services.guard.gpu_memory import GIB
 from services.guard.safetensors import strip_prefix
 
@@ -94,6 +96,10 @@ class TestResolve:
                 "QwenGuard-v1.2-7B",
             ),
             (
+                {"architectures": ["Qwen2VLForConditionalGeneration"], "hidden_size": 3584},
+                "QwenGuard-v1.2-7B",
+            ),
+            (
                 {"architectures": ["ShieldGemma2ForImageClassification"], "text_config": {"hidden_size": 2560}},
                 "ShieldGemma-2-4B",
             ),
@@ -128,6 +134,32 @@ class TestResolve:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(ConfigurationError, match="cannot be read"):
             resolve_checkpoint(str(tmp_path))
+
+
+class TestImageOrder:
+    @pytest.mark.parametrize("name", ["QwenGuard-v1.2-3B", "LlavaGuard-v1.2-7B-OV", "LlavaGuard-v1.0-7B"])
+    def test_image_follows_the_policy_on_request(self, name: str) -> None:
+        row = resolve_checkpoint(name)
+        image = row.family.image_token[0]
+        for order, ahead in (("image_first", True), ("text_first", False), (None, True)):
+            example = order_image(row, order).family.build_example()
+            assert example.count(image) == 1
+            assert (example.index(image) < example.index("Is this image safe?")) == ahead
+
+    def test_order_changes_the_digest_of_the_prompt(self) -> None:
+        """Otherwise a stored verdict would be taken for the same judgement."""
+        row = resolve_checkpoint("QwenGuard-v1.2-3B")
+        assert order_image(row, "text_first").family.adapt_prompt("Be kind.") != row.family.adapt_prompt("Be kind.")
+        assert order_image(row, "image_first").family.adapt_prompt("Be kind.") == row.family.adapt_prompt("Be kind.")
+
+    def test_order_of_shieldgemma_is_fixed(self) -> None:
+        with pytest.raises(ConfigurationError, match="SLUICE_IMAGE_ORDER cannot be set for ShieldGemma"):
+            order_image(resolve_checkpoint("ShieldGemma-2-4B"), "text_first")
+
+    def test_setting_reaches_the_engine(self, tmp_path: Path) -> None:
+        settings = Settings(model="QwenGuard-v1.2-3B", image_order="text_first", state_dir=tmp_path)
+        family = Engine.from_settings(settings).checkpoint.family
+        assert family.build_example().index("safe?") < family.build_example().index("<|image_pad|>")
 
 
 class TestStage:

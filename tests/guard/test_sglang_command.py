@@ -1,5 +1,6 @@
 import argparse
 import itertools
+import json
 import os
 import stat
 import sys
@@ -94,6 +95,14 @@ def test_flags_of_the_checkpoint_are_passed() -> None:
     assert "--enable-multimodal" in on_cpu
     assert on_cpu[on_cpu.index("--attention-backend") + 1] == "torch_native"
     assert on_gpu[on_gpu.index("--attention-backend") + 1] == "triton"
+
+
+def test_qwenguard_sees_no_more_pixels_than_its_evaluation() -> None:
+    argv = launch_config("QwenGuard-v1.2-7B", gpus=1).command(port=1, secrets=Path("/f"))
+    limit = json.loads(argv[argv.index("--mm-process-config") + 1])["image"]["max_pixels"]
+    assert limit == 1_003_520
+    assert limit // (28 * 28) == resolve_checkpoint("QwenGuard-v1.2-7B").size.image_tokens
+    assert "--mm-process-config" not in launch_config("tiny").command(port=1, secrets=Path("/f"))
 
 
 def test_tokenizer_path_is_passed() -> None:

@@ -8,6 +8,7 @@ from services.guard.families.base import FamilyAnswer, GenerateFn
 from services.guard.families.llavaguard_format import (
     ANSWER_START,
     ChatTemplate,
+    ImageOrder,
     Wording,
     adapt_wording,
     bound_tokens_before_rationale,
@@ -25,13 +26,15 @@ class LlavaGuard:
 
     chat_template: ChatTemplate
     wording: Wording = "describe"
+    order: ImageOrder = "image_first"
 
     @property
     def ratings(self) -> tuple[str, str]:
         return "Safe", "Unsafe"
 
     def adapt_prompt(self, prompt: str) -> str:
-        return adapt_wording(self.wording, prompt)
+        adapted = adapt_wording(self.wording, prompt)
+        return f"{adapted}\n<image>" if self.order == "text_first" else adapted
 
     @property
     def image_token(self) -> tuple[str, str]:
@@ -71,5 +74,5 @@ class LlavaGuard:
 
     def _build_question(self, prompt: str) -> str:
         # After a chat template that ends with a colon the answer begins with a space, as in training.
-        question = build_prompt(self.chat_template, self.adapt_prompt(prompt))
+        question = build_prompt(self.chat_template, adapt_wording(self.wording, prompt), self.order)
         return f"{question} {ANSWER_START}" if question.endswith(":") else question + ANSWER_START

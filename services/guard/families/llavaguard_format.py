@@ -18,6 +18,9 @@ ChatTemplate = Literal["chatml-llava", "vicuna_v1.1", "qwen2-vl"]
 Wording = Literal["explain", "describe"]
 """The wording of the rationale step in a checkpoint's training; see `adapt_wording`."""
 
+ImageOrder = Literal["image_first", "text_first"]
+"""Whether the image comes before or after the policy in a prompt."""
+
 ANSWER_START: Final = '{\n    "rating": "'
 """The start of every answer. The next token is the rating."""
 
@@ -50,8 +53,8 @@ def bound_tokens_before_rationale(categories: Sequence[str] = CATEGORIES) -> int
     return len("Unsafe" + _CATEGORY_KEY + _RATIONALE_KEY) + longest
 
 
-def build_prompt(chat_template: ChatTemplate, prompt: str) -> str:
-    """The prompt in the chat template of the training, up to the start of the answer. The image comes first.
+def build_prompt(chat_template: ChatTemplate, prompt: str, order: ImageOrder = "image_first") -> str:
+    """The prompt in the chat template of the training, up to the start of the answer.
 
     It has no beginning-of-text token: the tokenizer adds it.
 
@@ -59,16 +62,16 @@ def build_prompt(chat_template: ChatTemplate, prompt: str) -> str:
         ConfigurationError: the prompt contains a marker of a chat template, which would end the user's turn early.
     """
     prompt = reject_chat_markers(prompt)
-    match chat_template:
-        case "chatml-llava":
-            return _chatml(f"<image>\n{prompt}")
-        case "qwen2-vl":
-            return _chatml(f"<|vision_start|><|image_pad|><|vision_end|>{prompt}")
-        case "vicuna_v1.1":
-            return (
-                "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-                f"detailed, and polite answers to the user's questions. USER: <image>\n{prompt} ASSISTANT:"
-            )
+    qwen = chat_template == "qwen2-vl"
+    image = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<image>"
+    image_first = f"{image}{prompt}" if qwen else f"{image}\n{prompt}"
+    user = image_first if order == "image_first" else f"{prompt}\n{image}"
+    if chat_template == "vicuna_v1.1":
+        return (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            f"detailed, and polite answers to the user's questions. USER: {user} ASSISTANT:"
+        )
+    return _chatml(user)
 
 
 def adapt_wording(wording: Wording, prompt: str) -> str:
