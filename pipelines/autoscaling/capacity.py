@@ -39,6 +39,7 @@ _MIN_PARTITIONS: Final = 6
 
 IMAGE_TOKENS_BY_ARCHITECTURE: Final[dict[str, dict[ImageSize, int]]] = {
     "LlavaQwenForCausalLM": {"small": 1485, "medium": 4725, "large": 7269},  # anyres, tiles of 384 px
+    "LlavaOnevisionForConditionalGeneration": {"small": 1485, "medium": 4725, "large": 7269},
     "LlavaLlamaForCausalLM": {"small": 576, "medium": 576, "large": 576},  # one view of 336 px
     "Qwen2_5_VLForConditionalGeneration": {"small": 196, "medium": 999, "large": 1280},  # 28 px a token, 1280 at most
     "ShieldGemma2ForImageClassification": {"small": 256, "medium": 256, "large": 256},

@@ -22,12 +22,26 @@ from huggingface_hub.errors import (
 
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import Checkpoint
-from services.guard.safetensors import find_shape, read_json, require_weights, strip_prefix
+from services.guard.safetensors import (
+    extract_tensors,
+    find_shape,
+    has_tensor,
+    read_json,
+    rename_tensors,
+    require_weights,
+)
 
 logger = logging.getLogger(__name__)
 
 _COPY_LIMIT_BYTES: Final = 64 << 20
 _IGNORED_FILES: Final = ("*.msgpack", "*.h5", "*.gguf", "original/*")
+_EMBEDDINGS: Final = (
+    "model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+)
+CONVERTED_TOWER: Final = "siglip"
+"""The folder of the vision tower in a staged checkpoint of transformers' layout."""
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -69,6 +83,8 @@ def stage(checkpoint: Checkpoint, state_dir: Path, revisions: Mapping[str, str] 
     named_tower = str(documents["config.json"].get("mm_vision_tower") or "")
     tower = _find_vision_tower(checkpoint, source, named_tower, revisions)
     tokenizer = _find_tokenizer(checkpoint, source, revisions)
+    if checkpoint.is_converted:
+        documents |= _convert(source, documents)
     if checkpoint.is_llava:
         documents["config.json"] |= _correct_llava(checkpoint, source, tokenizer or source)
     if tower is None and documents == {"config.json": config} and not checkpoint.tensor_prefix:
@@ -79,17 +95,36 @@ def stage(checkpoint: Checkpoint, state_dir: Path, revisions: Mapping[str, str] 
     identity = json.dumps([revision, str(shelf), documents, checkpoint.tensor_prefix], sort_keys=True)
     folder = shelf / f"{checkpoint.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     towers: dict[str, Path] = {}
+    if checkpoint.is_converted:
+        documents["config.json"]["mm_vision_tower"] = str(folder / CONVERTED_TOWER)
     if tower is not None:
         staged_tower = folder / _tower_name(checkpoint, tower)
-        if "clip" in str(staged_tower) and "clip" not in staged_tower.name:
-            raise ConfigurationError(
-                f"SLUICE_STATE_DIR={state_dir} must not contain `clip`: SGLang would load the vision tower as CLIP."
-            )
         documents["config.json"]["mm_vision_tower"] = str(staged_tower)
         towers[staged_tower.name] = tower
+    tower_path = str(documents["config.json"].get("mm_vision_tower") or "")
+    if tower_path and "clip" in tower_path and "clip" not in Path(tower_path).name:
+        raise ConfigurationError(
+            f"SLUICE_STATE_DIR={state_dir} must not contain `clip`: SGLang would load the vision tower as CLIP."
+        )
     if not folder.is_dir():
         _fill_folder(checkpoint, source, towers, folder, documents)
     return StagedCheckpoint(folder, revision, tokenizer)
+
+
+def _convert(source: Path, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The JSON files of a checkpoint in transformers' layout, as SGLang's LLaVA reads them."""
+    # transformers is heavy, and only these checkpoints need it.
+    from services.guard.onevision_conversion import to_llava_config, to_tower_config  # noqa: PLC0415
+
+    config = documents["config.json"]
+    tokenizer = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    return {
+        "config.json": to_llava_config(config, tied=not has_tensor(source, "lm_head.weight")),
+        f"{CONVERTED_TOWER}/config.json": to_tower_config(config),
+        # SGLang uses only the image processor and the tokenizer of a processor.
+        "processor_config.json": {"processor_class": "LlavaProcessor"},
+        "tokenizer_config.json": {name: value for name, value in tokenizer.items() if name != "processor_class"},
+    }
 
 
 def _correct_llava(checkpoint: Checkpoint, source: Path, tokenizer: Path) -> dict[str, Any]:
@@ -103,7 +138,7 @@ def _correct_llava(checkpoint: Checkpoint, source: Path, tokenizer: Path) -> dic
     if image_token_id is not None:
         corrected["image_token_index"] = image_token_id
     # A number that is smaller than the embedding table makes the load fail.
-    if embedding := find_shape(source, "model.embed_tokens.weight"):
+    if embedding := find_shape(source, *_EMBEDDINGS):
         corrected["vocab_size"] = embedding[0]
     return corrected
 
@@ -236,7 +271,12 @@ def _fill_folder(
     try:
         _copy(source, draft)
         if checkpoint.tensor_prefix:
-            strip_prefix(draft, checkpoint.tensor_prefix)
+            rename_tensors(draft, lambda name: name.removeprefix(checkpoint.tensor_prefix))
+        if checkpoint.is_converted:
+            from services.guard.onevision_conversion import to_llava_name, to_tower_name  # noqa: PLC0415
+
+            extract_tensors(source, to_tower_name, draft / CONVERTED_TOWER / "model.safetensors")
+            rename_tensors(draft, to_llava_name)
         for name, tower in towers.items():
             _copy(tower, draft / name)
         for name, document in documents.items():

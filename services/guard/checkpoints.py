@@ -24,6 +24,7 @@ from services.guard.safetensors import read_json
 _TENSOR_PARALLEL_SIZES: Final = (1, 2, 4, 8)
 _LARGE_GPU_BYTES: Final = 70 * GIB
 _ASSUMED_IN_FLIGHT: Final = 16
+_ONEVISION_OF_TRANSFORMERS: Final = "LlavaOnevisionForConditionalGeneration"
 _FLOAT16: Final = ("--dtype", "float16")
 _BFLOAT16: Final = ("--dtype", "bfloat16")
 _SIGLIP: Final = "google/siglip-so400m-patch14-384"
@@ -93,6 +94,11 @@ class Checkpoint:
         return self.size.parameters
 
     @property
+    def is_converted(self) -> bool:
+        """Whether its tensors have transformers' names (its repository's name ends with `-hf`)."""
+        return self.architecture == _ONEVISION_OF_TRANSFORMERS
+
+    @property
     def is_llava(self) -> bool:
         """Whether SGLang loads it as a LLaVA, whose image token and vocabulary its config.json may misstate."""
         return self.architecture.startswith("Llava")
@@ -153,8 +159,9 @@ def _llava_1_5(version: str, label: str) -> Checkpoint:
     )
 
 
-def _onevision(label: str, **fields: Any) -> Checkpoint:
-    return Checkpoint(
+def _onevision(label: str, **fields: Any) -> tuple[Checkpoint, Checkpoint]:
+    """As LLaVA-NeXT's trainer saved it, and converted for transformers."""
+    row = Checkpoint(
         name=f"LlavaGuard-v1.2-{label}-OV",
         hub_id=f"AIML-TUDA/LlavaGuard-v1.2-{label}-OV",
         architecture="LlavaQwenForCausalLM",
@@ -166,6 +173,15 @@ def _onevision(label: str, **fields: Any) -> Checkpoint:
         image_token_id=151646,
         **fields,
     )
+    converted = replace(
+        row,
+        name=f"{row.name}-hf",
+        hub_id=f"{row.hub_id}-hf",
+        architecture=_ONEVISION_OF_TRANSFORMERS,
+        # It has its tower.
+        vision_tower=None,
+    )
+    return row, converted
 
 
 def _onevision_size(parameters: int, **fields: int) -> ModelSize:
@@ -225,7 +241,7 @@ CHECKPOINTS: Final = (
         ),
         folder=Path(__file__).parent / "tiny",
     ),
-    _onevision(
+    *_onevision(
         "0.5B",
         gpu_memory_bytes=12 * GIB,
         hidden_size=896,
@@ -233,7 +249,7 @@ CHECKPOINTS: Final = (
         # One call takes about 120 ms of which the GPU computes a fraction.
         large_gpu_in_flight=48,
     ),
-    _onevision(
+    *_onevision(
         "7B",
         gpu_memory_bytes=38 * GIB,
         hidden_size=3584,

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,17 +52,45 @@ def find_shape(folder: Path, *names: str) -> tuple[int, ...] | None:
     return None
 
 
-def strip_prefix(folder: Path, prefix: str) -> None:
-    """Remove the prefix from the names of tensors. A linked file is replaced; its target stays unchanged."""
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors other names. A linked file is replaced; its target stays unchanged."""
     for file in sorted(folder.glob("*.safetensors")):
         header = _header(file)
-        if any(name.startswith(prefix) for name in header):
-            _rewrite(file, {name.removeprefix(prefix): value for name, value in header.items()})
+        renamed = {name if name == "__metadata__" else rename(name): value for name, value in header.items()}
+        if renamed != header:
+            _rewrite(file, renamed)
     index = folder / _INDEX
     if index.is_file():
         document = read_json(index)
-        renamed = {name.removeprefix(prefix): file for name, file in document.get("weight_map", {}).items()}
-        index.write_text(json.dumps(document | {"weight_map": renamed}, indent=2), encoding="utf-8")
+        weight_map = {rename(name): file for name, file in document.get("weight_map", {}).items()}
+        index.write_text(json.dumps(document | {"weight_map": weight_map}, indent=2), encoding="utf-8")
+
+
+def extract_tensors(folder: Path, rename: Callable[[str], str | None], target: Path) -> None:
+    """Write the tensors for which `rename` returns a name to a new file, under that name."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    parts: list[tuple[Path, int, int]] = []
+    end = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in _tensors(_header(file)).items():
+            if (new := rename(name)) is not None:
+                start, stop = tensor["data_offsets"]
+                parts.append((file, start, stop - start))
+                header[new] = dict(tensor) | {"data_offsets": [end, end + stop - start]}
+                end += stop - start
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as out:
+        out.write(_encode(header))
+        for file, start, length in parts:
+            with file.open("rb") as source:
+                source.seek(8 + int.from_bytes(source.read(8), "little") + start)
+                for begin in range(0, length, _CHUNK_BYTES):
+                    out.write(source.read(min(length - begin, _CHUNK_BYTES)))
+
+
+def has_tensor(folder: Path, suffix: str) -> bool:
+    """Whether a tensor in the safetensors files of a folder has a name that ends so."""
+    return any(name.endswith(suffix) for file in folder.glob("*.safetensors") for name in _tensors(_header(file)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,12 +131,16 @@ def _end(tensors: Iterable[Mapping[str, Any]]) -> int:
     return max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
 
 
-def _rewrite(file: Path, header: Mapping[str, Any]) -> None:
+def _encode(header: Mapping[str, Any]) -> bytes:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # The format requires aligned data.
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _rewrite(file: Path, header: Mapping[str, Any]) -> None:
     draft = file.with_name(f"{file.name}.draft")
     with file.open("rb") as source, draft.open("wb") as target:
         source.seek(8 + int.from_bytes(source.read(8), "little"))
-        target.write(len(encoded).to_bytes(8, "little") + encoded)
+        target.write(_encode(header))
         shutil.copyfileobj(source, target, _CHUNK_BYTES)
     draft.replace(file)

@@ -19,7 +19,7 @@ from services.guard.checkpoint_staging import stage
 from services.guard.checkpoints import CHECKPOINTS, order_image, resolve_checkpoint
 from services.guard.engine import Engine
 from services.guard.gpu_memory import GIB
-from services.guard.safetensors import strip_prefix
+from services.guard.safetensors import rename_tensors
 
 TINY = resolve_checkpoint("tiny").folder
 assert TINY is not None
@@ -79,6 +79,14 @@ class TestResolve:
         [
             ({"architectures": ["LlavaQwenForCausalLM"], "hidden_size": 896}, "LlavaGuard-v1.2-0.5B-OV"),
             ({"architectures": ["LlavaQwenForCausalLM"], "hidden_size": 3584}, "LlavaGuard-v1.2-7B-OV"),
+            (
+                {"architectures": ["LlavaOnevisionForConditionalGeneration"], "text_config": {"hidden_size": 896}},
+                "LlavaGuard-v1.2-0.5B-OV-hf",
+            ),
+            (
+                {"architectures": ["LlavaOnevisionForConditionalGeneration"], "text_config": {"hidden_size": 3584}},
+                "LlavaGuard-v1.2-7B-OV-hf",
+            ),
             ({"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096}, "LlavaGuard-v1.1-7B"),
             ({"architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 5120}, "LlavaGuard-v1.1-13B"),
             (
@@ -350,7 +358,7 @@ class TestWeights:
         with pytest.raises(ConfigurationError, match="is damaged, or only a Git LFS pointer"):
             stage(resolve_checkpoint(str(copy_of_tiny)), tmp_path)
 
-    def test_strip_prefix_leaves_the_original_unchanged(self, tmp_path: Path) -> None:
+    def test_renaming_leaves_the_original_unchanged(self, tmp_path: Path) -> None:
         tensors = {"model.a": torch.arange(5), "model.model.b": torch.ones(3), "c": torch.zeros(2)}
         save_file(tensors, tmp_path / "original.bin")
         folder = tmp_path / "staged"
@@ -358,7 +366,7 @@ class TestWeights:
         (folder / "model.safetensors").symlink_to(tmp_path / "original.bin")
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.a": "model.safetensors"}}')
         before = (tmp_path / "original.bin").read_bytes()
-        strip_prefix(folder, "model.")
+        rename_tensors(folder, lambda name: name.removeprefix("model."))
         renamed = load_file(folder / "model.safetensors")
         assert set(renamed) == {"a", "model.b", "c"}
         assert torch.equal(renamed["a"], torch.arange(5))
