@@ -1,6 +1,7 @@
 """The conversion of transformers' layout of LLaVA-OneVision to that of LLaVA-NeXT."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from services.guard.checkpoint_staging import stage
 from services.guard.checkpoints import resolve_checkpoint
 from services.guard.onevision_conversion import to_llava_config, to_llava_name, to_tower_name
 from services.guard.safetensors import extract_tensors
+from tests.support import reference_models
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -117,6 +119,25 @@ def test_converted_checkpoint_is_staged_with_its_own_tower(tmp_path: Path) -> No
     assert json.loads((staged.folder / "tokenizer_config.json").read_text()) == {"model_max_length": 9}
     assert json.loads((staged.folder / "processor_config.json").read_text())["processor_class"] == "LlavaProcessor"
     assert [(path, path.read_bytes()) for path in sorted(folder.iterdir())] == before, "the source was changed"
+
+
+def test_whole_model_gets_the_names_of_the_trainers_checkpoint(tmp_path: Path) -> None:
+    """The layout is that of the installed transformers, which the engine's test also runs."""
+    trained, converted = [
+        build(tmp_path / build.__name__)
+        for build in (reference_models.onevision, reference_models.onevision_of_transformers)
+    ]
+    row = replace(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV-hf"), folder=converted.folder)
+    staged = stage(row, tmp_path / "state")
+    shapes, theirs = [
+        {
+            name.replace(".vision_model.", "."): tensor.shape
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
+        for folder in (staged.folder, trained.folder)
+    ]
+    # Tied embeddings have no head.
+    assert shapes == {name: shape for name, shape in theirs.items() if name != "lm_head.weight"}
 
 
 def test_extracted_tensors_keep_their_values(tmp_path: Path) -> None:
