@@ -1,6 +1,9 @@
 """The division of a GPU's memory. The GPUs are pretended: their memory is as the driver reports it, in GiB."""
 
+import math
+
 import pytest
+from sglang.srt.multimodal.mm_utils import get_anyres_image_grid_shape, unpad_image_shape
 
 from services.core.settings import Settings
 from services.guard.checkpoints import CHECKPOINTS, Checkpoint, assume_in_flight, resolve_checkpoint
@@ -67,6 +70,23 @@ def test_working_space_is_that_of_the_images() -> None:
     assert size.working_bytes(32768, 16, 1) > 8 * GIB
     assert size.working_bytes(8192, 16, 1) < size.working_bytes(16384, 16, 1) < size.working_bytes(32768, 16, 1)
     assert size.working_bytes(32768, 1, 1) < size.working_bytes(32768, 16, 1)
+
+
+def test_largest_image_has_the_most_tokens_of_the_grid() -> None:
+    """Counted as SGLang counts them in `LlavaBaseForCausalLM.pad_input_ids`."""
+    grid = [(384 * wide, 384 * high) for wide in range(1, 7) for high in range(1, 7)]
+
+    def count(size: tuple[int, int]) -> int:
+        wide, high = get_anyres_image_grid_shape(size, grid, 384)
+        height, width = unpad_image_shape(27 * high, 27 * wide, size)
+        if (times := math.sqrt(height * width / (9 * 27 * 27))) > 1.1:
+            height, width = int(height // times), int(width // times)
+        return 27 * 27 + height * (width + 1)
+
+    sides = [*range(24, 2305, 48), 984, 1200, 2304]
+    most = max(count((width, height)) for width in sides for height in sides)
+    assert most == resolve_checkpoint(OV_7B).size.image_tokens == resolve_checkpoint(OV_05B).size.image_tokens
+    assert count((1920, 1080)) == 7269, "as planned for in `sluice plan`"
 
 
 def test_two_replicas_share_a_gpu() -> None:

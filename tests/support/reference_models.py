@@ -62,7 +62,7 @@ class Reference:
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             pixels = processor(square, return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "image_tokens": 576}
-        processor = LlavaOnevisionImageProcessor(image_grid_pinpoints=GRID)
+        processor = LlavaOnevisionImageProcessor(image_grid_pinpoints=GRID, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         encoded = dict(processor(image, return_tensors="pt"))
         features = self.model.model.get_image_features(
             encoded["pixel_values"],
@@ -314,6 +314,9 @@ def llava_1_5(folder: Path) -> Reference:
     tokenizer = _tokenizer(31999, ["<s>", "<image>", "<pad>"], bos_token="<s>", pad_token="<pad>")
     other = folder / "tokenizer"
     tokenizer.save_pretrained(other)
-    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(other)
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    document = processor.to_dict() | {"processor_class": "LlavaProcessor"}
+    (other / "preprocessor_config.json").write_text(json.dumps(document, default=str))
+    (other / "config.json").write_text('{"model_type": "llava"}')
     (other / "processor_config.json").write_text('{"processor_class": "LlavaProcessor", "patch_size": 14}')
     return Reference(folder, model, tokenizer, 32000, 32000)
