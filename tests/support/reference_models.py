@@ -53,6 +53,26 @@ class Reference:
             outputs = self.model(input_ids=torch.tensor([expanded]), logits_to_keep=1, **inputs)
         return torch.log_softmax(outputs.logits[0, -1, : self.vocabulary].float(), -1)
 
+    def embeddings(self, ids: list[int], image: Image.Image) -> torch.Tensor:
+        """What the language model gets for these tokens and the image in the place of its token."""
+        encoded = self._encode_image(image)
+        with torch.no_grad():
+            if isinstance(self.model, LlavaForConditionalGeneration):
+                found = self.model.model.get_image_features(
+                    encoded["pixel_values"], vision_feature_layer=-2, vision_feature_select_strategy="default"
+                ).pooler_output
+            else:
+                found = self.model.model.get_image_features(
+                    encoded["pixel_values"],
+                    encoded["image_sizes"],
+                    vision_feature_layer=self.model.config.vision_feature_layer,
+                    vision_feature_select_strategy="full",
+                    vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+                ).pooler_output
+            text = self.model.get_input_embeddings()(torch.tensor(ids))
+        at = ids.index(self.image_token)
+        return torch.cat([text[:at], torch.cat(list(found)).reshape(-1, text.shape[1]), text[at + 1 :]])
+
     def _encode_image(self, image: Image.Image) -> dict[str, Any]:
         if isinstance(self.model, LlavaForConditionalGeneration):
             # LLaVA pads an image to a square with the mean colour of CLIP's training.
