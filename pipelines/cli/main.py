@@ -7,7 +7,7 @@ from traceback import format_exc
 
 import typer
 
-from pipelines.cli import annotate, dead_letters, evaluate, keys, plan, policy, replay, submit, up, verdicts
+from pipelines.cli import annotate, dead_letters, doctor, evaluate, keys, plan, policy, replay, submit, up, verdicts
 from pipelines.cli.output import print_line, print_progress
 from pipelines.local.env_file import read_env_file
 from services.core.errors import SluiceError
@@ -54,6 +54,7 @@ for command in (
     annotate.annotate,
     up.demo,
     up.up,
+    doctor.doctor,
     submit.submit,
     verdicts.verdicts,
     replay.replay,

@@ -30,6 +30,7 @@ from pipelines.clients.ray import (
     start_serve,
     wait_until_running,
 )
+from pipelines.doctor.report import check_before_start
 from pipelines.local.backends import start_backends
 from pipelines.local.port import reserve_port
 from pipelines.serving import build
@@ -89,6 +90,8 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
             settings = settings_module.load()
             log_file = stack.enter_context(_tail_log(settings.log_file))
             checkpoints.resolve_checkpoint(settings.model)
+            for problem in check_before_start(settings):
+                progress(f"{problem.check}: {problem.detail}")
             _check_reachable(settings)
             _publish_built_in(settings)
             kill_descendants_on_exit()

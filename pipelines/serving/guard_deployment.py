@@ -1,5 +1,6 @@
 """The guard as a Ray Serve deployment: one engine and the model on it."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -15,6 +16,7 @@ from services.core.tasks import close_on_error
 from services.core.values import Assessment, Detail, GuardPriority, Policy, PreparedImage
 from services.guard.engine import Engine
 from services.guard.inference import GuardInference
+from services.guard.preflight import read_machine, require_gpu_machine
 
 _ADJUSTABLE_SETTINGS: Final = frozenset({"guard_in_flight", "guard_deadline_s"})
 
@@ -43,6 +45,8 @@ class GuardDeployment:
 
     async def _start(self, settings: Settings) -> None:
         self._settings = settings
+        if settings.guard_gpus != 0:
+            require_gpu_machine(await asyncio.to_thread(read_machine))
         self._engine = Engine.from_settings(settings)
         await self._closing.enter_async_context(self._engine)
         self._inference = GuardInference.from_settings(self._engine, settings)

@@ -1,0 +1,369 @@
+"""`sluice doctor` on real backends: everything is right, and then each dependency is broken in turn."""
+
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import redis
+
+from services.policies.document import BUILT_IN
+from services.policies.registry import PolicyRegistry
+from tests.support.command_line import assert_fails, run_sluice_in, start_sluice
+from tests.support.ports import free_ports
+from tests.support.s3_proxy import Headers, Spoiler, spoil
+from tests.support.servers import Valkey
+
+pytestmark = pytest.mark.server
+
+CHECKS = [
+    *("settings", "stream", "stream version", "stream topics", "stream rights"),
+    *("redis", "redis persistence", "redis eviction"),
+    *("buckets", "policy bucket", "policy bucket writes", "clock"),
+    *("model", "model disk"),
+    *("gpu", "gpu driver", "gpu capability", "gpu toolkit", "gpu compiler", "gpu python headers", "model memory"),
+    *("ports", "file limits"),
+    *("sandbox capabilities", "sandbox no_new_privs", "sandbox landlock", "sandbox seccomp", "sandbox rlimits"),
+]
+
+
+class Deployment:
+    """The backends of one test, and the settings that name them."""
+
+    def __init__(self, folder: Path, endpoint: str, valkey: Valkey) -> None:
+        self.folder = folder
+        self.endpoint = endpoint
+        self.valkey = valkey
+        self.s3: Any = boto3.client("s3", endpoint_url=endpoint)
+        name = uuid.uuid4().hex
+        self.uploads, self.policies = f"uploads-{name}", f"policies-{name}"
+        for bucket in (self.uploads, self.policies):
+            self.s3.create_bucket(Bucket=bucket)
+        (port,) = free_ports(1)
+        self.variables = {
+            "SLUICE_STREAM_URL": valkey.url,
+            "SLUICE_REDIS_URL": valkey.url,
+            "SLUICE_S3_ENDPOINT": endpoint,
+            "SLUICE_S3_BUCKETS": self.uploads,
+            "SLUICE_POLICY_BUCKET": self.policies,
+            "SLUICE_MODEL": "tiny",
+            "SLUICE_STATE_DIR": str(folder / "state"),
+            "SLUICE_GATEWAY_PORT": str(port),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def diagnose(self, **variables: str) -> dict[str, str]:
+        """The details of the checks that failed, by their names. An empty variable is unset."""
+        done = run_sluice_in(self.folder, "doctor", "--json", **self.variables | variables)
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [result["check"] for result in results] == CHECKS
+        assert all(set(result) == {"check", "ok", "detail"} and result["detail"] for result in results)
+        problems = {result["check"]: result["detail"] for result in results if not result["ok"]}
+        assert done.returncode == (1 if problems else 0)
+        assert b"Traceback" not in done.stderr
+        return problems
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    server = Valkey(tmp_path / "valkey")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, s3_endpoint: str, valkey: Valkey) -> Deployment:
+    return Deployment(tmp_path, s3_endpoint, valkey)
+
+
+@pytest.fixture
+def admin(valkey: Valkey) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(valkey.url) as client:
+        yield client
+
+
+def test_sound_deployment_passes_every_check(deployment: Deployment) -> None:
+    assert deployment.diagnose() == {}
+    # The probe of conditional writes is gone again, so the bucket still has no policy.
+    assert "Contents" not in deployment.s3.list_objects_v2(Bucket=deployment.policies)
+
+
+def test_bucket_with_policies_is_left_as_it_is(deployment: Deployment) -> None:
+    registry = PolicyRegistry(deployment.s3, deployment.policies)
+    registry.publish_built_in()
+    before = deployment.s3.list_objects_v2(Bucket=deployment.policies)["Contents"]
+
+    assert deployment.diagnose() == {}
+
+    after = deployment.s3.list_objects_v2(Bucket=deployment.policies)["Contents"]
+    assert [(each["Key"], each["ETag"], each["LastModified"]) for each in before] == [
+        (each["Key"], each["ETag"], each["LastModified"]) for each in after
+    ]
+    assert registry.get("default", 1).document == BUILT_IN
+
+
+def test_lines_for_people_name_each_check_and_stderr_counts_the_failures(deployment: Deployment) -> None:
+    variables = deployment.variables | {"SLUICE_S3_BUCKETS": "absent-bucket"}
+
+    done = run_sluice_in(deployment.folder, "doctor", **variables)
+
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == len(CHECKS)
+    (wrong,) = [line for line in lines if line.startswith("WRONG")]
+    assert "the bucket absent-bucket does not exist" in wrong
+    assert (done.returncode, done.stderr) == (1, b"1 check failed\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "checks"),
+    [
+        ("SLUICE_STREAM_URL", ["stream", "stream version", "stream topics", "stream rights"]),
+        ("SLUICE_REDIS_URL", ["redis", "redis persistence", "redis eviction"]),
+        ("SLUICE_S3_BUCKETS", ["buckets"]),
+        ("SLUICE_POLICY_BUCKET", ["policy bucket", "policy bucket writes", "clock"]),
+        ("SLUICE_MODEL", ["model", "model disk", "model memory"]),
+    ],
+)
+def test_missing_setting_is_named_by_each_check_that_needs_it(
+    setting: str, checks: list[str], deployment: Deployment
+) -> None:
+    problems = deployment.diagnose(**{setting: ""})
+
+    assert list(problems) == ["settings", *checks]
+    assert all(setting in detail for detail in problems.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "checks"),
+    [
+        ("SLUICE_STREAM_URL", "http://broker", ["stream", "stream version", "stream topics", "stream rights"]),
+        ("SLUICE_KAFKA_OPTIONS", "{", []),
+        ("SLUICE_IN_FLIGHT", "many", []),
+        ("sluice_in_flight", "many", []),
+    ],
+)
+def test_wrong_setting_is_named_and_other_checks_run(
+    setting: str, value: str, checks: list[str], deployment: Deployment
+) -> None:
+    problems = deployment.diagnose(**{setting: value})
+
+    assert list(problems) == ["settings", *checks]
+    assert all(setting.upper() in detail for detail in problems.values())
+
+
+def test_redis_that_is_down_is_named_by_redis_and_stream(deployment: Deployment, valkey: Valkey) -> None:
+    valkey.kill()
+
+    problems = deployment.diagnose()
+
+    assert list(problems) == CHECKS[1:8]
+    assert "SLUICE_STREAM_URL" in problems["stream"]
+    assert "SLUICE_REDIS_URL" in problems["redis"]
+    assert problems["redis eviction"] == "not checked, because redis failed"
+
+
+def test_redis_without_persistence_is_named(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.config_set("appendonly", "no")
+
+    problems = deployment.diagnose()
+
+    assert list(problems) == ["stream topics", "redis persistence"]
+    assert "submissions that wait would be lost" in problems["stream topics"]
+    assert "appendonly yes" in problems["redis persistence"]
+
+
+def test_redis_without_persistence_is_enough_without_a_gateway_and_a_stream(
+    deployment: Deployment, admin: redis.Redis
+) -> None:
+    admin.config_set("appendonly", "no")
+
+    assert list(deployment.diagnose(SLUICE_GATEWAY_REPLICAS="0")) == ["stream topics"]
+
+
+def test_redis_that_evicts_is_named(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.config_set("maxmemory-policy", "allkeys-lru")
+
+    problems = deployment.diagnose()
+
+    assert list(problems) == ["stream topics", "redis eviction"]
+    assert all("allkeys-lru" in detail and "noeviction" in detail for detail in problems.values())
+
+
+def test_redis_that_is_full_is_named(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.config_set("maxmemory", "1")
+    try:
+        problems = deployment.diagnose()
+    finally:
+        admin.config_set("maxmemory", "0")
+
+    assert "raise its maxmemory" in problems["redis"]
+
+
+def test_read_only_redis_is_named(deployment: Deployment, admin: redis.Redis) -> None:
+    (port,) = free_ports(1)
+    admin.execute_command("REPLICAOF", "127.0.0.1", port)
+
+    assert "read-only replica" in deployment.diagnose()["redis"]
+
+
+def test_user_without_a_command_of_streams_is_named(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.execute_command("ACL", "SETUSER", "sluice", "on", ">pass", "~*", "+@all", "-xautoclaim")
+    url = deployment.valkey.url.replace("redis://", "redis://sluice:pass@")
+
+    problems = deployment.diagnose(SLUICE_STREAM_URL=url)
+
+    assert list(problems) == ["stream rights"]
+    assert "may not run XAUTOCLAIM" in problems["stream rights"]
+    wrong = deployment.diagnose(SLUICE_REDIS_URL=url.replace(":pass@", ":other@"))
+    assert "correct the password" in wrong["redis"]
+    assert "other" not in wrong["redis"]
+
+
+def test_user_without_dangerous_commands_passes(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.execute_command("ACL", "SETUSER", "sluice", "on", ">pass", "~*", "+@all", "-@dangerous")
+    url = deployment.valkey.url.replace("redis://", "redis://sluice:pass@")
+
+    assert deployment.diagnose(SLUICE_STREAM_URL=url, SLUICE_REDIS_URL=url) == {}
+
+
+def test_checks_of_streams_write_nothing(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.xadd("sluice.submissions", {"value": "{}"})
+    admin.xadd("sluice.verdicts", {"value": "{}"})
+
+    assert deployment.diagnose() == {}
+
+    assert (admin.xlen("sluice.submissions"), admin.xlen("sluice.verdicts")) == (1, 1)
+    assert admin.xinfo_groups("sluice.submissions") == []
+
+
+def test_key_of_another_kind_in_place_of_a_stream_is_named(deployment: Deployment, admin: redis.Redis) -> None:
+    admin.set("sluice.verdicts", "text")
+
+    assert "sluice.verdicts is a string" in deployment.diagnose()["stream topics"]
+
+
+def test_absent_buckets_are_named(deployment: Deployment) -> None:
+    problems = deployment.diagnose(SLUICE_S3_BUCKETS="absent-one,absent-two", SLUICE_POLICY_BUCKET="absent-three")
+
+    assert "absent-one does not exist" in problems["buckets"]
+    assert "absent-two does not exist" in problems["buckets"]
+    assert "absent-three does not exist: create it" in problems["policy bucket"]
+
+
+def test_object_store_that_is_down_is_named(deployment: Deployment) -> None:
+    (port,) = free_ports(1)
+
+    problems = deployment.diagnose(SLUICE_S3_ENDPOINT=f"http://127.0.0.1:{port}")
+
+    assert list(problems) == ["buckets", "policy bucket", "policy bucket writes", "clock"]
+    assert all("SLUICE_S3_ENDPOINT" in problems[check] for check in ("buckets", "policy bucket"))
+
+
+def test_object_store_without_conditional_writes_is_named(deployment: Deployment) -> None:
+    class Unconditional(Spoiler):
+        def change_request(self, headers: Headers) -> None:
+            headers.pop("If-None-Match", None)
+
+    PolicyRegistry(deployment.s3, deployment.policies).publish_built_in()
+    with spoil(deployment.endpoint, Unconditional()) as url:
+        problems = deployment.diagnose(SLUICE_S3_ENDPOINT=url)
+
+    assert list(problems) == ["policy bucket writes"]
+    assert "ignores the condition If-None-Match" in problems["policy bucket writes"]
+    assert PolicyRegistry(deployment.s3, deployment.policies).get("default", 1).document == BUILT_IN
+
+
+@pytest.mark.parametrize(
+    ("method", "check"), [("PUT", "policy bucket writes"), ("GET", "buckets"), ("GET", "policy bucket")]
+)
+def test_denied_right_is_named(method: str, check: str, deployment: Deployment) -> None:
+    class Denying(Spoiler):
+        def refuse(self, used: str, path: str) -> str:
+            bucket = deployment.uploads if check == "buckets" else deployment.policies
+            return "AccessDenied" if used == method and path.startswith(f"/{bucket}") else ""
+
+    PolicyRegistry(deployment.s3, deployment.policies).publish_built_in()
+    with spoil(deployment.endpoint, Denying()) as url:
+        problems = deployment.diagnose(SLUICE_S3_ENDPOINT=url)
+
+    assert "AccessDenied" in problems[check]
+    assert {"buckets": "buckets" in problems, "policy bucket": "policy bucket" in problems} == {
+        "buckets": check == "buckets",
+        "policy bucket": check == "policy bucket",
+    }
+
+
+@pytest.mark.parametrize(("hours", "words"), [(-1, "ahead of"), (1, "behind")])
+def test_clock_that_differs_from_the_object_store_is_named(hours: int, words: str, deployment: Deployment) -> None:
+    class InAnotherTime(Spoiler):
+        def change_answer(self, headers: Headers) -> None:
+            headers["Date"] = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
+
+    with spoil(deployment.endpoint, InAnotherTime()) as url:
+        problems = deployment.diagnose(SLUICE_S3_ENDPOINT=url)
+
+    assert list(problems) == ["clock"]
+    assert words in problems["clock"]
+
+
+def test_refused_credentials_are_named(deployment: Deployment) -> None:
+    class Expired(Spoiler):
+        def refuse(self, used: str, path: str) -> str:
+            return "RequestTimeTooSkewed"
+
+    with spoil(deployment.endpoint, Expired()) as url:
+        problems = deployment.diagnose(SLUICE_S3_ENDPOINT=url)
+
+    assert "correct the AWS credentials, clock or region" in problems["policy bucket"]
+
+
+def test_port_of_another_server_is_named_and_a_gateway_is_not(deployment: Deployment) -> None:
+    class Gateway(Spoiler):
+        pass
+
+    with spoil(deployment.endpoint, Gateway()) as url:  # any server
+        problems = deployment.diagnose(SLUICE_GATEWAY_PORT=url.rpartition(":")[2])
+
+    assert list(problems) == ["ports"]
+    assert "SLUICE_GATEWAY_PORT" in problems["ports"]
+
+
+def test_unknown_model_and_damaged_folder_are_named(deployment: Deployment, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlavaQwenForCausalLM"], "hidden_size": 896}')
+
+    assert "neither a folder" in deployment.diagnose(SLUICE_MODEL="gpt")["model"]
+    assert "holds no weights" in deployment.diagnose(SLUICE_MODEL=str(folder))["model"]
+
+
+def test_model_that_is_too_large_for_the_cpu_is_named(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = deployment.diagnose(SLUICE_MODEL="LlavaGuard-v1.2-7B-OV", HF_HUB_OFFLINE="1")
+
+    assert "too many for a CPU" in problems["model memory"]
+
+
+def test_up_stops_before_it_waits_for_backends_if_the_machine_cannot_run_the_model(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    variables = {
+        "SLUICE_STREAM_URL": f"redis://127.0.0.1:{port}/0",
+        "SLUICE_REDIS_URL": f"redis://127.0.0.1:{port}/0",
+        "SLUICE_S3_ENDPOINT": f"http://127.0.0.1:{port}",
+        "SLUICE_S3_BUCKETS": "uploads",
+        "SLUICE_POLICY_BUCKET": "policies",
+        "SLUICE_MODEL": "LlavaGuard-v1.2-7B-OV",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+    done = start_sluice("up", folder=tmp_path, **variables)
+
+    assert_fails(done, "too many for a CPU")
+    assert b"nothing answers" not in done.stderr
