@@ -52,14 +52,13 @@ class GpuSpec:
     """The vendor's figures of a GPU."""
 
     bf16_tflops: float
-    """Dense operations; fp16 for a GPU without bf16."""
+    """Dense operations."""
     memory_gib: float
     """As the driver reports it."""
     bandwidth_gb_per_s: float
 
 
 GPU_SPECS: Final = {
-    "t4": GpuSpec(65, 15.0, 320),
     "l4": GpuSpec(121, 22.5, 300),
     "a10g": GpuSpec(70, 22.5, 600),
     "l40s": GpuSpec(362, 45.0, 864),
@@ -68,7 +67,7 @@ GPU_SPECS: Final = {
     "h100": GpuSpec(989, 79.6, 3350),
     "h200": GpuSpec(989, 140.4, 4800),
 }
-"""From NVIDIA's data sheets, without sparsity."""
+"""From NVIDIA's data sheets, without sparsity. SGLang's kernels need Ampere or newer, so a T4 is not here."""
 
 
 @dataclass(frozen=True, slots=True)

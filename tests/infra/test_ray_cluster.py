@@ -24,7 +24,7 @@ from services.core.settings import Settings
 from tests.support.deployment_files import INFRA, ROOT, document
 
 CLUSTER: Final = document(ROOT / "ray_cluster.yaml")
-GPU_CLASSES: Final = ("t4", "l4", "a10g", "a100", "h100")
+GPU_CLASSES: Final = ("l40s", "l4", "a10g", "a100", "h100")
 ROLES: Final = sorted((INFRA / "aws").glob("sluice-*.json"))
 PEOPLE: Final = {"sluice-policy-editor", "sluice-access-admin"}
 """No node may have these roles."""
@@ -112,7 +112,7 @@ def test_guard_replicas_get_spot_nodes_of_the_open_class_first(autoscaler: Autos
     reply = schedule(autoscaler, {"CPU": 1, "GPU": 1}, 20)
     launched = {launch.instance_type: launch.count for launch in reply.to_launch}
 
-    assert launched == {"l4-spot": 16, "l4": 4, "intake": 2}
+    assert launched == {"l40s-spot": 16, "l40s": 4, "intake": 2}
     assert not reply.infeasible_resource_requests
 
 
