@@ -8,6 +8,7 @@ import pytest
 pytest_plugins = [
     "tests.support.servers",
     "tests.support.s3_server",
+    "tests.support.redis_attacks",
     "tests.support.streams_bench",
     "tests.support.intake_bench",
     "tests.support.command_line",

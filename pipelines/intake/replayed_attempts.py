@@ -14,14 +14,21 @@ from typing import Final
 
 from services.core.errors import RedisUnavailable
 from services.core.messages import REPLAYED_FROM_HEADER
-from services.core.redis import RedisClient
+from services.core.redis import READ_FUNCTIONS, RedisClient
 from services.streams.base import Message
 
 _TTL_S: Final = 30 * 86_400
 """Streams keep a submission for less than this."""
 _MAX_ATTEMPTS: Final = 999_999
+_NUMBER_LIMIT_BYTES: Final = 19
 _PAUSE_S: Final = 10.0
 """After a failed look-up. A producer that sets the header must not slow Intake down while Redis hangs."""
+
+_FIND: Final = f"""{READ_FUNCTIONS}
+local numbers = {{}}
+for n, key in ipairs(KEYS) do numbers[n] = read(key, ARGV[1], false) end
+return numbers
+"""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +62,7 @@ class ReplayedAttempts:
         found = [0] * len(messages)
         if names and time.monotonic() >= self._paused_until:
             try:
-                values = await self._redis.call(self._redis.client.mget(list(names.values())))
+                values = await self._redis.run(_FIND, list(names.values()), _NUMBER_LIMIT_BYTES)
             except RedisUnavailable as error:
                 self._paused_until = time.monotonic() + _PAUSE_S
                 log.debug("Redis is unavailable; earlier tries of replayed submissions are not counted: %s", error)
@@ -69,6 +76,5 @@ class ReplayedAttempts:
         return self._prefix + hashlib.blake2b(text + value, digest_size=16).hexdigest()
 
 
-def _parse(value: bytes | str | None) -> int:
-    text = value.decode(errors="replace") if isinstance(value, bytes) else value or ""
-    return min(int(text), _MAX_ATTEMPTS) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+def _parse(value: bytes | None) -> int:
+    return min(int(value), _MAX_ATTEMPTS) if value and value.isdigit() else 0

@@ -2,6 +2,9 @@
 
 Redis Streams (services/streams/redis) makes its clients here too, but maps errors itself, because it has to know which
 commands may be repeated.
+
+Others may be able to write to this Redis. One huge value would take the memory and the time of every process that reads
+it, so scripts read values only with `READ_FUNCTIONS`.
 """
 
 from collections.abc import Awaitable, Iterator, Sequence
@@ -15,10 +18,28 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from services.core.errors import ConfigurationError, RedisUnavailable
+from services.core.redis_replies import limit_values
 
 _CONNECTIONS: Final = 8
 TIMEOUT_S: Final = 2.0
 """The limit for connecting, and for each answer."""
+
+READ_FUNCTIONS: Final = """
+local function read(key, limit, instead)
+  local size = redis.pcall('STRLEN', key)
+  if type(size) == 'number' and size <= tonumber(limit) then return redis.call('GET', key) end
+  return instead
+end
+local function read_field(key, field, limit, instead)
+  local size = redis.pcall('HSTRLEN', key, field)
+  if type(size) == 'number' and size <= tonumber(limit) then return redis.call('HGET', key, field) end
+  return instead
+end
+"""
+"""Lua functions for the head of a script. Both return `false` for an absent value.
+
+They return `instead` for a value of more than `limit` bytes, or of another type than a string or a hash.
+"""
 
 T = TypeVar("T")
 
@@ -71,6 +92,7 @@ class RedisClient:
             ConfigurationError: the URL is invalid.
         """
         self.client = redis_client(url, setting="SLUICE_REDIS_URL", connections=_CONNECTIONS, timeout_s=timeout_s)
+        limit_values(self.client.connection_pool.connection_kwargs)
         self._prefix = prefix
         self._script = cache(self.client.register_script)
 

@@ -38,7 +38,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.messages import Verdict
-from services.core.redis import RedisClient
+from services.core.redis import READ_FUNCTIONS, RedisClient
 from services.core.redis_forgeries import ForgeryReporter
 from services.core.redis_signatures import RedisSigner
 from services.core.tasks import cancel_and_wait
@@ -60,16 +60,10 @@ _CLAIM_LIMIT_BYTES: Final = 4 << 10
 _CLOCK_SKEW_S: Final = 60
 """An entry that is still in Redis this long after its end was written again: Redis had removed it."""
 
-# A value above the limit becomes an empty one, which is invalid.
-_READ_FUNCTION: Final = """
-local function read(key, limit)
-  if redis.call('STRLEN', key) > tonumber(limit) then return '' end
-  return redis.call('GET', key)
-end
-"""
+# A value above the limit, or of another type, becomes an empty one, which is invalid.
 _CREATE_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
 _FINISH_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
-_GET_SCRIPT: Final = f"{_READ_FUNCTION} return {{read(KEYS[1], ARGV[1]), redis.call('TTL', KEYS[1])}}"
+_GET_SCRIPT: Final = f"{READ_FUNCTIONS} return {{read(KEYS[1], ARGV[1], ''), redis.call('TTL', KEYS[1])}}"
 _RENEW_SCRIPT: Final = """
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
 for n = 2, #KEYS do
@@ -77,13 +71,13 @@ for n = 2, #KEYS do
 end
 """
 """The first key is the process; the others are assessments. Each is renewed if it is still the pending one of ARGV."""
-_CLAIM_SCRIPT: Final = f"""{_READ_FUNCTION}
-if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[3]) then return read(KEYS[1], ARGV[5]) end
+_CLAIM_SCRIPT: Final = f"""{READ_FUNCTIONS}
+if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[3]) then return read(KEYS[1], ARGV[5], '') end
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[4])
 return false
 """
-_REPLACE_SCRIPT: Final = f"""{_READ_FUNCTION}
-if read(KEYS[1], ARGV[6]) ~= ARGV[3] then return 0 end
+_REPLACE_SCRIPT: Final = f"""{READ_FUNCTIONS}
+if read(KEYS[1], ARGV[6], '') ~= ARGV[3] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[4])
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[5])
 return 1

@@ -34,6 +34,7 @@ _TENANT_GROUPS: Final = 64
 _OTHERS_PER_AFTER: Final = 4
 """The tenants other than one must agree to a trip once they have a quarter of the verdicts that `after` asks for."""
 
+# Others may have written other fields; it drops them, and returns at most two counts for each group.
 _COUNT: Final = """
 local now = math.floor(redis.call('TIME')[1] / ARGV[1])
 for i = 3, #ARGV, 2 do
@@ -43,9 +44,11 @@ redis.call('EXPIRE', KEYS[1], math.ceil(2 * ARGV[1] * ARGV[2]))
 local sums = {}
 local entries = redis.call('HGETALL', KEYS[1])
 for i = 1, #entries, 2 do
-    local slice, name = string.match(entries[i], '^(%d+):(%a+:?%d*)$')
-    if slice and tonumber(slice) > now - ARGV[2] then
-        sums[name] = (sums[name] or 0) + entries[i + 1]
+    local slice, kind, group = string.match(entries[i], '^(%d+):(%a+)(:?%d?%d?)$')
+    local age = slice and now - tonumber(slice)
+    if age and age >= 0 and age < tonumber(ARGV[2]) and (kind == 'judged' or kind == 'blocked') then
+        local name = kind .. group
+        sums[name] = (sums[name] or 0) + (tonumber(entries[i + 1]) or 0)
     else
         redis.call('HDEL', KEYS[1], entries[i])
     end

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 from pydantic import SecretStr
 
 from services.core.errors import RedisUnavailable
-from services.core.redis import TIMEOUT_S, RedisClient
+from services.core.redis import READ_FUNCTIONS, TIMEOUT_S, RedisClient
 from services.core.redis_signatures import RedisSigner
 from services.core.settings import Settings
 from services.policies.registry import StoredVersion
@@ -60,21 +60,17 @@ redis.call('PERSIST', KEYS[1])
 if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
 if known ~= ARGV[1] and ARGV[2] ~= '' then redis.call('PUBLISH', KEYS[2], ARGV[2]) end
 """
-# Of a value above the limit, these return the size.
-_READ: Final = """
-local values = {}
-for n, field in ipairs({'change', 'signed_ms', 'signature'}) do
-    local size = redis.call('HSTRLEN', KEYS[1], field)
-    values[n] = size > tonumber(ARGV[1]) and size or redis.call('HGET', KEYS[1], field)
+# These return -1 for a value above the limit, or of another type.
+_READ: Final = f"""{READ_FUNCTIONS}
+local values = {{}}
+for n, field in ipairs({{'change', 'signed_ms', 'signature'}}) do
+    values[n] = read_field(KEYS[1], field, ARGV[1], -1)
 end
 return values
 """
-_READ_VERSION: Final = """
-local values = {}
-for n, key in ipairs(KEYS) do
-    local size = redis.call('STRLEN', key)
-    values[n] = size > tonumber(ARGV[1]) and size or redis.call('GET', key)
-end
+_READ_VERSION: Final = f"""{READ_FUNCTIONS}
+local values = {{}}
+for n, key in ipairs(KEYS) do values[n] = read(key, ARGV[1], -1) end
 return values
 """
 _DROP: Final = "redis.call('DEL', KEYS[1])"
@@ -270,7 +266,7 @@ class PolicyRedisCache(RedisClient):
     async def _read(self, script: str, keys: list[str]) -> list[bytes | None]:
         values: list[Any] = await self.run(script, keys, ENTRY_LIMIT_BYTES)
         if any(isinstance(value, int) for value in values):
-            raise ValueError(f"a value of {keys[0]} is larger than {ENTRY_LIMIT_BYTES} bytes")
+            raise ValueError(f"a value of {keys[0]} is larger than {ENTRY_LIMIT_BYTES} bytes, or of another type")
         return values
 
 

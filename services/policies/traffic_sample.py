@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from services.core.errors import RedisUnavailable
 from services.core.messages import Submission, UtcDatetime, Verdict
-from services.core.redis import RedisClient
+from services.core.redis import READ_FUNCTIONS, RedisClient
 from services.core.tasks import cancel_and_wait
 from services.core.values import WireModel
 
@@ -21,6 +21,10 @@ _FLUSH_INTERVAL_S: Final = 1.0
 _DECAY_S: Final = 86_400.0
 """Time constant of the decay: a submission is e times as likely to be sampled as one that is this much older."""
 _HOURS_PER_DAY: Final = 24
+_ENTRY_LIMIT_BYTES: Final = 64 << 10
+"""The fields of a submission have limits that sum up to less, even if JSON escapes each character."""
+_SAMPLE_LIMIT_BYTES: Final = 64 << 20
+_COUNT_LIMIT_BYTES: Final = 19
 
 # Keeps the entries with the highest keys; see _make_sort_key. Also counts the submissions of each hour.
 _ADD: Final = """
@@ -29,13 +33,30 @@ redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - ARGV[1])
 local hour = math.floor(redis.call('TIME')[1] / 3600)
 redis.call('HINCRBY', KEYS[2], hour, ARGV[2])
 for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
-    if tonumber(field) < hour - 24 then redis.call('HDEL', KEYS[2], field) end
+    if (tonumber(field) or 0) < hour - 24 then redis.call('HDEL', KEYS[2], field) end
 end
 local lowest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
 return redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) and lowest[2] or ''
 """
-_DRAW: Final = """
-return {redis.call('ZRANDMEMBER', KEYS[1], ARGV[1]), redis.call('HGETALL', KEYS[2]), redis.call('TIME')}
+# Others may have written huge entries, or any number of hours; it returns none of these.
+_DRAW: Final = f"""{READ_FUNCTIONS}
+local members, hours, now = {{}}, {{}}, redis.call('TIME')
+local left = tonumber(ARGV[4])
+for _, member in ipairs(redis.call('ZRANDMEMBER', KEYS[1], ARGV[1])) do
+    if #member <= tonumber(ARGV[2]) and #member <= left then
+        members[#members + 1] = member
+        left = left - #member
+    end
+end
+local last = math.floor(now[1] / 3600)
+for hour = last - 24, last do
+    local count = read_field(KEYS[2], hour, ARGV[3], false)
+    if count then
+        hours[#hours + 1] = hour
+        hours[#hours + 1] = count
+    end
+end
+return {{members, hours, now}}
 """
 
 log = logging.getLogger(__name__)
@@ -127,12 +148,13 @@ async def draw_sample(redis: RedisClient, name: str, count: int) -> tuple[list[S
     Raises:
         RedisUnavailable: Redis does not answer.
     """
-    members, hours, now = await redis.run(_DRAW, _redis_keys(redis, name), count)
+    limits = (_ENTRY_LIMIT_BYTES, _COUNT_LIMIT_BYTES, _SAMPLE_LIMIT_BYTES)
+    members, hours, now = await redis.run(_DRAW, _redis_keys(redis, name), count, *limits)
     found = []
     for member in members:
         with suppress(ValidationError):
             found.append(SampledSubmission.model_validate_json(member))
-    counted = dict(zip(map(int, hours[::2]), map(int, hours[1::2]), strict=True))
+    counted = {hour: int(number) for hour, number in zip(hours[::2], hours[1::2], strict=True) if number.isdigit()}
     elapsed_hours = int(now[0]) / 3600 - min(counted, default=0)
     return found, sum(counted.values()) / elapsed_hours * _HOURS_PER_DAY if counted and elapsed_hours >= 1 else None
 

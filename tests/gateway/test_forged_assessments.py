@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from pydantic import SecretStr
 
-from services.core import telemetry
 from services.core.redis_signatures import RedisSigner
 from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway import assessment_store
@@ -23,17 +22,6 @@ PATH = "/v1/assessments"
 
 async def says_unsafe(_image: PreparedImage, _detail: Detail) -> Assessment:
     return unsafe()
-
-
-@pytest.fixture
-def forgeries(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    counted = Counter[str]()
-
-    def count(value: float, tags: dict[str, str]) -> None:
-        counted[tags["kind"]] += int(value)
-
-    monkeypatch.setattr(telemetry.REDIS_FORGERIES, "inc", count)
-    return counted
 
 
 @pytest.fixture

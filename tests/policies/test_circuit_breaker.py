@@ -21,6 +21,7 @@ from services.policies.rollout import Canary
 from services.policies.service import PolicyService
 from services.policies.tenants import TenantsDocument
 from tests.support.policies import becomes, unreachable
+from tests.support.redis_attacks import little_is_sent, run_on_server
 from tests.support.servers import Valkey
 
 GUARDED = PolicyDocument.model_validate(
@@ -283,3 +284,21 @@ async def test_only_own_tenants_without_a_pinned_version_are_counted(registry: P
         assert [await counted(cache, "b", name) for name in ("default", "shop", "shop@1")] == ["b", "b", None]
         assert [await counted(cache, "other", name) for name in ("default", "shop", "shop@1")] == ["other", None, None]
         assert [await counted(cache, "default", name) for name in ("default", "shop")] == ["default", None]
+
+
+async def test_invented_counts_are_not_read_and_true_ones_still_open_the_breaker(members: Members) -> None:
+    assert members.shared is not None
+    client, key = members.shared.client, members.shared.key("block-rate", "default@1", "1")
+    window = (await client.time())[0] // 6
+    invent = (
+        "local long = string.sub(huge, 1, 2000) "
+        "for n = 1, 1500 do redis.call('HSET', KEYS[1], KEYS[2] .. ':' .. string.rep('a', n), n) end "
+        "redis.call('HSET', KEYS[1], KEYS[2] .. ':judged:' .. long, 1, KEYS[2] .. ':judged', long, "
+        "KEYS[2] .. ':blocked:1', 'garbage', 99999999999 .. ':judged:1', 1000000)"
+    )
+    async with little_is_sent(client):
+        await run_on_server(client, invent, key, str(window))
+        _, breaker = joined = await members.join()
+        judge(breaker, by := await policy(joined[0]), blocked=30, of=30)
+        await until(lambda: joined[0].is_tripped(by.identity))
+    assert await client.hlen(key) < 10  # type: ignore[misc]

@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 from pydantic import SecretStr
 
-from services.core import telemetry
 from services.core.errors import PolicyUnavailable
 from services.core.messages import Submission
 from services.core.tasks import cancel_and_wait
@@ -24,6 +23,7 @@ from services.policies.registry import PolicyRegistry, StoredVersion
 from services.policies.rollout import Canary, Rollout, RolloutChange
 from services.policies.service import PolicyService
 from tests.support.policies import SIGNING_KEY, CountingRegistry, becomes, unreachable, wait_for_listeners
+from tests.support.redis_attacks import run_on_server
 
 STRICT = PolicyDocument(name="default")
 LENIENT = PolicyDocument.model_validate({"name": "default", "thresholds": {"review": 1.0, "block": 1.0}})
@@ -82,17 +82,6 @@ async def attacker(shared: PolicyRedisCache, registry: PolicyRegistry, valkey_ur
     attacker = Attacker(shared, valkey_url, registry.bucket)
     yield attacker
     await attacker.own.close()
-
-
-@pytest.fixture
-def forgeries(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    counted = Counter[str]()
-
-    def count(value: float, tags: dict[str, str]) -> None:
-        counted[tags["kind"]] += int(value)
-
-    monkeypatch.setattr(telemetry.REDIS_FORGERIES, "inc", count)
-    return counted
 
 
 async def judging_policy(cache: PolicyCache, reference: str = "default") -> Policy:
@@ -370,6 +359,38 @@ async def test_large_forged_announcement_is_refused_unparsed(
         await PolicyService(registry, shared).activate("default", registry.publish(LENIENT).version, who="ann")
         await becomes(2, lambda: _version(cache))
     assert max(map(len, parsed)) <= UNSIGNED_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_huge_announcement_is_not_read_and_the_next_one_is(
+    registry: PolicyRegistry, valkey_url: str, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    """A script makes the announcement. Redis then sends it whole, with any `proto-max-bulk-len`."""
+    registry.publish(STRICT)
+    registry.activate("default", 1, who="ann")
+    largest, read_exactly = 0, asyncio.StreamReader.readexactly
+
+    async def note(reader: asyncio.StreamReader, size: int) -> bytes:
+        nonlocal largest
+        largest = max(largest, size)
+        return await read_exactly(reader, size)
+
+    monkeypatch.setattr(asyncio.StreamReader, "readexactly", note)
+    shared = PolicyRedisCache(f"{valkey_url}?protocol={protocol}", registry.bucket, signing_key=SIGNING_KEY)
+    await shared.client.config_set("proto-max-bulk-len", "2mb")
+    try:
+        async with PolicyCache(registry, shared, refresh_s=600) as cache:
+            await judging_policy(cache)
+            await wait_for_listeners(shared, 1)
+            await run_on_server(shared.client, "redis.call('PUBLISH', KEYS[1], huge)", shared.key("changes"))
+            await wait_for_listeners(shared, 0)
+            await wait_for_listeners(shared, 1)
+            await PolicyService(registry, shared).activate("default", registry.publish(LENIENT).version, who="ann")
+            await becomes(2, lambda: _version(cache))
+    finally:
+        await shared.client.config_set("proto-max-bulk-len", "512mb")
+        await shared.close()
+    assert largest < ENTRY_LIMIT_BYTES
 
 
 @SIZES

@@ -10,6 +10,7 @@ from services.core.values import PolicyIdentity
 from services.policies import traffic_sample as sample_module
 from services.policies.redis_cache import PolicyRedisCache
 from services.policies.traffic_sample import TrafficSample, draw_sample
+from tests.support.redis_attacks import little_is_sent, run_on_server
 
 
 @pytest.fixture
@@ -80,3 +81,43 @@ async def test_old_submissions_are_less_likely_in_the_sample(
     await sample.flush()
     found, _ = await draw_sample(shared, "default", 400)
     assert sum(int(one.id.removeprefix("upl-")) >= 2000 for one in found) > 380
+
+
+async def test_huge_entries_are_not_drawn(shared: PolicyRedisCache) -> None:
+    sample = TrafficSample(shared, size=50)
+    for number in range(10):
+        sample.add(verdict(number))
+    await sample.flush()
+    entries, hours = shared.key("sample", "default"), shared.key("seen", "default")
+    await run_on_server(shared.client, "redis.call('ZADD', KEYS[1], 9e9, huge, 9e9, 'no JSON')", entries)
+    fields = "for n = 1, 20000 do redis.call('HSET', KEYS[1], n, n) end redis.call('HSET', KEYS[1], huge, huge)"
+    await run_on_server(shared.client, fields, hours)
+    async with little_is_sent(shared.client):
+        found, per_day = await draw_sample(shared, "default", 500)
+    assert {one.id for one in found} == {f"upl-{number}" for number in range(10)}
+    assert per_day is None, "the invented hours do not count"
+
+
+async def test_sum_of_large_entries_is_bounded(shared: PolicyRedisCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_module, "_SAMPLE_LIMIT_BYTES", 300_000)
+    fill = "for n = 1, 100 do redis.call('ZADD', KEYS[1], n, string.sub(huge, 1, 60000) .. n) end"
+    await run_on_server(shared.client, fill, shared.key("sample", "default"))
+    async with little_is_sent(shared.client):
+        assert (await draw_sample(shared, "default", 2000)) == ([], None)
+
+
+@pytest.mark.parametrize("field", ["garbage", "4999999999"])
+@pytest.mark.parametrize("count", ["garbage", "-7", "1e400", "9" * 30])
+async def test_invented_hours_stop_neither_sampling_nor_backtests(
+    shared: PolicyRedisCache, field: str, count: str
+) -> None:
+    hour = (await shared.client.time())[0] // 3600
+    counts = {field: count, str(hour - 1): count, str(hour - 2): "100"}
+    await shared.client.hset(shared.key("seen", "default"), mapping=counts)  # type: ignore[misc]
+    sample = TrafficSample(shared, size=50)
+    sample.add(verdict(1))
+    await sample.flush()
+    found, per_day = await draw_sample(shared, "default", 500)
+    assert [one.id for one in found] == ["upl-1"]
+    assert per_day is not None
+    assert 0 < per_day < 101 * 24
