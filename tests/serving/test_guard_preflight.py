@@ -24,7 +24,7 @@ async def test_replica_on_a_machine_that_cannot_compile_names_the_cause_before_i
 
     machine = GpuMachine(gpus=(Gpu("NVIDIA L40S", 44 * GIB, (8, 9)),), driver="580.95.05")
     monkeypatch.setattr(guard_deployment, "read_machine", lambda: machine)
-    monkeypatch.setattr(guard_deployment, "forbid_tracing", lambda: None)
+    monkeypatch.setattr(guard_deployment, "protect_replica", lambda: None)
     monkeypatch.setattr(guard_deployment.Engine, "from_settings", start)
     replica: Any = GuardDeployment.func_or_class
 
