@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 
 pytest_plugins = [
+    "tests.support.model_hub",
+    "tests.support.nvidia",
     "tests.support.servers",
     "tests.support.s3_server",
     "tests.support.redis_attacks",

@@ -1,7 +1,7 @@
 """Checks of S3: the buckets of images, the policy bucket, and the clock."""
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
@@ -16,8 +16,10 @@ CLOCK_LIMIT_S: Final = 300.0
 
 _ABSENT_KEY: Final = "sluice-doctor/absent"
 _PROBE_KEY: Final = "doctor/probe"
-"""Written only if the policy bucket has no policy yet, and deleted again."""
+"""Written only if the policy bucket has no policy yet, and deleted again if the bucket's policy allows it."""
 _POLICIES: Final = "policies/"
+_CHANGES: Final = "/changes/"
+"""Each role of infra/aws that reads policies may write the changes of the policy `default`."""
 
 
 def run_bucket_checks(settings: Settings) -> Iterator[CheckResult]:
@@ -36,7 +38,7 @@ def run_policy_bucket_checks(settings: Settings) -> Iterator[CheckResult]:
         bucket = Bucket(client, settings.policy_bucket)
         try:
             with map_s3_errors(bucket.uri()):
-                answer = client.list_objects_v2(Bucket=bucket.name, Prefix=_POLICIES, MaxKeys=1)
+                answer = client.list_objects_v2(Bucket=bucket.name, Prefix=_POLICIES)
             known = [str(found["Key"]) for found in answer.get("Contents", ())]
         except NotFound:
             raise StoreUnavailable(
@@ -49,8 +51,14 @@ def run_policy_bucket_checks(settings: Settings) -> Iterator[CheckResult]:
         except StoreUnavailable as error:
             raise StoreUnavailable(_explain_unavailable(error)) from None
         yield passed("policy bucket", "it has policies" if known else "it has no policy yet; `sluice up` publishes one")
-        yield _check_conditional_write(bucket, known[0] if known else "")
+        yield _check_conditional_write(bucket, choose_known_key(known))
         yield check_clock(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""), datetime.now(UTC))
+
+
+def choose_known_key(keys: Sequence[str]) -> str:
+    """The object of the policy bucket that most roles may write; empty if there is none."""
+    ranks = (f"{_POLICIES}default{_CHANGES}", _CHANGES, "")
+    return next((key for part in ranks for key in keys if part in key), "")
 
 
 def check_clock(date: str, now: datetime) -> CheckResult:
@@ -103,10 +111,11 @@ def _check_conditional_write(bucket: Bucket, known: str) -> CheckResult:
             bucket.create(key, b"")
         written = bucket.create(key, bucket.find(key) or b"")
         if not known:
-            bucket.delete_each([key])
+            with suppress(SluiceError):  # a policy of the bucket may forbid it
+                bucket.delete_each([key])
     except Forbidden as error:
         if known:
-            return failed(check, f"{error}: grant s3:PutObject on policies/*, as the roles in infra/aws have it")
+            return failed(check, f"{error}: grant s3:PutObject on {key}, as the roles in infra/aws have it")
         return failed(
             check,
             f"not checked, because the bucket has no policy and {key} may not be written: start Sluice once, which "

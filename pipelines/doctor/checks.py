@@ -3,8 +3,12 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
 
 from services.core.settings import Settings
+
+_THIS_MACHINE: Final = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,8 @@ class CheckResult:
     is_ok: bool
     detail: str
     """What was found, or what is wrong and what to do."""
+    is_skipped: bool = False
+    """It was not run, because an earlier check of its probe failed."""
 
     def to_json(self) -> str:
         return json.dumps({"check": self.check, "ok": self.is_ok, "detail": self.detail})
@@ -46,3 +52,19 @@ def passed(check: str, detail: str) -> CheckResult:
 
 def failed(check: str, detail: str) -> CheckResult:
     return CheckResult(check, False, detail)
+
+
+def skipped(check: str, because: str) -> CheckResult:
+    """The result of a check that could not run, because the check `because` failed."""
+    return CheckResult(check, False, f"not checked, because {because} failed", is_skipped=True)
+
+
+def runs_elsewhere(settings: Settings) -> bool:
+    """Whether the replicas are not, or not only, on this machine."""
+    address = settings.ray_address
+    return bool(address) and urlsplit(f"//{address}").hostname not in _THIS_MACHINE
+
+
+def explain_elsewhere(settings: Settings) -> str:
+    """The detail of a check of guards that run elsewhere."""
+    return f"not checked: guards run on the nodes of {settings.ray_address}; run this command on one of them"

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
-from pipelines.doctor.checks import CheckResult, failed, passed
+from pipelines.doctor.checks import CheckResult, explain_elsewhere, failed, passed, runs_elsewhere, skipped
 from pipelines.doctor.model_checks import check_model_memory
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
-from services.guard.preflight import CHECKS, GpuMachine, read_machine
+from services.guard.preflight import CHECKS, DRIVER_MINIMUM, GpuMachine, read_machine
 from services.images.decoder_sandbox import MEASURES
 
 GPU_CHECKS: Final = ("gpu", *(f"gpu {name}" for name in CHECKS), "model memory")
@@ -27,7 +26,6 @@ _OTHER_FILES: Final = 512
 """Open files of a gateway replica that are not connections."""
 _ANSWER_S: Final = 2.0
 _SANDBOX_S: Final = 20.0
-_THIS_MACHINE: Final = ("127.0.0.1", "localhost", "::1")
 _ROOT: Final = Path(__file__).parents[2]
 _MEASURE_SANDBOX: Final = "from services.images.decoder_sandbox import enter; print(*enter())"
 _SANDBOX_REMEDIES: Final = {
@@ -42,28 +40,47 @@ _SANDBOX_REMEDIES: Final = {
 
 def run_gpu_checks(settings: Settings, read: Callable[[], GpuMachine] = read_machine) -> Iterator[CheckResult]:
     """Yield the results of `GPU_CHECKS`."""
-    if _is_on_another_machine(settings.ray_address):
-        detail = f"not checked: guards run on the nodes of {settings.ray_address}; run this command on one of them"
-        yield from (passed(check, detail) for check in GPU_CHECKS)
+    if runs_elsewhere(settings):
+        yield from (passed(check, explain_elsewhere(settings)) for check in GPU_CHECKS)
         return
     machine = read()
-    if machine.gpus and settings.guard_gpus == 0:
-        yield passed("gpu", "guards get no GPU (SLUICE_GUARD_GPUS=0)")
-    elif machine.gpus:
-        yield passed("gpu", ", ".join(gpu.name for gpu in machine.gpus))
-    else:
-        hidden = " that CUDA_VISIBLE_DEVICES leaves visible" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
-        yield passed("gpu", f"there is no NVIDIA GPU{hidden}, so the model runs on the CPU if it is small enough")
+    presence = check_presence(settings, machine)
+    yield presence
     for name, check_fact in CHECKS.items():
         if machine.gpus and settings.guard_gpus != 0:
             finding = check_fact(machine)
             yield CheckResult(f"gpu {name}", finding.is_ok, finding.detail)
-        else:
+        elif presence.is_ok:
             yield passed(f"gpu {name}", "not needed without a GPU")
-    if not settings.model:
+        else:
+            yield skipped(f"gpu {name}", "gpu")
+    if not presence.is_ok:
+        yield skipped("model memory", "gpu")
+    elif not settings.model:
         yield failed("model memory", "not checked, because SLUICE_MODEL is not set; set it")
-        return
-    yield check_model_memory(settings, machine)
+    else:
+        yield check_model_memory(settings, machine)
+
+
+def check_presence(settings: Settings, machine: GpuMachine) -> CheckResult:
+    """The result of `gpu`: whether there is a GPU, or the model runs on the CPU as it should."""
+    if settings.guard_gpus == 0:
+        return passed("gpu", "guards get no GPU (SLUICE_GUARD_GPUS=0)")
+    if machine.gpus:
+        return passed("gpu", ", ".join(gpu.name for gpu in machine.gpus))
+    if machine.driver_problem:
+        found = (
+            f"this machine has an NVIDIA GPU, but NVIDIA's driver does not answer ({machine.driver_problem}): install "
+            f"driver {DRIVER_MINIMUM} or newer and restart the machine, or give the container the GPU"
+        )
+    else:
+        hidden = " that CUDA_VISIBLE_DEVICES leaves visible" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+        found = f"there is no NVIDIA GPU{hidden}"
+    if settings.guard_gpus:
+        return failed("gpu", f"SLUICE_GUARD_GPUS is {settings.guard_gpus:g}, and {found}; without one, set it to 0")
+    if machine.driver_problem and settings.model != "tiny":
+        return failed("gpu", f"{found}. To judge on the CPU instead, set SLUICE_GUARD_GPUS=0")
+    return passed("gpu", f"{found}; the model runs on the CPU if it is small enough")
 
 
 def run_port_checks(settings: Settings) -> Iterator[CheckResult]:
@@ -71,7 +88,7 @@ def run_port_checks(settings: Settings) -> Iterator[CheckResult]:
     host, port = settings.gateway_host, settings.gateway_port
     if not settings.gateway_replicas:
         yield passed("ports", "no gateway (SLUICE_GATEWAY_REPLICAS=0), so no port is needed")
-    elif _is_on_another_machine(settings.ray_address):
+    elif runs_elsewhere(settings):
         yield passed("ports", f"not checked: gateways listen on the nodes of {settings.ray_address}")
     elif port == 0:
         yield passed("ports", "the gateway takes a free port")
@@ -124,15 +141,23 @@ def check_file_limit(settings: Settings, hard: int) -> CheckResult:
 
 def run_sandbox_checks(_settings: Settings) -> Iterator[CheckResult]:
     """Yield the results of `SANDBOX_CHECKS`, of a process that enters the sandbox."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _MEASURE_SANDBOX],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        timeout=_SANDBOX_S,
-        env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(_ROOT)},
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _MEASURE_SANDBOX],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=_SANDBOX_S,
+            env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(_ROOT)},
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigurationError(
+            f"a process did not enter the sandbox within {_SANDBOX_S:g} s: run this again when the machine is less busy"
+        ) from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigurationError(f"a process that enters the sandbox ends with status {done.returncode} ({reason})")
     yield from check_sandbox(done.stdout.split())
 
 
@@ -146,11 +171,6 @@ def check_sandbox(in_force: Collection[str]) -> Iterator[CheckResult]:
                 f"sandbox {measure}",
                 f"not in force, so a hostile image that takes over a decoder can do more: {_SANDBOX_REMEDIES[measure]}",
             )
-
-
-def _is_on_another_machine(ray_address: str | None) -> bool:
-    """Whether the cluster is not, or not only, on this machine."""
-    return bool(ray_address) and urlsplit(f"//{ray_address}").hostname not in _THIS_MACHINE
 
 
 def _is_gateway(host: str, port: int) -> bool:

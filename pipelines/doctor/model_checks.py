@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
@@ -18,11 +19,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines.doctor.checks import CheckResult, failed, passed
+from pipelines.doctor.checks import CheckResult, explain_elsewhere, failed, passed, runs_elsewhere
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
-from services.guard.checkpoints import Checkpoint, resolve_checkpoint
-from services.guard.gpus import choose_gpu_count
+from services.guard.checkpoint_staging import list_ignored_files
+from services.guard.checkpoints import Checkpoint, order_image, resolve_checkpoint
+from services.guard.gpus import plan_gpus
 from services.guard.preflight import GIB, GpuMachine, check_memory
 from services.guard.safetensors import read_json, require_weights
 from services.images.decoder_limits import find_memory_bytes
@@ -31,8 +33,10 @@ _BYTES_PER_PARAMETER: Final = 2
 """Of the weights in a file."""
 _CPU_BYTES_PER_PARAMETER: Final = 6
 """On a CPU the engine also computes with a copy in single precision."""
-_OTHER_BYTES: Final = 3 * GIB
-"""Vision tower, tokenizer, and what the engine compiles; on a CPU also the processes of the engine."""
+_CPU_PROCESSES_BYTES: Final = 3 * GIB
+"""The processes of the engine on a CPU."""
+_STAGED_BYTES: Final = 256 << 20
+"""A staged checkpoint whose weights are links: its small files, and logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +50,53 @@ class HubFiles:
 
 def run_model_checks(settings: Settings) -> Iterator[CheckResult]:
     """Yield the results of `model` and `model disk`."""
-    checkpoint = resolve_checkpoint(settings.model)
+    if runs_elsewhere(settings):
+        yield from (passed(check, explain_elsewhere(settings)) for check in ("model", "model disk"))
+        return
+    checkpoint = order_image(resolve_checkpoint(settings.model), settings.image_order)
     if checkpoint.folder is not None:
         require_weights(checkpoint.folder)
     revisions = {name: commit for name, _, commit in (pair.partition("@") for pair in settings.model_revisions)}
-    to_download = []
-    for files in list_hub_files(checkpoint):
-        if not _is_cached(files, revisions):
-            _require_access(files, revisions)
-            to_download.append(files)
-    if to_download:
-        yield passed("model", f"can be downloaded: {', '.join(files.hub_id for files in to_download)}")
+    missing = [files for files in list_hub_files(checkpoint) if not _is_cached(files, revisions)]
+    download_bytes = sum(_measure_download(files, revisions) for files in missing)
+    if missing:
+        yield passed("model", f"can be downloaded: {', '.join(files.hub_id for files in missing)}")
     else:
         yield passed("model", f"{checkpoint.name} is on this machine")
-    wanted = sum(checkpoint.parameters * _BYTES_PER_PARAMETER for files in to_download if files.has_weights)
-    yield check_disk(settings, wanted + _OTHER_BYTES if to_download else 0)
+    yield check_disk(settings, checkpoint, download_bytes)
 
 
-def check_disk(settings: Settings, download_bytes: int) -> CheckResult:
+def check_disk(settings: Settings, checkpoint: Checkpoint, download_bytes: int) -> CheckResult:
     """Check the room for the download, and in the folder of the staged checkpoints."""
-    wanted = {Path(constants.HF_HUB_CACHE): download_bytes, settings.state_dir.expanduser(): _OTHER_BYTES}
-    for folder, size in wanted.items():
+    wanted = [
+        (Path(constants.HF_HUB_CACHE), download_bytes, "HF_HOME"),
+        (settings.state_dir.expanduser(), _count_staged_bytes(settings, checkpoint), "SLUICE_STATE_DIR"),
+    ]
+    wanted_on: dict[int, int] = {}  # by disk: both folders may be on one
+    for folder, size, variable in wanted:
         existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-        if not os.access(existing, os.W_OK) and size:
-            return failed("model disk", f"{existing} cannot be written: give this user the right, or choose another")
+        if not size:
+            continue
+        if not os.access(existing, os.W_OK):
+            return failed("model disk", f"{existing} cannot be written: give this user the right, or set {variable}")
+        disk = existing.stat().st_dev
+        wanted_on[disk] = wanted_on.get(disk, 0) + size
         free = shutil.disk_usage(existing).free
-        if free < size:
+        if free < wanted_on[disk]:
             return failed(
                 "model disk",
-                f"{existing} has {free / GIB:.0f} GiB free, and the model needs {size / GIB:.0f} GiB: make room, or "
-                "set HF_HOME (downloads) or SLUICE_STATE_DIR (staged checkpoints) to a larger disk",
+                f"{existing} has {free / GIB:.1f} GiB free, and the model needs {wanted_on[disk] / GIB:.1f} GiB: make "
+                "room, or set HF_HOME (downloads) or SLUICE_STATE_DIR (staged checkpoints) to a larger disk",
             )
-    return passed("model disk", f"{download_bytes / GIB:.0f} GiB to download, and there is room")
+    return passed("model disk", f"{download_bytes / GIB:.1f} GiB to download, and there is room")
+
+
+def _count_staged_bytes(settings: Settings, checkpoint: Checkpoint) -> int:
+    """What staging will write: links to the weights, or the whole weights if their tensors get other names."""
+    is_rewritten = checkpoint.is_converted or bool(checkpoint.tensor_prefix)
+    if is_rewritten and not any((settings.state_dir.expanduser() / "checkpoints").glob(f"{checkpoint.name}-*")):
+        return checkpoint.parameters * _BYTES_PER_PARAMETER + _STAGED_BYTES
+    return _STAGED_BYTES
 
 
 def check_model_memory(settings: Settings, machine: GpuMachine) -> CheckResult:
@@ -87,7 +106,7 @@ def check_model_memory(settings: Settings, machine: GpuMachine) -> CheckResult:
         finding = check_memory(machine, checkpoint, settings.guard_gpus)
         return CheckResult("model memory", finding.is_ok, finding.detail)
     try:
-        choose_gpu_count(checkpoint)
+        plan_gpus(checkpoint, requested=settings.guard_gpus)
     except ConfigurationError as error:
         return failed("model memory", str(error))
     return check_cpu_memory(checkpoint, find_memory_bytes())
@@ -95,7 +114,7 @@ def check_model_memory(settings: Settings, machine: GpuMachine) -> CheckResult:
 
 def check_cpu_memory(checkpoint: Checkpoint, memory_bytes: int) -> CheckResult:
     """Check that a machine or container with this memory holds the checkpoint without a GPU."""
-    wanted = checkpoint.parameters * _CPU_BYTES_PER_PARAMETER + _OTHER_BYTES
+    wanted = checkpoint.parameters * _CPU_BYTES_PER_PARAMETER + _CPU_PROCESSES_BYTES
     detail = (
         f"{checkpoint.name} on the CPU needs {wanted / GIB:.0f} GiB of memory, and there are {memory_bytes / GIB:.0f}"
     )
@@ -132,8 +151,9 @@ def _is_cached(files: HubFiles, revisions: Mapping[str, str]) -> bool:
     return True
 
 
-def _require_access(files: HubFiles, revisions: Mapping[str, str]) -> None:
-    """
+def _measure_download(files: HubFiles, revisions: Mapping[str, str]) -> int:
+    """The bytes that staging would download.
+
     Raises:
         ConfigurationError: the files cannot be downloaded; the sentence says why, and what to do.
     """
@@ -141,9 +161,10 @@ def _require_access(files: HubFiles, revisions: Mapping[str, str]) -> None:
     remedy = "give a folder with the files as SLUICE_MODEL"
     try:
         hub.auth_check(name)
-        if files.has_weights:
-            siblings = hub.model_info(name, revision=revision).siblings or []
-            _require_safetensors(name, [each.rfilename for each in siblings], revision)
+        sizes = {
+            each.rfilename: each.size or 0
+            for each in hub.model_info(name, revision=revision, files_metadata=True).siblings or ()
+        }
     except GatedRepoError:
         problem = "is gated: accept its terms on huggingface.co, and run `hf auth login` or set HF_TOKEN"
     except RepositoryNotFoundError:
@@ -155,13 +176,13 @@ def _require_access(files: HubFiles, revisions: Mapping[str, str]) -> None:
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         problem = f"cannot be downloaded, because the hub does not answer ({type(error).__name__}): {remedy}"
     else:
-        return
-    raise ConfigurationError(f"{name} {problem}")
-
-
-def _require_safetensors(name: str, files: list[str], revision: str | None) -> None:
-    if revision is None and not any(file.endswith(".safetensors") for file in files):
-        raise ConfigurationError(
-            f"{name} has no weights in the format safetensors, and other formats are pickles: add the commit that you "
-            "trust to SLUICE_MODEL_REVISIONS, or give a local folder as SLUICE_MODEL"
+        has_safetensors = any(file.endswith(".safetensors") for file in sizes)
+        if not files.has_weights or has_safetensors or revision is not None:
+            pickles = files.has_weights and not has_safetensors
+            ignored = list_ignored_files(weights=files.has_weights, pickles=pickles)
+            return sum(size for file, size in sizes.items() if not any(fnmatch(file, each) for each in ignored))
+        problem = (
+            "has no weights in the format safetensors, and other formats are pickles: add the commit that you trust to "
+            "SLUICE_MODEL_REVISIONS, or give a local folder as SLUICE_MODEL"
         )
+    raise ConfigurationError(f"{name} {problem}")

@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from pipelines.doctor.bucket_checks import run_bucket_checks, run_policy_bucket_checks
-from pipelines.doctor.checks import CheckResult, Probe, failed
+from pipelines.doctor.checks import CheckResult, Probe, failed, skipped
 from pipelines.doctor.kafka_checks import run_kafka_checks
 from pipelines.doctor.machine_checks import (
     GPU_CHECKS,
@@ -41,7 +41,7 @@ PROBES: Final = (
     Probe(("policy bucket", "policy bucket writes", "clock"), run_policy_bucket_checks, ("policy_bucket",)),
     Probe(("model", "model disk"), run_model_checks, ("model",)),
     Probe(GPU_CHECKS, run_gpu_checks, is_local=True, blocks_start=True),
-    Probe(("ports",), run_port_checks, is_local=True),
+    Probe(("ports",), run_port_checks, is_local=True, blocks_start=True),
     Probe(("file limits",), run_file_limit_checks, is_local=True),
     Probe(SANDBOX_CHECKS, run_sandbox_checks, is_local=True),
 )
@@ -74,10 +74,10 @@ def check_before_start(settings: Settings) -> list[CheckResult]:
     """
     local = [probe for probe in PROBES if probe.is_local]
     results = run_probes(local, ReadSettings(settings, {}), deadline_s=LOCAL_DEADLINE_S)
-    problems = [result for result in results if not result.is_ok]
+    problems = [result for result in results if not result.is_ok and not result.is_skipped]
     blocking = {check for probe in local if probe.blocks_start for check in probe.checks}
     if fatal := [result.detail for result in problems if result.check in blocking]:
-        raise ConfigurationError("; ".join(fatal))
+        raise ConfigurationError(f"this machine cannot run the service: {'; '.join(fatal)}")
     return problems
 
 
@@ -104,7 +104,7 @@ def _start(probe: Probe, read: ReadSettings) -> "SimpleQueue[CheckResult]":
         if first is not None:
             results.put(failed(first, reason))
         for check in checks:
-            results.put(failed(check, f"not checked, because {first} failed"))
+            results.put(skipped(check, str(first)))
 
     threading.Thread(target=run, name=f"doctor-{probe.checks[0]}", daemon=True).start()
     return results

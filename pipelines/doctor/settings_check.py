@@ -9,8 +9,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from pipelines.doctor.checks import CheckResult, failed, passed
-from services.core.errors import ConfigurationError
-from services.core.settings import Settings, require
+from services.core.settings import NEEDED_BY_WORKERS, Settings
 
 CHECK = "settings"
 
@@ -26,11 +25,17 @@ class ReadSettings:
     def result(self) -> CheckResult:
         """The line of the settings themselves."""
         problems = [f"{to_variable(name)} is wrong: {problem}" for name, problem in self.wrong.items()]
-        try:
-            # A wrong setting has its default here, which may be empty. It is set, so it is not missing too.
-            require(self.settings.model_copy(update=dict.fromkeys(self.wrong, "set")))
-        except ConfigurationError as error:
-            problems.append(str(error))
+        # A wrong setting has its default here, which may be empty. It is set, so it is not missing too.
+        if missing := [
+            to_variable(name)
+            for name in NEEDED_BY_WORKERS
+            if name not in self.wrong and not getattr(self.settings, name)
+        ]:
+            problems.append(
+                f"{', '.join(missing)} not set: set {'it' if len(missing) == 1 else 'them'} (docs/settings.md), start "
+                "everything on this machine with `sluice up --embedded`, or run this command in the folder of the "
+                "`sluice up` that runs"
+            )
         if problems:
             return failed(CHECK, "; ".join(problems))
         return passed(CHECK, "every setting is valid, and those that a worker needs are set")

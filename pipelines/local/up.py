@@ -87,15 +87,15 @@ def run_service(*, embed: bool, progress: Progress) -> Iterator[tuple[Settings, 
                 os.environ.update(variables)
                 if "SLUICE_REDIS_URL" in variables:  # no process of another deployment uses the embedded Redis
                     os.environ.setdefault("SLUICE_REDIS_SIGNING_KEY", secrets.token_hex(32))
-            settings = settings_module.load()
+            settings = choose_gateway_port(settings_module.load(), embed=embed)
             log_file = stack.enter_context(_tail_log(settings.log_file))
             checkpoints.resolve_checkpoint(settings.model)
             for problem in check_before_start(settings):
                 progress(f"{problem.check}: {problem.detail}")
+            settings, reaching_gateway = stack.enter_context(_reserve_gateway_port(settings))
             _check_reachable(settings)
             _publish_built_in(settings)
             kill_descendants_on_exit()
-            settings, reaching_gateway = stack.enter_context(_reserve_gateway_port(settings, embed=embed))
             key = create_embedded_key(settings, variables)
             if embed and reaching_gateway and not key:
                 progress(
@@ -208,17 +208,23 @@ def _publish_built_in(settings: Settings) -> None:
         raise ConfigurationError(str(error)) from error
 
 
+def choose_gateway_port(settings: Settings, *, embed: bool) -> Settings:
+    """With `embed`, give the gateway a free port (0) on this machine, unless the environment names one."""
+    if embed and not settings.ray_address and not os.environ.get("SLUICE_GATEWAY_PORT"):
+        return settings.model_copy(update={"gateway_port": 0})
+    return settings
+
+
 @contextmanager
-def _reserve_gateway_port(settings: Settings, *, embed: bool) -> Iterator[tuple[Settings, dict[str, str]]]:
-    """Reserve the gateway's port, with `embed` a free one unless it is set. Yields the variables for clients."""
+def _reserve_gateway_port(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
+    """Reserve the gateway's port, a free one if it is 0. Yields the variables for clients."""
     if not settings.gateway_replicas:
         yield settings, {}
         return
     with ExitStack() as stack:
         port = settings.gateway_port
         if not settings.ray_address:  # on another cluster the gateway may run on another machine
-            wanted = port if not embed or os.environ.get("SLUICE_GATEWAY_PORT") else 0
-            port = stack.enter_context(reserve_port(settings.gateway_host, wanted))
+            port = stack.enter_context(reserve_port(settings.gateway_host, port))
         variables = {"SLUICE_GATEWAY_URL": make_gateway_url(settings.gateway_host, port)}
         yield settings.model_copy(update={"gateway_port": port}), variables
 

@@ -20,7 +20,7 @@ from services.core.tenancy import parse_prefix, parse_tenant_policy, parse_tenan
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
-_NEEDED_BY_WORKERS = ("stream_url", "redis_url", "s3_buckets", "policy_bucket", "model")
+NEEDED_BY_WORKERS = ("stream_url", "redis_url", "s3_buckets", "policy_bucket", "model")
 
 
 class Settings(BaseSettings):
@@ -385,7 +385,7 @@ def require(settings: Settings, *needed: str) -> None:
     """
     missing = {
         f"SLUICE_{name.upper()}": Settings.model_fields[name].description
-        for name in needed or _NEEDED_BY_WORKERS
+        for name in needed or NEEDED_BY_WORKERS
         if not getattr(settings, name)
     }
     if missing:

@@ -203,12 +203,12 @@ def _download(hub_id: str, revisions: Mapping[str, str], *, weights: bool) -> Pa
     """
     revision = revisions.get(hub_id)
     logger.info("fetching %s at %s from the hub or its local cache", hub_id, revision or "its newest commit")
-    ignored = [*_IGNORED_FILES, "*.bin"] + ([] if weights else ["*.safetensors"])
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=ignored))
+        folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=list_ignored_files(weights=weights)))
         if weights and revision and not any(folder.glob("*.safetensors")):
             # Older repositories, for example CLIP's, have only PyTorch's format.
-            folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=list(_IGNORED_FILES)))
+            ignored = list_ignored_files(weights=True, pickles=True)
+            folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=ignored))
     except GatedRepoError:
         problem = "is gated: accept its terms on huggingface.co and set HF_TOKEN"
     except RepositoryNotFoundError:
@@ -239,6 +239,11 @@ def _download(hub_id: str, revisions: Mapping[str, str], *, weights: bool) -> Pa
                 require_weights(folder)
             return folder
     raise ConfigurationError(f"{hub_id} {problem}.")
+
+
+def list_ignored_files(*, weights: bool, pickles: bool = False) -> list[str]:
+    """The patterns of the files of a hub repository that are not downloaded."""
+    return [*_IGNORED_FILES, *(() if pickles else ("*.bin",)), *(() if weights else ("*.safetensors",))]
 
 
 def _list_files(folder: Path) -> Iterable[Path]:

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import pynvml  # nvidia-ml-py, which SGLang brings along
@@ -88,17 +89,21 @@ def read_gpu_memory_bytes() -> list[int]:
     except pynvml.NVMLError:
         return []  # There is no driver, so there is no GPU.
     try:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible is not None else map(str, range(pynvml.nvmlDeviceGetCount()))
-        memory: list[int] = []
-        for name in names:
-            try:
-                memory.append(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(name.strip())).total))
-            except (pynvml.NVMLError, ValueError):
-                break  # As in CUDA, the names after an unknown name are ignored.
-        return memory
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in find_visible_gpus(os.environ)]
     finally:
         pynvml.nvmlShutdown()
+
+
+def find_visible_gpus(environment: Mapping[str, str]) -> Iterator[object]:
+    """NVML's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order. NVML must be initialized."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible is not None else map(str, range(pynvml.nvmlDeviceGetCount()))
+    for name in names:
+        try:
+            handle = _handle(name.strip())
+        except (pynvml.NVMLError, ValueError):
+            return  # As in CUDA, the names after an unknown name are ignored.
+        yield handle
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ import pynvml  # nvidia-ml-py, which SGLang brings along
 
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import Checkpoint
-from services.guard.gpus import is_cuda_available
+from services.guard.gpus import find_visible_gpus, is_cuda_available
 
 GIB: Final = 1 << 30
 DRIVER_MINIMUM: Final = 580
@@ -31,6 +31,9 @@ CAPABILITY_MINIMUM: Final = (8, 0)
 
 _NVCC_DEADLINE_S: Final = 10.0
 _CUDA_FOLDER: Final = Path("/usr/local/cuda")
+_PCI_FOLDER: Final = Path("/sys/bus/pci/devices")
+_NVIDIA: Final = "0x10de"
+_DISPLAY_CONTROLLER: Final = "0x03"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class GpuMachine:
     """Those that CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     driver: str = ""
     """Its version, for example `580.95.05`; empty: there is none."""
+    driver_problem: str = ""
+    """Why the driver does not answer although the machine has an NVIDIA GPU; empty: it answers, or there is no GPU."""
     is_usable_by_pytorch: bool = True
     """PyTorch was asked only if the driver is old: with NVIDIA's package for compatibility it can work all the same."""
     nvcc: str = ""
@@ -178,9 +183,9 @@ def require_gpu_machine(machine: GpuMachine) -> None:
 
 def read_machine(environment: Mapping[str, str] = os.environ) -> GpuMachine:
     """Read the facts. Blocks for up to a second, longer if the driver is old."""
-    driver, gpus = _read_gpus(environment)
+    driver, gpus, problem = _read_gpus(environment)
     if not gpus:
-        return GpuMachine(driver=driver)
+        return GpuMachine(driver=driver, driver_problem=problem)
     nvcc = find_nvcc(environment)
     is_new = bool(re.match(r"\d+", driver)) and int(driver.partition(".")[0]) >= DRIVER_MINIMUM
     return GpuMachine(
@@ -231,38 +236,45 @@ def _find_program(environment: Mapping[str, str], *names: str | None) -> str:
     return next(filter(None, found), "")
 
 
-def _read_gpus(environment: Mapping[str, str]) -> tuple[str, tuple[Gpu, ...]]:
-    """The version of the driver, and the visible GPUs; nothing without a driver."""
+def has_nvidia_gpu(folder: Path = _PCI_FOLDER) -> bool:
+    """Whether a display controller of NVIDIA is on the PCI bus, with or without a driver."""
+    for device in folder.glob("*"):
+        try:
+            kinds = (device / "vendor").read_text().strip(), (device / "class").read_text()
+        except OSError:
+            continue
+        if kinds[0] == _NVIDIA and kinds[1].startswith(_DISPLAY_CONTROLLER):
+            return True
+    return False
+
+
+def _read_gpus(environment: Mapping[str, str]) -> tuple[str, tuple[Gpu, ...], str]:
+    """The version of the driver, the visible GPUs, and why the driver of a GPU does not answer."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return "", ()
+    except pynvml.NVMLError as error:
+        is_wanted = environment.get("CUDA_VISIBLE_DEVICES") != ""
+        return "", (), str(error).rstrip(".") if is_wanted and has_nvidia_gpu() else ""
     try:
-        return str(pynvml.nvmlSystemGetDriverVersion()), tuple(_describe_visible(environment))
-    except pynvml.NVMLError:
-        return "", ()
+        gpus = tuple(_describe(handle) for handle in find_visible_gpus(environment))
+        return str(pynvml.nvmlSystemGetDriverVersion()), gpus, ""
+    except pynvml.NVMLError as error:
+        return "", (), str(error).rstrip(".")
     finally:
         pynvml.nvmlShutdown()
 
 
-def _describe_visible(environment: Mapping[str, str]) -> Iterator[Gpu]:
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible is not None else map(str, range(pynvml.nvmlDeviceGetCount()))
-    for name in names:
-        try:
-            by_uuid = name.strip().startswith(("GPU-", "MIG-"))
-            handle = (
-                pynvml.nvmlDeviceGetHandleByUUID(name.strip())
-                if by_uuid
-                else pynvml.nvmlDeviceGetHandleByIndex(int(name))
-            )
-            yield Gpu(
-                str(pynvml.nvmlDeviceGetName(handle)),
-                int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-            )
-        except (pynvml.NVMLError, ValueError):
-            return  # As in CUDA, the names after an unknown name are ignored.
+def _describe(handle: object) -> Gpu:
+    try:
+        capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:  # A part of a GPU (MIG) may have none of its own.
+        whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        capability = pynvml.nvmlDeviceGetCudaComputeCapability(whole)
+    return Gpu(
+        str(pynvml.nvmlDeviceGetName(handle)),
+        int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        tuple(capability),
+    )
 
 
 def _capabilities(machine: GpuMachine) -> list[tuple[int, int]]:

@@ -1,20 +1,31 @@
 """`sluice doctor` on real backends: everything is right, and then each dependency is broken in turn."""
 
 import json
+import os
+import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
+import pynvml
 import pytest
 import redis
 
+from pipelines.doctor import machine_checks, model_checks
+from services.guard import preflight
+from services.guard.preflight import GIB, Gpu
+from services.images.decoder_sandbox import MEASURES
 from services.policies.document import BUILT_IN
 from services.policies.registry import PolicyRegistry
-from tests.support.command_line import assert_fails, run_sluice_in, start_sluice
+from tests.support.command_line import SLUICE, assert_fails, run_sluice_in, start_sluice
+from tests.support.model_hub import MODEL, Hub
+from tests.support.nvidia import Driver, write_program
 from tests.support.ports import free_ports
 from tests.support.s3_proxy import Headers, Spoiler, spoil
 from tests.support.servers import Valkey
@@ -343,15 +354,153 @@ def test_unknown_model_and_damaged_folder_are_named(deployment: Deployment, tmp_
     assert "holds no weights" in deployment.diagnose(SLUICE_MODEL=str(folder))["model"]
 
 
-def test_model_that_is_too_large_for_the_cpu_is_named(
-    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_that_is_too_large_for_the_cpu_is_named(deployment: Deployment) -> None:
     problems = deployment.diagnose(SLUICE_MODEL="LlavaGuard-v1.2-7B-OV", HF_HUB_OFFLINE="1")
 
     assert "too many for a CPU" in problems["model memory"]
 
 
-def test_up_stops_before_it_waits_for_backends_if_the_machine_cannot_run_the_model(tmp_path: Path) -> None:
+@pytest.mark.kafka
+def test_sound_deployment_with_kafka_passes_every_check(deployment: Deployment, kafka_address: str) -> None:
+    assert deployment.diagnose(SLUICE_STREAM_URL=f"kafka://{kafka_address}") == {}
+
+
+class TestModel:
+    """A model from a hub on loopback, on a machine with enough memory for it unless the test says otherwise."""
+
+    @pytest.fixture(autouse=True)
+    def _large_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model_checks, "find_memory_bytes", lambda: 64 * GIB)
+
+    @pytest.mark.usefixtures("model_hub")
+    def test_model_that_can_be_downloaded_passes(self, deployment: Deployment) -> None:
+        assert deployment.diagnose(SLUICE_MODEL=MODEL) == {}
+
+    def test_gated_model_is_named(self, deployment: Deployment, model_hub: Hub) -> None:
+        model_hub.refused[MODEL] = (403, "GatedRepo")
+
+        problems = deployment.diagnose(SLUICE_MODEL=MODEL)
+
+        assert list(problems) == ["model", "model disk"]
+        assert f"{MODEL} is gated: accept its terms on huggingface.co" in problems["model"]
+
+    @pytest.mark.usefixtures("model_hub")
+    def test_full_disk_is_named(self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB))
+
+        problems = deployment.diagnose(SLUICE_MODEL=MODEL)
+
+        assert list(problems) == ["model disk"]
+        assert "has 1.0 GiB free" in problems["model disk"]
+
+    @pytest.mark.usefixtures("model_hub")
+    def test_small_memory_is_named(self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model_checks, "find_memory_bytes", lambda: 4 * GIB)
+
+        problems = deployment.diagnose(SLUICE_MODEL=MODEL)
+
+        assert list(problems) == ["model memory"]
+        assert "there are 4 GiB" in problems["model memory"]
+
+
+class TestGpu:
+    """A machine with a pretended driver and GPU, and with tools that are scripts."""
+
+    @pytest.fixture
+    def on_gpu(self, deployment: Deployment, nvidia_driver: Driver, gpu_tools: dict[str, str]) -> Deployment:
+        assert nvidia_driver.gpus
+        deployment.variables |= gpu_tools | {"CUDA_VISIBLE_DEVICES": "0"}
+        return deployment
+
+    def test_complete_machine_passes_every_check(self, on_gpu: Deployment) -> None:
+        assert on_gpu.diagnose() == {}
+
+    def test_old_driver_is_named(
+        self, on_gpu: Deployment, nvidia_driver: Driver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nvidia_driver.version = "570.172.08"
+        monkeypatch.setattr(preflight, "is_cuda_available", lambda: False)
+
+        problems = on_gpu.diagnose()
+
+        assert list(problems) == ["gpu driver"]
+        assert "570.172.08 is too old for CUDA 13" in problems["gpu driver"]
+
+    def test_driver_that_does_not_answer_is_named(
+        self, on_gpu: Deployment, nvidia_driver: Driver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nvidia_driver.error = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
+        monkeypatch.setattr(preflight, "has_nvidia_gpu", lambda: True)
+
+        assert "Driver Not Loaded" in on_gpu.diagnose(SLUICE_GUARD_GPUS="1")["gpu"]
+
+    def test_gpu_that_is_too_old_or_too_small_is_named(self, on_gpu: Deployment, nvidia_driver: Driver) -> None:
+        nvidia_driver.gpus = [Gpu("Tesla T4", GIB, (7, 5))]
+
+        problems = on_gpu.diagnose()
+
+        assert list(problems) == ["gpu capability", "model memory"]
+        assert "Tesla T4 has the compute capability 7.5" in problems["gpu capability"]
+        assert "a guard has 1 GiB" in problems["model memory"]
+
+    @pytest.mark.parametrize(
+        ("program", "check", "words"),
+        [
+            ("cuda/bin/nvcc", "gpu toolkit", "nvcc is not installed"),
+            ("bin/c++", "gpu compiler", "a C++ compiler is not installed"),
+        ],
+    )
+    def test_missing_program_is_named(
+        self, program: str, check: str, words: str, on_gpu: Deployment, tmp_path: Path
+    ) -> None:
+        (tmp_path / program).unlink()
+
+        problems = on_gpu.diagnose()
+
+        assert list(problems) == [check]
+        assert words in problems[check]
+
+    def test_toolkit_of_another_release_is_named(self, on_gpu: Deployment, tmp_path: Path) -> None:
+        write_program(tmp_path / "cuda" / "bin" / "nvcc", 'echo "Cuda compilation tools, release 12.9, V12.9.41"')
+
+        assert "is of CUDA 12.9, and the engine needs CUDA 13" in on_gpu.diagnose()["gpu toolkit"]
+
+    def test_missing_headers_of_python_are_named(self, on_gpu: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(preflight, "find_python_header", lambda: "")
+
+        problems = on_gpu.diagnose()
+
+        assert list(problems) == ["gpu python headers"]
+        assert "-dev" in problems["gpu python headers"]
+
+
+@pytest.mark.parametrize("layer", MEASURES)
+def test_missing_layer_of_the_sandbox_is_named(
+    layer: str, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = f"from services.images.decoder_sandbox import enter; print(*(m for m in enter() if m != {layer!r}))"
+    monkeypatch.setattr(machine_checks, "_MEASURE_SANDBOX", measure)
+
+    assert list(deployment.diagnose()) == [f"sandbox {layer}"]
+
+
+def test_low_limit_of_open_files_is_named(tmp_path: Path) -> None:
+    """In a child process, because a limit that was lowered cannot be raised again."""
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -n 1000 && exec {SLUICE} doctor --json"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")},
+        capture_output=True,
+        check=False,
+    )
+
+    results = {result["check"]: result["detail"] for result in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1
+    assert list(results) == CHECKS
+    assert "a process may open 1000 files, and Sluice needs 4096" in results["file limits"]
+
+
+def test_up_stops_before_it_waits_for_backends_if_the_machine_cannot_run_the_service(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     variables = {
         "SLUICE_STREAM_URL": f"redis://127.0.0.1:{port}/0",
@@ -360,10 +509,11 @@ def test_up_stops_before_it_waits_for_backends_if_the_machine_cannot_run_the_mod
         "SLUICE_S3_BUCKETS": "uploads",
         "SLUICE_POLICY_BUCKET": "policies",
         "SLUICE_MODEL": "LlavaGuard-v1.2-7B-OV",
+        "SLUICE_GATEWAY_HOST": "192.0.2.1",
         "CUDA_VISIBLE_DEVICES": "",
     }
 
     done = start_sluice("up", folder=tmp_path, **variables)
 
-    assert_fails(done, "too many for a CPU")
-    assert b"nothing answers" not in done.stderr
+    assert_fails(done, "this machine cannot run the service: ", "too many for a CPU", "set SLUICE_GATEWAY_HOST")
+    assert len(done.stderr.splitlines()) == 1

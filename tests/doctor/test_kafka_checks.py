@@ -1,8 +1,10 @@
-"""The checks of Kafka on real brokers: one that allows everything, and one with access control lists."""
+"""`sluice doctor` on real brokers of Kafka: one that allows everything, and one with access control lists."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,9 @@ from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
 
 from pipelines.doctor.checks import CheckResult
-from pipelines.doctor.kafka_checks import check_release, run_kafka_checks
-from services.core.errors import ConfigurationError, StreamUnavailable
+from pipelines.doctor.kafka_checks import check_release
 from services.core.settings import Settings
+from tests.support.command_line import run_sluice_in
 from tests.support.kafka_broker import Broker
 from tests.support.ports import free_ports
 from tests.support.servers import require_kafka
@@ -43,10 +45,19 @@ def make_settings(address: str, prefix: str, **changes: Any) -> Settings:
     )
 
 
-def diagnose(settings: Settings) -> dict[str, CheckResult]:
-    results = list(run_kafka_checks(settings))
-    assert [result.check for result in results] == CHECKS
-    return {result.check: result for result in results}
+def diagnose(settings: Settings, folder: Path, **variables: str) -> dict[str, CheckResult]:
+    """The results of the command about the stream. `variables` are further settings."""
+    chosen = settings.model_dump(mode="json", include=settings.model_fields_set)
+    variables |= {f"SLUICE_{name.upper()}": str(value) for name, value in chosen.items()}
+    done = run_sluice_in(folder, "doctor", "--json", **variables)
+    assert "Traceback" not in done.stderr.decode()
+    results = {
+        line["check"]: CheckResult(line["check"], line["ok"], line["detail"])
+        for line in map(json.loads, done.stdout.splitlines())
+        if line["check"] in CHECKS
+    }
+    assert list(results) == CHECKS
+    return results
 
 
 def wrong(results: dict[str, CheckResult]) -> list[str]:
@@ -54,8 +65,8 @@ def wrong(results: dict[str, CheckResult]) -> list[str]:
 
 
 @pytest.mark.kafka
-def test_new_broker_passes_and_gets_no_topic(kafka_address: str) -> None:
-    results = diagnose(make_settings(kafka_address, "doctor-new"))
+def test_new_broker_passes_and_gets_no_topic(kafka_address: str, tmp_path: Path) -> None:
+    results = diagnose(make_settings(kafka_address, "doctor-new"), tmp_path)
 
     assert wrong(results) == []
     assert "may create those that do not exist: doctor-new.submissions" in results["stream topics"].detail
@@ -64,7 +75,7 @@ def test_new_broker_passes_and_gets_no_topic(kafka_address: str) -> None:
 
 
 @pytest.mark.kafka
-def test_topic_with_fewer_partitions_than_members_is_named(kafka_address: str) -> None:
+def test_topic_with_fewer_partitions_than_members_is_named(kafka_address: str, tmp_path: Path) -> None:
     settings = make_settings(kafka_address, "doctor-partitions", intake_max_replicas=3)
     names = [settings.submissions_stream, settings.backfill_stream, settings.verdicts_stream]
     names += [settings.shadow_verdicts_stream, settings.dead_letters_stream]
@@ -72,11 +83,11 @@ def test_topic_with_fewer_partitions_than_members_is_named(kafka_address: str) -
         admin.create_topics({name: {"num_partitions": 2, "replication_factor": 1} for name in names})
         admin.wait_for_topics(names)
 
-    results = diagnose(settings)
+    results = diagnose(settings, tmp_path)
 
     assert wrong(results) == ["stream topics"]
     assert "has 2 partitions, and up to 3 intake replicas" in results["stream topics"].detail
-    assert wrong(diagnose(settings.model_copy(update={"intake_max_replicas": 2}))) == []
+    assert wrong(diagnose(settings.model_copy(update={"intake_max_replicas": 2}), tmp_path)) == []
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +100,7 @@ def guarded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]
 
 
 @pytest.mark.kafka
-def test_check_of_the_right_to_join_leaves_members_in_their_group(kafka_address: str) -> None:
+def test_check_of_the_right_to_join_leaves_members_in_their_group(kafka_address: str, tmp_path: Path) -> None:
     settings = make_settings(kafka_address, "doctor-members")
     with closing(
         KafkaConsumer(
@@ -102,7 +113,7 @@ def test_check_of_the_right_to_join_leaves_members_in_their_group(kafka_address:
         before = consumer.assignment()
         assert before
 
-        assert wrong(diagnose(settings)) == []
+        assert wrong(diagnose(settings, tmp_path)) == []
 
         for _ in range(10):
             consumer.poll(timeout_ms=200)
@@ -118,18 +129,18 @@ def allow(admin: Any, kind: ResourceType, name: str, *operations: ACLOperation) 
 
 
 @pytest.mark.kafka
-def test_each_missing_right_is_named(guarded_broker: Broker) -> None:
+def test_each_missing_right_is_named(guarded_broker: Broker, tmp_path: Path) -> None:
     settings = make_settings(guarded_broker.address, "doctor-rights")
     topics = [settings.submissions_stream, settings.verdicts_stream, settings.dead_letters_stream]
     with closing(KafkaAdminClient(bootstrap_servers=guarded_broker.address)) as admin:
-        assert wrong(diagnose(settings)) == []
+        assert wrong(diagnose(settings, tmp_path)) == []
         admin.create_topics({name: {"num_partitions": 6, "replication_factor": 1} for name in topics})
         admin.wait_for_topics(topics)
         allow(admin, ResourceType.TOPIC, settings.submissions_stream, ACLOperation.WRITE, ACLOperation.DESCRIBE)
         allow(admin, ResourceType.TOPIC, settings.verdicts_stream, ACLOperation.READ, ACLOperation.DESCRIBE)
         allow(admin, ResourceType.TOPIC, settings.dead_letters_stream, ACLOperation.DELETE)
         allow(admin, ResourceType.GROUP, settings.group, ACLOperation.DELETE)
-        results = wait_for(settings, "stream rights", f"consumer group {settings.group}")
+        results = wait_for(settings, tmp_path, "stream rights", f"consumer group {settings.group}")
         missing = results["stream rights"].detail
         assert f"READ on the topic {settings.submissions_stream}" in missing
         assert f"WRITE on the topic {settings.verdicts_stream}" in missing
@@ -140,7 +151,7 @@ def test_each_missing_right_is_named(guarded_broker: Broker) -> None:
 
 
 @pytest.mark.kafka
-def test_missing_right_to_create_topics_is_named(guarded_broker: Broker) -> None:
+def test_missing_right_to_create_topics_is_named(guarded_broker: Broker, tmp_path: Path) -> None:
     settings = make_settings(guarded_broker.address, "doctor-create")
     with closing(KafkaAdminClient(bootstrap_servers=guarded_broker.address)) as admin:
         allow(
@@ -151,17 +162,17 @@ def test_missing_right_to_create_topics_is_named(guarded_broker: Broker) -> None
         )
         allow(admin, ResourceType.TOPIC, settings.submissions_stream, ACLOperation.READ, ACLOperation.DESCRIBE)
 
-        results = wait_for(settings, "stream topics", "grant the right")
+        results = wait_for(settings, tmp_path, "stream topics", "grant the right")
 
     assert wrong(results) == ["stream topics"]
     assert f"{settings.submissions_stream}" in results["stream topics"].detail
     assert "grant the right to create them" in results["stream topics"].detail
 
 
-def wait_for(settings: Settings, check: str, words: str) -> dict[str, CheckResult]:
+def wait_for(settings: Settings, folder: Path, check: str, words: str) -> dict[str, CheckResult]:
     """Diagnose until a check says these words, because a broker applies new access control lists after a moment."""
     for _ in range(40):
-        results = diagnose(settings)
+        results = diagnose(settings, folder)
         if words in results[check].detail:
             break
         time.sleep(0.25)
@@ -169,19 +180,36 @@ def wait_for(settings: Settings, check: str, words: str) -> dict[str, CheckResul
 
 
 @pytest.mark.kafka
-def test_wrong_option_is_named(kafka_address: str) -> None:
-    settings = make_settings(kafka_address, "doctor-options", kafka_options={"group_id": "mine"})
+def test_wrong_option_is_named(kafka_address: str, tmp_path: Path) -> None:
+    settings = make_settings(kafka_address, "doctor-options")
 
-    with pytest.raises(ConfigurationError, match="cannot set group_id"):
-        list(run_kafka_checks(settings))
+    results = diagnose(settings, tmp_path, SLUICE_KAFKA_OPTIONS='{"group_id": "mine"}')
+
+    assert wrong(results) == CHECKS
+    assert "cannot set group_id" in results["stream"].detail
 
 
-def test_absent_broker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.kafka
+def test_old_release_is_named(kafka_address: str, tmp_path: Path) -> None:
+    """The client speaks the protocol of the old release, as it does with an old broker."""
+    settings = make_settings(kafka_address, "doctor-old")
+
+    results = diagnose(settings, tmp_path, SLUICE_KAFKA_OPTIONS='{"api_version": "2.3"}')
+
+    assert wrong(results) == ["stream version"]
+    assert "runs Kafka 2.3, and Sluice needs 2.5: upgrade the brokers" in results["stream version"].detail
+
+
+@pytest.mark.server
+def test_absent_broker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.doctor.kafka_checks._CONNECT_MS", 500)
     (port,) = free_ports(1)
 
-    with pytest.raises(StreamUnavailable, match=f"Kafka at 127.0.0.1:{port} does not answer; start it or correct"):
-        list(run_kafka_checks(make_settings(f"127.0.0.1:{port}", "doctor-absent")))
+    results = diagnose(make_settings(f"127.0.0.1:{port}", "doctor-absent"), tmp_path)
+
+    assert wrong(results) == CHECKS
+    assert f"Kafka at 127.0.0.1:{port} does not answer; start it or correct" in results["stream"].detail
+    assert results["stream rights"].detail == "not checked, because stream failed"
 
 
 def test_old_release_of_one_broker_is_named() -> None:

@@ -19,6 +19,7 @@ from pipelines.doctor.machine_checks import (
     run_port_checks,
     run_sandbox_checks,
 )
+from services.core.errors import ConfigurationError
 from services.guard.preflight import GIB, Gpu, GpuMachine
 from services.images.decoder_sandbox import MEASURES
 from tests.guard.test_preflight import BROKEN, GOOD
@@ -53,8 +54,28 @@ class TestGpu:
         assert list(problems) == ["model memory"]
         assert "a guard has 22 GiB" in problems["model memory"]
 
-    def test_guard_that_gets_no_gpu_needs_no_toolkit(self) -> None:
-        assert wrong(GpuMachine(gpus=GOOD.gpus, driver="580.95.05"), guard_gpus=0) == {}
+    def test_guard_that_gets_no_gpu_needs_no_toolkit_and_a_small_model(self) -> None:
+        machine = GpuMachine(gpus=GOOD.gpus, driver="580.95.05")
+
+        assert wrong(machine, guard_gpus=0) == {}
+        problems = wrong(machine, guard_gpus=0, model="LlavaGuard-v1.2-7B-OV")
+        assert "too many for a CPU, and SLUICE_GUARD_GPUS is 0" in problems["model memory"]
+
+    def test_requested_gpu_that_does_not_exist_is_named_once(self) -> None:
+        problems = wrong(GpuMachine(), guard_gpus=1)
+
+        assert "SLUICE_GUARD_GPUS is 1, and there is no NVIDIA GPU" in problems.pop("gpu")
+        assert set(problems.values()) == {"not checked, because gpu failed"}
+
+    def test_gpu_whose_driver_does_not_answer_is_named_unless_tiny_is_the_model(self) -> None:
+        machine = GpuMachine(driver_problem="Driver/library version mismatch")
+
+        problems = wrong(machine, model="LlavaGuard-v1.2-0.5B-OV")
+
+        assert "Driver/library version mismatch): install driver 580 or newer and restart" in problems["gpu"]
+        assert problems["model memory"] == "not checked, because gpu failed"
+        assert wrong(machine) == {}
+        assert "gpu" not in wrong(machine, model="LlavaGuard-v1.2-0.5B-OV", guard_gpus=0)
 
     def test_guards_on_another_cluster_are_not_checked_here(self) -> None:
         results = list(run_gpu_checks(make_settings(ray_address="head:6379"), lambda: pytest.fail("read this machine")))
@@ -138,3 +159,10 @@ def test_layer_that_the_machine_refuses_is_found(monkeypatch: pytest.MonkeyPatch
     problems = [result.check for result in run_sandbox_checks(make_settings()) if not result.is_ok]
 
     assert problems == ["sandbox rlimits"]
+
+
+def test_process_that_cannot_enter_the_sandbox_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "_MEASURE_SANDBOX", "raise OSError('no such system call')")
+
+    with pytest.raises(ConfigurationError, match=r"ends with status 1 \(OSError: no such system call\)"):
+        list(run_sandbox_checks(make_settings()))

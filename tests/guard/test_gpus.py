@@ -1,5 +1,4 @@
 from pathlib import Path
-from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -9,6 +8,8 @@ from services.guard import gpus
 from services.guard.checkpoints import resolve_checkpoint
 from services.guard.gpu_memory import GIB
 from services.guard.gpus import choose_gpu_count, plan_gpus, read_gpu_memory_bytes
+from services.guard.preflight import Gpu
+from tests.support.nvidia import Driver
 
 
 @pytest.fixture
@@ -90,18 +91,8 @@ class TestDevice:
 
 class TestVisibleGpus:
     @pytest.fixture(autouse=True)
-    def _three_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def by_index(index: int) -> int:
-            if not 0 <= index <= 2:
-                raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
-            return index
-
-        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-        monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", by_index)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: int(uuid[-1]))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=handle * 10))
+    def _three_gpus(self, nvidia_driver: Driver) -> None:
+        nvidia_driver.gpus = [Gpu(f"NVIDIA L{index}", index * 10, (8, 9)) for index in range(3)]
 
     @pytest.mark.parametrize(
         ("visible", "memory"),
@@ -117,11 +108,8 @@ class TestVisibleGpus:
         assert read_gpu_memory_bytes() == memory
 
 
-def test_machine_without_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+def test_machine_without_driver_has_no_gpu(nvidia_driver: Driver) -> None:
+    nvidia_driver.error = pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
     assert read_gpu_memory_bytes() == []
 
 

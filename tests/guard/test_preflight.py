@@ -1,11 +1,9 @@
 """What the engine needs of a machine with a GPU: each fact broken in turn, and how the facts are read."""
 
 import os
-import stat
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Final
 
 import pynvml
@@ -15,6 +13,7 @@ from services.core.errors import ConfigurationError
 from services.guard import preflight
 from services.guard.checkpoints import resolve_checkpoint
 from services.guard.preflight import CHECKS, GIB, Gpu, GpuMachine, check_memory, read_machine, require_gpu_machine
+from tests.support.nvidia import Driver, write_program
 
 L40S: Final = Gpu("NVIDIA L40S", int(44.7 * GIB), (8, 9))
 GOOD: Final = GpuMachine(
@@ -118,64 +117,44 @@ class TestMemory:
 
 
 class TestReading:
-    @pytest.fixture
-    def tools(self, tmp_path: Path) -> dict[str, str]:
-        """The environment of a machine with a toolkit and compilers in folders of its own."""
-        self.write(tmp_path / "cuda" / "bin" / "nvcc", 'echo "Cuda compilation tools, release 13.0, V13.0.88"')
-        for name in ("cc", "c++"):
-            self.write(tmp_path / "bin" / name, "true")
-        return {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-
-    @staticmethod
-    def write(file: Path, script: str) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"#!/bin/sh\n{script}\n")
-        file.chmod(file.stat().st_mode | stat.S_IXUSR)
-
-    @pytest.fixture
-    def driver(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-        """An NVIDIA driver with three GPUs."""
-        answers = SimpleNamespace(version="580.95.05")
-        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-        monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
-        monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: answers.version)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", self.by_index)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: int(uuid[-1]))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: f"NVIDIA L{handle}")
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=(handle + 1) * GIB))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda _: (8, 9))
-        return answers
-
-    @staticmethod
-    def by_index(index: int) -> int:
-        if not 0 <= index <= 2:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
-        return index
-
-    @pytest.mark.usefixtures("driver")
-    def test_facts_of_a_complete_machine_pass(self, tools: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_facts_of_a_complete_machine_pass(
+        self, nvidia_driver: Driver, gpu_tools: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(preflight, "find_python_header", lambda: "/usr/include/python3.11/Python.h")
 
-        machine = read_machine(tools)
+        machine = read_machine(gpu_tools)
 
-        assert [gpu.name for gpu in machine.gpus] == ["NVIDIA L0", "NVIDIA L1", "NVIDIA L2"]
-        assert [gpu.memory_bytes for gpu in machine.gpus] == [GIB, 2 * GIB, 3 * GIB]
+        assert list(machine.gpus) == nvidia_driver.gpus
         assert (machine.driver, machine.cuda_release) == ("580.95.05", "13.0")
         require_gpu_machine(machine)
 
-    @pytest.mark.usefixtures("driver")
-    @pytest.mark.parametrize(
-        ("visible", "names"), [("2,0", ["L2", "L0"]), ("", []), ("GPU-1", ["L1"]), ("0,9,1", ["L0"])]
-    )
-    def test_visible_gpus_are_those_of_cuda_visible_devices(
-        self, tools: dict[str, str], visible: str, names: list[str]
+    def test_only_gpus_that_are_visible_count(self, nvidia_driver: Driver, gpu_tools: dict[str, str]) -> None:
+        other = Gpu("NVIDIA H100", 80 * GIB, (9, 0))
+        nvidia_driver.gpus.append(other)
+
+        assert read_machine({**gpu_tools, "CUDA_VISIBLE_DEVICES": "1"}).gpus == (other,)
+        assert read_machine({**gpu_tools, "CUDA_VISIBLE_DEVICES": ""}).gpus == ()
+
+    def test_part_of_a_gpu_has_the_capability_of_the_whole(
+        self, nvidia_driver: Driver, gpu_tools: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        machine = read_machine({**tools, "CUDA_VISIBLE_DEVICES": visible})
+        whole = nvidia_driver.gpus[0]
+        part = Gpu("NVIDIA L40S MIG 1g", 10 * GIB, (0, 0))
+        nvidia_driver.gpus.append(part)
 
-        assert [gpu.name.removeprefix("NVIDIA ") for gpu in machine.gpus] == names
+        def get_capability(gpu: Gpu) -> tuple[int, int]:
+            if gpu is part:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+            return gpu.capability
 
-    @pytest.mark.usefixtures("driver")
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", get_capability)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", lambda _: whole)
+
+        (found,) = read_machine({**gpu_tools, "CUDA_VISIBLE_DEVICES": "MIG-1"}).gpus
+
+        assert (found.name, found.memory_bytes, found.capability) == (part.name, part.memory_bytes, whole.capability)
+
+    @pytest.mark.usefixtures("nvidia_driver")
     def test_machine_without_tools_lacks_each(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(preflight, "find_python_header", lambda: "")
 
@@ -189,22 +168,22 @@ class TestReading:
 
     @pytest.mark.parametrize("usable", [True, False])
     def test_pytorch_is_asked_about_an_old_driver(
-        self, driver: SimpleNamespace, tools: dict[str, str], usable: bool, monkeypatch: pytest.MonkeyPatch
+        self, nvidia_driver: Driver, gpu_tools: dict[str, str], usable: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        driver.version = "535.261.03"
+        nvidia_driver.version = "535.261.03"
         monkeypatch.setattr(preflight, "is_cuda_available", lambda: usable)
 
-        assert CHECKS["driver"](read_machine(tools)).is_ok is usable
+        assert CHECKS["driver"](read_machine(gpu_tools)).is_ok is usable
 
-    def test_nvcc_of_cuda_home_is_preferred_to_that_of_path(self, tools: dict[str, str], tmp_path: Path) -> None:
-        self.write(tmp_path / "bin" / "nvcc", 'echo "release 12.4, V12.4.99"')
+    def test_nvcc_of_cuda_home_is_preferred_to_that_of_path(self, gpu_tools: dict[str, str], tmp_path: Path) -> None:
+        write_program(tmp_path / "bin" / "nvcc", 'echo "release 12.4, V12.4.99"')
 
-        assert preflight.find_nvcc(tools) == str(tmp_path / "cuda" / "bin" / "nvcc")
-        without = {name: value for name, value in tools.items() if name != "CUDA_HOME"}
+        assert preflight.find_nvcc(gpu_tools) == str(tmp_path / "cuda" / "bin" / "nvcc")
+        without = {name: value for name, value in gpu_tools.items() if name != "CUDA_HOME"}
         assert preflight.read_cuda_release(preflight.find_nvcc(without)) == "12.4"
 
     def test_nvcc_in_its_usual_folder_is_found_without_variables(self, tmp_path: Path) -> None:
-        self.write(tmp_path / "cuda" / "bin" / "nvcc", "exit 1")
+        write_program(tmp_path / "cuda" / "bin" / "nvcc", "exit 1")
 
         found = preflight.find_nvcc({"PATH": os.defpath}, tmp_path / "cuda")
 
@@ -217,10 +196,30 @@ class TestReading:
         (tmp_path / "Python.h").touch()
         assert preflight.find_python_header() == str(tmp_path / "Python.h")
 
-    def test_machine_without_a_driver_has_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def absent() -> None:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    @pytest.mark.parametrize("has_gpu", [True, False])
+    def test_driver_that_does_not_answer_is_a_problem_only_of_a_machine_with_a_gpu(
+        self, nvidia_driver: Driver, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After an upgrade of the driver without a restart, NVML refuses to start."""
+        nvidia_driver.error = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+        monkeypatch.setattr(preflight, "has_nvidia_gpu", lambda: has_gpu)
 
-        monkeypatch.setattr(pynvml, "nvmlInit", absent)
+        machine = read_machine({})
 
-        assert read_machine({}) == GpuMachine()
+        assert machine == GpuMachine(driver_problem=machine.driver_problem)
+        assert ("version mismatch" in machine.driver_problem) is has_gpu
+        assert read_machine({"CUDA_VISIBLE_DEVICES": ""}) == GpuMachine()  # hidden on purpose
+
+    def test_gpu_without_a_driver_is_found_on_the_pci_bus(self, tmp_path: Path) -> None:
+        def add(device: str, vendor: str, kind: str) -> None:
+            (tmp_path / device).mkdir()
+            (tmp_path / device / "vendor").write_text(f"{vendor}\n")
+            (tmp_path / device / "class").write_text(f"{kind}\n")
+
+        assert not preflight.has_nvidia_gpu(tmp_path / "absent")
+        add("0000:00:02.0", "0x8086", "0x030000")  # a display controller of another vendor
+        add("0000:01:00.1", "0x10de", "0x040300")  # NVIDIA's sound
+        (tmp_path / "0000:02:00.0").mkdir()
+        assert not preflight.has_nvidia_gpu(tmp_path)
+        add("0000:01:00.0", "0x10de", "0x030200")
+        assert preflight.has_nvidia_gpu(tmp_path)

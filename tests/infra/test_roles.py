@@ -12,7 +12,9 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 from moto.core.authorization import ActionAuthenticatorMixin
 
-from services.core.errors import ApiKeysUnavailable
+from pipelines.doctor import bucket_checks
+from services.core.errors import ApiKeysUnavailable, StoreUnavailable
+from services.core.settings import Settings
 from services.gateway.api_keys import ApiKeyRegistry
 from services.policies.registry import BUILT_IN, PolicyRegistry
 from services.policies.tenants import TenantsDocument
@@ -115,6 +117,29 @@ def test_head_publishes_the_built_in_policy(account: Account) -> None:
 
     assert not denied(s3.put_object, Bucket=BUCKET, Key=f"{VERSIONS}probe", Body=b"")
     assert denied(s3.put_object, Bucket=BUCKET, Key="policies/of-a-tenant/versions/probe", Body=b"")
+
+
+@pytest.mark.parametrize("role", ["sluice-head", "sluice-intake", "sluice-gateway"])
+def test_doctor_finds_no_fault_with_a_role(role: str, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head has no right to images, and says so. A policy of a tenant does not mislead the check of writes."""
+    gateway = account.client("sluice-gateway")
+    PolicyRegistry(gateway, BUCKET).publish(BUILT_IN.model_copy(update={"name": "a-tenant"}))
+    before = gateway.list_objects_v2(Bucket=BUCKET)["Contents"]
+    monkeypatch.setattr(bucket_checks, "_open_client", lambda _: account.client(role))
+    settings = Settings(s3_buckets="uploads", policy_bucket=BUCKET)
+
+    results = [*bucket_checks.run_bucket_checks(settings), *bucket_checks.run_policy_bucket_checks(settings)]
+
+    problems = {result.check: result.detail for result in results if not result.is_ok}
+    assert problems.keys() == ({"buckets"} if role == "sluice-head" else set())
+    assert gateway.list_objects_v2(Bucket=BUCKET)["Contents"] == before
+
+
+def test_doctor_names_the_right_that_a_role_lacks(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_checks, "_open_client", lambda _: account.client("sluice-guard"))
+
+    with pytest.raises(StoreUnavailable, match="grant s3:ListBucket"):
+        list(bucket_checks.run_policy_bucket_checks(Settings(policy_bucket=BUCKET)))
 
 
 def test_taken_intake_can_neither_replace_a_version_nor_read_a_key(account: Account) -> None:

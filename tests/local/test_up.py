@@ -1,8 +1,9 @@
-"""What `sluice up` writes into buckets."""
+"""The parts of `sluice up` that need no cluster."""
 
 import boto3
+import pytest
 
-from pipelines.local.up import create_embedded_key
+from pipelines.local.up import choose_gateway_port, create_embedded_key
 from services.core.settings import Settings
 from services.gateway.api_keys import ApiKeyRegistry
 
@@ -20,3 +21,13 @@ def test_api_key_is_created_only_in_the_embedded_bucket(s3_endpoint: str) -> Non
     created = create_embedded_key(settings, {"SLUICE_S3_ENDPOINT": s3_endpoint})
     assert created["SLUICE_API_KEY"].startswith("sk-sluice-")
     assert list(keys.read_index().values()) == [False]
+
+
+def test_embedded_service_takes_a_free_port_unless_the_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may use the default port of the gateway, and nobody has chosen this port."""
+    monkeypatch.delenv("SLUICE_GATEWAY_PORT", raising=False)
+    assert choose_gateway_port(Settings(), embed=True).gateway_port == 0
+    assert choose_gateway_port(Settings(), embed=False).gateway_port == 8080
+    assert choose_gateway_port(Settings(ray_address="head:6379"), embed=True).gateway_port == 8080
+    monkeypatch.setenv("SLUICE_GATEWAY_PORT", "9999")
+    assert choose_gateway_port(Settings(), embed=True).gateway_port == 9999
