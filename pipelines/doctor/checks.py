@@ -37,7 +37,8 @@ class Probe:
     checks: tuple[str, ...]
     """Their names, in the order in which `run` yields their results."""
     run: Callable[[Settings], Iterator[CheckResult]]
-    """Blocks. If it raises one of Sluice's errors, the next check has failed, and the later ones have not run."""
+    """Blocks. If it raises one of Sluice's errors, the next check has failed, and the later ones have not run. It may
+    also end after a result that failed."""
     needs: tuple[str, ...] = ()
     """The fields of the settings without which it cannot run."""
     is_local: bool = False

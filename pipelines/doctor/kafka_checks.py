@@ -13,7 +13,7 @@ from pipelines.doctor.checks import CheckResult, failed, passed
 from services.core.errors import StreamUnavailable
 from services.core.retry import retry_blocking
 from services.core.settings import Settings
-from services.streams.config import StreamConfig, list_submission_streams
+from services.streams.config import StreamConfig, list_output_streams, list_submission_streams
 from services.streams.kafka.client import connect, parse_bootstrap_servers
 
 MINIMUM_RELEASE: Final = (2, 5)
@@ -32,7 +32,10 @@ def run_kafka_checks(settings: Settings) -> Iterator[CheckResult]:
         yield passed("stream", f"Kafka answers at {', '.join(parse_bootstrap_servers(config.url))}")
         try:
             cluster = admin.describe_cluster()
-            yield check_release([_read_release(admin, broker["broker_id"]) for broker in cluster["brokers"]])
+            release = check_release([_read_release(admin, broker["broker_id"]) for broker in cluster["brokers"]])
+            yield release
+            if not release.is_ok:
+                return  # The next questions need newer requests.
             topics = {topic["name"]: topic for topic in admin.describe_topics(_list_topics(settings))}
             yield _check_topics(settings, admin, topics)
             yield _check_rights(settings, admin, topics)
@@ -54,11 +57,7 @@ def _read_release(admin: Any, broker: int) -> tuple[int, ...]:
 
 
 def _list_topics(settings: Settings) -> list[str]:
-    return [*list_submission_streams(settings), *_list_output_topics(settings)]
-
-
-def _list_output_topics(settings: Settings) -> list[str]:
-    return [settings.verdicts_stream, settings.shadow_verdicts_stream, settings.dead_letters_stream]
+    return [*list_submission_streams(settings), *list_output_streams(settings)]
 
 
 def _check_topics(settings: Settings, admin: Any, topics: Mapping[str, Any]) -> CheckResult:
@@ -87,7 +86,7 @@ def _check_topics(settings: Settings, admin: Any, topics: Mapping[str, Any]) -> 
 
 
 def _check_rights(settings: Settings, admin: Any, topics: Mapping[str, Any]) -> CheckResult:
-    inputs, outputs = list_submission_streams(settings), _list_output_topics(settings)
+    inputs, outputs = list_submission_streams(settings), list_output_streams(settings)
     lacking = [
         f"{right} on the topic {name}"
         for names, right in ((inputs, "READ"), (outputs, "WRITE"))

@@ -88,6 +88,8 @@ def check_disk(settings: Settings, checkpoint: Checkpoint, download_bytes: int) 
                 f"{existing} has {free / GIB:.1f} GiB free, and the model needs {wanted_on[disk] / GIB:.1f} GiB: make "
                 "room, or set HF_HOME (downloads) or SLUICE_STATE_DIR (staged checkpoints) to a larger disk",
             )
+    if not download_bytes:
+        return passed("model disk", "nothing to download, and there is room for a staged checkpoint")
     return passed("model disk", f"{download_bytes / GIB:.1f} GiB to download, and there is room")
 
 

@@ -11,7 +11,7 @@ from redis import exceptions
 from pipelines.doctor.checks import CheckResult, failed, passed
 from services.core.errors import ConfigurationError, RedisUnavailable, StreamUnavailable
 from services.core.settings import Settings
-from services.streams.config import StreamConfig, list_submission_streams
+from services.streams.config import StreamConfig, list_output_streams, list_submission_streams
 
 MINIMUM_RELEASE: Final = (6, 2)
 """Redis Streams needs XAUTOCLAIM and the limits of XTRIM."""
@@ -136,7 +136,7 @@ def _name_release(facts: Mapping[str, Any]) -> str:
 
 
 def _check_streams(settings: Settings, client: "redis.Redis", facts: Mapping[str, Any]) -> CheckResult:
-    names = [*list_submission_streams(settings), settings.verdicts_stream, settings.dead_letters_stream]
+    names = [*list_submission_streams(settings), *list_output_streams(settings)]
     kinds = {name: str(client.type(name)) for name in names}
     if wrong := [name for name, kind in kinds.items() if kind not in ("stream", "none")]:
         return failed(

@@ -91,20 +91,22 @@ def _start(probe: Probe, read: ReadSettings) -> "SimpleQueue[CheckResult]":
             for check in checks:
                 results.put(failed(check, missing))
             return
-        reason = "it yielded no result"
+        cause = problem = ""
         try:
             for result in probe.run(read.settings):
                 results.put(result)
                 next(checks)
+                cause = "" if result.is_ok else result.check
         except SluiceError as error:
-            reason = str(error)
+            problem = str(error)
         except Exception as error:  # noqa: BLE001 - a failed check must not hide the results of the others
-            reason = f"the check failed: {type(error).__name__}: {error}; report this"
-        first = next(checks, None)
-        if first is not None:
-            results.put(failed(first, reason))
+            problem = f"the check failed: {type(error).__name__}: {error}; report this"
         for check in checks:
-            results.put(skipped(check, str(first)))
+            if problem or not cause:
+                results.put(failed(check, problem or "it yielded no result; report this"))
+                cause, problem = check, ""
+            else:
+                results.put(skipped(check, cause))
 
     threading.Thread(target=run, name=f"doctor-{probe.checks[0]}", daemon=True).start()
     return results

@@ -62,3 +62,8 @@ class StreamConfig:
 def list_submission_streams(settings: Settings) -> list[str]:
     """Return the names of the streams that submissions arrive on."""
     return [stream for stream in (settings.submissions_stream, settings.backfill_stream) if stream]
+
+
+def list_output_streams(settings: Settings) -> list[str]:
+    """Return the names of the streams that Sluice writes."""
+    return [settings.verdicts_stream, settings.shadow_verdicts_stream, settings.dead_letters_stream]

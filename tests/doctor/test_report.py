@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipelines.doctor import machine_checks, report
-from pipelines.doctor.checks import CheckResult, Probe, passed
+from pipelines.doctor.checks import CheckResult, Probe, failed, passed
 from pipelines.doctor.report import PROBES, check_before_start, diagnose, run_probes
 from pipelines.doctor.settings_check import ReadSettings
 from services.core.errors import ConfigurationError, StoreUnavailable
@@ -55,6 +55,34 @@ def test_error_fails_the_next_check_and_skips_the_later_ones() -> None:
         ("second", False, "the object store does not answer"),
         ("third", False, "not checked, because second failed"),
     ]
+
+
+def test_probe_that_ends_after_a_failed_check_skips_the_later_ones() -> None:
+    def stop(_: Settings) -> Iterator[CheckResult]:
+        yield failed("first", "too old")
+
+    assert run(Probe(("first", "second"), stop)) == [
+        ("first", False, "too old"),
+        ("second", False, "not checked, because first failed"),
+    ]
+
+
+def test_error_after_a_failed_check_is_told_too() -> None:
+    def fail(_: Settings) -> Iterator[CheckResult]:
+        yield failed("first", "too old")
+        raise StoreUnavailable("the object store does not answer")
+
+    assert run(Probe(("first", "second", "third"), fail))[1:] == [
+        ("second", False, "the object store does not answer"),
+        ("third", False, "not checked, because second failed"),
+    ]
+
+
+def test_probe_that_yields_too_little_is_a_failed_check() -> None:
+    ((check, is_ok, detail),) = run(Probe(("only",), lambda _: iter(())))
+
+    assert (check, is_ok) == ("only", False)
+    assert "yielded no result" in detail
 
 
 def test_unexpected_error_is_a_failed_check() -> None:
