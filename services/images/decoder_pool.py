@@ -39,6 +39,7 @@ from services.images.decoder_protocol import (
 )
 from services.images.decoder_sandbox import MEASURES
 from services.images.fair_slots import FairSlots
+from services.images.thread_watch import ThreadWatch
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class DecoderPool:
         self._kills = _KillCounts()
         self._slots = FairSlots(settings.decode_workers)
         self._measures: frozenset[str] | None = None
+        self._thread_watch: ThreadWatch | None = None
 
     async def prepare(self, data: bytes) -> PreparedImage:
         """Decode, orient, downscale, as `services.images.decode.prepare` says.
@@ -109,6 +111,8 @@ class DecoderPool:
         with self._lock:
             self._closed = True
             workers = tuple(self._workers)
+            if self._thread_watch:
+                self._thread_watch.stop()
         for worker in workers:
             worker.kill()
         with suppress(RuntimeError):  # already closed
@@ -160,6 +164,8 @@ class DecoderPool:
                 status = self._discard(worker)
                 if self._closed:
                     raise Unavailable("the image decoders are being stopped") from None
+                if self._thread_watch and self._thread_watch.has_killed(worker.pid):
+                    continue  # as a crash
                 if not isinstance(error, (ConnectionClosedError, OSError)):
                     known = isinstance(error, ProtocolError)
                     _log.warning(
@@ -203,7 +209,10 @@ class DecoderPool:
             raise Unavailable(f"no image decoder can be started: {error}") from None
         with self._lock:
             self._workers.add(worker)
+            if self._thread_watch is None:
+                self._thread_watch = ThreadWatch(self._copy_workers)
             if self._closed:
+                self._thread_watch.stop()
                 worker.kill()  # `close` has not killed it
         try:
             self._report(worker.await_ready())
@@ -227,6 +236,10 @@ class DecoderPool:
             ", ".join(measure for measure in MEASURES if measure in in_force) or "nothing",
             ", ".join(missing) or "nothing",
         )
+
+    def _copy_workers(self) -> "tuple[_Worker, ...]":
+        with self._lock:
+            return tuple(self._workers)
 
     def _release(self, worker: "_Worker") -> None:
         if self._closed or worker.images >= _IMAGES_PER_PROCESS:
@@ -312,6 +325,10 @@ class _Worker:
         if not isinstance(measures, list):
             raise ProtocolError("the decoder does not say which measures are in force")
         return frozenset(measure for measure in MEASURES if measure in measures)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def is_alive(self) -> bool:
         return self._process.poll() is None

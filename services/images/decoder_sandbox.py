@@ -294,7 +294,7 @@ def _decide_by_bits(
 
 def _set_limits() -> None:
     # No RLIMIT_NPROC: the decoder of HEIC starts threads, which it would count with all threads of the user. seccomp
-    # forbids processes, and the limit of the address space bounds the number of threads.
+    # forbids processes, and the parent kills a decoder with many threads (services/images/thread_watch.py).
     for limit, value in (
         (resource.RLIMIT_NOFILE, _OPEN_FILES_LIMIT),
         (resource.RLIMIT_FSIZE, 0),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.serving.gateway_deployment import GatewayDeployment
@@ -17,7 +18,7 @@ from pipelines.serving.guard_deployment import GuardDeployment
 from pipelines.serving.intake_deployment import IntakeDeployment
 from services.core import telemetry
 from services.core.errors import NotAnImage
-from services.images import decoder_sandbox
+from services.images import decoder_sandbox, thread_watch
 from services.images.decoder_pool import DecoderPool
 from services.images.decoder_sandbox import MEASURES
 from tests.images.test_decoder_pool import BAD, GOOD, ROOT, decoders, misbehave, workers_of
@@ -165,6 +166,61 @@ if "services.images.decoder_process" in sys.orig_argv:
     from services.core import landlock
     landlock._CREATE_RULESET = 9999  # no kernel has this call
 """
+
+
+THREADS = (
+    "import _thread; _thread.stack_size(32768); [_thread.start_new_thread(time.sleep, (60,)) for _ in range(2000)]; "
+)
+
+
+async def test_decoder_that_starts_threads_without_end_is_killed_and_replaced(
+    decoders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    misbehave(decoders, THREADS + "time.sleep(60)")
+    preparer = DecoderPool(make_settings(decode_workers=1, decode_deadline_s=50), 512)
+    try:
+        with pytest.raises(NotAnImage, match="crashed 2 times"):
+            await preparer.prepare(BAD)
+        assert (await preparer.prepare(GOOD)).data == GOOD
+        assert caplog.text.count("threads; the limit is 16; it was killed") == 2
+    finally:
+        preparer.close()
+
+
+async def test_decoder_that_starts_threads_after_its_answer_is_killed(
+    decoders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = f"_thread.start_new_thread(lambda: (time.sleep(0.3), exec({THREADS!r}, {{'time': time}})), ())"
+    misbehave(decoders, f"import _thread; {start}")
+    preparer = DecoderPool(make_settings(decode_workers=1, decode_deadline_s=50), 512)
+    try:
+        await preparer.prepare(BAD)
+        (worker,) = workers_of(os.getpid())
+        psutil.wait_procs([worker], timeout=20)
+        assert (await preparer.prepare(GOOD)).data == GOOD
+        assert "threads; the limit is 16; it was killed" in caplog.text
+    finally:
+        preparer.close()
+
+
+async def test_no_format_needs_half_of_the_allowed_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    most, count = 0, thread_watch.count_threads
+
+    def note(pid: int) -> int:
+        nonlocal most
+        threads = count(pid)
+        most = max(most, threads)
+        return threads
+
+    monkeypatch.setattr(thread_watch, "count_threads", note)
+    monkeypatch.setattr(thread_watch, "_INTERVAL_S", 0.001)
+    preparer = DecoderPool(make_settings(decode_workers=1), 64)
+    try:
+        for kind in FORMATS:
+            await preparer.prepare(encoded(picture(3000, 2000), kind))
+    finally:
+        preparer.close()
+    assert 2 <= most <= thread_watch.THREADS_LIMIT // 2
 
 
 @pytest.fixture
