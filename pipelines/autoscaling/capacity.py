@@ -7,7 +7,7 @@ vendor's figures, which is known of other engines. None of this has been measure
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final, Literal
 
 from pipelines.autoscaling.replica_decision import INTAKE_OVERSUBSCRIPTION, Rules
@@ -83,6 +83,8 @@ class CapacityPlan:
     """Source of the replica's rate: `given`, or the figures that it was computed from."""
     replicas: int
     gpus_per_replica: int
+    guard_in_flight: int
+    """Submissions that a replica judges at a time."""
     nodes: int
     intake_members: int
     partitions: int
@@ -99,6 +101,7 @@ class CapacityPlan:
         """The figures for people."""
         rows = {
             "replicas": f"{self.replicas} of {self.gpus_per_replica} {self.gpu}, {self.replica_rate:.2f}/s each",
+            "calls at a time": f"{self.guard_in_flight} for each replica",
             "nodes": self.nodes,
             "intake members": self.intake_members,
             "partitions": f"{self.partitions} at least",
@@ -127,20 +130,25 @@ def plan_capacity(
 ) -> CapacityPlan:
     """Return the fleet that keeps `objective_s` at a constant `rate`.
 
+    A replica has as many calls in flight as its checkpoint needs and its GPUs hold, whatever `rules` say.
+
     Raises:
         ConfigurationError: a name is unknown, or the checkpoint does not fit on eight of these GPUs.
     """
     model, spec = resolve_checkpoint(checkpoint), _find_gpu_spec(gpu)
-    gpus = model.tensor_parallel_size([round(spec.memory_gib * GIB)] * 8)
-    if not gpus:
+    memory = model.plan_memory([round(spec.memory_gib * GIB)] * 8)
+    if memory is None:
         raise ConfigurationError(
             f"{model.name} needs {model.gpu_memory_bytes / GIB:.0f} GiB, and eight {gpu} have less; "
             "choose a GPU with more memory"
         )
+    gpus = memory.gpus
+    rules = replace(rules, objective_s=objective_s, guard_in_flight=memory.in_flight)
     source = "given"
     if replica_rate is None:
-        replica_rate = compute_replica_rate(model, spec, gpus, image, rules.guard_in_flight)
+        replica_rate = compute_replica_rate(model, spec, gpus, image, memory.in_flight)
         source = _describe_computation(model, spec, gpus, image)
+    rules = replace(rules, replica_rate=replica_rate)
     replicas = max(1, math.ceil(round(rate / (1 - rules.headroom) / replica_rate, 6)))
     members = max(1, math.ceil(INTAKE_OVERSUBSCRIPTION * replicas * rules.guard_in_flight / rules.intake_in_flight))
     return CapacityPlan(
@@ -152,12 +160,13 @@ def plan_capacity(
         source=source,
         replicas=replicas,
         gpus_per_replica=gpus,
+        guard_in_flight=memory.in_flight,
         nodes=math.ceil(replicas / max(1, (gpus_per_node or gpus) // gpus)),
         intake_members=members,
         partitions=max(_MIN_PARTITIONS, _PARTITIONS_PER_MEMBER * members),
         gpu_hours_per_million=replicas * gpus / rate * 1e6 / 3600,
-        notes=_make_notes(objective_s, rules),
-        day=_simulate_day(rate, objective_s, replica_rate, gpus, rules) if day else None,
+        notes=_make_notes(rules),
+        day=_simulate_day(rate, gpus, rules) if day else None,
     )
 
 
@@ -189,8 +198,8 @@ def _describe_computation(model: Checkpoint, spec: GpuSpec, gpus: int, image: Im
     return f"{described}, {TENSOR_PARALLEL_SHARE:.0%} of both over {gpus} GPUs" if gpus > 1 else described
 
 
-def _make_notes(objective_s: float, rules: Rules) -> tuple[str, ...]:
-    if objective_s >= rules.start_s:
+def _make_notes(rules: Rules) -> tuple[str, ...]:
+    if rules.objective_s >= rules.start_s:
         return ()
     return (
         f"the objective is shorter than the start of a GPU replica ({rules.start_s:g} s), so submissions are late "
@@ -203,20 +212,20 @@ def _count_tokens(model: Checkpoint, image: ImageSize) -> int:
     return PROMPT_TOKENS + IMAGE_TOKENS_BY_ARCHITECTURE[model.architecture][image]
 
 
-def _simulate_day(rate: float, objective_s: float, replica_rate: float, gpus: int, rules: Rules) -> dict[str, float]:
+def _simulate_day(rate: float, gpus: int, rules: Rules) -> dict[str, float]:
     cluster = ClusterSpec(
-        replica_rate=replica_rate,
+        replica_rate=rules.replica_rate,
         guard_in_flight=rules.guard_in_flight,
         intake_in_flight=rules.intake_in_flight,
-        max_replicas=max(20, 10 * math.ceil(rate / replica_rate)),
+        max_replicas=max(20, 10 * math.ceil(rate / rules.replica_rate)),
     )
-    scaler = SluiceScaler(Rules(objective_s=objective_s, replica_rate=replica_rate), cluster)
+    scaler = SluiceScaler(rules, cluster)
     simulated = simulate_day(draw_arrivals(LoadProfile(mean_rate=rate), 1), scaler, cluster, 1)
     return {
         "p50_s": simulated.percentile_s(0.5),
         "p95_s": simulated.percentile_s(0.95),
         "p99_s": simulated.percentile_s(0.99),
-        "minutes_within_objective": float((simulated.p99_by_minute_s() <= objective_s).mean()),
+        "minutes_within_objective": float((simulated.p99_by_minute_s() <= rules.objective_s).mean()),
         "gpu_hours": simulated.gpu_hours * gpus,
         "gpu_hours_per_million": simulated.gpu_hours * gpus / float(simulated.arrived.sum()) * 1e6,
         "fewest_replicas": float(simulated.replicas.min()),

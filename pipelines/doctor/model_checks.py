@@ -24,8 +24,9 @@ from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.guard.checkpoint_staging import list_ignored_files
 from services.guard.checkpoints import Checkpoint, order_image, resolve_checkpoint
+from services.guard.gpu_memory import GIB
 from services.guard.gpus import plan_gpus
-from services.guard.preflight import GIB, GpuMachine, check_memory
+from services.guard.preflight import GpuMachine, check_memory
 from services.guard.safetensors import read_json, require_weights
 from services.images.decoder_limits import find_memory_bytes
 

@@ -226,7 +226,7 @@ CHECKPOINTS: Final = (
         family=LlavaGuard("chatml-llava", wording="explain"),
         # Its tower sees 64 px, but it was trained with the engine's scaling of images up to this size.
         max_side_px=384,
-        gpu_memory_bytes=2 * GIB,
+        gpu_memory_bytes=3 * GIB,
         size=ModelSize(
             parameters=1_000_000,
             layers=4,

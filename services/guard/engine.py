@@ -158,8 +158,7 @@ class Engine:
         self._set_state("starting")
         try:
             # First, because staging may download gigabytes.
-            share = min(1.0, self._gpus or 1.0)
-            plan = await asyncio.to_thread(plan_gpus, self.checkpoint, share, self._in_flight, self._gpus)
+            plan = await asyncio.to_thread(plan_gpus, self.checkpoint, self._gpus, self._in_flight)
             self._staged = await asyncio.to_thread(stage, self.checkpoint, self._state_dir, self._revisions)
             self._launch_config = LaunchConfig(
                 checkpoint=self.checkpoint,

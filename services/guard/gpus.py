@@ -21,22 +21,16 @@ _CPU_PARAMETERS_LIMIT: Final = 2_000_000_000
 """A larger model needs minutes for one image on a CPU, and more memory than most machines have."""
 
 
-def choose_gpu_count(checkpoint: Checkpoint, share: float = 1.0) -> int:
-    """The number of GPUs for the checkpoint; 0: it runs on the CPU. As `plan_gpus`."""
-    plan = plan_gpus(checkpoint, share)
-    return plan.gpus if plan else 0
-
-
 def plan_gpus(
-    checkpoint: Checkpoint, share: float = 1.0, in_flight: int | None = None, requested: float | None = None
+    checkpoint: Checkpoint, requested: float | None = None, in_flight: int | None = None
 ) -> MemoryPlan | None:
     """How a replica uses the GPUs of this process; None: it runs on the CPU. Blocks.
 
     Args:
         checkpoint: what the replica loads.
-        share: the share of each GPU's memory that it may use.
+        requested: the GPUs of a replica; below 1: the share of one GPU's memory that it may use; 0: it uses only the
+            CPU; None: those that there are.
         in_flight: calls at a time; None: as many as the GPU needs and holds.
-        requested: the GPUs of a replica in the settings; 0: only the CPU; None: those that there are.
 
     Raises:
         ConfigurationError: the GPUs have too little memory, PyTorch cannot use them, or there is none although it was
@@ -54,6 +48,7 @@ def plan_gpus(
             "SLUICE_GUARD_GPUS=0 to judge on the CPU."
         )
     if memory:
+        share = min(1.0, requested or 1.0)
         mine = [int(each * share) for each in memory]
         if plan := checkpoint.plan_memory(mine, in_flight):
             if requested and plan.gpus < requested:
@@ -68,8 +63,8 @@ def plan_gpus(
             return plan
         have = " + ".join(f"{each / GIB:.0f}" for each in mine)
         raise ConfigurationError(
-            f"{checkpoint.name} needs {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory, and this replica has "
-            f"{have} GiB: give it more GPUs (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
+            f"{describe_need(checkpoint)}, and this replica has {have} GiB: give it more GPUs (SLUICE_GUARD_GPUS) or "
+            "choose a smaller checkpoint (SLUICE_MODEL)."
         )
     # A folder of .bin files has no headers: use the row's number.
     size = (checkpoint.folder and count_parameters(checkpoint.folder)) or checkpoint.parameters
@@ -80,6 +75,12 @@ def plan_gpus(
             "on a machine with a GPU (SLUICE_GUARD_GPUS) or choose a smaller checkpoint (SLUICE_MODEL)."
         )
     return None
+
+
+def describe_need(checkpoint: Checkpoint) -> str:
+    """The memory that a replica needs on its GPUs, as the first half of a sentence."""
+    gib = f"{checkpoint.gpu_memory_bytes / GIB:.0f} GiB"
+    return f"{checkpoint.name} needs {gib} of GPU memory (somewhat more if it is divided among several GPUs)"
 
 
 def read_gpu_memory_bytes() -> list[int]:

@@ -20,9 +20,9 @@ import pynvml  # nvidia-ml-py, which SGLang brings along
 
 from services.core.errors import ConfigurationError
 from services.guard.checkpoints import Checkpoint
-from services.guard.gpus import find_visible_gpus, is_cuda_available
+from services.guard.gpu_memory import GIB
+from services.guard.gpus import describe_need, find_visible_gpus, is_cuda_available
 
-GIB: Final = 1 << 30
 DRIVER_MINIMUM: Final = 580
 """The first branch of NVIDIA's driver that runs CUDA 13, which the wheels of PyTorch and SGLang are built with."""
 CUDA_MAJOR: Final = 13
@@ -146,8 +146,7 @@ def check_memory(machine: GpuMachine, checkpoint: Checkpoint, guard_gpus: float 
     if not used:
         return Finding(
             False,
-            f"{checkpoint.name} needs {checkpoint.gpu_memory_bytes / GIB:.0f} GiB of GPU memory, and a guard has "
-            f"{have} GiB: {_suggest(machine, checkpoint)}",
+            f"{describe_need(checkpoint)}, and a guard has {have} GiB: {_suggest(machine, checkpoint)}",
         )
     idle = f"; a guard leaves {len(memory) - used} of its {len(memory)} GPUs idle" if used < len(memory) else ""
     return Finding(

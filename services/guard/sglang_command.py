@@ -132,7 +132,7 @@ def _make_cuda_flags(plan: MemoryPlan) -> tuple[str, ...]:
         *("--chunked-prefill-size", str(plan.prefill_tokens)),
         *("--max-prefill-tokens", str(plan.prefill_tokens)),
         *("--max-running-requests", str(plan.in_flight + _SPARE_REQUESTS)),
-        # Otherwise an H100 captures 36 graphs for up to 256 requests, and a T4 none for more than 8.
+        # Otherwise an H100 captures 36 graphs for up to 256 requests, which takes seconds and gigabytes.
         *("--cuda-graph-max-bs-decode", str(plan.in_flight)),
     )
 

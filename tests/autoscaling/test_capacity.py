@@ -1,6 +1,7 @@
 """`sluice plan`: the fleet that a load needs."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +45,24 @@ def test_large_checkpoint_is_spread_over_several_gpus() -> None:
     assert eight.nodes == -(-found.replicas // 4)
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "gpu", "calls"),
+    [(SMALL, "l4", 16), (SMALL, "h100", 48), (SMALL, "h200", 48), (LARGE, "l4", 12), ("LlavaGuard-v1.1-7B", "l4", 4)],
+)
+def test_calls_at_a_time_are_those_of_the_checkpoint_on_the_gpu(checkpoint: str, gpu: str, calls: int) -> None:
+    """With 16 for all, a plan of 0.5B models on large GPUs had too few intake members to keep them busy."""
+    found = plan_capacity(rate=2000, objective_s=600, checkpoint=checkpoint, gpu=gpu, replica_rate=10)
+    assert found.guard_in_flight == calls
+    assert found.intake_members == math.ceil(1.25 * found.replicas * calls / 64)
+
+
+def test_computed_rate_uses_the_calls_at_a_time_of_the_gpu() -> None:
+    found = plan_capacity(rate=10, objective_s=600, checkpoint=SMALL, gpu="h100")
+    row, spec = resolve_checkpoint(SMALL), GPU_SPECS["h100"]
+    assert found.replica_rate == pytest.approx(compute_replica_rate(row, spec, 1, "medium", 48))
+    assert found.replica_rate != pytest.approx(compute_replica_rate(row, spec, 1, "medium", 16))
+
+
 def test_every_architecture_has_image_tokens() -> None:
     assert {row.architecture for row in CHECKPOINTS} == set(IMAGE_TOKENS_BY_ARCHITECTURE)
 
@@ -75,7 +94,15 @@ def test_plan_command_prints_json_or_a_table() -> None:
 def test_plan_with_a_day_reports_its_waits_and_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     short = capacity.draw_arrivals(capacity.LoadProfile(mean_rate=20), 1)[: 3600 + 7200]
     monkeypatch.setattr(capacity, "draw_arrivals", lambda load, seed: short)
-    found = plan_capacity(rate=20, objective_s=300, checkpoint=SMALL, gpu="l4", replica_rate=5, day=True)
+    simulated = []
+    scaler = capacity.SluiceScaler
+    monkeypatch.setattr(
+        capacity, "SluiceScaler", lambda rules, cluster: simulated.append((rules, cluster)) or scaler(rules, cluster)
+    )
+    found = plan_capacity(rate=20, objective_s=300, checkpoint=SMALL, gpu="h100", replica_rate=5, day=True)
+    ((rules, cluster),) = simulated
+    assert rules.guard_in_flight == cluster.guard_in_flight == 48
+    assert (rules.objective_s, rules.replica_rate) == (300, 5)
     assert found.day is not None
     assert found.day["p99_s"] > 0
     assert found.day["most_replicas"] >= found.day["fewest_replicas"] > 0

@@ -19,7 +19,8 @@ import redis
 
 from pipelines.doctor import machine_checks, model_checks
 from services.guard import preflight
-from services.guard.preflight import GIB, Gpu
+from services.guard.gpu_memory import GIB
+from services.guard.preflight import Gpu
 from services.images.decoder_sandbox import MEASURES
 from services.policies.document import BUILT_IN
 from services.policies.registry import PolicyRegistry

@@ -20,7 +20,8 @@ from pipelines.doctor.machine_checks import (
     run_sandbox_checks,
 )
 from services.core.errors import ConfigurationError
-from services.guard.preflight import GIB, Gpu, GpuMachine
+from services.guard.gpu_memory import GIB
+from services.guard.preflight import Gpu, GpuMachine
 from services.images.decoder_sandbox import MEASURES
 from tests.guard.test_preflight import BROKEN, GOOD
 from tests.support.images import make_settings

@@ -14,7 +14,7 @@ from pipelines.doctor.model_checks import check_cpu_memory, list_hub_files, run_
 from services.core.errors import ConfigurationError
 from services.core.settings import Settings
 from services.guard.checkpoints import resolve_checkpoint
-from services.guard.preflight import GIB
+from services.guard.gpu_memory import GIB
 from tests.support.images import make_settings
 from tests.support.model_hub import MODEL, SIGLIP, Hub
 

@@ -13,7 +13,8 @@ from pipelines.doctor.report import PROBES, check_before_start, diagnose, run_pr
 from pipelines.doctor.settings_check import ReadSettings
 from services.core.errors import ConfigurationError, StoreUnavailable
 from services.core.settings import Settings
-from services.guard.preflight import GIB, Gpu, GpuMachine
+from services.guard.gpu_memory import GIB
+from services.guard.preflight import Gpu, GpuMachine
 from tests.support.images import make_settings
 
 

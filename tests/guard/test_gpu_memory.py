@@ -9,7 +9,7 @@ from services.core.settings import Settings
 from services.guard.checkpoints import CHECKPOINTS, Checkpoint, assume_in_flight, resolve_checkpoint
 from services.guard.gpu_memory import GIB, MemoryPlan
 
-CARDS = {"t4": 15.0, "l4": 22.5, "a100-40": 39.6, "l40s": 44.5, "h100": 79.3, "h200": 139.8}
+CARDS = {"l4": 22.5, "a100-40": 39.6, "l40s": 44.5, "h100": 79.3, "h200": 139.8}
 OV_05B, OV_7B = "LlavaGuard-v1.2-0.5B-OV", "LlavaGuard-v1.2-7B-OV"
 
 
@@ -39,6 +39,13 @@ def test_weights_cache_and_large_images_fit_together(row: Checkpoint, card: str)
     assert found.in_flight >= 4
 
 
+@pytest.mark.parametrize("row", CHECKPOINTS, ids=lambda row: row.name)
+def test_least_memory_of_the_row_holds_a_replica(row: Checkpoint) -> None:
+    """Otherwise the error would say that a GPU with enough memory has too little."""
+    assert row.plan_memory([row.gpu_memory_bytes]) is not None
+    assert row.plan_memory([row.gpu_memory_bytes - GIB]) is None
+
+
 @pytest.mark.parametrize(
     ("name", "cards", "in_flight"),
     [
@@ -60,7 +67,7 @@ def test_calls_at_a_time_follow_checkpoint_and_gpu(name: str, cards: list[str], 
 
 def test_prefill_is_smaller_on_a_smaller_gpu() -> None:
     assert plan(OV_7B, "h200").prefill_tokens == plan(OV_7B, "a100-40").prefill_tokens == 32768
-    assert plan(OV_7B, "l4", "l4").prefill_tokens == plan(OV_05B, "t4").prefill_tokens == 16384
+    assert plan(OV_7B, "l4", "l4").prefill_tokens == plan(OV_05B, "l4", share=0.7).prefill_tokens == 16384
     assert plan("LlavaGuard-v1.1-7B", "l4").prefill_tokens == 8192
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.guard import gpus
-from services.guard.checkpoints import resolve_checkpoint
+from services.guard.checkpoints import Checkpoint, resolve_checkpoint
 from services.guard.gpu_memory import GIB
-from services.guard.gpus import choose_gpu_count, plan_gpus, read_gpu_memory_bytes
+from services.guard.gpus import plan_gpus, read_gpu_memory_bytes
 from services.guard.preflight import Gpu
 from tests.support.nvidia import Driver
 
@@ -21,41 +21,53 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     return with_gpus
 
 
+def count_gpus(checkpoint: Checkpoint, requested: float | None = None) -> int:
+    """The GPUs on which the checkpoint runs; 0: on the CPU."""
+    plan = plan_gpus(checkpoint, requested)
+    return plan.gpus if plan else 0
+
+
 class TestDevice:
     def test_checkpoint_that_fits_gets_as_few_gpus_as_hold_it(self, machine) -> None:
         machine(79.3)
-        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-7B-OV")) == 1
+        assert count_gpus(resolve_checkpoint("LlavaGuard-v1.2-7B-OV")) == 1
         machine(79.3, 79.3, 79.3)
-        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-34B")) == 2
+        assert count_gpus(resolve_checkpoint("LlavaGuard-34B")) == 2
 
     def test_too_little_gpu_memory_is_rejected(self, machine) -> None:
         machine(22.5)
         with pytest.raises(ConfigurationError, match=r"needs 38 GiB of GPU memory.* has 22 GiB: .*SLUICE_GUARD_GPUS"):
-            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.1-13B"))
+            count_gpus(resolve_checkpoint("LlavaGuard-v1.1-13B"))
+
+    def test_checkpoint_that_cannot_be_divided_is_rejected(self, machine) -> None:
+        """Two GPUs of half the memory do not do: each holds the vision tower and the working space whole."""
+        machine(11, 11)
+        with pytest.raises(ConfigurationError, match=r"needs 22 GiB .*more if it is divided.* has 11 \+ 11 GiB"):
+            plan_gpus(resolve_checkpoint("LlavaGuard-v1.1-7B"))
 
     def test_share_of_a_gpu_limits_the_checkpoint(self, machine) -> None:
         machine(44.5)
-        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
+        assert count_gpus(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV"), 0.5) == 1
         with pytest.raises(ConfigurationError, match=r"this replica has 9 GiB"):
-            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV"), 0.2)
+            count_gpus(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV"), 0.2)
 
     def test_small_model_without_gpu_runs_on_the_cpu(self, machine) -> None:
         machine()
-        assert choose_gpu_count(resolve_checkpoint("tiny")) == 0
-        assert choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV")) == 0
+        assert count_gpus(resolve_checkpoint("tiny")) == 0
+        assert count_gpus(resolve_checkpoint("LlavaGuard-v1.2-0.5B-OV")) == 0
 
     def test_large_model_without_gpu_is_rejected(self, machine) -> None:
         machine()
         with pytest.raises(
             ConfigurationError, match=r"8\.0 billion parameters, too many for a CPU, and there is no GPU"
         ):
-            choose_gpu_count(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"))
+            count_gpus(resolve_checkpoint("LlavaGuard-v1.2-7B-OV"))
 
     def test_parameters_in_the_folder_decide_about_the_cpu(self, machine, monkeypatch: pytest.MonkeyPatch) -> None:
         machine()
         monkeypatch.setattr(gpus, "_CPU_PARAMETERS_LIMIT", 1000)
         with pytest.raises(ConfigurationError, match=r"tiny has 0\.0 billion parameters"):
-            choose_gpu_count(resolve_checkpoint("tiny"))
+            count_gpus(resolve_checkpoint("tiny"))
 
     @pytest.mark.parametrize("model", ["tiny", "LlavaGuard-v1.2-0.5B-OV", "LlavaGuard-v1.2-7B-OV"])
     def test_gpu_that_pytorch_cannot_use_is_an_error(self, machine, model: str) -> None:
@@ -77,7 +89,7 @@ class TestDevice:
     def test_missing_gpu_is_an_error_if_the_settings_request_one(self, machine) -> None:
         machine()
         with pytest.raises(ConfigurationError, match=r"SLUICE_GUARD_GPUS is 0\.5, and this replica sees no GPU"):
-            plan_gpus(resolve_checkpoint("tiny"), 0.5, requested=0.5)
+            plan_gpus(resolve_checkpoint("tiny"), requested=0.5)
 
     def test_idle_gpus_of_a_replica_are_told(self, machine, caplog: pytest.LogCaptureFixture) -> None:
         machine(79.3, 79.3)

@@ -129,6 +129,6 @@ def test_embeddings_equal_those_of_transformers(tmp_path: Path, build: Callable[
         with torch.no_grad():
             got = engine.embed(ids, draw(*size), processor)
         assert got.shape == expected.shape, f"{size}: other tokens"
-        # Pillow and torchvision scale to within one of 256 levels.
+        # Both compute in single precision. Pillow and torchvision scale to within one of 256 levels.
         difference = (got - expected).abs().max() / expected.std()
-        assert difference < 0.05, f"{size}: {difference}"
+        assert difference < 0.01, f"{size}: {difference}"

@@ -12,7 +12,8 @@ import pytest
 from services.core.errors import ConfigurationError
 from services.guard import preflight
 from services.guard.checkpoints import resolve_checkpoint
-from services.guard.preflight import CHECKS, GIB, Gpu, GpuMachine, check_memory, read_machine, require_gpu_machine
+from services.guard.gpu_memory import GIB
+from services.guard.preflight import CHECKS, Gpu, GpuMachine, check_memory, read_machine, require_gpu_machine
 from tests.support.nvidia import Driver, write_program
 
 L40S: Final = Gpu("NVIDIA L40S", int(44.7 * GIB), (8, 9))

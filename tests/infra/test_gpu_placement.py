@@ -14,7 +14,7 @@ from moto import mock_aws
 from pipelines.autoscaling.capacity import GPU_SPECS
 from services.guard import sglang_command
 from services.guard.checkpoints import Checkpoint, resolve_checkpoint
-from services.guard.preflight import GIB
+from services.guard.gpu_memory import GIB
 from tests.infra.test_images import instructions
 from tests.infra.test_kubernetes import groups, of_kind, settings
 from tests.support.deployment_files import INFRA, ROOT, document

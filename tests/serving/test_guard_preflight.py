@@ -7,7 +7,8 @@ import pytest
 from pipelines.serving import guard_deployment
 from pipelines.serving.guard_deployment import GuardDeployment
 from services.core.errors import ConfigurationError
-from services.guard.preflight import GIB, Gpu, GpuMachine
+from services.guard.gpu_memory import GIB
+from services.guard.preflight import Gpu, GpuMachine
 from tests.support.images import make_settings
 
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from pydantic_core import to_json
 
-from services.guard.preflight import GIB
+from services.guard.gpu_memory import GIB
 
 MODEL = "AIML-TUDA/LlavaGuard-v1.2-0.5B-OV"
 SIGLIP = "google/siglip-so400m-patch14-384"

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from services.guard.preflight import GIB, Gpu
+from services.guard.gpu_memory import GIB
+from services.guard.preflight import Gpu
 
 
 class Driver:
