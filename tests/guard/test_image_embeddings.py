@@ -3,7 +3,8 @@
 This runs SGLang's code for loading weights, tiles and tokens without a server. `test_equality` runs the whole engine.
 """
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from services.guard.checkpoint_staging import stage
 from services.guard.checkpoints import resolve_checkpoint
-from tests.guard.test_equality import draw
 from tests.support import reference_models
-from tests.support.reference_models import Reference
+from tests.support.reference_models import draw_fractal
 
 SIZES = [(97, 31), (384, 384), (640, 480), (300, 1500), (984, 1200), (2304, 1728)]
 MODE = SimpleNamespace(is_extend=lambda: True, is_decode=lambda: False)
@@ -80,7 +80,7 @@ class Llava(LlavaBaseForCausalLM):
             is_video=lambda: False,
         )
         inputs = SimpleNamespace(mm_items=[item])
-        padded = torch.tensor(self.pad_input_ids(_array(ids), inputs))
+        padded = torch.tensor(self.pad_input_ids(array("q", ids), inputs))
         batch = SimpleNamespace(
             mm_inputs=[inputs],
             forward_mode=MODE,
@@ -93,12 +93,6 @@ class Llava(LlavaBaseForCausalLM):
         return embedded
 
 
-def _array(ids: list[int]) -> Any:
-    from array import array  # noqa: PLC0415 - the type of SGLang's token ids
-
-    return array("q", ids)
-
-
 def _read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -107,17 +101,9 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("build", "name"),
-    [
-        (reference_models.onevision, "LlavaGuard-v1.2-7B-OV"),
-        (reference_models.onevision_of_transformers, "LlavaGuard-v1.2-0.5B-OV-hf"),
-        (reference_models.llava_1_5, "LlavaGuard-v1.1-7B"),
-    ],
-    ids=["onevision", "onevision-hf", "llava-1.5"],
-)
-def test_embeddings_equal_those_of_transformers(tmp_path: Path, build: Callable[[Path], Reference], name: str) -> None:
-    reference = build(tmp_path / "weights")
+@pytest.mark.parametrize("name", reference_models.BUILDERS)
+def test_embeddings_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
+    reference = reference_models.BUILDERS[name](tmp_path / "weights")
     row = replace(resolve_checkpoint(name), folder=reference.folder)
     staged = stage(row, tmp_path / "state")
     config = get_config(str(staged.folder), trust_remote_code=False)
@@ -125,9 +111,9 @@ def test_embeddings_equal_those_of_transformers(tmp_path: Path, build: Callable[
     engine = Llava(config, staged.folder)
     ids = reference.tokenizer(row.family.build_example())["input_ids"]
     for size in SIZES:
-        expected = reference.embeddings(ids, draw(*size))
+        expected = reference.embeddings(ids, draw_fractal(*size))
         with torch.no_grad():
-            got = engine.embed(ids, draw(*size), processor)
+            got = engine.embed(ids, draw_fractal(*size), processor)
         assert got.shape == expected.shape, f"{size}: other tokens"
         # Both compute in single precision. Pillow and torchvision scale to within one of 256 levels.
         difference = (got - expected).abs().max() / expected.std()

@@ -3,13 +3,16 @@
 The tokenizers have the published ids of the special tokens. Their other tokens are bytes.
 """
 
+import copy
 import json
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -24,10 +27,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
 )
 
-GRID = [[high * 384, wide * 384] for high in range(1, 7) for wide in range(1, 7)]
+GRID: Final = [[high * 384, wide * 384] for high in range(1, 7) for wide in range(1, 7)]
 """The pinpoints of LLaVA-OneVision."""
 
 
@@ -44,27 +48,25 @@ class Reference:
 
     def log_probabilities(self, text: str, image: Image.Image) -> torch.Tensor:
         """Of the token that follows the text, over the vocabulary."""
-        inputs = self._encode_image(image)
-        ids = self.tokenizer(text)["input_ids"]
-        at = ids.index(self.image_token)
-        count = inputs.pop("image_tokens")
-        expanded = [*ids[:at], *[self.image_token] * count, *ids[at + 1 :]]
+        embeddings = self.embeddings(self.tokenizer(text)["input_ids"], image)
         with torch.no_grad():
-            outputs = self.model(input_ids=torch.tensor([expanded]), logits_to_keep=1, **inputs)
-        return torch.log_softmax(outputs.logits[0, -1, : self.vocabulary].float(), -1)
+            outputs = self.model(inputs_embeds=embeddings[None], logits_to_keep=1)
+        return torch.log_softmax(outputs.logits[0, -1, : self.vocabulary], -1)
 
     def embeddings(self, ids: list[int], image: Image.Image) -> torch.Tensor:
-        """What the language model gets for these tokens and the image in the place of its token."""
-        encoded = self._encode_image(image)
+        """What the language model gets for these tokens, with the image in the place of its token."""
         with torch.no_grad():
             if isinstance(self.model, LlavaForConditionalGeneration):
                 found = self.model.model.get_image_features(
-                    encoded["pixel_values"], vision_feature_layer=-2, vision_feature_select_strategy="default"
+                    _pad_and_scale(image), vision_feature_layer=-2, vision_feature_select_strategy="default"
                 ).pooler_output
             else:
+                tiles = LlavaOnevisionImageProcessor(
+                    image_grid_pinpoints=GRID, image_mean=[0.5] * 3, image_std=[0.5] * 3
+                )(image, return_tensors="pt")
                 found = self.model.model.get_image_features(
-                    encoded["pixel_values"],
-                    encoded["image_sizes"],
+                    tiles["pixel_values"],
+                    tiles["image_sizes"],
                     vision_feature_layer=self.model.config.vision_feature_layer,
                     vision_feature_select_strategy="full",
                     vision_aspect_ratio=self.model.config.vision_aspect_ratio,
@@ -73,27 +75,27 @@ class Reference:
         at = ids.index(self.image_token)
         return torch.cat([text[:at], torch.cat(list(found)).reshape(-1, text.shape[1]), text[at + 1 :]])
 
-    def _encode_image(self, image: Image.Image) -> dict[str, Any]:
-        if isinstance(self.model, LlavaForConditionalGeneration):
-            # LLaVA pads an image to a square with the mean colour of CLIP's training.
-            processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in processor.image_mean))
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            pixels = processor(square, return_tensors="pt")["pixel_values"]
-            return {"pixel_values": pixels, "image_tokens": 576}
-        processor = LlavaOnevisionImageProcessor(image_grid_pinpoints=GRID, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        encoded = dict(processor(image, return_tensors="pt"))
-        features = self.model.model.get_image_features(
-            encoded["pixel_values"],
-            encoded["image_sizes"],
-            vision_feature_layer=self.model.config.vision_feature_layer,
-            vision_feature_select_strategy="full",
-            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
-        ).pooler_output
-        return {name: encoded[name] for name in ("pixel_values", "image_sizes")} | {
-            "image_tokens": sum(each.shape[0] for each in features)
-        }
+
+def draw_fractal(width: int, height: int) -> Image.Image:
+    """Edges and gradients of all sizes below a few ellipses; each size has another image."""
+    draw_from = random.Random(width * 10_000 + height)
+    image = Image.effect_mandelbrot((width, height), (-2, -1.2, 0.6, 1.2), 60).convert("RGB")
+    canvas = ImageDraw.Draw(image)
+    for _ in range(8):
+        left, top = draw_from.randrange(width), draw_from.randrange(height)
+        colour = tuple(draw_from.randrange(256) for _ in range(3))
+        canvas.ellipse((left, top, left + width // 3, top + height // 4), fill=colour)
+    return image
+
+
+def _pad_and_scale(image: Image.Image) -> torch.Tensor:
+    """As LLaVA-1.5: padded to a square with the mean colour of CLIP's training."""
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in processor.image_mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    pixels: torch.Tensor = processor(square, return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 def _tokenizer(words: int, special: list[str], **named: Any) -> PreTrainedTokenizerFast:
@@ -225,8 +227,6 @@ def onevision(folder: Path) -> Reference:
         vision_config=model.config.vision_config.to_dict() | {"num_hidden_layers": 4, "vision_use_head": True},
         text_config={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
     )
-    from transformers import SiglipModel  # noqa: PLC0415 - only here
-
     SiglipModel(whole).save_pretrained(tower)
     tokenizer = _onevision_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -236,8 +236,8 @@ def onevision(folder: Path) -> Reference:
 def onevision_of_transformers(folder: Path) -> Reference:
     """As AIML-TUDA/LlavaGuard-v1.2-0.5B-OV-hf: transformers' own layout, tied embeddings, the tower inside."""
     model = _onevision_model(tied=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    model.float()
+    # A cast of the model itself would also round the frequencies of its rotary embedding.
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     tokenizer = _onevision_tokenizer()
     tokenizer.save_pretrained(folder)
     (folder / "processor_config.json").write_text(
@@ -340,3 +340,11 @@ def llava_1_5(folder: Path) -> Reference:
     (other / "config.json").write_text('{"model_type": "llava"}')
     (other / "processor_config.json").write_text('{"processor_class": "LlavaProcessor", "patch_size": 14}')
     return Reference(folder, model, tokenizer, 32000, 32000)
+
+
+BUILDERS: Final[dict[str, Callable[[Path], Reference]]] = {
+    "LlavaGuard-v1.2-7B-OV": onevision,
+    "LlavaGuard-v1.2-0.5B-OV-hf": onevision_of_transformers,
+    "LlavaGuard-v1.1-7B": llava_1_5,
+}
+"""By the row that the checkpoint stands for."""
