@@ -101,7 +101,7 @@ def find_visible_gpus(environment: Mapping[str, str]) -> Iterator[object]:
     names = visible.split(",") if visible is not None else map(str, range(pynvml.nvmlDeviceGetCount()))
     for name in names:
         try:
-            handle = _handle(name.strip())
+            handle = _find_handle(name.strip())
         except (pynvml.NVMLError, ValueError):
             return  # As in CUDA, the names after an unknown name are ignored.
         yield handle
@@ -114,7 +114,7 @@ def is_cuda_available() -> bool:
     return subprocess.run([sys.executable, "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
 
 
-def _handle(name: str) -> object:
+def _find_handle(name: str) -> object:
     if name.startswith(("GPU-", "MIG-")):
         return pynvml.nvmlDeviceGetHandleByUUID(name)
     return pynvml.nvmlDeviceGetHandleByIndex(int(name))
