@@ -89,10 +89,15 @@ def read_gpu_memory_bytes() -> list[int]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []  # There is no driver, so there is no GPU.
+    memory: list[int] = []
     try:
-        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in find_visible_gpus(os.environ)]
+        for handle in find_visible_gpus(os.environ):
+            memory.append(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+    except pynvml.NVMLError as error:
+        logger.warning("the memory of a GPU cannot be read (%s), so it and those after it are not used", error)
     finally:
         pynvml.nvmlShutdown()
+    return memory
 
 
 def find_visible_gpus(environment: Mapping[str, str]) -> Iterator[object]:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -118,6 +119,22 @@ class TestVisibleGpus:
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert read_gpu_memory_bytes() == memory
+
+
+def test_gpu_whose_memory_cannot_be_read_is_not_used(
+    nvidia_driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def get_memory(gpu: Gpu) -> SimpleNamespace:
+        if gpu.memory_bytes:
+            return SimpleNamespace(total=gpu.memory_bytes)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", get_memory)
+    nvidia_driver.gpus = [Gpu("NVIDIA L40S", GIB, (8, 9)), Gpu("NVIDIA GB10", 0, (12, 1))]
+
+    assert read_gpu_memory_bytes() == [GIB]
+    assert "the memory of a GPU cannot be read (Not Supported)" in caplog.text
 
 
 def test_machine_without_driver_has_no_gpu(nvidia_driver: Driver) -> None:
