@@ -96,7 +96,9 @@ def _find_read_problem(client: Any, name: str) -> str:
 
 
 def _explain_unavailable(error: SluiceError) -> str:
-    return f"{error}; start the object store, or correct SLUICE_S3_ENDPOINT, the region or the AWS credentials"
+    if "does not answer" in str(error):
+        return f"{error}; start the object store, or correct SLUICE_S3_ENDPOINT"
+    return str(error)
 
 
 def _check_conditional_write(bucket: Bucket, known: str) -> CheckResult:

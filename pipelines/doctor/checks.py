@@ -52,7 +52,7 @@ def passed(check: str, detail: str) -> CheckResult:
 
 
 def failed(check: str, detail: str) -> CheckResult:
-    return CheckResult(check, False, detail)
+    return CheckResult(check, False, detail.removesuffix("."))
 
 
 def skipped(check: str, because: str) -> CheckResult:

@@ -177,7 +177,10 @@ def _measure_download(files: HubFiles, revisions: Mapping[str, str]) -> int:
     except OfflineModeIsEnabled:
         problem = f"is not in the local cache, and HF_HUB_OFFLINE forbids a download: unset it, or {remedy}"
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        problem = f"cannot be downloaded, because the hub does not answer ({type(error).__name__}): {remedy}"
+        problem = (
+            f"cannot be downloaded, because the hub does not answer ({type(error).__name__}): check the network and "
+            f"HTTPS_PROXY, or {remedy}"
+        )
     else:
         has_safetensors = any(file.endswith(".safetensors") for file in sizes)
         if not files.has_weights or has_safetensors or revision is not None:

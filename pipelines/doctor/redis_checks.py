@@ -95,7 +95,7 @@ def check_eviction(check: str, facts: Mapping[str, Any]) -> CheckResult:
 
 def explain_failure(setting: str, error: BaseException) -> str:
     """One sentence about the error of a command."""
-    detail = str(error) or type(error).__name__
+    detail = str(error).removesuffix(".") or type(error).__name__
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError | exceptions.NoPermissionError):
         return f"the server refuses the user in {setting}: {detail}; correct the password or the user's rights"
     if isinstance(error, exceptions.ReadOnlyError):

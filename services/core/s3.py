@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import boto3
 import urllib3.exceptions
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
 
 from services.core.errors import (
     ConfigurationError,
@@ -76,6 +85,15 @@ _NOT_FOUND_CODES: Final = _NO_SUCH_KEY_CODES | {
 }
 _CONDITION_CODES: Final = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
 """The condition of a request does not hold: `If-Match` for a read, `If-None-Match` for a write."""
+
+_CREDENTIAL_ERRORS: Final = (
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
+"""boto3 found no usable credentials, so it sent no request."""
 
 _ERRORS: Final = (ClientError, BotoCoreError, urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError)
 """All errors that boto3 raises from a request or while its body is read."""
@@ -228,6 +246,11 @@ def _map_error(error: Exception, name: str) -> Unjudgeable | StoreUnavailable:
         return NotFound(f"{name} cannot be the name of an object")
     if not isinstance(error, ClientError):
         detail = f"{type(error).__name__}: {error}"[:_DETAIL_CHARACTERS]
+        if isinstance(error, _CREDENTIAL_ERRORS):
+            return StoreUnavailable(
+                f"there are no usable AWS credentials: {detail}; requests are retried; set AWS_PROFILE, give this "
+                "machine a role, or use another source of AWS credentials"
+            )
         return StoreUnavailable(f"the object store does not answer: {detail}")
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     text = str(error.response.get("Error", {}).get("Message", ""))[:_DETAIL_CHARACTERS]

@@ -324,6 +324,19 @@ def test_clock_that_differs_from_the_object_store_is_named(hours: int, words: st
     assert words in problems["clock"]
 
 
+def test_missing_credentials_are_named(deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    unset = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
+    files = dict.fromkeys(("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"), str(tmp_path / "absent"))
+
+    problems = deployment.diagnose(**unset, **files, AWS_EC2_METADATA_DISABLED="true", AWS_DEFAULT_REGION="us-east-1")
+
+    assert list(problems) == ["buckets", "policy bucket", "policy bucket writes", "clock"]
+    for check in ("buckets", "policy bucket"):
+        assert problems[check].startswith("there are no usable AWS credentials: NoCredentialsError")
+        assert "set AWS_PROFILE" in problems[check]
+
+
 def test_refused_credentials_are_named(deployment: Deployment) -> None:
     class Expired(Spoiler):
         def refuse(self, used: str, path: str) -> str:
