@@ -97,6 +97,10 @@ def _check_rights(settings: Settings, admin: Any, topics: Mapping[str, Any]) -> 
     if settings.backfill_stream:
         groups.append(StreamConfig.for_backfill(settings).group)
     lacking += [f"READ on the consumer group {group}" for group in groups if not _may_join(admin, group)]
+    if settings.delivery == "exactly_once":
+        lacking += [
+            f"WRITE on the transactional ids {group}/*" for group in groups if not _may_begin_transactions(admin, group)
+        ]
     if lacking:
         return failed("stream rights", f"this user lacks {', '.join(lacking)}: grant it")
     return passed("stream rights", f"this user may read {', '.join(inputs)} and write {', '.join(outputs)}")
@@ -131,3 +135,24 @@ def _may_join(admin: Any, group: str) -> bool:
     except errors.GroupAuthorizationFailedError:
         return False
     return True
+
+
+def _may_begin_transactions(admin: Any, group: str) -> bool:
+    """Whether this user has a right on the transactional ids of a group's members. Before Kafka 3.0: True."""
+    try:
+        retry_blocking(lambda: _describe_transaction(admin, f"{group}/doctor"), within_s=_COORDINATOR_S)
+    except errors.TransactionalIdAuthorizationFailedError:
+        return False
+    return True
+
+
+def _describe_transaction(admin: Any, transactional_id: str) -> None:
+    """Ask for a transaction that does not exist."""
+    try:
+        admin.describe_transactions([transactional_id])
+    except (errors.TransactionalIdNotFoundError, errors.IncompatibleBrokerVersion):
+        return
+    except errors.RetriableError as error:  # as for the groups
+        raise StreamUnavailable(
+            f"Kafka has no coordinator for the transactions of {transactional_id}: {error}"
+        ) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer
-from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
+from kafka.admin import ACL, ACLOperation, ACLPermissionType, ACLResourcePatternType, ResourcePattern, ResourceType
 
 from pipelines.doctor.checks import CheckResult
 from pipelines.doctor.kafka_checks import check_release
@@ -148,6 +148,21 @@ def test_each_missing_right_is_named(guarded_broker: Broker, tmp_path: Path) -> 
         assert f"READ on the consumer group {settings.group}" in missing
         assert settings.shadow_verdicts_stream not in missing
         assert f"{settings.group}.backfill" not in missing
+
+
+@pytest.mark.kafka
+def test_missing_right_to_begin_transactions_is_named(guarded_broker: Broker, tmp_path: Path) -> None:
+    settings = make_settings(guarded_broker.address, "doctor-transactions", delivery="exactly_once")
+    ids = ResourcePattern(ResourceType.TRANSACTIONAL_ID, f"{settings.group}/", ACLResourcePatternType.PREFIXED)
+    with closing(KafkaAdminClient(bootstrap_servers=guarded_broker.address)) as admin:
+        assert wrong(diagnose(settings, tmp_path)) == []
+        admin.create_acls([ACL("User:other", "*", ACLOperation.WRITE, ACLPermissionType.ALLOW, ids)])
+
+        results = wait_for(settings, tmp_path, "stream rights", "transactional ids")
+
+    assert wrong(results) == ["stream rights"]
+    assert f"lacks WRITE on the transactional ids {settings.group}/*: grant it" in results["stream rights"].detail
+    assert wrong(diagnose(settings.model_copy(update={"delivery": "at_least_once"}), tmp_path)) == []
 
 
 @pytest.mark.kafka
