@@ -1,4 +1,7 @@
-"""Reads the headers of safetensors files (format: https://huggingface.co/docs/safetensors)."""
+"""Reads the headers of safetensors files, and renames and copies tensors without loading them.
+
+The format: https://huggingface.co/docs/safetensors.
+"""
 
 import json
 import math

@@ -143,7 +143,8 @@ class SglangServer:
         )
         for error in results:
             if isinstance(error, GuardFailed | GuardUnavailable):
-                raise GuardUnavailable(f"The engine cannot judge {what}: {error} And {await self.log_tail()}") from None
+                reason = str(error).rstrip(".")
+                raise GuardUnavailable(f"The engine cannot judge {what}: {reason}; {await self.log_tail()}") from None
             if isinstance(error, BaseException):
                 raise error
 

@@ -113,7 +113,8 @@ class TestServer:
             return self.answer(500, {"error": "dead"})"""
         received(fail, plan=PLAN)
         with pytest.raises(
-            GuardUnavailable, match=r"cannot judge 4 images of 384 px at a time: .*ends with: torch\.OutOfMemoryError"
+            GuardUnavailable,
+            match=r"cannot judge 4 images of 384 px at a time: .*; its log .* ends with: torch\.OutOfMemoryError",
         ):
             await Engine(resolve_checkpoint("tiny"), state_dir=tmp_path / "state").start()
 
