@@ -19,6 +19,7 @@ from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlug
 
 from services.core.errors import NotAnImage, TooLarge, Unjudgeable
 from services.core.values import ImageFacts, PreparedImage
+from services.images.decoding_cost import check_gif_head, check_jpeg_head, limit_directories
 from services.images.image_format import (
     Format,
     count_gif_frames,
@@ -70,6 +71,7 @@ _SCAN_MIN_BYTES: Final = 4
 _SRGB_GAMMA: Final = 1 / 2.2
 
 pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+limit_directories()
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool of processes uses the cores
 
 
@@ -91,7 +93,8 @@ def prepare(data: bytes, limits: Limits, sha256: str | None = None) -> PreparedI
 
     Raises:
         NotAnImage: an unknown format, truncated or corrupt.
-        TooLarge: the image has too many pixels, scans or chunks, a huge colour profile, or needs too much memory.
+        TooLarge: the image has too many pixels, scans, chunks or pieces of metadata, a huge colour profile, or needs
+            too much memory.
     """
     kind = detect_format(data)
     if kind is None:
@@ -125,6 +128,10 @@ def _prepare(data: bytes, kind: Format, limits: Limits, sha256: str | None) -> P
         _check_pixels(size, limits)
         # libwebp reports a lack of memory as a broken file. This only reserves addresses, and raises MemoryError.
         bytearray(_WEBP_BYTES_PER_PX * size[0] * size[1])
+    if kind == "jpeg":
+        check_jpeg_head(data)
+    elif kind == "gif":
+        check_gif_head(data)
     colors = read_png_colors(data, _PROFILE_LIMIT_BYTES) if kind == "png" else None
     with Image.open(io.BytesIO(colors.data if colors else data), formats=[_PLUGINS[kind]]) as image:
         width, height = image.size
@@ -208,6 +215,8 @@ def _read_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8. Broken EXIF is ignored, as in every viewer."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
+    except TooLarge:
+        raise
     except Exception:  # noqa: BLE001 - on hostile bytes the parser raises any error
         return 1
     return orientation if orientation in _TRANSPOSE_BY_ORIENTATION else 1

@@ -27,6 +27,8 @@ _AVIF_BRANDS: Final = frozenset({b"avif", b"avis"})
 _HEIC_BRANDS: Final = frozenset(
     {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
 )
+_GIF_BLOCKS_LIMIT: Final = 1 << 20
+"""A block has up to 255 bytes."""
 _BRANDS_LIMIT_BYTES: Final = 256
 """Brands behind this offset are not read."""
 
@@ -71,30 +73,32 @@ def read_webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def count_gif_frames(data: bytes) -> int:
-    """Count the frames of a GIF file up to `FRAMES_LIMIT`, without a decode. The bytes may be truncated."""
-    frames = 0
+    """Count the frames of a GIF file up to `FRAMES_LIMIT`, without a decode. The bytes may be truncated.
+
+    It counts no frames behind the first `_GIF_BLOCKS_LIMIT` blocks.
+    """
+    frames, left = 0, _GIF_BLOCKS_LIMIT
     at = 13 + _read_color_table_size(data, 10)
-    while frames < FRAMES_LIMIT and at < len(data):
+    while frames < FRAMES_LIMIT and left and at < len(data):
         introducer = data[at]
         if introducer == 0x2C:
             frames += 1
-            at = _skip_blocks(data, at + 11 + _read_color_table_size(data, at + 9))
+            at += 11 + _read_color_table_size(data, at + 9)
         elif introducer == 0x21:
-            at = _skip_blocks(data, at + 2)
+            at += 2
         else:
             break
+        while left and at < len(data) and data[at]:
+            at += data[at] + 1
+            left -= 1
+        at += 1
+        left -= left > 0
     return frames
 
 
 def _read_color_table_size(data: bytes, flags_at: int) -> int:
     flags = data[flags_at] if flags_at < len(data) else 0
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
-
-
-def _skip_blocks(data: bytes, at: int) -> int:
-    while at < len(data) and data[at]:
-        at += data[at] + 1
-    return at + 1
 
 
 def count_tiff_pages(data: bytes) -> int:
