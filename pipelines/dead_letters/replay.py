@@ -4,8 +4,9 @@ A dead letter is never removed or changed. A replay is recorded twice:
 
 - On the stream. The header `sluice-replayed-from` of the replayed submission names the dead letter. Header and
   submission are published in one act, so a crash at any moment leaves both or neither. Every replay looks for these
-  headers first. A submission counts as a replay only if its value equals the dead letter's value, so a producer cannot
-  prevent a replay by setting the header.
+  headers first. A submission counts as a replay only if its value, its key and its other headers equal those of the
+  dead letter. A producer that sets the header therefore cannot prevent a replay: an equal submission is judged as the
+  replay would be.
 - In Redis. The replay log outlives the submissions, which the streams drop long before the last dead letter.
 
 Neither is enough alone: the headers disappear with the retention of the submissions, and the log is wrong if the
@@ -27,7 +28,7 @@ from services.core.errors import ConfigurationError
 from services.core.messages import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER, remove_own_headers
 from services.core.settings import Settings
 from services.core.text import escape_control_chars
-from services.streams.base import OutgoingMessage, Publisher, Reader
+from services.streams.base import Message, OutgoingMessage, Publisher, Reader
 from services.streams.config import StreamConfig, list_submission_streams
 from services.streams.factory import open_publisher, open_reader
 
@@ -122,6 +123,13 @@ def replay_id(stored: StoredDeadLetter) -> bytes:
     return _digest(stored.message.source, stored.letter.failed_at.isoformat(), value=stored.message.value)
 
 
+def _digest_submission(position: str, message: Message) -> bytes:
+    """A digest of the position of a dead letter and of all that its replay has from the original message."""
+    key = None if message.key is None else message.key.hex()
+    headers = [f"{name}={value.hex()}" for name, value in remove_own_headers(message.headers)]
+    return _digest(position, json.dumps([key, headers]), value=message.value)
+
+
 def _digest(*texts: str, value: bytes) -> bytes:
     return hashlib.blake2b(json.dumps(texts).encode() + value, digest_size=16).digest()
 
@@ -131,8 +139,7 @@ class _Candidates:
     """The selected dead letters. Each has two digests, because a replayed submission does not say when it failed."""
 
     replay_ids_by_message: dict[bytes, bytes] = field(default_factory=dict)
-    """Replay ids by the digest of position and value. The replayed submission has both: in its header and as its value.
-    """
+    """Replay ids by `_digest_submission`. A header of the replayed submission has the position."""
     oldest_at: datetime | None = None
     """When the oldest one was published."""
 
@@ -148,7 +155,7 @@ async def _find_candidates(reader: Reader, settings: Settings, selection: Select
     async for stored in select(reader, settings, selection):
         message = stored.message
         missing.discard(stored.submission_id or "")
-        candidates.replay_ids_by_message[_digest(message.source, value=message.value)] = replay_id(stored)
+        candidates.replay_ids_by_message[_digest_submission(message.source, message)] = replay_id(stored)
         candidates.oldest_at = min(candidates.oldest_at or message.timestamp, message.timestamp)
     if missing:
         names = ", ".join(escape_control_chars(each) for each in sorted(missing))
@@ -167,7 +174,7 @@ async def _find_replays(reader: Reader, settings: Settings, candidates: _Candida
         async for message in reader.read(stream, follow=False, since=since):
             position = message.header(REPLAYED_FROM_HEADER)
             if position is not None:
-                digest = _digest(position.decode(errors="replace"), value=message.value)
+                digest = _digest_submission(position.decode(errors="replace"), message)
                 if digest in candidates.replay_ids_by_message:
                     replayed.add(candidates.replay_ids_by_message[digest])
     return replayed

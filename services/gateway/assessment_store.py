@@ -67,7 +67,7 @@ _GET_SCRIPT: Final = f"{READ_FUNCTIONS} return {{read(KEYS[1], ARGV[1], ''), red
 _RENEW_SCRIPT: Final = """
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
 for n = 2, #KEYS do
-  if redis.call('GET', KEYS[n]) == ARGV[n + 1] then redis.call('EXPIRE', KEYS[n], ARGV[2]) end
+  if redis.pcall('GET', KEYS[n]) == ARGV[n + 1] then redis.call('EXPIRE', KEYS[n], ARGV[2]) end
 end
 """
 """The first key is the process; the others are assessments. Each is renewed if it is still the pending one of ARGV."""

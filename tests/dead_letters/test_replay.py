@@ -327,6 +327,22 @@ async def test_forged_replay_header_does_not_prevent_a_replay(bench: IntakeBench
     assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1)
 
 
+@pytest.mark.parametrize("difference", ["header", "key"])
+async def test_copy_of_a_submission_that_is_judged_otherwise_does_not_prevent_a_replay(
+    bench: IntakeBench, difference: str
+) -> None:
+    """The copy has the value of the dead letter, but becomes a dead letter itself, or another order."""
+    await publish_dead_letters(bench, "a")
+    (dead,) = await bench.read(bench.settings.dead_letters_stream)
+    headers = {"sluice-replayed-from": dead.source.encode()}
+    if difference == "header":
+        await bench.submit(dead.value, dead.key, **headers, ce_specversion=b"9")
+    else:
+        await bench.submit(dead.value, b"another key", **headers)
+    assert (await replay(bench.settings))[0] == ReplayCounts(replayed=1)
+    assert (await replay(bench.settings))[0] == ReplayCounts(already_replayed=1)
+
+
 async def test_dead_letter_of_backfill_is_replayed_to_backfill(bench: IntakeBench) -> None:
     settings = bench.settings
     await publish_dead_letters(bench, "slow", source=f"{settings.backfill_stream}/1-0")

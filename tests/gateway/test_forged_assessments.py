@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from services.core.redis_signatures import RedisSigner
 from services.core.values import Assessment, Detail, PreparedImage
 from services.gateway import assessment_store
-from services.gateway.assessment_store import Claim, StoredAssessment
+from services.gateway.assessment_store import AssessmentStore, Claim, StoredAssessment
 from tests.support.fake_guard import says_safe
 from tests.support.gateway_bench import Gate, GatewayBench, data_url, unsafe
 from tests.support.policies import SIGNING_KEY, becomes
@@ -181,6 +181,36 @@ async def test_garbage_in_redis_is_no_server_error(
     action, second = await post(idle, **header)
     assert (action, second != first) == ("block", True)
     assert forgeries == {"assessment": 1, "idempotency_key": 1}
+
+
+async def test_entries_of_another_type_count_as_absent(signing: GatewayBench, forgeries: Counter[str]) -> None:
+    client = signing.redis_cache.client
+    header = {"Idempotency-Key": "order-6"}
+    _, first = await post(signing, **header)
+    (claim,) = [name async for name in client.scan_iter(signing.redis_cache.key("gateway", "idempotency", "*"))]
+    for name in (claim.decode(), name_of(signing, first)):
+        await client.delete(name)
+        await client.rpush(name, "x")  # type: ignore[misc]
+    async with signing.client() as http:
+        assert (await http.get(f"{PATH}/{first}")).status_code == 404
+    action, second = await post(signing, **header)
+    assert (action, second != first) == ("block", True)
+    assert await post(signing, **header) == ("block", second), "the new claim holds"
+    assert forgeries == {"assessment": 1, "idempotency_key": 1}
+
+
+async def test_pending_entry_of_another_type_does_not_stop_the_heartbeat(signing: GatewayBench) -> None:
+    client, store = (
+        signing.redis_cache.client,
+        AssessmentStore(signing.redis_cache, signing.redis_cache.signer, keep_s=60),
+    )
+    spoilt, other = store.build_pending("default"), store.build_pending("default")
+    await store.create(other)
+    await client.expire(name_of(signing, other.id), 60)
+    await client.rpush(name_of(signing, spoilt.id), "x")  # type: ignore[misc]
+    with store.renew(spoilt), store.renew(other):
+        await store.send_heartbeat()
+    assert await client.ttl(name_of(signing, other.id)) > 60
 
 
 async def test_claim_that_is_forged_again_and_again_does_not_stop_a_request(
