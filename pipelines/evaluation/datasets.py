@@ -23,6 +23,7 @@ _PARQUET_BATCH_ROWS: Final = 32
 _BLOCK_CHARS: Final = 1 << 20
 _MAX_RECORD_CHARS: Final = 64 << 20
 """The longest record of a JSON array."""
+_LINE_LIMIT_BYTES: Final = 64 << 20
 _SPLITS: Final = ("test", "validation", "eval", "train")
 _METADATA: Final = "metadata.jsonl"
 
@@ -46,7 +47,7 @@ class DataSet:
                 kind = _kind(file, data)
                 if kind == "array":
                     return None
-                total += _read_table(file, data).metadata.num_rows if kind == "parquet" else _count_lines(data)
+                total += _read_table(file, data).metadata.num_rows if kind == "parquet" else _count_lines(file, data)
         return total
 
     def records(self) -> Iterator[Any]:
@@ -64,7 +65,7 @@ class DataSet:
                         case "array":
                             yield from _read_array(file, data)
                         case _:
-                            yield from _read_lines(data)
+                            yield from _read_lines(file, data)
             except OSError as error:
                 raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from None
 
@@ -129,8 +130,20 @@ def _kind(file: Path, data: BinaryIO) -> str:
     return kind
 
 
-def _count_lines(data: BinaryIO) -> int:
-    return sum(1 for line in data if line.strip())
+def _count_lines(file: Path, data: BinaryIO) -> int:
+    return sum(1 for _ in _split_lines(file, data))
+
+
+def _split_lines(file: Path, data: BinaryIO) -> Iterator[bytes]:
+    """The lines without empty ones. A line without end in the file of somebody else must not fill the memory."""
+    while line := data.readline(_LINE_LIMIT_BYTES + 1):
+        if len(line) > _LINE_LIMIT_BYTES:
+            raise ConfigurationError(
+                f"{file} has a line of more than {_LINE_LIMIT_BYTES:,} bytes and is not read further; split or remove "
+                "the line"
+            )
+        if line.strip():
+            yield line
 
 
 def _read_table(file: Path, data: BinaryIO) -> pq.ParquetFile:
@@ -150,13 +163,12 @@ def _read_parquet(file: Path, data: BinaryIO) -> Iterator[Any]:
         raise ConfigurationError(f"{file} cannot be read to its end: {error}") from None
 
 
-def _read_lines(data: BinaryIO) -> Iterator[Any]:
-    for line in data:
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield UnreadableRecord(f"is not JSON in UTF-8: {error}")
+def _read_lines(file: Path, data: BinaryIO) -> Iterator[Any]:
+    for line in _split_lines(file, data):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield UnreadableRecord(f"is not JSON in UTF-8: {error}")
 
 
 def _read_array(file: Path, data: BinaryIO) -> Iterator[Any]:

@@ -29,6 +29,8 @@ _VARIABLES: Final = frozenset(
 )
 """All variables that the file may set."""
 _MODE: Final = 0o600
+_LIMIT_BYTES: Final = 256 << 10
+"""Lists of buckets, prefixes and revisions have far fewer bytes."""
 _REMEDY: Final = "remove the file, or run this in another folder"
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,10 @@ def read_env_file(file: Path = ENV_FILE) -> dict[str, str]:
                 f"belongs to the user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}; {_REMEDY}"
             )
         is_kept = _is_locked(content.fileno())
-        lines = content.read().decode(errors="replace").splitlines()
+        text = content.read(_LIMIT_BYTES + 1)
+        if len(text) > _LIMIT_BYTES:
+            raise ConfigurationError(f"{file} is not used, because it has more than {_LIMIT_BYTES:,} bytes; {_REMEDY}")
+        lines = text.decode(errors="replace").splitlines()
     variables = dict(line.split("=", 1) for line in lines if "=" in line)
     if foreign := sorted(variables.keys() - _VARIABLES):
         raise ConfigurationError(

@@ -43,7 +43,8 @@ def read_document_file(file: Path) -> Document:
         InvalidDocument: as `read_document`.
     """
     try:
-        return read_document(file.read_bytes(), str(file))
+        with file.open("rb") as content:  # a huge file of somebody else must not fill the memory
+            return read_document(content.read(DOCUMENT_LIMIT_BYTES + 1), str(file))
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -59,7 +60,7 @@ def read_document(data: bytes, source: str) -> Document:
     if len(data) > DOCUMENT_LIMIT_BYTES:
         raise InvalidDocument(
             source,
-            [_document_issue(f"has {len(data):,} bytes; the limit is {DOCUMENT_LIMIT_BYTES:,} bytes (256 KiB)")],
+            [_document_issue(f"has too many bytes; the limit is {DOCUMENT_LIMIT_BYTES:,} bytes (256 KiB)")],
         )
     try:
         text = data.decode("utf-8-sig")

@@ -187,6 +187,14 @@ def test_env_file_of_a_repository_runs_no_program(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+def test_huge_env_file_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.touch(mode=0o600)
+    os.truncate(file, 1 << 40)  # a sparse file
+    with pytest.raises(ConfigurationError, match="has more than 262,144 bytes"):
+        read_env_file(file)
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o700, 0o400])
 def test_env_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
     file = write_env_file(tmp_path, "SLUICE_GROUP=mine\n", mode)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from pipelines.evaluation import run as runs
 from pipelines.evaluation.calibration_fit import apply_map, count_changes, fit_calibration
 from pipelines.policy_testing import rejudge as replaying
 from pipelines.policy_testing.rejudge import rejudge
+from pipelines.tiny_guard.drawings import draw
 from services.core.calibration import CalibrationMap, IsotonicMap, PlattMap, StoredCalibration, log_odds
 from services.core.errors import ConfigurationError, SluiceError, UnknownPolicy
 from services.core.messages import Submission
@@ -407,6 +409,53 @@ def test_calibrate_invalid_arguments_fail_with_one_sentence(
         found = sluice(*arguments)
         assert isinstance(found, str), arguments
         assert any(word in found for word in words.split("|")), found
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+def test_links_out_of_a_foreign_data_set_send_no_private_file(
+    bench: IntakeBench,
+    service: ScriptedService,
+    sluice: Any,
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: dict[str, bytes] = {}
+    judge = service.judge
+
+    def note(requests: Sequence[JudgeRequest], progress: Progress) -> list[JudgeResult]:
+        for request in requests:
+            assert request.image is not None
+            sent[request.submission.id] = request.image
+        return judge(requests, progress)
+
+    monkeypatch.setattr(service, "judge", note)
+    private, foreign = tmp_path / "private", tmp_path / "foreign"
+    private.mkdir()
+    foreign.mkdir()
+    picture = draw(1).jpeg
+    (private / "diary.jpg").write_bytes(picture + b"private")
+    (foreign / "inner").symlink_to(private)
+    (foreign / "link.jpg").symlink_to(private / "diary.jpg")
+    names = ["link.jpg", "inner/diary.jpg", "../private/diary.jpg", str(private / "diary.jpg")]
+    rows = []
+    for n in range(100):
+        name = names[n] if n < len(names) else f"{n}.jpg"
+        if n >= len(names):
+            (foreign / name).write_bytes(picture + bytes([n]))
+        rows.append(json.dumps({"id": f"row-{n}", "image": name, "rating": "Unsafe" if n > 40 and n % 2 else "Safe"}))
+    (foreign / "d.jsonl").write_text("\n".join(rows))
+
+    def run(*options: str) -> Any:
+        sent.clear()
+        return CliRunner().invoke(app, [command, str(foreign / "d.jsonl"), *options], catch_exceptions=False)
+
+    more = ["--no-adaptive"] if command == "evaluate" else []
+    assert run(*more).exit_code == 0
+    assert sent.keys() == {f"row-{n}" for n in range(len(names), 100)}
+    assert not any(data.endswith(b"private") for data in sent.values())
+    assert run(*more, "--root", str(tmp_path)).exit_code == 0
+    assert {f"row-{n}" for n in range(len(names))} <= {name for name, data in sent.items() if data.endswith(b"private")}
 
 
 def test_replay_uses_the_calibration_of_the_verdict(bench: IntakeBench, service: ScriptedService) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -236,6 +237,18 @@ class TestOpenDataSet:
         (foreign / "kept").write_bytes(secret.read_bytes())
         link.symlink_to(foreign / "kept")
         assert [record["id"] for record in open_data_set(foreign if is_found else link).records()] == ["secret"]
+
+    @pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+    def test_line_without_end_is_refused_and_takes_little_memory(self, tmp_path: Path, name: str) -> None:
+        file = tmp_path / name
+        file.write_text('{"id": "a"}\n')
+        os.truncate(file, 20 << 30)  # a sparse file
+        records = open_data_set(file).records()
+        assert next(records) == {"id": "a"}
+        with pytest.raises(ConfigurationError, match="has a line of more than 67,108,864 bytes"):
+            next(records)
+        with pytest.raises(ConfigurationError, match="has a line of more than 67,108,864 bytes"):
+            open_data_set(file).count()
 
     def test_linked_split_outside_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "private").mkdir()

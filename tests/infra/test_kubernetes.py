@@ -246,6 +246,30 @@ def test_network_policies_deny_all_other_traffic(overlay: str) -> None:
 
 
 @each_overlay
+def test_only_pods_of_the_cluster_reach_the_ports_of_ray(overlay: str) -> None:
+    """A call without a token can end Ray's processes, so other pods must not reach them."""
+    cluster = {"podSelector": {"matchExpressions": [{"key": "sluice.io/role", "operator": "Exists"}]}}
+    from_others: dict[str, set[int]] = {}
+    for policy in of_kind(overlay, "NetworkPolicy"):
+        selector = policy["spec"]["podSelector"]
+        if selector.get("matchLabels", {}).get("sluice.io/role", "head") not in ROLES:
+            continue
+        for rule in policy["spec"].get("ingress", ()):
+            if rule.get("from") != [cluster]:
+                ports = {each["port"] for each in rule["ports"]}
+                from_others.setdefault(policy["metadata"]["name"], set()).update(ports)
+    assert (
+        from_others.items()
+        <= {
+            "metrics-to-prometheus": {8090},
+            "head-to-operator-and-kubernetes": {8265, 52365},
+            "gateway-to-clients": {8080},
+            "valkey": {6379},
+        }.items()
+    )
+
+
+@each_overlay
 def test_changed_setting_changes_the_name_of_the_config_map(overlay: str) -> None:
     (generated,) = of_kind(overlay, "ConfigMap")
     (container,) = groups(overlay)["head"]["template"]["spec"]["containers"]

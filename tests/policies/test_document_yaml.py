@@ -1,5 +1,6 @@
 """Documents in YAML: issues with line numbers, and written documents that are read back."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from services.core.errors import ConfigurationError, DocumentIssue, InvalidDocum
 from services.policies import document as policy
 from services.policies.document import BUILT_IN, PolicyDocument
 from services.policies.document_warnings import find_warnings
-from services.policies.document_yaml import DOCUMENT_LIMIT_BYTES, read_document, write_document
+from services.policies.document_yaml import DOCUMENT_LIMIT_BYTES, read_document, read_document_file, write_document
 from services.policies.tenants import TENANTS_LIMIT, TenantsDocument
 
 SHIPPED = sorted((Path(policy.__file__).parent / "documents").glob("*.yaml"))
@@ -183,6 +184,13 @@ class TestIssues:
     def test_document_over_the_limit_is_rejected_unread(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("services.policies.document_yaml._compose", lambda _: pytest.fail("it was parsed"))
         assert "the limit is 262,144 bytes" in str(refused(data))
+
+    def test_huge_file_is_not_read_into_memory(self, tmp_path: Path) -> None:
+        file = tmp_path / "shop.yaml"
+        file.write_text("name: x\n")
+        os.truncate(file, 1 << 40)  # a sparse file
+        with pytest.raises(InvalidDocument, match="the limit is 262,144 bytes"):
+            read_document_file(file)
 
     def test_document_at_the_limit_is_read(self) -> None:
         data = b"name: x\n"
