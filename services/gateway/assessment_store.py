@@ -50,6 +50,10 @@ _ALIVE_S: Final = 10
 _HEARTBEAT_S: Final = 3.0
 _PENDING_S: Final = 3600
 """Time to live of a pending assessment, from its creation or renewal."""
+_FAILED_KEEP_S: Final = 600
+"""A request that fails costs little, so a client could otherwise fill Redis with failures."""
+_MAX_CLAIMS: Final = 10_000
+"""Claims of running assessments that this process remembers."""
 _MAX_UNSAVED: Final = 1000
 """Finished assessments that this process keeps while Redis is unavailable. No assessment can be created during the
 outage, so clients can ask only for the results of assessments created before it."""
@@ -62,7 +66,11 @@ _CLOCK_SKEW_S: Final = 60
 
 # A value above the limit, or of another type, becomes an empty one, which is invalid.
 _CREATE_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2])"
-_FINISH_SCRIPT: Final = "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
+_FINISH_SCRIPT: Final = """
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+if KEYS[2] and redis.pcall('GET', KEYS[2]) == ARGV[3] then redis.call('EXPIRE', KEYS[2], ARGV[2]) end
+"""
+"""The second key, if any, is the idempotency key of a failed assessment, and its claim is the last argument."""
 _GET_SCRIPT: Final = f"{READ_FUNCTIONS} return {{read(KEYS[1], ARGV[1], ''), redis.call('TTL', KEYS[1])}}"
 _RENEW_SCRIPT: Final = """
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
@@ -137,7 +145,7 @@ class AssessmentStore:
     def __init__(
         self, redis: RedisClient, signer: RedisSigner, *, keep_s: int, heartbeat_s: float = _HEARTBEAT_S
     ) -> None:
-        """`keep_s`: time to live of finished assessments and of idempotency keys."""
+        """`keep_s`: time to live of finished assessments and of idempotency keys. At most 600 s after a failure."""
         self._redis = redis
         self._signer = signer
         self._forgeries = ForgeryReporter()
@@ -145,6 +153,8 @@ class AssessmentStore:
         self._heartbeat_s = heartbeat_s
         self._renewed: dict[str, str] = {}
         self._unsaved: dict[str, StoredAssessment] = {}
+        self._claims: dict[str, tuple[str, str]] = {}
+        """By the id of a running assessment: the name of its idempotency key in Redis, and its claim there."""
         self.process = uuid.uuid4().hex
 
     async def __aenter__(self) -> Self:
@@ -176,10 +186,12 @@ class AssessmentStore:
         for _ in range(_CLAIM_TRIES):
             data: bytes | None = await self._redis.run(_CLAIM_SCRIPT, redis_keys, encoded, body, *limits)
             if data is None:
+                self._remember_claim(pending, redis_keys[0], encoded)
                 return claim
             if known := self._decode_claim(idempotency_key, data):
                 return known
             if await self._redis.run(_REPLACE_SCRIPT, redis_keys, encoded, body, data, *limits):
+                self._remember_claim(pending, redis_keys[0], encoded)
                 return claim
         await self.create(pending)  # someone writes forged claims again and again: judge the image without a claim
         return claim
@@ -190,7 +202,15 @@ class AssessmentStore:
         claims = [self._encode_claim(idempotency_key, each) for each in (claim, known)]
         bodies = (claims[0], self._encode(pending), claims[1])
         limits = (self._keep_s, _PENDING_S, _CLAIM_LIMIT_BYTES)
-        return bool(await self._redis.run(_REPLACE_SCRIPT, redis_keys, *bodies, *limits))
+        is_replaced = bool(await self._redis.run(_REPLACE_SCRIPT, redis_keys, *bodies, *limits))
+        if is_replaced:
+            self._remember_claim(pending, redis_keys[0], claims[0])
+        return is_replaced
+
+    def _remember_claim(self, pending: StoredAssessment, redis_key: str, encoded: str) -> None:
+        self._claims[pending.id] = (redis_key, encoded)
+        if len(self._claims) > _MAX_CLAIMS:
+            del self._claims[next(iter(self._claims))]
 
     @contextmanager
     def renew(self, pending: StoredAssessment) -> Iterator[None]:
@@ -250,7 +270,7 @@ class AssessmentStore:
             self._redis_key("idempotency", _digest(idempotency_key)),
             self._redis_key("assessment", pending.id),
         ]
-        claim = Claim(request_digest=request_digest, assessment_id=pending.id, expires_s=self._find_end_s())
+        claim = Claim(request_digest=request_digest, assessment_id=pending.id, expires_s=self._find_end_s(self._keep_s))
         return claim, redis_keys
 
     async def _has_live_owner(self, pending: StoredAssessment, left_s: int) -> bool:
@@ -278,13 +298,25 @@ class AssessmentStore:
             del self._unsaved[done.id]
 
     async def _save(self, done: StoredAssessment) -> None:
-        redis_key = self._redis_key("assessment", done.id)
-        expiring = done.model_copy(update={"expires_s": self._find_end_s()})
-        await self._redis.run(_FINISH_SCRIPT, [redis_key], self._encode(expiring), self._keep_s)
+        redis_keys = [self._redis_key("assessment", done.id)]
+        keep_s, claims = self._keep_s, []
+        claim = self._claims.pop(done.id, None)
+        if done.problem is not None:
+            keep_s = min(keep_s, _FAILED_KEEP_S)
+            if claim:
+                redis_keys.append(claim[0])
+                claims.append(claim[1])
+        expiring = done.model_copy(update={"expires_s": self._find_end_s(keep_s)})
+        try:
+            await self._redis.run(_FINISH_SCRIPT, redis_keys, self._encode(expiring), keep_s, *claims)
+        except RedisUnavailable:
+            if claim:
+                self._claims[done.id] = claim
+            raise
 
-    def _find_end_s(self) -> int | None:
+    def _find_end_s(self, keep_s: int) -> int | None:
         """Return when a claim or a result that is written now expires; None if it cannot be signed."""
-        return math.ceil(time.time()) + self._keep_s if self._signer.can_sign else None
+        return math.ceil(time.time()) + keep_s if self._signer.can_sign else None
 
     def _is_expired(self, kind: str, subject: str, expires_s: int | None) -> bool:
         """Return whether a signed claim or result has expired. One that has expired long ago is reported."""

@@ -1,6 +1,7 @@
 """The state machine of assessments in Redis: abandoned assessments, late calls, and outages of Redis."""
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,11 +13,12 @@ from services.core.tenancy import NOT_SEPARATED
 from services.gateway.admission import Admission
 from services.gateway.api_keys import ApiKey
 from services.gateway.assessment_jobs import AssessmentJobs
-from services.gateway.assessment_store import AssessmentStore
+from services.gateway.assessment_store import AssessmentStore, StoredAssessment
 from services.gateway.body_memory import BodyMemory
 from services.gateway.problems import TYPE_PREFIX, HttpProblem
 from services.gateway.rate_limits import RateLimiter
 from tests.support.gateway_bench import SwitchableRedisCache, age_assessment, ttl_of_assessment
+from tests.support.verdicts import VERDICT
 
 KEEP_S = 60
 PROBLEM = HttpProblem("not-an-image", "the bytes are text")
@@ -112,3 +114,33 @@ async def test_job_over_the_limit_fails_and_releases_its_memory(
     found = await store.get(pending.id)
     assert found is not None
     assert found.status == "failed", "other requests with the idempotency key do not wait for it"
+
+
+async def test_failure_and_its_idempotency_key_are_kept_for_ten_minutes(redis_cache: SwitchableRedisCache) -> None:
+    """Failures cost a client little, and must not fill Redis."""
+    store = AssessmentStore(redis_cache, redis_cache.signer, keep_s=86_400)
+
+    async def claim(name: str) -> StoredAssessment:
+        pending = store.build_pending("shop")
+        assert (await store.claim(name, "digest", pending)).assessment_id == pending.id
+        return pending
+
+    async def ttl(name: str) -> int:
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return int(await redis_cache.client.ttl(redis_cache.key("gateway", "idempotency", digest)))
+
+    failed, judged, replaced = await claim("failed"), await claim("judged"), await claim("replaced")
+    known = await store.claim("replaced", "digest", store.build_pending("shop"))
+    again = store.build_pending("shop")
+    assert await store.replace("replaced", known, again)
+    await store.finish(failed.with_problem(PROBLEM))
+    await store.finish(replaced.with_problem(PROBLEM))
+    await store.finish(judged.with_verdict(VERDICT))
+    assert 590 < await ttl_of_assessment(redis_cache, failed.id) <= 600
+    assert 590 < await ttl("failed") <= 600
+    assert await ttl_of_assessment(redis_cache, judged.id) > 86_000
+    assert await ttl("judged") > 86_000
+    assert await ttl("replaced") > 86_000, "the key belongs to another assessment by now"
+    await store.finish(again.with_problem(PROBLEM))
+    assert 590 < await ttl("replaced") <= 600
+    assert not store._claims
