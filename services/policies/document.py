@@ -49,8 +49,15 @@ def _check_rule(rule: str, info: ValidationInfo) -> str:
     return rule if info.context == STORED else require_one_line(rule)
 
 
+def _check_description(description: str, info: ValidationInfo) -> str:
+    if info.context != STORED:
+        for line in description.replace("\t", " ").replace("\r\n", "\n").split("\n"):
+            require_one_line(line)
+    return description
+
+
 STORED: Final = "stored"
-"""The context of the validation of a stored version. Earlier releases accepted control characters in rules."""
+"""The context of the validation of a stored version. Earlier releases accepted control characters in texts."""
 Rule = Annotated[str, Field(pattern=r"^[^<>\r\n]+$", max_length=1000), AfterValidator(_check_rule)]
 """One line without control characters and without angle brackets, which could be a marker of a chat layout."""
 Rules = Annotated[tuple[Rule, ...], Field(max_length=50)]
@@ -282,7 +289,11 @@ class PolicyDocument(StrictModel):
         PolicyName,
         Field(description="at most 64 lower-case letters, digits, `-` and `_`; the first is a letter or digit"),
     ]
-    description: Annotated[str, Field(max_length=2000, description="for people; the model does not see it")] = ""
+    description: Annotated[
+        str,
+        Field(max_length=2000, description="for people; the model does not see it"),
+        AfterValidator(_check_description),
+    ] = ""
     categories: dict[CategoryCode, CategoryRules] = Field(
         default_factory=dict,
         description="rules of LlavaGuard's nine categories; omitted categories are enforced with the trained rules; "

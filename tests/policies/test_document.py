@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from pipelines.tiny_guard.drawings import TRAINING_SEEDS, draw
 from services.core.values import CATEGORIES, NO_CATEGORY, BlockRateBand
-from services.policies.document import BUILT_IN, PolicyDocument, SyntheticImage, is_policy_name
+from services.policies.document import BUILT_IN, STORED, PolicyDocument, SyntheticImage, is_policy_name
 
 BASE: dict[str, Any] = {"name": "shop"}
 GAMBLING: dict[str, Any] = {"code": "O10", "title": "Gambling", "should_not": ["Promote bets."]}
@@ -162,3 +162,15 @@ def test_policy_named_tenants_is_rejected() -> None:
     assert not is_policy_name("tenants")
     with pytest.raises(ValidationError, match="cannot be called 'tenants'"):
         PolicyDocument(name="tenants")
+
+
+@pytest.mark.parametrize("description", ["\x1b[2K", "a\x9b", "a\u202eb", "one\rtwo", "\0"])
+def test_description_with_control_characters_is_refused_but_read_from_the_bucket(description: str) -> None:
+    document = {"name": "x", "description": description}
+    with pytest.raises(ValidationError, match="control character"):
+        PolicyDocument.model_validate(document)
+    assert PolicyDocument.model_validate(document, context=STORED).description == description
+
+
+def test_description_may_have_lines_and_tabs() -> None:
+    assert PolicyDocument(name="x", description="first\n\tsecond\r\nthird").description.startswith("first")
