@@ -267,6 +267,7 @@ RULES = st.lists(
     ),
     max_size=3,
 )
+DESCRIPTIONS = st.lists(LINES | st.sampled_from(["", "\ttab", " "]), max_size=4).map("\n".join)
 SHARES = st.floats(0, 1)
 PAIRS = st.tuples(SHARES, SHARES).map(lambda pair: {"review": min(pair), "block": max(pair)}) | st.just({})
 CODES = st.sampled_from([f"O{n}" for n in range(1, 10)])
@@ -299,7 +300,7 @@ OWN = st.lists(
 POLICIES = st.fixed_dictionaries(
     {"name": NAMES},
     optional={
-        "description": TEXTS,
+        "description": DESCRIPTIONS,
         "categories": st.dictionaries(
             CODES,
             st.sampled_from(["enforce", "waive"])
