@@ -734,9 +734,10 @@ def format_report(results: Sequence[Mapping[str, Any]]) -> str:
                 f"caches of kernels: {each['caches']}"
             )
         elif each["measurement"] == "memory":
+            of = f" of {each['total_gib']:.1f}" if each["total_gib"] else ""
             lines.append(
                 f"memory of {each['of']}, {each['shape']}, {each['images']} images of {each['size']} at a time: "
-                f"{each['peak_gib']:.1f} GiB at most of {each['total_gib']:.1f}; before {each['before_gib']:.1f}"
+                f"{each['peak_gib']:.1f} GiB at most{of}; before {each['before_gib']:.1f}"
             )
     rates = {(r["shape"], r["size"], r["in_flight"], r["kind"]): r for r in results if r["measurement"] == "rate"}
     if rates:
@@ -845,6 +846,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", type=Path, help="a folder with Qwen's tokenizer (default: one is made up)")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     if given.report:
         print(format_report(read_results(given.report)))
         sys.exit(0)
