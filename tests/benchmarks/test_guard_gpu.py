@@ -46,7 +46,7 @@ from services.guard.engine import Engine
 from services.guard.gpu_memory import MemoryPlan
 from services.guard.sglang_command import LaunchConfig
 from services.images.decoder_pool import DecoderPool
-from tests.support.engine import prepared
+from tests.support.engine import SharedGuard, drawn, prepared
 
 H200 = Hardware(flop_per_s=790e12, bytes_per_s=4.3e12)
 POLICY_TOKENS = 1129
@@ -354,3 +354,25 @@ def test_plain_defaults_leave_the_flags_to_sglang_and_end() -> None:
     for flag in ("--chunked-prefill-size", "--mem-fraction-static", "--grammar-backend", "--max-total-tokens"):
         assert flag not in plain
     assert plain[plain.index("--host") + 1] == "127.0.0.1"
+
+
+@pytest.mark.engine
+async def test_requests_are_answered_as_their_kind_says(engine: SharedGuard) -> None:
+    images = [drawn(seed) for seed in range(40, 46)]
+
+    async def ask() -> dict[str, Any]:
+        preparer = DecoderPool(Settings(model="tiny"), engine.max_side_px)
+        try:
+            calls = make_calls(engine.engine, 2, preparer)
+            found: dict[str, Any] = {kind: await calls[kind](images[0]) for kind in ("score", "verdict", "rationale")}
+            found["adaptive"] = await calls["adaptive"](images[1])
+            found["rate"] = await measure_rate(calls["score"], images, 2, 60)
+            return found
+        finally:
+            preparer.close()
+
+    found = await engine.on_loop(ask())
+    assert found["score"].output_tokens == 1
+    assert 10 < found["verdict"].output_tokens < found["rationale"].output_tokens <= ANSWER_TOKENS
+    assert found["adaptive"].output_tokens >= 1
+    assert (found["rate"].images, found["rate"].errors) == (4, 0)
