@@ -29,6 +29,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line. On a failure print one sentence on stderr and exit with status 1."""
     escape_unconfigured_log()
+    # Processes that libraries start import nothing from the present folder, which may be somebody else's.
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         app()
     except SluiceError as error:

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray._private import services
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 from ray.serve.schema import ApplicationStatus
 
 from pipelines.clients.ray_address import is_reachable
@@ -29,6 +30,17 @@ _OBJECT_STORE_BYTES: Final = 200 << 20
 _LOOPBACK: Final = "127.0.0.1"
 _POLL_S: Final = 0.25
 _PROGRESS_S: Final = 15.0
+
+
+class _JobConfig(JobConfig):  # type: ignore[misc]
+    """Ray lets workers import modules from the present folder of the process that started them. Sluice does not.
+
+    The folder may be somebody else's: its `json.py` would run with the rights of the service.
+    """
+
+    def _get_proto_job_config(self) -> Any:
+        self._py_driver_sys_path: list[str] = []
+        return super()._get_proto_job_config()
 
 
 def start_local_cluster(*, num_cpus: int | None = None) -> None:
@@ -51,6 +63,7 @@ def start_local_cluster(*, num_cpus: int | None = None) -> None:
             _node_ip_address=_LOOPBACK,
             # Ray lets everybody write to the folder that it is given, so it gets one inside.
             _temp_dir=str(folder / "ray"),
+            job_config=_JobConfig(),
             **_QUIET,
         )
     if token.is_file():
@@ -103,9 +116,9 @@ def connect_to_cluster(address: str) -> None:
         with discard_stderr():
             if _is_on_loopback_only(address):
                 with _keep_loopback_address():
-                    ray.init(address, _node_ip_address=_LOOPBACK, **_QUIET)
+                    ray.init(address, _node_ip_address=_LOOPBACK, job_config=_JobConfig(), **_QUIET)
             else:
-                ray.init(address, **_QUIET)
+                ray.init(address, job_config=_JobConfig(), **_QUIET)
     except Exception as error:  # noqa: BLE001 - Ray's errors have no common class
         raise ConfigurationError(f"the Ray cluster at {address} {explain_join_failure(error)}") from None
 

@@ -108,7 +108,7 @@ def _run_object_store(folder: Path, buckets: Iterable[str]) -> Iterator[dict[str
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     child = SupervisedProcess(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log=folder / "s3.log"
+        [sys.executable, "-P", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log=folder / "s3.log"
     )
     s3 = s3_client(
         endpoint,

@@ -55,7 +55,7 @@ class SupervisedProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), *([_CONFINED] if confined else []), *argv],
+                [sys.executable, "-P", "-m", __name__, str(os.getpid()), *([_CONFINED] if confined else []), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -234,7 +234,7 @@ def kill_descendants_on_exit() -> None:
     descendant that is younger than a second may survive.
     """
     subprocess.Popen(
-        [sys.executable, "-m", __name__, str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-P", "-m", __name__, str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
     )
 
 

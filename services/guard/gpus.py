@@ -116,7 +116,7 @@ def find_visible_gpus(environment: Mapping[str, str]) -> Iterator[object]:
 def is_cuda_available() -> bool:
     """Whether PyTorch can use a GPU. Runs in a child process, so that this process does not load PyTorch. Blocks."""
     question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
-    return subprocess.run([sys.executable, "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
+    return subprocess.run([sys.executable, "-P", "-c", question], check=False, stdin=subprocess.DEVNULL).returncode == 0
 
 
 def _find_handle(name: str) -> object:

@@ -86,7 +86,7 @@ class LaunchConfig:
     def command(self, *, port: int, secrets: Path) -> list[str]:
         """The argv. `secrets` is a file of flags that must not show in a process list."""
         return [
-            *(sys.executable, "-m", "sglang.launch_server"),
+            *(sys.executable, "-P", "-m", "sglang.launch_server"),
             *("--model-path", str(self.folder)),
             *("--port", str(port)),
             *("--config", str(secrets)),
@@ -104,6 +104,7 @@ class LaunchConfig:
         """The server's own variables, and those of `inherited` that a library needs to compute."""
         kept = {name: value for name, value in inherited.items() if _is_inherited(name)}
         kept |= {
+            "PYTHONSAFEPATH": "1",  # its processes import nothing from the present folder
             # All files are staged, so the server needs no network.
             "HF_HUB_OFFLINE": "1",
             "TMPDIR": str(scratch),

@@ -81,7 +81,7 @@ def test_sglang_knows_every_flag(gpus: int) -> None:
     ServerArgs.add_cli_args(parser)
     for row in CHECKPOINTS:
         argv = launch_config(row.name, gpus=gpus, tokenizer=Path("/tokenizer")).command(port=1, secrets=Path("/f"))
-        flags = [*argv[3:]]
+        flags = argv[argv.index("sglang.launch_server") + 1 :]
         at = flags.index("--config")
         parsed = parser.parse_args(flags[:at] + flags[at + 2 :])
         assert parsed.host == "127.0.0.1"
@@ -146,7 +146,7 @@ def test_environment_has_only_what_computing_needs(tmp_path: Path) -> None:
     env = launch_config().environment(ATTACKED | NEEDED, port=1234, scratch=tmp_path)
     assert env.items() >= NEEDED.items()
     assert set(env) - set(NEEDED) == {
-        *("HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT", "SGLANG_CPU_WORKERS", "OMP_NUM_THREADS"),
+        *("PYTHONSAFEPATH", "HF_HUB_OFFLINE", "TMPDIR", "REQUEST_TIMEOUT", "SGLANG_CPU_WORKERS", "OMP_NUM_THREADS"),
         *("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "MASTER_ADDR", "MASTER_PORT"),
         *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     }
