@@ -18,6 +18,7 @@
             Malformed, Forbidden, NotFound, ObjectChanged, TooLarge, NotAnImage, UnknownPolicy, Expired, GuardFailed
                 ObjectOutOfScope, PolicyOutOfScope      a Forbidden and an UnknownPolicy; never systemic
                 OutsideFolder                           a Forbidden: a local file that may not be read
+                DecoderOutOfMemory                      a TooLarge, after a try in a new decoder process
 
 The class decides whether to retry and how the submission ends. `pipelines/intake/processor.py` makes two exceptions: it
 retries systemic errors, and a submission expires if it cannot be judged in time while others are judged.
@@ -179,6 +180,10 @@ class TooLarge(Unjudgeable):
     """More bytes or pixels than the limits allow."""
 
     reason = "too_large"
+
+
+class DecoderOutOfMemory(TooLarge):
+    """A decoder process has not the memory that the image needs."""
 
 
 class NotAnImage(Unjudgeable):

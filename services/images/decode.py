@@ -17,7 +17,7 @@ from typing import Final
 import pillow_heif
 from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin, WebPImagePlugin
 
-from services.core.errors import NotAnImage, TooLarge, Unjudgeable
+from services.core.errors import DecoderOutOfMemory, NotAnImage, TooLarge, Unjudgeable
 from services.core.values import ImageFacts, PreparedImage
 from services.images.decoding_cost import check_gif_head, check_jpeg_head, limit_directories
 from services.images.image_format import (
@@ -104,10 +104,10 @@ def prepare(data: bytes, limits: Limits, sha256: str | None = None) -> PreparedI
     except Unjudgeable:
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(f"the {kind} needs more memory to decode than allowed") from None
+        raise DecoderOutOfMemory(f"the {kind} needs more memory to decode than allowed") from None
     except Exception as error:  # noqa: BLE001 - on hostile bytes decoders raise any error
         if "too large" in str(error).lower() or "memory" in str(error).lower():
-            raise TooLarge(f"the {kind} needs more memory to decode than allowed") from None
+            raise DecoderOutOfMemory(f"the {kind} needs more memory to decode than allowed") from None
         raise NotAnImage(f"the {kind} cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from services.core import telemetry
-from services.core.errors import NotAnImage, TooLarge, Unavailable
+from services.core.errors import DecoderOutOfMemory, NotAnImage, TooLarge, Unavailable
 from services.core.processes import start_helper
 from services.core.settings import Settings
 from services.core.tenant_context import current_tenant
@@ -148,13 +148,17 @@ class DecoderPool:
             raise
 
     def _try(self, request: dict[str, Any] | None, data: bytes) -> PreparedImage:
-        if request is None:
-            request = {"sha256": hashlib.sha256(data).hexdigest()}
-        for _ in range(_ATTEMPTS):
-            worker = self._acquire()
+        request = request or {"sha256": hashlib.sha256(data).hexdigest()}
+        wants_new = False
+        for attempt in range(_ATTEMPTS):
+            worker = self._start() if wants_new else self._acquire()
             try:
                 image = worker.ask(request, data)
-            except (NotAnImage, TooLarge):
+            except (NotAnImage, TooLarge) as error:
+                if isinstance(error, DecoderOutOfMemory) and worker.images > 1 and attempt + 1 < _ATTEMPTS:
+                    self._discard(worker)
+                    wants_new = True  # earlier images may have left memory in this one
+                    continue
                 self._release(worker)
                 raise
             except TimeoutError:
@@ -203,6 +207,9 @@ class DecoderPool:
                 if worker.is_alive():
                     return worker
                 self._discard(worker)  # it was killed between two images
+        return self._start()
+
+    def _start(self) -> "_Worker":
         try:
             worker = _Worker(self._arguments, self._answer_limit_bytes)
         except OSError as error:
@@ -348,7 +355,7 @@ class _Worker:
         answer, content = self._channel.receive(self._answer_limit_bytes)
         reason = answer.get("reason")
         if reason == TooLarge.reason:
-            raise TooLarge(read_detail(answer))
+            raise (DecoderOutOfMemory if answer.get("out_of_memory") is True else TooLarge)(read_detail(answer))
         if reason == NotAnImage.reason:
             raise NotAnImage(read_detail(answer))
         image = from_fields(answer, content)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from services.core.errors import NotAnImage, TooLarge
+from services.core.errors import DecoderOutOfMemory, NotAnImage, TooLarge
 from services.images import decoder_sandbox
 from services.images.decode import Limits, downscale, prepare
 from services.images.decoder_protocol import Channel, ProtocolError, from_fields, to_fields
@@ -38,7 +38,10 @@ def answer(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[s
         else:
             image = prepare(data, limits, request["sha256"])
     except (NotAnImage, TooLarge) as error:
-        return {"reason": error.reason, "detail": str(error)}, b""
+        rejection: dict[str, Any] = {"reason": error.reason, "detail": str(error)}
+        if isinstance(error, DecoderOutOfMemory):
+            rejection["out_of_memory"] = True
+        return rejection, b""
     return to_fields(image), image.data
 
 

@@ -18,7 +18,11 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "schemas" / "verdict.
 def check(cases: list[Case], verdicts: list[Entry], letters: list[Entry]) -> None:
     """Every case has the one outcome that the README promises."""
     expected_letters = Counter(case.end for case in cases if case.end not in ("verdict", "nothing"))
-    assert Counter(entry.headers["sluice-reason"].decode() for entry in letters) == expected_letters
+    reasons = Counter(entry.headers["sluice-reason"].decode() for entry in letters)
+    details = [(entry.value[:100], entry.headers["sluice-detail"]) for entry in letters]
+    assert reasons == expected_letters, (
+        f"{reasons - expected_letters} too many, {expected_letters - reasons} missing: {details}"
+    )
     expected_verdicts = Counter(case.submission_id for case in cases if case.end == "verdict")
     judged = [json.loads(entry.value) for entry in verdicts]
     assert Counter(verdict["submission_id"] for verdict in judged) == expected_verdicts

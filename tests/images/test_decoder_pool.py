@@ -236,6 +236,29 @@ async def test_decoder_over_the_memory_limit_is_too_large(decoders: Path) -> Non
         preparer.close()
 
 
+async def test_memory_left_by_earlier_images_makes_no_image_too_large(decoders: Path) -> None:
+    """An image of somebody else must not take the memory of later ones. Here the first image leaves memory behind."""
+    misbehave(decoders, "sys.hoard = getattr(sys, 'hoard', []) + [bytearray(700 << 20)]")
+    preparer = DecoderPool(make_settings(decode_workers=1, image_limit_px=1_000_000), 512)
+    try:
+        for _ in range(4):  # two of them do not fit into one process
+            assert (await preparer.prepare(BAD)).width == picture().width
+    finally:
+        preparer.close()
+
+
+async def test_image_that_needs_too_much_memory_is_too_large_in_used_decoders_too(decoders: Path) -> None:
+    misbehave(decoders, "hoard = [bytearray(1 << 28) for _ in range(100)]")
+    preparer = DecoderPool(make_settings(decode_workers=2), 512)
+    try:
+        for _ in range(2):
+            await asyncio.gather(*(preparer.prepare(GOOD) for _ in range(8)))
+            with pytest.raises(TooLarge, match="memory"):
+                await preparer.prepare(BAD)
+    finally:
+        preparer.close()
+
+
 async def test_decoder_killed_from_outside_is_unavailable(decoders: Path) -> None:
     misbehave(decoders, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
     preparer = DecoderPool(make_settings(), 512)
