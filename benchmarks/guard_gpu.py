@@ -2,7 +2,7 @@
 
     python benchmarks/guard_gpu.py --smoke [--out FOLDER]       # a minute after the engine's start: does it run?
     python benchmarks/guard_gpu.py [--out FOLDER] [--budget-s 540]
-    python benchmarks/guard_gpu.py --report FOLDER              # only print what a run has left
+    python benchmarks/guard_gpu.py --report FOLDER              # only print the figures of a run
     python benchmarks/guard_gpu.py --tiny [--smoke]             # without a GPU: the same steps with tiny shapes
 
 Weights are random, in the shapes of LlavaGuard-v1.2-0.5B-OV and -7B-OV (`benchmarks/made_up_checkpoints.py`). Speed and
